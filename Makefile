@@ -1,0 +1,33 @@
+# make demo   from nothing to a trained model, its scores and its plot (a few minutes on two CPU cores)
+# make test   all tests          make lint   ruff          make clean   everything made here but data and runs
+
+# The first of these that is Python 3.11 or 3.12; `make PYTHON=/path/to/python demo` chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS ?=
+RUN = .venv/bin/python
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(RUN) scripts/prepare_data.py --out data/demo stdlib
+	$(RUN) train.py
+	$(RUN) eval.py
+	$(RUN) scripts/report.py runs/demo
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "glalm needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 demo" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

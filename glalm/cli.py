@@ -1,0 +1,42 @@
+"""The Hydra entry that train.py and eval.py share."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from glalm.config import ConfigError, EvalConfig, RunConfig, build, check_overrides, defaults
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# Every key with its default, so that --help shows it and the command line can set it, whether a file names it or not.
+for cls in (RunConfig, EvalConfig):
+    ConfigStore.instance().store(cls.__name__, defaults(cls))
+
+
+def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
+    """Composes configs/<config_name>.yaml with the command line, builds a `cls` of it and ends with main(config).
+
+    A config that cannot be run ends with its message alone and exit code 2; a main that was stopped by a signal,
+    with 128 + signal, as shells have it.
+    """
+
+    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
+    def entry(tree: DictConfig) -> None:
+        signum = _explain(lambda: main(build(cls, OmegaConf.to_container(tree, resolve=True))))
+        sys.exit(128 + signum if signum else 0)
+
+    groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
+    _explain(lambda: check_overrides(sys.argv[1:], cls, groups))
+    entry()
+
+
+def _explain(call: Callable):
+    try:
+        return call()
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,381 @@
+"""What a run is made of: the dataclasses behind configs/, their checks, and the run's fingerprint.
+
+Hydra composes the YAML files under configs/ into one tree; `build` turns that tree into these dataclasses and is
+strict: an unknown key, an ill-typed value or an impossible combination is a ConfigError that says what to write
+instead. Nothing here imports torch, so a wrong config fails within a second.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names the key and what to write instead."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --------------------------------------------------------------------------------------------------- the pieces
+
+
+@dataclass
+class ModelConfig:
+    """The decoder's shape. One skeleton serves every mixer; sizes follow the GLA paper (arXiv 2312.06635)."""
+
+    mixer: str = "gla"  # a name in glalm.model.mixers.MIXERS
+    vocab_size: int = 32000
+    hidden_size: int = 1024  # d, the width of the residual stream
+    num_hidden_layers: int = 24
+    num_heads: int = 4
+    expand_k: float = 0.5  # all heads' keys together are expand_k * d wide
+    expand_v: float = 1.0  # all heads' values together are expand_v * d wide
+    gate_low_rank_dim: int = 16  # rank of the forget gate's projection
+    gate_logit_normalizer: float = 16.0  # temperature: log gate = logsigmoid(logit) / this
+    intermediate_size: int | None = None  # SwiGLU's width; null: 8/3 d rounded up to a multiple of 256
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02  # standard deviation of every initial matrix
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * math.ceil(self.hidden_size * 8 / 3 / 256)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        require(self.gate_logit_normalizer > 0, "model.gate_logit_normalizer must be positive")
+        for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
+            width = self.hidden_size * expand
+            require(
+                width > 0 and width % self.num_heads == 0,
+                f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
+                f"{width:g}; {_divisors(width)}",
+            )
+
+    @property
+    def key_dim(self) -> int:
+        return int(self.hidden_size * self.expand_k)
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.hidden_size * self.expand_v)
+
+
+@dataclass
+class DataConfig:
+    path: str = "data/demo"  # a folder made by scripts/prepare_data.py
+    seq_len: int = 256  # T: tokens a training sequence
+
+    def __post_init__(self):
+        require(self.seq_len > 0, f"data.seq_len must be positive, not {self.seq_len}")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with a linear warm-up from min_lr to lr, then a cosine back to min_lr at the last step."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # on matrices only: not on norms, biases or embeddings
+    grad_clip: float = 1.0  # largest global norm of the gradient
+
+    def __post_init__(self):
+        require(
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}",
+        )
+        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
+        require(self.grad_clip > 0, "optim.grad_clip must be positive (inf: no clipping)")
+        require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 32  # sequences a step, over all processes and accumulation
+    micro_batch_size: int | None = None  # sequences a process holds at once; null: no accumulation
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
+    eval_every: int = 250  # steps between validations; one is always made before the first step and after the last
+    eval_sequences: int = 128  # validation sequences each time
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self):
+        positive = ("steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints")
+        for name in (*positive, "log_every"):
+            require(getattr(self, name) > 0, f"train.{name} must be positive, not {getattr(self, name)}")
+        micro = self.micro_batch_size
+        require(
+            micro is None or (micro > 0 and self.batch_size % micro == 0),
+            f"train.micro_batch_size={micro} does not divide train.batch_size={self.batch_size}; "
+            f"{_divisors(self.batch_size)}",
+        )
+
+    def accumulation(self, world: int) -> tuple[int, int]:
+        """How `world` processes share a step: (sequences a process holds at once, times it accumulates)."""
+        require(
+            self.batch_size % world == 0,
+            f"train.batch_size={self.batch_size} does not divide over {world} processes; write a multiple of {world}",
+        )
+        share = self.batch_size // world
+        micro = self.micro_batch_size or share
+        require(
+            share % micro == 0,
+            f"train.micro_batch_size={micro} does not divide the {share} sequences that each of {world} processes "
+            f"takes of train.batch_size={self.batch_size}; {_divisors(share)}",
+        )
+        return micro, share // micro
+
+
+@dataclass
+class TrackConfig:
+    """metrics.jsonl is always written; this adds Weights & Biases as a view of it."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "glalm"
+
+
+@dataclass
+class RunConfig:
+    """Everything `python train.py` does. The run lives in runs_dir/name; starting the same name again resumes it."""
+
+    name: str = "demo"
+    runs_dir: str = "runs"
+    seed: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self):
+        require(
+            re.fullmatch(r"[^/\\\0]+", self.name) is not None and self.name not in (".", ".."),
+            f"name={self.name!r} must be one folder name, without slashes",
+        )
+        require(
+            self.optim.warmup_steps <= self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} is longer than train.steps={self.train.steps}",
+        )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+@dataclass
+class ExtrapolationConfig:
+    max_length: int = 4096  # tokens read of each document
+    documents: int = 32  # at most; only documents of max_length tokens or more are read
+    split: Literal["train", "validation", "test"] = "test"
+
+    def __post_init__(self):
+        require(self.max_length > 0, "extrapolation.max_length must be positive")
+        require(self.documents > 0, "extrapolation.documents must be positive")
+
+
+@dataclass
+class SampleConfig:
+    tokens: int = 120  # new tokens a continuation
+    temperature: float = 0.8
+    top_p: float = 0.95
+    prompts: list[str] = field(default_factory=lambda: ["def ", "class "])
+
+    def __post_init__(self):
+        require(self.temperature > 0, "samples.temperature must be positive")
+        require(0 < self.top_p <= 1, "samples.top_p must lie in (0, 1]")
+        require(self.tokens > 0, "samples.tokens must be positive")
+
+
+@dataclass
+class EvalConfig:
+    """Everything `python eval.py` does: which checkpoint, which evaluators, their settings."""
+
+    name: str = "demo"  # the run to evaluate
+    runs_dir: str = "runs"
+    checkpoint: str = "latest"  # or step_N
+    data_path: str | None = None  # a prepared folder; null: the one that the run was trained on
+    seed: int = 1
+    batch_size: int = 16  # sequences at once
+    evals: list[Literal["perplexity", "extrapolation", "samples"]] = field(
+        default_factory=lambda: ["perplexity", "extrapolation", "samples"]
+    )
+    extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        require(self.batch_size > 0, f"batch_size must be positive, not {self.batch_size}")
+        require(
+            len(self.evals) > 0,
+            "evals is empty; write evals=[perplexity,extrapolation,samples] or a part of it",
+        )
+        require(
+            re.fullmatch(r"latest|step_\d+", self.checkpoint) is not None,
+            f"checkpoint={self.checkpoint!r} must be latest or step_N",
+        )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def check_lengths(self, train_length: int) -> None:
+        """Refuses an extrapolation that ends before the length that the model was trained at."""
+        require(
+            self.extrapolation.max_length >= train_length,
+            f"extrapolation.max_length={self.extrapolation.max_length} is under the training length {train_length}; "
+            f"write extrapolation.max_length={10 * train_length} for ten times it",
+        )
+
+
+def _divisors(n: float) -> str:
+    n = int(n)
+    return "write one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and (n < 64 or d <= 64))
+
+
+# ------------------------------------------------------------------------------------------ strict construction
+
+
+def build(cls: type, tree: dict, where: str = ""):
+    """A dataclass from a tree of plain dicts, lists and scalars. Missing keys take the dataclass's default.
+
+    Raises ConfigError at an unknown key (with the nearest valid one) or a value of another type than the field's.
+    """
+    require(isinstance(tree, dict), f"{where or 'the config'} must be a mapping, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        require(key in hints, _unknown(key, hints, where))
+    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in tree.items()})
+
+
+def defaults(cls: type) -> dict:
+    """The tree of a dataclass's keys and defaults, as `build` takes it."""
+    tree = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            tree[f.name] = defaults(f.type)
+        else:
+            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            tree[f.name] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
+    """Checks the keys of a command line (`a.b=c`) before Hydra sees them, since its own error names no neighbour.
+
+    `groups` are the config groups (`model=...` chooses a file there). Raises ConfigError at the first unknown key.
+    """
+    for arg in args:
+        key, equals, _ = arg.partition("=")
+        key = key.lstrip("+~").partition("@")[0]
+        if not equals or key.startswith("-") or key.split(".")[0].split("/")[0] == "hydra" or key in groups:
+            continue
+        level, where = cls, ""
+        for part in key.split("."):
+            hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
+            known = hints | dict.fromkeys(groups) if not where else hints
+            require(part in known, _unknown(part, known, where))
+            level, where = hints.get(part), _join(where, part)
+
+
+def _unknown(key: str, known, where: str) -> str:
+    near = difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)
+    hint = f"did you mean {_join(where, near[0])}?" if near else f"valid keys: {', '.join(known) or 'none'}"
+    return f"unknown key {_join(where, key)}; {hint}"
+
+
+def _join(where: str, key) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint, value, where: str):
+    """`value` as type `hint`, or a ConfigError. The only change of type made is int to float and list to tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is Literal:
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        hint_text = f"; did you mean {near[0]}?" if near else ""
+        require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{hint_text}")
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is list:
+        require(isinstance(value, list), f"{where}={value!r} must be a list: {where}=[a,b]")
+        return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is tuple:
+        ok = isinstance(value, (list, tuple)) and len(value) == len(args)
+        require(ok, f"{where}={value!r} must be a list of {len(args)} values")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    ok = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    require(ok, f"{where}={value!r} must be {_spell(hint)}, not {_spell(type(value))}")
+    return value
+
+
+def _spell(hint) -> str:
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, f"a {hint.__name__}")
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprint
+
+# What a resumed run may change: where things lie, how often it reports, how the work is split over the hardware.
+MAY_CHANGE = (
+    "name",
+    "runs_dir",
+    "data.path",
+    "track",
+    "train.micro_batch_size",
+    "train.precision",
+    "train.eval_every",
+    "train.eval_sequences",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
+
+
+def flatten(tree: dict, where: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b": value}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, _join(where, key)) if isinstance(value, dict) else {_join(where, key): value}
+    return flat
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The flat part of a config that decides what is learnt: resuming with another value would be another run."""
+    flat = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    return {k: v for k, v in flat.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
+
+
+def fingerprint(tree: dict) -> str:
+    """A short stable hash of a JSON-able tree."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences between two identities, a line each; empty when a run may be resumed."""
+    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved | now) if saved.get(k) != now.get(k)]

@@ -1,0 +1,140 @@
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import glalm.cli  # noqa: F401 (registers the defaults)
+from glalm.config import (
+    ConfigError,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    build,
+    check_overrides,
+    compare,
+    defaults,
+    fingerprint,
+    identity,
+)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def composed(*overrides: str, config: str = "train", cls: type = RunConfig):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return build(cls, OmegaConf.to_container(compose(config, list(overrides)), resolve=True))
+
+
+@pytest.mark.parametrize("group", ["model", "data", "optim", "train", "track"])
+def test_every_file_of_configs_builds(group):
+    files = sorted((CONFIGS / group).glob("*.yaml"))
+    assert files
+    for file in files:
+        steps = ["train.steps=30000"] if group == "optim" else []
+        assert isinstance(composed(f"{group}={file.stem}", *steps), RunConfig)
+
+
+@pytest.mark.parametrize("config, cls", [("train", RunConfig), ("eval", EvalConfig)])
+def test_every_key_can_be_set(config, cls):
+    def paths(tree, where=""):
+        return [p for k, v in tree.items() for p in (paths(v, f"{where}{k}.") if isinstance(v, dict) else [where + k])]
+
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        for path in paths(defaults(cls)):
+            check_overrides([f"{path}=null"], cls, [])
+            assert OmegaConf.select(compose(config, [f"{path}=null"]), path) is None
+
+
+def test_overrides_reach_the_dataclasses():
+    config = composed("model=gla_340m", "train.steps=5000", "optim.lr=1e-3", "optim.betas=[0.8,0.99]", 'name="x y é"')
+    assert (config.model.hidden_size, config.train.steps, config.optim.lr) == (1024, 5000, 1e-3)
+    assert config.optim.betas == (0.8, 0.99)
+    assert config.folder == Path("runs") / "x y é"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.stpes=3", "unknown key train.stpes; did you mean train.steps?"),
+        ("modle=gla_tiny", "unknown key modle; did you mean model?"),
+        ("+train.stepz=3", "did you mean train.steps?"),
+        ("model.heads=4", "did you mean model.num_heads?"),
+        ("train.steps.more=3", "unknown key train.steps.more"),
+        ("zzz=3", "valid keys: name, runs_dir, seed, model"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_overrides([override], RunConfig, ["model", "data"])
+
+
+def test_valid_command_lines_pass():
+    args = ["model=gla_340m", "train.steps=3", "+track.project=x", "--help", "--multirun", "hydra.verbose=true"]
+    check_overrides([*args, "hydra/job_logging=default", "~track"], RunConfig, ["model", "track"])
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"train": {"steps": "many"}}, "train.steps='many' must be an integer, not text"),
+        ({"train": {"steps": 1.5}}, "train.steps=1.5 must be an integer"),
+        ({"train": {"steps": True}}, "train.steps=True must be an integer"),
+        ({"train": {"precision": "bf61"}}, "did you mean bf16?"),
+        ({"model": {"tie_word_embeddings": 1}}, "must be true or false"),
+        ({"model": {"hidden_size": 100, "num_heads": 3}}, "model.num_heads=3 does not divide"),
+        ({"model": {"vocab_size": 0}}, "model.vocab_size must be positive"),
+        ({"train": {"batch_size": 8, "micro_batch_size": 3}}, "write one of 1, 2, 4, 8"),
+        ({"optim": {"min_lr": 1.0}}, "optim.min_lr=1.0 must lie between 0 and optim.lr"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas=[0.9] must be a list of 2 values"),
+        ({"optim": {"warmup_steps": 2000}}, "optim.warmup_steps=2000 is longer than train.steps=1000"),
+        ({"name": "a/b"}, "must be one folder name"),
+        ({"train": {"stesp": 3}}, "unknown key train.stesp; did you mean train.steps?"),
+    ],
+)
+def test_bad_values_say_what_to_write(tree, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(RunConfig, tree)
+
+
+def test_evaluation_under_the_training_length_is_refused():
+    config = composed("extrapolation.max_length=128", config="eval", cls=EvalConfig)
+    with pytest.raises(ConfigError, match=re.escape("write extrapolation.max_length=2560")):
+        config.check_lengths(256)
+    config.check_lengths(128)
+    with pytest.raises(ConfigError, match=r"evals\[0\]=perplexty must be one of .*did you mean perplexity"):
+        build(EvalConfig, {"evals": ["perplexty"]})
+
+
+def test_swiglu_width_is_the_papers():
+    widths = [ModelConfig(hidden_size=d).intermediate_size for d in (1024, 2048)]
+    assert widths == [2816, 5632]
+
+
+def test_accumulation_shares_the_batch():
+    train = TrainConfig(batch_size=32, micro_batch_size=4)
+    assert [train.accumulation(world) for world in (1, 2, 8)] == [(4, 8), (4, 4), (4, 1)]
+    assert TrainConfig(batch_size=32).accumulation(2) == (16, 1)
+    with pytest.raises(ConfigError, match="write a multiple of 3"):
+        train.accumulation(3)
+    with pytest.raises(ConfigError, match="write one of 1, 2$"):
+        train.accumulation(16)
+
+
+def test_identity_leaves_out_what_may_change():
+    one = RunConfig()
+    two = dataclasses.replace(one, name="other", train=dataclasses.replace(one.train, log_every=1))
+    assert identity(one) == identity(two)
+    assert fingerprint(identity(one)) == fingerprint(identity(two))
+    three = dataclasses.replace(one, optim=OptimConfig(lr=1e-3))
+    assert compare(identity(one), identity(three)) == ["optim.lr: 0.0003 -> 0.001"]
+    assert fingerprint(identity(one)) != fingerprint(identity(three))
+
+
+def test_infinite_clip_is_a_number():
+    assert build(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf

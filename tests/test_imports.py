@@ -1,0 +1,59 @@
+"""Who may import whom: data flows one way, and nothing upstream knows what is downstream of it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "glalm"
+ALLOWED = {
+    "config": set(),
+    "cli": {"config"},
+    "kernels": set(),
+    "data": {"config"},
+    "model": {"config", "kernels"},
+    "train": {"config", "data", "model"},
+    "evals": {"config", "data", "model", "train.checkpoint"},
+}
+PLOTS = {"evals.plot": {"torch", "transformers", "glalm.model"}, "evals.report": {"torch", "transformers"}}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    names = ((p.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."), p) for p in PACKAGE.rglob("*.py"))
+    return sorted((name.removesuffix(".__init__"), p) for name, p in names if name != "__init__")
+
+
+@pytest.mark.parametrize("name, path", modules(), ids=[m for m, _ in modules()])
+def test_imports_only_upstream(name, path):
+    part = name.split(".")[0]
+    for target in imports(path):
+        if not target.startswith("glalm."):
+            continue
+        inner = target.removeprefix("glalm.")
+        allowed = ALLOWED[part] | {part}
+        assert any(inner == a or inner.startswith(a + ".") or a.startswith(inner + ".") for a in allowed), (
+            f"glalm.{name} imports {target}, but glalm.{part} may import only {sorted(allowed)}"
+        )
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_read_json_alone(name):
+    path = PACKAGE / (name.replace(".", "/") + ".py")
+    banned = {t for t in imports(path) for b in PLOTS[name] if t == b or t.startswith(b + ".")}
+    assert not banned
+
+
+def test_every_part_is_listed():
+    assert {m.split(".")[0] for m, _ in modules()} == set(ALLOWED)

@@ -1,0 +1,136 @@
+import shutil
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glalm.data.prepare import prepare, split_of
+from glalm.data.shards import ShardWriter, TokenSet
+from glalm.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def documents(prepared, texts):
+    tokenizer = Tokenizer(prepared / "tokenizer.model")
+    return [[1, *tokenizer.encode(t), 2] for t in texts if split_of(t) == "train"]
+
+
+def test_a_shard_is_filled_to_the_last_token_and_a_document_is_never_cut(tmp_path):
+    writer = ShardWriter(tmp_path, "uint16", shard_tokens=10)
+    for i, length in enumerate([4, 6, 1, 10, 25, 3, 7]):
+        writer.add([i] * length, text_bytes=100 * length)
+    entry = writer.close()
+    assert [s["tokens"] for s in entry["shards"]] == [10, 1, 10, 25, 10]
+    assert (entry["documents"], entry["tokens"], entry["text_bytes"]) == (7, 56, 5600)
+    assert np.load(tmp_path / "00000.npy").tolist() == [0] * 4 + [1] * 6
+    assert np.load(tmp_path / "00004.docs.npy").tolist() == [0, 3, 10]
+
+
+@pytest.fixture(scope="module")
+def stream(documents):
+    return list(chain.from_iterable(documents))
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "set")
+
+
+def test_documents_and_counts(prepared, documents):
+    tokens = TokenSet(prepared, "train")
+    assert tokens.num_documents == len(documents)
+    assert tokens.num_tokens == sum(map(len, documents))
+    assert tokens.document_lengths.tolist() == [len(d) for d in documents]
+    assert [tokens.document(i).tolist() for i in range(len(documents))] == documents
+    assert (tokens.vocab_size, tokens.bos_id, tokens.eos_id) == (400, 1, 2)
+    assert Tokenizer(tokens.tokenizer_path).fingerprint == tokens.tokenizer_fingerprint
+
+
+@given(data=st.data())
+def test_any_range_of_tokens_across_shards(prepared, stream, data):
+    start = data.draw(st.integers(0, len(stream)))
+    stop = data.draw(st.integers(start, len(stream)))
+    assert TokenSet(prepared, "train").tokens(start, stop).tolist() == stream[start:stop]
+
+
+def test_ranges_at_the_borders_of_shards(prepared, stream):
+    tokens = TokenSet(prepared, "train")
+    border = len(np.load(prepared / "train/00000.npy"))
+    for start, stop in [(0, border), (border, border + 1), (border - 1, border + 1), (border, border)]:
+        assert tokens.tokens(start, stop).tolist() == stream[start:stop]
+    assert tokens.tokens(0, len(stream)).tolist() == stream
+
+
+def test_out_of_range_is_an_error_not_a_shorter_answer(prepared):
+    tokens = TokenSet(prepared, "train")
+    for start, stop in [(-1, 5), (5, 4), (0, tokens.num_tokens + 1)]:
+        with pytest.raises(ValueError, match="has tokens"):
+            tokens.tokens(start, stop)
+    for i in (-1, tokens.num_documents):
+        with pytest.raises(ValueError, match="has documents"):
+            tokens.document(i)
+
+
+def test_tokens_cannot_be_changed_by_accident(prepared):
+    with pytest.raises(ValueError, match="read-only"):
+        TokenSet(prepared, "train").tokens(0, 5)[0] = 3
+
+
+def test_an_empty_split_can_be_opened(copy, corpus):
+    prepare([corpus], copy, vocab_size=400, held_out={"test": 0.1}, overwrite=True, progress=False)
+    tokens = TokenSet(copy, "validation")
+    assert (tokens.num_tokens, tokens.num_documents, len(tokens.document_lengths)) == (0, 0, 0)
+    assert tokens.tokens(0, 0).tolist() == []
+
+
+def test_missing_files_are_named_with_what_to_run(copy):
+    for name in ("train/00001.docs.npy", "train/00001.npy", "tokenizer.model", "manifest.json"):
+        (copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{name} is missing.*run: python scripts/prepare_data\.py"):
+            TokenSet(copy, "train")
+
+
+def test_a_file_that_is_not_what_the_manifest_says_is_named(copy, prepared):
+    path = copy / "train/00001.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"00001\.npy: \d+ bytes, the manifest says.*run:"):
+        TokenSet(copy, "train")
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(ValueError, match=r"00001\.npy: damaged"):
+        TokenSet(copy, "train")
+    path.write_bytes(whole.replace(b"<u2", b"<i2"))
+    with pytest.raises(ValueError, match=r"00001\.npy: int16.*uint16"):
+        TokenSet(copy, "train")
+    path.write_bytes(whole)
+    TokenSet(copy, "train")
+
+
+def test_a_manifest_that_is_not_ours_is_refused(copy):
+    path = copy / "manifest.json"
+    text = path.read_text()
+    for wrong, message in [
+        (text[:-20], "damaged"),
+        ("[]", "damaged"),
+        (text.replace('"version": 1', '"version": 2'), r"format .*2"),
+        (text.replace('"documents": ', '"documents": 1', 1), "do not add up|manifest says"),
+    ]:
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            TokenSet(copy, "train")
+    with pytest.raises(ValueError, match="split='dev'"):
+        TokenSet(copy, "dev")
+
+
+@pytest.mark.parametrize("name", ["train/00001.npy", "train/00001.docs.npy", "tokenizer.model"])
+def test_verify_finds_one_flipped_bit(copy, name):
+    TokenSet(copy, "train").verify()
+    data = bytearray((copy / name).read_bytes())
+    data[-1] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: damaged"):
+        TokenSet(copy, "train").verify()
+    if name.startswith("train"):
+        TokenSet(copy, "test").verify()

@@ -1,0 +1,240 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.config import ModelConfig
+from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache
+
+TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
+
+
+def tiny(seed: int = 0, **changes) -> GLALMForCausalLM:
+    torch.manual_seed(seed)
+    model = GLALMForCausalLM(GLALMConfig(**(TINY | changes))).eval()
+    for p in model.parameters():  # away from the initial values, where norms are 1 and biases 0
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gla_by_hand(weights: dict, config: GLALMConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits [T, vocabulary] of one sequence [T] by the paper's equations, a token at a time, in float64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    d, H = config.hidden_size, config.num_heads
+    K, V = d // 2 // H, d // H
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    states = [torch.zeros(H, K, V, dtype=torch.float64) for _ in range(config.num_hidden_layers)]
+    logits = []
+    for token in input_ids:
+        x = w["model.embeddings.weight"][token]
+        for i in range(config.num_hidden_layers):
+            layer = {n.removeprefix(f"model.layers.{i}."): t for n, t in w.items()}
+            h = norm(x, layer["attn_norm.weight"])
+            q, k = (layer[f"attn.{n}_proj.weight"] @ h for n in "qk")
+            v, r = (layer[f"attn.{n}_proj.weight"] @ h for n in "vg")
+            logit = layer["attn.gk_proj.1.weight"] @ (layer["attn.gk_proj.0.weight"] @ h) + layer["attn.gk_proj.1.bias"]
+            alpha = torch.sigmoid(logit) ** (1 / 16)
+            q, k, alpha, v = q.view(H, K), k.view(H, K), alpha.view(H, K), v.view(H, V)
+            states[i] = alpha[:, :, None] * states[i] + k[:, :, None] * v[:, None, :]
+            o = torch.einsum("hk,hkv->hv", q * K**-0.5, states[i])
+            y = norm(o, layer["attn.g_norm_swish_gate.weight"]).flatten() * (r * torch.sigmoid(r))
+            x = x + layer["attn.o_proj.weight"] @ y
+            h = norm(x, layer["mlp_norm.weight"])
+            gate = layer["mlp.gate_proj.weight"] @ h
+            x = x + layer["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (layer["mlp.up_proj.weight"] @ h))
+        logits.append(w["lm_head.weight"] @ norm(x, w["model.norm.weight"]))
+    return torch.stack(logits)
+
+
+def test_logits_are_the_papers_equations():
+    model, ids = tiny(), tokens(70)
+    expected = gla_by_hand(model.state_dict(), model.config, ids)
+    torch.testing.assert_close(model(ids[None]).logits[0].double(), expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, tied, millions",
+    [
+        ({"hidden_size": 1024}, False, 374.5),
+        ({"hidden_size": 1024}, True, 341.7),
+        ({"hidden_size": 2048, "intermediate_size": 5632}, False, 1365.5),
+    ],
+)
+def test_preset_sizes(shape, tied, millions):
+    with torch.device("meta"):
+        model = GLALMForCausalLM(GLALMConfig(**shape, tie_word_embeddings=tied))
+        model.tie_weights()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_parameter_names_are_the_published_ones():
+    d, key, value = 32, 16, 32
+    block = {
+        "attn_norm.weight": (d,),
+        "mlp_norm.weight": (d,),
+        "attn.q_proj.weight": (key, d),
+        "attn.k_proj.weight": (key, d),
+        "attn.v_proj.weight": (value, d),
+        "attn.g_proj.weight": (value, d),
+        "attn.o_proj.weight": (d, value),
+        "attn.gk_proj.0.weight": (16, d),
+        "attn.gk_proj.1.weight": (key, 16),
+        "attn.gk_proj.1.bias": (key,),
+        "attn.g_norm_swish_gate.weight": (value // 2,),
+        "mlp.gate_proj.weight": (48, d),
+        "mlp.up_proj.weight": (48, d),
+        "mlp.down_proj.weight": (d, 48),
+    }
+    expected = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    expected |= {"model.embeddings.weight": (50, d), "model.norm.weight": (d,), "lm_head.weight": (50, d)}
+    assert {name: tuple(t.shape) for name, t in tiny().state_dict().items()} == expected
+
+
+def test_initial_weights():
+    model = GLALMForCausalLM(GLALMConfig(hidden_size=256, num_hidden_layers=1, vocab_size=1000))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+
+
+def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions():
+    model, ids = tiny(), tokens(3, 20)
+    logits = model(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1))
+    out = model(ids, labels=ids)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected)
+
+
+def test_segments_with_carried_state_equal_one_pass():
+    model, ids = tiny(), tokens(2, 100)
+    whole = model(ids).logits
+    cache, parts = None, []
+    for a, b in [(0, 37), (37, 38), (38, 100)]:
+        out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.seen == 100
+    with torch.no_grad():  # the decoding kernel
+        step = model(tokens(2, 1), past_key_values=cache, use_cache=True).logits
+    again = model(torch.cat([ids, tokens(2, 1)], 1)).logits[:, -1:]
+    torch.testing.assert_close(step, again, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_leaves_the_given_cache_alone():
+    model, ids = tiny(), tokens(1, 30)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    before = [s.clone() for s in cache.states]
+    first = model(ids[:, 20:], past_key_values=cache, use_cache=True).logits
+    assert cache.seen == 20 and all(torch.equal(a, b) for a, b in zip(before, cache.states, strict=True))
+    torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache, use_cache=True).logits, first)
+
+
+def test_scores_carry_the_state():
+    model, ids = tiny(), tokens(2, 65)
+    logits = model(ids[:, :-1]).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    cache, losses = None, []
+    for a in range(0, 64, 16):
+        loss, cache = model.score(ids[:, a : a + 16], ids[:, a + 1 : a + 17], cache)
+        losses.append(loss)
+    torch.testing.assert_close(torch.cat(losses, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences_equal_separate_ones():
+    model, ids = tiny(), tokens(1, 60)
+    bounds = [0, 1, 24, 24, 60]
+    packed = model(ids, cu_seqlens=torch.tensor(bounds), use_cache=False).logits[0]
+    apart = [model(ids[:, a:b]).logits[0] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    torch.testing.assert_close(packed, torch.cat(apart), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_left_is_not_seen():
+    model, short, long = tiny(), tokens(5), tokens(12, seed=2)
+    batch = torch.stack([F.pad(short, (7, 0), value=3), long])
+    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
+    logits = model(batch, attention_mask=mask).logits
+    torch.testing.assert_close(logits[0, 7:], model(short[None]).logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1], model(long[None]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def greedy_by_hand(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
+    for _ in range(count):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def test_generation_from_the_state_equals_generation_from_all_tokens():
+    model, ids = tiny(), tokens(2, 9)
+    expected = greedy_by_hand(model, ids, 12)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+
+
+def test_generation_continues_a_cache():
+    model, ids = tiny(), tokens(1, 30)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    cache = model(ids[:, :25], use_cache=True).past_key_values
+    expected = greedy_by_hand(model, ids, 8)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
+
+
+def test_beam_search_reorders_states():
+    model, ids = tiny(), tokens(2, 6)
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    with_state = model.generate(ids, **settings)
+    assert torch.equal(with_state, model.generate(ids, use_cache=False, **settings))
+    cache = StateCache([torch.arange(3.0)[:, None]], 5)
+    assert cache.reorder_cache(torch.tensor([2, 0, 0])).states[0][:, 0].tolist() == [2, 0, 0]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = tiny().train(), tokens(2, 40)
+    model(ids, labels=ids).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_saved_and_loaded(tmp_path):
+    model, ids = tiny(tie_word_embeddings=True), tokens(1, 10)
+    model.save_pretrained(tmp_path)
+    loaded = GLALMForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.model.embeddings.weight
+
+
+def test_config_is_the_run_configs():
+    run = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    config = GLALMConfig()
+    assert {k: getattr(config, k) for k in run if k != "intermediate_size"} == {
+        k: v for k, v in run.items() if k != "intermediate_size"
+    }
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: GLALMConfig(num_heads=3, hidden_size=64), "model.num_heads=3 does not divide"),
+        (lambda: GLALMForCausalLM(GLALMConfig(**TINY, mixer="glaa")), "model.mixer='glaa' is none of the mixers: gla"),
+        (lambda: tiny()(), "give either input_ids or inputs_embeds"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,74 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.model import loss as module
+from glalm.model.loss import linear_cross_entropy, token_losses
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(40, (3, 7))
+    targets[0, :4] = targets[2, 6] = -100
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets, **kwargs):
+    return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), **kwargs)
+
+
+@pytest.mark.parametrize("chunk_elements", [40, 200, 2**20])
+def test_value_and_gradients(problem, chunk_elements, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, weight, targets = problem
+    expected = plain(*problem)
+    grads = torch.autograd.grad(3 * expected, (hidden, weight))
+    got = linear_cross_entropy(*problem)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=0)
+    for a, b in zip(torch.autograd.grad(3 * got, (hidden, weight)), grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    each = token_losses(*problem)
+    torch.testing.assert_close(each.flatten(), plain(*problem, reduction="none").float())
+
+
+def test_only_what_needs_a_gradient_gets_one(problem):
+    hidden, weight, targets = problem
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_nothing_scored_is_zero(problem):
+    hidden, weight, targets = problem
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert loss == 0 and hidden.grad.abs().sum() == 0
+
+
+def test_autocast_keeps_float32_sums():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
+    targets = torch.randint(100, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets), rtol=1e-2, atol=0)
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_logits_are_never_whole(problem, monkeypatch):
+    """The largest tensor that the loss makes is a chunk's logits, not [tokens, vocabulary]."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 400)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        linear_cross_entropy(*problem).backward()
+    assert max(sizes) == 40 * 16  # the weight itself: more than a chunk's 10 x 40 logits, less than 21 x 40

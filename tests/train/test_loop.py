@@ -1,0 +1,213 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glalm.config import ConfigError
+from glalm.train import checkpoint, loop, metrics
+from glalm.train.guards import StopSignal
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def finished(config) -> dict[str, torch.Tensor]:
+    """The model's and optimiser's tensors after the last step."""
+    path = config.folder / "checkpoints" / f"step_{config.train.steps}"
+    return load_file(path / checkpoint.MODEL) | load_file(path / checkpoint.OPTIMIZER)
+
+
+def rows(config) -> list[dict]:
+    return metrics.read(config.folder / "metrics.jsonl")
+
+
+def interrupt_after(monkeypatch, step: int):
+    """A real SIGINT to this process during the given call of update."""
+    calls, update = [], loop.update
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Filled by the first test that runs the whole run: (tensors, rows)."""
+    return {}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, monkeypatch, unbroken, stop):
+    if not unbroken:
+        whole = change(run_config, name="whole")
+        assert loop.train(whole) == 0
+        unbroken.update(tensors=finished(whole), rows=rows(whole))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        assert loop.train(run_config) == signal.SIGINT
+    assert checkpoint.latest(run_config.folder / "checkpoints").name == f"step_{stop}"
+    assert loop.train(run_config) == 0
+    got = finished(run_config)
+    assert got.keys() == unbroken["tensors"].keys()
+    for name, tensor in unbroken["tensors"].items():
+        assert torch.equal(got[name], tensor), name
+    timeless = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(run_config)]
+    assert timeless == [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in unbroken["rows"]]
+
+
+def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkeypatch):
+    """An exception between checkpoints is as abrupt as a kill to the files: rows of lost steps are made again."""
+    update = loop.update
+
+    def dies(*args, calls=[]):  # noqa: B006 (a counter)
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.train(run_config)
+    assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3]
+    loop.train(run_config)
+    assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_leaves(run_config):
+    loop.train(run_config)
+    assert {p.name for p in run_config.folder.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints"}
+    assert {p.name for p in (run_config.folder / "checkpoints").iterdir()} == {"step_4", "step_6"}
+    record = json.loads((run_config.folder / "run.json").read_text())
+    assert record["config"]["optim"]["lr"] == 1e-2 and record["versions"]["torch"] == torch.__version__
+    first, *_, last = rows(run_config)
+    assert first["val_perplexity"] == pytest.approx(320, rel=0.1)  # untrained: uniform over the vocabulary
+    assert last["val_perplexity"] < 0.8 * first["val_perplexity"]
+    assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
+    assert last["tokens"] == 6 * 4 * 16 and last["lr"] == pytest.approx(1e-3)
+
+
+def test_a_complete_run_is_left_alone(run_config):
+    loop.train(run_config)
+    before = finished(run_config), rows(run_config)
+    assert loop.train(run_config) == 0
+    assert all(torch.equal(before[0][n], t) for n, t in finished(run_config).items())
+    assert rows(run_config) == before[1]
+
+
+def test_accumulation_gives_the_same_run(run_config, change):
+    whole = change(run_config, name="whole", **{"train.micro_batch_size": 4})
+    for config in (run_config, whole):
+        loop.train(config)
+    for a, b in zip(rows(run_config), rows(whole), strict=True):
+        for key in a.keys() - {"tokens_per_second"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+
+
+def test_two_processes_give_the_same_run(run_config, change, tmp_path):
+    """Two gloo processes against one: the same data order, losses and weights, but for the order of sums."""
+    loop.train(run_config)
+    pair = change(run_config, name="pair", **{"train.micro_batch_size": 1})
+    script = tmp_path / "pair.py"
+    tree = json.dumps(json.loads((run_config.folder / "run.json").read_text())["config"] | {"name": "pair"})
+    script.write_text(
+        "import json\nfrom glalm.config import RunConfig, build\nfrom glalm.train.loop import train\n"
+        f"tree = json.loads({tree!r})\ntree['train']['micro_batch_size'] = 1\ntrain(build(RunConfig, tree))\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=env, cwd=ROOT)
+    one, two = finished(run_config), finished(pair)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(rows(run_config), rows(pair), strict=True):
+        for key in a.keys() - {"tokens_per_second"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+
+
+def test_a_changed_config_is_refused_with_the_difference(run_config, change):
+    loop.train(change(run_config, **{"train.steps": 2}))
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.02\n.*train.steps: 2 -> 6\n.*choose another name"):
+        loop.train(change(run_config, **{"optim.lr": 0.02}))
+
+
+def test_what_may_change_does(run_config, change):
+    loop.train(run_config)
+    loop.train(change(run_config, **{"train.log_every": 5, "train.micro_batch_size": 4, "track.project": "other"}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.path": "nowhere"}, "scripts/prepare_data.py"),
+        ({"model.vocab_size": 100}, "write model.vocab_size=300"),
+        ({"data.seq_len": 10**6}, "shorten the windows"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_before_any_work(run_config, change, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(change(run_config, **changes))
+    assert not run_config.folder.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, monkeypatch):
+    update = loop.update
+
+    def poisoned(accelerator, model, *args, calls=[]):  # noqa: B006 (a counter)
+        calls.append(1)
+        if len(calls) == 4:
+            next(iter(model.parameters())).data.fill_(math.nan)
+        return update(accelerator, model, *args)
+
+    monkeypatch.setattr(loop, "update", poisoned)
+    with pytest.raises(loop.TrainingError, match=r"at step 4; the newest checkpoint is .*step_2"):
+        loop.train(run_config)
+
+
+def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
+    """python train.py, Ctrl-C, the same command again: exit code 130, then the run is finished."""
+    command = [sys.executable, "train.py", f"runs_dir={tmp_path}", f"data.path={token_folder}", "name=cli"]
+    command += ["train.steps=400", "train.checkpoint_every=400", "train.eval_every=400", "train.log_every=1"]
+    command += ["data.seq_len=16", "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGINT, rest
+    assert "the same command goes on from there" in rest
+    saved = checkpoint.latest(tmp_path / "cli" / "checkpoints")
+    assert 3 <= int(saved.name.removeprefix("step_")) < 400
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming after step {saved.name.removeprefix('step_')}" in again.stderr
+    steps = [r["step"] for r in metrics.read(tmp_path / "cli" / "metrics.jsonl")]
+    assert steps == list(range(401))
+
+
+def test_a_second_signal_is_obeyed_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_precision():
+    assert loop.choose_precision("fp32") == "fp32"
+    if not torch.cuda.is_available():
+        assert loop.choose_precision("auto") == "fp32"

@@ -1,0 +1,42 @@
+"""The GLA recurrence, token by token in float64: the truth that every other implementation is tested against."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp g_t) S_{t-1} + k_t^T v_t ; o_t = scale * q_t S_t   (GLA, arXiv 2312.06635, eq. 3)
+
+    q, k, g: [B, T, H, K]; v: [B, T, H, V]; initial_state: [N, H, K, V]; any floating dtype. With cu_seqlens,
+    B is 1 and N the number of packed sequences, else N = B; scale defaults to K**-0.5.
+    Returns o [B, T, H, V] and the final state [N, H, K, V], both float64; gradients flow through autograd.
+    """
+    q, k, v, g = (x.double() for x in (q, k, v, g))
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if scale is None:
+        scale = K**-0.5
+    if cu_seqlens is None:
+        sequences = [(b, 0, T) for b in range(B)]
+    else:
+        sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
+
+    outputs, states = [q.new_zeros(0, H, V)], []
+    for n, (b, start, end) in enumerate(sequences):
+        S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
+        for t in range(start, end):
+            S = g[b, t].exp()[:, :, None] * S + k[b, t][:, :, None] * v[b, t][:, None, :]
+            outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
+        states.append(S)
+    o = torch.cat(outputs).view(B, T, H, V)
+    return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)

@@ -1,0 +1,48 @@
+"""Every wrong argument is a ValueError that names it."""
+
+import pytest
+import torch
+
+from glalm.kernels import chunk_gla, fused_recurrent_gla
+
+WRONG = [
+    ("q", "three dimensions", lambda a: {"q": a["q"][0]}),
+    ("q", "no channels", lambda a: {n: a[n][..., :0] for n in "qkg"}),
+    ("q", "integers", lambda a: {n: a[n].long() for n in "qkv"}),
+    ("k", "another T", lambda a: {"k": a["k"][:, 1:]}),
+    ("k", "another dtype", lambda a: {"k": a["k"].bfloat16()}),
+    ("k", "another device", lambda a: {"k": a["k"].to("meta")}),
+    ("v", "another number of heads", lambda a: {"v": a["v"][:, :, :1]}),
+    ("v", "three dimensions", lambda a: {"v": a["v"][..., 0]}),
+    ("v", "another dtype", lambda a: {"v": a["v"].double()}),
+    ("g", "one gate a head", lambda a: {"g": a["g"][..., :1]}),
+    ("g", "integers", lambda a: {"g": a["g"].long()}),
+    ("g", "above 0", lambda a: {"g": a["g"].abs()}),
+    ("initial_state", "of fewer sequences", lambda a: {"initial_state": a["initial_state"][1:]}),
+    ("initial_state", "V x K", lambda a: {"initial_state": a["initial_state"].mT}),
+    ("initial_state", "bfloat16", lambda a: {"initial_state": a["initial_state"].bfloat16()}),
+    ("initial_state", "float64", lambda a: {"initial_state": a["initial_state"].double()}),
+    ("initial_state", "another device", lambda a: {"initial_state": a["initial_state"].to("meta")}),
+    ("cu_seqlens", "floats", lambda a: {"cu_seqlens": a["cu_seqlens"].float()}),
+    ("cu_seqlens", "two dimensions", lambda a: {"cu_seqlens": a["cu_seqlens"][None]}),
+    ("cu_seqlens", "one bound", lambda a: {"cu_seqlens": a["cu_seqlens"][:1]}),
+    ("cu_seqlens", "not from 0", lambda a: {"cu_seqlens": torch.tensor([1, 2, 5])}),
+    ("cu_seqlens", "not to T", lambda a: {"cu_seqlens": torch.tensor([0, 2, 4])}),
+    ("cu_seqlens", "a step down", lambda a: {"cu_seqlens": torch.tensor([0, 6, 5])}),
+    ("cu_seqlens", "two rows", lambda a: {n: a[n].expand(2, -1, -1, -1) for n in "qkvg"}),
+]
+
+
+@pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
+@pytest.mark.parametrize(("name", "what", "wrong"), WRONG, ids=[f"{name}: {what}" for name, what, _ in WRONG])
+def test_wrong_arguments(draw, operator, name, what, wrong):
+    args = draw(1, 5, bounds=[0, 2, 5])
+    operator(**args)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        operator(**{**args, **wrong(args)})
+
+
+def test_a_float64_call_wants_a_float64_state(draw):
+    args = draw(dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^initial_state: .*float64"):
+        chunk_gla(**{**args, "initial_state": args["initial_state"].float()})

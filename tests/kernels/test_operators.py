@@ -1,0 +1,192 @@
+"""Both operators against the float64 recurrence, gradients included, over the whole of their seam."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glalm.kernels import chunk_gla, fused_recurrent_gla
+from glalm.kernels.reference import recurrent_gla
+
+both = pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
+
+
+def test_the_reference_is_masked_attention_with_decay(draw):
+    """The parallel form (GLA, eq. 4): another way to the truth that all else is held against."""
+    args = draw(B=1, T=9, H=1, K=3, V=4, gates=1, dtype=torch.float64)
+    o, final_state = recurrent_gla(**args, scale=0.7)
+    q, k, v, g = (args[n][0, :, 0] for n in "qkvg")
+    S, b = args["initial_state"][0, 0], g.cumsum(0)
+    P = torch.einsum("ik,jk,ijk->ij", q, k, (b[:, None] - b[None]).exp()).tril()
+    torch.testing.assert_close(o[0, :, 0], 0.7 * (P @ v + (q * b.exp()) @ S))
+    torch.testing.assert_close(final_state[0, 0], b[-1].exp()[:, None] * S + (k * (b[-1] - b).exp()).T @ v)
+
+
+SHAPES = [  # B, T, H, K, V
+    (2, 64, 2, 16, 16),
+    (1, 1, 1, 8, 8),
+    (3, 1, 2, 5, 9),
+    (1, 2, 1, 1, 1),
+    (1, 63, 1, 64, 64),
+    (2, 65, 2, 7, 33),
+    (2, 130, 3, 60, 20),
+    (1, 300, 1, 20, 60),
+]
+
+
+@pytest.mark.parametrize("gates", [1 / 16, 1, 10], ids=lambda x: f"gates {x:.2f}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunk_gla_over_shapes_and_gates(draw, assert_true, shape, gates):
+    assert_true(chunk_gla, draw(*shape, gates=gates), 2e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2, 5, 9), (2, 17, 2, 7, 33)], ids=str)
+def test_fused_recurrent_gla_over_shapes(draw, assert_true, shape):
+    assert_true(fused_recurrent_gla, draw(*shape), 1e-6)
+
+
+@both
+@pytest.mark.parametrize(
+    ("dtype", "gate_dtype", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-14),
+        (torch.float64, torch.float32, 1e-7),  # dg is rounded to float32
+        (torch.float32, torch.float64, 1e-6),
+        (torch.bfloat16, torch.float32, 3e-3),  # 2^-9 from rounding the results
+        (torch.bfloat16, torch.bfloat16, 3e-3),
+        (torch.float16, torch.float32, 4e-4),
+        (torch.float16, torch.float16, 4e-4),
+    ],
+    ids=str,
+)
+def test_dtypes(draw, assert_true, operator, dtype, gate_dtype, tolerance):
+    found = assert_true(operator, draw(dtype=dtype, gate_dtype=gate_dtype), tolerance)
+    assert {found[n].dtype for n in ("o", "dq", "dk", "dv")} == {dtype}
+    assert found["dg"].dtype == gate_dtype
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {found[n].dtype for n in ("final_state", "dinitial_state")} == {state_dtype}
+
+
+PACKINGS = [
+    [0, 15],
+    [0, 0, 16],
+    [0, 1, 2, 3],
+    [0, 0, 1, 65, 66, 66, 194, 195, 200, 200],  # empty and one-token ones, longer and shorter than a chunk
+]
+
+
+@both
+@pytest.mark.parametrize("bounds", PACKINGS, ids=str)
+@pytest.mark.parametrize("gates", [1 / 16, 10], ids=lambda x: f"gates {x:.2f}")
+def test_packed_sequences(draw, assert_true, operator, bounds, gates):
+    assert_true(operator, draw(1, bounds[-1], bounds=bounds, gates=gates), 2e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6), seed=st.integers(0, 99), int32=st.booleans())
+def test_packed_sequences_do_not_see_each_other(lengths, seed, int32):
+    random = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    q, k, g, v = (torch.randn(1, T, 2, D, generator=random) for D in (4, 4, 4, 6))
+    g = -g.abs()
+    initial_state = torch.randn(len(lengths), 2, 4, 6, generator=random)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32 if int32 else torch.int64)
+    o, final_state = chunk_gla(q, k, v, g, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens)
+    pieces = zip(*(x.split(lengths, 1) for x in (q, k, v, g)), initial_state.split(1), strict=True)
+    alone = [chunk_gla(*x, initial_state=S, output_final_state=True) for *x, S in pieces]
+    torch.testing.assert_close(o, torch.cat([o for o, _ in alone], 1))
+    torch.testing.assert_close(final_state, torch.cat([S for _, S in alone]))
+
+
+@both
+def test_no_tokens_leave_the_state_alone(draw, operator):
+    args = draw(T=0)
+    o, final_state = operator(**args, output_final_state=True)
+    assert o.shape == args["v"].shape
+    torch.testing.assert_close(final_state, args["initial_state"])
+
+
+@both
+@pytest.mark.parametrize("cut", [1, 50, 64])
+def test_a_carried_state_continues_the_sequence(draw, operator, cut):
+    args = draw(T=100)
+    args.pop("cu_seqlens")
+    tokens = {n: args.pop(n) for n in "qkvg"}
+    whole, last = chunk_gla(**tokens, **args, output_final_state=True)
+    first, S = operator(**{n: x[:, :cut] for n, x in tokens.items()}, **args, output_final_state=True)
+    second, S = operator(**{n: x[:, cut:] for n, x in tokens.items()}, initial_state=S, output_final_state=True)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(S, last)
+
+
+@both
+def test_no_initial_state_is_a_state_of_zeros(draw, operator):
+    args = draw()
+    given = operator(**{**args, "initial_state": torch.zeros_like(args["initial_state"])}, output_final_state=True)
+    args.pop("initial_state")
+    left_out = operator(**args, output_final_state=True)
+    torch.testing.assert_close(left_out, given, rtol=0, atol=0)
+
+
+@both
+def test_the_final_state_comes_when_asked_for(draw, operator):
+    args = draw()
+    assert operator(**args)[1] is None
+    assert operator(**args, output_final_state=True)[1].shape == args["initial_state"].shape
+
+
+@both
+def test_scale(draw, operator):
+    args = draw(K=9)
+    plain, _ = operator(**args)
+    torch.testing.assert_close(plain, operator(**args, scale=1 / 3)[0])
+    torch.testing.assert_close(plain * 6, operator(**args, scale=2.0)[0])
+
+
+@both
+@pytest.mark.parametrize("used", [0, 1], ids=["only o", "only the final state"])
+def test_gradients_of_one_result_alone(draw, differentiate, operator, used):
+    args = draw(gates=1)
+
+    def weighted(function, **more):
+        def results(**a):
+            results = function(**a, **more)
+            return tuple(x if i == used else 0 * x for i, x in enumerate(results))
+
+        return results
+
+    found = differentiate(weighted(operator, output_final_state=True), args)
+    truth = differentiate(weighted(recurrent_gla), args)
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name].to(found[name].dtype), rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_memory_layout_does_not_matter(draw, operator):
+    args = draw(dtype=torch.float64)
+    args.pop("cu_seqlens")
+
+    def gradients(leaves, strided):
+        leaves = {n: x.requires_grad_() for n, x in leaves.items()}
+        o, _ = operator(**leaves)
+        do = torch.ones(()).to(o).expand_as(o) if strided else torch.ones_like(o)
+        return o, *torch.autograd.grad(o, list(leaves.values()), do)
+
+    strided = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in args.items()}
+    assert not strided["q"].is_contiguous()
+    torch.testing.assert_close(gradients(strided, True), gradients(args, False), rtol=0, atol=1e-14)
+
+
+@both
+@pytest.mark.parametrize("gates", [1 / 16, 20], ids=["mild gates", "wild gates"])
+@pytest.mark.parametrize("bounds", [None, [0, 2, 2, 3, 9]], ids=["dense", "packed"])
+def test_gradcheck(draw, operator, gates, bounds):
+    args = draw(1, 9, 1, 2, 3, gates=gates, dtype=torch.float64, bounds=bounds)
+    cu_seqlens = args.pop("cu_seqlens")
+    leaves = [x.requires_grad_() for x in args.values()]
+
+    def function(q, k, v, g, initial_state):
+        # Finite differences step to both sides of a gate, which must stay below 0 there too.
+        return operator(q, k, v, g - 1e-3, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens)
+
+    assert torch.autograd.gradcheck(function, leaves)

@@ -1,0 +1,115 @@
+"""The closing table of a run, from its JSON files alone."""
+
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glalm.evals.results import read_json, read_metrics, tokens_of
+
+Row = tuple[str, str | None, str]  # what, its value or None when it is missing, its file or how to make it
+
+
+def report(folder: Path, console: Console) -> int:
+    """Prints what the run in `folder` reached and the paths of everything it wrote. Returns an exit code.
+
+    What is missing is said, with the command that makes it; 1 when there is no run at all. Raises ValueError naming
+    a file that is damaged.
+    """
+    where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
+    if read_json(folder / "run.json") is None:
+        console.print(f"{folder} holds no run (run.json is missing); make one with {_train(where)}", **PLAIN)
+        return 1
+    metrics = read_metrics(folder / "metrics.jsonl")
+    perplexity = read_json(folder / "eval" / "perplexity.json")
+    extrapolation = read_json(folder / "eval" / "extrapolation.json")
+    table = Table(title=Text(f"run {folder.name}"), title_justify="left")
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("from", style="dim", overflow="fold")
+    for section in (
+        training_rows(metrics, perplexity or extrapolation, where),
+        perplexity_rows(metrics, perplexity, where),
+        extrapolation_rows(extrapolation, where),
+    ):
+        for quantity, value, source in section:
+            cells = map(Text, (quantity, value or "missing", source))  # Text: a command's [...] is no markup
+            table.add_row(*cells, style=None if value else "yellow")
+        table.add_section()
+    console.print(table)
+    console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
+    console.print("written:", **PLAIN)
+    for path in written(folder):
+        console.print(f"  {path}", **PLAIN)
+    return 0
+
+
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
+
+
+def training_rows(metrics: list[dict], result: dict | None, where: str) -> list[Row]:
+    speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+    tokens = max(tokens_of(metrics), default=0)
+    return [
+        _row("parameters", "eval/*.json", _eval(where, "perplexity"), result and f"{result['parameters']:,}"),
+        _row("tokens trained on", "metrics.jsonl", _train(where), tokens and f"{tokens:,}"),
+        _row("training tokens/s (median)", "metrics.jsonl", _train(where), speeds and f"{median(speeds):,.0f}"),
+    ]
+
+
+def perplexity_rows(metrics: list[dict], result: dict | None, where: str) -> list[Row]:
+    """Before training from the run's own first validation, of its first windows; after it of the whole split."""
+    before = next((r["val_perplexity"] for r in metrics if r["step"] == 0 and "val_perplexity" in r), None)
+    after = result and result["results"]["perplexity"]
+    ratio = before and after and f"{after / before:.3g}"
+    after_text = after and f"{after:,.3f}"
+    evaluate = _eval(where, "perplexity")
+    step = result["checkpoint"].replace("_", " ") if result else "training"
+    return [
+        _row("validation perplexity before", "metrics.jsonl", _train(where), before and f"{before:,.1f}"),
+        _row(f"  after {step}", "eval/perplexity.json", evaluate, after_text),
+        _row("  after / before", "both", evaluate, ratio),
+    ]
+
+
+def extrapolation_rows(result: dict | None, where: str) -> list[Row]:
+    """Perplexity at 2, 4, 10 and the most training lengths over that at one, with one standard error down and up;
+    and what carrying the state gains at the most, against resetting it every training length.
+    """
+    evaluate, source = _eval(where, "extrapolation"), "eval/extrapolation.json"
+    if result is None:
+        return [_row("perplexity at 10x / 1x", source, evaluate, None)]
+    ratios, bands = result["results"]["ratios"], result["results"]["ratio_bands"]
+    train_length = result["results"]["train_length"]
+    rows = []
+    for n in sorted({2, 4, 10, *map(int, [*ratios][-1:])}):
+        longer = f"{evaluate} extrapolation.max_length={n * train_length}"
+        value = ratios.get(str(n)) and _with_band(ratios[str(n)], *bands[str(n)])
+        rows.append(_row(f"perplexity at {n}x / 1x", source, longer, value))
+    against = result["results"]["carried_over_reset"]
+    return rows + [(f"state carried / reset at {n}x", f"{against[n]:.3f}", source) for n in [*against][-1:]]
+
+
+def written(folder: Path) -> list[Path]:
+    """The files of a run and the folders of its checkpoints, in the order in which they are made."""
+    steps = sorted(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    fixed = [p for p in (folder / "run.json", folder / "metrics.jsonl") if p.is_file()]
+    return [*fixed, *steps, *sorted(folder.glob("eval/*.json")), *sorted(folder.glob("plots/*.png"))]
+
+
+def _row(quantity: str, source: str, command: str, value) -> Row:
+    return (quantity, value, source) if value else (quantity, None, command)
+
+
+def _with_band(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
+
+
+def _train(where: str) -> str:
+    return f"python train.py {where}"
+
+
+def _eval(where: str, evaluator: str) -> str:
+    return f"python eval.py {where} evals=[{evaluator}]"

@@ -1,0 +1,109 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from glalm.evals.report import report
+
+METRICS = [
+    {"step": 0, "val_loss": 7.0, "val_perplexity": 2000.0},
+    {"step": 10, "loss": 6.0, "tokens": 40_960, "tokens_per_second": 1000.0},
+    {"step": 20, "loss": 5.0, "tokens": 81_920, "tokens_per_second": 9000.0, "val_perplexity": 11.0},
+    {"step": 30, "loss": 4.0, "tokens": 122_880, "tokens_per_second": 5000.0},
+]
+PERPLEXITY = {"parameters": 1_234_567, "checkpoint": "step_30", "results": {"perplexity": 10.0}}
+EXTRAPOLATION = {
+    "parameters": 1_234_567,
+    "checkpoint": "step_30",
+    "results": {
+        "train_length": 256,
+        "ratios": {"2": 0.95, "4": 0.9, "8": 0.91, "10": 1.125, "16": 1.5},
+        "ratio_bands": {"2": [0.94, 0.96], "4": [0.8, 1], "8": [0.8, 1], "10": [1.1, 1.15], "16": [None, None]},
+        "carried_over_reset": {"2": 1.0, "4": 1.0, "8": 1.0, "10": 0.99, "16": 0.875},
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/demo")
+    for name in ("eval", "plots", "checkpoints/step_9", "checkpoints/step_10"):
+        (folder / name).mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+    (folder / "eval" / "perplexity.json").write_text(json.dumps(PERPLEXITY))
+    (folder / "eval" / "extrapolation.json").write_text(json.dumps(EXTRAPOLATION))
+    (folder / "plots" / "extrapolation.png").touch()
+    return folder
+
+
+def printed(folder: Path, code: int = 0, width: int = 160) -> list[list[str]]:
+    """The cells of each printed line."""
+    console = Console(file=io.StringIO(), width=width)
+    assert report(folder, console) == code
+    lines = console.file.getvalue().splitlines()
+    return [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in lines]
+
+
+def test_the_table(run):
+    lines = printed(run)
+    for row in (
+        ["parameters", "1,234,567", "eval/*.json"],
+        ["tokens trained on", "122,880", "metrics.jsonl"],
+        ["training tokens/s (median)", "5,000", "metrics.jsonl"],
+        ["validation perplexity before", "2,000.0", "metrics.jsonl"],
+        ["after step 30", "10.000", "eval/perplexity.json"],
+        ["after / before", "0.005", "both"],
+        ["perplexity at 2x / 1x", "0.950 (0.940-0.960)", "eval/extrapolation.json"],
+        ["perplexity at 10x / 1x", "1.125 (1.100-1.150)", "eval/extrapolation.json"],
+        ["perplexity at 16x / 1x", "1.500", "eval/extrapolation.json"],
+        ["state carried / reset at 16x", "0.875", "eval/extrapolation.json"],
+    ):
+        assert row in lines
+    assert not any("8x" in line[0] for line in lines)
+
+
+def test_paths_are_whole_on_a_narrow_terminal(run):
+    lines = [line[0] for line in printed(run, width=40)]
+    names = "run.json metrics.jsonl checkpoints/step_9 checkpoints/step_10 eval/extrapolation.json eval/perplexity.json"
+    expected = [f"{run}/{name}" for name in [*names.split(), "plots/extrapolation.png"]]
+    assert lines[lines.index("written:") + 1 :] == expected
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(run):
+    for file in ("eval/perplexity.json", "eval/extrapolation.json", "metrics.jsonl"):
+        (run / file).unlink()
+    lines = printed(run)
+    evaluate = "python eval.py name=demo evals=[perplexity]"
+    for row in (
+        ["parameters", "missing", evaluate],
+        ["tokens trained on", "missing", "python train.py name=demo"],
+        ["validation perplexity before", "missing", "python train.py name=demo"],
+        ["after training", "missing", evaluate],
+        ["after / before", "missing", evaluate],
+        ["perplexity at 10x / 1x", "missing", "python eval.py name=demo evals=[extrapolation]"],
+    ):
+        assert row in lines
+
+
+def test_ten_training_lengths_that_were_not_read_are_asked_for(run):
+    pair = {"2": 0.9, "3": 0.9}
+    short = {"ratios": pair, "ratio_bands": {"2": [0.8, 1], "3": [0.8, 1]}, "carried_over_reset": pair}
+    short["train_length"] = 256
+    (run / "eval" / "extrapolation.json").write_text(json.dumps(EXTRAPOLATION | {"results": short}))
+    command = "python eval.py name=demo evals=[extrapolation] extrapolation.max_length=2560"
+    assert ["perplexity at 10x / 1x", "missing", command] in printed(run)
+
+
+def test_no_run(tmp_path):
+    text = printed(tmp_path / "none", code=1)[0][0]
+    assert text.endswith(f"python train.py name=none runs_dir={tmp_path}")
+
+
+def test_a_damaged_file_is_named(run):
+    (run / "eval" / "perplexity.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval/perplexity\.json is damaged"):
+        printed(run)

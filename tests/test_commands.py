@@ -1,0 +1,54 @@
+"""The README's commands, in order, on this package's own source."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: str, code: int = 0) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_from_text_to_report(tmp_path):
+    data, name = tmp_path / "a set", "a run"
+    run("scripts/prepare_data.py", "--out", str(data), "--vocab-size", "400", "glalm", "tests")
+    model = ["model.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32"]
+    where = [f'name="{name}"', f"runs_dir={tmp_path}"]
+    train = ["data.seq_len=32", "train.steps=6", "train.batch_size=8", "train.eval_every=6", "optim.warmup_steps=2"]
+    text = run("train.py", *where, f'data.path="{data}"', *model, *train)
+    assert "step 6/6" in text and "val perplexity" in text
+
+    lengths = ["extrapolation.max_length=320", "extrapolation.split=train", "extrapolation.documents=4"]
+    text = run("eval.py", *where, *lengths, "samples.tokens=5")
+    assert text.count("def ") >= 1 and "class " in text
+    folder = tmp_path / name
+    assert {p.name for p in (folder / "eval").iterdir()} == {"perplexity.json", "extrapolation.json", "samples.json"}
+    result = json.loads((folder / "eval" / "extrapolation.json").read_text())
+    assert "10" in result["results"]["ratios"]
+    assert (folder / "plots" / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
+
+    text = run("scripts/report.py", str(folder))
+    for wanted in ("validation perplexity", "10x", "tokens/s", "extrapolation.png", "metrics.jsonl", "step_6"):
+        assert wanted in text
+
+    text = run("eval.py", *where, "extrapolation.max_length=16", code=2)
+    assert "extrapolation.max_length=16 is under the training length 32" in text
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "scripts/prepare_data.py", "scripts/report.py"])
+def test_help_explains(script):
+    assert Path(script).name in run(script, "--help")
+
+
+def test_a_wrong_config_is_one_line():
+    text = run("train.py", "train.stpes=3", code=2)
+    assert text == "ConfigError: unknown key train.stpes; did you mean train.steps?\n"

@@ -1,5 +1,6 @@
 """The Hydra entry that train.py and eval.py share."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from glalm.config import ConfigError, EvalConfig, RunConfig, build, check_overrides, defaults
+
+# torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
+# else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
+# torch is imported, so it stands before that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

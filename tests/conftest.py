@@ -22,7 +22,7 @@ def token_folder(tmp_path_factory):
     from glalm.data.prepare import prepare
 
     random = np.random.default_rng(0)
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
     def document(i: int) -> str:
         start, length = random.integers(len(words)), random.integers(40, 120)

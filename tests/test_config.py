@@ -122,7 +122,7 @@ def test_accumulation_shares_the_batch():
     assert TrainConfig(batch_size=32).accumulation(2) == (16, 1)
     with pytest.raises(ConfigError, match="write a multiple of 3"):
         train.accumulation(3)
-    with pytest.raises(ConfigError, match="write one of 1, 2$"):
+    with pytest.raises(ConfigError, match=r"write one of 1, 2$"):
         train.accumulation(16)
 
 

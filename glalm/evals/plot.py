@@ -40,7 +40,8 @@ def plot_extrapolation(results: Sequence[dict | str | Path], path: str | Path) -
     """Perplexity against position for one or more runs; writes the PNG `path` and returns it.
 
     results: eval/extrapolation.json of each run, loaded or as paths. A point is a bucket of positions, drawn at its
-    end; the band is one standard error over documents; dotted, the same text with the state reset every training length. Raises ValueError when there is none, or a file is missing.
+    end; the band is one standard error over documents; dotted, the same text with the state reset every training
+    length. Raises ValueError when there is none, or a file is missing.
     """
     results = [r if isinstance(r, dict) else _existing(Path(r)) for r in results]
     if not results:

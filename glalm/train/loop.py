@@ -63,15 +63,15 @@ def train(config: RunConfig) -> int:
             last = step == config.train.steps
             stopping = any_process(accelerator, stop.received is not None)
             saving = last or stopping or step % config.train.checkpoint_every == 0
-            row = {"step": step}
-            if last or step % config.train.log_every == 0 or saving:
+            row = {}
+            if last or saving or step % config.train.log_every == 0:
                 row |= training_row(accelerator, loss, grad_norm, lr, step, config, clock)
             if last or step % config.train.eval_every == 0:
                 row |= validate(accelerator, wrapped, validation, config)
-            if saving:
-                save(config, accelerator, model, optimizer, step)
-            if len(row) > 1:
-                metrics.log(row)
+            if row:
+                metrics.log({"step": step, **row})
+                if saving:  # after its row: resuming drops rows beyond the newest checkpoint, but cannot add one
+                    save(config, accelerator, model, optimizer, step)
                 clock = Clock(step)
             if stopping and not last:
                 metrics.say(f"stopped: {saves / f'step_{step}'} is saved; the same command goes on from there")
@@ -88,11 +88,8 @@ def choose_precision(wanted: str) -> str:
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
         return "bf16" if has_bf16 else "fp32"
-    require(
-        wanted != "bf16" or has_bf16 or not torch.cuda.is_available(),
-        f"train.precision=bf16: {torch.cuda.is_available() and torch.cuda.get_device_name()} has no bf16; "
-        "write train.precision=fp32",
-    )
+    if wanted == "bf16" and torch.cuda.is_available() and not has_bf16:
+        raise ConfigError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; write fp32")
     return wanted
 
 

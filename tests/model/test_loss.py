@@ -23,7 +23,7 @@ def plain(hidden, weight, targets, **kwargs):
 @pytest.mark.parametrize("chunk_elements", [40, 200, 2**20])
 def test_value_and_gradients(problem, chunk_elements, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
-    hidden, weight, targets = problem
+    hidden, weight, _ = problem
     expected = plain(*problem)
     grads = torch.autograd.grad(3 * expected, (hidden, weight))
     got = linear_cross_entropy(*problem)

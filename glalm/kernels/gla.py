@@ -83,7 +83,11 @@ def fused_recurrent_gla(
 
 
 def backend(q: Tensor) -> ModuleType:
-    """The module that computes where q is."""
+    """The module that computes where q is, in its dtype."""
+    if q.is_cuda and q.dtype != torch.float64:  # the tensor cores' kernels have no float64
+        from glalm.kernels.triton import gla  # here, since a machine without a GPU may lack triton
+
+        return gla
     return torch_chunk
 
 

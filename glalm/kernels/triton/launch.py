@@ -1,0 +1,45 @@
+"""Launching a kernel again without what Triton does on every call to find out that nothing has changed.
+
+A training step at small sizes is a dozen launches of a tenth of a millisecond; Triton's own look-up takes about half
+of that for as many arguments as these kernels have. The compiled kernel is kept by what it was compiled for.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], options: dict[str, int | None]) -> None:
+    """kernel[(programs,)](*args, **constants, **options) on the current stream; nothing when there are no programs.
+
+    args are the kernel's first parameters and constants all that follow. Integers among args are never specialised
+    on: kernels list them in do_not_specialize.
+    """
+    if programs == 0:
+        return
+    if triton.knobs.runtime.interpret:
+        kernel[(programs,)](*args, **constants, **options)
+        return
+    # id: Triton hashes a kernel by its source. The kernels are module-level, so an id stays theirs.
+    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.values(), *options.values())
+    known = _compiled.get(key)
+    if known is not None:
+        compiled, tail = known
+        compiled[(programs, 1, 1)](*args, *tail)
+        return
+    compiled = kernel[(programs,)](*args, **constants, **options)
+    _compiled[key] = compiled, tuple({**constants, **options}[name] for name in kernel.arg_names[len(args) :])
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument its kernel is compiled for."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
+    return type(x)

@@ -1,0 +1,125 @@
+"""The real Triton kernels at small shapes, through Triton's interpreter.
+
+The interpreter is chosen by an environment variable when triton is imported, so these tests run in a process of
+their own, which the first of them starts. On a GPU the same cases run compiled: tests/gpu.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+IEEE = 2e-5  # a few roundings of float32
+BF16 = 2e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+def check(limit, *shape, **options):
+    from triton_cases import case
+
+    errors = case(*shape, **options)
+    assert max(errors.values()) < limit, errors
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["slow", "usual", "fast", "wild", "none"])
+def test_every_gate(gate):
+    check(IEEE, 1, 100, 2, 16, 16, dtype=torch.float32, gate=gate, states=True)
+    check(BF16, 1, 100, 1, 16, 16, dtype=torch.bfloat16, gate=gate)
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 63, 64, 65])
+def test_every_length(T):
+    check(IEEE, 2, T, 1, 16, 32, dtype=torch.float32, states=True)
+
+
+@interpreted
+@pytest.mark.parametrize("K, V", [(20, 24), (16, 40), (80, 16)])
+def test_head_sizes_that_are_not_powers_of_two(K, V):
+    check(IEEE, 1, 70, 2, K, V, dtype=torch.float32, states=True)
+
+
+@interpreted
+def test_large_heads_of_the_table():
+    check(BF16, 1, 70, 1, 64, 64, dtype=torch.bfloat16, states=True)
+    check(BF16, 1, 70, 1, 128, 256, dtype=torch.bfloat16)
+
+
+@interpreted
+def test_packed_sequences():
+    check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
+
+
+@interpreted
+def test_segments_of_a_long_sequence():
+    check(IEEE, 1, 600, 1, 16, 16, dtype=torch.float32, states=True)
+
+
+@interpreted
+def test_float16_does_not_overflow_and_float32_gates():
+    check(1e-3, 1, 70, 1, 16, 16, dtype=torch.float16, states=True)
+    check(BF16, 1, 70, 1, 16, 16, dtype=torch.bfloat16, gate_dtype=torch.float32)
+
+
+@interpreted
+def test_boundary_of_the_fast_path():
+    """Chunks on both sides of the limit: one channel just below it takes the pairwise path, alone or with the rest."""
+    from triton_cases import GATES
+
+    def near(x):
+        g = torch.full_like(x, -79.0 / 64)
+        g[:, :64, :, 3] = -81.0 / 64
+        return g
+
+    GATES["near"] = near
+    check(IEEE, 1, 128, 1, 16, 16, dtype=torch.float32, gate="near", states=True)
+
+
+@interpreted
+def test_same_bits_twice_whatever_memory_held():
+    from glalm.kernels.triton import gla
+
+    q, k, v, do = (torch.randn(1, 90, 2, 16) for _ in range(4))
+    g = -torch.rand(1, 90, 2, 16)
+
+    def run():
+        return [
+            gla.forward(q, k, v, g, 0.25, None, False, None)[0],
+            *gla.backward(q, k, v, g, 0.25, None, None, do, None),
+        ]
+
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-1)
+
+    first = run()
+    torch.empty = poisoned
+    try:
+        second = run()
+    finally:
+        torch.empty = empty
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+
+
+@interpreted
+def test_no_tokens():
+    from glalm.kernels.triton import gla
+
+    q, k, v = (torch.randn(1, 0, 2, 16) for _ in range(3))
+    o, S = gla.forward(q, k, v, q, 1.0, torch.ones(1, 2, 16, 16), True, None)
+    assert o.shape == v.shape and torch.equal(S, torch.ones(1, 2, 16, 16))

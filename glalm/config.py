@@ -30,11 +30,94 @@ def require(condition: bool, message: str) -> None:
 # --------------------------------------------------------------------------------------------------- the pieces
 
 
+# The token mixers by name, and where each is defined: imported only when a model is made of it. GLA is the default.
+MIXERS = {
+    "gla": "glalm.model.mixers.gla.GatedLinearAttention",
+    "attention": "glalm.model.mixers.attention.Attention",
+    "linear": "glalm.model.mixers.linear.LinearAttention",
+    "retention": "glalm.model.mixers.retention.Retention",
+    "regla": "glalm.model.mixers.regla.ReGLA",
+    "mamba": "glalm.model.mixers.mamba.Mamba",
+    "mamba2": "glalm.model.mixers.mamba2.Mamba2",
+    "deltanet": "glalm.model.mixers.deltanet.DeltaNet",
+    "gated_deltanet": "glalm.model.mixers.gated_deltanet.GatedDeltaNet",
+}
+
+
+@dataclass
+class GLAConfig:
+    """What the GLA paper ablates, and what others added. The defaults are the paper's model."""
+
+    gate: Literal["vector", "scalar", "fixed", "none"] = "vector"  # one a key channel; one a head; 1 - 2^(-5-h); 1
+    min_log_gate: float | None = None  # clamps every log gate from below; null: no clamp
+    output_gate: bool = True  # y = norm(o) * swish(x W_r), or norm(o) alone
+    short_conv: int = 0  # taps of a causal convolution over q, k and v; 0: none
+    num_kv_heads: int | None = None  # fewer than model.num_heads: these share keys, values and gates; null: as many
+
+
+@dataclass
+class AttentionConfig:
+    """Softmax attention as in LLaMA."""
+
+    num_heads: int | None = None  # null: heads of 64 channels, or model.num_heads where those do not fit
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention; null: as many
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; null: all
+    rope_theta: float = 10000.0
+
+
+@dataclass
+class LinearConfig:
+    """Linear attention without a gate."""
+
+    feature_map: Literal["elu1", "relu", "identity", "hedgehog"] = "elu1"
+    normalise: bool = True  # divide by the sum of the weights; false: an RMSNorm on every head's output instead
+
+
+@dataclass
+class ReGLAConfig:
+    """What the ReGLA paper varies; the defaults are its full model."""
+
+    refined_gate: bool = True  # F = g (g + 2 r (1 - g)) instead of g
+    gate_axis: Literal["key", "value"] = "key"  # which axis of the state [K, V] has a gate a channel
+    feature_map: Literal["exp", "elu1", "relu", "identity", "hedgehog"] = "exp"  # exp: the normalised exponential
+    variance_scale: bool = True  # the exponential map times 1 / (e sqrt(K (e^2 - 1)))
+    output_norm: bool = True  # an RMSNorm on every head's output; false: divided by the sum of the weights instead
+    initial_forget: float = 0.96  # F of every channel before training; 0.96 is GLA's with a zero bias
+
+
+@dataclass
+class MambaConfig:
+    state_size: int = 16
+    expand: int = 2  # channels inside: expand * d
+    conv: int = 4  # taps
+
+
+@dataclass
+class Mamba2Config:
+    state_size: int = 128
+    head_dim: int = 64
+    expand: int = 2  # channels inside: expand * d
+    groups: int = 1  # of heads that share B and C
+    conv: int = 4  # taps
+
+
+@dataclass
+class DeltaNetConfig:
+    """DeltaNet and, with a gate, Gated DeltaNet."""
+
+    short_conv: int = 4  # taps of a causal convolution over q, k and v; 0: none
+
+
 @dataclass
 class ModelConfig:
-    """The decoder's shape. One skeleton serves every mixer; sizes follow the GLA paper (arXiv 2312.06635)."""
+    """The decoder's shape. One skeleton serves every mixer; sizes follow the GLA paper (arXiv 2312.06635).
 
-    mixer: str = "gla"  # a name in glalm.model.mixers.MIXERS
+    The keys up to gate_logit_normalizer are shared by the mixers with a matrix for a state; what a mixer has
+    for itself is below, under its name.
+    """
+
+    mixer: str = "gla"  # a name in MIXERS, for every layer
+    layers: str | list[str] | None = None  # one each: "3*gla+attention" or a list, repeated to the last layer
     vocab_size: int = 32000
     hidden_size: int = 1024  # d, the width of the residual stream
     num_hidden_layers: int = 24
@@ -43,16 +126,27 @@ class ModelConfig:
     expand_v: float = 1.0  # all heads' values together are expand_v * d wide
     gate_low_rank_dim: int = 16  # rank of the forget gate's projection
     gate_logit_normalizer: float = 16.0  # temperature: log gate = logsigmoid(logit) / this
-    intermediate_size: int | None = None  # SwiGLU's width; null: 8/3 d rounded up to a multiple of 256
+    intermediate_size: int | None = None  # SwiGLU's width; null: 8/3 d rounded up to a multiple of 256; 0: no SwiGLU
     norm_eps: float = 1e-6
     initializer_range: float = 0.02  # standard deviation of every initial matrix
     tie_word_embeddings: bool = False
+    gla: GLAConfig = field(default_factory=GLAConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    regla: ReGLAConfig = field(default_factory=ReGLAConfig)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    deltanet: DeltaNetConfig = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self):
+        for f in dataclasses.fields(ModelConfig):  # a config.json has mappings here
+            if dataclasses.is_dataclass(f.type) and isinstance(value := getattr(self, f.name), dict):
+                setattr(self, f.name, build(f.type, value, f"model.{f.name}"))
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * 8 / 3 / 256)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size"):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        require(self.intermediate_size >= 0, "model.intermediate_size must be positive, or 0 for no SwiGLU")
         require(self.gate_logit_normalizer > 0, "model.gate_logit_normalizer must be positive")
         for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
             width = self.hidden_size * expand
@@ -61,6 +155,37 @@ class ModelConfig:
                 f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
                 f"{width:g}; {_divisors(width)}",
             )
+        if "attention" in self.layer_mixers():
+            self._check_attention()
+        kv = self.gla.num_kv_heads
+        require(
+            kv is None or (kv > 0 and self.num_heads % kv == 0),
+            f"model.gla.num_kv_heads={kv} does not divide model.num_heads={self.num_heads}; "
+            f"{_divisors(self.num_heads)}",
+        )
+        for name in ("gla", "deltanet"):
+            taps = getattr(self, name).short_conv
+            require(taps == 0 or taps > 1, f"model.{name}.short_conv must be 0 or 2 taps or more, not {taps}")
+        clamp = self.gla.min_log_gate
+        require(clamp is None or clamp <= 0, f"model.gla.min_log_gate must be null or at most 0, not {clamp}")
+        require(
+            self.linear.feature_map != "identity" or not self.linear.normalise,
+            "model.linear.feature_map=identity gives weights of both signs, whose sum normalises nothing; write "
+            "model.linear.normalise=false",
+        )
+        inner = self.mamba2.expand * self.hidden_size
+        require(
+            "mamba2" not in self.layer_mixers() or inner % (self.mamba2.head_dim * self.mamba2.groups) == 0,
+            f"model.mamba2.head_dim={self.mamba2.head_dim} does not cut the {inner} channels (model.mamba2.expand * "
+            f"model.hidden_size) into heads, the same number in each of {self.mamba2.groups} groups",
+        )
+        regla = self.regla
+        require(0 < regla.initial_forget < 1, "model.regla.initial_forget must lie between 0 and 1")
+        require(
+            regla.output_norm or (regla.feature_map != "identity" and regla.gate_axis == "key"),
+            "model.regla.output_norm=false divides by the sum of the weights, which needs a positive "
+            "model.regla.feature_map and model.regla.gate_axis=key",
+        )
 
     @property
     def key_dim(self) -> int:
@@ -70,14 +195,63 @@ class ModelConfig:
     def value_dim(self) -> int:
         return int(self.hidden_size * self.expand_v)
 
+    @property
+    def attention_heads(self) -> tuple[int, int]:
+        """Softmax attention's query heads and key-value heads."""
+        of_64 = self.hidden_size // 64 if self.hidden_size % 64 == 0 else self.num_heads
+        heads = self.attention.num_heads or of_64
+        return heads, self.attention.num_kv_heads or heads
+
+    def _check_attention(self) -> None:
+        heads, kv_heads = self.attention_heads
+        require(
+            heads > 0 and self.hidden_size % (2 * heads) == 0,
+            f"model.attention.num_heads={heads} does not cut model.hidden_size={self.hidden_size} into heads of an "
+            f"even number of channels; {_divisors(self.hidden_size // 2)}",
+        )
+        require(
+            kv_heads > 0 and heads % kv_heads == 0,
+            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; {_divisors(heads)}",
+        )
+        window = self.attention.window
+        require(window is None or window > 0, f"model.attention.window must be positive or null, not {window}")
+
+    def layer_mixers(self) -> list[str]:
+        """The mixer of each layer: the pattern in `layers`, repeated and cut to num_hidden_layers."""
+        if self.layers is None:
+            return [_known_mixer("model.mixer", self.mixer)] * self.num_hidden_layers
+        pattern = []
+        for part in self.layers.split("+") if isinstance(self.layers, str) else self.layers:
+            count, _, name = part.replace(" ", "").rpartition("*")
+            require(
+                not count or (count.isdigit() and int(count) > 0),
+                f'model.layers: {part!r} must be a mixer or a number of layers times one, as in "3*gla+attention"',
+            )
+            pattern += [_known_mixer("model.layers", name)] * int(count or 1)
+        require(len(pattern) > 0, 'model.layers is empty; write for example "3*gla+attention", or null for model.mixer')
+        return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
+
+
+def _known_mixer(key: str, name: str) -> str:
+    near = difflib.get_close_matches(name, MIXERS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    require(name in MIXERS, f"{key}={name!r} is none of the mixers: {', '.join(MIXERS)}{hint}")
+    return name
+
 
 @dataclass
 class DataConfig:
     path: str = "data/demo"  # a folder made by scripts/prepare_data.py
     seq_len: int = 256  # T: tokens a training sequence
+    weights: dict[str, float] | None = None  # share of each source in the training tokens; null: as much as it has
+    # At a document's start, go on from the state of the text before it (the paper's way), or from an empty one, with
+    # the token before unscored.
+    boundaries: Literal["concatenate", "reset"] = "concatenate"
+    workers: int = 2  # threads a process that read ahead
 
     def __post_init__(self):
         require(self.seq_len > 0, f"data.seq_len must be positive, not {self.seq_len}")
+        require(self.workers > 0, f"data.workers must be positive, not {self.workers}")
 
 
 @dataclass
@@ -289,6 +463,8 @@ def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
             known = hints | dict.fromkeys(groups) if not where else hints
             require(part in known, _unknown(part, known, where))
             level, where = hints.get(part), _join(where, part)
+            if dict in map(typing.get_origin, (level, *typing.get_args(level))):
+                break  # whose keys are the user's
 
 
 def _unknown(key: str, known, where: str) -> str:
@@ -314,7 +490,12 @@ def _convert(hint, value, where: str):
     if origin is types.UnionType:
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        kinds = [a for a in args if a is not type(None)]
+        fits = (a for a in kinds if isinstance(value, typing.get_origin(a) or a))
+        return _convert(next(fits, kinds[0]), value, where)
+    if origin is dict:
+        require(isinstance(value, dict), f"{where}={value!r} must be a mapping: {where}={{a: 1, b: 2}}")
+        return {str(k): _convert(args[1], v, _join(where, k)) for k, v in value.items()}
     if origin is list:
         require(isinstance(value, list), f"{where}={value!r} must be a list: {where}=[a,b]")
         return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
@@ -346,6 +527,7 @@ MAY_CHANGE = (
     "name",
     "runs_dir",
     "data.path",
+    "data.workers",
     "track",
     "train.micro_batch_size",
     "train.precision",

@@ -138,3 +138,17 @@ def test_identity_leaves_out_what_may_change():
 
 def test_infinite_clip_is_a_number():
     assert build(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
+
+
+def test_weights_of_sources_are_a_mapping_of_the_users():
+    assert composed("data.weights={books: 0.7, code: 1}").data.weights == {"books": 0.7, "code": 1.0}
+    assert composed("+data.weights.books=0.5").data.weights == {"books": 0.5}
+    check_overrides(["data.weights={a: 1}", "+data.weights.books=0.5"], RunConfig, ["data"])
+    for tree, message in [
+        ({"weights": [0.5]}, "data.weights=[0.5] must be a mapping: data.weights={a: 1, b: 2}"),
+        ({"weights": {"books": "much"}}, "data.weights.books='much' must be a number"),
+        ({"boundaries": "rest"}, "did you mean reset?"),
+        ({"workers": 0}, "data.workers must be positive"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            build(RunConfig, {"data": tree})

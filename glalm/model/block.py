@@ -1,10 +1,11 @@
-"""The pre-norm block that every mixer shares: x += mixer(norm(x)); x += swiglu(norm(x))."""
+"""The pre-norm block that every mixer shares: x += mixer(norm(x)); x += swiglu(norm(x)), where it has a SwiGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glalm.model.mixers import MIXERS
+from glalm.model.mixers import mixer
+from glalm.model.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -21,18 +22,20 @@ class SwiGLU(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    def __init__(self, config):
+    def __init__(self, config, layer: int):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = MIXERS[config.mixer](config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = mixer(config.layer_mixers()[layer], config)
+        self.mlp = None
+        if config.intermediate_size:
+            self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None, **mixing) -> tuple[Tensor, object]:
         """x: [B, T, d]; padding: [B, T, 1], 0 at padded tokens; `mixing` goes to the mixer, whose state comes back."""
         h = self.attn_norm(x)
         if padding is not None:
-            h = h * padding  # a mixer leaves its state untouched where its input is zero
-        h, state = self.attn(h, **mixing)
+            h = h * padding  # most mixers leave their state alone where their input is zero
+        h, state = self.attn(h, padding=padding, **mixing)
         x = x + h
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state

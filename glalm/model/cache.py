@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 @dataclass
 class StateCache:
-    """One mixer state a layer and the number of tokens behind it. Its size does not grow with that number.
+    """One mixer state a layer and the number of tokens behind it. Only softmax attention's grows with that number.
 
     `forward` never changes a cache: it returns a new one. So a cache may be kept and continued from many times.
     """

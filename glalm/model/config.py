@@ -1,5 +1,8 @@
 """The model's configuration as transformers knows it: saved as config.json, loaded by AutoConfig."""
 
+import dataclasses
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from glalm.config import ModelConfig
@@ -23,3 +26,8 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         ModelConfig.__post_init__(self)
         PreTrainedConfig.__post_init__(self, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it, with every mixer's options as a mapping."""
+        tree = super().to_dict()
+        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in tree.items()}

@@ -10,7 +10,7 @@ from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
 from glalm.model.loss import IGNORE, linear_cross_entropy, token_losses
-from glalm.model.mixers import MIXERS
+from glalm.model.norm import RMSNorm
 
 
 class GLALMPreTrainedModel(PreTrainedModel):
@@ -27,6 +27,8 @@ class GLALMPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        if hasattr(module, "initialise"):  # a mixer's or a feature map's own parameters
+            module.initialise()
 
 
 class GLALMModel(GLALMPreTrainedModel):
@@ -34,11 +36,9 @@ class GLALMModel(GLALMPreTrainedModel):
 
     def __init__(self, config: GLALMConfig):
         super().__init__(config)
-        if config.mixer not in MIXERS:
-            raise ValueError(f"model.mixer={config.mixer!r} is none of the mixers: {', '.join(sorted(MIXERS))}")
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

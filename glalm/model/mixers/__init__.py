@@ -1,11 +1,38 @@
-"""The token mixers, by the name that `model.mixer` chooses.
+"""The token mixers, by the name that `model.mixer` or `model.layers` chooses (glalm.config.MIXERS).
 
-A mixer is an nn.Module built from a GLALMConfig with
-`forward(x, *, state=None, return_state=False, cu_seqlens=None) -> (y, state)`; x and y are [B, T, d]. `state` is
-whatever the mixer carries from one segment of a sequence to the next (None: a fresh sequence), returned when asked.
-Tokens whose x is zero must leave a fresh state untouched: so padding on the left is never seen.
+A mixer is an nn.Module made from a GLALMConfig with
+
+    forward(x, *, state=None, return_state=False, cu_seqlens=None, padding=None) -> (y, state)
+
+x, y: [B, T, d]. `state` is what the mixer carries from one segment of a sequence to the next, returned when asked;
+None is a fresh sequence. It is a tensor or a tuple of tensors, each with the sequences along its first axis: [N, ...].
+A given state is never changed in place. cu_seqlens [N + 1] packs N sequences into a batch of one. padding [B, T, 1] is
+0 at padded tokens, all on the left, where x is 0 too: a mixer whose fresh state such tokens leave alone may ignore it.
+
+`flops(T)` gives its operations a token, in a sequence of T, but for those of linear layers (glalm.model.flops). A
+module with parameters of its own that start neither normally distributed nor as a norm's ones has `initialise()`,
+which sets them.
 """
 
-from glalm.model.mixers.gla import GatedLinearAttention
+from importlib import import_module
 
-MIXERS = {"gla": GatedLinearAttention}
+import torch
+from torch import Tensor, nn
+
+from glalm.config import MIXERS
+
+
+def mixer(name: str, config) -> nn.Module:
+    """The mixer of that name, with initial weights still to be set."""
+    module, _, cls = MIXERS[name].rpartition(".")
+    return getattr(import_module(module), cls)(config)
+
+
+def decoding(x: Tensor) -> bool:
+    """Whether x [B, T, d] is one token to decode: a recurrent operator's case, not a chunkwise one's."""
+    return x.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is: for what autocast or half-precision weights must not round."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

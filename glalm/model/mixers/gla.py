@@ -1,17 +1,21 @@
-"""Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4)."""
+"""Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4), and what the paper compares it with."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.kernels import chunk_gla, fused_recurrent_gla
+from glalm import kernels
+from glalm.model.flops import chunkwise
+from glalm.model.mixers import at_least_float32, decoding
+from glalm.model.norm import GatedRMSNorm, RMSNorm
+from glalm.model.short_conv import ShortConv
 
-
-class GatedRMSNorm(nn.RMSNorm):
-    """RMSNorm over the last axis, then a swish output gate: norm(x) * weight * silu(gate)."""
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return super().forward(x) * F.silu(gate)
+OPERATORS = {
+    "vector": (kernels.chunk_gla, kernels.fused_recurrent_gla),
+    "scalar": (kernels.chunk_simple_gla, kernels.fused_recurrent_simple_gla),
+    "fixed": (kernels.chunk_retention, kernels.fused_recurrent_retention),
+    "none": (kernels.chunk_linear_attn, kernels.fused_recurrent_linear_attn),
+}
 
 
 class GatedLinearAttention(nn.Module):
@@ -21,39 +25,72 @@ class GatedLinearAttention(nn.Module):
         o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_r) * RMSNorm_head(o_t)) W_o
 
     No feature map and no normaliser. Parameter names and shapes are those of the published GLA checkpoints. The
-    state is [B, H, K, V], float32.
+    state is [N, H, K, V], float32; with a short convolution over q, k and v (model.gla.short_conv) it is that and
+    the convolution's. With model.gla.num_kv_heads, heads share keys, values and gates with their group.
     """
 
     def __init__(self, config):
         super().__init__()
         d, key, value, rank = config.hidden_size, config.key_dim, config.value_dim, config.gate_low_rank_dim
-        self.num_heads = config.num_heads
+        options, self.num_heads = config.gla, config.num_heads
+        self.groups = self.num_heads // (options.num_kv_heads or self.num_heads)
+        self.gate, self.min_log_gate = options.gate, options.min_log_gate
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.q_proj = nn.Linear(d, key, bias=False)
-        self.k_proj = nn.Linear(d, key, bias=False)
-        self.v_proj = nn.Linear(d, value, bias=False)
-        self.g_proj = nn.Linear(d, value, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key, bias=True))
-        self.g_norm_swish_gate = GatedRMSNorm(value // config.num_heads, eps=config.norm_eps)
+        self.k_proj = nn.Linear(d, key // self.groups, bias=False)
+        self.v_proj = nn.Linear(d, value // self.groups, bias=False)
+        channels = key + (key + value) // self.groups
+        self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
+        if self.gate == "vector":
+            self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key // self.groups))
+        elif self.gate == "scalar":
+            self.gk_proj = nn.Linear(d, self.num_heads // self.groups)
+        self.output_gate = options.output_gate
+        if self.output_gate:
+            self.g_proj = nn.Linear(d, value, bias=False)
+            self.g_norm_swish_gate = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps)
+        else:
+            self.g_norm = RMSNorm(value // self.num_heads, eps=config.norm_eps)
         self.o_proj = nn.Linear(value, d, bias=False)
 
     def forward(
         self,
         x: Tensor,
         *,
-        state: Tensor | None = None,
+        state: Tensor | tuple[Tensor, Tensor] | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v, r, gate = (
-            proj(x).unflatten(-1, (self.num_heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gk_proj)
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            state, conv_state = (None, None) if state is None else state
+            qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens)
+            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+        q, k, v = self.heads(q), self.shared_heads(k), self.shared_heads(v)
+        gates = (self.log_gate(x),) if self.gate in ("vector", "scalar") else ()
+        o, state = OPERATORS[self.gate][decoding(x)](
+            q, k, v, *gates, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
         )
-        # In float32: the gates of a whole chunk are multiplied up, and bf16 would round each of them first.
-        log_gate = F.logsigmoid(gate.float()) / self.gate_logit_normalizer
-        operator = fused_recurrent_gla if x.shape[1] == 1 and not torch.is_grad_enabled() else chunk_gla
-        o, state = operator(
-            q, k, v, log_gate, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
-        )
-        y = self.g_norm_swish_gate(o, r)
+        y = self.g_norm_swish_gate(o, self.heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
+        if self.conv is not None and return_state:
+            state = state, conv_state
         return self.o_proj(y.flatten(-2)), state
+
+    def log_gate(self, x: Tensor) -> Tensor:
+        """[B, T, H, K], or [B, T, H] for scalar gates."""
+        # In float32: the gates of a whole chunk are multiplied up, and bf16 would round each of them first.
+        log_gate = F.logsigmoid(at_least_float32(self.gk_proj(x))) / self.gate_logit_normalizer
+        if self.min_log_gate is not None:
+            log_gate = log_gate.clamp(min=self.min_log_gate)
+        return self.shared_heads(log_gate) if self.gate == "vector" else log_gate.repeat_interleave(self.groups, 2)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def shared_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads // self.groups, -1)).repeat_interleave(self.groups, 2)
+
+    def flops(self, T: int) -> int:
+        K, V = self.q_proj.out_features // self.num_heads, self.o_proj.in_features // self.num_heads
+        return chunkwise(self.num_heads, K, V, T) + (self.conv.flops() if self.conv is not None else 0)

@@ -1,0 +1,134 @@
+"""The delta rule, chunkwise (Yang et al., arXiv 2406.06484), and with a gate (arXiv 2412.06464), with autograd.
+
+    S_t = a_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t,   a_t = exp(g_t)
+
+which is S_t = a_t S_{t-1} + k_t^T u_t with u_t = beta_t (v_t - a_t k_t S_{t-1}): what is written is the error of what
+is read. In a chunk that starts from S, with G the running sum of g, all u solve one triangular system,
+
+    (I + L) U = beta V - (beta e^G K) S,        L_ts = beta_t e^(G_t - G_s) k_t . k_s  for s < t
+
+solved for both right-hand sides at once, before S is known (the WY form); from chunk to chunk go only matmuls.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+
+
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence above over whole sequences, or over the next tokens of them.
+
+    Args:
+        q, k: [B, T, H, K]; v: [B, T, H, V]; beta: [B, T, H], in [0, 1]; g: [B, T, H], <= 0, or None for no gate.
+            Keys longer than 1 may make the state grow without bound: normalise them.
+        scale: factor of the outputs; K**-0.5 if None.
+        initial_state: [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
+        cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1). Read on the host where
+            states go in or out.
+
+    Returns o [B, T, H, V] in v's dtype and, if asked for, the final state. Computed in float32 (float64 for float64
+    inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed.
+    Raises ValueError when beta or g is not [B, T, H].
+    """
+    for name, x in (("beta", beta), ("g", g)):
+        if x is not None and x.shape != q.shape[:3]:
+            raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (kernel := fused(g is not None)) is not None:
+        return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    g = torch.zeros_like(beta) if g is None else g
+    inputs = [x.to(dtype) for x in (q * scale, k, v, beta, g)]
+    with torch.autocast(q.device.type, enabled=False):
+        if cu_seqlens is None:
+            o, state = chunks(*inputs, initial_state)
+        elif initial_state is None and not output_final_state:
+            tokens = torch.arange(q.shape[1], dtype=cu_seqlens.dtype, device=q.device)
+            o, state = chunks(*inputs, None, torch.searchsorted(cu_seqlens[1:], tokens, right=True))
+        else:
+            results = []
+            for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+                S = None if initial_state is None else initial_state[n : n + 1]
+                results.append(chunks(*(x[:, start:end] for x in inputs), S))
+            o, state = torch.cat([o for o, _ in results], 1), torch.cat([S for _, S in results])
+    return o.to(v.dtype), state if output_final_state else None
+
+
+@cache
+def fused(gated: bool) -> Callable | None:
+    """flash-linear-attention's kernel, or None where it is not installed."""
+    try:
+        if gated:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
+        else:
+            from fla.ops.delta_rule import chunk_delta_rule as kernel
+    except ImportError:
+        return None
+    return kernel
+
+
+def chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor | None, sequence: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The outputs and the last state; sequence [T]: which of several packed ones each token belongs to."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    S = q.new_zeros(B, H, K, V) if S is None else S
+    if T == 0:
+        return v, S
+    C = min(CHUNK, T)
+
+    def cut(x: Tensor) -> Tensor:
+        """[B, T, H, D] to [B, H, n, C, D]; tokens of padding write nothing."""
+        return F.pad(x, (0, 0, 0, 0, 0, -T % C)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4)
+
+    q, k, v, beta, g = (cut(x) for x in (q, k, v, beta[..., None], g[..., None]))
+    total = g.cumsum(3)
+    later = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # exp of what is masked could overflow, and its gradient would be NaN.
+    decay = (total - total.mT).masked_fill(~later, -torch.inf).exp()
+    entering, leaving = total.exp(), (total[:, :, :, -1:] - total).exp()
+    if sequence is not None:
+        together, before, after = same_sequence(sequence, C)
+        decay, entering, leaving = decay * together, entering * before, leaving * after
+    written, through = k * beta, entering[:, :, :, -1:]
+    system = (written @ k.mT * decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
+    sides = torch.cat([v * beta, written * entering], -1)
+    new, read = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split([V, K], -1)
+    scores, q, k = q @ k.mT * decay, q * entering, k * leaving
+    outputs = []
+    # unbind and not indexing, whose gradients would each be as large as the whole.
+    for qn, kn, new_n, read_n, scores_n, through_n in zip(
+        *(x.unbind(2) for x in (q, k, new, read, scores, through)), strict=True
+    ):
+        u = new_n - read_n @ S
+        outputs.append(qn @ S + scores_n @ u)
+        S = S * through_n + kn.mT @ u
+    return torch.stack(outputs, 2).flatten(2, 3)[:, :, :T].transpose(1, 2), S
+
+
+def same_sequence(sequence: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of a chunk [n, C] are of one sequence [n, C, C]; of the one that enters the chunk, [n, C, 1]; of the
+    one that leaves it.
+    """
+    ids = F.pad(sequence, (0, -len(sequence) % C), value=-1).view(-1, C, 1)
+    ends = ids[:, -1:]
+    starts = torch.cat([ids[:1, :1], ends[:-1]])
+    return ids == ids.mT, ids == starts, ids == ends

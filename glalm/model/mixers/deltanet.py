@@ -1,0 +1,85 @@
+"""DeltaNet (Yang et al., arXiv 2406.06484)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glalm.kernels import chunk_delta_rule
+from glalm.model.flops import delta_rule
+from glalm.model.norm import RMSNorm
+from glalm.model.short_conv import ShortConv
+
+State = tuple[Tensor, Tensor] | Tensor
+
+
+class DeltaNet(nn.Module):
+    """A state that is written to by the delta rule: what is new about v_t, given what k_t already reads.
+
+        S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   beta_t = sigmoid(x_t W_beta)
+        o_t = K^-1/2 q_t S_t,   y_t = RMSNorm_head(o_t) W_o
+
+    q, k and v pass a short convolution and a SiLU, q and k then an L2 norm on each head. The state is [N, H, K, V],
+    float32, and, where there is a convolution, its last inputs.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d, key, value, self.num_heads = config.hidden_size, config.key_dim, config.value_dim, config.num_heads
+        taps = config.deltanet.short_conv
+        self.widths = key, key, value
+        self.q_proj = nn.Linear(d, key, bias=False)
+        self.k_proj = nn.Linear(d, key, bias=False)
+        self.v_proj = nn.Linear(d, value, bias=False)
+        self.b_proj = nn.Linear(d, self.num_heads, bias=False)
+        self.conv = ShortConv(sum(self.widths), taps) if taps else None
+        self.o_norm = RMSNorm(value // self.num_heads, eps=config.norm_eps)
+        self.o_proj = nn.Linear(value, d, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        S, conv_state = state if self.conv is not None and state is not None else (state, None)
+        q, k, v, conv_state = self.qkv(x, conv_state, cu_seqlens)
+        o, S = chunk_delta_rule(
+            q,
+            k,
+            v,
+            self.b_proj(x).sigmoid(),
+            self.log_gate(x),
+            initial_state=S,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        y = self.o_proj(self.normalise(o, x).flatten(-2))
+        return y, (S, conv_state) if return_state and self.conv is not None else S
+
+    def qkv(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+        """q, k, v: [B, T, H, ...], and the convolution's new state."""
+        x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        x, conv_state = (F.silu(x), None) if self.conv is None else self.conv(x, conv_state, cu_seqlens)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
+        return unit(q), unit(k), v, conv_state
+
+    def log_gate(self, x: Tensor) -> Tensor | None:
+        return None
+
+    def normalise(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.o_norm(o)
+
+    def flops(self, T: int) -> int:
+        key, _, value = self.widths
+        conv = self.conv.flops() if self.conv is not None else 0
+        return conv + delta_rule(self.num_heads, key // self.num_heads, value // self.num_heads, T)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| on the last axis; 0 where x is 0."""
+    return x * (x.float() if x.dtype != torch.float64 else x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(
+        x.dtype
+    )

@@ -1,0 +1,39 @@
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from glalm.model.mixers import at_least_float32
+from glalm.model.mixers.deltanet import DeltaNet
+from glalm.model.norm import GatedRMSNorm
+from glalm.model.time_step import initialise_time_step
+
+
+class GatedDeltaNet(DeltaNet):
+    """DeltaNet whose state also forgets, by Mamba-2's gate a head, and with an output gate:
+
+        S_t = a_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   a_t = sigmoid(-x_t W_a - b)^exp(A_h)
+        o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_g) * RMSNorm_head(o_t)) W_o
+
+    The paper has K = 3/4 d / H and V twice that: model.expand_k=0.75, model.expand_v=1.5. The state is DeltaNet's.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.g_proj = nn.Linear(config.hidden_size, config.value_dim, bias=False)
+        self.o_norm = GatedRMSNorm(config.value_dim // self.num_heads, eps=config.norm_eps)
+
+    def initialise(self) -> None:
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-4, 16).log())
+        initialise_time_step(self.dt_bias)
+
+    def log_gate(self, x: Tensor) -> Tensor:
+        return at_least_float32(self.A_log).exp() * F.logsigmoid(-at_least_float32(self.a_proj(x)) - self.dt_bias)
+
+    def normalise(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.o_norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))

@@ -1,0 +1,80 @@
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060) on the kernel for one gate a head: the state-space duality."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
+from glalm.model.flops import chunkwise
+from glalm.model.mixers import at_least_float32, decoding
+from glalm.model.short_conv import ShortConv
+from glalm.model.time_step import initialise_time_step
+
+
+class Mamba2(nn.Module):
+    """A state-space model with one scalar A a head is gated linear attention with q = C, k = B, v = dt x:
+
+        dt_t = softplus(x_t W_dt + b),   S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + D x_t
+        y_t = RMSNorm(o_t * swish(z_t)) W_o
+
+    x, B and C pass a short convolution; B and C are shared by the heads of a group. Parameter names and shapes are
+    those of transformers' Mamba2Mixer. The state is [N, H, state_size, head_dim], float32, and the convolution's last
+    inputs.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        o, d = config.mamba2, config.hidden_size
+        self.inner, self.head_dim, self.groups, self.K = o.expand * d, o.head_dim, o.groups, o.state_size
+        self.num_heads = self.inner // o.head_dim
+        self.eps = config.norm_eps
+        channels = self.inner + 2 * self.groups * self.K
+        self.in_proj = nn.Linear(d, self.inner + channels + self.num_heads, bias=False)
+        self.conv1d = ShortConv(channels, o.conv, bias=True)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = nn.RMSNorm(self.inner, eps=config.norm_eps)
+        self.out_proj = nn.Linear(self.inner, d, bias=False)
+
+    def initialise(self) -> None:
+        init.copy_(self.A_log, torch.arange(1, self.num_heads + 1, device=self.A_log.device).log())
+        nn.init.ones_(self.D)
+        initialise_time_step(self.dt_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: tuple[Tensor, Tensor] | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        S, conv_state = (None, None) if state is None else state
+        z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
+        xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens)
+        if padding is not None:
+            xbc = xbc * padding.to(xbc.dtype)  # the convolution has a bias
+        x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
+        x = x.unflatten(-1, (self.num_heads, -1))
+        k, q = (s.unflatten(-1, (self.groups, -1)).repeat_interleave(self.num_heads // self.groups, 2) for s in (b, c))
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
+        operator = fused_recurrent_simple_gla if decoding(x) else chunk_simple_gla
+        o, S = operator(
+            q,
+            k,
+            (x * dt[..., None]).to(x.dtype),
+            -dt * at_least_float32(self.A_log).exp(),
+            scale=1.0,
+            initial_state=S,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
+        o = F.rms_norm(o.unflatten(-1, (self.groups, -1)), (self.inner // self.groups,), eps=self.eps).flatten(-2)
+        return self.out_proj((o * self.norm.weight).to(z.dtype)), (S, conv_state) if return_state else None
+
+    def flops(self, T: int) -> int:
+        return self.conv1d.flops() + chunkwise(self.num_heads, self.K, self.head_dim, T)

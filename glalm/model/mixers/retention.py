@@ -1,0 +1,68 @@
+"""Retention (RetNet, Sun et al., arXiv 2307.08621)."""
+
+import torch
+from torch import Tensor, nn
+
+from glalm.kernels import chunk_retention, fused_recurrent_retention
+from glalm.model.flops import chunkwise
+from glalm.model.mixers import decoding
+from glalm.model.norm import GatedRMSNorm
+from glalm.model.packing import sequence_ids
+from glalm.model.rotary import rotate
+
+
+class Retention(nn.Module):
+    """Linear attention with rotary q and k and a decay that depends on nothing but the head:
+
+        S_t = gamma_h S_{t-1} + k_t^T v_t,   gamma_h = 1 - 2^(-5-h),   o_t = K^-1/2 q_t S_t
+        y_t = (swish(x_t W_g) * RMSNorm_head(o_t)) W_o
+
+    The paper has v twice as wide as q and k: model.expand_k=1, model.expand_v=2. The state is [N, H, K, V], float32,
+    and the position [N], int64, that q and k are turned by.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d, key, value, self.num_heads = config.hidden_size, config.key_dim, config.value_dim, config.num_heads
+        self.q_proj = nn.Linear(d, key, bias=False)
+        self.k_proj = nn.Linear(d, key, bias=False)
+        self.v_proj = nn.Linear(d, value, bias=False)
+        self.g_proj = nn.Linear(d, value, bias=False)
+        self.g_norm_swish_gate = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps)
+        self.o_proj = nn.Linear(value, d, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: tuple[Tensor, Tensor] | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        q, k, v, g = (
+            proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        )
+        N, T = len(x) if cu_seqlens is None else len(cu_seqlens) - 1, x.shape[1]
+        S, start = (None, torch.zeros(N, dtype=torch.int64, device=x.device)) if state is None else state
+        positions = torch.arange(T, device=x.device)
+        if cu_seqlens is None:
+            positions, length = start[:, None] + positions, T
+        else:
+            offset = start - cu_seqlens[:-1]
+            positions, length = (positions + offset[sequence_ids(cu_seqlens, T)])[None], cu_seqlens.diff()
+        operator = fused_recurrent_retention if decoding(x) else chunk_retention
+        o, S = operator(
+            rotate(q, positions),
+            rotate(k, positions),
+            v,
+            initial_state=S,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        y = self.g_norm_swish_gate(o, g)
+        return self.o_proj(y.flatten(-2)), (S, start + length) if return_state else None
+
+    def flops(self, T: int) -> int:
+        H = self.num_heads
+        return chunkwise(H, self.q_proj.out_features // H, self.v_proj.out_features // H, T)

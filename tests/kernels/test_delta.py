@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from glalm.kernels import chunk_delta_rule
+
+
+def truth(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
+    """The recurrence as published, a matrix product with I - beta k^T k at each token."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    rows = [(b, 0, T) for b in range(B)]
+    if cu_seqlens is not None:
+        rows = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    outputs, states = [q.new_zeros(0, H, V)], []
+    for n, (row, start, end) in enumerate(rows):
+        S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n]
+        for t in range(start, end):
+            kt, b = k[row, t], beta[row, t][:, None, None]
+            S = S if g is None else S * g[row, t].exp()[:, None, None]
+            S = (torch.eye(K) - b * kt[:, :, None] * kt[:, None, :]) @ S + b * kt[:, :, None] * v[row, t][:, None, :]
+            outputs.append((q[row, t][:, None, :] @ S)[None, :, 0] / K**0.5)
+        states.append(S)
+    return torch.cat(outputs).view(B, T, H, V), torch.stack(states)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 1, 70, 70, 150]], ids=["batch", "packed"])
+def test_is_the_recurrence(bounds, gated, draw, differentiate):
+    args = draw(B=1 if bounds else 2, T=150, K=6, V=4, dtype=torch.float64, bounds=bounds)
+    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
+    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
+    if not gated:
+        del args["g"]
+    found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
+    expected = differentiate(truth, args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_without_states_is_the_recurrence(gated, draw, differentiate):
+    args = draw(B=1, T=300, K=6, V=4, dtype=torch.float64, bounds=[0, 1, 70, 70, 128, 140, 300])
+    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
+    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
+    args["initial_state"] = None
+    if not gated:
+        del args["g"]
+    found = differentiate(lambda **a: (chunk_delta_rule(**a)[0], a["q"].sum()), args)
+    expected = differentiate(lambda **a: (truth(**a)[0], a["q"].sum()), args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
+
+
+def test_float32_keeps_six_digits(draw, differentiate):
+    args = draw(B=1, T=200, K=16, V=16)
+    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
+    args["beta"] = args.pop("g")[..., 0].exp()
+    found, _ = chunk_delta_rule(**args)
+    exact, _ = chunk_delta_rule(**{n: x if x is None else x.double() for n, x in args.items()})
+    assert (found - exact).norm() / exact.norm() < 3e-6
+
+
+def test_a_wrong_shape_is_named(draw):
+    args = draw()
+    with pytest.raises(ValueError, match="beta: expected the shape"):
+        chunk_delta_rule(args["q"], args["k"], args["v"], args["g"])

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from glalm.kernels import selective_scan
+
+
+def truth(x, dt, A, B, C, initial_state, cu_seqlens=None):
+    rows, T, D = x.shape
+    pieces = [(b, 0, T) for b in range(rows)]
+    if cu_seqlens is not None:
+        pieces = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    outputs, states = [x.new_zeros(0, D)], []
+    for n, (row, start, end) in enumerate(pieces):
+        h = initial_state[n]
+        for t in range(start, end):
+            h = (dt[row, t][:, None] * A).exp() * h + (dt[row, t] * x[row, t])[:, None] * B[row, t]
+            outputs.append((h @ C[row, t])[None])
+        states.append(h)
+    return torch.cat(outputs).view(rows, T, D), torch.stack(states)
+
+
+@pytest.mark.parametrize(
+    "T, bounds", [(1, None), (2, None), (37, None), (37, [0, 0, 1, 18, 18, 37, 37])], ids=["1", "2", "batch", "packed"]
+)
+def test_is_the_recurrence(T, bounds, differentiate):
+    torch.manual_seed(0)
+    rows, D, N = 2 if bounds is None else 1, 3, 4
+    args = {
+        "x": torch.randn(rows, T, D),
+        "dt": torch.rand(rows, T, D),
+        "A": -torch.rand(D, N) * 4,
+        "B": torch.randn(rows, T, N),
+        "C": torch.randn(rows, T, N),
+        "initial_state": torch.randn(rows if bounds is None else len(bounds) - 1, D, N),
+    }
+    args = {n: x.double() for n, x in args.items()} | {"cu_seqlens": bounds and torch.tensor(bounds)}
+    found, expected = differentiate(selective_scan, args), differentiate(truth, args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)
+    fresh = {**args, "initial_state": torch.zeros_like(args["initial_state"])}
+    without = selective_scan(**{**args, "initial_state": None})
+    torch.testing.assert_close(without, truth(**fresh))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_chunks_are_the_recurrence_too(carried):
+    """The GPU's path, whose chunks a CPU does not make: a tensor that says it is elsewhere."""
+    from glalm.kernels.selective_scan import states
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    torch.manual_seed(0)
+    decay, update, h = torch.rand(2, 38, 3, 4), torch.randn(2, 38, 3, 4), torch.randn(2, 3, 4) if carried else None
+    found = states(decay.as_subclass(Elsewhere), update, h)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), states(decay, update, h))

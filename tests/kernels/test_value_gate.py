@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from glalm.kernels import chunk_value_gla
+from glalm.kernels.reference import recurrent_gla
+
+
+def truth(q, k, v, g, initial_state=None, cu_seqlens=None):
+    """Each value channel by itself is a GLA with one value channel and the same gate for all keys."""
+    columns = range(v.shape[3])
+    parts = [
+        recurrent_gla(
+            q,
+            k,
+            v[..., i : i + 1],
+            g[..., i : i + 1].expand(q.shape),
+            initial_state=None if initial_state is None else initial_state[..., i : i + 1],
+            cu_seqlens=cu_seqlens,
+        )
+        for i in columns
+    ]
+    return tuple(torch.cat(x, -1) for x in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1, 18, 18, 35]], ids=["batch", "packed"])
+def test_is_a_recurrence_a_channel(bounds, draw, differentiate):
+    args = draw(B=1 if bounds else 2, T=35, K=6, V=4, gates=2.0, dtype=torch.float64, bounds=bounds)
+    args["g"] = draw(B=1 if bounds else 2, T=35, K=4, gates=2.0, dtype=torch.float64, seed=2)["g"]
+    found = differentiate(lambda **a: chunk_value_gla(**a, output_final_state=True), args)
+    expected = differentiate(truth, args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)
+
+
+def test_a_gate_on_the_key_axis_is_refused(draw):
+    args = draw(K=6, V=4)
+    with pytest.raises(ValueError, match="g: expected the shape of v"):
+        chunk_value_gla(**args)

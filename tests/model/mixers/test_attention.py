@@ -1,0 +1,75 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from glalm.model import GLALMConfig
+
+
+def as_llama(weights: dict) -> dict:
+    """The same weights under transformers' names."""
+    renames = {
+        "model.embeddings": "model.embed_tokens",
+        ".attn.": ".self_attn.",
+        ".attn_norm": ".input_layernorm",
+        ".mlp_norm": ".post_attention_layernorm",
+    }
+
+    def renamed(name: str) -> str:
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    return {renamed(name): tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("kv_heads, window", [(4, None), (2, None), (2, 5)])
+def test_logits_and_gradients_are_those_of_transformers(kv_heads, window, tiny, tokens):
+    options = {"num_heads": 4, "num_kv_heads": kv_heads, "window": window}
+    model, ids = tiny(mixer="attention", attention=options), tokens(2, 33)
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "attn_implementation": "eager",
+    }
+    theirs = (
+        LlamaForCausalLM(LlamaConfig(**shape))
+        if window is None
+        else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
+    )
+    theirs = theirs.double().eval()
+    theirs.load_state_dict(as_llama(model.state_dict()))
+    expected = theirs(ids).logits
+    # Their angles are float32 whatever the weights are.
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+    for logits in (model(ids).logits, expected):
+        logits.square().sum().backward()
+    grads = as_llama({n: p.grad for n, p in model.named_parameters()})
+    for name, p in theirs.named_parameters():
+        error = (grads[name] - p.grad).norm() / p.grad.norm()
+        assert error < 1e-5, name
+
+
+def test_a_window_is_all_that_is_kept(tiny, tokens):
+    model = tiny(mixer="attention", attention={"window": 7})
+    keys, values, at, seen = model(tokens(2, 30), use_cache=True).past_key_values.states[0]
+    assert keys.shape[1] == values.shape[1] == 6 and at[0].tolist() == [*range(24, 30)] and seen.tolist() == [30, 30]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": 3}, "model.attention.num_heads=3 does not cut model.hidden_size=32"),
+        ({"num_heads": 32}, "heads of an even number"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "model.attention.num_kv_heads=3 does not divide the 4 query heads"),
+        ({"window": 0}, "model.attention.window must be positive or null, not 0"),
+        ({"windw": 4}, "unknown key model.attention.windw; did you mean model.attention.window?"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        GLALMConfig(hidden_size=32, num_heads=2, mixer="attention", attention=options)

@@ -1,0 +1,60 @@
+"""Parameters and operations by formula, against the model itself and torch's counter."""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from glalm.config import MIXERS, ModelConfig, build
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.flops import cost, forward_flops
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    return build(ModelConfig, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes)
+
+
+def chunk_gla_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
+    """The matmuls of the chunkwise form (GLA, section 3), one by one."""
+    (B, T, H, K), V, C = q_shape, v_shape[3], min(q_shape[1], 64)
+    scores, values, read, update = (C, K, C), (C, C, V), (C, K, V), (K, C, V)
+    return B * H * (T // C) * sum(2 * prod(matmul) for matmul in (scores, values, read, update))
+
+
+def solve_flops(A_shape, B_shape, *_, **__) -> int:
+    """Half a matmul: the other half of a triangular matrix is zeros."""
+    return prod(B_shape) * A_shape[-1]
+
+
+@pytest.mark.parametrize("T", [32, 128])
+@pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
+def test_operations_are_those_that_torch_counts(name, T):
+    changes = {"linear": {"feature_map": "hedgehog"}} if name == "linear" else {}
+    with FakeTensorMode():
+        config = GLALMConfig(**vars(preset(f"{name}_tiny", vocab_size=100, **changes)))
+        config.attention.window = None  # a mask's masked half is counted too
+        model, ids = GLALMForCausalLM(config), torch.zeros(2, T, dtype=torch.long)
+        mapping = {torch.ops.glalm.chunk_gla: chunk_gla_flops, torch.ops.aten.linalg_solve_triangular: solve_flops}
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            model(ids)
+    assert forward_flops(model, T) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)
+
+
+@pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("340m", 374.5), ("1b3", 1365.5)])
+def test_presets_have_as_many_parameters_as_gla(size, millions):
+    for name in (*MIXERS, "hybrid"):
+        parameters = cost(preset(f"{name}_{size}"), 2048).parameters / 1e6
+        assert parameters == pytest.approx(millions, rel=0.01), name
+
+
+def test_a_tied_head_is_counted_once():
+    untied, tied = (cost(preset("gla_tiny", tie_word_embeddings=tie), 64) for tie in (False, True))
+    assert untied.parameters - tied.parameters == 2048 * 128
+    assert untied.forward == tied.forward and untied.training == 3 * untied.forward

@@ -1,0 +1,54 @@
+"""A mixer for each layer."""
+
+import re
+
+import pytest
+
+from glalm.config import ConfigError, ModelConfig, build
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        (None, "gla gla gla gla gla"),
+        ("3*gla+attention", "gla gla gla attention gla"),
+        ("regla + attention", "regla attention regla attention regla"),
+        ("2*regla+8*attention", "regla regla attention attention attention"),
+        (["gla", "2*attention"], "gla attention attention gla attention"),
+    ],
+)
+def test_the_pattern_is_repeated_to_the_depth(layers, expected):
+    config = build(ModelConfig, {"layers": layers, "num_hidden_layers": 5})
+    assert config.layer_mixers() == expected.split()
+
+
+def test_every_layer_has_its_mixer(tiny):
+    model = tiny(layers="gla+attention", num_hidden_layers=4)
+    names = [type(layer.attn).__name__ for layer in model.model.layers]
+    assert names == ["GatedLinearAttention", "Attention"] * 2
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"mixer": "glaa"}, "model.mixer='glaa' is none of the mixers: gla, attention, linear,"),
+        ({"mixer": "retnetion"}, "did you mean retention?"),
+        ({"layers": "3*gla+atention"}, "model.layers='atention' is none of the mixers"),
+        ({"layers": "3*gla+atention"}, "did you mean attention?"),
+        ({"layers": "x*gla"}, "model.layers: 'x*gla' must be a mixer or a number of layers times one"),
+        ({"layers": "0*gla"}, "model.layers: '0*gla' must be"),
+        ({"layers": []}, "model.layers is empty"),
+        ({"layers": 3}, "layers=3 must be text"),
+        ({"layers": ["gla", 3]}, "layers[1]=3 must be text"),
+        ({"gla": {"gate": "vectr"}}, "gla.gate=vectr must be one of vector, scalar, fixed, none; did you mean vector?"),
+        ({"gla": {"num_kv_heads": 3}}, "model.gla.num_kv_heads=3 does not divide model.num_heads=4"),
+        ({"gla": {"short_conv": 1}}, "model.gla.short_conv must be 0 or 2 taps or more, not 1"),
+        ({"gla": {"min_log_gate": 1.0}}, "model.gla.min_log_gate must be null or at most 0"),
+        ({"mixer": "mamba2", "mamba2": {"head_dim": 100}}, "model.mamba2.head_dim=100 does not cut the 2048 channels"),
+        ({"regla": {"gate_axis": "value", "output_norm": False}}, "model.regla.output_norm=false divides by the sum"),
+        ({"intermediate_size": -1}, "model.intermediate_size must be positive, or 0"),
+    ],
+)
+def test_what_is_wrong_is_named(tree, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(ModelConfig, tree)

@@ -1,0 +1,187 @@
+"""What every mixer has to do, in float64 so that equal means equal: each choice of options is a row."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.config import MIXERS, ModelConfig
+from glalm.model import GLALMForCausalLM
+
+CHOICES = {
+    "gla": {},
+    "gla scalar, convolution": {"gla": {"gate": "scalar", "short_conv": 4}},
+    "gla fixed, no output gate": {"gla": {"gate": "fixed", "output_gate": False}},
+    "gla ungated": {"gla": {"gate": "none"}},
+    "gla grouped, clamped": {"num_heads": 4, "gla": {"num_kv_heads": 2, "min_log_gate": -0.04, "short_conv": 3}},
+    "attention": {"mixer": "attention"},
+    "attention grouped": {"mixer": "attention", "attention": {"num_heads": 4, "num_kv_heads": 2}},
+    "attention window": {"mixer": "attention", "attention": {"window": 7}},
+    "linear": {"mixer": "linear"},
+    "linear hedgehog": {"mixer": "linear", "linear": {"feature_map": "hedgehog"}},
+    "linear identity": {"mixer": "linear", "linear": {"feature_map": "identity", "normalise": False}},
+    "retention": {"mixer": "retention", "expand_k": 1.0, "expand_v": 2.0},
+    "regla": {"mixer": "regla", "expand_k": 1.0},
+    "regla, value axis": {"mixer": "regla", "regla": {"gate_axis": "value", "refined_gate": False}},
+    "regla, elu1 and its sum": {"mixer": "regla", "regla": {"feature_map": "elu1", "output_norm": False}},
+    "mamba": {"mixer": "mamba", "intermediate_size": 0},
+    "mamba2": {"mixer": "mamba2", "mamba2": {"state_size": 16, "head_dim": 8, "groups": 2}},
+    "deltanet": {"mixer": "deltanet", "expand_k": 1.0},
+    "deltanet, no convolution": {"mixer": "deltanet", "deltanet": {"short_conv": 0}},
+    "gated_deltanet": {"mixer": "gated_deltanet", "expand_k": 0.75, "expand_v": 1.5},
+    "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
+}
+EXACT = {"rtol": 1e-7, "atol": 1e-8}
+
+every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+
+
+def test_every_mixer_is_here():
+    named = {c.get("mixer", "gla") for c in CHOICES.values() if "layers" not in c}
+    assert named == set(MIXERS)
+
+
+@every_choice
+@torch.no_grad()
+def test_segments_and_steps_with_carried_state_equal_one_pass(choice, tiny, tokens):
+    model, ids = tiny(**choice), tokens(2, 75)
+    whole = model(ids).logits
+    cache, parts = None, []
+    for a, b in [(0, 37), (37, 38), (38, 70), *((t, t + 1) for t in range(70, 75))]:
+        before = cache and torch.utils._pytree.tree_map(torch.clone, cache.states)
+        out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+        if cache is not None:  # a cache given is left as it was
+            torch.testing.assert_close(cache.states, before, rtol=0, atol=0)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+    with torch.enable_grad():  # not the decoding kernel
+        step = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(model(torch.cat([ids, ids[:, -1:]], 1)).logits[:, -1:], step, **EXACT)
+
+
+@every_choice
+def test_the_future_is_not_seen(choice, tiny, tokens):
+    model, ids = tiny(**choice), tokens(1, 70)
+    changed = torch.cat([ids[:, :40], tokens(1, 30, seed=5)], 1)
+    torch.testing.assert_close(model(changed).logits[:, :40], model(ids).logits[:, :40], **EXACT)
+
+
+@every_choice
+def test_packed_sequences_equal_separate_ones(choice, tiny, tokens):
+    model, ids = tiny(**choice), tokens(1, 60)
+    bounds, pieces = torch.tensor([0, 1, 24, 24, 60]), [(0, 1), (1, 24), (24, 60)]
+    packed = model(ids, cu_seqlens=bounds, use_cache=False).logits[0]
+    apart = [model(ids[:, a:b], use_cache=True) for a, b in pieces]
+    torch.testing.assert_close(packed, torch.cat([out.logits[0] for out in apart]), **EXACT)
+    as_int32 = model(ids, cu_seqlens=bounds.int(), use_cache=False).logits[0]
+    torch.testing.assert_close(as_int32, packed, **EXACT)
+
+    states = model(ids, cu_seqlens=bounds, use_cache=True).past_key_values
+    bounds, pieces = torch.tensor([0, 9, 10, 15, 30]).int(), [(0, 9), (9, 10), (10, 15), (15, 30)]
+    more = tokens(1, 30, seed=3)
+    packed = model(more, cu_seqlens=bounds, past_key_values=states, use_cache=True).logits[0]
+    first, second, fourth = (out.past_key_values for out in apart)
+    each = [
+        model(more[:, a:b], past_key_values=cache).logits[0]
+        for cache, (a, b) in zip([first, second, None, fourth], pieces, strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(each), **EXACT)
+
+
+@every_choice
+def test_padding_on_the_left_is_not_seen(choice, tiny, tokens):
+    model, short, long = tiny(**choice), tokens(5), tokens(12, seed=2)
+    batch = torch.stack([F.pad(short, (7, 0), value=3), long])
+    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
+    out = model(batch, attention_mask=mask, use_cache=True)
+    torch.testing.assert_close(out.logits[0, 7:], model(short[None]).logits[0], **EXACT)
+    torch.testing.assert_close(out.logits[1], model(long[None]).logits[0], **EXACT)
+    out.logits.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        step = model(tokens(2, 1), past_key_values=out.past_key_values, use_cache=True).logits[0]
+    torch.testing.assert_close(step, model(torch.cat([short, tokens(2, 1)[0]])[None]).logits[0, -1:], **EXACT)
+
+
+@every_choice
+def test_generation_and_beams_from_the_state_equal_those_from_all_tokens(choice, tiny, tokens):
+    model = tiny(**choice)
+    for ids, beams in ((tokens(2, 9), 1), (tokens(1, 6), 3)):
+        settings = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        expected = model.generate(ids, use_cache=False, **settings)
+        assert torch.equal(model.generate(ids, **settings), expected)
+
+
+@every_choice
+def test_compiled_without_a_graph_break(choice, tiny, tokens):
+    torch._dynamo.reset()
+    block, x = tiny(**choice).model.layers[-1], torch.randn(2, 20, 32, dtype=torch.float64, requires_grad=True)
+    expected, _ = block(x)
+    torch.testing.assert_close(torch.compile(block, backend="aot_eager", fullgraph=True)(x)[0], expected, **EXACT)
+    grads = [
+        torch.autograd.grad((f(x)[0] ** 2).sum(), x)[0] for f in (block, torch.compile(block, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*grads, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "choice", [c for c in CHOICES.values() if c.get("regla", {}).get("gate_axis") != "value"], ids=str
+)
+def test_packed_sequences_compile_too(choice, tiny):
+    torch._dynamo.reset()
+    block, x = tiny(**choice).model.layers[-1], torch.randn(1, 20, 32, dtype=torch.float64)
+    bounds = torch.tensor([0, 1, 7, 7, 20])
+    compiled, _ = torch.compile(block, backend="eager", fullgraph=True)(x, cu_seqlens=bounds)
+    torch.testing.assert_close(compiled, block(x, cu_seqlens=bounds)[0], **EXACT)
+
+
+@every_choice
+def test_every_parameter_learns(choice, tiny, tokens):
+    model, ids = tiny(**choice).train(), tokens(2, 30)
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+@every_choice
+def test_saved_and_loaded(choice, tiny, tokens, tmp_path):
+    model, ids = tiny(**choice), tokens(1, 10)
+    model.save_pretrained(tmp_path)
+    loaded = GLALMForCausalLM.from_pretrained(tmp_path).eval()
+    fields = [f.name for f in dataclasses.fields(ModelConfig)]
+    assert [getattr(loaded.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@every_choice
+def test_half_precision_weights(choice, tiny, tokens):
+    """bf16 throughout and under autocast: it runs, and is near the float64 logits."""
+    model, ids = tiny(**choice), tokens(2, 40)
+    exact = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model.float()(ids).logits
+    for logits in (autocast, model.bfloat16()(ids).logits):
+        error = (logits.double() - exact).square().mean().sqrt() / exact.std()
+        assert error < 0.1
+
+
+@pytest.mark.gpu
+@every_choice
+def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
+    """Logits in batch and packed, and gradients: float32, and bf16 under autocast, where flash attention serves."""
+    model, ids = tiny(**({"hidden_size": 128} | choice)).float(), tokens(1, 200)
+    bounds = torch.tensor([0, 1, 60, 60, 200])
+
+    def results(device: str, autocast: bool) -> list[torch.Tensor]:
+        model.to(device).zero_grad()
+        x, packing = ids.to(device), bounds.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            whole, packed = model(x).logits, model(x, cu_seqlens=packing, use_cache=False).logits
+            (whole.float().square().mean() + packed.float().square().mean()).backward()
+        return [y.detach().double().cpu() for y in (whole, packed, *(p.grad for p in model.parameters()))]
+
+    truth = results("cpu", autocast=False)
+    for autocast, tolerance in ((False, 1e-2), (True, 0.15)):
+        for found, expected in zip(results("cuda", autocast), truth, strict=True):
+            assert (found - expected).norm() / expected.norm() < tolerance

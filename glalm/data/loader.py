@@ -1,74 +1,124 @@
-"""Windows of a token stream as batches for one rank, read ahead by a thread."""
+"""Windows of a token stream as batches for one rank, read ahead by threads."""
 
 import itertools
-import queue
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from glalm.data.order import rank_slice, window_ids
-from glalm.data.shards import TokenSet
+from glalm.data.order import Order, rank_slice
+from glalm.data.shards import TokenSet, left_over
 
 Batch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 READ_AHEAD = 4  # batches
 
 
 class Windows:
-    """The stream of `tokens` cut into windows of T = `length` positions, documents packed end to end.
+    """The stream of each source of `tokens` cut into windows of T = `length` positions, documents packed end to end.
 
-    Window i holds the T + 1 tokens from i * T on; its last is the next window's first, so that every token but
-    the first of the stream is a target exactly once. The `dropped_tokens` at the end fill no window.
-    Raises ValueError if the stream has fewer than T + 1 tokens.
+    Window i of a source holds the T + 1 tokens from i * T on; its last is the next window's first, so that every
+    token but the first of the stream is a target exactly once. The `dropped_tokens` at the ends fill no window.
+    by_source: {source: its number of windows}, in the order in which they are numbered.
+    reset: batches say where documents start, to begin there from an empty state, and no label lies in another
+    document than its input.
+    Raises ValueError if no source has T + 1 tokens.
     """
 
-    def __init__(self, tokens: TokenSet, length: int):
+    def __init__(self, tokens: TokenSet, length: int, reset: bool = False):
         if length < 1:
             raise ValueError(f"length={length} must be at least 1")
-        if tokens.num_tokens < length + 1:
+        self.tokens, self.length, self.reset = tokens, length, reset
+        counts = tokens.source_tokens
+        self.by_source = {source: max(count - 1, 0) // length for source, count in counts.items()}
+        self.dropped_tokens = sum(left_over(count, length) for count in counts.values())
+        self._ends = np.cumsum([0, *self.by_source.values()])  # of each source, in windows
+        self._begins = np.cumsum([0, *counts.values()])  # of each source, in tokens
+        if not len(self):
+            unfinished = "" if tokens.is_complete else " so far: it is still being prepared"
             raise ValueError(
-                f"length={length} needs {length + 1} tokens, but {tokens.folder} has {tokens.num_tokens} for "
-                f"{tokens.split}: shorten the windows, or prepare more text or a larger share for this split"
+                f"length={length} needs {length + 1} tokens of a source, but {tokens.folder} has {tokens.num_tokens} "
+                f"for {tokens.split}{unfinished}: shorten the windows, or prepare more text or a larger share for this "
+                "split"
             )
-        self.tokens, self.length = tokens, length
-        self.dropped_tokens = tokens.num_tokens - (len(self) * length + 1)
 
     def __len__(self) -> int:
-        return (self.tokens.num_tokens - 1) // self.length
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Window i: [T + 1] token ids in the set's dtype."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} is not one of {len(self)}")
-        return self.tokens.tokens(i * self.length, (i + 1) * self.length + 1)
+        start = self._start(i)
+        return self.tokens.tokens(start, start + self.length + 1)
 
     def batch(self, ids: np.ndarray) -> Batch:
-        """input_ids and labels, int64 [len(ids), T]; labels[:, t] is the token after input_ids[:, t]."""
-        rows = torch.from_numpy(np.stack([self[i] for i in ids], dtype=np.int64))
-        return {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+        """input_ids and labels, int64 [len(ids), T]; labels[:, t] is the token after input_ids[:, t].
+
+        With `reset` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are IGNORED
+        where the next token is in another document.
+        """
+        rows = np.empty((len(ids), self.length + 1), dtype=np.int64)
+        for row, i in zip(rows, ids, strict=True):
+            row[:] = self[i]
+        batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:].copy()}
+        if self.reset:
+            starts = np.zeros(rows.shape, dtype=bool)
+            for row, start in zip(starts, map(self._start, ids), strict=True):
+                row[self.tokens.document_starts(start, start + self.length + 1) - start] = True
+            batch["labels"][starts[:, 1:]] = IGNORED
+            starts[:, 0] = True
+            batch["starts"] = starts[:, :-1]
+        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in batch.items()}
+
+    def _start(self, i: int) -> int:
+        """Where window i begins in the stream."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} is not one of {len(self)}")
+        source = int(np.searchsorted(self._ends, i, side="right")) - 1
+        return int(self._begins[source] + (i - self._ends[source]) * self.length)
+
+
+def packed(batch: Batch) -> Batch:
+    """A batch whose rows are one, [1, n * T], with cu_seqlens, int64 [documents + 1], in place of starts."""
+    starts = batch["starts"].flatten()
+    cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
+    rows = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
+    return {**rows, "cu_seqlens": cu_seqlens.to(rows["input_ids"].device)}
 
 
 def batches(
-    windows: Windows, *, seed: int, batch_size: int, start_step: int = 0, rank: int = 0, world: int = 1
+    windows: Windows,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    weights: Mapping[str, float] | None = None,
+    workers: int = 1,
+    pin: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
-    """Training batches without end, from `start_step` on: (step, {"input_ids", "labels"}), int64 [n, T].
+    """Training batches without end, from `start_step` on: (step, what Windows.batch gives for n windows).
 
     batch_size: windows of one optimiser step over all ranks, of which this one gets n = batch_size / world. Labels
     are shifted already: the loss compares logits[:, t] with labels[:, t]. To resume, start at the next step; there
-    is no other state. Raises ValueError if batch_size is not a multiple of world.
+    is no other state. weights: of the sources, see Order. workers: threads that read ahead; what they read does not
+    depend on their number. pin: into page-locked memory, from which a GPU copies while it computes.
+    Raises ValueError if batch_size is not a multiple of world, or weights are not the sources'.
     """
-    rank_slice(window_ids(seed, start_step, batch_size, len(windows)), rank, world)  # raises here, not at next()
+    order = Order(seed, batch_size, windows.by_source, weights)
+    rank_slice(order.ids(start_step), rank, world)  # raises here, not at next()
 
-    def read() -> Iterator[tuple[int, Batch]]:
-        for step in itertools.count(start_step):
-            yield step, windows.batch(rank_slice(window_ids(seed, step, batch_size, len(windows)), rank, world))
+    def read(step: int) -> tuple[int, Batch]:
+        batch = windows.batch(rank_slice(order.ids(step), rank, world))
+        return step, {name: x.pin_memory() for name, x in batch.items()} if pin else batch
 
-    return read_ahead(read())
+    return read_ahead(read, itertools.count(start_step), workers)
 
 
 def sequential(
@@ -86,48 +136,36 @@ def sequential(
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
     rank_slice(np.arange(world), rank, world)
 
-    def read() -> Iterator[Batch]:
-        for start in range(0, count, batch_size * world):
-            left = min(batch_size * world, count - start)
-            places = rank_slice(start + np.arange(-(-left // world) * world), rank, world)
-            batch = windows.batch(places.clip(max=count - 1) * len(windows) // count)
-            batch["labels"][torch.from_numpy(places >= count)] = IGNORED
-            yield batch
+    def read(start: int) -> Batch:
+        left = min(batch_size * world, count - start)
+        places = rank_slice(start + np.arange(-(-left // world) * world), rank, world)
+        batch = windows.batch(places.clip(max=count - 1) * len(windows) // count)
+        batch["labels"][torch.from_numpy(places >= count)] = IGNORED
+        return batch
 
-    return read_ahead(read())
+    return read_ahead(read, range(0, count, batch_size * world))
 
 
-def read_ahead(items: Iterator[Item], depth: int = READ_AHEAD) -> Iterator[Item]:
-    """The same items, produced by a thread that is at most `depth` ahead and ends with this generator.
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int = 1, depth: int = READ_AHEAD
+) -> Iterator[Result]:
+    """map(read, items) by `workers` threads, which are at most `depth` results ahead (or one each) and end with it.
 
-    What `items` raises is raised here, after the items that came before it.
+    What `read` raises is raised here, after the results that came before it.
     """
-    ready: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
 
-    def produce() -> None:
+    def results() -> Iterator[Result]:
+        pool = ThreadPoolExecutor(workers, "glalm-read-ahead")
         try:
-            for item in items:
-                ready.put(("item", item))
-                if closed.is_set():
-                    return
-            ready.put(("end", None))
-        except BaseException as error:
-            ready.put(("error", error))
+            ahead = iter(items)
+            waiting = deque(pool.submit(read, item) for item in itertools.islice(ahead, max(depth, workers)))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(read, item) for item in itertools.islice(ahead, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    thread = threading.Thread(target=produce, name="glalm-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        closed.set()
-        while thread.is_alive():  # it may be waiting for room
-            while not ready.empty():
-                ready.get_nowait()
-            thread.join(timeout=0.01)
+    return results()

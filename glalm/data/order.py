@@ -5,10 +5,65 @@ Nothing is stored and nothing is consumed, so a checkpoint needs no more than th
 
 import hashlib
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 ROUNDS = 8
+CYCLE = 1024  # places in which a mixture has its shares exactly: weights count to a thousandth
+AT_ONCE = 2**18  # places that are counted at once
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a run over the windows of several sources.
+
+    windows: {source: how many it has}; global ids count through them in this order. weights: {source: its share of
+    the training windows, up to a common factor}; None reads all sources as one, in proportion to their sizes, each
+    epoch having every window once. With weights, each source has epochs of its own, one permutation of its windows
+    after the other.
+    Raises ValueError if the weights do not name each source, once, or leave no windows.
+    """
+
+    seed: int
+    batch_size: int
+    windows: Mapping[str, int]
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or sum(self.windows.values()) < 1:
+            raise ValueError(f"batch_size={self.batch_size} and windows={dict(self.windows)} must be at least 1")
+        if self.weights is not None:
+            check_weights(self.weights, self.windows)
+
+    def ids(self, step: int) -> np.ndarray:
+        """Global window ids of one optimiser step: int64 [batch_size]."""
+        if step < 0:
+            raise ValueError(f"step={step} must be at least 0")
+        return self._at(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
+
+    def counts(self, start: int, stop: int) -> dict[str, int]:
+        """How many windows of each source the steps [start, stop) read."""
+        total = np.zeros(len(self.windows), dtype=np.int64)
+        ends = np.cumsum(list(self.windows.values()))
+        first, last = start * self.batch_size, stop * self.batch_size
+        for place in range(first, last, AT_ONCE):
+            ids = self._at(np.arange(place, min(place + AT_ONCE, last), dtype=np.int64))
+            total += np.bincount(np.searchsorted(ends, ids, side="right"), minlength=len(ends))
+        return dict(zip(self.windows, total.tolist(), strict=True))
+
+    def _at(self, places: np.ndarray) -> np.ndarray:
+        if self.weights is None:
+            return shuffled(places, sum(self.windows.values()), self.seed)
+        sources, numbers = mixed(places, self.seed, cycle_counts([self.weights[name] for name in self.windows]))
+        ids, first = np.empty_like(places), 0
+        for i, (name, size) in enumerate(self.windows.items()):
+            here = sources == i
+            ids[here] = first + shuffled(numbers[here], size, f"{self.seed}/{name}") if here.any() else 0
+            first += size
+        return ids
 
 
 def window_ids(seed: int, step: int, batch_size: int, num_windows: int) -> np.ndarray:
@@ -24,12 +79,65 @@ def window_ids(seed: int, step: int, batch_size: int, num_windows: int) -> np.nd
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    epochs, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), num_windows)
-    ids = np.empty(batch_size, dtype=np.int64)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+    return shuffled(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), num_windows, seed)
+
+
+def shuffled(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:
+    """What stands at each of `places` (int64, rising) of an endless row of permutations of range(n), one an epoch."""
+    epochs, places = np.divmod(places, n)
+    ids = np.empty(len(places), dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        ids[here] = permute(places[here], num_windows, round_keys(seed, epoch))
+        ids[here] = permute(places[here], n, round_keys(seed, epoch))
     return ids
+
+
+def mixed(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source has each of the neighbouring `places`, and the how-manieth of that source it is (from 0 on).
+
+    counts: how many of each cycle's CYCLE places every source has; each cycle deals them out in an order of its own.
+    """
+    sources, numbers = np.empty_like(places), np.empty_like(places)
+    cycles, within = np.divmod(places, CYCLE)
+    for cycle in range(int(cycles[0]), int(cycles[-1]) + 1):
+        here = cycles == cycle
+        dealt, ranks = deal(seed, cycle, counts)
+        sources[here], numbers[here] = dealt[within[here]], ranks[within[here]]
+    numbers += cycles * np.array(counts)[sources]
+    return sources, numbers
+
+
+@lru_cache(maxsize=4)
+def deal(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each place of a cycle, and how many places of the cycle that source had before it."""
+    cells = permute(np.arange(CYCLE), CYCLE, round_keys(f"{seed}/mixture", cycle))
+    sources = np.searchsorted(np.cumsum(counts), cells, side="right")
+    ranks = np.empty(CYCLE, dtype=np.int64)
+    for i, count in enumerate(counts):
+        ranks[sources == i] = np.arange(count)
+    return sources, ranks
+
+
+def cycle_counts(weights: list[float]) -> tuple[int, ...]:
+    """CYCLE places shared out by weight: largest remainders first, and one at least for a weight above 0."""
+    shares, wanted = np.array(weights) / sum(weights) * CYCLE, np.array(weights) > 0
+    counts = np.where(wanted, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
+    while counts.sum() != CYCLE:
+        step = 1 if counts.sum() < CYCLE else -1
+        may = counts > 1 if step < 0 else wanted
+        counts[np.argmax(np.where(may, (shares - counts) * step, -np.inf))] += step
+    return tuple(counts.tolist())
+
+
+def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> None:
+    if weights.keys() != windows.keys():
+        raise ValueError(
+            f"weights={dict(weights)} must name each source of the set, with 0 to leave it out: {', '.join(windows)}"
+        )
+    if min(weights.values()) < 0 or not sum(weights.values()) > 0 or not math.isfinite(sum(weights.values())):
+        raise ValueError(f"weights={dict(weights)} must be 0 or more, and one above 0")
+    if empty := [name for name, weight in weights.items() if weight and not windows[name]]:
+        raise ValueError(f"weights.{empty[0]}={weights[empty[0]]}: this source has too few tokens for one window")
 
 
 def rank_slice(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
@@ -42,7 +150,7 @@ def rank_slice(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
     return ids[rank * share : (rank + 1) * share]
 
 
-def round_keys(seed: int, epoch: int) -> np.ndarray:
+def round_keys(seed: int | str, epoch: int) -> np.ndarray:
     """uint64 [ROUNDS], from a hash, so that neighbouring seeds and epochs have nothing in common."""
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
 

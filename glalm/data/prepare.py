@@ -1,24 +1,42 @@
-"""Text to token shards: split by document, tokenise, write; the format is that of glalm.data.shards."""
+"""Text to token shards: read, split by document, tokenise on all cores, write; the format is that of glalm.data.shards.
+
+What is written depends on the sources and the settings alone: not on the number of processes, nor on how often the
+work was killed and begun again.
+"""
 
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
+from glalm.data.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
+from glalm.data.files import explaining_full_disk, locked, replacing
+from glalm.data.progress import PreparationBar
+from glalm.data.records import BadDocument, document
+from glalm.data.shards import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, left_over, read_manifest
+from glalm.data.sources import File, HubShard, Source, source
+from glalm.data.tokenizer import Tokenizer
+from glalm.data.vocabulary import train_sentencepiece
+from glalm.data.writer import JOURNAL, LOGS, SetWriter, describe, last_commit, state_of
 
-from glalm.data.shards import FORMAT, SPLITS, VERSION, ShardWriter, TokenSet, replacing
-from glalm.data.sources import Document, Source, source
-from glalm.data.tokenizer import Tokenizer, train_sentencepiece
+PLAN = ".plan.json"
+BLOCK = 2**20  # bytes of records that are passed to a worker at once
+# Smaller inputs are done before a second process has started.
+SMALL = 2**23
+MOST_TO_TRAIN_ON = 2**32  # bytes of input that are read to train a tokenizer
+HELD_OUT_SHARD = 2**16  # tokens that a shard of held-out text may always have
+LEFT_OVER_LENGTHS = tuple(2**i for i in range(8, 16))
+OUR_FILES = re.compile(
+    rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
+    rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs)?\.npy(\.tmp)?"
+)
 
-HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}
-OUR_FILES = re.compile(rf"manifest\.json|tokenizer\.model|({'|'.join(SPLITS)})/\d+(\.docs)?\.npy")
+Input = File | HubShard
 
 
 def prepare(
@@ -29,176 +47,319 @@ def prepare(
     vocab_size: int = 2048,
     held_out: Mapping[str, float] = HELD_OUT,
     shard_tokens: int = 2**27,
+    text_field: str = "text",
+    source_field: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    add: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    commit_seconds: float = 15,
 ) -> dict[str, Any]:
     """Tokenise `sources` into the folder `out` and return its manifest.
 
-    sources: Source objects, or what `sources.source` takes: "stdlib", or paths.
-    tokenizer: a SentencePiece .model; None trains one of `vocab_size` on the training documents.
+    sources: Source objects, or what `sources.source` takes: "stdlib", paths, "hf:DATASET".
+    tokenizer: what Tokenizer takes; None trains a SentencePiece model of `vocab_size` on the training documents.
     held_out: share of the documents in "validation" and in "test". A document's split depends on its text
         alone: it stays where it is as data is added, and copies of it are never on both sides.
-    shard_tokens: a shard ends before it would hold more; a document longer than this has a shard to itself.
+    shard_tokens: a shard ends before it would hold more; a document longer than this has a shard to itself. Shards
+        of held-out text are smaller by its share, so that the first ones of all splits are complete at one time.
+    text_field, source_field: of a JSON line or a table's row; dots lead into nested fields. Documents are kept apart
+        by what source_field says, or else by the name of their source.
+    on_error: what to do at a record that gives no document: raise ValueError with its file and line, or leave it out
+        and count it by reason. Empty documents are always left out and counted.
+    workers: processes that tokenise (None: all cores).
+    add: append what of `sources` is not in the set yet, with the settings and the tokenizer that the set has.
 
-    Empty documents are skipped. The same call again returns at once, for it finds its own fingerprint (the
-    contents of all source files, and all settings); an unfinished set is begun anew. Raises ValueError if `out`
-    holds a set that was prepared otherwise, unless `overwrite` (then it is always written anew), or other files.
+    The same call again goes on where it was interrupted, or returns at once when the set is complete: input files
+    count as the same by name and size, and by sha256 if they are newer than the set. Raises ValueError if `out` holds
+    a set that was prepared otherwise, unless `overwrite` (then it is always written anew), or other files.
     """
-    sources = [s if isinstance(s, Source) else source(s) for s in sources]
+    _check(held_out, shard_tokens, on_error, workers)
+    inputs = [i for s in sources for i in source(s).inputs]
+    if not inputs:
+        raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
     out = Path(out)
-    _check(sources, held_out, shard_tokens)
+    opened = Tokenizer(tokenizer) if tokenizer else None  # now, because it may lie in `out`
     settings = {
-        "tokenizer": Tokenizer(tokenizer).fingerprint if tokenizer else {"vocab_size": vocab_size},
+        "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
         "held_out": {split: float(held_out.get(split, 0)) for split in SPLITS[1:]},
         "shard_tokens": shard_tokens,
+        "text_field": text_field,
+        "source_field": source_field,
     }
-    inputs = {"sources": [_describe(s) for s in sources], "settings": settings}
-    given = Path(tokenizer).read_bytes() if tokenizer else None  # now, because it may lie in `out`
-    if (out / "manifest.json").exists() and not overwrite:
-        return _already_prepared(out, inputs)
-    _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out), explaining_full_disk(out), PreparationBar(progress) as bar:
+        if overwrite or _has_older_format(out, bar):
+            _clear(out)
+        if (out / PLAN).exists():
+            plan = _unfinished(out, None if add else settings, inputs)
+        elif (out / MANIFEST).exists():
+            plan = _addition(out, None if add else settings, inputs, bar)
+        else:
+            _clear(out)
+            plan = _beginning(out, settings, inputs, opened, bar)
+        if plan:
+            known = {(i.source, i.name): i for i in inputs}
+            planned = [known[i["source"], i["name"]] for i in plan["inputs"]]
+            _carry_out(plan, planned, out, on_error, workers or _cores(), commit_seconds, bar)
+    return read_manifest(out)
 
-    with _progress_bar(progress) as bar:
-        model = _tokenizer(given, vocab_size, sources, held_out, out / "tokenizer.model", bar)
-        dtype = "uint16" if model.vocab_size <= 2**16 else "uint32"
-        writers = {split: ShardWriter(out / split, dtype, shard_tokens) for split in SPLITS}
-        empty = _write(sources, model, held_out, writers, bar)
+
+# ------------------------------------------------------------------------------------------------- what is to be done
+
+
+def _beginning(out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, bar) -> dict:
+    """The plan of a new set. It is on disk, with the tokenizer, before the work begins."""
+    tokenizer = tokenizer or _train(out, settings, inputs, bar)
+    described = _save_tokenizer(tokenizer, out)
+    content = [FORMAT, VERSION, settings, tokenizer.fingerprint, [_key(i) for i in inputs]]
+    plan = {
+        "version": VERSION,
+        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "settings": settings,
+        "tokenizer": described,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "inputs": [_key(i) for i in inputs],
+        "base": None,
+    }
+    return _written(plan, out)
+
+
+def _unfinished(out: Path, settings: dict | None, inputs: list[Input]) -> dict:
+    """The plan of a set that was interrupted; ValueError if it was for other settings or for what is not there."""
+    plan = json.loads((out / PLAN).read_bytes())
+    given = {json.dumps(_key(i)) for i in inputs}
+    gone = [i["name"] for i in plan["inputs"] if json.dumps(i) not in given]
+    changed = _difference(plan["settings"], settings) + [f"{name}, which is gone or changed" for name in gone[:1]]
+    if changed:
+        raise ValueError(
+            f"{out} holds an unfinished set that was prepared otherwise (different {', '.join(changed)}): finish it "
+            "with the command that began it, choose another folder, or overwrite it (overwrite=True, --overwrite)"
+        )
+    return plan
+
+
+def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: PreparationBar) -> dict | None:
+    """The plan to add what a complete set lacks of `inputs`; None if it has them all.
+
+    settings: what it must have been prepared with, and with all inputs; None if inputs may be added.
+    """
+    manifest = {split: TokenSet(out, split) for split in SPLITS}["train"].manifest
+    new = _not_in(out, inputs, bar)
+    changed = _difference(manifest["settings"], settings) + (["sources"] if new and settings else [])
+    if changed:
+        raise ValueError(
+            f"{out} holds a set that was prepared otherwise (different {', '.join(changed)}): choose another folder, "
+            "overwrite it (overwrite=True, --overwrite), or add what is new to it (add=True, --add)"
+        )
+    if not new:
+        return None
+    kept = {key: manifest[key] for key in ("version", "fingerprint", "settings", "tokenizer", "dtype")}
+    return _written({**kept, "inputs": [_key(i) for i in new], "base": state_of(manifest)}, out)
+
+
+def _not_in(out: Path, inputs: list[Input], bar: PreparationBar) -> list[Input]:
+    """Those of `inputs` whose content a complete set lacks."""
+    since = (out / MANIFEST).stat().st_mtime
+    known = [json.loads(line) for line in (out / "inputs.jsonl").read_bytes().splitlines()]
+    by_key = {(i["source"], i["name"], i["bytes"]): i["sha256"] for i in known}
+    by_content = {i["sha256"]: i["name"] for i in known}
+    sizes = {i["bytes"] for i in known}
+    new = []
+    for i in inputs:
+        digest = by_key.get((i.source, i.name, i.size), "")
+        if digest and isinstance(i, File) and i.path.stat().st_mtime > since:
+            digest = digest if i.sha256() == digest else ""
+        if digest == "" and isinstance(i, File) and i.size in sizes and (same := by_content.get(i.sha256())):
+            bar.say(f"{i.path} is in the set already, as {same}")
+        elif digest == "":
+            new.append(i)
+    return new
+
+
+def _has_older_format(out: Path, bar: PreparationBar) -> bool:
+    version = read_manifest(out, any_version=True)["version"] if (out / MANIFEST).exists() else VERSION
+    if version < VERSION:
+        bar.say(
+            f"{out}: token sets had format {version} when it was prepared and have {VERSION} now: preparing it anew"
+        )
+    return version < VERSION
+
+
+def _train(out: Path, settings: dict, inputs: list[Input], bar: PreparationBar) -> Tokenizer:
+    """A tokenizer of the training documents."""
+    size = sum(i.size for i in inputs)
+    if size > MOST_TO_TRAIN_ON or not all(isinstance(i, File) for i in inputs):
+        raise ValueError(
+            "tokenizer: to train one on all of these sources would mean to read them twice; train one on a part of "
+            "them (scripts/train_tokenizer.py) and give it, or give another (--tokenizer)"
+        )
+    bar.start("reading", size)
+    texts = training_texts(inputs, settings["held_out"], settings["text_field"], bar)
+    vocab_size = settings["tokenizer"]["vocab_size"]
+    return train_sentencepiece(texts, out / "tokenizer.model", vocab_size)
+
+
+def training_texts(
+    inputs: Iterable[Input], held_out: Mapping[str, float], text_field: str, bar: PreparationBar
+) -> Iterator[str]:
+    """The documents of `inputs` that are not held out. Bad records are passed over: preparation will meet them."""
+    before = 0
+    for i in inputs:
+        for records, position in i.read([text_field.split(".")[0]]):
+            for record in records:
+                try:
+                    text, _ = document(record, text_field, None)
+                except BadDocument:
+                    continue
+                if split_of(text, held_out) == "train":
+                    yield text
+            bar.update(before + position, len(records))
+        before += i.size
+
+
+# -------------------------------------------------------------------------------------------------------- the work
+
+
+def _carry_out(plan: dict, inputs: list[Input], out: Path, on_error: str, workers: int, every: float, bar) -> None:
+    """Read, tokenise and write what the plan says, from the last commit on, and commit `every` so many seconds."""
+    settings = plan["settings"]
+    writer = SetWriter(out, plan["dtype"], _shard_tokens(settings), last_commit(out) or plan["base"])
+    fields = {key: settings[key] for key in ("held_out", "text_field", "source_field")}
+    recipe = Recipe(out / plan["tokenizer"]["name"], plan["dtype"], **fields)
+    starts = [0, *accumulate(i.size for i in inputs)]
+    bar.start("tokenising", starts[-1], starts[writer.cursor[0]])
+    if all(isinstance(i, File) for i in inputs):
+        workers = min(workers, 1 + starts[-1] // SMALL)
+    committed = time.monotonic()
+    for block, encoded in encode_in_order(_blocks(inputs, *writer.cursor, settings), recipe, workers):
+        _write(writer, block, encoded, inputs[block.input], on_error)
+        bar.update(starts[block.input] + block.position, len(encoded.documents), len(encoded.ids))
+        if time.monotonic() - committed > every:
+            writer.commit()
+            _write_manifest(out, plan, writer, complete=False)
+            committed = time.monotonic()
+    if not any(book["written"] for book in writer.books.values()):
+        _clear(out)
+        raise ValueError(f"no text in {inputs[0].source}: all documents are empty or left out; {writer.books}")
+    writer.finish()
+    writer.commit()
+    _write_manifest(out, plan, writer, complete=True)
+    for name in (JOURNAL, PLAN):
+        (out / name).unlink()
+
+
+def _blocks(inputs: list[Input], number: int, record: int, settings: dict) -> Iterator[Block]:
+    fields = [settings["text_field"], settings["source_field"] or settings["text_field"]]
+    columns = list(dict.fromkeys(field.split(".")[0] for field in fields))
+    for n, i in enumerate(inputs[number:], start=number):
+        yield from blocks_of(i.read(columns), n, i.source, record, BLOCK)
+        record = 0
+
+
+def _write(writer: SetWriter, block: Block, encoded: Encoded, i: Input, on_error: str) -> None:
+    """Write a block's documents and enter it into the books; ValueError if it may not have what it has."""
+    bad = [entry for entry in encoded.skipped if entry[1] != "empty"]
+    if bad and on_error == "stop":
+        writer.commit()
+        number, _, detail = bad[0]
+        where = i.path if isinstance(i, File) else f"{i.source}, {i.name}"
+        raise ValueError(
+            f"{where}:{number + 1}: {detail}. To leave out and count such documents: on_error='skip', --on-error skip"
+        )
+    start = 0
+    for split, name, tokens, text_bytes in encoded.documents:
+        writer.write(split, name, encoded.ids[start : start + tokens], text_bytes)
+        start += tokens
+    for number, reason, detail in encoded.skipped:
+        line = {"source": i.source, "name": i.name, "record": number + 1, "reason": reason, "detail": detail[:200]}
+        writer.log("skipped.jsonl", line)
+    writer.count(i.source, len(encoded.documents), [reason for _, reason, _ in encoded.skipped])
+    writer.cursor = [block.input, block.first + len(block.records)]
+    if block.last:
+        writer.log("inputs.jsonl", {**_key(i), "sha256": i.sha256(), **writer.current})
+        writer.next_input()
+
+
+def _write_manifest(out: Path, plan: dict, writer: SetWriter, complete: bool) -> None:
+    """Each split's left_over: tokens at the ends of its sources that fill no window of so many."""
+    splits = writer.splits()
+    for entry in splits.values():
+        counts = [source["tokens"] for source in entry["sources"].values()]
+        entry["left_over"] = {str(T): sum(left_over(n, T) for n in counts) for T in LEFT_OVER_LENGTHS}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": _fingerprint(inputs),
-        **inputs,
-        "tokenizer": _describe_tokenizer(model),
-        "dtype": dtype,
-        "empty_documents": empty,
-        "splits": {split: writer.close() for split, writer in writers.items()},
+        "complete": complete,
+        **{key: plan[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")},
+        "books": writer.books,
+        "splits": splits,
+        "logs": {name: describe(out / name, out) for name in LOGS} if complete else {},
     }
-    with replacing(out / "manifest.json") as file:
+    with replacing(out / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
-    return manifest
 
 
-def split_of(text: str, held_out: Mapping[str, float] = HELD_OUT) -> str:
-    """The split of the document `text`: "train", "validation" or "test", by its sha256."""
-    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-    for split in ("test", "validation"):
-        point -= held_out.get(split, 0)
-        if point < 0:
-            return split
-    return "train"
+# ----------------------------------------------------------------------------------------------------------- details
 
 
-def _tokenizer(given: bytes | None, vocab_size: int, sources, held_out, path: Path, bar: Progress) -> Tokenizer:
-    if given:
-        with replacing(path) as file:
-            file.write(given)
-        return Tokenizer(path)
-    documents = _documents(sources, bar, "reading")
-    texts = (doc.text for doc in documents if split_of(doc.text, held_out) == "train")
-    return train_sentencepiece(texts, path, vocab_size)
-
-
-def _write(sources, model: Tokenizer, held_out, writers: Mapping[str, ShardWriter], bar: Progress) -> int:
-    """Write all documents; returns how many were skipped because they are empty."""
-    tokens = empty = 0
-    for doc in _documents(sources, bar, "tokenising"):
-        if not doc.text:
-            empty += 1
-            continue
-        ids = [model.bos_id, *model.encode(doc.text), model.eos_id]
-        writers[split_of(doc.text, held_out)].add(ids, text_bytes=len(doc.text.encode()))
-        tokens += len(ids)
-        bar.update(bar.task_ids[-1], tokens=tokens)
-    if not tokens:
-        raise ValueError(f"no text in {', '.join(s.name for s in sources)}: all documents are empty")
-    return empty
-
-
-def _documents(sources: list[Source], bar: Progress, description: str) -> Iterator[Document]:
-    """All documents, with a new line on `bar` that goes by the bytes of the files that were read."""
-    total = sum(s.file_bytes(file) for s in sources for file in s.files)
-    task = bar.add_task(description, total=total, documents=0, tokens=0)
-    documents = 0
-    for s in sources:
-        for file in s.files:
-            for doc in s.read(file):
-                yield doc
-                documents += 1
-                bar.update(task, documents=documents)
-            bar.advance(task, s.file_bytes(file))
-
-
-def _check(sources: list[Source], held_out: Mapping[str, float], shard_tokens: int) -> None:
-    if not sources:
-        raise ValueError("sources is empty: name 'stdlib' or the path of some text")
+def _check(held_out: Mapping[str, float], shard_tokens: int, on_error: str, workers: int | None) -> None:
     if unknown := set(held_out) - set(SPLITS[1:]):
         raise ValueError(f"held_out: unknown split {min(unknown)!r}; give shares of {' and '.join(SPLITS[1:])}")
     if min(held_out.values(), default=0) < 0 or sum(held_out.values()) >= 1:
         raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more and leave some for training")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error={on_error!r} must be 'stop' or 'skip'")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
 
 
-def _describe(s: Source) -> dict:
-    digest = hashlib.sha256()
-    for file in s.files:
-        with open(s.root / file, "rb") as content:
-            digest.update(f"{file}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    size = sum(s.file_bytes(file) for file in s.files)
-    return {"name": s.name, "files": len(s.files), "bytes": size, "sha256": digest.hexdigest()}
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe_tokenizer(model: Tokenizer) -> dict:
-    ids = {"vocab_size": model.vocab_size, "bos_id": model.bos_id, "eos_id": model.eos_id}
-    return {"file": model.path.name, "sha256": model.fingerprint, **ids}
+def _shard_tokens(settings: dict) -> dict[str, int]:
+    most = settings["shard_tokens"]
+    shares = settings["held_out"]
+    return {"train": most} | {split: min(most, max(HELD_OUT_SHARD, int(most * shares[split]))) for split in shares}
 
 
-def _fingerprint(inputs: dict) -> str:
-    # Not the sources' names: a folder that moved holds the same text.
-    content = [FORMAT, VERSION, [s["sha256"] for s in inputs["sources"]], inputs["settings"]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _key(i: Input) -> dict:
+    return {"source": i.source, "name": i.name, "bytes": i.size}
 
 
-def _already_prepared(out: Path, inputs: dict) -> dict:
-    """The manifest of the set in `out`, if it is complete and was made of these inputs; else ValueError."""
-    manifest = {split: TokenSet(out, split) for split in SPLITS}["train"].manifest
-    if manifest["fingerprint"] == _fingerprint(inputs):
-        return manifest
-    old, new = manifest["settings"], inputs["settings"]
-    changed = ", ".join(key for key in new if old.get(key) != new[key]) or "sources"
-    raise ValueError(
-        f"{out} holds a set that was prepared otherwise (different {changed}): "
-        "choose another folder, or overwrite it (overwrite=True, --overwrite)"
-    )
+def _difference(old: dict, new: dict | None) -> list[str]:
+    return [key for key in new or () if old.get(key) != new[key]]
+
+
+def _written(plan: dict, out: Path) -> dict:
+    with replacing(out / PLAN) as file:
+        file.write(json.dumps(plan).encode())
+    return plan
+
+
+def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
+    name = tokenizer.save(out)
+    paths = sorted((out / name).iterdir()) if (out / name).is_dir() else [out / name]
+    keys = ("fingerprint", "vocab_size", "bos_id", "eos_id", "before", "after", "round_trips")
+    return {"name": name, **{k: getattr(tokenizer, k) for k in keys}, "files": [describe(p, out) for p in paths]}
 
 
 def _clear(out: Path) -> None:
     """Remove a set, finished or not, from `out`. ValueError, and nothing removed, if other files are there."""
-    out.mkdir(parents=True, exist_ok=True)
     ours = []
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
-        if OUR_FILES.fullmatch(name) or path.match(".*.tmp"):
+        if OUR_FILES.fullmatch(name) or name in (PLAN, JOURNAL) or path.match(".*.tmp"):
             ours.append(path)
         elif path.is_file() and not path.name.startswith("."):
             raise ValueError(f"{path} is not part of a prepared set: choose another folder than {out}")
     # The manifest first: from here on the set is not complete.
-    for path in sorted(ours, key=lambda path: path.name != "manifest.json"):
+    for path in sorted(ours, key=lambda path: path.name != MANIFEST):
         path.unlink()
-
-
-class _Counts(ProgressColumn):
-    def __init__(self):
-        super().__init__(Column(no_wrap=True))
-
-    def render(self, task: Task) -> Text:
-        documents, tokens = task.fields["documents"], task.fields["tokens"]
-        rate = tokens / task.elapsed if task.elapsed else 0
-        shown = f"{documents:,} documents"
-        return Text(f"{shown}  {tokens / 1e6:,.1f}M tokens  {rate / 1e6:.2f}M tokens/s" if tokens else shown)
-
-
-def _progress_bar(enabled: bool) -> Progress:
-    time_left = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=10), _Counts(), time_left)
-    return Progress(*columns, console=Console(stderr=True), disable=not enabled)
+    for path in sorted(out.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

@@ -8,24 +8,29 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import glalm
 from glalm import config as configs
 from glalm.config import ConfigError, RunConfig, require
-from glalm.data.loader import Windows, batches, sequential
-from glalm.data.shards import TokenSet
+from glalm.data.loader import Batch, Windows, batches, packed, sequential
+from glalm.data.order import Order, check_weights
+from glalm.data.shards import TokenSet, read_manifest
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.loss import IGNORE
 from glalm.train import checkpoint
 from glalm.train.guards import StopSignal
 from glalm.train.metrics import Metrics
 from glalm.train.optim import adamw, learning_rate
+
+DATA = "data.json"  # in the run's folder: the manifest of the data as it was when the run began
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +48,8 @@ def train(config: RunConfig) -> int:
     micro_batch, _ = config.train.accumulation(accelerator.num_processes)
     training, validation = open_data(config)
     run_id = open_run(config, training.tokens.fingerprint, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        pin_data(config, training.tokens.manifest)
     model, optimizer = build(config, accelerator)
     start = restore(config, model, optimizer)
     wrapped = accelerator.prepare_model(model)
@@ -55,8 +62,9 @@ def train(config: RunConfig) -> int:
         report_start(metrics, config, model, training, start, accelerator)
         if start == 0:
             metrics.log({"step": 0, **validate(accelerator, wrapped, validation, config)})
+        sources = SourceTokens(config, training, start)
         clock = Clock(start)
-        for step, batch in steps(config, training, start, accelerator):
+        for step, batch in clock.waiting(steps(config, training, start, accelerator)):
             lr = learning_rate(step, config.train.steps, config.optim)
             loss, grad_norm = update(accelerator, wrapped, optimizer, batch, micro_batch, lr, config.optim.grad_clip)
             metrics.advance(step)
@@ -66,13 +74,14 @@ def train(config: RunConfig) -> int:
             row = {}
             if last or saving or step % config.train.log_every == 0:
                 row |= training_row(accelerator, loss, grad_norm, lr, step, config, clock)
+                row |= sources.until(step)
             if last or step % config.train.eval_every == 0:
                 row |= validate(accelerator, wrapped, validation, config)
             if row:
                 metrics.log({"step": step, **row})
                 if saving:  # after its row: resuming drops rows beyond the newest checkpoint, but cannot add one
                     save(config, accelerator, model, optimizer, step)
-                clock = Clock(step)
+                clock.restart(step)
             if stopping and not last:
                 metrics.say(f"stopped: {saves / f'step_{step}'} is saved; the same command goes on from there")
                 return stop.received or 0
@@ -94,10 +103,20 @@ def choose_precision(wanted: str) -> str:
 
 
 def open_data(config: RunConfig) -> tuple[Windows, Windows]:
-    """The training and validation windows of config.data, checked against the model and the batch."""
+    """The training and validation windows of config.data, checked against the model and the batch.
+
+    Of a set that is still being prepared or added to, they are what was complete when the run began.
+    """
+    reset = config.data.boundaries == "reset"
     try:
-        sets = [TokenSet(config.data.path, split) for split in ("train", "validation")]
-        training, validation = (Windows(s, config.data.seq_len) for s in sets)
+        record = config.folder / DATA
+        manifest = json.loads(record.read_text()) if record.exists() else read_manifest(Path(config.data.path))
+        if torch.distributed.is_initialized():
+            [manifest] = broadcast_object_list([manifest])  # the set may have grown between two processes' looks
+        sets = [TokenSet(config.data.path, split, manifest) for split in ("train", "validation")]
+        training, validation = (Windows(s, config.data.seq_len, reset) for s in sets)
+        if config.data.weights is not None:
+            check_weights(config.data.weights, training.by_source)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.path={config.data.path}: {error}") from error
     vocabulary = training.tokens.vocab_size
@@ -136,6 +155,15 @@ def open_run(config: RunConfig, data_fingerprint: str, writes: bool) -> str:
     return run_id
 
 
+def pin_data(config: RunConfig, manifest: dict) -> None:
+    """Records which shards the run reads, now and when it is resumed."""
+    record = config.folder / DATA
+    if not record.exists():
+        partial = record.with_suffix(".tmp")
+        partial.write_text(json.dumps(manifest))
+        partial.replace(record)
+
+
 def versions() -> dict[str, str]:
     modules = {m.__name__: m.__version__ for m in (glalm, torch, transformers, accelerate)}
     return modules | {"python": platform.python_version()}
@@ -166,25 +194,43 @@ def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelera
         start_step=start,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        weights=config.data.weights,
+        workers=config.data.workers,
+        pin=accelerator.device.type == "cuda",
     )
     for index, batch in stream:
         if index == config.train.steps:
             return
-        yield index + 1, {k: x.to(accelerator.device, non_blocking=True) for k, x in batch.items()}
+        yield index + 1, on_device(batch, accelerator)
+
+
+def on_device(batch: Batch, accelerator: Accelerator) -> Batch:
+    """The batch on the process's device, but for `starts`, of which sizes are made."""
+    return {k: x if k == "starts" else x.to(accelerator.device, non_blocking=True) for k, x in batch.items()}
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor | None]:
+    """What the model is called with: rows, or where documents begin anew, one row of packed documents."""
+    batch = packed(batch) if "starts" in batch else batch
+    names = {"labels": "shift_labels"}
+    return {names.get(name, name): x for name, x in batch.items()}
 
 
 def update(
     accelerator: Accelerator, model, optimizer, batch: dict, micro_batch: int, lr: float, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step. Returns this process's mean loss and the gradient's norm before clipping, both on device."""
-    micros = list(zip(batch["input_ids"].split(micro_batch), batch["labels"].split(micro_batch), strict=True))
+    """One optimiser step. Returns this process's part of the mean loss over all processes' scored tokens (their mean
+    is that loss) and the gradient's norm before clipping, both on device."""
+    splits = {name: x.split(micro_batch) for name, x in batch.items()}
+    micros = [dict(zip(splits, values, strict=True)) for values in zip(*splits.values(), strict=True)]
+    parts = scored_parts(accelerator, micros)
     model.train()
     total = 0.0
-    for i, (input_ids, targets) in enumerate(micros):
+    for i, (micro, part) in enumerate(zip(micros, parts, strict=True)):
         # Gradients are summed across processes once a step, with the last micro-batch.
         synchronise = i == len(micros) - 1
         with accelerator.autocast(), _unless(synchronise, accelerator.no_sync, model):
-            loss = model(input_ids=input_ids, shift_labels=targets).loss / len(micros)
+            loss = model(**model_inputs(micro)).loss * part
             accelerator.backward(loss)
         total = total + loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -195,6 +241,14 @@ def update(
     return total, grad_norm
 
 
+def scored_parts(accelerator: Accelerator, micros: list[Batch]) -> list[float] | Tensor:
+    """Each micro-batch's part of the tokens that all processes score in a step, times the number of processes."""
+    if "starts" not in micros[0]:
+        return [1 / len(micros)] * len(micros)
+    scored = torch.stack([(micro["labels"] != IGNORE).sum() for micro in micros]).float()
+    return scored / accelerator.reduce(scored.sum(), "mean")
+
+
 @torch.no_grad()
 def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfig) -> dict[str, float]:
     """Mean cross-entropy (nats a token) and perplexity over the first train.eval_sequences validation windows."""
@@ -203,10 +257,10 @@ def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfi
     micro_batch, _ = config.train.accumulation(world)
     total = torch.zeros(2, device=accelerator.device)  # nats, targets
     for batch in sequential(windows, micro_batch, rank=rank, world=world, limit=config.train.eval_sequences):
-        input_ids, targets = (batch[k].to(accelerator.device) for k in ("input_ids", "labels"))
+        batch = on_device(batch, accelerator)
         with accelerator.autocast():
-            loss = model(input_ids=input_ids, shift_labels=targets, use_cache=False).loss
-        scored = (targets != IGNORE).sum()
+            loss = model(**model_inputs(batch), use_cache=False).loss
+        scored = (batch["labels"] != IGNORE).sum()
         total += torch.stack([loss * scored, scored])
     loss, tokens = accelerator.reduce(total, "sum").tolist()
     return {"val_loss": loss / tokens, "val_perplexity": math.exp(loss / tokens)}
@@ -236,13 +290,48 @@ def _unless(condition: bool, context, *args):
 
 
 class Clock:
-    """Seconds and steps since it was made."""
+    """Seconds and steps since it was started, and how many of the seconds went by waiting for data."""
 
     def __init__(self, step: int):
-        self.step, self.time = step, time.perf_counter()
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.time, self.waited = step, time.perf_counter(), 0.0
+
+    def waiting(self, stream: Iterator) -> Iterator:
+        """The items of `stream`, each waited for by this clock."""
+        while True:
+            begun = time.perf_counter()
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - begun
+            yield item
 
     def tokens_per_second(self, step: int, tokens: int) -> float:
         return (step - self.step) * tokens / (time.perf_counter() - self.time)
+
+    def data_wait(self, step: int) -> float:
+        """Seconds a step."""
+        return self.waited / (step - self.step)
+
+
+class SourceTokens:
+    """Tokens of each source that a run has read so far. It only goes forward."""
+
+    def __init__(self, config: RunConfig, windows: Windows, start: int):
+        self.order = Order(config.seed, config.train.batch_size, windows.by_source, config.data.weights)
+        self.length, self.step = windows.length, start
+        self.counts = self.order.counts(0, start) if len(windows.by_source) > 1 else {}
+
+    def until(self, step: int) -> dict[str, int]:
+        """{"tokens/SOURCE": read in the steps up to `step`}; empty where there is one source."""
+        if self.counts:
+            more = self.order.counts(self.step, step)
+            self.step, self.counts = step, {name: n + more[name] for name, n in self.counts.items()}
+        return {f"tokens/{name}": n * self.length for name, n in self.counts.items()}
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -264,6 +353,7 @@ def training_row(accelerator, loss: Tensor, grad_norm: Tensor, lr: float, step: 
         "grad_norm": norm,
         "tokens": step * tokens_per_step(config),
         "tokens_per_second": clock.tokens_per_second(step, tokens_per_step(config)),
+        "data_wait_seconds": clock.data_wait(step),
     }
 
 
@@ -271,6 +361,11 @@ def report_start(metrics: Metrics, config: RunConfig, model, windows: Windows, s
     parameters = sum(p.numel() for p in model.parameters())
     tokens = config.train.steps * tokens_per_step(config)
     epochs = config.train.steps * config.train.batch_size / len(windows)
+    unfinished = "" if windows.tokens.is_complete else "; being prepared, and the run keeps to what is there now"
+    metrics.say(
+        f"{config.data.path}: {len(windows):,} windows of {windows.length} tokens, {windows.dropped_tokens:,} at "
+        f"the ends of sources fill none{unfinished}"
+    )
     metrics.say(
         f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens ({epochs:.2f} epochs of "
         f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}, "

@@ -1,12 +1,14 @@
 import itertools
+import json
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from glalm.data.loader import IGNORED, Windows, batches, read_ahead, sequential
+from glalm.data.loader import IGNORED, Windows, batches, packed, read_ahead, sequential
 from glalm.data.order import window_ids
+from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 
 T = 16
@@ -121,7 +123,7 @@ def test_sequential_has_windows_once_in_order_evenly_spaced_in_equal_shapes(wind
 
 
 def readers():
-    return [t for t in threading.enumerate() if t.name == "glalm-read-ahead"]
+    return [t for t in threading.enumerate() if t.name.startswith("glalm-read-ahead")]
 
 
 def test_the_thread_ends_with_the_generator(windows):
@@ -137,30 +139,115 @@ def test_the_thread_ends_with_the_generator(windows):
 
 
 def test_reading_ahead_is_bounded():
-    made = []
-    third = threading.Event()
+    made, third = [], threading.Event()
 
     def numbers():
         for i in range(100):
             made.append(i)
-            if i == 3:
-                third.set()
             yield i
 
-    items = read_ahead(numbers(), depth=2)
+    def read(i):
+        if i == 3:
+            third.set()
+        return i
+
+    items = read_ahead(read, numbers(), depth=2)
+    assert made == []  # nothing before it is asked for
     assert next(items) == 0
-    assert third.wait(5)  # one was taken, two are in the queue, one waits for room
-    assert not threading.Event().wait(0.05) and len(made) == 4
+    assert made == [0, 1, 2] and not third.is_set()
     assert list(items) == list(range(1, 100))
 
 
-def test_errors_reach_the_consumer_after_the_items_before_them():
-    def numbers():
-        yield from range(3)
-        raise OSError("disk on fire")
+def test_the_number_of_workers_does_not_change_what_is_read(windows):
+    one, four = (take(20, windows=windows, seed=1, batch_size=4, workers=n) for n in (1, 4))
+    for (step_a, a), (step_b, b) in zip(one, four, strict=True):
+        assert step_a == step_b and torch.equal(a["input_ids"], b["input_ids"])
+    slow = read_ahead(lambda i: threading.Event().wait(0.01 * (i % 3)) or i, range(30), workers=4)
+    assert list(slow) == list(range(30))  # in order, whoever is done first
 
-    items = read_ahead(numbers())
+
+def test_errors_reach_the_consumer_after_the_items_before_them():
+    def read(i):
+        if i == 3:
+            raise OSError("disk on fire")
+        return i
+
+    items = read_ahead(read, range(10))
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="disk on fire"):
         next(items)
     assert not readers()
+
+
+@pytest.fixture(scope="module")
+def mixed_set(texts, tmp_path_factory):
+    """A set of two sources, of short documents."""
+    root = tmp_path_factory.mktemp("two")
+    for name, part in (("long", texts[30:]), ("short", texts[:30])):
+        (root / name).mkdir()
+        for i, text in enumerate(part):
+            (root / name / f"{i:02d}.txt").write_text(text)
+    held_out = {"validation": 0.1}
+    prepare(
+        [root / "short", root / "long"],
+        root / "set",
+        vocab_size=400,
+        held_out=held_out,
+        shard_tokens=500,
+        progress=False,
+    )
+    return root / "set"
+
+
+def test_windows_of_several_sources_cross_no_border(mixed_set):
+    tokens = TokenSet(mixed_set, "train")
+    windows = Windows(tokens, T)
+    assert list(windows.by_source) == ["long", "short"]
+    begin = first = dropped = 0
+    for name, count in tokens.source_tokens.items():
+        stream = tokens.tokens(begin, begin + count)
+        for i in range(windows.by_source[name]):
+            assert windows[first + i].tolist() == stream[i * T : i * T + T + 1].tolist()
+        covered = windows.by_source[name] * T + 1
+        assert 0 <= count - covered < T  # the last window is there
+        begin, first, dropped = begin + count, first + windows.by_source[name], dropped + count - covered
+    assert (first, dropped) == (len(windows), windows.dropped_tokens)
+    manifest = json.loads((mixed_set / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["left_over"]["256"] == Windows(tokens, 256).dropped_tokens
+
+
+def test_weights_reach_the_batches(mixed_set):
+    windows = Windows(TokenSet(mixed_set, "train"), T)
+    weights = {"short": 1.0, "long": 0.0}
+    last = windows.tokens.tokens(windows.tokens.source_tokens["long"], windows.tokens.num_tokens)
+    rows = {tuple(last[i * T : (i + 1) * T].tolist()) for i in range(windows.by_source["short"])}
+    seen = {
+        tuple(r.tolist())
+        for _, b in take(60, windows=windows, seed=0, batch_size=8, weights=weights)
+        for r in b["input_ids"]
+    }
+    assert seen <= rows and len(seen) == min(len(rows), 480)
+    with pytest.raises(ValueError, match="must name each source"):
+        batches(windows, seed=0, batch_size=8, weights={"short": 1.0})
+
+
+def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
+    tokens = TokenSet(mixed_set, "train")
+    plain, reset = Windows(tokens, T), Windows(tokens, T, reset=True)
+    ids = np.arange(len(plain))
+    a, b = plain.batch(ids), reset.batch(ids)
+    assert torch.equal(a["input_ids"], b["input_ids"]) and "starts" not in a
+    begins = a["input_ids"] == tokens.bos_id  # each document is framed by bos and eos
+    begins[:, 0] = True
+    assert torch.equal(b["starts"], begins) and begins[:, 1:].any()
+    seam = a["labels"] == tokens.bos_id
+    assert (b["labels"][seam] == IGNORED).all() and torch.equal(b["labels"][~seam], a["labels"][~seam])
+
+
+def test_packed_rows(mixed_set):
+    batch = Windows(TokenSet(mixed_set, "train"), T, reset=True).batch(np.arange(5))
+    row = packed(batch)
+    assert row["input_ids"].shape == row["labels"].shape == (1, 5 * T)
+    bounds = row["cu_seqlens"].tolist()
+    assert bounds[0] == 0 and bounds[-1] == 5 * T and {T, 2 * T, 3 * T, 4 * T} <= set(bounds)
+    assert bounds[:-1] == batch["starts"].flatten().nonzero().flatten().tolist()

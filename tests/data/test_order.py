@@ -1,11 +1,12 @@
 from collections import Counter
+from itertools import count, islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glalm.data.order import permute, rank_slice, round_keys, window_ids
+from glalm.data.order import CYCLE, Order, cycle_counts, permute, rank_slice, round_keys, window_ids
 
 seeds = st.integers(-(2**70), 2**70)
 
@@ -88,3 +89,110 @@ def test_arguments_are_checked():
         rank_slice(np.arange(10), 0, 4)
     with pytest.raises(ValueError, match="rank=4 is not one of world=4"):
         rank_slice(np.arange(8), 4, 4)
+
+
+SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=5).map(lambda n: {f"source {i}": x for i, x in enumerate(n)})
+
+
+@st.composite
+def orders(draw):
+    windows = draw(SIZES)
+    some = st.lists(st.floats(0, 10), min_size=len(windows), max_size=len(windows)).filter(lambda w: sum(w) > 0.01)
+    weights = draw(st.none() | some.map(lambda w: dict(zip(windows, w, strict=True))))
+    return Order(draw(seeds), 8 * draw(st.integers(1, 6)), windows, weights)
+
+
+def source_ids(order):
+    """The windows of each source, in the order in which a run reads them, without end."""
+    edges = np.cumsum([0, *order.windows.values()])
+    for step in count():
+        for i in order.ids(step).tolist():
+            source = int(np.searchsorted(edges, i, side="right")) - 1
+            yield source, i - int(edges[source])
+
+
+@settings(max_examples=40)
+@given(orders(), st.data())
+def test_each_source_has_each_window_once_an_epoch_whatever_the_weights(order, data):
+    """However a run moves between 4, 2 and 8 ranks: their shares, put together, are the step."""
+    sizes, seen = list(order.windows.values()), {i: [] for i in range(len(order.windows))}
+    edges = np.cumsum([0, *sizes])
+    for step in range(min(60, 3 * sum(sizes) // order.batch_size + 1)):
+        world = data.draw(st.sampled_from([1, 2, 4, 8])) if step < 10 else 8
+        for rank in range(world):
+            for i in rank_slice(order.ids(step), rank, world).tolist():
+                source = int(np.searchsorted(edges, i, side="right")) - 1
+                seen[source].append(i - int(edges[source]))
+    if order.weights is None:
+        whole = [i + int(edges[s]) for s, i in islice(source_ids(order), sum(sizes))]
+        assert sorted(whole) == list(range(sum(sizes)))
+        return
+    for source, windows in seen.items():
+        n = sizes[source]
+        for epoch in range(0, len(windows), n):
+            part = windows[epoch : epoch + n]
+            assert len(set(part)) == len(part) and (len(part) < n or sorted(part) == list(range(n)))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(lambda w: sum(w) > 0.1), seeds)
+def test_every_cycle_has_the_shares(weights, seed):
+    counts = cycle_counts(weights)
+    assert sum(counts) == CYCLE
+    for count_, weight in zip(counts, weights, strict=True):
+        assert (count_ == 0) == (weight == 0)
+        assert abs(count_ - CYCLE * weight / sum(weights)) <= len(weights)
+    windows = {str(i): 5000 for i in range(len(weights))}
+    order = Order(seed, CYCLE, windows, dict(zip(windows, weights, strict=True)))
+    for step in range(3):
+        assert list(order.counts(step, step + 1).values()) == list(counts)
+
+
+def test_shares_hold_within_a_cycle_too():
+    order = Order(0, 100, {"a": 10**6, "b": 10**6}, {"a": 3, "b": 1})
+    shares = [order.counts(step, step + 1)["a"] for step in range(50)]
+    assert np.mean(shares) == pytest.approx(75, abs=1) and np.std(shares) < 6  # 75 +- 4.3 of 100 by chance
+
+
+@given(orders(), st.integers(0, 20), st.integers(0, 20))
+def test_counts_are_of_the_ids(order, start, steps):
+    expected = Counter(source for step in range(start, start + steps) for source in sources_of(order, step))
+    assert order.counts(start, start + steps) == {name: expected[i] for i, name in enumerate(order.windows)}
+
+
+def sources_of(order, step):
+    return np.searchsorted(np.cumsum(list(order.windows.values())), order.ids(step), side="right").tolist()
+
+
+@given(seeds, st.integers(1, 1000), st.integers(1, 8), st.integers(0, 100))
+def test_without_weights_the_sources_are_one(seed, n, batch_size, step):
+    order = Order(seed, batch_size, {"a": n, "b": 3})
+    assert order.ids(step).tolist() == window_ids(seed, step, batch_size, n + 3).tolist()
+
+
+def test_a_source_keeps_its_order_when_another_comes():
+    """So a mixture can be compared with another run's, source by source."""
+    two = Order(3, 8, {"a": 50, "b": 70}, {"a": 1, "b": 1})
+    three = Order(3, 8, {"a": 50, "c": 9, "b": 70}, {"a": 1, "b": 2, "c": 1})
+    b_of_two = [i for source, i in islice(source_ids(two), 4000) if source == 1]
+    b_of_three = [i for source, i in islice(source_ids(three), 4000) if source == 2]
+    assert b_of_two[:1500] == b_of_three[:1500] and len(b_of_three) > 1500
+
+
+def test_weights_are_checked():
+    windows = {"books": 5, "code": 0}
+    for weights, message in [
+        ({"books": 1}, "must name each source of the set, with 0 to leave it out: books, code"),
+        ({"books": 1, "code": 0, "wiki": 1}, "must name each source"),
+        ({"books": -1, "code": 0}, "0 or more"),
+        ({"books": 0, "code": 0}, "one above 0"),
+        ({"books": 1, "code": 1}, r"weights\.code=1: this source has too few tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Order(0, 8, windows, weights)
+    Order(0, 8, windows, {"books": 1, "code": 0}).ids(0)
+
+
+def test_an_order_of_a_trillion_tokens_is_found_at_once():
+    order = Order(1, 512, {"a": 4 * 10**8, "b": 10**8}, {"a": 0.7, "b": 0.3})
+    ids = np.concatenate([order.ids(step) for step in range(2 * 10**6, 2 * 10**6 + 4)])
+    assert len(np.unique(ids)) == len(ids) and ids.max() < 5 * 10**8

@@ -1,18 +1,23 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from glalm.data import prepare as prepare_module
+from glalm.data.inspect import inspect
 from glalm.data.prepare import prepare, split_of
-from glalm.data.shards import SPLITS, TokenSet
+from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.sources import stdlib
-from glalm.data.tokenizer import Tokenizer, train_sentencepiece
+from glalm.data.tokenizer import Tokenizer
+from glalm.data.vocabulary import train_sentencepiece
 
 SMALL = {"vocab_size": 400, "progress": False}
 
@@ -25,7 +30,7 @@ def test_the_stream_is_the_documents_framed(prepared, texts):
     tokenizer = Tokenizer(prepared / "tokenizer.model")
     for split in SPLITS:
         expected = [[1, *tokenizer.encode(t), 2] for t in texts if split_of(t) == split]
-        files = sorted(p for p in (prepared / split).glob("*.npy") if not p.name.endswith(".docs.npy"))
+        files = sorted(p for p in (prepared / split).glob("*/*.npy") if not p.name.endswith(".docs.npy"))
         stream = np.concatenate([np.load(f) for f in files])
         assert stream.dtype == np.uint16
         assert stream.tolist() == list(chain.from_iterable(expected))
@@ -33,11 +38,11 @@ def test_the_stream_is_the_documents_framed(prepared, texts):
 
 def test_shards_hold_whole_documents_within_the_limit(prepared):
     manifest = json.loads((prepared / "manifest.json").read_text())
-    shards = manifest["splits"]["train"]["shards"]
+    shards = manifest["splits"]["train"]["sources"]["corpus"]["shards"]
     assert len(shards) > 3
     for i, shard in enumerate(shards):
-        tokens = np.load(prepared / f"train/{i:05d}.npy")
-        borders = np.load(prepared / f"train/{i:05d}.docs.npy")
+        tokens = np.load(prepared / f"train/corpus/{i:05d}.npy")
+        borders = np.load(prepared / f"train/corpus/{i:05d}.docs.npy")
         assert borders.dtype == np.int64
         assert (borders[0], borders[-1], len(borders) - 1) == (0, len(tokens), shard["documents"])
         assert (tokens[borders[:-1]] == 1).all() and (tokens[borders[1:] - 1] == 2).all()
@@ -47,20 +52,33 @@ def test_shards_hold_whole_documents_within_the_limit(prepared):
 
 def test_manifest_tells_what_is_there(prepared, texts, corpus):
     manifest = json.loads((prepared / "manifest.json").read_text())
-    files = {"manifest.json", "tokenizer.model"}
+    files = {"manifest.json", "tokenizer.model", "inputs.jsonl", "skipped.jsonl"}
     for split in SPLITS:
         entry = manifest["splits"][split]
         mine = [t for t in texts if split_of(t) == split]
         assert entry["documents"] == len(mine)
         assert entry["text_bytes"] == sum(len(t.encode()) for t in mine)
-        for shard in entry["shards"]:
+        for shard in entry["sources"]["corpus"]["shards"]:
             for file in shard["files"].values():
                 data = (prepared / file["file"]).read_bytes()
                 assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
                 files.add(file["file"])
     assert set(contents(prepared)) == files  # nothing else is left, no temporary file either
-    assert manifest["tokenizer"]["sha256"] == Tokenizer(prepared / "tokenizer.model").fingerprint
-    assert manifest["sources"][0]["name"] == str(corpus)
+    assert manifest["tokenizer"]["fingerprint"] == Tokenizer(prepared / "tokenizer.model").fingerprint
+    assert (manifest["complete"], manifest["books"]) == (True, {"corpus": {"read": 60, "written": 60, "skipped": {}}})
+    assert [json.loads(line) for line in (prepared / "inputs.jsonl").read_text().splitlines()] == [
+        {
+            "source": "corpus",
+            "name": "texts.jsonl",
+            "bytes": corpus.stat().st_size,
+            "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
+            "read": 60,
+            "written": 60,
+        }
+    ]
+    for split in SPLITS:
+        tokens = TokenSet(prepared, split).num_tokens
+        assert manifest["splits"][split]["left_over"]["256"] == ((tokens - 1) % 256 if tokens > 256 else tokens)
 
 
 def test_split_is_by_text_and_of_the_share_asked_for():
@@ -89,10 +107,10 @@ def test_the_same_call_again_changes_nothing(corpus, tmp_path, monkeypatch):
     first = prepare([corpus], tmp_path / "a", **SMALL)
     before = contents(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_write", None)  # it would fail if it tokenised again
+        patch.setattr(prepare_module, "_carry_out", None)  # it would fail if it tokenised again
         assert prepare([corpus], tmp_path / "a", **SMALL) == first
-        moved = tmp_path / "moved" / corpus.name
-        moved.parent.mkdir()
+        moved = tmp_path / "moved" / "corpus" / corpus.name
+        moved.parent.mkdir(parents=True)
         moved.write_bytes(corpus.read_bytes())
         assert prepare([moved], tmp_path / "a", **SMALL) == first
     assert contents(tmp_path / "a") == before
@@ -105,7 +123,8 @@ def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
     for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
         with pytest.raises(ValueError, match=r"prepared otherwise \(different .*choose another folder"):
             prepare([corpus], tmp_path / "set", **{"shard_tokens": 1000, **SMALL, **change})
-    corpus_2 = tmp_path / "corpus.jsonl"
+    corpus_2 = tmp_path / "corpus" / "texts.jsonl"
+    corpus_2.parent.mkdir()
     corpus_2.write_bytes(corpus.read_bytes().replace(b"import", b"IMPORT", 1))
     with pytest.raises(ValueError, match="different sources"):
         prepare([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
@@ -115,29 +134,12 @@ def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
     assert left[0] == left[1]  # of the old set's many shards none is left
 
 
-def test_an_interrupted_preparation_is_not_a_set_and_begins_anew(corpus, prepared, tmp_path):
-    out = tmp_path / "set"
-    lines = corpus.read_text().splitlines(keepends=True)
-    broken = tmp_path / "texts.jsonl"
-    broken.write_text("".join(lines[:50]) + "{\n")
-    given = {"tokenizer": prepared / "tokenizer.model", "shard_tokens": 1000, "progress": False}
-    with pytest.raises(ValueError, match=r"texts\.jsonl:51"):
-        prepare([broken], out, **given)
-    assert (out / "train/00000.npy").exists() and list(out.rglob(".*.tmp"))
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
-        TokenSet(out, "train")
-    broken.write_text("".join(lines))
-    prepare([broken], out, **given)
-    prepare([broken], tmp_path / "fresh", **given)
-    assert contents(out) == contents(tmp_path / "fresh")
-
-
 def test_a_damaged_set_is_not_taken_for_done_and_is_repaired_by_overwriting(corpus, tmp_path):
     prepare([corpus], tmp_path / "set", **SMALL)
     before = contents(tmp_path / "set")
-    shard = tmp_path / "set/test/00000.npy"
+    shard = tmp_path / "set/test/corpus/00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"test/00000\.npy.*--overwrite"):
+    with pytest.raises(ValueError, match=r"test/corpus/00000\.npy.*--overwrite"):
         prepare([corpus], tmp_path / "set", **SMALL)
     prepare([corpus], tmp_path / "set", overwrite=True, **SMALL)
     assert contents(tmp_path / "set") == before
@@ -165,8 +167,12 @@ def test_a_given_tokenizer_is_used_even_from_the_set_it_replaces(corpus, prepare
 
 
 def test_a_large_vocabulary_takes_uint32(corpus, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [70_000, len(text)])
-    monkeypatch.setattr("sentencepiece.SentencePieceProcessor.get_piece_size", lambda self: 2**16 + 5000)
+    monkeypatch.setattr(Tokenizer, "encode_ids", lambda self, text: np.array([70_000, len(text)]))
+    opened = Tokenizer.__init__
+    monkeypatch.setattr(
+        Tokenizer, "__init__", lambda self, name: opened(self, name) or setattr(self, "vocab_size", 70_001)
+    )
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [])
     prepare([corpus], tmp_path / "set", tokenizer=prepared / "tokenizer.model", progress=False)
     tokens = TokenSet(tmp_path / "set", "train").document(0)
     assert tokens.dtype == np.uint32 and tokens[1] == 70_000
@@ -176,7 +182,8 @@ def test_empty_documents_are_counted_not_written(tmp_path, prepared):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " "}\n{"text": ""}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
     manifest = prepare([tmp_path / "a.jsonl"], tmp_path / "set", **given)
-    assert (manifest["empty_documents"], manifest["splits"]["train"]["documents"]) == (2, 1)
+    book = {"read": 3, "written": 1, "skipped": {"empty": 2}}
+    assert (list(manifest["books"].values()), manifest["splits"]["train"]["documents"]) == ([book], 1)
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="all documents are empty"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
@@ -201,8 +208,9 @@ def test_command_line(tmp_path):
     library = stdlib()
     mine = tmp_path / "mine"
     mine.mkdir()
-    for file in [f for f in library.files if f.startswith("json/")] + ["argparse.py", "ast.py", "typing.py"]:
-        (mine / file.replace("/", "_")).write_text(next(library.read(file)).text, encoding="utf-8")
+    names = [i.name for i in library.inputs]
+    for file in [f for f in names if f.startswith("json/")] + ["argparse.py", "ast.py", "typing.py"]:
+        (mine / file.replace("/", "_")).write_bytes((library.inputs[0].root / file).read_bytes())
     script = [sys.executable, str(root / "scripts/prepare_data.py"), "--out", str(tmp_path / "set")]
     arguments = [str(mine), "--vocab-size", "500", "--test", "0.4"]
     done = subprocess.run(script + arguments, capture_output=True, text=True, cwd=root)
@@ -210,7 +218,133 @@ def test_command_line(tmp_path):
     for split in SPLITS:
         tokens = TokenSet(tmp_path / "set", split)
         row = next(line.split() for line in done.stdout.splitlines() if line.startswith(split))
-        longest = max(tokens.document_lengths, default=0)
-        assert row[1:3] + row[4:] == [f"{n:,}" for n in (tokens.num_documents, tokens.num_tokens, longest)]
+        assert row[1:3] == [f"{n:,}" for n in (tokens.num_documents, tokens.num_tokens)]
     wrong = subprocess.run([*script, str(mine), "--vocab-size", "501"], capture_output=True, text=True, cwd=root)
     assert wrong.returncode == 1 and "--overwrite" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
+    out = shutil.copytree(prepared, tmp_path / "set")
+    before, old = contents(out), read_manifest(out)
+    (tmp_path / "more").mkdir()
+    for i in range(20):
+        (tmp_path / "more" / f"{i}.txt").write_text(f"if more: return {i} " * 30)
+    (tmp_path / "more" / "copy.jsonl").write_bytes(corpus.read_bytes())
+    with pytest.raises(ValueError, match=r"different sources.*--add"):
+        prepare([corpus, tmp_path / "more"], out, vocab_size=400, shard_tokens=1000, progress=False)
+    manifest = prepare([corpus, tmp_path / "more"], out, add=True, progress=False)
+    after = contents(out)
+    assert {k: after[k] for k in before if "npy" in k} == {k: v for k, v in before.items() if "npy" in k}
+    assert manifest["books"]["more"] == {"read": 20, "written": 20, "skipped": {}}  # not the copy of what was in
+    assert manifest["books"]["corpus"] == old["books"]["corpus"]
+    assert (manifest["fingerprint"], manifest["complete"]) == (old["fingerprint"], True)
+    added = TokenSet(out, "train")
+    assert list(added.source_tokens) == ["corpus", "more"]
+    assert added.source_tokens["corpus"] == TokenSet(prepared, "train").num_tokens
+    for again in ([corpus], [tmp_path / "more"], [corpus, tmp_path / "more"]):
+        prepare(again, out, add=True, progress=False)
+        prepare(again, out, vocab_size=400, shard_tokens=1000, progress=False)  # all of it is in
+    assert contents(out) == after
+    pinned = TokenSet(out, "train", old)  # what a run reads that began before
+    assert (
+        pinned.tokens(0, pinned.num_tokens).tolist()
+        == TokenSet(prepared, "train").tokens(0, pinned.num_tokens).tolist()
+    )
+    prepare([corpus], out, vocab_size=410, shard_tokens=1000, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match="not what it was when the run began"):
+        TokenSet(out, "train", old)
+
+
+def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path):
+    """Preparation stops at a broken line; the shards before it are there, and stay as they are."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 5) + "{\n")
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "shard_tokens": 1000, "progress": False}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match=r"a\.jsonl:301: not JSON.*--on-error skip"),
+    ):
+        patch.setattr(prepare_module, "BLOCK", 10_000)
+        prepare([path], tmp_path / "set", commit_seconds=0, **given)
+    early = TokenSet(tmp_path / "set", "train")
+    assert not early.is_complete and early.num_documents > 100
+    stream = early.tokens(0, early.num_tokens).tolist()
+    manifest = prepare([path], tmp_path / "set", on_error="skip", **given)
+    assert list(manifest["books"].values()) == [{"read": 301, "written": 300, "skipped": {"not JSON": 1}}]
+    whole = TokenSet(tmp_path / "set", "train")
+    assert whole.is_complete and whole.tokens(0, early.num_tokens).tolist() == stream
+    assert TokenSet(tmp_path / "set", "train", early.manifest).num_tokens == early.num_tokens
+
+
+def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path, capsys):
+    out = tmp_path / "set"
+    (out / "train").mkdir(parents=True)
+    (out / "train/00000.npy").write_bytes(b"old")
+    (out / "manifest.json").write_text('{"format": "glalm-tokens", "version": 1}')
+    prepare([corpus], out, vocab_size=400)
+    assert "format 1 when it was prepared and have 2 now: preparing it anew" in capsys.readouterr().err
+    assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_every_kind_of_source_gives_the_same_set(texts, prepared, tmp_path, kind):
+    rows = [{"body": {"text": t}, "from": "ab"[i % 2]} for i, t in enumerate(texts)]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    else:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"source=hf:{folder}" if kind == "hub" else folder
+    given = {"tokenizer": prepared / "tokenizer.model", "text_field": "body.text", "source_field": "from"}
+    prepare([spec], tmp_path / "set", progress=False, **given)
+    for split in SPLITS:
+        tokens, tokenizer = TokenSet(tmp_path / "set", split), Tokenizer(prepared / "tokenizer.model")
+        mine = [t for name in (0, 1) for t in texts[name::2] if split_of(t) == split]
+        assert [tokenizer.decode(tokens.document(i)) for i in range(tokens.num_documents)] == mine
+
+
+def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepared, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"body": "x", "id": 1}]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
+    with pytest.raises(ValueError, match=r"a\.parquet: has no column 'text' but body, id"):
+        prepare([tmp_path / "a.parquet"], tmp_path / "set", **given)
+    with pytest.raises(ValueError, match=r"all documents are empty or left out.*no field text"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
+
+
+def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_face):
+    manifest = prepare([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)
+    tokens = TokenSet(tmp_path / "set", "train")
+    opened = Tokenizer(tokens.tokenizer_path)
+    assert opened.fingerprint == manifest["tokenizer"]["fingerprint"] == Tokenizer(hugging_face).fingerprint
+    tokens.verify()
+    prepare([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # it knows its own
+    with pytest.raises(ValueError, match="different tokenizer"):
+        prepare([corpus], tmp_path / "set", vocab_size=400, progress=False)
+
+
+def test_inspect(prepared, tmp_path, capsys):
+    out = shutil.copytree(prepared, tmp_path / "set")
+    assert inspect(out) == 0
+    shown = capsys.readouterr().out
+    tokens = TokenSet(out, "train")
+    assert (
+        f"{tokens.num_tokens:,}" in shown and "60 documents read = 60 written" in shown and "the books balance" in shown
+    )
+    assert "every file has the sha256" in shown
+    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    text = Tokenizer(tokens.tokenizer_path).decode(tokens.document(tokens.num_documents // 2))
+    assert text.split("\n")[0] in shown
+    path = out / "train/corpus/00000.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"00000\.npy: damaged"):
+        inspect(out)
+    assert inspect(out, verify=False) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["books"]["corpus"]["written"] -= 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert inspect(out, verify=False) == 1 and "DO NOT BALANCE" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glalm.data.prepare import prepare, split_of
-from glalm.data.shards import ShardWriter, TokenSet
+from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
 
 
@@ -15,17 +15,6 @@ from glalm.data.tokenizer import Tokenizer
 def documents(prepared, texts):
     tokenizer = Tokenizer(prepared / "tokenizer.model")
     return [[1, *tokenizer.encode(t), 2] for t in texts if split_of(t) == "train"]
-
-
-def test_a_shard_is_filled_to_the_last_token_and_a_document_is_never_cut(tmp_path):
-    writer = ShardWriter(tmp_path, "uint16", shard_tokens=10)
-    for i, length in enumerate([4, 6, 1, 10, 25, 3, 7]):
-        writer.add([i] * length, text_bytes=100 * length)
-    entry = writer.close()
-    assert [s["tokens"] for s in entry["shards"]] == [10, 1, 10, 25, 10]
-    assert (entry["documents"], entry["tokens"], entry["text_bytes"]) == (7, 56, 5600)
-    assert np.load(tmp_path / "00000.npy").tolist() == [0] * 4 + [1] * 6
-    assert np.load(tmp_path / "00004.docs.npy").tolist() == [0, 3, 10]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +46,7 @@ def test_any_range_of_tokens_across_shards(prepared, stream, data):
 
 def test_ranges_at_the_borders_of_shards(prepared, stream):
     tokens = TokenSet(prepared, "train")
-    border = len(np.load(prepared / "train/00000.npy"))
+    border = len(np.load(prepared / "train/corpus/00000.npy"))
     for start, stop in [(0, border), (border, border + 1), (border - 1, border + 1), (border, border)]:
         assert tokens.tokens(start, stop).tolist() == stream[start:stop]
     assert tokens.tokens(0, len(stream)).tolist() == stream
@@ -86,14 +75,14 @@ def test_an_empty_split_can_be_opened(copy, corpus):
 
 
 def test_missing_files_are_named_with_what_to_run(copy):
-    for name in ("train/00001.docs.npy", "train/00001.npy", "tokenizer.model", "manifest.json"):
+    for name in ("train/corpus/00001.docs.npy", "train/corpus/00001.npy", "tokenizer.model", "manifest.json"):
         (copy / name).unlink()
         with pytest.raises(FileNotFoundError, match=rf"{name} is missing.*run: python scripts/prepare_data\.py"):
             TokenSet(copy, "train")
 
 
 def test_a_file_that_is_not_what_the_manifest_says_is_named(copy, prepared):
-    path = copy / "train/00001.npy"
+    path = copy / "train/corpus/00001.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
     with pytest.raises(ValueError, match=r"00001\.npy: \d+ bytes, the manifest says.*run:"):
@@ -114,7 +103,7 @@ def test_a_manifest_that_is_not_ours_is_refused(copy):
     for wrong, message in [
         (text[:-20], "damaged"),
         ("[]", "damaged"),
-        (text.replace('"version": 1', '"version": 2'), r"format .*2"),
+        (text.replace('"version": 2', '"version": 3'), r"format .*3"),
         (text.replace('"documents": ', '"documents": 1', 1), "do not add up|manifest says"),
     ]:
         path.write_text(wrong)
@@ -124,7 +113,22 @@ def test_a_manifest_that_is_not_ours_is_refused(copy):
         TokenSet(copy, "dev")
 
 
-@pytest.mark.parametrize("name", ["train/00001.npy", "train/00001.docs.npy", "tokenizer.model"])
+def test_document_starts_across_shards(prepared, documents):
+    tokens = TokenSet(prepared, "train")
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
+    assert tokens.document_starts(0, tokens.num_tokens).tolist() == starts.tolist()
+    for start, stop in [
+        (0, 0),
+        (1, 900),
+        (starts[3], starts[3]),
+        (starts[3], starts[3] + 1),
+        (starts[5] + 1, starts[40]),
+    ]:
+        expected = [s for s in starts if start <= s < stop]
+        assert tokens.document_starts(int(start), int(stop)).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["train/corpus/00001.npy", "train/corpus/00001.docs.npy", "tokenizer.model"])
 def test_verify_finds_one_flipped_bit(copy, name):
     TokenSet(copy, "train").verify()
     data = bytearray((copy / name).read_bytes())

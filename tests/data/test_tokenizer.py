@@ -1,8 +1,14 @@
+import importlib.util
+import random
+from pathlib import Path
+
 import pytest
+import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glalm.data.tokenizer import Tokenizer, sample_texts, train_sentencepiece
+from glalm.data.tokenizer import Tokenizer, cut
+from glalm.data.vocabulary import sample_texts, train_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,111 @@ def test_errors_say_what_to_do(tmp_path, texts):
     with pytest.raises(ValueError, match="no training text"):
         train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)
     assert not (tmp_path / "t.model").exists()
+
+
+def mistral():
+    shared = Path(__file__).parents[3] / "shared/tokenizer/mistral_v1_tokenizer.model"
+    if importlib.util.find_spec("mistral_common"):
+        return "mistral-v1"
+    return shared if shared.exists() else pytest.skip("needs the package mistral-common")
+
+
+def test_mistral_has_the_ids_of_sentencepiece():
+    name = mistral()
+    tokenizer = Tokenizer(name)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.fingerprint == "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+    assert tokenizer.round_trips
+    own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._codec._model)
+    assert tokenizer.encode("a  b") == own.encode("a  b") == [264, 28705, 287]
+    pick = random.Random(0)
+    parts = [
+        "word",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "é漢字",
+        "▁",
+        "'s",
+        "3.14",
+        "</s>",
+        "aaaa",
+        "def f(x):",
+        "—",
+        "\u200b",
+    ]
+    for size in (0, 1, 10, 1000, 20_000):  # the last ones are cut
+        for _ in range(6):
+            text = "".join(pick.choice(parts) for _ in range(size))
+            ids = tokenizer.encode(text)
+            assert ids == own.encode(text)
+            assert tokenizer.decode(ids) == own.decode(ids)
+
+
+def test_mistral_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"mistral-common.*\.\[mistral\]"):
+        Tokenizer("mistral-v1")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_long_texts_have_the_ids_of_the_whole(texts, tmp_path, model_type):
+    tokenizer = train_sentencepiece(texts, tmp_path / "t.model", vocab_size=330, model_type=model_type)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    text = "".join(texts) * 3
+    assert len(text) > 10 * tokenizer._codec.SIZE
+    ids, whole = tokenizer.encode(text), own.encode(text)
+    assert tokenizer.decode(ids) == text
+    if model_type == "bpe":
+        assert ids == whole
+    else:  # of two ways that are as likely, the sum of a long text's scores in float32 prefers another
+        scores = [sum(own.get_score(i) for i in x if not own.is_byte(i)) for x in (ids, whole)]
+        assert len(ids) == len(whole) and scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_a_text_that_cannot_be_cut_is_cut_all_the_same_and_round_trips(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer._codec), "PATIENCE", 1000)
+    for text in (" " * 50_000, "a" * 50_000 + "b"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_cut():
+    places = [5, 11, 12, 31]
+    pieces = list(cut("x" * 50, size=10, patience=8, safe=lambda text, p: p in places))
+    assert [len(p) for p in pieces] == [11, 18, 18, 3]  # at 11, then nowhere (10 + 8), and what is left
+
+
+def test_hugging_face(hugging_face, texts, tmp_path):
+    tokenizer = Tokenizer(hugging_face)
+    assert (tokenizer.vocab_size, tokenizer.round_trips) == (400, True)
+    assert (tokenizer.before, tokenizer.after) == ([], [tokenizer.eos_id]) and tokenizer.bos_id == tokenizer.eos_id
+    for text in [*texts, "", "<|end|> is text <s></s>", "".join(texts) * 20]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text  # beyond the length limit, too
+        assert tokenizer.eos_id not in ids
+    again = Tokenizer(tmp_path / tokenizer.save(tmp_path))
+    assert again.fingerprint == tokenizer.fingerprint and again.encode("if x") == tokenizer.encode("if x")
+
+
+def test_hugging_face_long_texts_have_the_ids_of_the_whole(hugging_face, texts, monkeypatch):
+    tokenizer = Tokenizer(hugging_face)
+    text = "".join(texts) * 2
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(type(tokenizer._codec), "SIZE", 1000)
+    assert tokenizer.encode(text) == whole
+    tokenizer.encode("a" * 20_000)
+
+
+def test_a_folder_with_a_bare_model_is_sentencepiece(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_what_is_no_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no tokenizer that transformers can load"):
+        Tokenizer(tmp_path / "empty")

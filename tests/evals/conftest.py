@@ -36,6 +36,7 @@ class Stream:
         self.documents = documents
         self.stream = np.concatenate(documents)
         self.num_tokens = len(self.stream)
+        self.source_tokens = {"memory": self.num_tokens}
         self.document_lengths = np.array([len(d) for d in documents])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from glalm.train import checkpoint, loop, metrics
 from glalm.train.guards import StopSignal
 
 ROOT = Path(__file__).parent.parent.parent
+TIMES = {"tokens_per_second", "data_wait_seconds"}
 
 
 def finished(config) -> dict[str, torch.Tensor]:
@@ -61,8 +62,8 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, mon
     assert got.keys() == unbroken["tensors"].keys()
     for name, tensor in unbroken["tensors"].items():
         assert torch.equal(got[name], tensor), name
-    timeless = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(run_config)]
-    assert timeless == [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in unbroken["rows"]]
+    timeless = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run_config)]
+    assert timeless == [{k: v for k, v in row.items() if k not in TIMES} for row in unbroken["rows"]]
 
 
 def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkeypatch):
@@ -86,7 +87,7 @@ def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkey
 
 def test_what_a_run_leaves(run_config):
     loop.train(run_config)
-    assert {p.name for p in run_config.folder.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints"}
+    assert {p.name for p in run_config.folder.iterdir()} == {"run.json", "data.json", "metrics.jsonl", "checkpoints"}
     assert {p.name for p in (run_config.folder / "checkpoints").iterdir()} == {"step_4", "step_6"}
     record = json.loads((run_config.folder / "run.json").read_text())
     assert record["config"]["optim"]["lr"] == 1e-2 and record["versions"]["torch"] == torch.__version__
@@ -110,7 +111,7 @@ def test_accumulation_gives_the_same_run(run_config, change):
     for config in (run_config, whole):
         loop.train(config)
     for a, b in zip(rows(run_config), rows(whole), strict=True):
-        for key in a.keys() - {"tokens_per_second"}:
+        for key in a.keys() - TIMES:
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
 
 
@@ -131,7 +132,7 @@ def test_two_processes_give_the_same_run(run_config, change, tmp_path):
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
     for a, b in zip(rows(run_config), rows(pair), strict=True):
-        for key in a.keys() - {"tokens_per_second"}:
+        for key in a.keys() - TIMES:
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
 
 

@@ -1,0 +1,74 @@
+"""Files that are whole or not there, and files that only grow and can be cut back."""
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when it is complete and on disk."""
+    with open(beside(path), "wb") as file:
+        yield file
+        publish(file, path)
+
+
+def publish(file: IO[bytes], path: Path) -> None:
+    """Close `file` when all of it is on disk, and give it the name `path`."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def reopened(path: Path, size: int) -> IO[bytes]:
+    """The file `path`, cut back to its first `size` bytes, to be written on; new if size is 0."""
+    file = open(path, "r+b" if size else "wb")  # noqa: SIM115 (it stays open)
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def synced(file: IO[bytes]) -> int:
+    """The size of `file`, all of which is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` against other processes; ValueError if one has it. A process that dies lets go."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is preparing this set; wait for it or end it") from None
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explaining_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = f"{folder}: the disk is full; make room and run the same command again, it goes on from here"
+        raise OSError(error.errno, advice) from error

@@ -1,0 +1,45 @@
+"""Train a SentencePiece tokenizer: python scripts/train_tokenizer.py --out my.model --vocab-size 32000 PATH..."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from glalm.data.prepare import HELD_OUT, training_texts
+from glalm.data.progress import PreparationBar
+from glalm.data.sources import source
+from glalm.data.vocabulary import train_sentencepiece
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level-complete SentencePiece tokenizer (byte fallback, no normalisation: every text "
+        "round-trips). Documents that prepare_data.py would hold out are left out.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="as prepare_data.py takes them; all of it is read")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .model to write")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="(%(default)s)")
+    parser.add_argument("--sample-mb", type=int, default=100, metavar="N", help="megabytes to train on (%(default)s)")
+    parser.add_argument("--text-field", default="text", metavar="FIELD", help="of a JSON line or a row (%(default)s)")
+    for split, share in HELD_OUT.items():
+        parser.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help="as there (%(default)s)")
+    args = parser.parse_args()
+    try:
+        inputs = [i for spec in args.sources for i in source(spec).inputs]
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        held_out = {split: getattr(args, split) for split in HELD_OUT}
+        with PreparationBar() as bar:
+            bar.start("reading", sum(i.size for i in inputs))
+            texts = training_texts(inputs, held_out, args.text_field, bar)
+            model = train_sentencepiece(
+                texts, args.out, args.vocab_size, model_type=args.type, max_bytes=args.sample_mb * 10**6
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {model.vocab_size:,} pieces, bos {model.bos_id}, eos {model.eos_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

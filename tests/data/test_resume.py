@@ -1,0 +1,282 @@
+"""What a set is made of does not depend on how many processes made it, nor on how often they were killed."""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_tokenizer import ByteTokenizer
+
+from glalm.data import encode, files, writer
+from glalm.data import prepare as prepare_module
+from glalm.data.prepare import prepare
+from glalm.data.shards import SPLITS, TokenSet
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["if", "x", "(a,", "b):", "'quoted'", "#", "==", "2024", "äöü", "\n", "return", "", "", "yield"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two inputs of 1,500 documents of two origins, with some that are broken or empty."""
+    folder = tmp_path_factory.mktemp("sources") / "mixed"
+    folder.mkdir()
+    pick = random.Random(0)
+    for name in ("a", "b"):
+        lines = []
+        for i in range(1500):
+            text = f"{i} " + " ".join(pick.choices(WORDS, k=pick.randrange(60)))
+            row = {"text": text, "meta": {"set": pick.choice("xyz")}}
+            lines.append(json.dumps(row) if i % 50 else pick.choice(["{", '{"text": ""}', '{"body": 1}', ""]))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(prepared):
+    return {
+        "tokenizer": str(prepared / "tokenizer.model"),
+        "shard_tokens": 20_000,
+        "source_field": "meta.set",
+        "on_error": "skip",
+        "progress": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(sources, settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "set"
+    prepare([sources], out, workers=1, **settings)
+    return contents(out)
+
+
+def test_the_books_balance(unbroken, sources):
+    manifest = json.loads(unbroken["manifest.json"])
+    book = manifest["books"]["mixed"]
+    records = [line for path in sorted(sources.iterdir()) for line in path.read_text().split("\n") if line]
+    reasons = {"not JSON": "{", "empty": '{"text": ""}', "no field text": '{"body": 1}'}
+    assert book["skipped"] == {reason: records.count(line) for reason, line in reasons.items()}
+    assert book["read"] == len(records) == book["written"] + sum(book["skipped"].values())
+    assert book["written"] == sum(manifest["splits"][split]["documents"] for split in SPLITS)
+    inputs = [json.loads(line) for line in unbroken["inputs.jsonl"].splitlines()]
+    assert sum(i["read"] for i in inputs) == book["read"] and sum(i["written"] for i in inputs) == book["written"]
+    skipped = [json.loads(line) for line in unbroken["skipped.jsonl"].splitlines()]
+    for entry in skipped:
+        line = (sources / entry["name"]).read_text().split("\n")[entry["record"] - 1]
+        assert line == reasons[entry["reason"]]
+    assert len(skipped) == sum(book["skipped"].values())
+    assert set(manifest["splits"]["train"]["sources"]) == set("xyz")
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(sources, settings, unbroken, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(prepare_module, "SMALL", 1)
+    monkeypatch.setattr(prepare_module, "BLOCK", 10_000)
+    monkeypatch.setattr(encode, "AHEAD", 30_000)
+    prepare([sources], tmp_path / "set", workers=workers, **settings)
+    assert contents(tmp_path / "set") == unbroken
+
+
+def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbroken, tmp_path):
+    """kill -9 of a process with two workers, again and again; then one is left to finish."""
+    script = (
+        "import sys, json; from glalm.data import prepare as p; p.SMALL, p.BLOCK = 1, 5_000; import time\n"
+        "write = p._write; p._write = lambda *args: (time.sleep(0.01), write(*args))\n"
+        "if __name__ == '__main__':\n"
+        f"    p.prepare([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, **{settings!r})"
+    )
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "run.py")]
+    where = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    pick, cursors = random.Random(os.getpid()), [cursor(tmp_path / "set")]
+    for _ in range(5):
+        process = subprocess.Popen(command, **where)
+        while process.poll() is None and cursor(tmp_path / "set") == cursors[-1]:
+            time.sleep(0.005)
+        time.sleep(pick.uniform(0, 0.1))  # past a commit, into what is lost
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        cursors.append(cursor(tmp_path / "set"))
+    assert len(cursors) > 3 and cursors[1] != cursors[3], cursors
+    subprocess.run(command, check=True, **where)
+    assert contents(tmp_path / "set") == unbroken
+
+
+def cursor(out: Path) -> list[int] | None:
+    try:
+        return json.loads((out / writer.JOURNAL).read_bytes())["cursor"]
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("moment", ["publish", "replacing", "synced", "reopened"])
+def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, tmp_path, monkeypatch, moment):
+    """Stop before the n-th call of a primitive that changes the disk, for n over the whole work."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(prepare_module, "BLOCK", 100_000)
+    total = [0]
+    original = getattr(files, moment)
+
+    def counted(*args):
+        total[0] += 1
+        if total[0] == limit:
+            raise Killed
+        return original(*args)
+
+    for module in (files, writer, prepare_module):
+        if hasattr(module, moment):
+            monkeypatch.setattr(module, moment, counted)
+    deaths = 0
+    for limit in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 10**9):  # noqa: B007 (counted reads it)
+        total[0] = 0
+        try:
+            prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths >= 3
+    assert contents(tmp_path / "set") == unbroken
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script = (
+        "import os, signal, time\nfrom glalm.data.encode import *\nfrom glalm.data.encode import _start_worker\n"
+        "class Sleepy:\n    def encoder(self): return lambda block: (print(os.getpid(), flush=True), time.sleep(60))\n"
+        "if __name__ == '__main__':\n"
+        "    blocks = [Block(0, 'x', i, [b'x'], 1, 1, False) for i in range(2)]\n"
+        "    list(encode_in_order(blocks, Sleepy(), 2))\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+    )
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.02)
+
+
+def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbroken, tmp_path, monkeypatch):
+    """Writes fail, as they do on a full disk, at ever later moments."""
+    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
+    add, left = writer.ShardWriter.add, [0]
+
+    def full(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.ShardWriter, "add", full)
+        for room in (0, 100, 700, 1300):
+            left[0] = room
+            with pytest.raises(OSError, match="disk is full; make room and run the same command again") as caught:
+                prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+            assert caught.value.errno == errno.ENOSPC
+    prepare([sources], tmp_path / "set", workers=1, **settings)
+    assert contents(tmp_path / "set") == unbroken
+
+
+def test_a_small_real_limit_on_file_sizes(sources, settings, tmp_path):
+    """The system itself refuses to write on: the process ends with an error, and goes on when it may."""
+    script = (
+        "import resource, signal, sys\nfrom glalm.data.prepare import prepare\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, -1))\n"
+        f"prepare([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=1, **{settings!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    manifest = prepare([sources], tmp_path / "set", workers=1, **settings)
+    assert manifest["complete"]
+
+
+def test_stopped_at_a_broken_document_it_goes_on_when_told_to_skip(sources, settings, unbroken, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl:\d+: .*--on-error skip"):
+        prepare([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
+    prepare([sources], tmp_path / "set", workers=1, **settings)
+    assert contents(tmp_path / "set") == unbroken
+
+
+def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings, tmp_path):
+    with pytest.raises(ValueError, match=r"--on-error skip"):
+        prepare([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
+    with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
+        prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
+    with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl, which is gone"):
+        prepare([sources / "b.jsonl"], tmp_path / "set", **settings)
+    with pytest.raises(ValueError, match="so far: it is still being prepared"):
+        from glalm.data.loader import Windows
+
+        prepare_module._write_manifest(
+            tmp_path / "set",
+            json.loads((tmp_path / "set/.plan.json").read_text()),
+            writer.SetWriter(tmp_path / "set", "uint16", dict.fromkeys(SPLITS, 9)),
+            False,
+        )
+        Windows(TokenSet(tmp_path / "set", "train"), 16)
+
+
+def test_two_at_once_are_refused(sources, settings, tmp_path):
+    (tmp_path / "set").mkdir()
+    with files.locked(tmp_path / "set"), pytest.raises(ValueError, match="another process is preparing this set"):
+        prepare([sources], tmp_path / "set", **settings)
+
+
+def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "Tokenizer", ByteTokenizer)
+    text = "0123456789abcde " * (100 * 2**20 // 16)
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.write('{"text": "before"}\n{"text": "' + text + '"}\n{"text": "after"}\n')
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "shard_tokens": 10**6, "progress": False}
+    prepare([tmp_path / "a.jsonl"], tmp_path / "set", workers=1, **given)
+    tokens = TokenSet(tmp_path / "set", "train")
+    assert sorted(tokens.document_lengths.tolist()) == [7, 8, 100 * 2**20 + 2]
+    assert bytes(tokens.document(1)[1:-1].astype(np.uint8)) == text.encode()
+    assert [len(s) for s in tokens._shards] == [8, 100 * 2**20 + 2, 7]
+
+
+def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
+    """The most memory that preparing 20 times as much takes is the same, but for noise."""
+    script = (
+        "import sys, resource\nfrom glalm.data import encode\nfrom glalm.data.prepare import prepare\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from byte_tokenizer import ByteTokenizer\nencode.Tokenizer = ByteTokenizer\n"
+        f"prepare([sys.argv[1]], sys.argv[1] + '.set', tokenizer={str(prepared / 'tokenizer.model')!r}, "
+        "workers=1, progress=False, commit_seconds=0.2, shard_tokens=10**7)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for copies in (1, 20):
+        folder = tmp_path / f"n{copies}"
+        folder.mkdir()
+        lines = [json.dumps({"text": f"{i} " + "x" * 4000}) + "\n" for i in range(2000)]
+        with open(folder / "a.jsonl", "w") as file:
+            for _ in range(copies):
+                file.writelines(lines)
+        done = subprocess.run(
+            [sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout) // 1024)
+    assert peaks[1] < peaks[0] + 40, peaks  # MiB; the larger input has 160

@@ -1,0 +1,139 @@
+"""How a run reads its data: sources, document boundaries, sets that grow."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.config import ConfigError
+from glalm.data.loader import IGNORED, Windows, packed
+from glalm.data.prepare import prepare
+from glalm.data.shards import TokenSet
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.train import loop, metrics
+
+
+@pytest.fixture(scope="module")
+def two_sources(token_folder, tmp_path_factory):
+    """The documents of `token_folder` and as many short ones."""
+    root = tmp_path_factory.mktemp("two")
+    for name, words in (("long", 60), ("short", 5)):
+        lines = [json.dumps({"text": f"alpha {i} " + "beta gamma " * (words + i % 7)}) for i in range(60)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    given = {"tokenizer": token_folder / "tokenizer.model", "shard_tokens": 2000, "progress": False}
+    prepare([f"{name}={root / name}.jsonl" for name in ("long", "short")], root / "set", **given)
+    return root / "set"
+
+
+def rows(config) -> list[dict]:
+    return metrics.read(config.folder / "metrics.jsonl")
+
+
+def weights(config) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(config.folder / "checkpoints" / f"step_{config.train.steps}" / "model.safetensors")
+
+
+def tiny_model() -> GLALMForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    return GLALMForCausalLM(GLALMConfig(**shape, initializer_range=0.3)).double()
+
+
+def test_reset_equals_separate_documents(two_sources):
+    """Logits, loss and gradients of packed windows against each document's part, run by itself."""
+    windows = Windows(TokenSet(two_sources, "train"), 48, reset=True)
+    batch = windows.batch([0, 5, *range(len(windows) - 4, len(windows))])  # of both sources
+    model = tiny_model()
+    loss = model(**loop.model_inputs(batch)).loss
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    bounds = packed(batch)["cu_seqlens"].tolist()
+    ids, labels = (batch[name].flatten() for name in ("input_ids", "labels"))
+    assert len(bounds) > 6 + 4  # documents do begin within the windows
+    nats, targets = 0, 0
+    for a, b in pairwise(bounds):
+        logits = model(ids[None, a:b]).logits[0]
+        nats += F.cross_entropy(logits, labels[a:b], ignore_index=IGNORED, reduction="sum")
+        targets += (labels[a:b] != IGNORED).sum()
+        last = b == len(ids) or b % 48 == 0  # the window ends, and its last label may lie beyond
+        assert last or labels[b - 1] == IGNORED
+        assert ids[a + 1 : b].tolist() == labels[a : b - 1].tolist()
+    separate = nats / targets
+    separate.backward()
+    torch.testing.assert_close(loss.double(), separate, rtol=1e-6, atol=0)
+    for gradient, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change, two_sources):
+    short = {"data.weights": {"long": 0.0, "short": 1.0}}  # so that micro-batches differ in how much they score
+    config = change(run_config, **{"data.path": str(two_sources), "data.boundaries": "reset"}, **short)
+    whole = change(config, name="whole", **{"train.micro_batch_size": 4})
+    plain = change(config, name="plain", **{"data.boundaries": "concatenate"})
+    for run in (config, whole, plain):
+        assert loop.train(run) == 0
+    for a, b in zip(rows(config)[:3], rows(whole)[:3], strict=True):
+        for key in a.keys() & {"loss", "val_loss", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    assert rows(config)[-1]["val_loss"] != pytest.approx(rows(plain)[-1]["val_loss"], rel=1e-4)
+
+
+def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, two_sources, monkeypatch):
+    shares = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}, "train.steps": 40}
+    config = change(run_config, **shares, **{"train.eval_every": 40, "train.checkpoint_every": 10})
+    assert loop.train(config) == 0
+    last = rows(config)[-1]
+    assert last["tokens/long"] + last["tokens/short"] == last["tokens"] == 40 * 4 * 16
+    assert last["tokens/short"] / last["tokens"] == pytest.approx(0.75, abs=0.1)
+    assert all(row["data_wait_seconds"] >= 0 for row in rows(config)[1:])
+
+    again, update = change(config, name="again"), loop.update
+    with monkeypatch.context() as patch:
+        calls = iter(range(100))
+        patch.setattr(loop, "update", lambda *a: update(*a) if next(calls) < 25 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(again)
+    assert loop.train(again) == 0
+    assert rows(again)[-1]["tokens/short"] == last["tokens/short"]
+    assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
+
+
+def test_one_source_has_no_counts_of_its_own(run_config):
+    loop.train(run_config)
+    assert not [key for key in rows(run_config)[-1] if key.startswith("tokens/")]
+
+
+def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sources, tmp_path, monkeypatch):
+    """Stopped, resumed after shards were added: the same weights as if nothing had happened."""
+    growing = shutil.copytree(two_sources, tmp_path / "growing")
+    config, steady = (change(run_config, name=path.name, **{"data.path": str(path)}) for path in (growing, two_sources))
+    update, calls = loop.update, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", lambda *a: update(*a) if next(calls) < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(config)
+    (tmp_path / "more.txt").write_text("delta epsilon " * 3000)
+    prepare([tmp_path / "more.txt"], growing, add=True, progress=False)
+    assert TokenSet(growing, "train").num_tokens > TokenSet(two_sources, "train").num_tokens
+    assert loop.train(config) == loop.train(steady) == 0
+    assert all(torch.equal(t, weights(steady)[n]) for n, t in weights(config).items())
+    prepare([tmp_path / "more.txt"], growing, vocab_size=300, overwrite=True, progress=False)
+    with pytest.raises(ConfigError, match="prepared anew"):
+        loop.train(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"long": 1.0}, "must name each source.*long, short"), ({"long": 0.0, "short": 0.0}, "one above 0")],
+)
+def test_weights_that_do_not_fit_are_refused(run_config, change, two_sources, given, message):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(change(run_config, **{"data.path": str(two_sources), "data.weights": given}))
+    assert not run_config.folder.exists()

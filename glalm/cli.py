@@ -9,7 +9,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from glalm.config import ConfigError, EvalConfig, RunConfig, build, check_overrides, defaults
+from glalm.config import EvalConfig, RunConfig
+from glalm.strict import ConfigError, RunError, build, check_overrides, defaults
 
 # torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
 # else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
@@ -26,8 +27,8 @@ for cls in (RunConfig, EvalConfig):
 def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     """Composes configs/<config_name>.yaml with the command line, builds a `cls` of it and ends with main(config).
 
-    A config that cannot be run ends with its message alone and exit code 2; a main that was stopped by a signal,
-    with 128 + signal, as shells have it.
+    A config that cannot be run ends with its message alone and exit code 2, a run that cannot go on likewise with 1;
+    a main that was stopped by a signal with 128 + signal, as shells have it.
     """
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
@@ -43,6 +44,6 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
 def _explain(call: Callable):
     try:
         return call()
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

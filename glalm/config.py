@@ -1,34 +1,20 @@
-"""What a run is made of: the dataclasses behind configs/, their checks, and the run's fingerprint.
+"""What a run is made of: the dataclasses behind configs/, their checks, and what makes two runs the same.
 
-Hydra composes the YAML files under configs/ into one tree; `build` turns that tree into these dataclasses and is
-strict: an unknown key, an ill-typed value or an impossible combination is a ConfigError that says what to write
-instead. Nothing here imports torch, so a wrong config fails within a second.
+Hydra composes the YAML files under configs/ into one tree; `build` (glalm/strict.py) turns that into these dataclasses.
+An impossible combination is a ConfigError that says what to write instead. Nothing here imports torch, so a wrong
+config fails within a second.
 """
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A config that cannot be run. The message names the key and what to write instead."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-# --------------------------------------------------------------------------------------------------- the pieces
-
+from glalm.strict import build, join, require
 
 # The token mixers by name, and where each is defined: imported only when a model is made of it. GLA is the default.
 MIXERS = {
@@ -420,107 +406,7 @@ def _divisors(n: float) -> str:
     return "write one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and (n < 64 or d <= 64))
 
 
-# ------------------------------------------------------------------------------------------ strict construction
-
-
-def build(cls: type, tree: dict, where: str = ""):
-    """A dataclass from a tree of plain dicts, lists and scalars. Missing keys take the dataclass's default.
-
-    Raises ConfigError at an unknown key (with the nearest valid one) or a value of another type than the field's.
-    """
-    require(isinstance(tree, dict), f"{where or 'the config'} must be a mapping, not {tree!r}")
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        require(key in hints, _unknown(key, hints, where))
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in tree.items()})
-
-
-def defaults(cls: type) -> dict:
-    """The tree of a dataclass's keys and defaults, as `build` takes it."""
-    tree = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            tree[f.name] = defaults(f.type)
-        else:
-            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            tree[f.name] = list(value) if isinstance(value, tuple) else value
-    return tree
-
-
-def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
-    """Checks the keys of a command line (`a.b=c`) before Hydra sees them, since its own error names no neighbour.
-
-    `groups` are the config groups (`model=...` chooses a file there). Raises ConfigError at the first unknown key.
-    """
-    for arg in args:
-        key, equals, _ = arg.partition("=")
-        key = key.lstrip("+~").partition("@")[0]
-        if not equals or key.startswith("-") or key.split(".")[0].split("/")[0] == "hydra" or key in groups:
-            continue
-        level, where = cls, ""
-        for part in key.split("."):
-            hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
-            known = hints | dict.fromkeys(groups) if not where else hints
-            require(part in known, _unknown(part, known, where))
-            level, where = hints.get(part), _join(where, part)
-            if dict in map(typing.get_origin, (level, *typing.get_args(level))):
-                break  # whose keys are the user's
-
-
-def _unknown(key: str, known, where: str) -> str:
-    near = difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)
-    hint = f"did you mean {_join(where, near[0])}?" if near else f"valid keys: {', '.join(known) or 'none'}"
-    return f"unknown key {_join(where, key)}; {hint}"
-
-
-def _join(where: str, key) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
-def _convert(hint, value, where: str):
-    """`value` as type `hint`, or a ConfigError. The only change of type made is int to float and list to tuple."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
-    if origin is Literal:
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        hint_text = f"; did you mean {near[0]}?" if near else ""
-        require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{hint_text}")
-        return value
-    if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        kinds = [a for a in args if a is not type(None)]
-        fits = (a for a in kinds if isinstance(value, typing.get_origin(a) or a))
-        return _convert(next(fits, kinds[0]), value, where)
-    if origin is dict:
-        require(isinstance(value, dict), f"{where}={value!r} must be a mapping: {where}={{a: 1, b: 2}}")
-        return {str(k): _convert(args[1], v, _join(where, k)) for k, v in value.items()}
-    if origin is list:
-        require(isinstance(value, list), f"{where}={value!r} must be a list: {where}=[a,b]")
-        return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if origin is tuple:
-        ok = isinstance(value, (list, tuple)) and len(value) == len(args)
-        require(ok, f"{where}={value!r} must be a list of {len(args)} values")
-        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    ok = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    require(ok, f"{where}={value!r} must be {_spell(hint)}, not {_spell(type(value))}")
-    return value
-
-
-def _spell(hint) -> str:
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(hint, f"a {hint.__name__}")
-
-
-# ---------------------------------------------------------------------------------------------------- fingerprint
+# ------------------------------------------------------------------------------------------------------- identity
 
 # What a resumed run may change: where things lie, how often it reports, how the work is split over the hardware.
 MAY_CHANGE = (
@@ -543,7 +429,7 @@ def flatten(tree: dict, where: str = "") -> dict[str, Any]:
     """A nested dict as {"a.b": value}."""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, _join(where, key)) if isinstance(value, dict) else {_join(where, key): value}
+        flat |= flatten(value, join(where, key)) if isinstance(value, dict) else {join(where, key): value}
     return flat
 
 
@@ -551,11 +437,6 @@ def identity(config: RunConfig) -> dict[str, Any]:
     """The flat part of a config that decides what is learnt: resuming with another value would be another run."""
     flat = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     return {k: v for k, v in flat.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
-
-
-def fingerprint(tree: dict) -> str:
-    """A short stable hash of a JSON-able tree."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -22,20 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from glalm.cli import CONFIGS
-from glalm.config import (
-    MIXERS,
-    ConfigError,
-    EvalConfig,
-    ExtrapolationConfig,
-    RunConfig,
-    build,
-    check_overrides,
-    require,
-)
+from glalm.config import MIXERS, EvalConfig, ExtrapolationConfig, RunConfig
 from glalm.evals.plot import COLOURS, MARKERS, SIZE, STYLE, length, quantity
 from glalm.evals.results import read_json, read_metrics, tokens_of, write_json
 from glalm.evals.run import evaluate
 from glalm.model.flops import cost
+from glalm.strict import ConfigError, build, check_overrides, require
 from glalm.train.loop import train
 
 # About a quarter of a million tokens: minutes a mixer on two CPU cores.

@@ -43,6 +43,11 @@ def test_from_text_to_report(tmp_path):
     text = run("eval.py", *where, "extrapolation.max_length=16", code=2)
     assert "extrapolation.max_length=16 is under the training length 32" in text
 
+    damaged = folder / "checkpoints" / "step_6" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    text = run("train.py", *where, f'data.path="{data}"', *model, *train, code=1)
+    assert f"CheckpointError: {damaged} is damaged" in text and "Traceback" not in text
+
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "scripts/prepare_data.py", "scripts/report.py"])
 def test_help_explains(script):

@@ -8,20 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import glalm.cli  # noqa: F401 (registers the defaults)
-from glalm.config import (
-    ConfigError,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    build,
-    check_overrides,
-    compare,
-    defaults,
-    fingerprint,
-    identity,
-)
+from glalm.config import EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, compare, identity
+from glalm.strict import ConfigError, build, check_overrides, defaults
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -130,10 +118,8 @@ def test_identity_leaves_out_what_may_change():
     one = RunConfig()
     two = dataclasses.replace(one, name="other", train=dataclasses.replace(one.train, log_every=1))
     assert identity(one) == identity(two)
-    assert fingerprint(identity(one)) == fingerprint(identity(two))
     three = dataclasses.replace(one, optim=OptimConfig(lr=1e-3))
     assert compare(identity(one), identity(three)) == ["optim.lr: 0.0003 -> 0.001"]
-    assert fingerprint(identity(one)) != fingerprint(identity(three))
 
 
 def test_infinite_clip_is_a_number():

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "glalm"
 ALLOWED = {
-    "config": set(),
-    "cli": {"config"},
+    "strict": set(),
+    "config": {"strict"},
+    "cli": {"config", "strict"},
     "kernels": set(),
     "data": {"config"},
-    "model": {"config", "kernels"},
-    "train": {"config", "data", "model"},
-    "evals": {"config", "data", "model", "train.checkpoint"},
+    "model": {"config", "kernels", "strict"},
+    "train": {"config", "data", "model", "strict"},
+    "evals": {"config", "data", "model", "strict", "train.checkpoint"},
 }
 PLOTS = {"evals.plot": {"torch", "transformers", "glalm.model"}, "evals.report": {"torch", "transformers"}}
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glalm.config import ConfigError
 from glalm.data.shards import TokenSet
 from glalm.evals.perplexity import summarise
 from glalm.model import GLALMForCausalLM
+from glalm.strict import ConfigError
 
 
 def extrapolation(

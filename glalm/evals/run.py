@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 import glalm
-from glalm.config import ConfigError, EvalConfig, RunConfig, build, require
+from glalm.config import EvalConfig, RunConfig
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from glalm.evals.perplexity import perplexity
 from glalm.evals.plot import plot_extrapolation, plot_training
 from glalm.evals.results import read_json, write_json
 from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError, build, require
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
 

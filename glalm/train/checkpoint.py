@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from glalm.strict import RunError
+
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -29,7 +31,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that is missing, damaged or of another model. The message names the file."""
 
 

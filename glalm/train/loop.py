@@ -19,12 +19,13 @@ from torch import Tensor
 
 import glalm
 from glalm import config as configs
-from glalm.config import ConfigError, RunConfig, require
+from glalm.config import RunConfig
 from glalm.data.loader import Batch, Windows, batches, packed, sequential
 from glalm.data.order import Order, check_weights
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.loss import IGNORE
+from glalm.strict import ConfigError, RunError, require
 from glalm.train import checkpoint
 from glalm.train.guards import StopSignal
 from glalm.train.metrics import Metrics
@@ -33,7 +34,7 @@ from glalm.train.optim import adamw, learning_rate
 DATA = "data.json"  # in the run's folder: the manifest of the data as it was when the run began
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training cannot go on; what was saved before is whole."""
 
 

@@ -6,7 +6,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glalm.config import ConfigError
 from glalm.evals.extrapolation import (
     bucket_edges,
     bucket_losses,
@@ -14,6 +13,7 @@ from glalm.evals.extrapolation import (
     long_documents,
     multiples,
 )
+from glalm.strict import ConfigError
 
 T = 8
 

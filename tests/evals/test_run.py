@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from glalm.config import (
-    ConfigError,
     DataConfig,
     EvalConfig,
     ExtrapolationConfig,
@@ -26,6 +25,7 @@ from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 from glalm.evals.run import evaluate
 from glalm.model import GLALMForCausalLM
+from glalm.strict import ConfigError
 from glalm.train.loop import train
 
 MODEL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}

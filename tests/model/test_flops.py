@@ -10,9 +10,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glalm.config import MIXERS, ModelConfig, build
+from glalm.config import MIXERS, ModelConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.flops import cost, forward_flops
+from glalm.strict import build
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from glalm.config import ConfigError, ModelConfig, build
+from glalm.config import ModelConfig
+from glalm.strict import ConfigError, build
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.config import ConfigError
 from glalm.data.loader import IGNORED, Windows, packed
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError
 from glalm.train import loop, metrics
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glalm.config import ConfigError
+from glalm.strict import ConfigError
 from glalm.train import checkpoint, loop, metrics
 from glalm.train.guards import StopSignal
 
@@ -122,7 +122,8 @@ def test_two_processes_give_the_same_run(run_config, change, tmp_path):
     script = tmp_path / "pair.py"
     tree = json.dumps(json.loads((run_config.folder / "run.json").read_text())["config"] | {"name": "pair"})
     script.write_text(
-        "import json\nfrom glalm.config import RunConfig, build\nfrom glalm.train.loop import train\n"
+        "import json\nfrom glalm.config import RunConfig\nfrom glalm.strict import build\n"
+        "from glalm.train.loop import train\n"
         f"tree = json.loads({tree!r})\ntree['train']['micro_batch_size'] = 1\ntrain(build(RunConfig, tree))\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]

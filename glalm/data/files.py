@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -16,6 +17,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     with open(beside(path), "wb") as file:
         yield file
         publish(file, path)
+
+
+def write_json(path: Path, content: Any, **options) -> None:
+    """Whole or not at all. options: json.dumps'."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, **options).encode())
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a file that is written line by line, less a last one that a kill cut short."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
 def publish(file: IO[bytes], path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glalm.data.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
-from glalm.data.files import explaining_full_disk, locked, replacing
+from glalm.data.files import explaining_full_disk, locked, write_json
 from glalm.data.progress import PreparationBar
 from glalm.data.records import BadDocument, document
 from glalm.data.shards import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, left_over, read_manifest
@@ -297,8 +297,7 @@ def _write_manifest(out: Path, plan: dict, writer: SetWriter, complete: bool) ->
         "splits": splits,
         "logs": {name: describe(out / name, out) for name in LOGS} if complete else {},
     }
-    with replacing(out / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+    write_json(out / MANIFEST, manifest, indent=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- details
@@ -336,8 +335,7 @@ def _difference(old: dict, new: dict | None) -> list[str]:
 
 
 def _written(plan: dict, out: Path) -> dict:
-    with replacing(out / PLAN) as file:
-        file.write(json.dumps(plan).encode())
+    write_json(out / PLAN, plan)
     return plan
 
 

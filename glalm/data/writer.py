@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from glalm.data.files import beside, publish, reopened, replacing, sha256, synced
+from glalm.data.files import beside, publish, reopened, sha256, synced, write_json
 from glalm.data.shards import SPLITS
 
 JOURNAL = ".journal.json"
@@ -150,8 +150,7 @@ class SetWriter:
             splits[split][source] = writer.commit()
         logs = {name: synced(file) for name, file in self._logs.items()}
         state = {"cursor": self.cursor, "books": self.books, "current": self.current, "logs": logs, "splits": splits}
-        with replacing(self.out / JOURNAL) as file:
-            file.write(json.dumps(state).encode())
+        write_json(self.out / JOURNAL, state)
 
     def finish(self) -> None:
         """Close the open shards. After a commit, the set is what it will be."""

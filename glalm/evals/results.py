@@ -1,19 +1,15 @@
 """The files of a run that evaluators write and that plots and reports read."""
 
 import json
-import os
 from pathlib import Path
+
+from glalm.data import files
 
 
 def write_json(path: Path, content: dict) -> None:
     """Whole or not at all. Raises ValueError at a number that is not finite: JSON has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    files.write_json(path, content, indent=1, allow_nan=False)
 
 
 def read_json(path: Path) -> dict | None:
@@ -28,8 +24,7 @@ def read_json(path: Path) -> dict | None:
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, oldest first, less a last line that a kill cut short; [] when there is no file."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+    return files.read_jsonl(path) if path.is_file() else []
 
 
 def tokens_of(rows: list[dict]) -> list[int]:

@@ -10,7 +10,6 @@ A folder named step_N is therefore always whole: what an interrupted save leaves
 at the next start.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from glalm.data.files import sha256
 from glalm.strict import RunError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim
     save_file({n: p.detach() for n, p in model.named_parameters()}, partial / MODEL, {"format": "pt"})
     save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
     (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
-    files = {f.name: {"sha256": _sha256(f), "bytes": f.stat().st_size} for f in sorted(partial.iterdir())}
+    files = {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
@@ -91,7 +91,7 @@ def verify(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file} is damaged: it differs from the checksum in {path / MANIFEST}")
 
 
@@ -138,11 +138,6 @@ def _same_names(file: Path, there: dict, wanted: dict) -> None:
     if there.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
         raise CheckpointError(f"{file} holds another model: missing {missing[:3]}, unexpected {extra[:3]}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

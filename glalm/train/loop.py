@@ -20,6 +20,7 @@ from torch import Tensor
 import glalm
 from glalm import config as configs
 from glalm.config import RunConfig
+from glalm.data.files import write_json
 from glalm.data.loader import Batch, Windows, batches, packed, sequential
 from glalm.data.order import Order, check_weights
 from glalm.data.shards import TokenSet, read_manifest
@@ -150,9 +151,7 @@ def open_run(config: RunConfig, data_fingerprint: str, writes: bool) -> str:
         config.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(config.folder / "checkpoints")
         content = {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, "versions": versions()}
-        partial = record.with_suffix(".tmp")
-        partial.write_text(json.dumps(content, indent=1))
-        partial.replace(record)
+        write_json(record, content, indent=1)
     return run_id
 
 
@@ -160,9 +159,7 @@ def pin_data(config: RunConfig, manifest: dict) -> None:
     """Records which shards the run reads, now and when it is resumed."""
     record = config.folder / DATA
     if not record.exists():
-        partial = record.with_suffix(".tmp")
-        partial.write_text(json.dumps(manifest))
-        partial.replace(record)
+        write_json(record, manifest)
 
 
 def versions() -> dict[str, str]:
@@ -252,7 +249,7 @@ def scored_parts(accelerator: Accelerator, micros: list[Batch]) -> list[float] |
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfig) -> dict[str, float]:
-    """Mean cross-entropy (nats a token) and perplexity over the first train.eval_sequences validation windows."""
+    """Mean cross-entropy (nats a token) and perplexity over train.eval_sequences validation windows, evenly spaced."""
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     micro_batch, _ = config.train.accumulation(world)

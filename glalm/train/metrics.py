@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from glalm.config import RunConfig
+from glalm.data.files import read_jsonl, replacing
 
 
 class Metrics:
@@ -30,10 +31,9 @@ class Metrics:
         if not active:
             return
         path = folder / "metrics.jsonl"
-        kept = [row for row in read(path) if row["step"] <= start_step] if path.exists() else []
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
+        with replacing(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._wandb = _start_wandb(folder, config, run_id)
         self._console = Console(file=sys.stderr)
@@ -83,12 +83,6 @@ class Metrics:
     def say(self, message: str) -> None:
         if self.active:
             self._bar.console.print(message, highlight=False, soft_wrap=True)
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line cut short by a kill."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 SHOWN = ("loss", "val_loss", "val_perplexity", "tokens_per_second")

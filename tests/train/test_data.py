@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glalm.data.files import read_jsonl
 from glalm.data.loader import IGNORED, Windows, packed
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
-from glalm.train import loop, metrics
+from glalm.train import loop
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def two_sources(token_folder, tmp_path_factory):
 
 
 def rows(config) -> list[dict]:
-    return metrics.read(config.folder / "metrics.jsonl")
+    return read_jsonl(config.folder / "metrics.jsonl")
 
 
 def weights(config) -> dict[str, torch.Tensor]:

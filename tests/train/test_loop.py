@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glalm.data.files import read_jsonl
 from glalm.strict import ConfigError
-from glalm.train import checkpoint, loop, metrics
+from glalm.train import checkpoint, loop
 from glalm.train.guards import StopSignal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +26,7 @@ def finished(config) -> dict[str, torch.Tensor]:
 
 
 def rows(config) -> list[dict]:
-    return metrics.read(config.folder / "metrics.jsonl")
+    return read_jsonl(config.folder / "metrics.jsonl")
 
 
 def interrupt_after(monkeypatch, step: int):
@@ -195,7 +196,7 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert f"resuming after step {saved.name.removeprefix('step_')}" in again.stderr
-    steps = [r["step"] for r in metrics.read(tmp_path / "cli" / "metrics.jsonl")]
+    steps = [r["step"] for r in read_jsonl(tmp_path / "cli" / "metrics.jsonl")]
     assert steps == list(range(401))
 
 

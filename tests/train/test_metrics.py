@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from glalm.train.metrics import Metrics, read
+from glalm.data.files import read_jsonl
+from glalm.train.metrics import Metrics
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def folder(tmp_path):
 def test_rows_are_on_disk_at_once(folder, run_config):
     with Metrics(folder, run_config, "id", 0, active=True) as metrics:
         metrics.log({"step": 1, "loss": 2.5})
-        assert read(folder / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+        assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
 def test_resuming_drops_later_rows_and_a_line_cut_short(folder, run_config):
@@ -23,7 +24,7 @@ def test_resuming_drops_later_rows_and_a_line_cut_short(folder, run_config):
     (folder / "metrics.jsonl").write_text(written + '{"step": 6, "lo')
     with Metrics(folder, run_config, "id", 3, active=True) as metrics:
         metrics.log({"step": 4, "loss": 1.0})
-    assert read(folder / "metrics.jsonl") == [{"step": i} for i in range(4)] + [{"step": 4, "loss": 1.0}]
+    assert read_jsonl(folder / "metrics.jsonl") == [{"step": i} for i in range(4)] + [{"step": 4, "loss": 1.0}]
 
 
 def test_other_processes_write_nothing(folder, run_config):
@@ -70,7 +71,7 @@ def test_wandb_absent_does_no_harm(folder, run_config, change, monkeypatch, caps
     with Metrics(folder, change(run_config, **{"track.wandb": "online"}), "id", 0, active=True) as metrics:
         metrics.log({"step": 1, "loss": 1.0})
     assert "Weights & Biases is not used" in capsys.readouterr().err
-    assert read(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
 def test_wandb_off_is_not_imported(folder, run_config, monkeypatch):

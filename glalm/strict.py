@@ -116,3 +116,9 @@ def _convert(hint, value, where: str):
 def _spell(hint) -> str:
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, f"a {hint.__name__}")
+
+
+def divisors(n: float) -> str:
+    """What to write instead of a number that does not divide `n`."""
+    n = int(n)
+    return "write one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and (n < 64 or d <= 64))

@@ -1,20 +1,12 @@
-"""What a run is made of: the dataclasses behind configs/, their checks, and what makes two runs the same.
-
-Hydra composes the YAML files under configs/ into one tree; `build` (glalm/strict.py) turns that into these dataclasses.
-An impossible combination is a ConfigError that says what to write instead. Nothing here imports torch, so a wrong
-config fails within a second.
-"""
+"""The model's config: the skeleton's, and one small dataclass of options for each mixer."""
 
 import dataclasses
 import difflib
-import json
 import math
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from glalm.strict import build, join, require
+from glalm.strict import build, divisors, require
 
 # The token mixers by name, and where each is defined: imported only when a model is made of it. GLA is the default.
 MIXERS = {
@@ -139,15 +131,14 @@ class ModelConfig:
             require(
                 width > 0 and width % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
-                f"{width:g}; {_divisors(width)}",
+                f"{width:g}; {divisors(width)}",
             )
         if "attention" in self.layer_mixers():
             self._check_attention()
         kv = self.gla.num_kv_heads
         require(
             kv is None or (kv > 0 and self.num_heads % kv == 0),
-            f"model.gla.num_kv_heads={kv} does not divide model.num_heads={self.num_heads}; "
-            f"{_divisors(self.num_heads)}",
+            f"model.gla.num_kv_heads={kv} does not divide model.num_heads={self.num_heads}; {divisors(self.num_heads)}",
         )
         for name in ("gla", "deltanet"):
             taps = getattr(self, name).short_conv
@@ -193,11 +184,11 @@ class ModelConfig:
         require(
             heads > 0 and self.hidden_size % (2 * heads) == 0,
             f"model.attention.num_heads={heads} does not cut model.hidden_size={self.hidden_size} into heads of an "
-            f"even number of channels; {_divisors(self.hidden_size // 2)}",
+            f"even number of channels; {divisors(self.hidden_size // 2)}",
         )
         require(
             kv_heads > 0 and heads % kv_heads == 0,
-            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; {_divisors(heads)}",
+            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; {divisors(heads)}",
         )
         window = self.attention.window
         require(window is None or window > 0, f"model.attention.window must be positive or null, not {window}")
@@ -223,222 +214,3 @@ def _known_mixer(key: str, name: str) -> str:
     hint = f"; did you mean {near[0]}?" if near else ""
     require(name in MIXERS, f"{key}={name!r} is none of the mixers: {', '.join(MIXERS)}{hint}")
     return name
-
-
-@dataclass
-class DataConfig:
-    path: str = "data/demo"  # a folder made by scripts/prepare_data.py
-    seq_len: int = 256  # T: tokens a training sequence
-    weights: dict[str, float] | None = None  # share of each source in the training tokens; null: as much as it has
-    # At a document's start, go on from the state of the text before it (the paper's way), or from an empty one, with
-    # the token before unscored.
-    boundaries: Literal["concatenate", "reset"] = "concatenate"
-    workers: int = 2  # threads a process that read ahead
-
-    def __post_init__(self):
-        require(self.seq_len > 0, f"data.seq_len must be positive, not {self.seq_len}")
-        require(self.workers > 0, f"data.workers must be positive, not {self.workers}")
-
-
-@dataclass
-class OptimConfig:
-    """AdamW with a linear warm-up from min_lr to lr, then a cosine back to min_lr at the last step."""
-
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # on matrices only: not on norms, biases or embeddings
-    grad_clip: float = 1.0  # largest global norm of the gradient
-
-    def __post_init__(self):
-        require(
-            0 <= self.min_lr <= self.lr,
-            f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}",
-        )
-        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
-        require(self.grad_clip > 0, "optim.grad_clip must be positive (inf: no clipping)")
-        require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
-
-
-@dataclass
-class TrainConfig:
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 32  # sequences a step, over all processes and accumulation
-    micro_batch_size: int | None = None  # sequences a process holds at once; null: no accumulation
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
-    eval_every: int = 250  # steps between validations; one is always made before the first step and after the last
-    eval_sequences: int = 128  # validation sequences each time
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    log_every: int = 10
-
-    def __post_init__(self):
-        positive = ("steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints")
-        for name in (*positive, "log_every"):
-            require(getattr(self, name) > 0, f"train.{name} must be positive, not {getattr(self, name)}")
-        micro = self.micro_batch_size
-        require(
-            micro is None or (micro > 0 and self.batch_size % micro == 0),
-            f"train.micro_batch_size={micro} does not divide train.batch_size={self.batch_size}; "
-            f"{_divisors(self.batch_size)}",
-        )
-
-    def accumulation(self, world: int) -> tuple[int, int]:
-        """How `world` processes share a step: (sequences a process holds at once, times it accumulates)."""
-        require(
-            self.batch_size % world == 0,
-            f"train.batch_size={self.batch_size} does not divide over {world} processes; write a multiple of {world}",
-        )
-        share = self.batch_size // world
-        micro = self.micro_batch_size or share
-        require(
-            share % micro == 0,
-            f"train.micro_batch_size={micro} does not divide the {share} sequences that each of {world} processes "
-            f"takes of train.batch_size={self.batch_size}; {_divisors(share)}",
-        )
-        return micro, share // micro
-
-
-@dataclass
-class TrackConfig:
-    """metrics.jsonl is always written; this adds Weights & Biases as a view of it."""
-
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "glalm"
-
-
-@dataclass
-class RunConfig:
-    """Everything `python train.py` does. The run lives in runs_dir/name; starting the same name again resumes it."""
-
-    name: str = "demo"
-    runs_dir: str = "runs"
-    seed: int = 1
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
-
-    def __post_init__(self):
-        require(
-            re.fullmatch(r"[^/\\\0]+", self.name) is not None and self.name not in (".", ".."),
-            f"name={self.name!r} must be one folder name, without slashes",
-        )
-        require(
-            self.optim.warmup_steps <= self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} is longer than train.steps={self.train.steps}",
-        )
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs_dir) / self.name
-
-
-@dataclass
-class ExtrapolationConfig:
-    max_length: int = 4096  # tokens read of each document
-    documents: int = 32  # at most; only documents of max_length tokens or more are read
-    split: Literal["train", "validation", "test"] = "test"
-
-    def __post_init__(self):
-        require(self.max_length > 0, "extrapolation.max_length must be positive")
-        require(self.documents > 0, "extrapolation.documents must be positive")
-
-
-@dataclass
-class SampleConfig:
-    tokens: int = 120  # new tokens a continuation
-    temperature: float = 0.8
-    top_p: float = 0.95
-    prompts: list[str] = field(default_factory=lambda: ["def ", "class "])
-
-    def __post_init__(self):
-        require(self.temperature > 0, "samples.temperature must be positive")
-        require(0 < self.top_p <= 1, "samples.top_p must lie in (0, 1]")
-        require(self.tokens > 0, "samples.tokens must be positive")
-
-
-@dataclass
-class EvalConfig:
-    """Everything `python eval.py` does: which checkpoint, which evaluators, their settings."""
-
-    name: str = "demo"  # the run to evaluate
-    runs_dir: str = "runs"
-    checkpoint: str = "latest"  # or step_N
-    data_path: str | None = None  # a prepared folder; null: the one that the run was trained on
-    seed: int = 1
-    batch_size: int = 16  # sequences at once
-    evals: list[Literal["perplexity", "extrapolation", "samples"]] = field(
-        default_factory=lambda: ["perplexity", "extrapolation", "samples"]
-    )
-    extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
-    samples: SampleConfig = field(default_factory=SampleConfig)
-
-    def __post_init__(self):
-        require(self.batch_size > 0, f"batch_size must be positive, not {self.batch_size}")
-        require(
-            len(self.evals) > 0,
-            "evals is empty; write evals=[perplexity,extrapolation,samples] or a part of it",
-        )
-        require(
-            re.fullmatch(r"latest|step_\d+", self.checkpoint) is not None,
-            f"checkpoint={self.checkpoint!r} must be latest or step_N",
-        )
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs_dir) / self.name
-
-    def check_lengths(self, train_length: int) -> None:
-        """Refuses an extrapolation that ends before the length that the model was trained at."""
-        require(
-            self.extrapolation.max_length >= train_length,
-            f"extrapolation.max_length={self.extrapolation.max_length} is under the training length {train_length}; "
-            f"write extrapolation.max_length={10 * train_length} for ten times it",
-        )
-
-
-def _divisors(n: float) -> str:
-    n = int(n)
-    return "write one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and (n < 64 or d <= 64))
-
-
-# ------------------------------------------------------------------------------------------------------- identity
-
-# What a resumed run may change: where things lie, how often it reports, how the work is split over the hardware.
-MAY_CHANGE = (
-    "name",
-    "runs_dir",
-    "data.path",
-    "data.workers",
-    "track",
-    "train.micro_batch_size",
-    "train.precision",
-    "train.eval_every",
-    "train.eval_sequences",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-)
-
-
-def flatten(tree: dict, where: str = "") -> dict[str, Any]:
-    """A nested dict as {"a.b": value}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, join(where, key)) if isinstance(value, dict) else {join(where, key): value}
-    return flat
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """The flat part of a config that decides what is learnt: resuming with another value would be another run."""
-    flat = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    return {k: v for k, v in flat.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
-
-
-def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences between two identities, a line each; empty when a run may be resumed."""
-    return [f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in sorted(saved | now) if saved.get(k) != now.get(k)]

@@ -1,7 +1,8 @@
 """Time chunk_gla beside torch's causal attention and, where it is installed, flash-linear-attention; on one GPU.
 
     python scripts/bench_kernels.py                       the table of docs/performance.md, in Markdown
-    python scripts/bench_kernels.py --figure speed.png    and the forward-and-backward time against the length
+    python scripts/bench_kernels.py --gates               every gate of the family, and logits fused or not
+    python scripts/bench_kernels.py --figure speed.png    tokens a second against the length
     python scripts/bench_kernels.py --tune 128 256        candidates for one (K, V) of glalm/kernels/triton/configs.py
 
 Times are medians in ms; peak is the memory above the inputs, in MiB, over one forward and backward.
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from glalm import kernels
 from glalm.kernels import chunk_gla
 from glalm.kernels.triton import configs, gla
 
@@ -93,6 +95,32 @@ def table(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[float
     return rows
 
 
+def gates(B: int, T: int, H: int, K: int, V: int) -> dict[str, tuple[float, float]]:
+    """Forward and both, ms, for every gate."""
+    q, k, v, g = random_inputs(B, T, H, K, V)
+    x = torch.randn_like(g).requires_grad_()
+    head, head_x = (y.detach()[..., 0].contiguous().requires_grad_() for y in (g, x))
+    fused = {"gate_logit_normalizer": 16.0}
+    cases = {
+        "a gate a channel, bf16": lambda: chunk_gla(q, k, v, g),
+        "its logits, fused": lambda: chunk_gla(q, k, v, x, **fused),
+        "its logits, fp32 outside": lambda: chunk_gla(q, k, v, F.logsigmoid(x.float()) / 16),
+        "a gate a head, bf16": lambda: kernels.chunk_simple_gla(q, k, v, head),
+        "its logits": lambda: kernels.chunk_simple_gla(q, k, v, head_x, **fused),
+        "fixed decay (RetNet)": lambda: kernels.chunk_retention(q, k, v),
+        "no gate": lambda: kernels.chunk_linear_attn(q, k, v),
+    }
+    times, do = {}, torch.randn_like(v)
+    for name, call in cases.items():
+        with torch.no_grad():
+            forward = do_bench(call, rep=40, return_mode="median")
+        leaves = [q, k, v, g, x, head, head_x]
+        both = do_bench(lambda c=call: c()[0].backward(do), rep=40, grad_to_none=leaves, return_mode="median")
+        times[name] = forward, both
+        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {forward:.3f} / {both:.3f} |", flush=True)
+    return times
+
+
 def figure(path: str) -> None:
     """Time per token against the length, batch times length constant."""
     import matplotlib.pyplot as plt
@@ -116,17 +144,17 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     square = [{"BK": 64, "BV": 64}]
     q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
     do, o = torch.randn_like(v), torch.empty_like(v)
-    plan = gla.Plan(q, k, v, g, K**-0.5, None)
-    hats, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
-    kernels = {
+    plan = gla.Plan(q, k, v, g, K**-0.5, None, None)
+    kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
+    candidates = {
         "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
-        "forward": (scans, lambda: plan.scan(hats, v, None, None, out=o)),
-        "states": (scans, lambda: plan.scan(hats, v, None, None, states=states)),
-        "reverse": (scans, lambda: plan.scan(hats, do, None, None, out=o, states=dstates, reverse=True)),
+        "forward": (scans, lambda: plan.scan(kept, v, None, None, out=o)),
+        "states": (scans, lambda: plan.scan(kept, v, None, None, states=states)),
+        "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
         "dscores": ([{"BV": 64}], lambda: plan.dscores(do)),
-        "gradients": (square, lambda: plan.gradients(hats.exact, do, states, dstates)),
+        "gradients": (square, lambda: plan.gradients(kept, do, states, dstates)),
     }
-    for kernel, (tiles, call) in kernels.items():
+    for kernel, (tiles, call) in candidates.items():
         found = []
         for tile, warps, stages in itertools.product(tiles, (4, 8), (1, 2, 3)):
             if tiles is not scans and warps == 8:
@@ -146,11 +174,15 @@ def tune(B: int, T: int, K: int, V: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", metavar="PNG")
+    parser.add_argument("--gates", action="store_true")
     parser.add_argument("--tune", nargs=2, type=int, metavar=("K", "V"))
     arguments = parser.parse_args()
     if arguments.tune:
         for B, T in ((32, 2048), (2, 32768)):  # many heads, and few
             tune(B, T, *arguments.tune)
+    elif arguments.gates:
+        for name in ("1.3B layer B8 T2048", "340M layer B32 T2048", "D64 B32 T1024"):
+            gates(*SHAPES[name][:5])
     elif arguments.figure:
         figure(arguments.figure)
     else:

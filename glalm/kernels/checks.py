@@ -60,15 +60,15 @@ def check_state(initial_state: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise ValueError(f"initial_state: expected {expected} for q of {dtype}, got {initial_state.dtype}")
 
 
-def check_values(g: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Gates and sequence bounds, where there are values and they are cheap to read: not while tracing, and not on an
-    accelerator, which the host would have to wait for. NaN gates pass, as they would through any arithmetic.
+def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Log gates (if any) and sequence bounds, where there are values and they are cheap to read: not while tracing,
+    and not on an accelerator, which the host would have to wait for. NaN gates pass, as through any arithmetic.
     """
-    if g.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(g, FakeTensor):
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         return
-    if g.numel() and g.max() > 0:
+    if g is not None and g.numel() and g.max() > 0:
         raise ValueError(f"g: expected log forget gates <= 0, got a maximum of {g.max():.3g}; take logsigmoid first")
     if cu_seqlens is not None:
-        bounds, T = cu_seqlens.tolist(), g.shape[1]
+        bounds, T = cu_seqlens.tolist(), q.shape[1]
         if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
             raise ValueError(f"cu_seqlens: expected to rise from 0 to T = {T} without a step down, got {bounds}")

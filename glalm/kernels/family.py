@@ -7,68 +7,112 @@
     linear_attn   g = 0                       (arXiv 2006.16236, without its feature map and normaliser)
 
 Each has the arguments, results and errors of `chunk_gla` and `fused_recurrent_gla`, but for g.
+
+They have the same kernels on CUDA, simpler and at least as quick as those of a gate a channel; on the CPU the gate is
+spread over the channels.
 """
 
 import torch
 from torch import Tensor
 
-from glalm.kernels.gla import chunk_gla, fused_recurrent_gla
+from glalm.kernels.checks import check_inputs
+from glalm.kernels.gates import channels, log_gate
+from glalm.kernels.gla import chunk
+from glalm.kernels.recurrent import fused_recurrent
 
 
-def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gla` with one gate a head: g [B, T, H], log of the forget gate, <= 0.
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_gla` with one gate a head: g [B, T, H], log of the forget gate, <= 0, or logits of it.
 
     Raises ValueError, as chunk_gla does, when a shape, dtype or device does not fit.
     """
-    return chunk_gla(q, k, v, spread(g, q), **options)
+    check_gate(q, k, v, g, initial_state, cu_seqlens)
+    return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, gate_logit_normalizer)
 
 
-def fused_recurrent_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+def fused_recurrent_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` with one gate a head: g [B, T, H]."""
-    return fused_recurrent_gla(q, k, v, spread(g, q), **options)
+    check_gate(q, k, v, g)
+    return fused_recurrent(q, k, v, log_gate(g, gate_logit_normalizer), **options)
 
 
-def chunk_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+def chunk_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return chunk_gla(q, k, v, spread(retention_decay(q), q), **options)
+    g = retention_decay(q)
+    check_gate(q, k, v, g, initial_state, cu_seqlens)
+    return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return fused_recurrent_gla(q, k, v, spread(retention_decay(q), q), **options)
+    return fused_recurrent(q, k, v, head_decay(q), **options)
 
 
-def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+def chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
-    return chunk_gla(q, k, v, spread(ungated(q), q), **options)
+    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
+    return chunk(q, k, v, None, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
-    return fused_recurrent_gla(q, k, v, spread(ungated(q), q), **options)
+    return fused_recurrent(q, k, v, None, **options)
 
 
 def retention_decay(q: Tensor) -> Tensor:
     """log(1 - 2^(-5-h)) of every token and head: [B, T, H], float32 (float64 for float64 q)."""
-    check_rank(q)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads = torch.arange(q.shape[2], device=q.device, dtype=dtype)
-    return torch.log1p(-torch.exp2(-5 - heads)).expand(q.shape[:3])
+    return head_decay(q).expand(q.shape[:3])
 
 
-def ungated(q: Tensor) -> Tensor:
-    check_rank(q)
-    return q.new_zeros((), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32).expand(q.shape[:3])
-
-
-def spread(g: Tensor, q: Tensor) -> Tensor:
-    """A gate a head as a gate a channel; autograd sums the channels' gradients up again."""
-    check_rank(q)
-    if g.shape != q.shape[:3]:
-        raise ValueError(f"g: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(g.shape)}")
-    return g[..., None].expand(q.shape)
-
-
-def check_rank(q: Tensor) -> None:
+def head_decay(q: Tensor) -> Tensor:
+    """log(1 - 2^(-5-h)) of every head: [H]."""
     if q.dim() != 4:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads = torch.arange(q.shape[2], device=q.device, dtype=dtype)
+    return torch.log1p(-torch.exp2(-5 - heads))
+
+
+def check_gate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """check_inputs for one gate a head."""
+    if q.dim() == 4 and g.shape != q.shape[:3]:
+        raise ValueError(f"g: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(g.shape)}")
+    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)

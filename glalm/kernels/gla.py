@@ -1,19 +1,20 @@
 """Gated linear attention: the public operators, and their registration with torch.library.
 
-Registered, they go through torch.compile(fullgraph=True) as one node each, whatever computes them. A backend is
-a module with two functions, `forward` and `backward`, that take the arguments of the two ops below; it gives
-None for a state that was not asked for, where an op, which must return tensors, returns an empty one.
+Registered, they go through torch.compile(fullgraph=True) as one node each, whatever computes them. An op must return
+tensors: one that was not asked for, or does not exist, is an empty one.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from glalm.kernels import torch_chunk
 from glalm.kernels.checks import check_inputs, check_values
-from glalm.kernels.recurrent import recurrent
+from glalm.kernels.gates import channels, gate_gradient, log_gate
+from glalm.kernels.library import operator
+from glalm.kernels.recurrent import fused_recurrent, has_kernel
 
 
 def chunk_gla(
@@ -26,6 +27,7 @@ def chunk_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention over whole sequences, chunkwise: the operator to train and to prefill with.
 
@@ -43,6 +45,8 @@ def chunk_gla(
         output_final_state: whether to return S_T.
         cu_seqlens: [N + 1], int32 or int64, on q's device: the bounds 0, ..., T of N sequences packed into one
             row (B = 1), which may be empty. Without it, N = B.
+        gate_logit_normalizer: with it, g holds logits x of any sign, and the log gate is
+            logsigmoid(x) / gate_logit_normalizer, computed in float32 inside the kernels; so is its gradient.
 
     Returns:
         o [B, T, H, V] in q's dtype, and S_T as initial_state, or None.
@@ -54,9 +58,7 @@ def chunk_gla(
         NotImplementedError: a gradient of a gradient is asked for.
     """
     check_inputs(q, k, v, g, initial_state, cu_seqlens)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, final_state = forward_op(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-    return o, final_state if output_final_state else None
+    return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, gate_logit_normalizer)
 
 
 def fused_recurrent_gla(
@@ -69,102 +71,181 @@ def fused_recurrent_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` one token after the other, with the same arguments, results and errors: the operator to decode
     with, quick at T = 1 with a carried state, slow over long sequences.
 
-    Gradients come from autograd, with T states in memory. cu_seqlens is read on the host.
+    On CUDA one kernel, without a host synchronisation. Where an input requires a gradient, and in float64, it is
+    PyTorch: gradients come from autograd, with T states in memory.
     """
     check_inputs(q, k, v, g, initial_state, cu_seqlens)
-    check_values(g, cu_seqlens)
+    return fused_recurrent(
+        q,
+        k,
+        v,
+        log_gate(g, gate_logit_normalizer),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_gla` for any gate, with inputs that were checked: g [B, T, H, K], [B, T, H], or None for no gate."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
+    # What the backward pass uses again is kept only where there may be one.
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, initial_state))
+    args = q, k, v, g, scale, gate_logit_normalizer, initial_state, output_final_state, cu_seqlens, keep
+    o, final_state, *_ = ChunkGLA.apply(*args) if has_kernel(q) and nothing_intercepts(q) else forward_op(*args)
     return o, final_state if output_final_state else None
 
 
-def backend(q: Tensor) -> ModuleType:
-    """The module that computes where q is, in its dtype."""
-    if q.is_cuda and q.dtype != torch.float64:  # the tensor cores' kernels have no float64
-        from glalm.kernels.triton import gla  # here, since a machine without a GPU may lack triton
-
-        return gla
-    return torch_chunk
-
-
-def operator(name: str, function: Callable) -> Callable:
-    """Registers a function as the operator glalm::<name>, on every device; returns the operator.
-
-    torch.library.custom_op does the same and checks more, at half a millisecond a call in torch 2.11: longer
-    than the kernels of a small layer take.
-    """
-    schema = torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(f"glalm::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"glalm::{name}", "default", function)
-    return getattr(torch.ops.glalm, name).default
+def nothing_intercepts(q: Tensor) -> bool:
+    """Whether an operator's name means nothing to anybody here: no compiler, no tensor subclass, no dispatch mode (such
+    as selective activation checkpointing). Then it is called directly: its registration with autograd takes 0.3 ms
+    of a step on the host, about as long as the kernels of a small layer."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def chunk_gla_forward(
+def chunk_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     scale: float,
+    normalizer: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_values(g, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):  # a backend chooses the precision of its matmuls itself
-        o, final_state = backend(q).forward(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-    return o, q.new_empty(0) if final_state is None else final_state
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final states, and five that chunk_backward takes back as `kept`."""
+    check_values(g if normalizer is None else None, q, cu_seqlens)
+    kept = None
+    if has_kernel(q):
+        from glalm.kernels.triton import gla  # here, since a machine without a GPU may lack triton
+
+        o, final_state, kept = gla.forward(
+            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, keep
+        )
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            gates = channels(log_gate(g, normalizer), q)
+            o, final_state = torch_chunk.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
+    return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(5)))
 
 
-def chunk_gla_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+def chunk_forward_fake(
+    q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, keep
+) -> tuple[Tensor, ...]:
     (B, _, H, K), V = q.shape, v.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(v.shape), q.new_empty(N, H, K, V, dtype=dtype) if output_final_state else q.new_empty(0)
+    final_state = q.new_empty(N, H, K, V, dtype=dtype) if output_final_state else q.new_empty(0)
+    kept = [((0,), q.dtype)] * 5
+    if keep and has_kernel(q):
+        from glalm.kernels.triton.kept import shapes
+
+        kept = shapes(q, g, cu_seqlens, low=True)
+    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)
 
 
-def chunk_gla_backward(
+def chunk_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     scale: float,
+    normalizer: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: list[Tensor],
     do: Tensor,
     dfinal_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        *grads, dinitial = backend(q).backward(q, k, v, g, scale, initial_state, cu_seqlens, do, dfinal_state)
-    return *grads, q.new_empty(0) if dinitial is None else dinitial
+    if has_kernel(q):
+        from glalm.kernels.triton import gla
+
+        dq, dk, dv, dg, dinitial = gla.backward(
+            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.Kept(*kept), do, dfinal_state
+        )
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            gates = channels(log_gate(g, normalizer), q)
+            dq, dk, dv, dg, dinitial = torch_chunk.backward(
+                q, k, v, gates, scale, initial_state, cu_seqlens, do, dfinal_state
+            )
+            dg = gate_gradient(dg, g, normalizer)
+    return dq, dk, dv, _or_empty(dg, q), _or_empty(dinitial, q)
 
 
-def chunk_gla_backward_fake(q, k, v, g, scale, initial_state, cu_seqlens, do, dfinal_state):
-    dinitial = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v, g)), dinitial
+def chunk_backward_fake(
+    q, k, v, g, scale, normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (g, initial_state))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *maybe
 
 
-def save_inputs(ctx, inputs, output):
-    q, k, v, g, ctx.scale, initial_state, ctx.output_final_state, cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
 
 
-def differentiate(ctx, do, dfinal_state):
-    q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
+def save(ctx, inputs: tuple, output: tuple) -> None:
+    q, k, v, g, ctx.scale, ctx.normalizer, initial_state, ctx.output_final_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *output[2:])
+    ctx.set_materialize_grads(False)  # zeros as large as what is kept
+
+
+def differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
+    q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
     dfinal_state = dfinal_state if ctx.output_final_state else None
-    *grads, dinitial = backward_op(q, k, v, g, ctx.scale, initial_state, cu_seqlens, do, dfinal_state)
-    return *grads, None, None if initial_state is None else dinitial, None, None
+    dq, dk, dv, dg, dinitial = backward(
+        q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
+    )
+    dg, dinitial = (None if x is None else dx for x, dx in ((g, dg), (initial_state, dinitial)))
+    return dq, dk, dv, dg, None, None, dinitial, None, None, None
+
+
+def differentiate_op(ctx, do, dfinal_state, *_):
+    return differentiate(ctx, do, dfinal_state, backward_op)
+
+
+class ChunkGLA(torch.autograd.Function):
+    """The operator without its registration."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = chunk_forward(*inputs)
+        save(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dfinal_state):
+        return differentiate(ctx, do, dfinal_state, chunk_backward)
 
 
 def differentiate_twice(ctx, *grads):
     raise NotImplementedError("chunk_gla: no second derivatives; fused_recurrent_gla has them, for short sequences")
 
 
-forward_op, backward_op = operator("chunk_gla", chunk_gla_forward), operator("chunk_gla_backward", chunk_gla_backward)
-torch.library.register_fake(forward_op, chunk_gla_forward_fake)
-torch.library.register_fake(backward_op, chunk_gla_backward_fake)
-torch.library.register_autograd(forward_op, differentiate, setup_context=save_inputs)
+forward_op, backward_op = operator("chunk_gla", chunk_forward), operator("chunk_gla_backward", chunk_backward)
+torch.library.register_fake(forward_op, chunk_forward_fake)
+torch.library.register_fake(backward_op, chunk_backward_fake)
+torch.library.register_autograd(forward_op, differentiate_op, setup_context=save)
 torch.library.register_autograd(backward_op, differentiate_twice)

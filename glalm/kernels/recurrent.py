@@ -1,36 +1,143 @@
-"""GLA token by token in plain PyTorch: decoding, where a state is carried and T is mostly 1."""
+"""The recurrence token by token, for every gate: decoding, where a state is carried and T is mostly 1.
 
-from itertools import pairwise
+On CUDA, without gradients, one Triton kernel: the state is read once and written once, cu_seqlens is read on the
+device. With gradients, on the CPU and in float64, plain PyTorch with autograd.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from glalm.kernels.checks import check_inputs, check_values
+from glalm.kernels.gates import channels
+from glalm.kernels.library import operator
+
+_in_place = False
+
+
+@contextmanager
+def states_in_place() -> Iterator[None]:
+    """Inside, the fused_recurrent operators write the final state over a given initial one and return that.
+
+    For a decoder that owns its states: half of the memory, and buffers that stay where a CUDA graph has them.
+    Without gradients, and not for packed sequences, which do as before.
+    """
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
+def fused_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t. g: [B, T, H, K], [B, T, H], [H], or None for no gate.
+
+    The other arguments, results and errors are those of `chunk_gla`.
+    """
+    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)
+    check_values(g, q, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    inputs = [x for x in (q, k, v, g, initial_state) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
+    elif _in_place and initial_state is not None and cu_seqlens is None:
+        o, final_state = update_op(q, k, v, g, scale, initial_state), initial_state
+    else:
+        o, final_state = forward_op(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    return o, final_state if output_final_state else None
+
 
 def recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, S: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, initial: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """o: [B, T, H, V] and the final states [N, H, K, V]. Arguments as for `fused_recurrent_gla`."""
-    if cu_seqlens is None:
-        return steps(q, k, v, g, scale, S)
-    outputs, states = [], []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        one = (x[:, start:end] for x in (q, k, v, g))
-        o, final = steps(*one, scale, None if S is None else S[n : n + 1])
-        outputs.append(o)
-        states.append(final)
-    return torch.cat(outputs, 1), torch.cat(states)
-
-
-def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, S: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, in float32, or in float64 for float64 inputs."""
+    """In PyTorch: o [B, T, H, V] and the final states [N, H, K, V]. No value is read on the host."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    S = q.new_zeros(B, H, K, V, dtype=dtype) if S is None else S
-    q, k, values, decay = q.to(dtype) * scale, k.to(dtype), v.to(dtype), g.to(dtype).exp()
-    outputs = []
+    if initial is None:
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        initial = q.new_zeros(N, H, K, V, dtype=state_dtype(q))
+    decay = None if g is None else channels(g.to(state_dtype(q)), q).exp()
+    q, k, values = q.to(initial.dtype) * scale, k.to(initial.dtype), v.to(initial.dtype)
+    final, S, outputs = initial.clone(), initial[:B], []
+    if cu_seqlens is not None:
+        tokens = torch.arange(T, device=q.device)
+        owner = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
+        starts = cu_seqlens[owner] == tokens
     for t in range(T):
-        S = torch.addcmul(S * decay[:, t, :, :, None], k[:, t, :, :, None], values[:, t, :, None, :])
+        if cu_seqlens is not None:
+            S = torch.where(starts[t], initial.index_select(0, owner[t : t + 1]), S)
+        S = S if decay is None else S * decay[:, t, :, :, None]
+        S = torch.addcmul(S, k[:, t, :, :, None], values[:, t, :, None, :])
         # Not a matmul, which autocast and TF32 would round.
         outputs.append((q[:, t, :, :, None] * S).sum(2))
-    o = torch.stack(outputs, 1) if T else values
-    return o.to(v.dtype), S
+        if cu_seqlens is not None:  # the last token's stays
+            final.index_copy_(0, owner[t : t + 1], S)
+    o = torch.stack(outputs, 1).to(v.dtype) if T else torch.empty_like(v)
+    return o, S if cu_seqlens is None and T else final
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def has_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float64
+
+
+def recurrent_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if not has_kernel(q):
+        o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
+        return o, final_state if output_final_state else q.new_empty(0)
+    from glalm.kernels.triton.recurrent import forward  # here, since a machine without a GPU may lack triton
+
+    _, final_state = recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    o = forward(q, k, v, g, scale, initial_state, final_state if output_final_state else None, cu_seqlens)
+    return o, final_state
+
+
+def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
+    (B, _, H, K), V = q.shape, v.shape[3]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = q.new_empty(N, H, K, V, dtype=state_dtype(q)) if output_final_state else q.new_empty(0)
+    return v.new_empty(v.shape), final_state
+
+
+def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
+    if not has_kernel(q):
+        o, final_state = recurrent(q, k, v, g, scale, state, None)
+        state.copy_(final_state)
+        return o
+    from glalm.kernels.triton.recurrent import forward
+
+    return forward(q, k, v, g, scale, state, state, None)
+
+
+def recurrent_update_fake(q, k, v, g, scale, state):
+    return v.new_empty(v.shape)
+
+
+forward_op = operator("fused_recurrent", recurrent_forward)
+update_op = operator("fused_recurrent_update", recurrent_update, mutates=("state",))
+torch.library.register_fake(forward_op, recurrent_forward_fake)
+torch.library.register_fake(update_op, recurrent_update_fake)

@@ -5,6 +5,8 @@ import secrets
 import pytest
 import torch
 
+from glalm.kernels import chunk_gla
+
 pytestmark = pytest.mark.gpu
 SEED = secrets.randbits(31)
 BF16, FP16, FP32 = 3.0e-3, 1.2e-3, 5e-6
@@ -48,10 +50,90 @@ def test_other_dtypes():
     check(BF16, 1, 300, 2, 64, 64, dtype=torch.bfloat16, gate_dtype=torch.float32, states=True)
 
 
-def test_same_bits_twice():
+@pytest.mark.parametrize("gate", ["slow", "usual", "fast", "wild"])
+@pytest.mark.parametrize("H, K, V", [(4, 64, 64), (2, 128, 256), (2, 256, 512), (2, 96, 40)])
+def test_one_gate_a_head(H, K, V, gate):
+    check(BF16, 1, 320, H, K, V, dtype=torch.bfloat16, gate=gate, per="head", states=True)
+
+
+@pytest.mark.parametrize("H, K, V", [(4, 64, 64), (2, 128, 256), (2, 256, 512), (2, 96, 40)])
+def test_no_gate(H, K, V):
+    check(BF16, 1, 320, H, K, V, dtype=torch.bfloat16, per="nothing", states=True)
+
+
+@pytest.mark.parametrize("per", ["head", "nothing"])
+def test_simpler_gates_in_every_form(per):
+    check(FP16, 1, 300, 2, 64, 64, dtype=torch.float16, per=per, states=True)
+    check(FP32, 1, 300, 2, 64, 64, dtype=torch.float32, per=per, states=True)
+    check(BF16, 1, 700, 2, 64, 64, dtype=torch.bfloat16, per=per, cu_seqlens=[0, 0, 15, 16, 300, 700], states=True)
+    check(BF16, 1, 4100, 1, 128, 256, dtype=torch.bfloat16, per=per, states=True)
+
+
+@pytest.mark.parametrize("per", ["channel", "head"])
+@pytest.mark.parametrize("normalizer", [16.0, 1.0, 0.125])
+def test_logits_of_the_gate(per, normalizer):
+    check(BF16, 1, 320, 2, 64, 64, dtype=torch.bfloat16, per=per, logits=normalizer, states=True)
+    check(BF16, 1, 320, 2, 128, 256, dtype=torch.bfloat16, per=per, logits=normalizer)
+    # The smaller normalizers make chunks that forget exp(-40) and more: the last bit of such an exponent is 4e-6, and
+    # the gate's own gradient is a small difference.
+    check(FP32 if normalizer == 16 else 10 * FP32, 1, 320, 2, 64, 64, dtype=torch.float32, per=per, logits=normalizer)
+
+
+def tensors(B, T, H, K, V, **options):
+    shapes = (B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)
+    return [torch.randn(s, device="cuda", dtype=torch.bfloat16, **options) for s in shapes]
+
+
+def differentiated(operator, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    o, state = operator(*inputs, gate_logit_normalizer=16.0, output_final_state=True)
+    return o, state, *torch.autograd.grad(o.float().square().sum() + state.square().sum(), inputs)
+
+
+def test_inputs_that_are_not_contiguous():
+    inputs = tensors(2, 100, 4, 64, 64)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    for a, b in zip(differentiated(chunk_gla, inputs), differentiated(chunk_gla, strided), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T", [64, 100])
+def test_compiled_whole(T):
+    torch._dynamo.reset()
+    inputs = tensors(2, T, 4, 64, 64)
+    compiled = torch.compile(chunk_gla, fullgraph=True)
+    for a, b in zip(differentiated(compiled, inputs), differentiated(chunk_gla, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 128, 256), (2, 1000, 4, 64, 64)])
+@pytest.mark.parametrize("per", ["channel", "head", "nothing"])
+def test_same_bits_twice_whatever_memory_held(shape, per, monkeypatch):
     from glalm.kernels.triton import gla
 
-    q, k, v, do = (torch.randn(2, 1000, 4, n, device="cuda", dtype=torch.bfloat16) for n in (128, 128, 256, 256))
-    g = -torch.rand_like(q)
-    first, second = (gla.backward(q, k, v, g, 0.1, None, None, do, None) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    q, k, v, g = tensors(*shape)
+    g = {"channel": -g.abs(), "head": -g.abs()[..., 0].contiguous(), "nothing": None}[per]
+    do = torch.randn_like(v)
+
+    def run():
+        o, S, kept = gla.forward(q, k, v, g, 0.1, None, None, True, None, True)
+        return [x for x in (o, S, *gla.backward(q, k, v, g, 0.1, None, None, None, kept, do, S)) if x is not None]
+
+    first, empty = run(), torch.empty
+
+    def poisoned(*shape, **options):
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(255 if x.dtype == torch.uint8 else -1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_same_bits_on_two_gpus():
+    inputs = tensors(2, 1000, 4, 128, 256)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        with torch.cuda.device(device):
+            results.append([x.cpu() for x in differentiated(chunk_gla, [x.to(device) for x in inputs])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -40,15 +40,19 @@ def test_decoding_compiles_whole(draw):
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 5]], ids=["dense", "packed"])
 @pytest.mark.parametrize("final", [False, True])
-def test_opcheck(draw, bounds, final):
+@pytest.mark.parametrize("per, normalizer", [("channel", None), ("head", 16.0), ("nothing", None)])
+def test_opcheck(draw, bounds, final, per, normalizer):
     args = draw(1, 5, bounds=bounds, gate_dtype=torch.float64)
     cu_seqlens = args.pop("cu_seqlens")
-    inputs = [args[n] for n in "qkvg"]
+    q, k, v, g = (args[n].requires_grad_() for n in "qkvg")
+    g = {"channel": g, "head": g[..., 0].detach().requires_grad_(), "nothing": None}[per]
     state = args["initial_state"] if final else None
-    backward = (*inputs, 0.3, state, cu_seqlens, torch.ones_like(args["v"]), state)
-    torch.library.opcheck(torch.ops.glalm.chunk_gla_backward.default, backward)
-    inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(torch.ops.glalm.chunk_gla.default, (*inputs, 0.3, state, final, cu_seqlens))
+    forward = (q, k, v, g, 0.3, normalizer, state, final, cu_seqlens, True)
+    torch.library.opcheck(torch.ops.glalm.chunk_gla.default, forward)
+    kept = [torch.empty(0)] * 5
+    backward = (q, k, v, g, 0.3, normalizer, state, cu_seqlens, kept, torch.ones_like(v), state)
+    backward = [x.detach() if isinstance(x, torch.Tensor) else x for x in backward]
+    torch.library.opcheck(torch.ops.glalm.chunk_gla_backward.default, tuple(backward))
 
 
 @pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
@@ -94,3 +98,12 @@ def test_fake_tensors(draw, operator):
         found = operator(**fakes, output_final_state=True)
     for fake, real in zip(found, expected, strict=True):
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_the_gradient_of_the_final_state_alone(draw):
+    args = draw(T=5)
+    v = args["v"].requires_grad_()
+    _, state = chunk_gla(**args, output_final_state=True)
+    (dv,) = torch.autograd.grad(state.sum(), v)
+    _, expected = fused_recurrent_gla(**args, output_final_state=True)
+    torch.testing.assert_close(dv, torch.autograd.grad(expected.sum(), v)[0])

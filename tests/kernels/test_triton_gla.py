@@ -1,17 +1,9 @@
-"""The real Triton kernels at small shapes, through Triton's interpreter.
-
-The interpreter is chosen by an environment variable when triton is imported, so these tests run in a process of
-their own, which the first of them starts. On a GPU the same cases run compiled: tests/gpu.
-"""
-
-import os
-import subprocess
-import sys
+"""The real Triton kernels at small shapes, through Triton's interpreter. On a GPU they run compiled: tests/gpu."""
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 2e-5  # a few roundings of float32
 BF16 = 2e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
@@ -19,11 +11,7 @@ BF16 = 2e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 def check(limit, *shape, **options):
@@ -38,6 +26,35 @@ def check(limit, *shape, **options):
 def test_every_gate(gate):
     check(IEEE, 1, 100, 2, 16, 16, dtype=torch.float32, gate=gate, states=True)
     check(BF16, 1, 100, 1, 16, 16, dtype=torch.bfloat16, gate=gate)
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["slow", "usual", "fast", "wild"])
+def test_one_gate_a_head(gate):
+    check(IEEE, 1, 100, 2, 16, 16, dtype=torch.float32, gate=gate, per="head", states=True)
+    check(BF16, 1, 100, 1, 16, 16, dtype=torch.bfloat16, gate=gate, per="head")
+
+
+@interpreted
+def test_no_gate():
+    check(IEEE, 1, 100, 2, 16, 16, dtype=torch.float32, per="nothing", states=True)
+    check(BF16, 1, 70, 1, 128, 256, dtype=torch.bfloat16, per="nothing")
+
+
+@interpreted
+@pytest.mark.parametrize("per", ["channel", "head"])
+@pytest.mark.parametrize("normalizer", [16.0, 0.125])  # the smaller one makes gates that take the pairwise path
+def test_logits_of_the_gate(per, normalizer):
+    check(IEEE, 1, 100, 2, 20, 16, dtype=torch.float32, per=per, logits=normalizer, states=True)
+    check(BF16, 1, 100, 1, 16, 16, dtype=torch.bfloat16, per=per, logits=normalizer)
+
+
+@interpreted
+@pytest.mark.parametrize("per", ["head", "nothing"])
+def test_one_gate_a_head_in_packed_sequences_and_segments(per):
+    check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, per=per, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
+    check(IEEE, 1, 600, 1, 16, 16, dtype=torch.float32, per=per, states=True)
+    check(BF16, 1, 70, 1, 128, 256, dtype=torch.bfloat16, per=per)
 
 
 @interpreted
@@ -96,10 +113,11 @@ def test_same_bits_twice_whatever_memory_held():
     g = -torch.rand(1, 90, 2, 16)
 
     def run():
-        return [
-            gla.forward(q, k, v, g, 0.25, None, False, None)[0],
-            *gla.backward(q, k, v, g, 0.25, None, None, do, None),
-        ]
+        results = []
+        for gate in (g, g[..., 0], None):
+            o, _, kept = gla.forward(q, k, v, gate, 0.25, None, None, False, None, True)
+            results += [o, *gla.backward(q, k, v, gate, 0.25, None, None, None, kept, do, None)]
+        return [x for x in results if x is not None]
 
     empty = torch.empty
 
@@ -113,7 +131,7 @@ def test_same_bits_twice_whatever_memory_held():
         second = run()
     finally:
         torch.empty = empty
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @interpreted
@@ -121,5 +139,5 @@ def test_no_tokens():
     from glalm.kernels.triton import gla
 
     q, k, v = (torch.randn(1, 0, 2, 16) for _ in range(3))
-    o, S = gla.forward(q, k, v, q, 1.0, torch.ones(1, 2, 16, 16), True, None)
+    o, S, _ = gla.forward(q, k, v, q, 1.0, None, torch.ones(1, 2, 16, 16), True, None, False)
     assert o.shape == v.shape and torch.equal(S, torch.ones(1, 2, 16, 16))

@@ -26,26 +26,39 @@ def wild(x):
 GATES["wild"] = wild
 
 
-def case(B, T, H, K, V, *, dtype, gate="slow", gate_dtype=None, states=False, cu_seqlens=None, device="cpu", seed=0):
-    """Relative RMS errors of o, the final state and all gradients; all must be finite."""
+def case(
+    B, T, H, K, V, *, dtype, gate="slow", per="channel", logits=None, gate_dtype=None, states=False, cu_seqlens=None,
+    device="cpu", seed=0,
+):  # fmt: skip
+    """Relative RMS errors of o, the final state and all gradients; all must be finite.
+
+    per: "channel", "head" or "nothing", what there is one gate for; logits: the normalizer of logits given as g.
+    """
     r = torch.Generator().manual_seed(seed)
     q, k, v, do = (torch.randn(B, T, H, n, generator=r).to(device, dtype) for n in (K, K, V, V))
-    g = GATES[gate](torch.randn(B, T, H, K, generator=r)).to(device, gate_dtype or dtype)
+    x = torch.randn(B, T, H, K, generator=r)
+    g = (x if logits else GATES[gate](x)).to(device, gate_dtype or dtype)
+    g = {"channel": g, "head": g[..., 0].contiguous(), "nothing": None}[per]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     S0, dS = (torch.randn(N, H, K, V, generator=r).to(device) if states else None for _ in range(2))
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens, device=device)
 
-    o, S = gla.forward(q, k, v, g, K**-0.5, S0, True, cu_seqlens)
-    grads = gla.backward(q, k, v, g, K**-0.5, S0, cu_seqlens, do, dS)
+    o, S, kept = gla.forward(q, k, v, g, K**-0.5, logits, S0, True, cu_seqlens, True)
+    grads = gla.backward(q, k, v, g, K**-0.5, logits, S0, cu_seqlens, kept, do, dS)
     got = dict(zip(["o", "S", "dq", "dk", "dv", "dg", "dS0"], (o, S, *grads), strict=True))
 
-    inputs = [x.double().requires_grad_() for x in (q, k, v, g.clamp(min=-1e4), *([S0] if states else []))]
-    o, S = recurrent_gla(*inputs[:4], K**-0.5, inputs[4] if states else None, cu_seqlens)
+    given = {"q": q, "k": k, "v": v, "g": g, "S0": S0}
+    given = {name: x.double().requires_grad_() for name, x in given.items() if x is not None}
+    gates = given.get("g", torch.zeros_like(given["q"]))
+    gates = F.logsigmoid(gates) / logits if logits else gates.clamp(min=-1e4)
+    gates = gates if gates.dim() == 4 else gates[..., None].expand(q.shape)
+    o, S = recurrent_gla(given["q"], given["k"], given["v"], gates, K**-0.5, given.get("S0"), cu_seqlens)
     total = (o * do.double()).sum() + ((S * dS.double()).sum() if states else 0)
-    truth = dict(zip(got, (o, S, *torch.autograd.grad(total, inputs)), strict=False))
-    assert all(torch.isfinite(got[name]).all() for name in truth)
-    return {name: relative(got[name], x) for name, x in truth.items()}
+    wanted = dict(zip((f"d{name}" for name in given), torch.autograd.grad(total, given.values()), strict=True))
+    wanted |= {"o": o, "S": S}
+    assert all(torch.isfinite(got[name]).all() for name in wanted)
+    return {name: relative(got[name], x) for name, x in wanted.items()}
 
 
 def relative(x, truth):

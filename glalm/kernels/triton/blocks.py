@@ -130,12 +130,43 @@ def precise_dot(a_high, a_low, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def two_part_dot(a_high, a_low, x, acc, PRECISION: tl.constexpr):
+    """acc + a x for a in two parts and an x that needs no more bits than it has; a_low is unused for float32."""
+    acc = dot(a_high, x, acc, PRECISION)
+    if a_high.dtype == tl.bfloat16:
+        acc = dot(a_low, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def parts_of(x, dtype: tl.constexpr):
+    """float32 x as its rounding to dtype and what that took from it."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def log_gates(x, inverse, LOGITS: tl.constexpr):
+    """Natural log gates from what was given: these, or logits of gates logsigmoid(x) * inverse."""
+    x = x.to(tl.float32)
+    if LOGITS:
+        x = (tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))) * inverse
+    return x
+
+
+@triton.jit
+def gate_slope(x, inverse):
+    """d log gate / d logit."""
+    return inverse / (1 + tl.exp(x.to(tl.float32)))
+
+
+@triton.jit
 def store_parts(x, tile, C: tl.constexpr, LOW: tl.constexpr):
     """Store a tile [C, C] as its rounding to x's type and, where LOW, what that took from it, one after the other."""
-    high = tile.to(x.dtype.element_ty)
+    high, low = parts_of(tile, x.dtype.element_ty)
     store_tile(x, C, C, C, high)
     if LOW:
-        store_tile(x + C * C, C, C, C, tile - high.to(tl.float32))
+        store_tile(x + C * C, C, C, C, low)
 
 
 @functools.cache

@@ -1,7 +1,5 @@
 """The operator: which kernels run, in which order, over which buffers."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +9,8 @@ from glalm.kernels.triton.blocks import CHUNK, Chunks, signs
 from glalm.kernels.triton.configs import Config, Launch, config_for, multiprocessors
 from glalm.kernels.triton.dscores import dscores_kernel
 from glalm.kernels.triton.gradients import gradients_kernel
+from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
+from glalm.kernels.triton.kept import Kept, operands, padded, shapes
 from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.prepare import prepare_kernel
 from glalm.kernels.triton.scan import join_kernel, scan_kernel
@@ -20,53 +20,48 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     scale: float,
+    normalizer: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """q, k, g: [B, T, H, K]; v: [B, T, H, V]; states: float32 [N, H, K, V]. Returns (o as v, final state or None)."""
-    plan = Plan(q, k, v, g, scale, cu_seqlens)
-    hats = plan.prepare(low=False)
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Kept | None]:
+    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H] or None, logits where there is a normalizer;
+    states: float32 [N, H, K, V]. Returns o as v, the final state or None, and where `keep` what `backward` wants.
+    """
+    plan = Plan(q, k, v, g, scale, normalizer, cu_seqlens)
+    kept = plan.prepare(low=keep)
     o = torch.empty_like(plan.v)
     final = plan.new_state() if output_final_state else None
-    plan.scan(hats, plan.v, initial_state, final, out=o)
-    return o, final
+    plan.scan(kept, plan.v, initial_state, final, out=o)
+    return o, final, kept if keep else None
 
 
 def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     scale: float,
+    normalizer: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: Kept,
     do: Tensor,
     dfinal_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `forward`, from its inputs alone: (dq, dk, dv, dg, dinitial_state or None)."""
-    plan = Plan(q, k, v, g, scale, cu_seqlens)
-    hats = plan.prepare(low=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `forward`, from its inputs and `kept`: dq, dk, dv, dg or None, dinitial_state or None."""
+    plan = Plan(q, k, v, g, scale, normalizer, cu_seqlens)
     do = do.contiguous()
     dv = torch.empty_like(plan.v)
     dinitial = plan.new_state() if initial_state is not None else None
     states, dstates = plan.new_states(), plan.new_states()
-    plan.scan(hats, plan.v, initial_state, None, states=states)
-    plan.scan(hats, do, dfinal_state, dinitial, out=dv, states=dstates, reverse=True)
-    dq, dk, dg = plan.gradients(hats.exact, do, states, dstates)
+    plan.scan(kept, plan.v, initial_state, None, states=states)
+    plan.scan(kept, do, dfinal_state, dinitial, out=dv, states=dstates, reverse=True)
+    dq, dk, dg = plan.gradients(kept, do, states, dstates)
     return dq, dk, dv, dg, dinitial
-
-
-class Hats(NamedTuple):
-    """What prepare_kernel makes, indexed by chunk and head."""
-
-    q: Tensor  # [tiles, CHUNK, KP]
-    k: Tensor
-    scores: Tensor  # [tiles, 1 or 2, CHUNK, CHUNK]
-    half: Tensor  # [tiles, KP], float32
-    exact: Tensor  # [tiles], int32
 
 
 def rows_of(x: Tensor, *block: int) -> TensorDescriptor:
@@ -78,19 +73,31 @@ def rows_of(x: Tensor, *block: int) -> TensorDescriptor:
 class Plan:
     """One call's sizes, chunks, precision and tile sizes, and the launches as methods."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None):
-        self.q, self.k, self.v, self.g = (x.contiguous() for x in (q, k, v, g))
-        self.scale = scale
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        scale: float,
+        normalizer: float | None,
+        cu_seqlens: Tensor | None,
+    ):
+        self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
+        self.g = None if g is None else g.contiguous()
+        self.per_head = g is None or g.dim() == 3
+        self.scale, self.logits = scale, normalizer is not None
+        self.inverse = 1.0 / normalizer if self.logits else 1.0
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
-        self.KP, self.VP = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
+        self.KP, self.VP = padded(self.K), padded(self.V)
         self.chunks = Chunks.of(self.B, self.T, cu_seqlens)
         self.tiles = self.chunks.count * self.H
-        # float16 has too few exponents for the rescaled operands, tf32 has its mantissa and float32's exponents.
-        self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        self.dtype = operands(q)
         precise = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
         self.precision = "tf32x3" if precise else "tf32"
-        self.gate_parts = 1 if g.dtype == torch.bfloat16 else 3
+        bits = None if g is None else g.dtype if not self.logits else torch.float32
+        self.gate_parts = 1 if bits == torch.bfloat16 else 2 if self.dtype == torch.bfloat16 else 3
         self.config: Config = config_for(q.device, self.KP, self.VP, self.dtype.itemsize * 8)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -102,29 +109,26 @@ class Plan:
     def new_states(self) -> Tensor:
         return self.empty(self.tiles, self.VP, self.KP)
 
-    def prepare(self, low: bool) -> Hats:
-        """low: keep the scores in two parts."""
-        low = low and self.dtype == torch.bfloat16
-        hats = Hats(
-            self.empty(self.tiles, CHUNK, self.KP),
-            self.empty(self.tiles, CHUNK, self.KP),
-            self.empty(self.tiles, 1 + low, CHUNK, CHUNK),
-            self.empty(self.tiles, self.KP, dtype=torch.float32),
-            self.empty(self.tiles, dtype=torch.int32),
-        )
-        args = (self.q, self.k, self.g, signs(self.q.device), *hats, *self.chunks.table, self.scale)
-        args += self.chunks.sequences, self.T
+    def prepare(self, low: bool) -> Kept:
+        kept = Kept(*(self.empty(*n, dtype=d) for n, d in shapes(self.q, self.g, self.chunks.cu_seqlens, low)))
+        common = dict(
+            H=self.H, K=self.K, KP=self.KP, BK=self.config.prepare.tile["BK"], C=CHUNK, LOGITS=self.logits,
+            GATE_PARTS=self.gate_parts, PRECISION=self.precision, LOW=kept.scores.shape[1] == 2,
+        )  # fmt: skip
+        last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
+        if self.per_head:
+            args = self.q, self.k, self.g, signs(self.q.device), kept.q, kept.k, kept.scores, kept.decay, *last
+            launch(prepare_head_kernel, self.tiles, args, common, self.config.prepare.options)
+            return kept
+        args = self.q, self.k, self.g, signs(self.q.device), *kept, *last
         for exact, config in ((False, self.config.prepare), (True, self.config.prepare_exact)):
-            constants = dict(
-                H=self.H, K=self.K, KP=self.KP, BK=config.tile["BK"], C=CHUNK, GATE_PARTS=self.gate_parts,
-                PRECISION=self.precision, LOW=low, EXACT=exact,
-            )  # fmt: skip
+            constants = {**common, "BK": config.tile["BK"], "EXACT": exact}
             launch(prepare_kernel, self.tiles, args, constants, config.options)
-        return hats
+        return kept
 
     def scan(
         self,
-        hats: Hats,
+        kept: Kept,
         w: Tensor,
         initial: Tensor | None,
         final: Tensor | None,
@@ -140,28 +144,28 @@ class Plan:
         config = self.config.reverse if reverse else self.config.states if out is None else self.config.forward
         segments = self.segments(config)
         if segments == 1:
-            return self.scan_segments(1, config, hats, w, initial, final, out, states, reverse)
+            return self.scan_segments(1, config, kept, w, initial, final, out, states, reverse)
         heads = self.chunks.sequences * self.H
         local = self.new_state(segments)
         decay = self.empty(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
-        self.scan_segments(segments, self.config.states, hats, w, None, local, None, None, reverse, decay)
+        self.scan_segments(segments, self.config.states, kept, w, None, local, None, None, reverse, decay)
         bk, bv = min(self.KP, 32), min(self.VP, 64)
         constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=bk, BV=bv, REVERSE=reverse)
         programs = heads * (self.KP // bk) * (self.VP // bv)
         launch(join_kernel, programs, (local, decay, initial, final, segments), constants, {})
-        self.scan_segments(segments, config, hats, w, local, None, out, states, reverse)
+        self.scan_segments(segments, config, kept, w, local, None, out, states, reverse)
 
     def scan_segments(
-        self, segments: int, config: Launch, hats: Hats, w, initial, final, out, states, reverse: bool, decay=None
+        self, segments: int, config: Launch, kept: Kept, w, initial, final, out, states, reverse: bool, decay=None
     ) -> None:
-        x, y = (hats.k, hats.q) if reverse else (hats.q, hats.k)
+        x, y = (kept.k, kept.q) if reverse else (kept.q, kept.k)
         bv, parts = config.tile["BV"], config.tile["PARTS"]
         args = (
             None if out is None else rows_of(x, CHUNK, self.KP),
             rows_of(y, CHUNK, self.KP),
             w,
-            None if out is None else rows_of(hats.scores, CHUNK, CHUNK),
-            hats.half,
+            None if out is None else rows_of(kept.scores, CHUNK, CHUNK),
+            None if self.g is None else kept.decay,
             out,
             None if states is None else rows_of(states, bv, self.KP // parts),
             initial,
@@ -174,7 +178,7 @@ class Plan:
         )
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=bv, C=CHUNK, PARTS=parts,
-            LOW=hats.scores.shape[1] == 2, REVERSE=reverse, PRECISION=self.precision,
+            A_PARTS=kept.scores.shape[1], HEAD=self.per_head, REVERSE=reverse, PRECISION=self.precision,
         )  # fmt: skip
         programs = self.chunks.sequences * self.H * segments * triton.cdiv(self.V, bv)
         launch(scan_kernel, programs, args, constants, config.options)
@@ -186,20 +190,29 @@ class Plan:
         mean = self.chunks.count // max(1, self.chunks.sequences)
         return max(1, min(slots // max(1, programs), mean // 4))
 
-    def gradients(self, exact: Tensor, do: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dg = torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.g)
-        args = (
-            self.q, self.k, self.g, self.v, do, signs(self.q.device), exact, self.dscores(do), states, dstates,
-            dq, dk, dg, *self.chunks.table, self.scale, self.chunks.sequences, self.T,
+    def gradients(
+        self, kept: Kept, do: Tensor, states: Tensor, dstates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
+        first = self.q, self.k, self.g, self.v, do, signs(self.q.device)
+        middle = self.dscores(do), states, dstates, dq, dk
+        last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
+        common = dict(
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, **self.config.gradients.tile, C=CHUNK,
+            LOGITS=self.logits, GATE_PARTS=self.gate_parts, PRECISION=self.precision,
         )  # fmt: skip
-        for exact_path, config in ((False, self.config.gradients), (True, self.config.gradients_exact)):
-            bk = config.tile["BK"]
-            constants = dict(
-                H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=bk, BV=config.tile["BV"], C=CHUNK,
-                GATE_PARTS=self.gate_parts, SUM_PARTS=2 if self.dtype == torch.bfloat16 else 3,
-                PRECISION=self.precision, EXACT=exact_path,
-            )  # fmt: skip
-            launch(gradients_kernel, self.tiles * (self.KP // bk), args, constants, config.options)
+        if self.per_head:
+            blocks = self.KP // common["BK"]
+            dg = None if self.g is None else self.empty(blocks, *self.g.shape, dtype=torch.float32)
+            args = *first, kept.decay, *middle, dg, *last, self.B * self.T
+            launch(gradients_head_kernel, self.tiles * blocks, args, common, self.config.gradients.options)
+            return dq, dk, None if dg is None else dg.sum(0).to(self.g.dtype)
+        dg = torch.empty_like(self.g)
+        args = *first, kept.exact, *middle, dg, *last
+        sum_parts = 2 if self.dtype == torch.bfloat16 else 3
+        for exact, config in ((False, self.config.gradients), (True, self.config.gradients_exact)):
+            constants = {**common, **config.tile, "SUM_PARTS": sum_parts, "EXACT": exact}
+            launch(gradients_kernel, self.tiles * (self.KP // config.tile["BK"]), args, constants, config.options)
         return dq, dk, dg
 
     def dscores(self, do: Tensor) -> Tensor | None:

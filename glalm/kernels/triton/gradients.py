@@ -18,15 +18,63 @@ q_hat, k_hat and dA are used in two parts, nearly unrounded, and the same number
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.blocks import LOG2E, chunk_rows, dot, exact_dot, exp2, load_tile, precise_dot, store_tile
-from glalm.kernels.triton.prepare import FLOOR, clamped_exponents, exponents
+from glalm.kernels.triton.blocks import (
+    chunk_rows,
+    dot,
+    exact_dot,
+    exp2,
+    gate_slope,
+    load_tile,
+    log_gates,
+    parts_of,
+    precise_dot,
+    store_tile,
+)
+from glalm.kernels.triton.prepare import FLOOR, clamped_exponents, exponents, load_gates
+
+
+@triton.jit
+def through_states(
+    v, do, dscores, states, dstates, tile, row, rows, h, k0,
+    H: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass over V: do S^T and v dS^T [C, BK], dA = mask(do v^T) [C, C] in two parts, sum_v S dS [BK].
+
+    S and dS as the scans stored them. Where dscores is given, dA is read.
+    """
+    states += tile * VP * KP + k0
+    dstates += tile * VP * KP + k0
+    w = row * H * V + h * V
+    dx = tl.zeros([C, BK], tl.float32)
+    dy = tl.zeros([C, BK], tl.float32)
+    dA = tl.zeros([C, C], tl.float32)
+    products = tl.zeros([BV, BK], tl.float32)
+    for v0 in range(0, VP, BV):
+        S = load_tile(states + v0 * KP, KP, BV, BK, BV, BK)
+        dS = load_tile(dstates + v0 * KP, KP, BV, BK, BV, BK)
+        do_tile = load_tile(do + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
+        v_tile = load_tile(v + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
+        dx = dot(do_tile, S, dx, PRECISION)
+        dy = dot(v_tile, dS, dy, PRECISION)
+        if dscores is None:
+            dA = dot(do_tile, tl.trans(v_tile), dA, PRECISION)
+        products += S.to(tl.float32) * dS.to(tl.float32)
+    if dscores is None:
+        t = tl.arange(0, C)
+        dA_high, dA_low = parts_of(tl.where(t[:, None] >= t[None, :], dA, 0), states.dtype.element_ty)
+    else:
+        dA_high = load_tile(dscores + tile * 2 * C * C, C, C, C, C, C)
+        dA_low = load_tile(dscores + (tile * 2 + 1) * C * C, C, C, C, C, C)
+    return dx, dy, dA_high, dA_low, tl.sum(products, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
 def gradients_kernel(
-    q, k, g, v, do, signs, exact, dscores, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, N, T,
+    q, k, g, v, do, signs, exact, dscores, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
+    N, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: BK channels of one chunk of one head, over all of V. dscores is None to have dA computed here.
@@ -41,74 +89,49 @@ def gradients_kernel(
     row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0 or (tl.load(exact + tile) != 0) != EXACT:
         return
-    states += tile * VP * KP + k0
-    dstates += tile * VP * KP + k0
-    w = row * H * V + h * V
-    dx = tl.zeros([C, BK], tl.float32)
-    dy = tl.zeros([C, BK], tl.float32)
-    dA = tl.zeros([C, C], tl.float32)
-    across = tl.zeros([BK], tl.float32)
-    for v0 in range(0, VP, BV):
-        S = load_tile(states + v0 * KP, KP, BV, BK, BV, BK)
-        dS = load_tile(dstates + v0 * KP, KP, BV, BK, BV, BK)
-        do_tile = load_tile(do + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
-        v_tile = load_tile(v + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
-        dx = dot(do_tile, S, dx, PRECISION)
-        dy = dot(v_tile, dS, dy, PRECISION)
-        if dscores is None:
-            dA = dot(do_tile, tl.trans(v_tile), dA, PRECISION)
-        across += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
-    dtype: tl.constexpr = states.dtype.element_ty
-    if dscores is None:
-        t = tl.arange(0, C)
-        dA = tl.where(t[:, None] >= t[None, :], dA, 0)
-        dA_high = dA.to(dtype)
-        dA_low = (dA - dA_high.to(tl.float32)).to(dtype)
-    else:
-        dA_high = load_tile(dscores + tile * 2 * C * C, C, C, C, C, C)
-        dA_low = load_tile(dscores + (tile * 2 + 1) * C * C, C, C, C, C, C)
-
+    dx, dy, dA_high, dA_low, across = through_states(
+        v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
+    )
     p = row * H * K + h * K + k0
     width = K - k0
-    gate = load_tile(g + p, H * K, rows, width, C, BK).to(tl.float32)
-    if EXACT:
-        gate = tl.maximum(gate, FLOOR)
+    gate = load_gates(g + p, H * K, rows, width, inverse, C, BK, LOGITS)
     sign = load_tile(signs, C, C, C, C, C)
     for_q = exponents(sign, gate, GATE_PARTS)
     for_k = -for_q
     if EXACT:
         for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
-    factor = exp2(for_k)
-    y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * factor
+    y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * exp2(for_k)
     across += tl.sum(y * dy, axis=0)
     if not EXACT:
         dx = precise_dot(dA_high, dA_low, y, dx, PRECISION)
-    scaled = exp2(for_q) * scale
-    x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * scaled
+    x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * (exp2(for_q) * scale)
     if not EXACT:
         dy = precise_dot(tl.trans(dA_high), tl.trans(dA_low), x, dy, PRECISION)
-    dy *= factor
-    dx *= scaled
+    r = x * dx - y * dy
+    dy *= exp2(for_k)
+    dx *= exp2(for_q) * scale
     if EXACT:
-        dx, dy = add_pairs(q + p, k + p, g + p, dx, dy, dA_high, dA_low, scale, rows, width, H, K, BK, C)
+        dA = dA_high.to(tl.float32) + dA_low.to(tl.float32)
+        dx, dy = add_pairs(q + p, k + p, g + p, dx, dy, dA, scale, inverse, rows, width, H, K, BK, C, LOGITS)
+        r = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * dx
+        r -= load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * dy
     store_tile(dq + p, H * K, rows, width, dx)
     store_tile(dk + p, H * K, rows, width, dy)
-    r = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * dx
-    r -= load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * dy
     sums = exact_dot(load_tile(signs + C * C, C, C, C, C, C), r, SUM_PARTS) + across[None, :]
     if EXACT:  # below FLOOR nothing passes the gate
         sums = tl.where(gate > FLOOR, sums, 0)
+    if LOGITS:
+        sums *= gate_slope(load_tile(g + p, H * K, rows, width, C, BK), inverse)
     store_tile(dg + p, H * K, rows, width, sums)
 
 
 @triton.jit
 def add_pairs(
-    q, k, g, dx, dy, dA_high, dA_low, scale, rows, width,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q, k, g, dx, dy, dA, scale, inverse, rows, width,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """dq and dk inside the chunk pair by pair, writes j from the last: sums of the gates between, never differences."""
     t, c = tl.arange(0, C), tl.arange(0, BK)
-    dA = dA_high.to(tl.float32) + dA_low.to(tl.float32)
     between = tl.zeros([C, BK], tl.float32)
     later = tl.zeros([BK], tl.float32)
     x = load_tile(q, H * K, rows, width, C, BK).to(tl.float32) * scale
@@ -116,9 +139,9 @@ def add_pairs(
         j = rows - 1 - back
         y = tl.load(k + j * H * K + c, mask=c < width, other=0).to(tl.float32)
         between = tl.where(t[:, None] > j, between + later[None, :], 0)
-        later = tl.maximum(tl.load(g + j * H * K + c, mask=c < width, other=0).to(tl.float32), FLOOR)
+        later = tl.maximum(log_gates(tl.load(g + j * H * K + c, mask=c < width, other=0), inverse, LOGITS), FLOOR)
         column = tl.sum(tl.where(t[None, :] == j, dA, 0), axis=1)
-        pair = column[:, None] * exp2(between * LOG2E)
+        pair = column[:, None] * tl.exp(between)
         dx += pair * y[None, :] * scale
         dy += tl.where(t[:, None] == j, tl.sum(pair * x, axis=0)[None, :], 0)
     return dx, dy

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_SCALARS = (int, float, type(None))
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
@@ -38,8 +38,9 @@ def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], option
 
 def _kind(x: Any) -> Any:
     """What of an argument its kernel is compiled for."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, TensorDescriptor):
+    kind = type(x)  # isinstance of a Tensor is slow, and this is done for every argument of every launch
+    if kind is TensorDescriptor:
         return x.base.dtype, *x.block_shape
-    return type(x)
+    if kind in _SCALARS:
+        return kind
+    return x.dtype, x.data_ptr() % 16 == 0

@@ -22,6 +22,7 @@ from glalm.kernels.triton.blocks import (
     exact_dot,
     exp2,
     load_tile,
+    log_gates,
     store_parts,
     store_tile,
     to_tf32,
@@ -29,6 +30,16 @@ from glalm.kernels.triton.blocks import (
 
 LIMIT = tl.constexpr(40.0)  # exp(+-80), of two lifts at once, leaves float32 room for q, k and sums over them
 FLOOR = tl.constexpr(-104.0)  # exp(-104) is 0 in float32: a lower gate is the same gate, -inf included
+
+
+@triton.jit
+def load_gates(g, stride, rows, cols, inverse, R: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr):
+    """A tile [R, C] of log gates, 0 from `rows` and `cols` on, where a logit of 0 would not do."""
+    gate = tl.maximum(log_gates(load_tile(g, stride, rows, cols, R, C), inverse, LOGITS), FLOOR)
+    if LOGITS:
+        i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+        gate = tl.where((i < rows) & (j < cols), gate, 0)
+    return gate
 
 
 @triton.jit
@@ -49,8 +60,8 @@ def clamped_exponents(signs, gate, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "T"])
 def prepare_kernel(
-    q, k, g, signs, q_hat, k_hat, scores, half, exact, cu_seqlens, offsets, owners, scale, N, T,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q, k, g, signs, q_hat, k_hat, scores, half, exact, cu_seqlens, offsets, owners, scale, inverse, N, T,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one head. Writes tiles [C, KP] of q_hat and k_hat, padded with zeros,
@@ -73,7 +84,7 @@ def prepare_kernel(
     lowest = 0.0
     for k0 in range(0, KP, BK):
         p = row * H * K + h * K + k0
-        gate = tl.maximum(load_tile(g + p, H * K, rows, K - k0, C, BK).to(tl.float32), FLOOR)
+        gate = load_gates(g + p, H * K, rows, K - k0, inverse, C, BK, LOGITS)
         total = tl.sum(gate, axis=0)
         lowest = tl.minimum(lowest, tl.min(total, axis=0))
         tl.store(half + tile * KP + k0 + tl.arange(0, BK), exp2(tl.maximum(0.5 * total, -LIMIT) * LOG2E))
@@ -90,7 +101,7 @@ def prepare_kernel(
                 x, y = to_tf32(x), to_tf32(y)
             A = dot(x, tl.trans(y), A, PRECISION)
     if EXACT:
-        A = exact_scores(q, k, g, row, rows, h, scale, H, K, KP, 16, C)
+        A = exact_scores(q, k, g, row, rows, h, scale, inverse, H, K, KP, 16, C, LOGITS)
     else:
         tl.store(exact + tile, (lowest < -2 * LIMIT).to(tl.int32))
     store_parts(scores + tile * (1 + LOW) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, LOW)
@@ -98,8 +109,8 @@ def prepare_kernel(
 
 @triton.jit
 def exact_scores(
-    q, k, g, row, rows, h, scale,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q, k, g, row, rows, h, scale, inverse,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """A_ij = scale sum_k q_ik k_jk exp(g_{j+1,k} + ... + g_ik): column by column, sums of the gates between only."""
     t = tl.arange(0, C)
@@ -115,7 +126,7 @@ def exact_scores(
             p = (row + j) * H * K + h * K + cols
             y = tl.load(k + p, mask=inside, other=0).to(tl.float32)
             between = tl.where(t[:, None] > j, between + later[None, :], 0)
-            later = tl.maximum(tl.load(g + p, mask=inside, other=0).to(tl.float32), FLOOR)
+            later = tl.maximum(log_gates(tl.load(g + p, mask=inside, other=0), inverse, LOGITS), FLOOR)
             column = tl.sum(x * y[None, :] * tl.exp(between), axis=1)
             A += tl.where(t[None, :] == j, column[:, None], 0)
     return A

@@ -5,6 +5,10 @@ Y = q_hat, A transposed) the same lines make dv and the gradients of the states:
 
     S_hat = half * S;  out = X S_hat + A W;  S = half * (S_hat + Y^T W)
 
+That is for one gate a key channel. One gate a head needs no reference half way (see head_gate.py); then it is
+
+    out = X S + A W;  S = exp(total) S + Y^T W
+
 One program holds S^T [BV, K] of one head in float32 registers, so that S^T is the left operand of a matmul as it is.
 """
 
@@ -16,14 +20,16 @@ from glalm.kernels.triton.blocks import chunk_rows, dot, sequence_chunks
 
 @triton.jit(do_not_specialize=["N", "T", "segments"])
 def scan_kernel(
-    x, y, w, scores, half, out, states, initial, final, decay, cu_seqlens, offsets, owners, N, T, segments,
+    x, y, w, scores, shrink, out, states, initial, final, decay, cu_seqlens, offsets, owners, N, T, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, PARTS: tl.constexpr, A_PARTS: tl.constexpr, HEAD: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of one head's state, through one segment (a run of chunks) of one sequence.
 
-    LOW: scores has A in two parts (see prepare.py). x, y, scores and states are tensor descriptors: the copy engine
-    needs no registers for addresses, S takes them all.
+    shrink: half [tiles, K], or with HEAD exp(total) [tiles], None where nothing is forgotten. A_PARTS: scores has A in
+    so many parts; the second is used backward in time, where the accuracy of dv hangs on it. x, y, scores and states
+    are tensor descriptors: the copy engine needs no registers for addresses, S takes them all.
     out, states, initial, final and decay may be None. initial and final: float32 [N, segments, H, K, V];
     decay: float32 [N, segments, H, KP], the factor by which the segment shrinks the state it starts from;
     states: [chunks * H * VP, KP], S_hat^T of every chunk.
@@ -53,35 +59,42 @@ def scan_kernel(
         tile = chunk * H + h
         row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
         rc = (tile * C).to(tl.int32)
-        factor = tl.load(half + tile * KP + kk)
-        last = tile + (H if REVERSE else -H)
-        owed = tl.load(half + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
+        if HEAD:
+            factor = 1.0 if shrink is None else tl.load(shrink + tile)
+        else:
+            factor = tl.load(shrink + tile * KP + kk)
+            last = tile + (H if REVERSE else -H)
+            owed = tl.load(shrink + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
         p = (row + t)[:, None] * H * V + h * V + vv[None, :]
         mask = (t < rows)[:, None] & (vv < V)[None, :]
         w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
         y_tile = y.load([rc, 0])
-        S *= (owed * factor)[None, :]
+        if not HEAD:
+            S *= (owed * factor)[None, :]
         if decay is not None:
-            product *= factor * factor
+            product *= factor if HEAD else factor * factor
         S_hat = S.to(y.dtype)
         if states is not None:
             store_rows(states, (tile * VP + block * BV).to(tl.int32), 0, S_hat, PARTS)
         if out is not None:
             x_tile = x.load([rc, 0])
-            ra = rc * (1 + LOW)
+            ra = rc * A_PARTS
             a = scores.load([ra, 0])
             o = dot(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
             o = dot(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
-            if LOW:
+            if REVERSE and A_PARTS == 2:
                 a = scores.load([ra + C, 0])
-                o = dot(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
+                o = dot(w_tile, a, o, PRECISION)
             tl.store(out + p, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
+        if HEAD:
+            S *= factor
         S = dot(w_tile, y_tile, S, PRECISION)
 
     if final is not None:
-        last = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
-        owed = tl.load(half + last * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)
-        tl.store(final + state, S * owed[None, :], mask=inside)
+        if not HEAD:
+            last = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
+            S *= tl.load(shrink + last * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
+        tl.store(final + state, S, mask=inside)
     if decay is not None:  # noqa: SIM102 (None is known when compiling, block is not)
         if block == 0:
             tl.store(decay + ((n * segments + segment) * H + h) * KP + kk, product)

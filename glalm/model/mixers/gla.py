@@ -10,11 +10,17 @@ from glalm.model.mixers import at_least_float32, decoding
 from glalm.model.norm import GatedRMSNorm, RMSNorm
 from glalm.model.short_conv import ShortConv
 
-OPERATORS = {
-    "vector": (kernels.chunk_gla, kernels.fused_recurrent_gla),
-    "scalar": (kernels.chunk_simple_gla, kernels.fused_recurrent_simple_gla),
-    "fixed": (kernels.chunk_retention, kernels.fused_recurrent_retention),
-    "none": (kernels.chunk_linear_attn, kernels.fused_recurrent_linear_attn),
+CHUNKWISE = {
+    "vector": kernels.chunk_gla,
+    "scalar": kernels.chunk_simple_gla,
+    "fixed": kernels.chunk_retention,
+    "none": kernels.chunk_linear_attn,
+}
+RECURRENT = {
+    "vector": kernels.fused_recurrent_gla,
+    "scalar": kernels.fused_recurrent_simple_gla,
+    "fixed": kernels.fused_recurrent_retention,
+    "none": kernels.fused_recurrent_linear_attn,
 }
 
 
@@ -24,9 +30,10 @@ class GatedLinearAttention(nn.Module):
         S_t = diag(alpha_t) S_{t-1} + k_t^T v_t,   alpha_t = sigmoid(x_t W1 W2 + b)^(1/16)
         o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_r) * RMSNorm_head(o_t)) W_o
 
-    No feature map and no normaliser. Parameter names and shapes are those of the published GLA checkpoints. The
-    state is [N, H, K, V], float32; with a short convolution over q, k and v (model.gla.short_conv) it is that and
-    the convolution's. With model.gla.num_kv_heads, heads share keys, values and gates with their group.
+    No normaliser, and no feature map but where model.gla.feature_map=relu. Parameter names and shapes are those of the
+    published GLA checkpoints. The state is [N, H, K, V], float32; with a short convolution over q, k and v
+    (model.gla.short_conv) it is that and the convolution's. With model.gla.num_kv_heads, heads share keys, values and
+    gates with their group.
     """
 
     def __init__(self, config):
@@ -34,7 +41,7 @@ class GatedLinearAttention(nn.Module):
         d, key, value, rank = config.hidden_size, config.key_dim, config.value_dim, config.gate_low_rank_dim
         options, self.num_heads = config.gla, config.num_heads
         self.groups = self.num_heads // (options.num_kv_heads or self.num_heads)
-        self.gate, self.min_log_gate = options.gate, options.min_log_gate
+        self.gate, self.min_log_gate, self.feature_map = options.gate, options.min_log_gate, options.feature_map
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.q_proj = nn.Linear(d, key, bias=False)
         self.k_proj = nn.Linear(d, key // self.groups, bias=False)
@@ -67,23 +74,29 @@ class GatedLinearAttention(nn.Module):
             state, conv_state = (None, None) if state is None else state
             qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens)
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+        if self.feature_map == "relu":
+            q, k = F.relu(q), F.relu(k)
         q, k, v = self.heads(q), self.shared_heads(k), self.shared_heads(v)
-        gates = (self.log_gate(x),) if self.gate in ("vector", "scalar") else ()
-        o, state = OPERATORS[self.gate][decoding(x)](
-            q, k, v, *gates, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
+        operator = RECURRENT[self.gate] if decoding(x) else CHUNKWISE[self.gate]
+        o, state = operator(
+            q, k, v, **self.gates(x), initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
         )
         y = self.g_norm_swish_gate(o, self.heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
         if self.conv is not None and return_state:
             state = state, conv_state
         return self.o_proj(y.flatten(-2)), state
 
-    def log_gate(self, x: Tensor) -> Tensor:
-        """[B, T, H, K], or [B, T, H] for scalar gates."""
+    def gates(self, x: Tensor) -> dict:
+        """The operators' arguments: logits, which they take the logsigmoid of themselves, or log gates."""
+        if self.gate in ("fixed", "none"):
+            return {}
+        logits = self.gk_proj(x)
+        logits = self.shared_heads(logits) if self.gate == "vector" else logits.repeat_interleave(self.groups, 2)
+        if self.min_log_gate is None:
+            return {"g": logits, "gate_logit_normalizer": self.gate_logit_normalizer}
         # In float32: the gates of a whole chunk are multiplied up, and bf16 would round each of them first.
-        log_gate = F.logsigmoid(at_least_float32(self.gk_proj(x))) / self.gate_logit_normalizer
-        if self.min_log_gate is not None:
-            log_gate = log_gate.clamp(min=self.min_log_gate)
-        return self.shared_heads(log_gate) if self.gate == "vector" else log_gate.repeat_interleave(self.groups, 2)
+        log_gate = F.logsigmoid(at_least_float32(logits)) / self.gate_logit_normalizer
+        return {"g": log_gate.clamp(min=self.min_log_gate)}
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

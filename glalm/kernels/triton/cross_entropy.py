@@ -1,0 +1,55 @@
+"""Cross-entropy and its gradient in one launch: a row of logits is read from memory once and written once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glalm.kernels.triton.launch import launch
+
+IGNORE = tl.constexpr(-100)
+LOWEST = tl.constexpr(-1e38)  # finite, so that a lane without a column gives exp(0), and not inf - inf
+BLOCK = 4096
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor:
+    """glalm.kernels.cross_entropy.cross_entropy_ on CUDA tensors."""
+    N, V = logits.shape
+    losses = torch.empty(N, device=logits.device, dtype=torch.float32)
+    constants = {"V": V, "BLOCK": min(BLOCK, triton.next_power_of_2(V)), "GRADIENT": gradient}
+    launch(cross_entropy_kernel, N, (logits, targets, losses, float(z_loss)), constants, {"num_warps": 8})
+    return losses
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits, targets, losses, z_loss, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
+):  # fmt: skip
+    """One program: one token. The second reading of its row finds it in the L2 cache."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    target = tl.load(targets + row)
+    columns = tl.arange(0, BLOCK)
+    if target == IGNORE:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
+                tl.store(logits + start + columns, zeros, mask=start + columns < V)
+        return
+    goal = tl.load(logits + target).to(tl.float32)
+    highest, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):  # lane by lane: no reduction across threads until the end
+        x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
+        higher = tl.maximum(highest, x)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    top = tl.max(highest, 0)
+    lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    tl.store(losses + row, lse - goal + z_loss * lse * lse)
+    if GRADIENT:
+        factor = 1 + 2 * z_loss * lse
+        for start in range(0, V, BLOCK):
+            x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
+            d = tl.exp(x - lse) * factor - tl.where(start + columns == target, 1.0, 0.0)
+            tl.store(logits + start + columns, d.to(logits.dtype.element_ty), mask=start + columns < V)

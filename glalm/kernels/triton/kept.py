@@ -1,0 +1,44 @@
+"""What the forward pass makes for both passes: every kernel after prepare.py and head_gate.py works on this."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from glalm.kernels.triton.blocks import CHUNK
+
+
+class Kept(NamedTuple):
+    """Indexed by tile, a chunk and a head. KP: K padded to a power of two."""
+
+    q: Tensor  # q_hat [tiles, CHUNK, KP]
+    k: Tensor
+    scores: Tensor  # A [tiles, 1 or 2, CHUNK, CHUNK]; second, for the backward pass, what rounding took from it
+    decay: Tensor  # float32; one gate a key channel: half [tiles, KP]; one a head: exp(total) [tiles]
+    exact: Tensor  # int32 [tiles], one gate a key channel: whether the chunk takes the pairwise path
+
+
+def shapes(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool) -> list[tuple[tuple, torch.dtype]]:
+    """Shape and dtype of each, from shapes alone. low: keep A in two parts, where the second is not 0."""
+    B, T, H, K = q.shape
+    chunks = B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+    tiles, KP, dtype, per_head = chunks * H, padded(K), operands(q), g is None or g.dim() == 3
+    return [
+        ((tiles, CHUNK, KP), dtype),
+        ((tiles, CHUNK, KP), dtype),
+        ((tiles, 2 if low and dtype == torch.bfloat16 else 1, CHUNK, CHUNK), dtype),
+        ((tiles,) if per_head else (tiles, KP), torch.float32),
+        ((0,) if per_head else (tiles,), torch.int32),
+    ]
+
+
+def operands(q: Tensor) -> torch.dtype:
+    """The dtype of the matmuls' operands. float16 has too few exponents for the rescaled ones, tf32 has its mantissa
+    and float32's exponents."""
+    return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+
+
+def padded(n: int) -> int:
+    """A head size as the kernels' tiles have it."""
+    return max(16, triton.next_power_of_2(n))

@@ -1,0 +1,77 @@
+"""The recurrence token by token, each program a block of columns of one head's state: read once, written once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glalm.kernels.triton.launch import launch
+
+TILE = 4096  # numbers of the state a program holds: 32 a thread, and programs enough for a batch of one
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    final_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H], [H] or None; states: float32 [N, H, K, V].
+
+    Returns o as v and fills final_state, which may be initial_state.
+    """
+    q, k, v, g = (x if x is None else x.contiguous() for x in (q, k, v, g))
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    KP = max(16, triton.next_power_of_2(K))
+    BV = max(4, min(64, TILE // KP, triton.next_power_of_2(V)))
+    o = torch.empty_like(v)
+    gate = "none" if g is None else {4: "channel", 3: "head", 1: "fixed"}[g.dim()]
+    args = q, k, v, g, o, initial_state, final_state, cu_seqlens, scale, T
+    constants = dict(H=H, K=K, KP=KP, V=V, BV=BV, GATE=gate)
+    launch(recurrent_kernel, N * H * triton.cdiv(V, BV), args, constants, {"num_warps": 4})
+    return o
+
+
+@triton.jit(do_not_specialize=["T"])
+def recurrent_kernel(
+    q, k, v, g, o, initial, final, cu_seqlens, scale, T,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """One program: BV columns of the state of one head of one sequence. initial and final may be None, or the same."""
+    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    head = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    n, h = head // H, head % H
+    kk = tl.arange(0, KP)
+    vv = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
+    state = head * K * V + kk[:, None] * V + vv[None, :]
+    inside = (kk < K)[:, None] & (vv < V)[None, :]
+    S = tl.zeros([KP, BV], tl.float32)
+    if initial is not None:
+        S = tl.load(initial + state, mask=inside, other=0)
+    if cu_seqlens is None:
+        first, count = n * T, T
+    else:
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        count = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)
+    if GATE == "fixed":
+        decay = tl.exp(tl.load(g + h).to(tl.float32))
+    for t in range(count):
+        row = (first + t) * H + h
+        q_t = tl.load(q + row * K + kk, mask=kk < K, other=0).to(tl.float32) * scale
+        k_t = tl.load(k + row * K + kk, mask=kk < K, other=0).to(tl.float32)
+        v_t = tl.load(v + row * V + vv, mask=vv < V, other=0).to(tl.float32)
+        if GATE == "channel":
+            S *= tl.exp(tl.load(g + row * K + kk, mask=kk < K, other=0).to(tl.float32))[:, None]
+        elif GATE == "head":
+            S *= tl.exp(tl.load(g + row).to(tl.float32))
+        elif GATE == "fixed":
+            S *= decay
+        S += k_t[:, None] * v_t[None, :]
+        tl.store(o + row * V + vv, tl.sum(S * q_t[:, None], axis=0).to(o.dtype.element_ty), mask=vv < V)
+    if final is not None:
+        tl.store(final + state, S, mask=inside)

@@ -1,0 +1,57 @@
+"""The fused cross-entropy against float64, interpreted on the CPU (in a process of its own) and compiled on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is that process, or a GPU's")
+def test_in_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("vocabulary", [5, 4096, 10000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients(vocabulary, dtype, z_loss):
+    from glalm.kernels.triton.cross_entropy import cross_entropy_
+
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(6, vocabulary)).to(dtype)
+    logits[4] -= 1000  # far from zero
+    targets = torch.tensor([0, vocabulary - 1, -100, 3, 2, 1])
+    x = logits.double().requires_grad_()
+    expected = F.cross_entropy(x, targets, reduction="none")
+    expected = expected + z_loss * x.logsumexp(-1).square() * (targets != -100)
+    expected.sum().backward()
+
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    kept = logits.clone()
+    for gradient in (False, True):
+        losses = cross_entropy_(logits, targets, z_loss, gradient)
+        torch.testing.assert_close(losses.cpu(), expected.float(), rtol=1e-5, atol=1e-4)
+        assert gradient or torch.equal(logits, kept)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-4  # the interpreter cuts bfloat16 off where the GPU rounds it
+    torch.testing.assert_close(logits.cpu().double(), x.grad, rtol=rounding, atol=1e-4)
+    assert logits[2].abs().max() == 0
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
+def test_a_logit_that_is_not_finite_shows():
+    from glalm.kernels.triton.cross_entropy import cross_entropy_
+
+    logits = torch.zeros(2, 50, device=DEVICE)
+    logits[0, 7], logits[1, 7] = torch.nan, torch.inf
+    assert not cross_entropy_(logits, torch.ones(2, device=DEVICE, dtype=torch.long), 0.0, True).isfinite().any()

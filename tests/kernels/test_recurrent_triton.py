@@ -1,0 +1,64 @@
+"""The Triton recurrence at small shapes, through Triton's interpreter, in a process of its own."""
+
+import pytest
+import torch
+from interpreter import INTERPRETED, run_interpreted
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+IEEE = 1e-6
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+def check(limit, *shape, **options):
+    from recurrent_cases import case
+
+    errors = case(*shape, **options)
+    assert max(errors.values()) < limit, errors  # NaN fails too
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["channel", "head", "fixed", "none"])
+@pytest.mark.parametrize("T", [1, 7])
+def test_every_gate(gate, T):
+    check(IEEE, 2, T, 3, 16, 16, dtype=torch.float32, gate=gate)
+    check(IEEE, 1, T, 2, 16, 16, dtype=torch.float32, gate=gate, states=False)
+
+
+@interpreted
+@pytest.mark.parametrize("K, V", [(20, 24), (1, 1), (80, 65), (256, 40)])
+def test_head_sizes_that_are_not_powers_of_two(K, V):
+    check(IEEE, 1, 3, 2, K, V, dtype=torch.float32)
+
+
+@interpreted
+def test_a_state_updated_in_place():
+    check(IEEE, 3, 1, 2, 20, 70, dtype=torch.float32, in_place=True)
+    check(IEEE, 1, 9, 1, 16, 16, dtype=torch.float32, in_place=True, bounds=[0, 3, 3, 9])
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_packed_sequences(gate):
+    check(IEEE, 1, 12, 2, 16, 16, dtype=torch.float32, gate=gate, bounds=[0, 0, 1, 6, 6, 12, 12])
+
+
+@interpreted
+def test_gates_that_forget_everything():
+    check(IEEE, 1, 12, 2, 16, 16, dtype=torch.float32, wild=True)
+
+
+@interpreted
+def test_other_dtypes():
+    check(2e-2, 1, 5, 2, 16, 16, dtype=torch.bfloat16)  # the interpreter cuts bfloat16 off where the GPU rounds it
+    check(2e-2, 1, 5, 2, 16, 16, dtype=torch.bfloat16, gate_dtype=torch.float32)
+    check(1e-3, 1, 5, 2, 16, 16, dtype=torch.float16)
+
+
+@interpreted
+def test_no_tokens_leave_the_state_alone():
+    check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32)
+    check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32, in_place=True)

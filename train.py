@@ -5,9 +5,18 @@ from glalm.config import RunConfig
 
 
 def main(config: RunConfig) -> int:
-    from glalm.train.loop import train  # after the config is checked: torch takes seconds to import
+    # after the config is checked: torch takes seconds to import
+    from glalm.train.distributed import leave
+    from glalm.train.loop import train
 
-    return train(config)
+    evaluate = None
+    if config.during.evals:
+        from glalm.evals.during import during
+
+        evaluate = during(config)
+    signum = train(config, evaluate)
+    leave()
+    return signum
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def build(cls: type, tree: dict, where: str = ""):
     require(isinstance(tree, dict), f"{where or 'the config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
     for key in tree:
-        require(key in hints, _unknown(key, hints, where))
+        require(key in hints, unknown(key, hints, where))
     return cls(**{key: _convert(hints[key], value, join(where, key)) for key, value in tree.items()})
 
 
@@ -58,13 +58,14 @@ def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
         for part in key.split("."):
             hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
             known = hints | dict.fromkeys(groups) if not where else hints
-            require(part in known, _unknown(part, known, where))
+            require(part in known, unknown(part, known, where))
             level, where = hints.get(part), join(where, part)
             if dict in map(typing.get_origin, (level, *typing.get_args(level))):
                 break  # whose keys are the user's
 
 
-def _unknown(key: str, known, where: str) -> str:
+def unknown(key: str, known, where: str = "") -> str:
+    """What is wrong with a key that is not among `known`, and the nearest that is."""
     near = difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)
     hint = f"did you mean {join(where, near[0])}?" if near else f"valid keys: {', '.join(known) or 'none'}"
     return f"unknown key {join(where, key)}; {hint}"
@@ -76,7 +77,7 @@ def join(where: str, key) -> str:
 
 
 def _convert(hint, value, where: str):
-    """`value` as type `hint`, or a ConfigError. The only change of type made is int to float and list to tuple."""
+    """`value` as type `hint`, or a ConfigError. Types change only between numbers of one value, and list to tuple."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
@@ -108,6 +109,8 @@ def _convert(hint, value, where: str):
             return float(value)
         except ValueError:
             pass
+    if hint is int and isinstance(value, float) and value.is_integer():  # and 15e9 as a float
+        return int(value)
     ok = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     require(ok, f"{where}={value!r} must be {_spell(hint)}, not {_spell(type(value))}")
     return value

@@ -5,21 +5,40 @@ An impossible combination is a ConfigError that says what to write instead. Noth
 config fails within a second.
 """
 
-from glalm.config.evals import EvalConfig, ExtrapolationConfig, SampleConfig
+from glalm.config.evals import (
+    EVALUATORS,
+    DecodeSpeedConfig,
+    DuringConfig,
+    EvalConfig,
+    ExtrapolationConfig,
+    GenerateConfig,
+    HarnessConfig,
+    NeedleConfig,
+)
 from glalm.config.identity import MAY_CHANGE, compare, flatten, identity
 from glalm.config.model import MIXERS, ModelConfig
+from glalm.config.parallel import ParallelConfig
+from glalm.config.reliability import CheckpointConfig, GuardConfig
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrackConfig, TrainConfig
 
 __all__ = [
+    "EVALUATORS",
     "MAY_CHANGE",
     "MIXERS",
+    "CheckpointConfig",
     "DataConfig",
+    "DecodeSpeedConfig",
+    "DuringConfig",
     "EvalConfig",
     "ExtrapolationConfig",
+    "GenerateConfig",
+    "GuardConfig",
+    "HarnessConfig",
     "ModelConfig",
+    "NeedleConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
-    "SampleConfig",
     "TrackConfig",
     "TrainConfig",
     "compare",

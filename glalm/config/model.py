@@ -31,6 +31,7 @@ class GLAConfig:
     output_gate: bool = True  # y = norm(o) * swish(x W_r), or norm(o) alone
     short_conv: int = 0  # taps of a causal convolution over q, k and v; 0: none
     num_kv_heads: int | None = None  # fewer than model.num_heads: these share keys, values and gates; null: as many
+    feature_map: Literal["identity", "relu"] = "identity"  # of q and k; relu where they come from softmax attention
 
 
 @dataclass

@@ -88,7 +88,7 @@ def packed(batch: Batch) -> Batch:
     starts = batch["starts"].flatten()
     cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
     rows = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
-    return {**rows, "cu_seqlens": cu_seqlens.to(rows["input_ids"].device)}
+    return {**rows, "cu_seqlens": cu_seqlens.to(rows["input_ids"].device, non_blocking=True)}
 
 
 def batches(

@@ -33,7 +33,7 @@ HELD_OUT_SHARD = 2**16  # tokens that a shard of held-out text may always have
 LEFT_OVER_LENGTHS = tuple(2**i for i in range(8, 16))
 OUR_FILES = re.compile(
     rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
-    rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs)?\.npy(\.tmp)?"
+    rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs\.npy|\.npy|\.crc32)(\.tmp)?"
 )
 
 Input = File | HubShard

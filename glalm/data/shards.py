@@ -3,6 +3,7 @@
     tokenizer.model | tokenizer/              a SentencePiece model, or a folder of Hugging Face's
     {train,validation,test}/SOURCE/00000.npy       token ids, uint16 or uint32: documents end to end, each framed
     {train,validation,test}/SOURCE/00000.docs.npy  int64 [documents + 1]: document i is shard[docs[i] : docs[i + 1]]
+    {train,validation,test}/SOURCE/00000.crc32     uint32: checksums of the blocks of the first, then of the second
     inputs.jsonl                              the input files, in order: bytes, sha256, documents read and written
     skipped.jsonl                             every document that was left out: file, line, reason
     manifest.json                             counts, settings, books, the size and sha256 of every file
@@ -18,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from glalm.data.blocks import BLOCK, CheckedArray
 from glalm.data.files import sha256
 
 FORMAT = "glalm-tokens"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
@@ -31,8 +33,10 @@ class TokenSet:
 
     folder: where the set is. split: one of SPLITS. manifest: what the set's manifest said earlier, to read what was
     complete then of a set that has grown; its shards must still be the same.
-    Opening checks sizes, shapes and dtypes against the manifest; `verify` reads and checks every byte.
-    Raises FileNotFoundError for a file that is missing, ValueError for one that is not what the manifest says.
+    Opening checks sizes, shapes and dtypes against the manifest; reading checks the blocks that it reads, the first
+    time; `verify` reads and checks every byte.
+    Raises FileNotFoundError for a file that is missing, ValueError for one that is not what the manifest says, and
+    DamagedFile for a block.
 
     source_tokens: {source: its number of tokens}, in the order of the stream.
     """
@@ -62,9 +66,9 @@ class TokenSet:
         self._files = [file for shard in shards for file in shard["files"].values()]
         if manifest:
             self._check_unchanged(current)
-        self._shards = [self._map(s["files"]["tokens"], s["tokens"], self.manifest["dtype"]) for s in shards]
+        self._shards = [self._map(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
         # Of each shard, where its documents begin and end.
-        self._borders = [self._map(s["files"]["documents"], s["documents"] + 1, "int64") for s in shards]
+        self._borders = [self._map(s, "documents", s["documents"] + 1, "int64") for s in shards]
         self._first_token = np.cumsum([0, *map(len, self._shards)])
         self._first_document = np.cumsum([0, *(len(borders) - 1 for borders in self._borders)])
         if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
@@ -72,7 +76,7 @@ class TokenSet:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream: [stop - start]; a read-only view where one shard holds them all."""
-        parts = [self._shards[i][a:b] for i, a, b in self._in_shards(start, stop)]
+        parts = [self._shards[i].read(a, b) for i, a, b in self._in_shards(start, stop)]
         if not parts:
             return np.empty(0, dtype=self.manifest["dtype"])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -81,8 +85,9 @@ class TokenSet:
         """Those of the positions [start, stop) of the stream at which a document begins: int64, rising."""
         found = [np.empty(0, dtype=np.int64)]
         for i, a, b in self._in_shards(start, stop):
-            first, last = np.searchsorted(self._borders[i][:-1], (a, b))
-            found.append(self._borders[i][first:last] + self._first_token[i])
+            borders = self._borders[i].read(0, len(self._borders[i]))
+            first, last = np.searchsorted(borders[:-1], (a, b))
+            found.append(borders[first:last] + self._first_token[i])
         return np.concatenate(found)
 
     def document(self, i: int) -> np.ndarray:
@@ -91,12 +96,12 @@ class TokenSet:
             raise ValueError(f"document {i}: {self.split} has documents [0, {self.num_documents})")
         shard = int(np.searchsorted(self._first_document, i, side="right")) - 1
         i -= self._first_document[shard]
-        return self._shards[shard][self._borders[shard][i] : self._borders[shard][i + 1]]
+        return self._shards[shard].read(*self._borders[shard].read(i, i + 2))
 
     @property
     def document_lengths(self) -> np.ndarray:
         """int64 [num_documents]: tokens of each document, its frame included."""
-        return np.concatenate([np.empty(0, np.int64), *map(np.diff, self._borders)])
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(b.read(0, len(b))) for b in self._borders)])
 
     def verify(self) -> None:
         """Read the tokenizer and every file of the split; ValueError for the first with another sha256."""
@@ -125,12 +130,11 @@ class TokenSet:
                     "prepare it as it was, or begin another run"
                 )
 
-    def _map(self, file: dict, length: int, dtype: str) -> np.ndarray:
+    def _map(self, shard: dict, name: str, length: int, dtype: str) -> CheckedArray:
+        """The array in one of the shard's .npy files, mapped into memory."""
         import torch  # where it is used: the processes that tokenise have no need of it
 
-        path = _find(self.folder, file["file"])
-        if (size := path.stat().st_size) != file["bytes"]:
-            raise ValueError(f"{path}: {size} bytes, the manifest says {file['bytes']}; {_advice(self.folder)}")
+        path, size = self._sized(shard["files"][name])
         try:
             with open(path, "rb") as content:
                 if np.lib.format.read_magic(content) != (1, 0):
@@ -143,9 +147,17 @@ class TokenSet:
             expected, got = f"{dtype}[{length}]", f"{found}{list(shape)}"
             raise ValueError(f"{path}: {got}, the manifest says {expected}; {_advice(self.folder)}")
         # numpy's memmap would hold a file descriptor for each shard, and a large set has thousands.
-        array = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()[header:].view(dtype)
-        array.flags.writeable = False
-        return array
+        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        content.flags.writeable = False
+        sums = np.fromfile(self._sized(shard["files"]["checksums"])[0], dtype="<u4")
+        first = -(-shard["files"]["tokens"]["bytes"] // BLOCK)
+        return CheckedArray(path, content, header, dtype, sums[:first] if name == "tokens" else sums[first:])
+
+    def _sized(self, file: dict) -> tuple[Path, int]:
+        path = _find(self.folder, file["file"])
+        if (size := path.stat().st_size) != file["bytes"]:
+            raise ValueError(f"{path}: {size} bytes, the manifest says {file['bytes']}; {_advice(self.folder)}")
+        return path, size
 
 
 def read_manifest(folder: Path, any_version: bool = False) -> dict:

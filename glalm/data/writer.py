@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from glalm.data.files import beside, publish, reopened, sha256, synced, write_json
+from glalm.data.blocks import block_sums
+from glalm.data.files import beside, publish, reopened, replacing, sha256, synced, write_json
 from glalm.data.shards import SPLITS
 
 JOURNAL = ".journal.json"
@@ -70,8 +71,12 @@ class ShardWriter:
             file.seek(0)
             _write_header(file, dtype, length)
             publish(file, path)
-        names = ("tokens", "documents")
-        entries = {name: describe(path, self.root) for name, path in zip(names, self._paths(), strict=True)}
+        tokens, documents = self._paths()
+        checksums = tokens.with_suffix(".crc32")
+        with replacing(checksums) as file:
+            file.write(np.concatenate([block_sums(tokens), block_sums(documents)]).tobytes())
+        files = {"tokens": tokens, "documents": documents, "checksums": checksums}
+        entries = {name: describe(path, self.root) for name, path in files.items()}
         self.shards.append({**self.open, "files": entries})
         self.open = None
 

@@ -4,34 +4,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that is not scored, as everywhere in PyTorch
-CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
+from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
+
+# Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
+# chunks of a tenth of this size would cost as much in that as the softmax itself.
+CHUNK_ELEMENTS = 2**27
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Mean cross-entropy in nats of softmax(hidden weight^T) over the targets that are not IGNORE.
 
     hidden: [..., d]; weight: [vocabulary, d]; targets: [...] int64. Returns a float32 scalar (0 when nothing is
-    scored). The logits are made a chunk of tokens at a time, and the gradient with them, so that the memory beyond
-    the inputs and their gradients does not grow with tokens times vocabulary.
+    scored), plus z_loss times the mean of logsumexp(logits)^2 (Chowdhery et al., arXiv 2204.02311, section 5). The
+    logits are made a chunk of tokens at a time, and the gradient with them, so that the memory beyond the inputs and
+    their gradients does not grow with tokens times vocabulary. Under autocast the products are in its dtype; the
+    weight's gradient is summed over the chunks in float32.
     """
-    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten())
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, dtype)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each token, [...] float32, without gradient; 0 where the target is IGNORE."""
     with torch.no_grad():
         flat, goal = hidden.flatten(0, -2), targets.flatten()
-        losses = [
-            F.cross_entropy(F.linear(flat[c], weight).float(), goal[c], reduction="none", ignore_index=IGNORE)
-            for c in _chunks(flat, weight)
-        ]
+        losses = [cross_entropy_(F.linear(flat[c], weight), goal[c], 0.0, False) for c in _chunks(flat, weight)]
         return torch.cat(losses).view(targets.shape)
-
-
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -43,33 +42,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is known as soon as the loss is (up to the scalar that comes back), so it is made in forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        count = (targets != IGNORE).sum().clamp(min=1)
+    def forward(ctx, hidden, weight, targets, z_loss, dtype):
+        h, w = hidden.to(dtype), weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for c in _chunks(hidden, weight):
-            logits = F.linear(hidden[c], weight).float()
-            loss += F.cross_entropy(logits, targets[c], ignore_index=IGNORE, reduction="sum")
-            if dhidden is None and dweight is None:
-                continue
-            scored = (targets[c] != IGNORE)[:, None]
-            dlogits = logits.softmax(-1)
-            dlogits.scatter_add_(1, targets[c].clamp(min=0)[:, None], -torch.ones_like(dlogits[:, :1]))
-            dlogits = (dlogits * scored / count).to(hidden.dtype)
+        dhidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[1] else None
+        for c in _chunks(h, w):
+            logits = F.linear(h[c], w)
+            loss += cross_entropy_(logits, targets[c], z_loss, dhidden is not None or dweight is not None).sum()
             if dhidden is not None:
-                dhidden[c] = dlogits @ weight
+                torch.mm(logits, w, out=dhidden[c])
             if dweight is not None:
-                dweight += dlogits.T @ hidden[c]
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
+                _add_product(dweight, logits.T, h[c])
+        count = (targets != IGNORE).sum().clamp(min=1)
+        ctx.save_for_backward(dhidden, dweight, count)
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, count = ctx.saved_tensors
+        scale = (grad / count).view(1, 1)  # a matrix: as a scalar it would be rounded to bfloat16 with dhidden
         return (
-            None if dhidden is None else dhidden * grad.to(dhidden.dtype),
-            None if dweight is None else (dweight * grad).to(ctx.weight_dtype),
+            None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0]),
+            None if dweight is None else (dweight * scale).to(ctx.dtypes[1]),
+            None,
+            None,
             None,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -1,19 +1,33 @@
-"""Stopping a run without losing anything."""
+"""What a step is guarded by: signals are noted, and an update that would do harm is skipped."""
 
 import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+
+from glalm.config import GuardConfig
+from glalm.data.files import write_json
+from glalm.data.order import Order
+from glalm.strict import RunError
+from glalm.train.together import place
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: Slurm's `--signal=USR1@120`
 
 
 class StopSignal:
-    """While entered, SIGINT (Ctrl-C) and SIGTERM are noted instead of obeyed; the loop ends at its next step.
+    """While entered, Ctrl-C, SIGTERM and SIGUSR1 are noted instead of obeyed; the loop ends at its next step.
 
-    A second signal of either kind is obeyed at once.
+    A second signal of any of these kinds is obeyed at once.
     """
 
     def __init__(self):
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -24,3 +38,87 @@ class StopSignal:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signum
+
+
+class BadSteps(RunError):
+    """Too many updates in a row had to be skipped."""
+
+
+class UpdateGuard:
+    """Makes the optimisers' step, or skips it: alike on all processes, weights and moments then as they were.
+
+    Skipped is an update whose loss, on any process, or gradient norm is not finite; with config.spike_factor = k also
+    one whose norm exceeds the mean of the last config.spike_window that passed by k of their standard deviations
+    (none, before there are so many). After config.bad_steps in a row every update is skipped, until `check` is called
+    and raises: the weights then are still those from before them.
+
+    All of it is decided and counted on `device`; the host waits for no kernel, but with optimisers (Muon) that cannot
+    be told on the device to leave everything as it is.
+    """
+
+    def __init__(self, config: GuardConfig, device: torch.device):
+        self.config = config
+        self.norms = torch.zeros(config.spike_window, device=device)  # a ring
+        self.passed, self.not_finite, self.spikes, self.in_a_row, self.since = torch.zeros(
+            5, dtype=torch.int64, device=device
+        ).unbind()
+
+    def step(self, optimizers: Iterable[torch.optim.Optimizer], step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """loss: this process's, a scalar; grad_norm: the global one, a scalar; step: the number of this update."""
+        skip = self._judge(step, loss.detach().float(), _whole(grad_norm).detach().float())
+        for optimizer in optimizers:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimisers
+                optimizer.found_inf = skip.float()
+                optimizer.step()
+            elif not skip.item():
+                optimizer.step()
+
+    def check(self, order: Order, folder: Path, writes: bool = True) -> dict[str, int]:
+        """{"skipped_steps": so far in this run}, for the metrics.
+
+        Raises BadSteps after config.bad_steps skips in a row, when it `writes` with a file in `folder` that names
+        every sample of these steps.
+        """
+        in_a_row, since = int(self.in_a_row), int(self.since)
+        if in_a_row < self.config.bad_steps:
+            return {"skipped_steps": int(self.not_finite) + int(self.spikes)}
+        steps = range(since, since + self.config.bad_steps)
+        path = folder / f"bad_steps_{since}.json"
+        if writes:
+            write_json(path, {"steps": {str(s): order.ids(s - 1).tolist() for s in steps}}, indent=1)
+        raise BadSteps(
+            f"the loss or the gradient was not finite, or spiked, in {len(steps)} updates in a row, steps {since} to "
+            f"{steps[-1]}: none of them was made. {path} names their samples. Lower optim.lr, or raise "
+            "train.guard.bad_steps to go on past them"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run must know: to be saved, and loaded in place."""
+        counts = {"passed": self.passed, "not_finite": self.not_finite, "spikes": self.spikes}
+        return {f"guard.{name}": t for name, t in {"norms": self.norms, **counts}.items()}
+
+    def _judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether to skip: bool, a scalar on the device."""
+        finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        if place()[1] > 1:
+            distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+        finite = finite > 0
+        spike = torch.zeros_like(finite)
+        if self.config.spike_factor is not None:
+            limit = self.norms.mean() + self.config.spike_factor * self.norms.std(correction=0)
+            spike = finite & (self.passed >= len(self.norms)) & (norm > limit)
+        passes = finite & ~spike
+        skip = ~passes | (self.in_a_row >= self.config.bad_steps)
+
+        oldest = (self.passed % len(self.norms)).view(1)
+        self.norms.index_copy_(0, oldest, torch.where(skip, self.norms.index_select(0, oldest), norm.view(1)))
+        self.passed += ~skip
+        self.not_finite += ~finite
+        self.spikes += spike
+        self.since.copy_(torch.where(skip & (self.in_a_row == 0), step, self.since))
+        self.in_a_row.copy_(torch.where(skip, self.in_a_row + 1, 0))
+        return skip
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -27,11 +28,12 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: RunConfig, run_id: str, start_step: int, active: bool):
-        self.active, self.steps, self.start_step = active, config.train.steps, start_step
+        self.active, self.steps, self.start_step = active, config.steps, start_step
         if not active:
             return
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
+        # A run that starts anew makes its row of step 0 again, too.
+        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if start_step and path.exists() else []
         with replacing(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
@@ -60,8 +62,7 @@ class Metrics:
             return
         self._bar.stop()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._track(lambda run: run.finish())
 
     def advance(self, step: int) -> None:
         if self.active:
@@ -73,25 +74,37 @@ class Metrics:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        shown = "  ".join(_show(name, row[name]) for name in SHOWN if name in row)
+        shown = "  ".join(form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None)
         self._bar.update(self._task, completed=row["step"], shown=shown)
         if self._bar.disable or "val_loss" in row:
-            self._bar.console.print(f"step {row['step']}/{self.steps}  {shown}", highlight=False)
+            self._bar.console.print(f"step {row['step']}/{self.steps}  {shown}", highlight=False, soft_wrap=True)
+        values = {k: v for k, v in row.items() if k != "step" and v is not None}
+        self._track(lambda run: run.log(values, step=row["step"]))
+
+    def _track(self, call: Callable) -> None:
+        """A tracker never stops a run: metrics.jsonl has everything."""
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            try:
+                call(self._wandb)
+            except Exception as error:
+                self._wandb = None
+                self.say(f"Weights & Biases is given up: {error}; metrics.jsonl has every metric")
 
     def say(self, message: str) -> None:
         if self.active:
             self._bar.console.print(message, highlight=False, soft_wrap=True)
 
 
-SHOWN = ("loss", "val_loss", "val_perplexity", "tokens_per_second")
-
-
-def _show(name: str, value: float) -> str:
-    if name == "tokens_per_second":
-        return f"{value:,.0f} tokens/s"
-    return f"{name.replace('_', ' ')} {value:.3f}"
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "val_loss": "val loss {:.3f}",
+    "val_perplexity": "val perplexity {:.3f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "peak_memory_gib": "{:.1f} GiB",
+}
 
 
 def _start_wandb(folder: Path, config: RunConfig, run_id: str):
@@ -112,6 +125,6 @@ def _start_wandb(folder: Path, config: RunConfig, run_id: str):
             mode="online" if online else "offline",
             config=dataclasses.asdict(config),
         )
-    except Exception as error:  # a tracker never stops a run: metrics.jsonl has everything
+    except Exception as error:
         print(f"Weights & Biases is not used: {error}; metrics.jsonl has every metric", file=sys.stderr)
         return None

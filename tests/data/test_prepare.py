@@ -282,7 +282,7 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
     (out / "train/00000.npy").write_bytes(b"old")
     (out / "manifest.json").write_text('{"format": "glalm-tokens", "version": 1}')
     prepare([corpus], out, vocab_size=400)
-    assert "format 1 when it was prepared and have 2 now: preparing it anew" in capsys.readouterr().err
+    assert "format 1 when it was prepared and have 3 now: preparing it anew" in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
 
 

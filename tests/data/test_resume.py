@@ -21,6 +21,8 @@ from glalm.data.prepare import prepare
 from glalm.data.shards import SPLITS, TokenSet
 
 ROOT = Path(__file__).parents[2]
+PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
 WORDS = ["if", "x", "(a,", "b):", "'quoted'", "#", "==", "2024", "äöü", "\n", "return", "", "", "yield"]
 
 
@@ -99,7 +101,7 @@ def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbro
     )
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py")]
-    where = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    where = {"cwd": ROOT, "env": ENVIRONMENT}
     pick, cursors = random.Random(os.getpid()), [cursor(tmp_path / "set")]
     for _ in range(5):
         process = subprocess.Popen(command, **where)
@@ -163,9 +165,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         "    list(encode_in_order(blocks, Sleepy(), 2))\n"
     )
     (tmp_path / "parent.py").write_text(script)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
-        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     worker = int(parent.stdout.readline())
     parent.kill()

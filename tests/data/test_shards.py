@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glalm.data.blocks import BLOCK, CheckedArray, DamagedFile, block_sums
 from glalm.data.prepare import prepare, split_of
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def test_a_manifest_that_is_not_ours_is_refused(copy):
     for wrong, message in [
         (text[:-20], "damaged"),
         ("[]", "damaged"),
-        (text.replace('"version": 2', '"version": 3'), r"format .*3"),
+        (text.replace('"version": 3', '"version": 4'), r"format .*4"),
         (text.replace('"documents": ', '"documents": 1', 1), "do not add up|manifest says"),
     ]:
         path.write_text(wrong)
@@ -138,3 +139,35 @@ def test_verify_finds_one_flipped_bit(copy, name):
         TokenSet(copy, "train").verify()
     if name.startswith("train"):
         TokenSet(copy, "test").verify()
+
+
+@pytest.mark.parametrize("name", ["00001.npy", "00001.docs.npy"])
+def test_a_flipped_bit_is_found_when_its_block_is_read_and_not_before(copy, name):
+    path = copy / "train/corpus" / name
+    data = bytearray(path.read_bytes())
+    place = len(data) - 3
+    data[place] ^= 4
+    path.write_bytes(data)
+    tokens = TokenSet(copy, "train")
+    first = len(np.load(copy / "train/corpus/00000.npy"))
+    tokens.tokens(0, first)
+    with pytest.raises(DamagedFile, match=rf"{name}: damaged between byte 0 and {len(data)}"):
+        tokens.tokens(first, first + 500) if name == "00001.npy" else tokens.document_starts(first, first + 1)
+
+
+def test_blocks_are_checked_one_by_one(tmp_path):
+    path = tmp_path / "array.npy"
+    np.save(path, np.arange(3 * BLOCK, dtype=np.uint16))
+    sums, header, end = block_sums(path), 128, 6 * BLOCK + 128
+    content = np.fromfile(path, dtype=np.uint8)
+    content[header + 3 * BLOCK + 5] ^= 1  # in block 3 of 0 to 6
+    array = CheckedArray(path, content, header, "uint16", sums)
+    border = (3 * BLOCK - header) // 2  # the first element of block 3
+    assert array.read(0, border).tolist() == list(np.arange(border, dtype=np.uint16))
+    assert len(array.read(2 * BLOCK, 3 * BLOCK)) == BLOCK
+    for start, stop in [(border - 1, border + 1), (border, border + 1), (0, 3 * BLOCK)]:
+        with pytest.raises(DamagedFile, match=f"array.npy: damaged between byte {3 * BLOCK} and {4 * BLOCK}"):
+            array.read(start, stop)
+    assert array.read(border, border).tolist() == []
+    with pytest.raises(DamagedFile, match="6 checksums for"):
+        CheckedArray(path, content[:end], header, "uint16", sums[:-1])

@@ -15,6 +15,7 @@ from glalm.data.shards import TokenSet
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
 from glalm.train import loop
+from glalm.train.step import model_inputs
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_reset_equals_separate_documents(two_sources):
     windows = Windows(TokenSet(two_sources, "train"), 48, reset=True)
     batch = windows.batch([0, 5, *range(len(windows) - 4, len(windows))])  # of both sources
     model = tiny_model()
-    loss = model(**loop.model_inputs(batch)).loss
+    loss = model(**model_inputs(batch)).loss
     loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
 
@@ -88,7 +89,7 @@ def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change,
 
 def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, two_sources, monkeypatch):
     shares = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}, "train.steps": 40}
-    config = change(run_config, **shares, **{"train.eval_every": 40, "train.checkpoint_every": 10})
+    config = change(run_config, **shares, **{"train.eval_every": 40, "train.checkpoint.every": 10})
     assert loop.train(config) == 0
     last = rows(config)[-1]
     assert last["tokens/long"] + last["tokens/short"] == last["tokens"] == 40 * 4 * 16

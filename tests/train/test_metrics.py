@@ -74,6 +74,31 @@ def test_wandb_absent_does_no_harm(folder, run_config, change, monkeypatch, caps
     assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
+def test_wandb_failing_does_no_harm(folder, run_config, change, monkeypatch, capsys):
+    fake = FakeWandb(True)
+
+    def broken(row, step):
+        raise RuntimeError("no space left")
+
+    fake.init = lambda **_: SimpleNamespace(log=broken, finish=fake.finish)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Metrics(folder, change(run_config, **{"track.wandb": "online"}), "id", 0, active=True) as metrics:
+        metrics.log({"step": 1, "loss": 1.0})
+        metrics.log({"step": 2, "loss": 2.0})
+    assert capsys.readouterr().err.count("Weights & Biases is given up: no space left") == 1
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 2
+
+
+def test_what_the_console_shows(folder, run_config, capsys):
+    row = {"step": 3, "loss": 2.5, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 216000.4, "mfu": None}
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        metrics.log(row)
+        metrics.log(row | {"step": 4, "mfu": 0.4567, "peak_memory_gib": 40.04})
+    one, two = capsys.readouterr().err.splitlines()
+    assert one == "step 3/6  loss 2.500  lr 3.00e-04  grad norm 0.50  216,000 tokens/s"
+    assert two == one.replace("3/6", "4/6") + "  MFU 45.7%  40.0 GiB"
+
+
 def test_wandb_off_is_not_imported(folder, run_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Metrics(folder, run_config, "id", 0, active=True):

@@ -3,48 +3,132 @@ import math
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from glalm.config import OptimConfig
+from glalm.config import OptimConfig, RunConfig, TrainConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.train.optim import adamw, learning_rate
+from glalm.train.optim import learning_rate, optimizers, set_learning_rate
+
+TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
 
 
-def test_schedule():
-    config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
-    rates = [learning_rate(step, 110, config) for step in range(1, 111)]
-    assert rates[0] == pytest.approx(0.1 + 0.9 / 10)
-    assert rates[9] == 1.0 == max(rates)
-    assert rates[59] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
-    assert rates[34] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+def rates(steps: int = 110, **optim) -> list[float]:
+    optim = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10} | optim
+    config = RunConfig(optim=OptimConfig(**optim), train=TrainConfig(steps=steps))
+    return [learning_rate(step, config) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_warmup_is_linear_to_the_peak(schedule):
+    found = rates(schedule=schedule)
+    assert found[0] == pytest.approx(0.1 + 0.9 / 10) and found[4] == pytest.approx(0.1 + 0.9 / 2)
+    assert found[9] == 1.0 == max(found)
+    assert found[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_cosine_and_linear():
+    cosine, linear = rates(), rates(schedule="linear")
+    assert cosine[59] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
+    assert cosine[34] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert linear[34] == pytest.approx(0.1 + 0.9 * 0.75)
+    assert all(a > b for found in (cosine, linear) for a, b in itertools.pairwise(found[9:]))
+
+
+def test_wsd_is_flat_and_then_decays():
+    sqrt, linear = (rates(schedule="wsd", decay_fraction=0.2, decay_shape=shape) for shape in ("sqrt", "linear"))
+    for found in (sqrt, linear):
+        assert set(found[9:88]) == {1.0} and found[88] < 1.0  # 22 of the 110 steps
+    assert linear[98] == pytest.approx(0.1 + 0.9 * 0.5) and sqrt[98] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
+    assert min(rates(20, schedule="wsd", decay_fraction=1.0)) == pytest.approx(0.1)  # no more than what warm-up leaves
 
 
 def test_schedule_without_warmup_and_all_warmup():
-    assert learning_rate(1, 1, OptimConfig(warmup_steps=0)) == pytest.approx(3e-5)
-    assert learning_rate(5, 5, OptimConfig(warmup_steps=5)) == pytest.approx(3e-4)
+    assert rates(1, warmup_steps=0) == [pytest.approx(0.1)]
+    assert rates(5, warmup_steps=5)[-1] == 1.0
 
 
+def test_every_group_gets_the_rate():
+    made = optimizers(GLALMForCausalLM(GLALMConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
+    set_learning_rate(made, 0.25)
+    groups = [group for optimizer in made for group in optimizer.param_groups]
+    assert [(g["lr"], g["initial_lr"]) for g in groups] == [(0.25, 0.5)] * 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_decay_is_for_the_matrices_of_linear_layers(tied):
-    config = GLALMConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8, tie_word_embeddings=tied
-    )
-    model = GLALMForCausalLM(config)
-    optimizer = adamw(model, OptimConfig(weight_decay=0.5))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        matrix = p.ndim == 2 and "embeddings" not in name
-        assert decay[id(p)] == (0.5 if matrix else 0.0), name
+def test_who_decays_and_who_is_orthogonalised(name, tied):
+    model = GLALMForCausalLM(GLALMConfig(**TINY, tie_word_embeddings=tied))
+    made = optimizers(model, OptimConfig(name=name, weight_decay=0.5))
+    found = {
+        id(p): (type(optimizer).__name__, group["weight_decay"])
+        for optimizer in made
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for parameter, p in model.named_parameters():
+        matrix = p.ndim == 2 and "embeddings" not in parameter
+        orthogonal = name == "muon" and matrix and "layers" in parameter
+        assert found[id(p)] == ("Muon" if orthogonal else "AdamW", 0.5 if matrix else 0.0), parameter
     assert ("lm_head.weight" in dict(model.named_parameters())) != tied
-    assert len(decay) == len(list(model.parameters()))
+    assert len(found) == len(list(model.parameters()))
 
 
-def test_one_step_is_adamws(monkeypatch):
+def test_one_step_is_adamws():
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()
-    optimizer = adamw(model, OptimConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, lr=0.01, min_lr=0.01))
+    config = OptimConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, lr=0.01, min_lr=0.01)
+    [optimizer] = optimizers(model, config)
     model.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -0.1]])
     optimizer.step()
     expected = before * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad.sign()
     torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Five of Muon's Newton-Schulz iterations as what they do to the singular values, in float64."""
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / x.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ s.diag() @ v
+
+
+def test_two_steps_are_muons():
+    model = GLALMForCausalLM(GLALMConfig(**TINY))
+    w = model.model.layers[0].mlp.down_proj.weight
+    [muon, _] = optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.9, lr=0.01, min_lr=0.01))
+    expected, momentum = w.detach().double(), 0.0
+    for seed in range(2):
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
+        muon.step()
+        momentum = 0.9 * momentum + 0.1 * w.grad.double()
+        update = orthogonal(0.1 * w.grad + 0.9 * momentum) * 0.2 * math.sqrt(max(w.shape))  # AdamW's size
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
+    moved = 0.01 * 0.2 * math.sqrt(max(w.shape) * min(w.shape))
+    assert (w.double() - expected).norm() < 0.05 * moved  # Muon multiplies in bfloat16
+
+
+def muon_on_shards(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    whole, sharded = (GLALMForCausalLM(GLALMConfig(**TINY)) for _ in range(2))
+    torch.manual_seed(0)
+    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
+        torch.nn.init.normal_(p)
+        q.data.copy_(p.data)
+    fully_shard(sharded, mesh=mesh)
+    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = torch.distributed.tensor.distribute_tensor(p.grad, mesh, q.placements)
+    before = [p.detach().clone() for p in whole.parameters()]
+    for model in (whole, sharded):
+        for optimizer in optimizers(model, OptimConfig(name="muon", lr=0.1, min_lr=0.1)):
+            optimizer.step()
+    for p, q, old in zip(whole.parameters(), sharded.parameters(), before, strict=True):
+        assert (p - q.full_tensor()).norm() < 0.05 * (p - old).norm()
+    torch.distributed.destroy_process_group()
+
+
+def test_muon_works_on_shards(tmp_path):
+    torch.multiprocessing.spawn(muon_on_shards, (str(tmp_path),), nprocs=2)

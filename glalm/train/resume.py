@@ -1,0 +1,71 @@
+"""Where a run goes on from: its own newest checkpoint, or one that is named."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from glalm import config as configs
+from glalm.config import RunConfig
+from glalm.strict import ConfigError, unknown
+from glalm.train import checkpoint
+from glalm.train.together import place, together
+
+
+def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> None:
+    """ConfigError, with the differences, when the identity `saved` in `where` is not that of `now`.
+
+    What config.train.allow_changes names may differ.
+    """
+    allowed = config.train.allow_changes
+    for key in allowed:
+        if key not in saved.keys() | now.keys():
+            raise ConfigError(f"train.allow_changes: {unknown(key, now)}")
+    changes = configs.compare(*({k: v for k, v in identity.items() if k not in allowed} for identity in (saved, now)))
+    if changes:
+        keys = ",".join(change.partition(":")[0] for change in changes)
+        raise ConfigError(
+            f"{where} holds a run with another config:\n  "
+            + "\n  ".join(changes)
+            + "\nTo resume it, write the old values; to train anew, choose another name=...; to go on with the new "
+            f"ones all the same, write 'train.allow_changes=[{keys}]'"
+        )
+
+
+def restore(
+    config: RunConfig,
+    identity: Mapping,
+    model: PreTrainedModel,
+    optimizers: Iterable[Optimizer],
+    extra: Mapping[str, torch.Tensor],
+) -> int:
+    """Loads what the run goes on from into all of these, in place, and returns its step: 0 when there is nothing.
+
+    That is its newest whole checkpoint; or train.resume_from, which must be whole, and of a run with the same identity.
+    An explicit one is taken once: the checkpoints after it say that they come from it, and the same command goes on
+    from them. Newer ones that do not are set aside.
+    """
+    saves, wanted = config.folder / "checkpoints", config.train.resume_from
+    path = checkpoint.newest_whole(saves, say=_warn)
+    if wanted and (path is None or checkpoint.read_state(path).get("resumed_from") != wanted):
+        path = Path(wanted)
+        together(lambda: checkpoint.verify(path, *place()))
+        check_same(config, checkpoint.read_state(path).get("identity", {}), identity, path)
+        together(lambda: _set_newer_aside(saves, checkpoint.read_state(path)["step"]) if place()[0] == 0 else None)
+    if path is None:
+        return 0
+    state = checkpoint.load(path, model, optimizers, extra, verified=True)
+    checkpoint.load_generators(path, config.seed)
+    return state["step"]
+
+
+def _set_newer_aside(saves: Path, step: int) -> None:
+    for newer in checkpoint.after(saves, step):
+        _warn(f"{newer} is set aside as {checkpoint.set_aside(newer, 'superseded').name}")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

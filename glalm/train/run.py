@@ -1,0 +1,75 @@
+"""The run's directory and its data: opened, checked against each other, recorded."""
+
+import dataclasses
+import json
+import uuid
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from glalm import config as configs
+from glalm.config import RunConfig
+from glalm.data.files import write_json
+from glalm.data.loader import Windows
+from glalm.data.order import check_weights
+from glalm.data.shards import TokenSet, read_manifest
+from glalm.strict import ConfigError, require
+from glalm.train import checkpoint
+from glalm.train.environment import environment
+from glalm.train.resume import check_same
+from glalm.train.together import place, together
+
+DATA = "data.json"  # in the run's folder: the manifest of the data as it was when the run began
+
+
+def open_data(config: RunConfig) -> tuple[Windows, Windows]:
+    """The training and validation windows of config.data, checked against the model and the batch.
+
+    Of a set that is still being prepared or added to, they are what was complete when the run began.
+    """
+    reset = config.data.boundaries == "reset"
+    try:
+        record = config.folder / DATA
+        manifest = json.loads(record.read_text()) if record.exists() else read_manifest(Path(config.data.path))
+        if torch.distributed.is_initialized():
+            [manifest] = broadcast_object_list([manifest])  # the set may have grown between two processes' looks
+        sets = [TokenSet(config.data.path, split, manifest) for split in ("train", "validation")]
+        training, validation = (Windows(s, config.data.seq_len, reset) for s in sets)
+        if config.data.weights is not None:
+            check_weights(config.data.weights, training.by_source)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data.path={config.data.path}: {error}") from error
+    vocabulary = training.tokens.vocab_size
+    require(
+        vocabulary <= config.model.vocab_size,
+        f"{config.data.path} has a vocabulary of {vocabulary}, more than model.vocab_size={config.model.vocab_size}; "
+        f"write model.vocab_size={vocabulary}",
+    )
+    return training, validation
+
+
+def open_run(config: RunConfig, data: TokenSet) -> dict:
+    """The content of run.json, written anew by the first process for all: the run's id, the same ever after, its
+    identity, and so on. Pins the data, and removes what an interrupted save left.
+
+    Raises ConfigError when the directory holds a run of another identity.
+    """
+    [content, *_] = together(lambda: _open_run(config, data) if place()[0] == 0 else None)
+    return content
+
+
+def _open_run(config: RunConfig, data: TokenSet) -> dict:
+    record = config.folder / "run.json"
+    identity = configs.identity(config) | {"data fingerprint": data.fingerprint}
+    run_id = uuid.uuid4().hex[:12]
+    if record.exists():
+        saved = json.loads(record.read_text())
+        run_id = saved["id"]
+        check_same(config, saved["identity"], identity, config.folder)
+    checkpoint.clean(config.folder / "checkpoints")
+    content = {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **environment()}
+    write_json(record, content, indent=1)
+    if not (config.folder / DATA).exists():  # which shards the run reads, now and when it is resumed
+        write_json(config.folder / DATA, data.manifest)
+    return content

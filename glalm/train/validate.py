@@ -1,0 +1,30 @@
+"""The loss on text that is never trained on."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from glalm.config import RunConfig
+from glalm.data.loader import Windows, sequential
+from glalm.model.loss import IGNORE
+from glalm.train.distributed import reshard
+from glalm.train.step import model_inputs, on_device
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfig) -> dict[str, float]:
+    """Mean cross-entropy (nats a token) and perplexity over train.eval_sequences validation windows, evenly spaced."""
+    model.eval()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    micro_batch, _ = config.accumulation(world)
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # nats, targets
+    for batch in sequential(windows, micro_batch, rank=rank, world=world, limit=config.train.eval_sequences):
+        batch = on_device(batch, accelerator)
+        with accelerator.autocast():
+            loss = model(**model_inputs(batch), use_cache=False).loss
+        scored = (batch["labels"] != IGNORE).sum()
+        total += torch.stack([loss * scored, scored])
+    reshard(model)
+    loss, tokens = accelerator.reduce(total, "sum").tolist()
+    return {"val_loss": loss / tokens, "val_perplexity": math.exp(loss / tokens)}

@@ -1,0 +1,126 @@
+"""Makes a folder that transformers loads from a checkpoint of a run: weights, tokenizer, generation config, card.
+
+python scripts/export_hf.py runs/demo --out exported/demo
+python -c "import glalm; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/demo')"
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
+
+from glalm.config import RunConfig
+from glalm.data.shards import read_manifest
+from glalm.data.tokenizer import PROBE, Tokenizer
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import RunError, build
+from glalm.train import checkpoint
+
+SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--checkpoint", default="latest", help="latest, or step_N")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    args = parser.parse_args()
+    try:
+        export(args.run, args.checkpoint, args.out)
+    except RunError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm`")
+
+
+def export(run: Path, name: str, out: Path) -> None:
+    """Raises CheckpointError when the checkpoint is missing or damaged, RunError when `out` exists."""
+    if out.exists():
+        raise RunError(f"{out} exists; choose another --out")
+    path = checkpoint.find(run / "checkpoints", name)
+    record = json.loads((run / "run.json").read_text())
+    config = build(RunConfig, record["config"])
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    state = checkpoint.load(path, model)
+    tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
+    ours = Tokenizer(tokenizer)
+    model.config.bos_token_id, model.config.eos_token_id = ours.bos_id, ours.eos_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=ours.bos_id, eos_token_id=ours.eos_id, pad_token_id=ours.eos_id, do_sample=True, temperature=0.8
+    )
+    model.save_pretrained(out)
+    export_tokenizer(tokenizer, ours, out)
+    (out / "README.md").write_text(card(run, path, record, config, model, state))
+
+
+def export_tokenizer(path: Path, ours: Tokenizer, out: Path) -> None:
+    """The tokenizer as transformers has it; RunError if it gives other ids than those that the model was trained on."""
+    if path.is_dir():
+        shutil.copytree(path, out, dirs_exist_ok=True)
+        return
+    shutil.copy(path, out / "tokenizer.model")
+    for adds_space in (False, True):  # SentencePiece models differ in it, and transformers does not ask them
+        theirs = LlamaTokenizer.from_pretrained(
+            out, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(ours.before)
+        )
+        if same_ids(ours, theirs):
+            theirs.save_pretrained(out)
+            return
+    raise RunError(
+        f"transformers reads {path} to other ids than SentencePiece: the export has its tokenizer.model only"
+    )
+
+
+def same_ids(ours: Tokenizer, theirs: PreTrainedTokenizerBase) -> bool:
+    texts = [SAMPLE, *SAMPLE.splitlines()]
+    return all(ours.encode(t) == theirs.encode(t, add_special_tokens=False) for t in texts)
+
+
+def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMForCausalLM, state: dict) -> str:
+    """A model card: what it is, how to use it, the recipe, the scores."""
+    parameters = sum(p.numel() for p in model.parameters())
+    optim = config.optim
+    recipe = {
+        "parameters": f"{parameters:,}",
+        "architecture": f"{config.model.num_hidden_layers} layers, width {config.model.hidden_size}, "
+        f"{config.model.num_heads} heads, vocabulary {config.model.vocab_size:,}",
+        "training tokens": f"{state['tokens']:,} ({state['step']:,} steps of {config.tokens_per_step:,})",
+        "data": config.data.path,
+        "sequence length": config.data.seq_len,
+        "optimiser": f"{optim.name}, {optim.schedule} schedule, peak {optim.lr:g}, floor {optim.min_lr:g}, "
+        f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
+        "seed": config.seed,
+        "checkpoint": f"{path.name}, weights sha256 {checkpoint.weights_sha256(path)}",
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [glalm]", "---", ""]
+    lines += [f"# {config.name}", "", "A causal language model, pretrained with glalm.", "", "```python"]
+    lines += [
+        "import glalm  # registers the architecture",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    ]
+    lines += [
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    ]
+    lines += ["```", "", "## Recipe", "", "| | |", "|-|-|", *(f"| {k} | {v} |" for k, v in recipe.items())]
+    lines += ["", "## Scores", "", *(scores(run, path) or ["None were measured for this checkpoint."])]
+    lines += ["", "## Config", "", "```json", json.dumps(record["config"], indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def scores(run: Path, path: Path) -> list[str]:
+    """A table of the plain numbers in the run's eval/*.json that were measured on this checkpoint."""
+    rows = []
+    for file in sorted((run / "eval").glob("*.json")):
+        result = json.loads(file.read_text())
+        if result.get("checkpoint") == path.name and isinstance(result.get("results"), dict):
+            numbers = {k: v for k, v in result["results"].items() if isinstance(v, int | float)}
+            rows += [f"| {file.stem} | {name} | {number:,.4g} |" for name, number in numbers.items()]
+    return ["| evaluation | metric | value |", "|-|-|-|", *rows] if rows else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A disk that is full, slow to say so, flips bits, loses files, or cannot rename."""
+
+import errno
+import os
+import shutil
+
+import pytest
+from conftest import assert_same, rows
+
+from glalm.strict import ConfigError
+from glalm.train import checkpoint, tensors
+from glalm.train.checkpoint import CheckpointError
+from glalm.train.loop import train
+
+
+def full_disk(monkeypatch, times: int):
+    """The first `times` saves find no room, in the middle of their second file."""
+    real, calls = tensors.write, []
+
+    def write(path, pieces):
+        if "training" in path.name:
+            calls.append(1)
+            if len(calls) <= times:
+                path.write_bytes(b"what there was room for")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, pieces)
+
+    monkeypatch.setattr(tensors, "write", write)
+    return calls
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_costs_only_its_save(run_config, change, unbroken, monkeypatch, capfd, asynchronous):
+    full_disk(monkeypatch, times=2)
+    assert train(change(run_config, **{"train.checkpoint.asynchronous": asynchronous})) == 0
+    warning = capfd.readouterr().err
+    assert warning.count("is not saved: ") == 2 and "step 4 is not saved" in warning and "No space left" in warning
+    assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_6"]
+    assert rows(run_config.folder)[-1].pop("failed_saves") == 2
+    found = [{k: v for k, v in row.items() if k != "failed_saves"} for row in rows(run_config.folder)]
+    assert found == rows(unbroken)
+
+
+def test_the_last_good_one_is_kept_and_three_in_a_row_stop_the_run(run_config, change, unbroken, monkeypatch):
+    assert train(change(run_config, **{"train.steps": 2})) == 0
+    longer = {"train.steps": 10, "train.allow_changes": ["train.steps"], "train.checkpoint.keep_last": 1}
+    with monkeypatch.context() as patch:
+        full_disk(patch, times=9)
+        with pytest.raises(CheckpointError, match=r"3 checkpoints in a row could not be saved.*step_2.*No space left"):
+            train(change(run_config, **longer))
+    assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_2"]
+    checkpoint.verify(run_config.folder / "checkpoints" / "step_2")
+    assert train(change(run_config, **longer)) == 0
+
+
+def test_a_last_save_that_fails_is_no_success(run_config, change, monkeypatch):
+    full_disk(monkeypatch, times=1)
+    with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved: .*No space left"):
+        train(change(run_config, **{"train.steps": 2}))
+    assert list((run_config.folder / "checkpoints").iterdir()) == []
+
+
+FILES = ["model.safetensors", "training.safetensors", "state.json", "config.json", "manifest.json"]
+
+
+@pytest.fixture
+def trained(run_config, unbroken, change):
+    """A copy of the unbroken run, under the name of run_config."""
+    shutil.copytree(unbroken, run_config.folder)
+    return run_config
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(trained, unbroken, capfd, name, damage):
+    file = trained.folder / "checkpoints" / "step_6" / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if damage == "flip" else content[:-1])
+    assert train(trained) == 0
+    said = capfd.readouterr().err
+    assert str(file) in said and "set aside as step_6.damaged, and the one before it is taken" in said
+    assert "resuming after step 4" in said
+    assert_same(unbroken, trained.folder)
+
+
+def test_an_explicit_checkpoint_that_is_damaged_is_an_error(trained, change):
+    path = trained.folder / "checkpoints" / "step_4"
+    content = bytearray((path / "training.safetensors").read_bytes())
+    content[-1] ^= 128
+    (path / "training.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_4/training\.safetensors is damaged"):
+        train(change(trained, name="fork", **{"train.resume_from": str(path)}))
+    assert path.exists()
+
+
+def test_all_damaged_begins_anew_and_removes_nothing(trained, unbroken):
+    for step in (4, 6):
+        (trained.folder / "checkpoints" / f"step_{step}" / "model.safetensors").unlink()
+    assert train(trained) == 0
+    names = {p.name for p in (trained.folder / "checkpoints").iterdir()}
+    assert names == {"step_4", "step_6", "step_4.damaged", "step_6.damaged"}
+    assert_same(unbroken, trained.folder)
+
+
+def test_a_write_that_the_disk_got_wrong_is_noticed_before_the_old_one_is_removed(run_config, change, monkeypatch):
+    """A bit flips between the program and the disk: the read-back finds it."""
+    real = tensors.write
+
+    def write(path, pieces):
+        entry = real(path, pieces)
+        if "step_4" in str(path) and "model" in path.name:
+            content = bytearray(path.read_bytes())
+            content[-7] ^= 2
+            path.write_bytes(content)
+        return entry
+
+    monkeypatch.setattr(tensors, "write", write)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: it differs from what was written"):
+        train(change(run_config, **{"train.checkpoint.keep_last": 1, "train.steps": 4}))
+    assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_2"]
+
+
+@pytest.mark.parametrize("broken", ["rename", "fsync"])
+def test_a_filesystem_that_cannot_hold_checkpoints_is_refused_at_the_start(run_config, monkeypatch, broken):
+    def fails(*args, **options):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fails)
+        with pytest.raises(ConfigError, match=r"runs.*cannot sync and rename a directory .*not supported"):
+            train(run_config)
+    assert not (run_config.folder / "run.json").exists()
+
+
+def test_a_rename_that_is_not_atomic_is_survived(trained, unbroken):
+    """Where a rename copies file by file (object stores), a kill leaves a step_N that lacks some."""
+    path = trained.folder / "checkpoints" / "step_6"
+    for file in ("manifest.json", "training.safetensors"):
+        (path / file).unlink()
+    assert train(trained) == 0
+    assert_same(unbroken, trained.folder)

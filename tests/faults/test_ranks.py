@@ -1,0 +1,220 @@
+"""Several processes: what one of them meets, all of them do alike; and another number of them goes on."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows, weights
+from processes import start, text, wait
+from test_steps import poison, signalled
+
+from glalm.config import RunConfig
+from glalm.data import loader
+from glalm.train import checkpoint, loop, rng, tensors
+from glalm.train.loop import train
+from glalm.train.watchdog import EXIT
+
+
+def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:
+    return wait(start(function, *args, config, log=log, world=world, launched=True), 90)
+
+
+def close(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("modes", [["ddp"] * 3, ["ddp", "fsdp2", "ddp"], ["fsdp2", "hsdp", "fsdp2"]])
+def test_another_number_of_processes_goes_on_with_the_same_tokens(run_config, change, unbroken, tmp_path, modes):
+    """4 processes, then 2, then 4; and DDP to FSDP2 and back. The state that is loaded is the one that was saved, bit
+    for bit, and the run's losses are those of one process but for the order of sums."""
+    log = tmp_path / "log"
+    config = change(run_config, **{"train.micro_batch_size": 1, "train.checkpoint.keep_last": 9})
+    stages = [(4, 2), (2, 4), (4, 6)]
+    for (world, steps), mode in zip(stages, modes, strict=True):
+        parallel = {"parallel.mode": mode} | ({"parallel.replicate": world // 2} if mode == "hsdp" else {})
+        now = change(config, **{"train.steps": steps, "train.allow_changes": ["train.steps"]}, **parallel)
+        # The schedule is the whole run's, whichever part of it this is.
+        assert run(now, world, log, part_of, 6) == [0] * world, text(log)
+        files = {p.name for p in (config.folder / "checkpoints" / f"step_{steps}").glob("model*")}
+        assert files == {f"model-{r + 1:05d}-of-{world:05d}.safetensors" for r in range(world)}
+    close(weights(config.folder / "checkpoints/step_6"), weights(unbroken / "checkpoints/step_6"))
+    for a, b in zip(rows(config.folder), rows(unbroken), strict=True):
+        assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def part_of(steps: int, config: RunConfig) -> int:
+    """Trains to config's last step with the learning rates of a run of `steps`."""
+    from glalm.train import optim
+
+    real = optim.learning_rate
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    optim.learning_rate = lambda step, config: real(step, whole)
+    return train(config)
+
+
+def test_one_ranks_file_is_missing(run_config, tmp_path):
+    """Both processes take the same older checkpoint."""
+    assert run(run_config, 2, tmp_path / "log") == [0, 0]
+    before = rows(run_config.folder)
+    (run_config.folder / "checkpoints/step_6/training-00002-of-00002.safetensors").unlink()
+    assert run(run_config, 2, tmp_path / "log") == [0, 0]
+    said = text(tmp_path / "log")
+    assert "training-00002-of-00002.safetensors is missing" in said and "resuming after step 4" in said
+    assert rows(run_config.folder) == before
+
+
+def poisoned(config: RunConfig) -> int:
+    """One rank's gradient is not a number in step 3, its loss is infinite in step 5."""
+    if os.environ["RANK"] == "1":
+        patch = pytest.MonkeyPatch()
+        poison(patch, {3}, gradient=math.nan)
+        poison(patch, {5}, loss=math.inf)
+    return train(config)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mode):
+    every = {"train.micro_batch_size": 1, "train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
+    config = change(run_config, **every, **{"parallel.mode": mode})
+    assert run(config, 2, tmp_path / "log", poisoned) == [0, 0], text(tmp_path / "log")
+    saved = {n: weights(config.folder / f"checkpoints/step_{n}") for n in range(2, 7)}
+    for a, b, same in ((2, 3, True), (3, 4, False), (4, 5, True), (5, 6, False)):
+        equal = [torch.equal(saved[a][n], saved[b][n]) for n in saved[a] if not n.startswith("guard.")]
+        assert all(equal) == same
+    assert rows(config.folder)[-1]["skipped_steps"] == 2
+
+
+def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path):
+    assert run(run_config, 2, tmp_path / "log", signalled, signal.SIGUSR1, 3) == [128 + signal.SIGUSR1] * 2
+    assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
+    assert run(run_config, 2, tmp_path / "log") == [0, 0]
+    assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
+
+
+def struck(what: str, rank: int, config: RunConfig) -> int:
+    """In its third step, one rank is killed, stopped, waits forever, raises, or its loader hangs or raises."""
+    if int(os.environ["RANK"]) == rank:
+        real, calls = loop.update, []
+
+        def update(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                if what == "raises":
+                    raise ArithmeticError("the third step")
+                os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+            return real(*args)
+
+        def batch(self, ids, real=loader.Windows.batch):
+            if "loader" in what:
+                calls.append(1)
+                if len(calls) == 7:
+                    if what == "loader raises":
+                        raise OSError("stale file handle")
+                    time.sleep(60)
+            return real(self, ids)
+
+        loop.update, loader.Windows.batch = (real, batch) if "loader" in what else (update, loader.Windows.batch)
+    return train(config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("killed", "has died"),
+        ("stopped", "no sign of life|its store"),
+        ("raises", "ArithmeticError: the third step"),
+        ("loader hangs", "waiting for the data of step"),
+        ("loader raises", "OSError: stale file handle"),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change, tmp_path, what, said, rank):
+    import re
+
+    config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 3.0})
+    processes = start(struck, what, rank, config, log=tmp_path / "log", world=2)
+    other = processes[1 - rank]
+    other.join(40)
+    assert other.exitcode == EXIT, text(tmp_path / "log", 1 - rank)
+    for process in processes:
+        process.kill()
+    wait(processes)
+    found = [line for line in text(tmp_path / "log", 1 - rank).splitlines() if "ends the run" in line]
+    assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({said})", found[-1]), found
+
+
+def test_every_ranks_generators_are_restored(run_config, tmp_path):
+    assert run(run_config, 2, tmp_path / "log", drawing, str(tmp_path)) == [0, 0], text(tmp_path / "log")
+
+
+def drawing(folder: str, config: RunConfig) -> int:
+    """Each rank draws from every generator, saves, draws, loads, and draws the same again; not so another rank."""
+    from pathlib import Path
+
+    from accelerate import Accelerator
+
+    from glalm.model import GLALMConfig, GLALMForCausalLM
+
+    rank = Accelerator().process_index
+    rng.reseed(0, 0, rank)
+    model = GLALMForCausalLM(GLALMConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2))
+    path = checkpoint.save(Path(folder) / "saves", 3, model, [], {})
+
+    def draw():
+        return [torch.rand(2).tolist(), random.random(), np.random.rand()]
+
+    first = draw()
+    draw()
+    checkpoint.load_generators(path, seed=1)
+    assert draw() == first
+    from glalm.train.together import together
+
+    a, b = together(lambda: first)
+    assert all(x != y for x, y in zip(a, b, strict=True))
+    state = json.loads((path / "state.json").read_text())
+    together(lambda: None)  # all have read it
+    together(lambda: rank or (path / "state.json").write_text(json.dumps({**state, "processes": 3})))
+    checkpoint.load_generators(path, seed=1)  # of another number of processes: from (seed, step, rank)
+    again = draw()
+    rng.reseed(1, 3, rank)
+    assert again == draw() != first
+    return 0
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "hsdp"])
+def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, change, unbroken, tmp_path, mode):
+    """A single process's checkpoint, loaded by four that shard it, saved by them, and read again."""
+    parallel = {"parallel.mode": mode} | ({"parallel.replicate": 2} if mode == "hsdp" else {})
+    config = change(run_config, **parallel, **{"train.micro_batch_size": 1})
+    saved = unbroken / "checkpoints" / "step_6"
+    assert run(config, 4, tmp_path / "log", passing_on, str(saved), str(tmp_path)) == [0] * 4, text(tmp_path / "log")
+    one, other = weights(saved), weights(tmp_path / "step_7")
+    assert one.keys() - {n for n in one if n.startswith("guard.")} == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    if mode != "ddp":  # they are slices, of which nobody has all
+        slices = [s for s in tensors.index((tmp_path / "step_7").glob("*.safetensors")).values() if len(s.parts) > 1]
+        assert len(slices) > 30
+
+
+def passing_on(saved: str, folder: str, config: RunConfig) -> int:
+    from pathlib import Path
+
+    from glalm.train import distributed
+
+    accelerator = distributed.start(config)
+    torch.manual_seed(accelerator.process_index)  # nothing of it may be right by chance
+    model, _, optimizers = loop.build(dataclasses.replace(config, seed=99), accelerator)
+    checkpoint.load(Path(saved), model, optimizers)
+    checkpoint.save(Path(folder), 7, model, optimizers, {})
+    return 0

@@ -1,0 +1,195 @@
+"""Numbers that are not finite, spikes, signals, damaged data, and other things that happen to one process's steps."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import assert_same, rows, weights
+from processes import start, text, wait
+
+from glalm.config import RunConfig
+from glalm.data.loader import Windows
+from glalm.data.order import Order
+from glalm.data.shards import TokenSet
+from glalm.strict import ConfigError, RunError
+from glalm.train import checkpoint, loop, step
+from glalm.train.guards import BadSteps
+from glalm.train.loop import train
+
+
+def poison(monkeypatch, steps: set[int], gradient=None, loss=None):
+    """In these steps, on this process: the gradient of one parameter, or the loss, is multiplied by a number."""
+    real, calls = step.accumulate, []
+
+    def accumulate(accelerator, model, batch, config):
+        value = real(accelerator, model, batch, config)
+        calls.append(1)
+        if len(calls) in steps:
+            if gradient is not None:
+                next(p for p in model.parameters() if p.grad is not None and p.grad.any()).grad.mul_(gradient)
+            if loss is not None:
+                value = value * loss
+        return value
+
+    monkeypatch.setattr(step, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize("what", [{"gradient": math.nan}, {"gradient": math.inf}, {"loss": math.nan}])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_update_is_skipped_whole(run_config, change, monkeypatch, what, optimizer):
+    """After step 4, which is bad, weights and moments are those after step 3; the steps after it count on."""
+    poison(monkeypatch, {4}, **what)
+    every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9, "optim.name": optimizer}
+    config = change(run_config, **every)
+    assert train(config) == 0
+    third, fourth, fifth = (weights(config.folder / "checkpoints" / f"step_{n}") for n in (3, 4, 5))
+    assert all(torch.equal(third[n], fourth[n]) for n in third if not n.startswith("guard."))
+    assert not any(torch.equal(fourth[n], fifth[n]) for n in fourth if n.startswith("model.layers"))
+    assert [row.get("skipped_steps", 0) for row in rows(config.folder)] == [0, 0, 0, 0, 1, 1, 1]
+    bad = rows(config.folder)[4]
+    assert ("loss" in bad) == ("loss" not in what) and ("grad_norm" in bad) == ("gradient" not in what)
+    for line in (config.folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # no NaN: that is no JSON
+
+
+def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, change, token_folder, monkeypatch):
+    poison(monkeypatch, {3, 4, 5, 6}, gradient=math.nan)
+    config = change(run_config, **{"train.guard.bad_steps": 3, "train.log_every": 6})
+    with pytest.raises(BadSteps, match=r"in 3 updates in a row, steps 3 to 5: none of them was made.*bad_steps_3.json"):
+        train(config)
+    windows = Windows(TokenSet(token_folder, "train"), 16)
+    order = Order(config.seed, 4, windows.by_source)
+    dump = json.loads((config.folder / "bad_steps_3.json").read_text())["steps"]
+    assert dump == {str(s): order.ids(s - 1).tolist() for s in (3, 4, 5)}
+    monkeypatch.undo()
+    assert train(config) == 0  # nothing of it was saved
+
+
+def test_a_spike_is_skipped_by_config(run_config, change, monkeypatch):
+    poison(monkeypatch, {9}, gradient=1e9)
+    spiky = {"train.steps": 12, "train.guard.spike_factor": 6.0, "train.guard.spike_window": 4}
+    every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
+    config = change(run_config, **spiky, **every)
+    assert train(config) == 0
+    before, after, later = (weights(config.folder / "checkpoints" / f"step_{n}") for n in (8, 9, 10))
+    assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("guard."))
+    assert not torch.equal(after["lm_head.weight"], later["lm_head.weight"])
+    assert rows(config.folder)[-1]["skipped_steps"] == 1
+
+
+def test_the_norms_statistics_are_resumed(run_config, change, monkeypatch):
+    """A spike right after a resume is judged by the norms before it."""
+    spiky = {"train.guard.spike_factor": 6.0, "train.guard.spike_window": 3}
+    config = change(run_config, **spiky, **{"train.allow_changes": ["train.steps"]})
+    assert train(change(config, **{"train.steps": 4})) == 0
+    poison(monkeypatch, {1}, gradient=1e9)
+    assert train(config) == 0
+    assert [row.get("skipped_steps") for row in rows(config.folder)] == [None, 0, 0, 0, 0, 1, 1]
+
+
+def signalled(signum: int, at: int, config: RunConfig) -> int:
+    real, calls = loop.update, []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == at and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signum)
+        return real(*args)
+
+    loop.update = update
+    return train(config)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step_and_says_so_by_its_exit_code(run_config, unbroken, tmp_path, signum):
+    assert wait(start(signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
+    assert "step_3 is saved; the same command goes on from there" in text(tmp_path / "log")
+    assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
+    assert wait(start(train, run_config, log=tmp_path / "log")) == [0]
+    assert_same(unbroken, run_config.folder)
+
+
+def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_path):
+    """The step that would read it ends the run, naming the shard; repaired, the run goes on."""
+    folder = shutil.copytree(token_folder, tmp_path / "set")
+    config = change(run_config, **{"data.path": str(folder)})
+    whole = change(config, name="whole")
+    assert train(whole) == 0
+    shard = next((folder / "train").glob("*/00000.npy"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 8
+    shard.write_bytes(content)
+    with pytest.raises(RunError, match=r"00000\.npy: damaged between byte 0 and \d+.*prepare the set again"):
+        train(config)
+    content[len(content) // 2] ^= 8
+    shard.write_bytes(content)
+    assert train(config) == 0
+    assert_same(whole.folder, config.folder)
+
+
+def holding(config: RunConfig) -> int:
+    """Trains, but for a wait in its second step."""
+    real, calls = loop.update, []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            time.sleep(60)
+        return real(*args)
+
+    loop.update = update
+    return train(config)
+
+
+def test_two_runs_on_one_directory(run_config, unbroken, tmp_path):
+    """The second is refused while the first lives, and not when it was killed."""
+    [first] = start(holding, run_config, log=tmp_path / "log")
+    while "step 1/" not in text(tmp_path / "log"):
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=rf"tiny is in use by another run: process {first.pid} on .*choose another"):
+        train(run_config)
+    first.kill()
+    wait([first])
+    assert train(run_config) == 0
+    assert_same(unbroken, run_config.folder)
+
+
+def test_paths_with_spaces_and_unicode(run_config, change, unbroken, tmp_path):
+    config = change(run_config, name="läuft gut: 言語", runs_dir=str(tmp_path / "a b" / "ünï 模型"))
+    assert train(change(config, **{"train.steps": 2})) == 0
+    assert train(change(config, **{"train.allow_changes": ["train.steps"]})) == 0
+    assert checkpoint.latest(config.folder / "checkpoints").name == "step_6"
+
+
+def test_a_clock_that_jumps(run_config, unbroken, monkeypatch):
+    """Back by years, on by centuries, and standing still, at every look."""
+    times = iter([0.0, 1e10, -1e9, 5.0] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    assert train(run_config) == 0
+    assert_same(unbroken, run_config.folder)
+
+
+@pytest.mark.parametrize("method", ["init", "log", "finish"])
+def test_a_tracker_that_fails(run_config, change, unbroken, monkeypatch, method):
+    """wandb raises, from its start, in the middle, or at the end: the run and its metrics are complete."""
+
+    def fails(*args, **options):
+        raise ConnectionError("the server is not reachable")
+
+    def nothing(*args, **options):
+        return True
+
+    names = ("log", "finish", "init", "login")
+    made = types.SimpleNamespace(**{name: fails if name == method else nothing for name in names})
+    if method != "init":
+        made.init = lambda **options: made
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    assert train(change(run_config, **{"track.wandb": "online"})) == 0
+    assert_same(unbroken, run_config.folder)

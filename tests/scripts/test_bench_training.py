@@ -1,0 +1,72 @@
+"""The benchmark's script at sizes for a CPU, and how it reads a profile."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_training.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(result: dict) -> None:
+    assert "error" not in result, result
+    assert result["tokens_per_second"] == pytest.approx(2 * 64 / result["step_ms"] * 1e3)
+    assert 7 < result["loss"] < 8.5 and result["first_step_seconds"] > 0  # a vocabulary of 2048, random tokens
+
+
+def test_a_models_row(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "2", "--warmup", "1", "--profile"]
+    command += ["--models", "glalm", "--set", "optim.lr=1e-4", "--json", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    [result] = record["results"]
+    check(result)
+    assert result["profile"]["kinds"].keys() >= {"idle"} and record["changes"] == ["optim.lr=1e-4"]
+    assert "| tiny | glalm |" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="at a size for a CPU")
+def test_the_llama_beside_it(bench):
+    arguments = SimpleNamespace(set=[], steps=1, warmup=1, estimate=False, profile=False)
+    check(bench.measure("llama", bench.TINY["tiny"], arguments))
+
+
+@pytest.mark.parametrize(
+    "kernel, wanted",
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "matmuls"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmuls"),
+        ("cross_entropy_kernel", "loss, without its matmuls"),
+        ("scan_kernel", "recurrent kernels"),
+        ("triton_red_fused__to_copy_add_mul_rms_norm_3", "norms and elementwise"),
+        ("void multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser and clipping"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage)", "communication"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("something else", "other"),
+    ],
+)  # fmt: skip
+def test_kinds_of_kernels(bench, kernel, wanted):
+    assert bench.kind(kernel) == wanted
+
+
+def test_idle_time_is_what_no_kernel_covers(bench):
+    assert bench.idle([(10, 12), (11, 15), (18, 20), (13, 14)]) == 3
+    assert bench.idle([(1, 2)]) == 0

@@ -1,0 +1,181 @@
+"""Many processes train the same model as one: the same losses, norms and weights, but for the order of sums."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
+
+from glalm.config import ParallelConfig, RunConfig
+from glalm.data.files import read_jsonl
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError, build
+from glalm.train import distributed, loop, step
+from glalm.train.distributed import check_devices, keeps_float32, refuse_foreign_settings
+
+ROOT = Path(__file__).parents[2]
+OTHERS = {
+    "reset, fsdp2, accumulating": KINDS["reset"] | MODES["fsdp2, accumulating"],
+    "segments, ddp": KINDS["segments"] | MODES["ddp, accumulating"],
+    "segments, fsdp2, selective": KINDS["segments"] | MODES["fsdp2, selective"],
+    "bf16, ddp": KINDS["bf16"],
+    "bf16, fsdp2": KINDS["bf16"] | MODES["fsdp2"],
+}
+
+
+@pytest.fixture
+def config(run_config, change):
+    """Four steps of eight sequences, with gradients that are clipped, of a model that mixes two mixers."""
+    return change(
+        run_config,
+        **{
+            "train.steps": 4,
+            "train.batch_size": 8,
+            "train.micro_batch_size": None,
+            "train.compile": False,
+            "optim.grad_clip": 0.5,
+            "optim.eps": 1e-4,  # with less, Adam makes a step of the rounding of gradients near 0
+            "model.layers": "gla+mamba2",
+        },
+    )
+
+
+def test_every_mode_gives_the_losses_and_weights_of_one_process(config, change, tmp_path):
+    compare(config, change, tmp_path, MODES | OTHERS)
+
+
+@pytest.mark.slow
+def test_compiled_too(config, change, tmp_path):
+    compiled = {"train.compile": True}
+    compare(config, change, tmp_path, {"ddp": compiled, "fsdp2": compiled | MODES["fsdp2, selective"]})
+
+
+def test_fsdp2_on_one_process_is_the_plain_run(config, change):
+    check("alone", run(change(config, **MODES["fsdp2"])), run(config), 1e-6)
+
+
+def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeypatch):
+    """With the last segment of the last micro-batch: until then FSDP2's shards have no gradient."""
+    given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.segment_length": 8}
+    config, seen = change(config, **given), []
+    accelerator = distributed.start(config)
+    model, wrapped, _ = loop.build(config, accelerator)
+
+    @contextmanager
+    def watched(module, wanted):
+        with distributed.summing(module, wanted):
+            yield
+        seen.append([p.grad is not None for p in model.parameters()])
+
+    monkeypatch.setattr(step, "summing", watched)
+    ids = torch.ones(8, 16, dtype=torch.int64)
+    step.accumulate(accelerator, wrapped, {"input_ids": ids, "labels": ids}, config)
+    assert [any(s) for s in seen] == [False, False, False, True] and all(seen[-1])
+
+
+@pytest.mark.parametrize(
+    "given, world, local, mesh",
+    [
+        ({}, 8, 4, (8, 1)),
+        ({"mode": "fsdp2"}, 8, 4, (1, 8)),
+        ({"mode": "hsdp"}, 8, 4, (2, 4)),
+        ({"mode": "hsdp", "shard": 2}, 8, 4, (4, 2)),
+        ({"mode": "hsdp", "replicate": 8}, 8, 4, (8, 1)),
+        ({"mode": "hsdp", "replicate": 1, "shard": 8}, 8, 4, (1, 8)),
+    ],
+)
+def test_mesh(given, world, local, mesh):
+    assert ParallelConfig(**given).mesh(world, local) == mesh
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"replicate": 2, "shard": 4}, r"needs 8 processes, one a GPU, but 4 run"),
+        ({"shard": 8}, r"parallel.shard=8 does not divide the 4 processes that run; write one of 1, 2, 4, or start"),
+        ({"replicate": 3}, r"parallel.replicate=3 times parallel.shard=1 needs 3 processes"),
+    ],
+)
+def test_processes_that_do_not_make_up_the_mesh(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(mode="hsdp", **given).mesh(4, 4)
+
+
+def test_mesh_sizes_belong_to_hsdp():
+    with pytest.raises(ConfigError, match="belong to parallel=hsdp, not to fsdp2"):
+        ParallelConfig(mode="fsdp2", shard=2)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "write parallel=fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "write parallel=fsdp2"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "write parallel=ddp"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "write train.micro_batch_size=N"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "write train.compile=true"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "write train.precision=bf16"),
+    ],
+)
+def test_what_accelerate_is_told_otherwise_is_refused(name, value, message):
+    refuse_foreign_settings({name: {"true": "false", "4": "1", "INDUCTOR": "no", "fp16": "bf16"}[value]})
+    with pytest.raises(ConfigError, match=message):
+        refuse_foreign_settings({name: value})
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, r"process 2 of this machine finds 2 GPUs: .*--nproc-per-node=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes that do not know of each other"),
+    ],
+)
+def test_processes_without_a_gpu_of_their_own(environ, message):
+    check_devices({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, gpus=2)
+    check_devices({}, gpus=1)
+    with pytest.raises(ConfigError, match=message):
+        check_devices(environ, gpus=2)
+
+
+def test_mixers_with_parameters_of_their_own_are_gathered_in_float32(config):
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    gla, mamba2 = model.model.layers
+    assert keeps_float32(mamba2) and not keeps_float32(gla)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],  # its --cpu starts one process
+}
+
+
+@pytest.mark.parametrize("launcher, mode", [("torchrun", "fsdp2"), ("accelerate", "ddp")])
+def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
+    """From the command line to the last step, with the losses of one process."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "train.py", f"runs_dir={tmp_path}", f"parallel={mode}"]
+    command += [f"data.path={token_folder}", "name=pair", "train.batch_size=4", "train.micro_batch_size=1"]
+    command += ["data.seq_len=16", "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1"]
+    command += ["optim.warmup_steps=1", "train.steps=4", "train.eval_every=4", "train.log_every=1"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr
+
+    tree = json.loads((tmp_path / "pair" / "run.json").read_text())["config"]
+    tree |= {"name": "alone", "parallel": {"mode": "ddp"}}
+    loop.train(build(RunConfig, tree))
+    pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("pair", "alone"))
+    for one, two in zip(alone, pair, strict=True):
+        for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+
+
+def test_a_mesh_of_more_processes_than_run_ends_with_its_message():
+    done = launched(["train.py", "parallel=hsdp", "parallel.shard=4"])
+    assert done.returncode != 0
+    assert "ConfigError: parallel.shard=4 does not divide the 2 processes that run; write one of 1, 2" in done.stderr

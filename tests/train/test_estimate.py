@@ -1,0 +1,131 @@
+"""The estimates against what a real model has, keeps and needs."""
+
+import pytest
+import torch
+
+from glalm.config import ModelConfig, OptimConfig, TrainConfig
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.flops import cost
+from glalm.strict import ConfigError
+from glalm.train import estimate
+from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
+from glalm.train.optim import optimizers
+
+MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
+H200 = Device("NVIDIA H200", 140 * GIB, True)
+
+
+def real(config, **changes) -> GLALMForCausalLM:
+    return GLALMForCausalLM(GLALMConfig(**(vars(config.model) | changes)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_and_moments_are_exact(run_config, change, optimizer):
+    config = change(
+        run_config,
+        model=ModelConfig(**MODEL, layers="gla+attention"),
+        optim=OptimConfig(name=optimizer, warmup_steps=1),
+    )
+    model = real(config)
+    made = optimizers(model, config.optim)
+    model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
+    kept = 0
+    for each in made:
+        each.step()
+        kept += sum(x.numel() for state in each.state.values() for x in state.values() if x.ndim)
+    size = sizes(config)
+    assert size.total == sum(p.numel() for p in model.parameters()) and size.moments == kept
+    assert size.largest == max(sum(p.numel() for p in block.parameters()) for block in model.model.layers)
+
+
+@pytest.mark.parametrize("mixer", ["gla", "attention", "mamba2"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
+    """Everything that autograd saves in a forward of the whole model, loss included, but for parameters."""
+    config = change(run_config, model=ModelConfig(**MODEL, mixer=mixer), **{"data.seq_len": 192})
+    model, ids = real(config), torch.randint(100, (2, 192))  # a micro-batch
+    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        model(ids, shift_labels=ids)
+    parts = memory(config, 1, 1, bf16, compiled=False)
+    found = sum(x.untyped_storage().nbytes() for x in saved.values())
+    loss = 2 * 192 * 64 * 3 * (2 if bf16 else 4)  # the last norm's input and output, and the head's gradient
+    assert parts["activations"] + parts["bf16 weights"] + loss == pytest.approx(found, rel=0.1)
+
+
+def test_full_checkpointing_keeps_a_blocks_input():
+    kept = activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
+    assert kept.token == 2 * 64 and abs(kept.fixed) < 1000
+
+
+def test_less_is_kept_the_more_is_recomputed():
+    model = ModelConfig(**MODEL)
+    eager = activations(model, "gla", TrainConfig(), True, False).token
+    compiled, lean, selective = (
+        activations(model, "gla", TrainConfig(activation_checkpointing=how), True, True).token
+        for how in ("none", "elementwise", "selective")
+    )
+    assert eager > compiled > lean > 4 * 64 and compiled > selective > 4 * 64
+
+
+def test_shares(run_config, change):
+    """Sharding over 4 quarters weights and moments; what is gathered is counted; gradients are whole while summed."""
+    one = memory(run_config, 1, 1, False, False)
+    four = memory(change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1}), 4, 4, False, False)
+    size = sizes(run_config)
+    assert one["weights"] == 4 * size.total and one["optimiser"] == 8 * size.total and one["gathered"] == 0
+    assert [four[part] * 4 for part in ("weights", "gradients", "optimiser")] == pytest.approx(
+        [4 * size.total, 4 * size.total, 8 * size.total], abs=16
+    )
+    root = size.total - size.blocks
+    assert four["gathered"] == 4 * (root + 2 * size.largest) + 4 * (root + 2 * size.largest)
+    accumulating = change(run_config, **{"parallel.mode": "fsdp2", "train.batch_size": 8, "train.micro_batch_size": 1})
+    assert memory(accumulating, 4, 4, False, False)["gathered"] == 4 * (root + 2 * size.largest) + 4 * size.total
+    segments = change(run_config, **{"train.segment_length": 4})
+    assert memory(segments, 1, 1, False, False)["activations"] * 4 == pytest.approx(one["activations"], rel=1e-6)
+
+
+def test_what_is_printed(run_config, change):
+    config = change(run_config, **{"train.steps": 1000, "train.assumed_mfu": 0.5, "train.compile": False})
+    text = "\n".join(lines(config, 2, H200))
+    total, tokens = sizes(config).total, 1000 * 4 * 16
+    hours = tokens * cost(config.model, 16).training / (0.5 * 989e12) / 2 / 3600
+    assert f"{total:,}; {total - 2 * 320 * 32:,} without" in text
+    assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 x 2 sequences, ddp" in text
+    assert "1,000 (6.4e-05B tokens), warm-up over the first 2" in text
+    assert f"{hours:,.1f} hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
+    assert "WARNING" not in text
+    small = "\n".join(lines(config, 2, Device("A small one", 2**16, True)))
+    assert "WARNING: more than the 0.0 GiB of A small one. Write a smaller train.micro_batch_size" in small
+    assert "the peak of A small one is not known" in small
+
+
+def test_a_batch_that_does_not_divide_is_refused(run_config, change):
+    with pytest.raises(ConfigError, match="write a multiple of 3"):
+        list(lines(run_config, 3, H200))
+
+
+def test_a_dry_run_needs_no_data_and_leaves_nothing(run_config, change, capsys):
+    from glalm.train.loop import train
+
+    config = change(run_config, **{"train.dry_run": True, "train.assumed_gpus": 2, "data.path": "nowhere"})
+    config.train.compile = False
+    assert train(config) == 0 and not config.folder.exists()
+    assert "2 x NVIDIA H200" in capsys.readouterr().out or torch.cuda.is_available()
+
+
+def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeypatch):
+    monkeypatch.setattr(estimate, "device_here", lambda: H200)
+    run_config.train.compile = False
+    message = estimate.explain_out_of_memory(run_config, 1)
+    assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory; the estimate was 0.0 GiB a GPU: ")
+    assert "train.micro_batch_size" in message

@@ -1,0 +1,99 @@
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from test_checkpoint import trained
+
+from glalm.config import CheckpointConfig, GuardConfig
+from glalm.data.order import Order
+from glalm.strict import ConfigError
+from glalm.train import checkpoint
+from glalm.train.guards import BadSteps, StopSignal, UpdateGuard
+from glalm.train.lock import check_filesystem, sole_run
+from glalm.train.saver import Saver
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_a_second_obeyed(signum):
+    before = signal.getsignal(signum)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signum)
+        assert stop.received == signum
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signum) is before
+
+
+def stepped(norms: list[float], fused: bool = True, **config) -> tuple[UpdateGuard, list[bool]]:
+    """A guard after steps with these gradient norms, and which of them moved the weights."""
+    guard = UpdateGuard(GuardConfig(**config), torch.device("cpu"))
+    w, moved = torch.nn.Parameter(torch.ones(3)), []
+    optimizer = torch.optim.AdamW([w], lr=0.1, fused=fused)
+    for step, norm in enumerate(norms, 1):
+        w.grad, before = torch.full((3,), norm), w.detach().clone()
+        moments = {k: t.clone() for k, t in optimizer.state[w].items()}
+        guard.step([optimizer], step, torch.tensor(1.0), torch.tensor(norm))
+        moved.append(not torch.equal(w, before))
+        if not moved[-1]:
+            assert all(torch.equal(t, optimizer.state[w][k]) for k, t in moments.items())
+    return guard, moved
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_skipped(fused):
+    nan, inf = float("nan"), float("inf")
+    _, moved = stepped([1.0, nan, 1.0, inf, 100.0, 1.0], fused)
+    assert moved == [True, False, True, False, True, True]
+
+
+def test_spikes_are_judged_by_the_window_before_them():
+    """Mean 1, deviation 0.1: 1.5 passes at 6 deviations and 1.7 does not; a skipped norm does not count as one."""
+    window = [0.9, 1.1, 0.9, 1.1]
+    assert stepped([*window, 1.7, 1.7, 1.0], spike_factor=6.0, spike_window=4)[1] == [*[True] * 4, False, False, True]
+    assert stepped([*window, 1.5], spike_factor=6.0, spike_window=4)[1][-1]
+    assert stepped([1.0, 50.0, 1.0], spike_factor=6.0, spike_window=4)[1] == [True] * 3  # too few to judge by
+    assert stepped([*window, 50.0])[1][-1]  # off by default
+
+
+def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):
+    nan = float("nan")
+    guard, moved = stepped([1.0, nan, 1.0, nan, nan, nan, 1.0, 1.0], bad_steps=3)
+    assert moved == [True, False, True, False, False, False, False, False]
+    with pytest.raises(BadSteps, match="3 updates in a row, steps 4 to 6"):
+        guard.check(Order(0, 2, {"a": 10}), tmp_path)
+    assert (tmp_path / "bad_steps_4.json").exists()
+    assert stepped([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}
+
+
+def test_saves_go_on_beside_the_training(tmp_path, monkeypatch):
+    """A save that is in flight while the weights change holds those from when it was asked for; the next waits."""
+    model, found = trained()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    may_write, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *a: (may_write.wait(30), write(*a))[1])
+    with Saver(tmp_path, CheckpointConfig()) as saver:
+        saver.save(1, model, found, {})
+        for p in model.parameters():
+            p.data.add_(1.0)
+        assert saver.newest is None  # it returned before anything was written
+        may_write.set()
+        saver.save(2, model, found, {})
+        saver.finish()
+    for step, shift in ((1, 0.0), (2, 1.0)):
+        other, _ = trained(seed=5, steps=0)
+        checkpoint.load(tmp_path / f"step_{step}", other)
+        assert all(torch.equal(p, before[n] + shift) for n, p in other.named_parameters())
+
+
+def test_a_lock_outlives_nothing(tmp_path):
+    with (
+        sole_run(tmp_path),
+        pytest.raises(ConfigError, match=rf"in use by another run: process {os.getpid()} on "),
+        sole_run(tmp_path),
+    ):
+        pass
+    with sole_run(tmp_path):
+        check_filesystem(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]

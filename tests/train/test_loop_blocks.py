@@ -1,0 +1,115 @@
+"""Blocks that are compiled, or made again in the backward, compute what plain ones do."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from glalm.config import MIXERS, ModelConfig, TrainConfig
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.train.blocks import prepare_blocks
+from glalm.train.step import detached, model_inputs
+
+CPU = torch.device("cpu")
+KEPT = ["none", "selective", "full"]
+
+
+def tiny(layers: str, **train) -> GLALMForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
+    config = ModelConfig(layers=layers, initializer_range=0.2, **shape)
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config))).train()
+    prepare_blocks(model, TrainConfig(**train), CPU)
+    return model
+
+
+def tokens(T: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(320, (2, T + 1), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+
+
+def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """torch.compile of whole graphs alone, which are then run as they are: .frame_count of them were made."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layers", [*MIXERS, "2*gla+attention"])
+def test_one_graph_without_a_break_for_each_mixer(layers, counting):
+    """However many layers; the same losses and gradients. Validation, of whatever shape, makes no more of them."""
+    kinds = len(set(layers.replace("2*", "").split("+")))
+    model, batch = tiny(layers, compile=True), tokens(16)
+    gradients(model, batch)
+    with torch.no_grad():
+        model.eval()(**tokens(9), use_cache=False)
+    found = gradients(model.train(), batch)
+    assert counting.frame_count == kinds
+    torch.testing.assert_close(found, gradients(tiny(layers), batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["gla", "mamba2", "gated_deltanet"])
+def test_documents_and_segments_of_any_number_share_a_graph(layers, counting):
+    model = tiny(layers, compile=True)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    for starts in ([0], [0, 3, 9], [0, 1, 2, 3, 4]):
+        at = torch.zeros(2, 16, dtype=torch.bool)
+        at[:, starts] = True
+        model(**model_inputs({"input_ids": ids, "labels": ids, "starts": at}), use_cache=False).loss.backward()
+    assert counting.frame_count == 1
+    state = None
+    for _ in range(4):
+        out = model(**tokens(8), past_key_values=state, use_cache=True)
+        out.loss.backward()
+        state = detached(out.past_key_values)
+    assert counting.frame_count == 3  # from an empty state, and from a given one
+
+
+@pytest.mark.parametrize("kept", ["elementwise", "selective", "full"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])  # the latter differentiates the graph, as Inductor does
+def test_what_is_made_again_changes_nothing(kept, backend, monkeypatch):
+    if backend is not None:
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=backend))
+    found = gradients(tiny("gla+attention", activation_checkpointing=kept, compile=backend is not None), tokens(16))
+    torch.testing.assert_close(found, gradients(tiny("gla+attention"), tokens(16)), rtol=1e-5, atol=1e-6)
+
+
+def test_matrix_products_and_kernels_are_not_made_again():
+    """Under `selective` the backward makes the forward's operators a second time, but for these."""
+    counts = {}
+    for how in KEPT:
+        model, batch = tiny("gla", activation_checkpointing=how), tokens(16)
+        with Counting() as counter:
+            model(**batch).loss.backward()
+        counts[how] = counter.calls
+    forward = torch.ops.glalm.chunk_gla.default
+    mm = torch.ops.aten.mm.default
+    assert counts["none"][forward] == counts["selective"][forward] == 3 and counts["full"][forward] == 6
+    assert counts["none"][mm] == counts["selective"][mm] < counts["full"][mm]
+    silu = torch.ops.aten.silu.default
+    assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __enter__(self):
+        self.calls = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[op] = self.calls.get(op, 0) + 1
+        return op(*args, **(kwargs or {}))

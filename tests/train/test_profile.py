@@ -1,0 +1,42 @@
+import gzip
+import json
+
+import pytest
+import torch
+
+from glalm.strict import ConfigError
+from glalm.train.profile import Profiler
+
+
+@pytest.mark.parametrize("start, recorded", [(0, 2), (3, 1), (4, 0)])
+def test_the_steps_asked_for_are_traced(run_config, change, start, recorded):
+    config = change(run_config, **{"train.profile_steps": (3, 4)})
+    with Profiler(config, torch.device("cpu"), rank=1, step=start) as profiler:
+        for step in range(start + 1, 7):
+            torch.ones(4, 4) @ torch.ones(4, 4)
+            profiler.advance(step)
+    trace = config.folder / "profile" / "rank_1.json.gz"
+    assert trace.exists() == (recorded > 0)
+    if recorded:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        assert sum(event["name"] == "aten::mm" for event in events) == recorded
+
+
+def test_a_run_that_ends_while_profiled_leaves_its_trace(run_config, change):
+    config = change(run_config, **{"train.profile_steps": (1, 9)})
+    with Profiler(config, torch.device("cpu"), rank=0, step=0):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert (config.folder / "profile" / "rank_0.json.gz").exists()
+
+
+def test_nothing_is_done_unasked(run_config):
+    with Profiler(run_config, torch.device("cpu"), rank=0, step=0) as profiler:
+        profiler.advance(1)
+    assert not run_config.folder.exists()
+
+
+def test_a_memory_snapshot_needs_a_gpu(run_config, change):
+    config = change(run_config, **{"train.profile_steps": (1, 2)})
+    config.train.memory_snapshot = True
+    with pytest.raises(ConfigError, match=r"train\.memory_snapshot=true needs a CUDA device"):
+        Profiler(config, torch.device("cpu"), rank=0, step=0)

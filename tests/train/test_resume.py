@@ -1,0 +1,101 @@
+"""Where a run goes on from, and what it may change."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glalm.data.files import read_jsonl
+from glalm.strict import ConfigError
+from glalm.train import checkpoint
+from glalm.train.checkpoint import CheckpointError
+from glalm.train.loop import train
+
+
+def names(config) -> set[str]:
+    return {p.name for p in (config.folder / "checkpoints").iterdir()}
+
+
+def last(config) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.latest(config.folder / "checkpoints") / "model.safetensors")
+
+
+def steps(config) -> list[int]:
+    return [row["step"] for row in read_jsonl(config.folder / "metrics.jsonl")]
+
+
+@pytest.fixture
+def trained(run_config, change):
+    config = change(run_config, **{"train.checkpoint.keep_last": 9})
+    assert train(config) == 0
+    return config
+
+
+def test_another_run_begins_with_an_explicit_checkpoint_once(trained, change, capfd):
+    source = trained.folder / "checkpoints" / "step_4"
+    fork = change(trained, name="fork", **{"train.resume_from": str(source)})
+    assert train(fork) == 0
+    assert "resuming after step 4" in capfd.readouterr().err
+    assert names(fork) == {"step_6"} and steps(fork) == [5, 6]
+    assert all(torch.equal(t, last(fork)[n]) for n, t in last(trained).items())
+    (fork.folder / "checkpoints" / "step_6").rename(fork.folder / "checkpoints" / "step_5")  # as if stopped earlier
+    assert train(fork) == 0
+    assert "set aside" not in capfd.readouterr().err
+
+
+def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, change, capfd):
+    before, source = last(trained), trained.folder / "checkpoints" / "step_2"
+    back = change(trained, **{"train.resume_from": str(source)})
+    assert train(back) == 0
+    said = capfd.readouterr().err
+    assert "resuming after step 2" in said and "step_6 is set aside as step_6.superseded" in said
+    assert names(back) == {"step_2", "step_4", "step_6", "step_4.superseded", "step_6.superseded"}
+    assert steps(back) == list(range(7)) and all(torch.equal(t, last(back)[n]) for n, t in before.items())
+    assert train(back) == 0  # requeued: it goes on from what came of it
+    assert "resuming after step 6" in capfd.readouterr().err
+
+
+def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
+    with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json is missing"):
+        train(change(trained, name="fork", **{"train.resume_from": "nowhere"}))
+    source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
+    with pytest.raises(ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n"):
+        train(change(trained, name="other", **source, **{"optim.lr": 0.02}))
+    allowed = {"optim.lr": 0.02, "train.allow_changes": ["optim.lr"]}
+    assert train(change(trained, name="third", **source, **allowed)) == 0
+
+
+def test_what_is_allowed_to_change_does_and_nothing_else(trained, change):
+    longer = change(trained, **{"train.steps": 8})
+    with pytest.raises(ConfigError, match=r"train.steps: 6 -> 8\n(.|\n)*write 'train.allow_changes=\[train.steps\]'"):
+        train(longer)
+    with pytest.raises(ConfigError, match=r"train.allow_changes: unknown key train.step; did you mean train.steps\?"):
+        train(change(longer, **{"train.allow_changes": ["train.step"]}))
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.02"):
+        train(change(longer, **{"train.allow_changes": ["train.steps"], "optim.lr": 0.02}))
+    assert train(change(longer, **{"train.allow_changes": ["train.steps"]})) == 0
+    assert steps(trained) == list(range(9))
+    assert train(longer) == 0  # from here on it is the run's config
+
+
+def test_what_a_checkpoint_says_of_its_run(trained):
+    state = json.loads((trained.folder / "checkpoints" / "step_6" / "state.json").read_text())
+    record = json.loads((trained.folder / "run.json").read_text())
+    assert (state["step"], state["tokens"], state["processes"], state["seed"]) == (6, 6 * 64, 1, trained.seed)
+    assert state["run"] == record["id"] and state["identity"] == record["identity"]
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
+
+
+def test_the_best_is_kept(trained, change, monkeypatch):
+    from glalm.train import loop
+
+    losses = iter([9.0, 5.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val_loss": next(losses)})
+    keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1, "train.steps": 8}
+    config = change(trained, name="best", **keep)
+    assert train(config) == 0
+    assert names(config) == {"step_4", "step_8"}
+    with pytest.raises(ConfigError, match=r"multiple of train\.eval_every=3"):
+        change(config, **{"train.eval_every": 3})

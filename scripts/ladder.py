@@ -32,7 +32,7 @@ from glalm.train.loop import train
 
 # About a quarter of a million tokens: minutes a mixer on two CPU cores.
 BUDGET = ["data.seq_len=128", "train.steps=240", "train.batch_size=8", "train.micro_batch_size=null"]
-BUDGET += ["train.eval_every=30", "train.checkpoint_every=240"]
+BUDGET += ["train.eval_every=30", "train.checkpoint.every=240"]
 
 
 def main() -> int:
@@ -87,14 +87,14 @@ def result(config: RunConfig) -> dict:
         read_json(config.folder / "eval" / f"{name}.json") for name in ("perplexity", "extrapolation")
     )
     speeds = [row["tokens_per_second"] for row in read_metrics(config.folder / "metrics.jsonl") if "loss" in row]
-    ratios = extrapolation["results"]["ratios"]
+    ratios = extrapolation["results"]["contexts"]["carried"]["ratios"]
     return {
         "mixer": config.name,
         "parameters": perplexity["parameters"],
         "MFLOP/token": cost(config.model, config.data.seq_len).forward / 1e6,
         "tokens/s": median(speeds),
         "perplexity": perplexity["results"]["perplexity"],
-        **{f"{n}x / 1x": ratios[n] for n in ("2", "4", "10")},
+        **{f"{n}x / 1x": ratios[n]["ratio"] for n in ("2", "4", "10")},
     }
 
 
@@ -130,8 +130,8 @@ def plot_positions(configs: list[RunConfig], path: Path) -> Path:
     """Perplexity against position on long documents, a curve a run; a point is a bucket of positions, at its end."""
     curves = {}
     for config in configs:
-        buckets = read_json(config.folder / "eval" / "extrapolation.json")["results"]["buckets"]
-        curves[config.name] = [(bucket["end"], bucket["perplexity"]) for bucket in buckets]
+        found = read_json(config.folder / "eval" / "extrapolation.json")["results"]["contexts"]["carried"]
+        curves[config.name] = [(b["end"], b["perplexity"]) for b in found["buckets"] if b["documents"]]
     with matplotlib.rc_context(STYLE):
         figure, ax = draw(curves)
         ax.axvline(configs[0].data.seq_len, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=1)

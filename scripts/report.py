@@ -1,4 +1,8 @@
-"""Print what a run reached, and the paths of everything it wrote: python scripts/report.py runs/demo"""
+"""Print what a run reached, and write a page of it: python scripts/report.py runs/demo [FOLDER ...]
+
+The page is one HTML file with its tables and figures inside, which any browser opens. Of several folders (runs, models
+that eval.py evaluated, a sweep of scripts/mqar.py) it compares what they have in common.
+"""
 
 import argparse
 import sys
@@ -6,17 +10,34 @@ from pathlib import Path
 
 from rich.console import Console
 
+from glalm.data.files import replacing
+from glalm.evals.page import page
 from glalm.evals.report import report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Print what a run reached, and the paths of everything it wrote.")
-    parser.add_argument("run", type=Path, metavar="FOLDER", help="the run's directory, such as runs/demo")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run's directory, such as runs/demo")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="the page; report.html in the folder, or in the folder above several"
+    )
+    args = parser.parse_args()
+    console = Console()
     try:
-        return report(parser.parse_args().run, Console())
+        for folder in args.folders:
+            if (folder / "run.json").is_file():
+                report(folder, console)
+        above = args.folders[0] if len(args.folders) == 1 else args.folders[0].resolve().parent
+        target = args.html or above / "report.html"
+        content = page(args.folders).encode()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as file:
+            file.write(content)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    console.print(f"wrote {target}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,125 +1,287 @@
-"""Perplexity by position on documents longer than the training length (GLA, arXiv 2312.06635, section 5.1).
+"""Perplexity by position on text longer than the training length (GLA, arXiv 2312.06635, section 5.1).
 
-A document is read in segments of the training length, each from the state that the one before left. The state is all
-that is carried, so memory does not depend on how far is read.
+Text is read in segments of the training length. What a token may see of the text before it is the `context`:
+
+    carried   all of it, by the state that each segment leaves to the next. A recurrent state has one size, so memory
+              does not depend on how far is read; softmax attention's keys and values grow with it.
+    sliding   a window of the training length that moves by half of it: each token sees the half window before its
+              segment or more, whatever the model. Twice the work.
+    reset     what its own segment holds: the state is emptied every training length.
+
+The numbers differ. Carried is what a model reaches at that length; the others are what it would reach without its
+long memory, at the same positions of the same text, which may be easier or harder further in whatever the model.
 """
 
+import dataclasses
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from glalm.config import EvalConfig
+from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
+from glalm.evals.job import Job, Work
+from glalm.evals.models import Subject, open_split
 from glalm.evals.perplexity import summarise
-from glalm.model import GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.evals.plot import plot_extrapolation, plot_ratios
+from glalm.model.loss import IGNORE
+from glalm.strict import ConfigError, require
 
 
-def extrapolation(
-    model: GLALMForCausalLM,
-    documents: Sequence[np.ndarray],
-    train_length: int,
-    max_length: int,
-    batch_size: int,
-    advance: Callable[[int], object] = int,
-) -> dict:
-    """Perplexity by position, in buckets of half the training length, over documents of max_length + 1 tokens or more.
-
-    Returns `buckets`, in order, each with `start` and `end` (positions start < p <= end, the first predicted token
-    of a document being at 1), what `perplexity.summarise` gives over documents, and counts of `documents` and
-    `tokens`; and `ratios` {"2": perplexity of the bucket ending at 2 training lengths over that of the bucket ending
-    at 1, "4": ...} with `ratio_bands`, one standard error down and up. Every bucket is read of the same documents, so
-    the ratios' errors are those of paired differences. A last, incomplete bucket is not read.
-
-    Text may be easier or harder further into a document, whatever the model. So the same positions are read a second
-    time with the state emptied every training length: `reset` are those buckets, and `carried_over_reset` {"2": ...}
-    the ratios of the two perplexities at the same position: below 1 where the carried state helps.
-
-    Raises ValueError when a document is too short; warns when max_length is less than ten training lengths.
-    """
-    if short := [i for i, d in enumerate(documents) if len(d) < max_length + 1]:
-        raise ValueError(f"documents: number {short[0]} has fewer than max_length + 1 = {max_length + 1} tokens")
-    if max_length < 10 * train_length:
-        warnings.warn(
-            f"max_length={max_length} reads to {max_length / train_length:g} times the training length; "
-            f"for ten times, write extrapolation.max_length={10 * train_length}",
-            stacklevel=2,
-        )
-    edges = bucket_edges(train_length, max_length)
-    batches = [documents[i : i + batch_size] for i in range(0, len(documents), batch_size)]
-    carried, reset = (
-        torch.cat([bucket_losses(model, batch, edges, train_length, carry, advance) for batch in batches])
-        for carry in (True, False)
+def job(subject: Subject, config: EvalConfig) -> Job:
+    """Reads documents, or blocks of the whole stream, in every context asked for."""
+    c, train_length = config.extrapolation, subject.need_train_length("extrapolation")
+    require(
+        c.max_length >= train_length,
+        f"extrapolation.max_length={c.max_length} is under the training length {train_length}; "
+        f"write extrapolation.max_length={10 * train_length} for ten times it",
     )
-    at = {end: i for i, end in enumerate(edges[1:])}
-    lengths = {n: at[n * train_length] for n in multiples(edges[-1] // train_length)}
-    ratios = {n: summarise(carried[:, i] - carried[:, at[train_length]]) for n, i in lengths.items()}
-    against = {n: summarise(carried[:, i] - reset[:, i]) for n, i in lengths.items()}
-    return {
-        "train_length": train_length,
-        "buckets": describe_buckets(carried, edges),
-        "reset": describe_buckets(reset, edges),
-        "ratios": {str(n): r["perplexity"] for n, r in ratios.items()},
-        "ratio_bands": {str(n): [r["perplexity_low"], r["perplexity_high"]] for n, r in ratios.items()},
-        "carried_over_reset": {str(n): r["perplexity"] for n, r in against.items()},
-    }
+    subject.need_length(c.max_length if "carried" in c.contexts else train_length, "extrapolation.max_length")
+    require(
+        c.text == "documents" or subject.run is None or subject.run.data.boundaries == "concatenate",
+        "extrapolation.text=stream reads on from document to document, which a model trained with "
+        "data.boundaries=reset never did; write extrapolation.text=documents",
+    )
+    tokens = open_split(config, subject, c.split)
+    edges = bucket_edges(train_length, c.max_length, c.bucket)
+    texts = (furthest_documents if c.text == "documents" else blocks)(tokens, edges, c.documents)
+
+    def run(work: Work) -> dict:
+        nats = {}
+        for context in c.contexts:
+            # A model that cannot go on from a state reads a text whole.
+            whole = context == "carried" and not subject.can_resume
+            segment = edges[-1] if whole else train_length
+            nats[context] = position_losses(subject, texts, edges, segment, context, config.batch_size, work)
+        return extrapolation(nats, edges, train_length)
+
+    return Job(
+        settings={
+            "data": str(tokens.folder),
+            "data_fingerprint": tokens.fingerprint,
+            **dataclasses.asdict(c),
+            "train_length": train_length,
+        },
+        run=run,
+        total=len(c.contexts) * sum(reach(len(text), edges) for text in texts),
+        summary=summary,
+        plots=plots,
+        metrics=metrics,
+    )
 
 
-def describe_buckets(nats: Tensor, edges: list[int]) -> list[dict]:
-    """A record for each bucket; nats: [documents, buckets]."""
-    count = len(nats)
+def summary(results: dict) -> list[str]:
+    lines = []
+    for context, found in results["contexts"].items():
+        ratios = ", ".join(f"{r['ratio']:.3f} at {n}x" for n, r in found["ratios"].items() if r["documents"])
+        lines.append(f"{context}: perplexity relative to that at the training length: {ratios or 'nothing beyond it'}")
+        if empty := [b for b in found["buckets"] if b["documents"] == 0]:
+            lines.append(f"no document fills the {len(empty)} buckets from position {empty[0]['start']} on")
+    return lines
+
+
+def metrics(results: dict) -> dict[str, float | None]:
+    """The first context's ratios."""
+    context = next(iter(results["contexts"].values()))
+    return {f"{n}x": r["ratio"] for n, r in context["ratios"].items()}
+
+
+def plots(folder: Path) -> list[Path]:
+    result = [folder / "eval" / "extrapolation.json"]
     return [
-        {"start": a, "end": b, **summarise(nats[:, i]), "documents": count, "tokens": count * (b - a)}
-        for i, (a, b) in enumerate(pairwise(edges))
+        *plot_extrapolation(result, folder / "plots" / "extrapolation.png"),
+        *plot_ratios(result, folder / "plots" / "extrapolation_ratio.png"),
     ]
 
 
-def long_documents(tokens: TokenSet, max_length: int, count: int) -> list[np.ndarray]:
-    """The first `count` documents of a split with more than max_length tokens; ConfigError when it has none."""
-    lengths = tokens.document_lengths
-    chosen = np.flatnonzero(lengths > max_length)[:count]
-    if len(chosen) == 0:
-        longest = np.sort(lengths)[::-1][:3].tolist()
-        raise ConfigError(
-            f"extrapolation.max_length={max_length} needs documents of {max_length + 1} tokens; the longest of the "
-            f"split {tokens.split} of {tokens.folder} have {', '.join(map(str, longest)) or 'none'}. "
-            f"Write extrapolation.max_length={max(longest, default=1) - 1} or less, or prepare longer documents"
+def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) -> dict:
+    """The record of what `position_losses` found: nats by context, each [texts, buckets].
+
+    Returns `train_length` and, for each context in `contexts`: `buckets`, in order, each with `start` and `end`
+    (positions start < p <= end, the first predicted token of a text being at 1), what `perplexity.summarise` gives
+    over the texts that fill it, and counts of these `documents` and their `tokens`. A bucket that no text fills has
+    counts of 0 and None for the rest. `ratios` {"2": ..., "4": ...}: the bucket at n training lengths over that at
+    one, `ratio` with `low` and `high` one standard error away, of the `documents` that fill both: the errors are those
+    of paired differences. With the contexts carried and reset, `carried_over_reset` has the ratios of these two at the
+    same position: below 1 where the carried state helps.
+
+    Warns when the edges end before ten training lengths.
+    """
+    if edges[-1] < 10 * train_length:
+        warnings.warn(
+            f"positions to {edges[-1]} are {edges[-1] / train_length:g} times the training length; "
+            f"for ten times, write extrapolation.max_length={10 * train_length}",
+            stacklevel=2,
         )
-    return [tokens.document(int(i)) for i in chosen]
+    first = bucket_of(train_length, edges)
+    at = {n: bucket_of(n * train_length, edges) for n in multiples(edges[-1] // train_length)}
+    result = {"train_length": train_length, "contexts": {}}
+    for context, x in nats.items():
+        result["contexts"][context] = {
+            "buckets": [bucket(x[:, i], a, b) for i, (a, b) in enumerate(pairwise(edges))],
+            "ratios": {str(n): ratio(x[:, i] - x[:, first]) for n, i in at.items()},
+        }
+    if {"carried", "reset"} <= nats.keys():
+        against = {str(n): ratio(nats["carried"][:, i] - nats["reset"][:, i]) for n, i in at.items()}
+        result["carried_over_reset"] = against
+    return result
 
 
-def bucket_edges(train_length: int, max_length: int) -> list[int]:
-    """Every half training length from 0 to max_length. An odd one's halves differ by a token; n T is always an edge."""
+def bucket(nats: Tensor, start: int, end: int) -> dict:
+    """nats [texts], nan of a text that does not fill the bucket."""
+    filled = nats[~nats.isnan()]
+    counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
+    return {"start": start, "end": end, **summarise(filled), **counts}
+
+
+def ratio(differences: Tensor) -> dict:
+    """exp of the mean of differences in nats [texts], nan left out."""
+    filled = differences[~differences.isnan()]
+    s = summarise(filled)
+    return {
+        "ratio": s["perplexity"],
+        "low": s["perplexity_low"],
+        "high": s["perplexity_high"],
+        "documents": len(filled),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def position_losses(
+    model, texts: Sequence[np.ndarray], edges: list[int], segment: int, context: str, batch_size: int, work: Work
+) -> Tensor:
+    """Mean nats of each text in each bucket: float64 [texts, len(edges) - 1] on the CPU, nan where it does not fill it.
+
+    model: anything with `device` and `score(input_ids, targets, state) -> (nats, state)`. A text is read to the end of
+    the last bucket that it fills. Texts that go equally far are read together, `batch_size` at a time, a batch a
+    process. Raises ValueError when a text fills no bucket.
+    """
+    reaches = np.array([reach(len(text), edges) for text in texts])
+    if (reaches == 0).any():
+        short = int(reaches.argmin())
+        raise ValueError(f"texts: number {short} has fewer than {edges[1] + 1} tokens: it fills no bucket")
+    order = np.argsort(-reaches, kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def losses(batch: np.ndarray) -> list[list[float]]:
+        return batch_losses(model, [texts[i] for i in batch], edges, segment, context, work.advance)
+
+    nats = torch.full((len(texts), len(edges) - 1), math.nan, dtype=torch.float64)
+    for first in range(0, len(batches), work.world):
+        found = batches[first : first + work.world]
+        chosen = np.concatenate(found).tolist()
+        rows = work.part(f"{context} {chosen}", lambda: work.gather([losses(b) for b in work.mine(found)]))  # noqa: B023
+        for i, row in zip(chosen, chain.from_iterable(rows), strict=True):
+            nats[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    return nats
+
+
+def batch_losses(
+    model,
+    texts: Sequence[np.ndarray],
+    edges: list[int],
+    segment: int,
+    context: str,
+    advance: Callable[[int], object] = int,
+) -> list[list[float]]:
+    """Of each text its mean nats in the buckets that it fills."""
+    ends = [reach(len(text), edges) for text in texts]
+    total = torch.zeros(len(texts), len(edges) - 1, dtype=torch.float64, device=model.device)
+    state = None
+    for begin, scored, stop in spans(max(ends), segment, context):
+        rows, live = segment_rows(texts, ends, begin, scored, stop)
+        inputs, targets = rows[:, :-1].to(model.device), rows[:, 1:].masked_fill(~live, IGNORE).to(model.device)
+        losses, state = model.score(inputs, targets, state if context == "carried" else None)
+        buckets = np.searchsorted(edges, np.arange(begin, stop), side="right") - 1
+        total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())
+        advance(int(live.sum()))
+    means = total.cpu() / torch.tensor(np.diff(edges))
+    return [row[: edges.index(end)].tolist() for row, end in zip(means, ends, strict=True)]
+
+
+def spans(length: int, segment: int, context: str) -> Iterator[tuple[int, int, int]]:
+    """(begin, scored, stop): the model reads inputs [begin, stop), and of their targets those from `scored` count."""
+    if context != "sliding":
+        yield from ((a, a, min(a + segment, length)) for a in range(0, length, segment))
+        return
+    yield 0, 0, min(segment, length)
+    stride = max(1, segment // 2)
+    for a in range(segment, length, stride):
+        stop = min(a + stride, length)
+        yield stop - segment, a, stop
+
+
+def segment_rows(
+    texts: Sequence[np.ndarray], ends: Sequence[int], begin: int, scored: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [begin, stop + 1) of each text, int64 [texts, ...], zeros past its end; and which targets count."""
+    rows = np.zeros((len(texts), stop + 1 - begin), dtype=np.int64)
+    for row, text in zip(rows, texts, strict=True):
+        piece = text[begin : stop + 1]
+        row[: len(piece)] = piece
+    positions = np.arange(begin, stop)
+    live = (positions >= scored) & (positions < np.array(ends)[:, None])
+    return torch.from_numpy(rows), torch.from_numpy(live)
+
+
+def furthest_documents(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
+    """The `count` documents of a split that fill most buckets, in order; the first of those that fill as many.
+
+    So where enough documents reach the end, every bucket is of the same documents; elsewhere the last buckets have
+    fewer, or none. ConfigError when no document fills a bucket.
+    """
+    lengths = tokens.document_lengths
+    reaches = np.array([reach(n, edges) for n in lengths])
+    order = np.argsort(-reaches, kind="stable")[:count]
+    chosen = sorted(int(i) for i in order if reaches[i])
+    if not chosen:
+        longest = ", ".join(map(str, np.sort(lengths)[::-1][:3])) or "none"
+        raise ConfigError(
+            f"evals=[extrapolation]: no document of the split {tokens.split} of {tokens.folder} has the "
+            f"{edges[1] + 1} tokens that fill one bucket (the longest have {longest}); write a smaller "
+            "extrapolation.bucket, or prepare longer documents"
+        )
+    return [tokens.document(i) for i in chosen]
+
+
+def blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
+    """The first `count` blocks of a split, its documents end to end, that fill every bucket."""
+    try:
+        windows = Windows(tokens, edges[-1])
+    except ValueError as error:
+        raise ConfigError(f"evals=[extrapolation]: {error}") from error
+    return [windows[i] for i in range(min(len(windows), count or len(windows)))]
+
+
+# --------------------------------------------------------------------------------------------------------- buckets
+
+
+def bucket_edges(train_length: int, max_length: int, width: int | None = None) -> list[int]:
+    """Every `width` tokens from 0 to max_length, less a last incomplete bucket; None: every half training length.
+
+    An odd one's halves differ by a token, so that every multiple of it is an edge.
+    """
+    if width is not None:
+        return list(range(0, max_length + 1, width))
     return sorted({k * train_length // 2 for k in range(2 * max_length // train_length + 1)})
 
 
-def bucket_losses(
-    model: GLALMForCausalLM,
-    documents: Sequence[np.ndarray],
-    edges: list[int],
-    segment: int,
-    carry: bool = True,
-    advance: Callable[[int], object] = int,
-) -> Tensor:
-    """Mean nats of each document in each bucket: float64 [documents, len(edges) - 1], on the CPU.
+def reach(tokens: int, edges: list[int]) -> int:
+    """The last edge that a text of so many tokens, the first of which is no target, fills: 0 for none."""
+    return edges[max(0, int(np.searchsorted(edges, tokens - 1, side="right")) - 1)]
 
-    The documents are one batch, read `segment` tokens at a time. With `carry` each segment goes on from the state of
-    the one before, and the result does not depend on their length; without, each starts from an empty state.
-    """
-    total = torch.zeros(len(documents), len(edges) - 1, dtype=torch.float64, device=model.device)
-    state = None
-    for start in range(0, edges[-1], segment):
-        stop = min(start + segment, edges[-1])
-        rows = torch.from_numpy(np.stack([d[start : stop + 1] for d in documents]).astype(np.int64))
-        rows = rows.to(model.device)
-        losses, state = model.score(rows[:, :-1], rows[:, 1:], state if carry else None)
-        bucket = np.searchsorted(edges, np.arange(start, stop), side="right") - 1
-        total.index_add_(1, torch.from_numpy(bucket).to(model.device), losses.double())
-        advance(losses.numel())
-    return (total / torch.as_tensor(np.diff(edges), device=model.device)).cpu()
+
+def bucket_of(position: int, edges: list[int]) -> int:
+    """Which bucket holds a position: start < position <= end."""
+    return int(np.searchsorted(edges, position, side="left")) - 1
 
 
 def multiples(largest: int) -> list[int]:

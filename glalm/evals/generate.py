@@ -1,42 +1,48 @@
 """Sampled continuations of prompts."""
 
-from collections.abc import Callable
+import dataclasses
 
 import torch
 
-from glalm.config import SampleConfig
-from glalm.data.tokenizer import Tokenizer
-from glalm.model import GLALMForCausalLM
+from glalm.config import EvalConfig, GenerateConfig
+from glalm.evals.job import Job, Work
+from glalm.evals.models import Subject
 
 
-def samples(
-    model: GLALMForCausalLM,
-    tokenizer: Tokenizer,
-    config: SampleConfig,
-    seed: int,
-    advance: Callable[[int], object] = int,
-) -> list[dict[str, str]]:
+def job(subject: Subject, config: EvalConfig) -> Job:
+    c = config.generate
+    subject.need_tokenizer("generate")
+    return Job(
+        settings={**dataclasses.asdict(c), "seed": config.seed},
+        run=lambda work: samples(subject, c, config.seed, work),
+        total=len(c.prompts) * c.tokens,
+        summary=lambda texts: [f"--- {t['prompt']}{t['continuation']}" for t in texts],
+    )
+
+
+def samples(subject: Subject, config: GenerateConfig, seed: int, work: Work) -> list[dict[str, str]]:
     """[{"prompt", "continuation"}] for config.prompts, at most config.tokens tokens each, ended early by eos.
 
-    Every prompt starts as a document does, by bos. The same seed gives the same text on the same device; the global
-    random state is left as it was. `advance` is called with config.tokens after each continuation.
+    Every prompt starts as a document does. Each is drawn by a seed of its own, seed + its number, so that the same seed
+    gives the same text on the same device however many processes there are; the global random state is left as it was.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
+    texts = []
+    devices = [subject.device] if subject.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        texts = []
-        for prompt in config.prompts:
-            texts.append({"prompt": prompt, "continuation": continuation(model, tokenizer, config, prompt)})
-            advance(config.tokens)
-    return texts
+        for i, prompt in work.mine(enumerate(config.prompts)):
+            torch.manual_seed(seed + i)
+            texts.append({"prompt": prompt, "continuation": continuation(subject, config, prompt)})
+            work.advance(config.tokens)
+    return work.gather(texts)
 
 
-def continuation(model: GLALMForCausalLM, tokenizer: Tokenizer, config: SampleConfig, prompt: str) -> str:
+def continuation(subject: Subject, config: GenerateConfig, prompt: str) -> str:
     """One continuation, drawn from torch's global random state."""
-    unspellable = list(range(tokenizer.vocab_size, model.config.vocab_size))  # a model may have room for more tokens
-    start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    input_ids = torch.tensor([start], device=model.device)
-    output = model.generate(
+    tokenizer = subject.tokenizer
+    unspellable = list(range(tokenizer.vocab_size, subject.vocab_size))  # a model may have room for more tokens
+    start = [*subject.start, *tokenizer.encode(prompt)] or [tokenizer.eos_id]  # a document follows another's end
+    input_ids = torch.tensor([start], device=subject.device)
+    output = subject.model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=True,

@@ -1,4 +1,8 @@
-"""Figures from a run's JSON files, in the size and the type of a paper's column. Nothing here needs the model."""
+"""Figures from results' JSON files, in the size and the type of a paper's column. Nothing here needs the model.
+
+Every function writes PATH.png and PATH.svg, whatever the suffix it is given, and returns these two paths. A result is
+what an evaluator writes, loaded or as the path of its file.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from glalm.evals.results import read_json, read_metrics, tokens_of
+
+Result = dict | str | Path
 
 # Okabe and Ito's palette, told apart in every form of colour blindness; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -31,38 +38,74 @@ STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 3,
     "legend.frameon": False,
+    "svg.fonttype": "path",  # looks the same where the font is missing
+    "svg.hashsalt": "glalm",  # the same figure is the same file
 }
-SIZE = (5.5, 3.3)  # inches: a one-column paper's text width
+SIZE = (4.5, 2.9)  # inches: fits a paper's column, and its type can be read on a phone
 GREY = "#555555"
+OTHER_CONTEXTS = {  # the line of a context that is not a figure's first, and what it is
+    "carried": ("-.", "state carried"),
+    "sliding": ("--", "window of the training length"),
+    "reset": (":", "state reset every training length"),
+}
 
 
-def plot_extrapolation(results: Sequence[dict | str | Path], path: str | Path) -> Path:
-    """Perplexity against position for one or more runs; writes the PNG `path` and returns it.
+def plot_extrapolation(results: Sequence[Result], path: str | Path) -> list[Path]:
+    """Perplexity against position for one or more models.
 
-    results: eval/extrapolation.json of each run, loaded or as paths. A point is a bucket of positions, drawn at its
-    end; the band is one standard error over documents; dotted, the same text with the state reset every training
-    length. Raises ValueError when there is none, or a file is missing.
+    results: extrapolation.json of each. A point is a bucket of positions, drawn at its end; the band is one standard
+    error over documents; buckets that no document fills are not drawn. A model's first context is solid, its others
+    are in OTHER_CONTEXTS' lines. Raises ValueError when there is none, or a file is missing.
     """
-    results = [r if isinstance(r, dict) else _existing(Path(r)) for r in results]
-    if not results:
-        raise ValueError("results is empty: give the extrapolation.json of at least one run")
+    results = _load(results, "extrapolation")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         ax = figure.subplots()
-        for i, result in enumerate(results):
-            _curve(ax, result, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        buckets = [b for r in results for b in r["results"]["buckets"]]
+        others = [name for i, result in enumerate(results) for name in _curves(ax, result, i)]
+        buckets = [b for r in results for c in r["results"]["contexts"].values() for b in _filled(c)]
         lengths = sorted({r["results"]["train_length"] for r in results})
         _positions(ax, lengths, last=max(b["end"] for b in buckets))
         _perplexities(ax, [b["perplexity"] for b in buckets])
         ax.set_xlabel("position in document (tokens)")
         ax.set_ylabel("perplexity")
+        extra = [Line2D([], [], color=GREY, linestyle=OTHER_CONTEXTS[n][0], linewidth=1) for n in dict.fromkeys(others)]
+        handles, labels = ax.get_legend_handles_labels()
+        labels += [OTHER_CONTEXTS[n][1] for n in dict.fromkeys(others)]
+        figure.legend(handles + extra, labels, loc="outside upper center", ncols=min(len(labels), 2))
+        return _save(figure, path)
+
+
+def plot_ratios(results: Sequence[Result], path: str | Path) -> list[Path]:
+    """Perplexity at n training lengths over that at one, against n, for one or more models: their first contexts.
+
+    The band is one standard error of the paired difference over documents. Raises as plot_extrapolation does.
+    """
+    results = _load(results, "extrapolation")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        ax = figure.subplots()
+        values, largest = [1.0], 2
+        for i, result in enumerate(results):
+            context = next(iter(result["results"]["contexts"].values()))
+            points = [(int(n), r) for n, r in context["ratios"].items() if r["documents"]]
+            at = [1, *(n for n, _ in points)]
+            ratios = [1, *(r["ratio"] for _, r in points)]
+            ax.plot(at, ratios, color=_colour(i), marker=MARKERS[i % len(MARKERS)], label=_label(result))
+            _band(ax, at, [(1, 1), *((r["low"], r["high"]) for _, r in points)], _colour(i))
+            values, largest = values + ratios, max(largest, *at)
+        for line in (ax.axhline, ax.axvline):
+            line(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+        ax.set_xscale("log", base=2)
+        _ticks(ax, {n: "training\nlength" if n == 1 else f"{n}×" for n in powers_of_two(1, largest)})
+        _perplexities(ax, values)
+        ax.set_xlabel("position in document")
+        ax.set_ylabel("perplexity / at the training length")
         figure.legend(loc="outside upper center", ncols=min(len(results), 2))
         return _save(figure, path)
 
 
-def plot_training(metrics: str | Path, path: str | Path) -> Path:
-    """Training and validation loss against tokens, from a metrics.jsonl; writes the PNG `path` and returns it.
+def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
+    """Training and validation loss against tokens, from a metrics.jsonl.
 
     Raises ValueError when the file is missing or has no loss.
     """
@@ -89,29 +132,165 @@ def plot_training(metrics: str | Path, path: str | Path) -> Path:
         return _save(figure, path)
 
 
+def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
+    """Validation loss against tokens of several runs: {name: metrics.jsonl}. Raises ValueError when none has any."""
+    curves = {}
+    for name, file in metrics.items():
+        rows = read_metrics(Path(file))
+        points = [(t, r["val_loss"]) for t, r in zip(tokens_of(rows), rows, strict=True) if "val_loss" in r]
+        curves |= {name: points} if points else {}
+    if not curves:
+        raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        ax = figure.subplots()
+        for i, (name, points) in enumerate(curves.items()):
+            ax.plot(*zip(*points, strict=True), color=_colour(i), marker=MARKERS[i % len(MARKERS)], label=name)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+        ax.set_xlabel("tokens trained on")
+        ax.set_ylabel("validation loss (nats per token)")
+        _perplexity_axis(ax)
+        figure.legend(loc="outside upper center", ncols=min(len(curves), 4))
+        return _save(figure, path)
+
+
+def plot_mqar(results: Sequence[Result], path: str | Path) -> list[Path]:
+    """Accuracy of multi-query associative recall against width, a panel a length, a curve a mixer (arXiv 2312.04927,
+    figure 2): the best over learning rates. results: those of scripts/mqar.py, one a trained model.
+    """
+    rows = [r["results"] for r in _load(results, "mqar")]
+    lengths = sorted({(r["length"], r["pairs"]) for r in rows})
+    mixers = list(dict.fromkeys(r["mixer"] for r in rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(SIZE[0], 1.9 * len(lengths)), 2.6), layout="constrained")
+        axes = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+        for ax, (tokens, pairs) in zip(axes, lengths, strict=True):
+            for i, mixer in enumerate(mixers):
+                best = {}
+                for r in rows:
+                    if (r["length"], r["pairs"], r["mixer"]) == (tokens, pairs, mixer):
+                        best[r["width"]] = max(r["accuracy"], best.get(r["width"], 0))
+                widths = sorted(best)
+                ax.plot(widths, [best[w] for w in widths], color=_colour(i), marker=MARKERS[i % 7], label=mixer)
+            ax.set_title(f"{tokens} tokens, {pairs} pairs", fontsize=8)
+            ax.set_xscale("log", base=2)
+            _ticks(ax, {w: str(w) for w in sorted({r["width"] for r in rows})})
+            ax.set_ylim(-0.03, 1.03)
+            ax.set_xlabel("width")
+        axes[0].set_ylabel("accuracy")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(mixers), 5))
+        return _save(figure, path)
+
+
+def plot_needle(result: Result, path: str | Path) -> list[Path]:
+    """Accuracy of the needle's answer by length (across) and depth (down), as a heat map, for one model."""
+    [result] = _load([result], "needle")
+    cells = result["results"]["cells"]
+    lengths, depths = (sorted({c[key] for c in cells}) for key in ("length", "depth"))
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for c in cells:
+        grid[depths.index(c["depth"]), lengths.index(c["length"])] = c["token_accuracy"]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        ax = figure.subplots()
+        image = ax.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            colour = "black" if value > 0.6 else "white"
+            ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+        ax.set_xticks(range(len(lengths)), [length(n) for n in lengths])
+        ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
+        ax.set_xlabel("length (tokens)")
+        ax.set_ylabel("depth of the needle")
+        ax.set_title(_label(result), fontsize=9)
+        figure.colorbar(image, label="accuracy of the answer's tokens", format=lambda x, _: f"{100 * x:.0f}%")
+        return _save(figure, path)
+
+
+def plot_decoding(results: Sequence[Result], path: str | Path) -> list[Path]:
+    """Decoding tokens a second, and the bytes that a sequence's state takes, against length, for one or more models."""
+    results = _load(results, "decode_speed")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0] * 1.25, 2.9), layout="constrained")
+        speed, memory = figure.subplots(1, 2)
+        for i, result in enumerate(results):
+            rows = result["results"]["lengths"]
+            style = {"color": _colour(i), "marker": MARKERS[i % len(MARKERS)], "label": _label(result)}
+            at = [r["length"] for r in rows]
+            speed.plot(at, [r["tokens_per_second"] for r in rows], **style)
+            memory.plot(at, [r["state_bytes"] / r["batch_size"] for r in rows], **style)
+        for ax in (speed, memory):
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(x)))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_xlabel("tokens behind (length)")
+        speed.set_ylim(bottom=0)
+        speed.set_ylabel("tokens per second")
+        memory.set_yscale("log", base=2)
+        memory.yaxis.set_major_formatter(FuncFormatter(lambda y, _: bytes_of(y)))
+        memory.set_ylabel("state of a sequence")
+        handles, labels = speed.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(results), 2))
+        return _save(figure, path)
+
+
 # ---------------------------------------------------------------------------------------------------- the elements
 
 
-def _curve(ax: Axes, result: dict, colour: str, marker: str) -> None:
-    buckets = result["results"]["buckets"]
+def _load(results: Sequence[Result], evaluator: str) -> list[dict]:
+    if not results:
+        raise ValueError(f"results is empty: give the {evaluator}.json of at least one run")
+    return [r if isinstance(r, dict) else _existing(Path(r), evaluator) for r in results]
+
+
+def _existing(path: Path, evaluator: str) -> dict:
+    result = read_json(path)
+    if result is None:
+        raise ValueError(f"{path} is missing: python eval.py evals=[{evaluator}] writes it")
+    return result
+
+
+def _curves(ax: Axes, result: dict, i: int) -> list[str]:
+    """Draws a model's contexts; returns the names of those after the first."""
+    first, *others = result["results"]["contexts"].items()
+    buckets = _filled(first[1])
     ends = [b["end"] for b in buckets]
-    label = f"{result['run']} ({quantity(result['parameters'])} parameters)"
-    ax.plot(ends, [b["perplexity"] for b in buckets], color=colour, marker=marker, label=label)
-    reset = [b["perplexity"] for b in result["results"]["reset"]]
-    every = length(result["results"]["train_length"])
-    ax.plot(ends, reset, color=colour, linestyle=":", linewidth=1, label=f"state reset every {every} tokens")
-    if all(b["standard_error"] is not None for b in buckets):
-        low, high = ([b[key] for b in buckets] for key in ("perplexity_low", "perplexity_high"))
-        ax.fill_between(ends, low, high, color=colour, alpha=0.18, linewidth=0)
+    label = _label(result) + ("" if first[0] == "carried" else f", {OTHER_CONTEXTS[first[0]][1]}")
+    marker = MARKERS[i % len(MARKERS)]
+    ax.plot(ends, [b["perplexity"] for b in buckets], color=_colour(i), marker=marker, label=label)
+    _band(ax, ends, [(b["perplexity_low"], b["perplexity_high"]) for b in buckets], _colour(i))
+    for name, context in others:
+        buckets = _filled(context)
+        x, y = [b["end"] for b in buckets], [b["perplexity"] for b in buckets]
+        ax.plot(x, y, color=_colour(i), linestyle=OTHER_CONTEXTS[name][0], linewidth=1)
+    return [name for name, _ in others]
+
+
+def _filled(context: dict) -> list[dict]:
+    return [b for b in context["buckets"] if b["documents"]]
+
+
+def _band(ax: Axes, x: list, bounds: list[tuple], colour: str) -> None:
+    """From low to high where there are both: a single document has no standard error."""
+    low, high = (np.array([math.nan if b is None else b for b in side]) for side in zip(*bounds, strict=True))
+    if not np.isnan(low).all():
+        ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _label(result: dict) -> str:
+    return f"{result['model']} ({quantity(result['parameters'])} parameters)"
 
 
 def _positions(ax: Axes, train_lengths: list[int], last: int) -> None:
     """A log2 axis with a tick at every doubling of the training length, and above it the multiples of that length."""
     shortest = train_lengths[0]
-    doublings = range(-1, int(math.log2(last / shortest)) + 1)
-    step = 1 + len(doublings) // 9  # at most nine labels fit
     ax.set_xscale("log", base=2)
-    _ticks(ax, {shortest * 2**k: length(shortest * 2**k) for k in doublings if k % step == 0})
+    _ticks(ax, {n: length(n) for n in [shortest / 2, *powers_of_two(shortest, last)]})
     marks = dict.fromkeys(train_lengths, "training\nlength")
     for at in marks:
         ax.axvline(at, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
@@ -151,20 +330,20 @@ def _log(perplexity: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(perplexity, 1e-9))  # matplotlib also asks about perplexities of 0
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def _save(figure: Figure, path: str | Path) -> list[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    figure.savefig(partial, format="png", dpi=200)
-    partial.replace(path)
-    return path
+    for kind in ("png", "svg"):
+        partial = path.with_name(f".{path.stem}.{kind}.tmp")
+        figure.savefig(partial, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+        partial.replace(path.with_suffix(f".{kind}"))
+    return [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
 
 
-def _existing(path: Path) -> dict:
-    result = read_json(path)
-    if result is None:
-        raise ValueError(f"{path} is missing: python eval.py evals=[extrapolation] writes it")
-    return result
+def powers_of_two(first: int, last: int) -> list[int]:
+    """first, 2 first, 4 first, ... up to `last`; of more than eight, every second or third: as many labels as fit."""
+    powers = [first * 2**k for k in range(int(math.log2(last / first)) + 1)]
+    return powers[:: 1 + len(powers) // 9]
 
 
 def length(tokens: float) -> str:
@@ -179,3 +358,11 @@ def quantity(n: float) -> str:
         if n >= 0.9995 * scale:
             return f"{n / scale:.3g}{unit}"
     return f"{n:.3g}"
+
+
+def bytes_of(n: float) -> str:
+    """1.5 MiB, 640 KiB: three digits at most."""
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:.3g} B"

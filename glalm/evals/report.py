@@ -75,36 +75,42 @@ def perplexity_rows(metrics: list[dict], result: dict | None, where: str) -> lis
 
 
 def extrapolation_rows(result: dict | None, where: str) -> list[Row]:
-    """Perplexity at 2, 4, 10 and the most training lengths over that at one, with one standard error down and up;
-    and what carrying the state gains at the most, against resetting it every training length.
+    """Perplexity at 2, 4, 10 and the most training lengths that documents reach over that at one, with one standard
+    error down and up; and what carrying the state gains at the most, against resetting it every training length.
     """
     evaluate, source = _eval(where, "extrapolation"), "eval/extrapolation.json"
     if result is None:
         return [_row("perplexity at 10x / 1x", source, evaluate, None)]
-    ratios, bands = result["results"]["ratios"], result["results"]["ratio_bands"]
-    train_length = result["results"]["train_length"]
+    results, train_length = result["results"], result["results"]["train_length"]
+    ratios = reached(next(iter(results["contexts"].values()))["ratios"])
     rows = []
     for n in sorted({2, 4, 10, *map(int, [*ratios][-1:])}):
         longer = f"{evaluate} extrapolation.max_length={n * train_length}"
-        value = ratios.get(str(n)) and _with_band(ratios[str(n)], *bands[str(n)])
+        value = _with_band(**ratios[str(n)]) if str(n) in ratios else None
         rows.append(_row(f"perplexity at {n}x / 1x", source, longer, value))
-    against = result["results"]["carried_over_reset"]
-    return rows + [(f"state carried / reset at {n}x", f"{against[n]:.3f}", source) for n in [*against][-1:]]
+    against = reached(results.get("carried_over_reset", {}))
+    return rows + [(f"state carried / reset at {n}x", f"{against[n]['ratio']:.3f}", source) for n in [*against][-1:]]
+
+
+def reached(ratios: dict[str, dict]) -> dict[str, dict]:
+    """Those of at least one document."""
+    return {n: r for n, r in ratios.items() if r["documents"]}
 
 
 def written(folder: Path) -> list[Path]:
     """The files of a run and the folders of its checkpoints, in the order in which they are made."""
     steps = sorted(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name.removeprefix("step_")))
     fixed = [p for p in (folder / "run.json", folder / "metrics.jsonl") if p.is_file()]
-    return [*fixed, *steps, *sorted(folder.glob("eval/*.json")), *sorted(folder.glob("plots/*.png"))]
+    made = (p for kind in ("eval/*.json", "plots/*.png", "plots/*.svg") for p in sorted(folder.glob(kind)))
+    return [*fixed, *steps, *(p for p in made if not p.name.startswith("."))]
 
 
 def _row(quantity: str, source: str, command: str, value) -> Row:
     return (quantity, value, source) if value else (quantity, None, command)
 
 
-def _with_band(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
+def _with_band(ratio: float, low: float | None, high: float | None, documents: int) -> str:
+    return f"{ratio:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
 
 
 def _train(where: str) -> str:

@@ -1,77 +1,201 @@
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
+from tiny import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from glalm.config import EvalConfig, ExtrapolationConfig
+from glalm.evals import extrapolation as module
 from glalm.evals.extrapolation import (
+    blocks,
     bucket_edges,
-    bucket_losses,
+    bucket_of,
     extrapolation,
-    long_documents,
+    furthest_documents,
     multiples,
+    position_losses,
+    reach,
+    spans,
 )
+from glalm.evals.job import Work
+from glalm.evals.models import Subject
+from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
 
 T = 8
+EDGES = bucket_edges(T, 96)
 
 
 @pytest.fixture(scope="module")
-def documents(stream):
-    return stream(100, 97, 140).documents
+def texts(stream):
+    """The second fills 12 buckets of T / 2, the others all 24."""
+    return stream(100, 50, 97, 140).documents
+
+
+def softmax() -> GLALMForCausalLM:
+    torch.manual_seed(1)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    return GLALMForCausalLM(GLALMConfig(**shape, mixer="attention", initializer_range=0.3)).eval()
+
+
+def by_bucket(losses: np.ndarray) -> np.ndarray:
+    filled = len(losses) // 4
+    return np.array([*losses[: 4 * filled].reshape(filled, 4).mean(1), *[np.nan] * (24 - filled)])[:24]
 
 
 @pytest.fixture(scope="module")
-def truth(documents, true_losses):
-    """Mean nats [3 documents, 24 buckets of T / 2] from one forward over each whole document."""
-    return np.stack([true_losses(d)[:96].reshape(24, T // 2).mean(1) for d in documents])
+def truth(texts, true_losses):
+    """Mean nats [4 texts, 24 buckets] from one forward over each whole text."""
+    return np.stack([by_bucket(true_losses(text)[:96]) for text in texts])
 
 
-def test_is_the_full_length_forward_by_position(model, documents, truth):
+def read(model, texts, context="carried", segment=T, batch_size=3, advance=int) -> torch.Tensor:
+    return position_losses(Subject(model), texts, EDGES, segment, context, batch_size, working(advance))
+
+
+def working(advance) -> Work:
+    work = Work()
+    work.advance = advance
+    return work
+
+
+def test_carried_is_one_forward_over_the_whole_text(model, texts, truth):
+    np.testing.assert_allclose(read(model, texts), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("segment", [5, 33, 96])
+def test_carried_segments_of_any_length_give_the_same(model, texts, truth, segment):
+    np.testing.assert_allclose(read(model, texts, segment=segment, batch_size=1), truth, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [softmax, lambda: llama(vocab_size=64)], ids=["ours", "transformers'"])
+def test_softmax_attention_carries_its_keys_and_values(make, texts):
+    model = make()
+    ids = torch.from_numpy(texts[0][:97].astype(np.int64))[None]
+    log_p = model(ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+    nats = -log_p.gather(-1, ids[:, 1:, None])[0, :, 0]
+    np.testing.assert_allclose(read(model, texts[:1])[0], by_bucket(nats.numpy()), atol=1e-5)
+
+
+def test_reset_starts_every_segment_from_an_empty_state(model, texts, truth, true_losses):
+    fresh = [[true_losses(t[a : a + T + 1]) for a in range(0, (len(t) - 1) // T * T, T)] for t in texts]
+    fresh = np.stack([by_bucket(np.concatenate(segments)[:96]) for segments in fresh])
+    np.testing.assert_allclose(read(model, texts, "reset"), fresh, atol=1e-5)
+    assert np.nanmax(np.abs(fresh - truth)[:, 2:]) > 1e-2  # what came before matters
+
+
+def test_sliding_sees_half_a_window_or_more_before_each_token(model, texts, true_losses):
+    def windows(text: np.ndarray) -> np.ndarray:
+        end = (len(text) - 1) // 4 * 4
+        later = [true_losses(text[a - 4 : a + 5])[4:] for a in range(T, end, 4)]
+        return np.concatenate([true_losses(text[: T + 1]), *later])[:96]
+
+    expected = np.stack([by_bucket(windows(text)) for text in texts])
+    np.testing.assert_allclose(read(model, texts, "sliding"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("context", ["carried", "sliding", "reset"])
+@pytest.mark.parametrize("length, segment", [(23, 8), (8, 8), (3, 8), (64, 7), (5, 1)])
+def test_every_position_is_scored_once(context, length, segment):
+    scored = [p for _, first, stop in spans(length, segment, context) for p in range(first, stop)]
+    assert scored == list(range(length))
+    assert all(stop - begin <= segment and begin >= 0 for begin, _, stop in spans(length, segment, context))
+
+
+def test_counts_sum_to_the_tokens_read(model, texts):
     done = []
-    result = extrapolation(model, documents, T, max_length=96, batch_size=2, advance=done.append)
-    buckets = result["buckets"]
+    nats = read(model, texts, advance=done.append)
+    buckets = extrapolation({"carried": nats}, EDGES, T)["contexts"]["carried"]["buckets"]
+    assert [b["documents"] for b in buckets] == [4] * 12 + [3] * 12
+    assert sum(b["tokens"] for b in buckets) == sum(done) == 3 * 96 + 48
+
+
+def test_a_bucket_is_a_mean_over_the_documents_that_fill_it(model, texts, truth):
+    buckets = extrapolation({"carried": read(model, texts)}, EDGES, T)["contexts"]["carried"]["buckets"]
     assert [(b["start"], b["end"]) for b in buckets] == [(4 * i, 4 * i + 4) for i in range(24)]
-    np.testing.assert_allclose([b["nats_per_token"] for b in buckets], truth.mean(0), atol=1e-4)
-    np.testing.assert_allclose([b["perplexity"] for b in buckets], np.exp(truth.mean(0)), rtol=1e-4)
-    errors = truth.std(0, ddof=1) / math.sqrt(3)
-    np.testing.assert_allclose([b["standard_error"] for b in buckets], errors, atol=1e-4)
-    assert all((b["documents"], b["tokens"]) == (3, 12) for b in buckets)
-    assert sum(done) == 2 * 3 * 96  # once with the state carried, once with it reset
+    np.testing.assert_allclose([b["nats_per_token"] for b in buckets], np.nanmean(truth, 0), atol=1e-5)
+    np.testing.assert_allclose([b["perplexity"] for b in buckets], np.exp(np.nanmean(truth, 0)), rtol=1e-5)
+    errors = np.nanstd(truth, 0, ddof=1) / np.sqrt([4] * 12 + [3] * 12)
+    np.testing.assert_allclose([b["standard_error"] for b in buckets], errors, rtol=1e-3)
 
 
-def test_ratios_compare_the_same_documents(model, documents, truth):
-    result = extrapolation(model, documents, T, max_length=96, batch_size=4)
-    assert [*result["ratios"]] == ["2", "4", "8", "10", "12"]
-    for n in (2, 4, 8, 10, 12):
-        change = truth[:, 2 * n - 1] - truth[:, 1]  # the buckets ending at n T and at T
-        error = change.std(ddof=1) / math.sqrt(3)
-        assert result["ratios"][str(n)] == pytest.approx(math.exp(change.mean()), rel=1e-4)
-        band = [math.exp(change.mean() - error), math.exp(change.mean() + error)]
-        assert result["ratio_bands"][str(n)] == pytest.approx(band, rel=1e-3)
+def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
+    result = extrapolation({n: read(model, texts, n) for n in ("carried", "reset")}, EDGES, T)
+    ratios = result["contexts"]["carried"]["ratios"]
+    assert [*ratios] == ["2", "4", "8", "10", "12"]
+    for n, r in ratios.items():
+        change = truth[:, 2 * int(n) - 1] - truth[:, 1]  # the buckets ending at n T and at T
+        change = change[~np.isnan(change)]
+        error = change.std(ddof=1) / math.sqrt(len(change))
+        assert r["documents"] == len(change) == (4 if int(n) < 6.25 else 3)
+        assert r["ratio"] == pytest.approx(math.exp(change.mean()), rel=1e-4)
+        assert r["low"] == pytest.approx(math.exp(change.mean() - error), rel=1e-3)
+        assert r["high"] == pytest.approx(math.exp(change.mean() + error), rel=1e-3)
+    reset = read(model, texts, "reset").numpy()
+    gain = math.exp(np.nanmean(truth[:, 7] - reset[:, 7]))
+    assert result["carried_over_reset"]["4"]["ratio"] == pytest.approx(gain, rel=1e-4)
 
 
-@pytest.mark.parametrize("segment", [5, 8, 33, 96])
-def test_segments_of_any_length_give_the_same(model, documents, truth, segment):
-    edges = bucket_edges(T, 96)
-    np.testing.assert_allclose(bucket_losses(model, documents, edges, segment), truth, atol=1e-4)
+def test_a_bucket_that_no_document_fills_is_reported_empty(model, texts):
+    result = extrapolation({"carried": read(model, texts[1:2])}, EDGES, T)["contexts"]["carried"]
+    assert len(result["buckets"]) == 24
+    empty = result["buckets"][12]
+    assert (empty["documents"], empty["tokens"]) == (0, 0)
+    assert empty["perplexity"] is empty["nats_per_token"] is empty["standard_error"] is None
+    assert result["ratios"]["8"] == {"ratio": None, "low": None, "high": None, "documents": 0}
+    assert all(b["standard_error"] is None for b in result["buckets"])  # one document has none
+    json.dumps(result, allow_nan=False)
 
 
-def test_the_control_starts_every_segment_from_an_empty_state(model, documents, truth, true_losses):
-    result = extrapolation(model, documents, T, max_length=96, batch_size=2)
-    fresh = np.stack(
-        [
-            np.concatenate([true_losses(d[a : a + T + 1]).reshape(2, T // 2).mean(1) for a in range(0, 96, T)])
-            for d in documents
-        ]
-    )
-    assert np.abs(fresh - truth)[:, 2:].max() > 1e-2  # what came before matters
-    np.testing.assert_allclose([b["nats_per_token"] for b in result["reset"]], fresh.mean(0), atol=1e-4)
-    for n, ratio in result["carried_over_reset"].items():
-        i = 2 * int(n) - 1
-        assert ratio == pytest.approx(math.exp((truth - fresh)[:, i].mean()), rel=1e-4)
+class Together(Work):
+    """Processes as threads: what each has is exchanged through a list that they share."""
+
+    def __init__(self, rank: int, world: int, shared: list, barrier: Barrier):
+        super().__init__(rank, world)
+        self.shared, self.barrier = shared, barrier
+
+    def _exchange(self, mine, error=None) -> list:
+        self.shared[self.rank] = mine
+        self.barrier.wait(20)
+        heard = list(self.shared)
+        self.barrier.wait(20)
+        return heard
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_processes_share_the_batches(model, texts, truth, batch_size):
+    works = [Together(rank, 2, shared, barrier) for shared, barrier in [([None] * 2, Barrier(2))] for rank in range(2)]
+    done = [[], []]
+    for work, counts in zip(works, done, strict=True):
+        work.advance = counts.append
+    with ThreadPoolExecutor(2) as pool:
+        read_share = partial(position_losses, Subject(model), texts, EDGES, T, "carried", batch_size)
+        found = list(pool.map(read_share, works))
+    for nats in found:
+        np.testing.assert_allclose(nats, truth, atol=1e-5)
+    assert sum(map(sum, done)) == 3 * 96 + 48 and all(map(sum, done))
+
+
+def test_what_was_read_before_a_restart_is_not_read_again(model, texts, truth, tmp_path):
+    counts = []
+    for advance in (lambda n: counts.append(n) if len(counts) < 15 else 1 / 0, counts.append):
+        work = Work()
+        work.advance = advance
+        work.keep_parts(tmp_path / "parts.json", {})
+        try:
+            nats = position_losses(Subject(model), texts, EDGES, T, "carried", 2, work)
+        except ZeroDivisionError:
+            counts.clear()
+    np.testing.assert_allclose(nats, truth, atol=1e-5)
+    assert sum(counts) == 96 + 48  # the second batch alone
 
 
 class LargestTensor(TorchDispatchMode):
@@ -85,50 +209,62 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_the_length(model, stream):
-    document = stream(9601).documents[0]  # more tokens than the model's largest matrix has elements
+    text = stream(4801).documents[0]  # more tokens than the model's largest matrix has elements
 
     def largest(length: int) -> int:
         with LargestTensor() as seen:
-            extrapolation(model, [document], 32, length, batch_size=1)
+            position_losses(Subject(model), [text], bucket_edges(32, length), 32, "carried", 1, Work())
         return seen.numel
 
-    assert largest(9600) == largest(320) < 9600
+    assert largest(4800) < 1.2 * largest(320) < 4800
 
 
-def test_one_document_has_no_standard_error(model, documents):
-    result = extrapolation(model, documents[:1], T, 80, batch_size=4)
-    assert all(b["standard_error"] is None for b in result["buckets"])
-    assert result["ratio_bands"]["10"] == [None, None]
-
-
-def test_less_than_ten_lengths_is_allowed_with_a_warning(model, documents):
+def test_less_than_ten_lengths_is_allowed_with_a_warning(model, texts):
+    edges = bucket_edges(T, 79)
+    nats = position_losses(Subject(model), texts[:1], edges, T, "carried", 1, Work())
     with pytest.warns(UserWarning, match="extrapolation.max_length=80"):
-        result = extrapolation(model, documents, T, 79, batch_size=4)
+        result = extrapolation({"carried": nats}, edges, T)["contexts"]["carried"]
     assert result["buckets"][-1]["end"] == 76  # the last, incomplete bucket is left out
     assert [*result["ratios"]] == ["2", "4", "8", "9"]
 
 
-def test_a_document_that_is_too_short_is_refused(model, documents):
-    with pytest.raises(ValueError, match="number 1 has fewer than max_length \\+ 1 = 98"):
-        extrapolation(model, documents, T, 97, batch_size=4)
+def test_a_text_that_fills_no_bucket_is_refused(model, stream):
+    with pytest.raises(ValueError, match="number 1 has fewer than 5 tokens"):
+        read(model, stream(9, 4).documents)
 
 
-def test_the_first_documents_that_are_long_enough_are_read(stream):
+def test_the_documents_that_reach_furthest_are_read(stream):
     split = stream(10, 41, 40, 300, 41)
-    chosen = long_documents(split, max_length=40, count=2)
-    assert [len(d) for d in chosen] == [41, 300]
-    assert chosen[0] is split.document(1)
+    assert [len(d) for d in furthest_documents(split, [0, 20, 40], 2)] == [41, 300]
+    assert [len(d) for d in furthest_documents(split, [0, 20, 40], 4)] == [41, 40, 300, 41]
+    assert [len(d) for d in furthest_documents(split, [0, 9], None)] == [10, 41, 40, 300, 41]
 
 
-def test_no_document_is_long_enough(stream):
-    with pytest.raises(ConfigError, match=r"301 tokens.* have 300, 41, 41.*max_length=299 or less"):
-        long_documents(stream(10, 41, 40, 300, 41), max_length=300, count=2)
+def test_no_document_fills_a_bucket(stream):
+    with pytest.raises(ConfigError, match=r"301 tokens that fill one bucket \(the longest have 300, 41, 41\)"):
+        furthest_documents(stream(10, 41, 40, 300, 41), [0, 300], 2)
+
+
+def test_blocks_are_the_stream_cut_end_to_end(stream):
+    split = stream(10, 41, 40)
+    found = blocks(split, [0, 10, 20], None)
+    np.testing.assert_array_equal(np.stack(found), [split.stream[i * 20 : i * 20 + 21] for i in range(4)])
+    assert len(blocks(split, [0, 10, 20], 3)) == 3
+    with pytest.raises(ConfigError, match="length=91 needs 92 tokens"):
+        blocks(split, [0, 91], None)
 
 
 def test_edges_include_every_multiple_of_the_training_length():
     assert bucket_edges(8, 35) == [0, 4, 8, 12, 16, 20, 24, 28, 32]
     assert bucket_edges(5, 21) == [0, 2, 5, 7, 10, 12, 15, 17, 20]
     assert bucket_edges(1, 3) == [0, 1, 2, 3]
+    assert bucket_edges(2048, 28672, 2048) == [2048 * i for i in range(15)]  # the paper's
+
+
+def test_buckets_by_position():
+    edges = [0, 3, 6, 9]
+    assert [bucket_of(p, edges) for p in (1, 3, 4, 9)] == [0, 0, 1, 2]
+    assert [reach(tokens, edges) for tokens in (0, 3, 4, 9, 10, 50)] == [0, 0, 3, 6, 9, 9]
 
 
 def test_multiples():
@@ -136,3 +272,47 @@ def test_multiples():
     assert multiples(3) == [2, 3]
     assert multiples(24) == [2, 4, 8, 10, 16, 20, 24]
     assert multiples(80) == [2, 4, 8, 10, 16, 20, 32, 40, 64, 80]
+
+
+# -------------------------------------------------------------------------------------------------------- the job
+
+
+@pytest.fixture
+def split(stream, monkeypatch):
+    split = stream(100, 50, 97, 140)
+    split.fingerprint = "f"
+    monkeypatch.setattr(module, "open_split", lambda config, subject, name: split)
+
+
+def config(**settings) -> EvalConfig:
+    return EvalConfig(batch_size=2, extrapolation=ExtrapolationConfig(**{"max_length": 96} | settings))
+
+
+def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth):
+    job = module.job(Subject(model, train_length=T), config(contexts=["reset", "carried"], max_length=160))
+    done = []
+    results = job.run(working(done.append))
+    assert [*results["contexts"]] == ["reset", "carried"]
+    assert job.total == sum(done) == 2 * (96 + 48 + 96 + 136)
+    found = [b["nats_per_token"] for b in results["contexts"]["carried"]["buckets"]]
+    np.testing.assert_allclose(found[:24], np.nanmean(truth, 0), atol=1e-5)
+    assert "no document fills the 6 buckets from position 136 on" in job.summary(results)
+    assert job.settings["train_length"] == T and job.settings["max_length"] == 160
+
+
+def test_demands(model, split):
+    with pytest.raises(ConfigError, match=r"max_length=7 is under the training length 8; write .*max_length=80"):
+        module.job(Subject(model, train_length=T), config(max_length=7))
+    with pytest.raises(ConfigError, match="does not say at what length it was trained"):
+        module.job(Subject(model), config())
+    limited = Subject(model, train_length=T, max_length=64)
+    with pytest.raises(ConfigError, match=r"extrapolation\.max_length: model has learned positions for 64"):
+        module.job(limited, config())
+    module.job(limited, config(contexts=["sliding", "reset"]))  # which read the training length alone
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match=r"extrapolation\.bucket=100 is longer"):
+        config(bucket=100)
+    with pytest.raises(ConfigError, match="each once"):
+        config(contexts=["carried", "carried"])

@@ -3,8 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from glalm.config import SampleConfig
-from glalm.evals.generate import samples
+from glalm.config import EvalConfig, GenerateConfig
+from glalm.evals.generate import job
+from glalm.evals.generate import samples as sampled
+from glalm.evals.job import Work
+from glalm.evals.models import Subject
+from glalm.strict import ConfigError
 
 
 class Numbers:
@@ -19,7 +23,11 @@ class Numbers:
         return "".join(f" {i}" for i in ids if i not in (self.bos_id, self.eos_id)).removeprefix(" ")
 
 
-CONFIG = SampleConfig(tokens=12, temperature=1.0, top_p=1.0, prompts=["5 6 7", "9", "9"])
+def samples(model, tokenizer, config: GenerateConfig, seed: int) -> list[dict]:
+    return sampled(Subject(model, tokenizer=tokenizer, start=(1,)), config, seed, Work())
+
+
+CONFIG = GenerateConfig(tokens=12, temperature=1.0, top_p=1.0, prompts=["5 6 7", "9", "9"])
 
 
 @torch.no_grad()
@@ -82,3 +90,22 @@ def test_an_empty_prompt_is_a_document_from_its_start(model, prompts):
     config = dataclasses.replace(CONFIG, temperature=1e-5, prompts=prompts)
     expected = [" ".join(map(str, greedy(model, [1], 12)))] * len(prompts)
     assert [s["continuation"] for s in samples(model, Numbers(), config, seed=0)] == expected
+
+
+def test_the_job_prints_its_texts_and_needs_a_tokenizer(model):
+    config = EvalConfig(generate=dataclasses.replace(CONFIG, temperature=1e-5))
+    made = job(Subject(model, tokenizer=Numbers(), start=(1,)), config)
+    texts = made.run(Work())
+    assert made.summary(texts)[0] == f"--- 5 6 7{texts[0]['continuation']}"
+    with pytest.raises(ConfigError, match=r"evals=\[generate\]: model comes with no tokenizer"):
+        job(Subject(model), config)
+
+
+def test_processes_share_the_prompts_without_changing_a_text(model):
+    class Half(Work):
+        def gather(self, mine):
+            return mine
+
+    subject = Subject(model, tokenizer=Numbers(), start=(1,))
+    whole = sampled(subject, CONFIG, 3, Work())
+    assert [sampled(subject, CONFIG, 3, Half(rank, 2)) for rank in (0, 1)] == [whole[0::2], whole[1::2]]

@@ -1,17 +1,27 @@
 import math
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny import llama
 
+from glalm.config import EvalConfig
 from glalm.data.loader import Windows
+from glalm.evals import perplexity as module
+from glalm.evals.job import Work
+from glalm.evals.models import Subject
 from glalm.evals.perplexity import perplexity, summarise
+from glalm.model import GLALMConfig, GLALMForCausalLM
 
 
 def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):
     windows = Windows(stream(7 * 12 + 5), 12)  # 7 windows, the last batch of 3 is smaller
-    done = []
-    result = perplexity(model, windows, batch_size=3, advance=done.append)
+    work, done = Work(), []
+    work.advance = done.append
+    result = perplexity(Subject(model), windows, 3, work)
 
     means = np.array([true_losses(windows[i]).mean() for i in range(7)])
     assert result["nats_per_token"] == pytest.approx(means.mean(), abs=1e-5)
@@ -24,9 +34,60 @@ def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):
     assert done == [36, 36, 12]
 
 
+@torch.no_grad()
+def test_of_transformers_own_model_as_transformers_computes_it(stream):
+    model, windows = llama(vocab_size=64), Windows(stream(50), 12)
+    rows = torch.from_numpy(np.stack([windows[i] for i in range(4)]).astype(np.int64))
+    expected = np.mean([model(row[None], labels=row[None]).loss.item() for row in rows])
+    result = perplexity(Subject(model), windows, 3, Work())
+    assert result["nats_per_token"] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["gla", "attention"])
+def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, stream, monkeypatch):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    model = GLALMForCausalLM(GLALMConfig(**shape, mixer=mixer, initializer_range=0.3)).eval()
+    split = stream(7, 20, 1, 15, 30)
+    split.fingerprint = "f"
+    borders = np.cumsum([0, 7, 20, 1, 15, 30])
+    split.document_starts = lambda start, stop: borders[(borders >= start) & (borders < stop)]
+    run = SimpleNamespace(data=SimpleNamespace(boundaries="reset"))
+    monkeypatch.setattr(module, "open_split", lambda config, subject, name: split)
+    job = module.job(Subject(model, train_length=12, run=run), EvalConfig(batch_size=4))
+
+    nats, tokens = [], []
+    for i in range(6):  # windows of 12, cut again wherever a document starts
+        window = split.stream[i * 12 : i * 12 + 13].astype(np.int64)
+        cuts = [0, *(borders[(borders > i * 12) & (borders <= i * 12 + 12)] - i * 12), 13]
+        pieces = [window[a:b] for a, b in pairwise(cuts) if b - a > 1]
+        losses = []
+        for piece in pieces:
+            ids = torch.from_numpy(piece)
+            losses += F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none").tolist()
+        nats.append(sum(losses))
+        tokens.append(len(losses))
+    result = job.run(Work())
+    assert result["tokens"] == sum(tokens) < 72
+    assert result["nats_per_token"] == pytest.approx(sum(nats) / sum(tokens), abs=1e-5)
+    assert job.settings["boundaries"] == "reset"
+
+
 def test_one_window_has_no_standard_error(model, stream):
-    result = perplexity(model, Windows(stream(13), 12), batch_size=4)
+    result = perplexity(Subject(model), Windows(stream(13), 12), 4, Work())
     assert result["standard_error"] is result["perplexity_low"] is result["perplexity_high"] is None
+
+
+def test_weighted_means_are_ratios():
+    means, weights = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([10, 30, 5])
+    result = summarise(means, weights)
+    ratio = (10 + 60 + 20) / 45
+    assert result["nats_per_token"] == pytest.approx(ratio)
+    residuals = [10 * (1 - ratio), 30 * (2 - ratio), 5 * (4 - ratio)]
+    assert result["standard_error"] == pytest.approx(math.sqrt(sum(r * r for r in residuals) * 3 / 2) / 45)
+    assert summarise(means, torch.tensor([7, 7, 7])) == pytest.approx(summarise(means))
+    assert set(summarise(torch.empty(0)).values()) == {None}
 
 
 def test_a_diverged_model_still_has_a_finite_perplexity():

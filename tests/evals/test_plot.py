@@ -3,31 +3,47 @@ import math
 import struct
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from glalm.evals import plot
-from glalm.evals.plot import plot_extrapolation, plot_training
+from glalm.evals.plot import (
+    plot_decoding,
+    plot_extrapolation,
+    plot_losses,
+    plot_mqar,
+    plot_needle,
+    plot_ratios,
+    plot_training,
+)
+
+
+def bucket(end: int, nats: float, error: float | None = 0.1, **changes) -> dict:
+    low, high = (None, None) if error is None else (math.exp(nats - error), math.exp(nats + error))
+    band = {"perplexity_low": low, "perplexity_high": high}
+    return {"end": end, "perplexity": math.exp(nats), "documents": 4, **band} | changes
+
+
+def ratio(n: int) -> dict:
+    return {"ratio": 1 - n / 100, "low": 0.9 - n / 100, "high": 1.1 - n / 100, "documents": 4}
+
+
+EMPTY = {"perplexity": None, "perplexity_low": None, "perplexity_high": None, "documents": 0}
 
 
 def result(name: str = "demo", train_length: int = 256, times: int = 16, error: float | None = 0.1) -> dict:
-    buckets = []
-    for i in range(2 * times):
-        nats = 2 + 1 / (1 + i)
-        band = [None, None] if error is None else [math.exp(nats - error), math.exp(nats + error)]
-        buckets.append(
-            {
-                "end": (i + 1) * train_length // 2,
-                "perplexity": math.exp(nats),
-                "standard_error": error,
-                "perplexity_low": band[0],
-                "perplexity_high": band[1],
-            }
-        )
-    reset = [bucket | {"perplexity": bucket["perplexity"] + 0.5} for bucket in buckets]
-    results = {"train_length": train_length, "buckets": buckets, "reset": reset}
-    return {"run": name, "parameters": 1_234_567, "results": results}
+    nats = [2 + 1 / (1 + i) for i in range(2 * times)]
+    carried = [bucket((i + 1) * train_length // 2, x, error) for i, x in enumerate(nats)]
+    reset = [b | {"perplexity": b["perplexity"] + 0.5} for b in carried]
+    ratios = {str(n): ratio(n) for n in (2, 4, 8, 10, 16)}
+    contexts = {"carried": {"buckets": carried, "ratios": ratios}, "reset": {"buckets": reset, "ratios": ratios}}
+    return {
+        "model": name,
+        "parameters": 1_234_567,
+        "results": {"train_length": train_length, "contexts": contexts},
+    }
 
 
 METRICS = [
@@ -45,16 +61,21 @@ def figures(monkeypatch) -> list:
     return kept
 
 
+def lines_in(ax, style: str) -> list:
+    return [line for line in ax.lines if line.get_linestyle() == style]
+
+
 def test_the_curve_its_band_and_the_training_length(figures):
     demo = result()
+    demo["results"]["contexts"]["carried"]["buckets"].append({"end": 2**20, **EMPTY})
     plot_extrapolation([demo], "x.png")
     ax = figures[0].axes[0]
-    buckets = demo["results"]["buckets"]
+    buckets = demo["results"]["contexts"]["carried"]["buckets"][:-1]  # the empty one is not drawn
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [b["end"] for b in buckets])
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [b["perplexity"] for b in buckets])
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [b["perplexity"] + 0.5 for b in buckets])
-    dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
-    assert [list(line.get_xdata()) for line in dashed] == [[256, 256]]
+    [reset] = lines_in(ax, ":")
+    np.testing.assert_allclose(reset.get_ydata(), [b["perplexity"] + 0.5 for b in buckets])
+    assert [list(line.get_xdata()) for line in lines_in(ax, "--")] == [[256, 256]]
     outline = ax.collections[0].get_paths()[0].vertices
     for b in buckets:
         assert {b["perplexity_low"], b["perplexity_high"]} <= set(outline[outline[:, 0] == b["end"], 1])
@@ -69,21 +90,20 @@ def test_axes_say_what_they_show(figures):
     above = [t.get_text() for t in ax.child_axes[0].get_xticklabels()]
     assert above == ["training\nlength", "2×", "4×", "10×"]
     legend = [t.get_text() for t in figure.legends[0].get_texts()]
-    control = "state reset every 256 tokens"
-    assert legend == ["demo (1.23M parameters)", control, "other (1.23M parameters)", control]
+    assert legend == ["demo (1.23M parameters)", "other (1.23M parameters)", "state reset every training length"]
     assert len(ax.collections) == 1  # one document has no band
 
 
 def test_runs_of_several_training_lengths_are_marked_each(figures):
     plot_extrapolation([result(), result("longer", train_length=1024)], "x.png")
     ax = figures[0].axes[0]
-    assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [256, 1024]
+    assert [line.get_xdata()[0] for line in lines_in(ax, "--")] == [256, 1024]
     assert [t.get_text() for t in ax.child_axes[0].get_xticklabels()] == ["training\nlength"] * 2
 
 
 def test_a_run_that_diverges_does_not_flatten_the_others(figures):
     worse = result("worse")
-    worse["results"]["buckets"][-1]["perplexity"] = 1e4
+    worse["results"]["contexts"]["carried"]["buckets"][-1]["perplexity"] = 1e4
     plot_extrapolation([result(), worse], "x.png")
     assert figures[0].axes[0].get_yscale() == "log"
 
@@ -93,6 +113,72 @@ def test_many_doublings_have_few_labels(figures):
     labels = [t.get_text() for t in figures[0].axes[0].get_xticklabels()]
     assert 4 <= len(labels) <= 9
     assert "2" in labels
+
+
+def test_a_model_with_another_first_context_says_so(figures):
+    reset_only = result()
+    del reset_only["results"]["contexts"]["carried"]
+    plot_extrapolation([reset_only], "x.png")
+    [text] = figures[0].legends[0].get_texts()
+    assert text.get_text() == "demo (1.23M parameters), state reset every training length"
+
+
+def test_ratios_to_the_training_length(figures):
+    short = result("short")
+    ratios = short["results"]["contexts"]["carried"]["ratios"]
+    ratios["16"] = {"ratio": None, "low": None, "high": None, "documents": 0}
+    ratios["10"] |= {"low": None, "high": None, "documents": 1}
+    plot_ratios([result(), short], "x.png")
+    ax = figures[0].axes[0]
+    assert list(ax.lines[0].get_xdata()) == [1, 2, 4, 8, 10, 16]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [1, 0.98, 0.96, 0.92, 0.9, 0.84])
+    assert list(ax.lines[1].get_xdata()) == [1, 2, 4, 8, 10]
+    bands = [set(c.get_paths()[0].vertices[:, 0]) for c in ax.collections]
+    assert bands == [{1, 2, 4, 8, 10, 16}, {1, 2, 4, 8}]
+    assert {tuple(line.get_xdata()) for line in lines_in(ax, "--")} == {(0, 1), (1, 1)}  # the ratio and the length of 1
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["training\nlength", "2×", "4×", "8×", "16×"]
+
+
+def test_runs_losses_in_one_figure(figures, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+    plot_losses({"first": tmp_path / "a", "second": tmp_path / "b"}, "x.png")
+    ax = figures[0].axes[0]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[7.5, 5.5, 5.2]] * 2
+    assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["first", "second"]
+
+
+def test_recall_by_width_is_the_best_over_learning_rates(figures):
+    def row(mixer: str, tokens: int, width: int, accuracy: float) -> dict:
+        numbers = {"length": tokens, "pairs": tokens // 16, "width": width, "accuracy": accuracy}
+        return {"results": {"mixer": mixer, **numbers}}
+
+    rows = [row("gla", 64, 128, 0.5), row("gla", 64, 128, 0.9), row("gla", 64, 64, 0.25), row("attention", 64, 64, 1.0)]
+    plot_mqar([*rows, row("gla", 256, 64, 0.125)], "x.png")
+    short, long = figures[0].axes
+    gla, attention = short.lines
+    assert (list(gla.get_xdata()), list(gla.get_ydata())) == ([64, 128], [0.25, 0.9])
+    assert list(attention.get_ydata()) == [1.0]
+    assert [list(line.get_ydata()) for line in long.lines if len(line.get_ydata())] == [[0.125]]
+    assert (short.get_title(), long.get_title()) == ("64 tokens, 4 pairs", "256 tokens, 16 pairs")
+
+
+def test_the_heat_map_of_a_needle(figures):
+    cells = [{"length": n, "depth": d, "token_accuracy": d + n / 8192} for n in (1024, 2048) for d in (0.0, 0.5)]
+    plot_needle({"model": "demo", "parameters": 1e6, "results": {"cells": cells[::-1]}}, "x.png")
+    ax = figures[0].axes[0]
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.125, 0.25], [0.625, 0.75]])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1K", "2K"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0%", "50%"]
+    assert [t.get_text() for t in ax.texts] == ["12", "25", "62", "75"]
+
+
+def test_decoding(figures):
+    rows = [{"length": n, "tokens_per_second": 100 / n, "state_bytes": 64 * n, "batch_size": 4} for n in (1, 8)]
+    plot_decoding([{"model": "demo", "parameters": 1e6, "results": {"lengths": rows}}], "x.png")
+    speed, memory = figures[0].axes
+    assert list(speed.lines[0].get_ydata()) == [100, 12.5]
+    assert list(memory.lines[0].get_ydata()) == [16, 128]  # of one sequence
 
 
 def test_learning_curve(figures, tmp_path):
@@ -108,18 +194,19 @@ def test_learning_curve(figures, tmp_path):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["training", "validation"]
 
 
-def test_pngs_of_a_papers_size_are_written_whole(tmp_path):
+def test_figures_of_a_papers_size_are_written_whole(tmp_path):
     saved = tmp_path / "extrapolation.json"
     saved.write_text(json.dumps(result()))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
-    for path in (
+    for png, svg in (
         plot_extrapolation([saved], tmp_path / "plots" / "e.png"),
-        plot_training(tmp_path / "metrics.jsonl", tmp_path / "plots" / "t.png"),
+        plot_training(tmp_path / "metrics.jsonl", tmp_path / "plots" / "t"),
     ):
-        content = path.read_bytes()
+        content = png.read_bytes()
         assert content.startswith(b"\x89PNG")
-        assert struct.unpack(">II", content[16:24]) == (1100, 660)
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["e.png", "t.png"]
+        assert struct.unpack(">II", content[16:24]) == (900, 580)
+        assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["e.png", "e.svg", "t.png", "t.svg"]
 
 
 def test_nothing_to_plot(tmp_path):
@@ -135,6 +222,7 @@ def test_nothing_to_plot(tmp_path):
 def test_quantities():
     values = (999, 9_996, 999_600, 1_234_567, 374_500_000, 1_365_500_000, 15e9)
     assert [plot.quantity(n) for n in values] == ["999", "10K", "1M", "1.23M", "374M", "1.37B", "15B"]
+    assert [plot.bytes_of(n) for n in (512, 1536, 3 * 2**20, 2.5 * 2**30)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
     assert [plot.length(n) for n in (128, 1000, 1024, 1536, 20480)] == ["128", "1000", "1K", "1536", "20K"]
 
 

@@ -14,14 +14,30 @@ METRICS = [
     {"step": 30, "loss": 4.0, "tokens": 122_880, "tokens_per_second": 5000.0},
 ]
 PERPLEXITY = {"parameters": 1_234_567, "checkpoint": "step_30", "results": {"perplexity": 10.0}}
+
+
+def ratio(value: float | None, low: float | None = None, high: float | None = None, documents: int = 4) -> dict:
+    return {"ratio": value, "low": low, "high": high, "documents": documents}
+
+
 EXTRAPOLATION = {
     "parameters": 1_234_567,
     "checkpoint": "step_30",
     "results": {
         "train_length": 256,
-        "ratios": {"2": 0.95, "4": 0.9, "8": 0.91, "10": 1.125, "16": 1.5},
-        "ratio_bands": {"2": [0.94, 0.96], "4": [0.8, 1], "8": [0.8, 1], "10": [1.1, 1.15], "16": [None, None]},
-        "carried_over_reset": {"2": 1.0, "4": 1.0, "8": 1.0, "10": 0.99, "16": 0.875},
+        "contexts": {
+            "carried": {
+                "ratios": {
+                    "2": ratio(0.95, 0.94, 0.96),
+                    "4": ratio(0.9, 0.8, 1),
+                    "8": ratio(0.91, 0.8, 1),
+                    "10": ratio(1.125, 1.1, 1.15),
+                    "16": ratio(1.5, documents=1),
+                    "20": ratio(None, documents=0),
+                }
+            }
+        },
+        "carried_over_reset": {"10": ratio(0.99), "16": ratio(0.875), "20": ratio(None, documents=0)},
     },
 }
 
@@ -90,9 +106,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run):
 
 
 def test_ten_training_lengths_that_were_not_read_are_asked_for(run):
-    pair = {"2": 0.9, "3": 0.9}
-    short = {"ratios": pair, "ratio_bands": {"2": [0.8, 1], "3": [0.8, 1]}, "carried_over_reset": pair}
-    short["train_length"] = 256
+    short = {"contexts": {"carried": {"ratios": {"2": ratio(0.9), "3": ratio(0.9)}}}, "train_length": 256}
     (run / "eval" / "extrapolation.json").write_text(json.dumps(EXTRAPOLATION | {"results": short}))
     command = "python eval.py name=demo evals=[extrapolation] extrapolation.max_length=2560"
     assert ["perplexity at 10x / 1x", "missing", command] in printed(run)

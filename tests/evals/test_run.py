@@ -1,8 +1,13 @@
 import dataclasses
 import hashlib
+import importlib
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +16,27 @@ import torch
 import torch.nn.functional as F
 
 from glalm.config import (
+    EVALUATORS,
+    CheckpointConfig,
     DataConfig,
     EvalConfig,
     ExtrapolationConfig,
+    GenerateConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
-    SampleConfig,
     TrainConfig,
 )
 from glalm.data.loader import Windows
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
+from glalm.evals.job import Work
 from glalm.evals.run import evaluate
 from glalm.model import GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.strict import ConfigError, RunError
 from glalm.train.loop import train
 
+ROOT = Path(__file__).parent.parent.parent
 MODEL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
 
 
@@ -51,7 +60,7 @@ def trained(data, tmp_path_factory) -> RunConfig:
         model=ModelConfig(**MODEL),
         data=DataConfig(str(data), 16),
         optim=OptimConfig(lr=1e-2, warmup_steps=1),
-        train=TrainConfig(steps=4, batch_size=2, checkpoint_every=2),
+        train=TrainConfig(steps=4, batch_size=2, checkpoint=CheckpointConfig(every=2)),
     )
     train(config)
     return config
@@ -70,7 +79,7 @@ def wanted(run: RunConfig, **changes) -> EvalConfig:
         "runs_dir": run.runs_dir,
         "batch_size": 3,
         "extrapolation": ExtrapolationConfig(max_length=160, documents=2),
-        "samples": SampleConfig(tokens=5, prompts=["alpha ", "[bold]beta"]),
+        "generate": GenerateConfig(tokens=5, prompts=["alpha ", "[bold]beta"]),
     }
     return EvalConfig(**settings | changes)
 
@@ -85,18 +94,17 @@ def true_perplexity(run: RunConfig, step: int) -> float:
 
 def test_every_evaluator_leaves_its_record(run, capsys):
     assert evaluate(wanted(run)) == 0
-    written = sorted(
-        str(p.relative_to(run.folder)) for kind in ("eval", "plots") for p in (run.folder / kind).iterdir()
-    )
-    assert written == [
-        *(f"eval/{name}.json" for name in ("extrapolation", "perplexity", "samples")),
-        *(f"plots/{name}.png" for name in ("extrapolation", "training")),
-    ]
-    results = {name: json.loads((run.folder / f"eval/{name}.json").read_text()) for name in wanted(run).evals}
+    assert {p.name for p in (run.folder / "eval").iterdir()} == {
+        "extrapolation.json",
+        "perplexity.json",
+        "generate.json",
+    }
+    assert {"extrapolation.png", "training.png"} <= {p.name for p in (run.folder / "plots").iterdir()}
+    results = {name: record(run, name) for name in wanted(run).evals}
     weights = (run.folder / "checkpoints/step_4/model.safetensors").read_bytes()
     for name, result in results.items():
         assert (result["evaluator"], result["run"], result["checkpoint"]) == (name, "tiny", "step_4")
-        assert result["checkpoint_sha256"] == hashlib.sha256(weights).hexdigest()
+        assert result["checksum"] == hashlib.sha256(weights).hexdigest()
         assert result["seconds"] > 0
         assert {"glalm", "torch", "transformers", "python"} <= result["versions"].keys()
         assert result["settings"]["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
@@ -104,24 +112,187 @@ def test_every_evaluator_leaves_its_record(run, capsys):
     tolerance = 1e-2 if torch.cuda.is_available() else 1e-4
     assert results["perplexity"]["results"]["perplexity"] == pytest.approx(true_perplexity(run, 4), rel=tolerance)
     assert results["perplexity"]["settings"]["split"] == "validation"
-    assert [*results["extrapolation"]["results"]["ratios"]] == ["2", "4", "8", "10"]
-    assert results["extrapolation"]["results"]["buckets"][0]["documents"] == 2
-    assert results["extrapolation"]["settings"]["split"] == "test"
     out = capsys.readouterr().out
-    for sample, prompt in zip(results["samples"]["results"], ("alpha ", "[bold]beta"), strict=True):
+    for sample, prompt in zip(results["generate"]["results"], ("alpha ", "[bold]beta"), strict=True):
         assert sample["prompt"] == prompt
         assert prompt + sample["continuation"] in out
-    for path in written:
-        assert f"wrote {run.folder / path}" in out
+    for path in [*(run.folder / "eval").iterdir(), *(run.folder / "plots").iterdir()]:
+        assert f"wrote {path}" in out
+
+
+def record(run: RunConfig, name: str) -> dict:
+    return json.loads((run.folder / f"eval/{name}.json").read_text())
 
 
 def test_a_part_of_an_older_checkpoint(run):
     assert evaluate(wanted(run, checkpoint="step_2", evals=["perplexity"])) == 0
     assert [p.name for p in (run.folder / "eval").iterdir()] == ["perplexity.json"]
-    result = json.loads((run.folder / "eval/perplexity.json").read_text())
+    result = record(run, "perplexity")
     assert result["checkpoint"] == "step_2"
     assert result["results"]["perplexity"] == pytest.approx(true_perplexity(run, 2), rel=1e-2)
     assert result["results"]["perplexity"] != pytest.approx(true_perplexity(run, 4), rel=3e-2)
+
+
+def test_a_checkpoint_by_its_folder_is_that_of_its_run_also_from_elsewhere(run, tmp_path):
+    by_name, by_path = (
+        run.folder / "eval" / "perplexity.json",
+        tmp_path / "runs" / "moved" / "eval" / "perplexity.json",
+    )
+    evaluate(wanted(run, evals=["perplexity"]))
+    expected = json.loads(by_name.read_text())
+    step = run.folder / "checkpoints" / "step_4"
+    evaluate(wanted(run, name="unused", checkpoint=str(step), evals=["perplexity"], force=True))
+    assert json.loads(by_name.read_text())["results"] == expected["results"]
+    shutil.copytree(step, tmp_path / "moved")
+    changes = {"checkpoint": str(tmp_path / "moved"), "data_path": run.data.path, "train_length": 16}
+    evaluate(wanted(run, evals=["perplexity"], **changes))
+    moved = json.loads(by_path.read_text())
+    assert (moved["run"], moved["checksum"], moved["results"]) == (None, expected["checksum"], expected["results"])
+
+
+def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
+    config = wanted(run, evals=["perplexity"])
+    evaluate(config)
+    first = record(run, "perplexity")
+    capsys.readouterr()
+    ran = []
+    count = "glalm.evals.perplexity.perplexity"
+    from glalm.evals.perplexity import perplexity
+
+    monkeypatch.setattr(count, lambda *a: ran.append(1) or perplexity(*a))
+    evaluate(config)
+    out = capsys.readouterr().out
+    assert not ran and record(run, "perplexity") == first
+    assert "perplexity.json is there already; force=true makes it again" in out
+    assert f"validation perplexity {first['results']['perplexity']:.3f}" in out
+    evaluate(dataclasses.replace(config, batch_size=5))  # which changes no result
+    assert not ran
+    for i, changes in enumerate([{"force": True}, {"train_length": 8}, {"checkpoint": "step_2"}], start=1):
+        evaluate(dataclasses.replace(config, **changes))
+        assert len(ran) == i
+    assert evaluate(dataclasses.replace(config, checkpoint="step_2")) == 0
+    assert len(ran) == 3
+
+
+def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):
+    def broken(subject, config):
+        raise ZeroDivisionError("by design")
+
+    monkeypatch.setattr("glalm.evals.perplexity.job", broken)
+    too_long = ExtrapolationConfig(max_length=16)
+    with pytest.raises(RunError, match="of 3 evaluators, these failed, as said above: perplexity, extrapolation"):
+        changes = {"extrapolation": dataclasses.replace(too_long, max_length=8)}
+        evaluate(wanted(run, evals=["perplexity", "extrapolation", "generate"], **changes))
+    assert [p.name for p in (run.folder / "eval").glob("*.json")] == ["generate.json"]
+    shown = capsys.readouterr()
+    assert "perplexity failed: ZeroDivisionError: by design" in shown.out
+    assert "extrapolation failed: ConfigError: extrapolation.max_length=8 is under" in shown.out
+    assert "in broken" in shown.err  # where it happened
+
+
+def test_what_is_missing_is_told_and_tried_again(run, capsys, monkeypatch):
+    from glalm.evals.job import Job
+
+    there, ran = {}, []
+
+    def job(subject, config):
+        def work(work):
+            found = {k: work.part(k, lambda k=k: ran.append(k) or 1) for k in ("a", *there)}
+            return {"found": found, "missing": {} if there else {"b": "put it there"}}
+
+        return Job(settings={}, run=work, total=1, summary=lambda r: [f"found {len(r['found'])}"])
+
+    monkeypatch.setattr("glalm.evals.perplexity.job", job)
+    with pytest.raises(RunError, match="failed, as said above: perplexity"):
+        evaluate(wanted(run, evals=["perplexity"]))
+    assert record(run, "perplexity")["results"]["found"] == {"a": 1}
+    assert "perplexity failed: RunError: done but for b" in capsys.readouterr().out
+    there["b"] = True
+    assert evaluate(wanted(run, evals=["perplexity"])) == 0
+    assert ran == ["a", "b"]
+    assert not [*(run.folder / "eval").glob(".*")]
+
+
+def test_two_processes_share_the_work(run, tmp_path):
+    """As torchrun starts them: one result, that of one process; and an error of one is an error of both."""
+    evaluate(wanted(run, evals=["perplexity", "generate"], out=str(tmp_path / "one")))
+    port = str(10_000 + os.getpid() % 50_000)
+    common = ["eval.py", f"name={run.name}", f"runs_dir={run.runs_dir}", "batch_size=3", f"out={tmp_path / 'two'}"]
+    evals = ["evals=[perplexity,generate]", "generate.tokens=5", "generate.prompts=[alpha\\ ,'[bold]beta']"]
+    started = []
+    for rank in range(2):
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+        started.append(
+            subprocess.Popen([sys.executable, *common, *evals], cwd=ROOT, env=os.environ | env, stdout=-1, stderr=-2)
+        )
+    said = [process.communicate(timeout=120)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert said[1].strip() == ""
+    for name in ("perplexity", "generate"):
+        one, two = (json.loads((tmp_path / n / "eval" / f"{name}.json").read_text()) for n in ("one", "two"))
+        assert (one["processes"], two["processes"]) == (1, 2)
+        if name == "perplexity":
+            assert two["results"] == pytest.approx(one["results"], rel=1e-6)
+        else:
+            assert two["results"] == one["results"]
+
+
+def test_an_error_of_one_process_reaches_the_others():
+    heard: list = []
+
+    class Pair(Work):
+        """Two processes as two threads."""
+
+        def __init__(self, rank: int, board: list, barrier: threading.Barrier):
+            self.board, self.barrier = board, barrier
+            super().__init__(rank, 2)
+
+    def gather(mine: list, content: tuple) -> None:
+        work = current.work
+        work.board[work.rank] = content
+        work.barrier.wait()
+        mine[:] = list(work.board)
+        work.barrier.wait()
+
+    current = threading.local()
+    board, barrier = [None, None], threading.Barrier(2, timeout=20)
+
+    def process(rank: int) -> None:
+        current.work = work = Pair(rank, board, barrier)
+        try:
+            assert work.gather([rank, rank + 2]) == [0, 1, 2, 3]
+            assert work.first(lambda: "of the first") == "of the first"
+            if rank == 1:
+                raise ValueError("on one only")
+            work.gather([0])
+        except Exception as error:
+            work.fail(error)
+            heard.append(f"{rank}: {type(error).__name__}: {error}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_gather_object", gather)
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert sorted(heard) == ["0: RunError: process 1: ValueError: on one only", "1: ValueError: on one only"]
+
+
+def test_an_evaluator_that_does_not_exist():
+    with pytest.raises(ConfigError, match="no evaluator is called perplexitty; did you mean perplexity"):
+        EvalConfig(evals=["perplexitty"])
+    with pytest.raises(ConfigError, match=r"evals=\[zero_shot\] wants harness\.tasks"):
+        EvalConfig(evals=["zero_shot"])
+
+
+def test_every_evaluator_can_be_had():
+    for name, where in EVALUATORS.items():
+        module, _, function = where.partition(":")
+        if module.endswith(".harness"):
+            pytest.importorskip("lm_eval")
+        assert callable(getattr(importlib.import_module(module), function)), name
 
 
 def test_a_run_that_does_not_exist(run):
@@ -144,27 +315,24 @@ def test_a_damaged_checkpoint(run):
     assert not (run.folder / "eval").exists()
 
 
-def test_lengths_are_checked_first(run, tmp_path):
-    short = ExtrapolationConfig(max_length=15)
-    with pytest.raises(ConfigError, match=r"write extrapolation.max_length=160"):
-        evaluate(wanted(run, extrapolation=short))
-    assert evaluate(wanted(run, extrapolation=short, evals=["samples"])) == 0  # it reads no documents
-    with pytest.raises(ConfigError, match="needs documents of 100001 tokens"):
-        evaluate(wanted(run, extrapolation=ExtrapolationConfig(max_length=100_000)))
+def failure(config: EvalConfig, capsys) -> str:
+    with pytest.raises(RunError):
+        evaluate(config)
+    return capsys.readouterr().out
 
 
-def test_data_that_is_missing_or_is_not_the_runs(run, data, tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.*manifest\.json is missing"):
-        evaluate(wanted(run, data_path=str(tmp_path / "nowhere")))
+def test_data_that_is_missing_or_is_not_the_runs(run, data, tmp_path, capsys):
+    only = {"evals": ["perplexity"]}
+    assert "manifest.json is missing" in failure(wanted(run, data_path=str(tmp_path / "nowhere"), **only), capsys)
 
-    record = json.loads((run.folder / "run.json").read_text())
-    record["identity"]["data fingerprint"] = "other"
-    (run.folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="prepared anew since"):
-        evaluate(wanted(run))
-    assert evaluate(wanted(run, data_path=str(data), evals=["perplexity"])) == 0  # asked for by name
+    saved = json.loads((run.folder / "run.json").read_text())
+    saved["identity"]["data fingerprint"] = "other"
+    (run.folder / "run.json").write_text(json.dumps(saved))
+    assert "prepared anew since" in failure(wanted(run, **only), capsys)
+    assert evaluate(wanted(run, data_path=str(data), **only)) == 0  # asked for by name
 
-    record["config"]["model"]["vocab_size"] = 256
-    (run.folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="a vocabulary of 300, the model one of 256"):
-        evaluate(wanted(run, data_path=str(data)))
+    pinned = json.loads((run.folder / "data.json").read_text())
+    pinned["tokenizer"]["fingerprint"] = "another"
+    (run.folder / "data.json").write_text(json.dumps(pinned))
+    text = failure(wanted(run, data_path=str(data), force=True, **only), capsys)
+    assert "was prepared with another tokenizer than tiny/step_4 has" in text

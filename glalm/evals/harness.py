@@ -1,0 +1,327 @@
+"""Tasks of lm-evaluation-harness (Gao et al., zenodo.org/records/12608602), scored in batches of our own."""
+
+import dataclasses
+import importlib.metadata
+import logging
+import math
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+import torch
+from lm_eval import evaluator, utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from transformers import StoppingCriteria
+
+from glalm.config import EvalConfig
+from glalm.config.evals import HarnessConfig
+from glalm.data.tokenizer import Tokenizer
+from glalm.evals import local_tasks
+from glalm.evals.job import Job, Work
+from glalm.evals.likelihood import Answer, batches, carried, left_mask, log_likelihoods, padded
+from glalm.evals.models import Subject
+from glalm.evals.published import PAPER
+from glalm.strict import ConfigError
+
+# Those of the GLA paper's table, and four more that are often reported.
+PAPER_TASKS = [*dict.fromkeys(task for task, _ in PAPER.values()), "copa", "openbookqa", "sciq", "boolq"]
+RECALL_TASKS = ["fda", "swde", "squad_completion"]
+BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is no mean
+DEFAULT_LENGTH = 2048  # where a model does not say, as in the harness
+
+
+def paper_zero_shot(subject: Subject, config: EvalConfig) -> Job:
+    return job("paper_zero_shot", PAPER_TASKS, subject, config)
+
+
+def zero_shot(subject: Subject, config: EvalConfig) -> Job:
+    return job("zero_shot", config.harness.tasks, subject, config)
+
+
+def recall(subject: Subject, config: EvalConfig) -> Job:
+    return job("recall", RECALL_TASKS, subject, config)
+
+
+def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Job:
+    options, data_dir = config.harness, config.data_dir
+    tokenizer = subject.need_tokenizer(name)
+    length = options.max_length or subject.train_length or DEFAULT_LENGTH
+    subject.need_length(length, "harness.max_length")
+    if tokenizer.vocab_size > subject.vocab_size:
+        raise ConfigError(
+            f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}"
+        )
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ConfigError(f"data_dir={data_dir}: there is no such folder")
+    settings = dataclasses.asdict(options) | {
+        "tasks": tasks,
+        "max_length": length,
+        "start": list(subject.start),
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        "data": {task: local_tasks.checksums(Path(data_dir), task) if data_dir else "hub" for task in tasks},
+    }
+    del settings["batch_tokens"]  # which changes no result
+    return Job(
+        settings=settings,
+        run=lambda work: run_tasks(tasks, HarnessLM(subject, tokenizer, options, length, work), data_dir),
+        total=len(tasks),
+        unit="tasks",
+        summary=summary,
+        metrics=numbers,
+    )
+
+
+def run_tasks(tasks: list[str], lm: "HarnessLM", data_dir: str | None) -> dict:
+    """{"tasks": {name: its metrics}, "missing": {name: why}}, and where all of it is there, the paper's table."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    found, missing = {}, {}
+    with TemporaryDirectory() as folder:
+        manager = local_tasks.task_manager(data_dir, Path(folder))
+        for name in tasks:
+            try:
+                found |= lm.work.part(name, lambda name=name: run_task(name, lm, manager, data_dir))
+            except ConfigError as error:
+                missing[name] = str(error)
+    results = {"tasks": found, "missing": missing}
+    if all(task in found for task, _ in PAPER.values()):
+        results["table"] = paper_table(found)
+    return results
+
+
+def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | None) -> dict:
+    """{task: its metrics} of a task, a group or a tag. Raises ConfigError, on all processes, if it cannot be had."""
+    local_tasks.check(manager, name, data_dir)
+    loaded, problem = None, None
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # of the hub, of the data set's reader, of the task's own code
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if any(problems := lm.work.gather([problem])):
+        where = f"in data_dir={data_dir}" if data_dir else "from the hub (with data_dir=FOLDER it is read from there)"
+        raise ConfigError(f"its data cannot be read {where}: {next(filter(None, problems))}")
+    for task in loaded["tasks"].values():
+        set_fewshot(task, lm.options.num_fewshot)
+    # Every process builds all requests and shares out only the model's work, so that there is one harness to the eye.
+    limit = lm.options.limit
+    found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+    return {task: metrics(task, found) for task in found["results"]}
+
+
+def set_fewshot(task: Task, wanted: int | None) -> None:
+    """As the harness's command line does: a task that has none by its own config keeps none."""
+    own = task.get_config("num_fewshot")
+    if wanted is not None and own != 0:
+        task.set_config(key="num_fewshot", value=wanted)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def metrics(task: str, found: dict) -> dict:
+    """What the harness found on a task: {"acc": ..., "acc_stderr": ..., "samples": ..., "num_fewshot", "version"}."""
+    values = {}
+    for key, value in found["results"][task].items():
+        name, _, kind = key.partition(",")
+        if isinstance(value, (int, float)) and kind:
+            label = name if kind == "none" else f"{name} ({kind})"
+            values[label] = float(value) if math.isfinite(value) else None
+    return values | {
+        "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
+        "num_fewshot": found.get("n-shot", {}).get(task),
+        "version": found.get("versions", {}).get(task),
+    }
+
+
+def paper_table(found: dict) -> dict[str, float]:
+    """The paper's row: perplexities, accuracies in percent, and the mean of the six accuracies."""
+    row = {
+        label: found[task][metric] * (1 if "ppl" in label else 100) if found[task][metric] is not None else None
+        for label, (task, metric) in PAPER.items()
+    }
+    accuracies = [row[label] for label in PAPER if "ppl" not in label]
+    return row | {"Avg": sum(accuracies) / len(accuracies)}
+
+
+def numbers(results: dict) -> dict[str, float]:
+    """{"piqa/acc": ...}: every metric of every task, without its error."""
+    return {
+        f"{task}/{name}": value
+        for task, found in results["tasks"].items()
+        for name, value in found.items()
+        if isinstance(value, float) and not name.endswith("_stderr")
+    }
+
+
+def summary(results: dict) -> list[str]:
+    lines = []
+    for task, found in results["tasks"].items():
+        shown = [
+            f"{name} {value:.4g}" + (f" ± {found[error]:.2g}" if (error := f"{name}_stderr") in found else "")
+            for name, value in found.items()
+            if isinstance(value, float) and not name.endswith("_stderr")
+        ]
+        lines.append(f"{task}: {', '.join(shown)}")
+    lines += [f"{task}: not evaluated: {why}" for task, why in results["missing"].items()]
+    if "table" in results:
+        lines.append(
+            "the paper's table: " + ", ".join(f"{k} {v:.2f}" for k, v in results["table"].items() if v is not None)
+        )
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- the harness's model
+
+
+class HarnessLM(TemplateLM):
+    """A Subject as the harness sees it: one process, whatever their number; they share each call's requests.
+
+    A text begins with the ids that the model's documents begin with. Those before a text are never scored.
+    """
+
+    def __init__(self, subject: Subject, tokenizer: Tokenizer, options: HarnessConfig, max_length: int, work: Work):
+        super().__init__()
+        self.subject, self.codec, self.options, self.max_length, self.work = (
+            subject,
+            tokenizer,
+            options,
+            max_length,
+            work,
+        )
+        self.batch_tokens = options.batch_tokens or (65536 if subject.device.type == "cuda" else 2048)
+        self._ids = lru_cache(maxsize=256)(lambda text: tuple(tokenizer.encode(text)))  # a question's choices share it
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.codec.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.codec.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        start = () if add_special_tokens is False else self.subject.start
+        return [*start, *self._ids(string)]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        together: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            together.setdefault(request.args[0], []).append(i)
+        order = sorted(together.values(), key=lambda ids: -len(requests[ids[0]].args[0]))
+        mine = self.work.mine(order)
+        self._count = len(requests)
+        found = iter(super().loglikelihood([requests[i] for ids in mine for i in ids], disable_tqdm=True))
+        return _in_order(order, self.work.gather([[next(found) for _ in ids] for ids in mine]))
+
+    def _loglikelihood_tokens(self, requests: list, **_) -> list[Answer]:
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, _) in enumerate(requests):
+            contexts.setdefault(tuple(context), []).append(i)
+        groups = [(list(context), [requests[i][2] for i in ids]) for context, ids in contexts.items()]
+        return _in_order(contexts.values(), self._score(groups))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        documents = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        if self.options.carry:
+            mine = self.work.mine(documents)
+            return self.work.gather(
+                carried(self.subject, mine, self.prefix_token_id, self.max_length, self.batch_tokens)
+            )
+        windows = [(i, window) for i, document in enumerate(documents) for window in self._windows(document)]
+        self._count = len(windows)
+        mine = self.work.mine(windows)
+        found = self.work.gather([answers[0][0] for answers in self._score([(c, [k]) for _, (c, k) in mine])])
+        totals = [0.0] * len(documents)
+        for (i, _), value in zip(windows, found, strict=True):
+            totals[i] += value
+        return totals
+
+    def _windows(self, document: list[int]):
+        """The harness's own: each token predicted once, each window after the first given one token before it."""
+        windows = utils.get_rolling_token_windows(document, self.prefix_token_id, self.max_length, context_len=1)
+        return map(utils.make_disjoint_window, windows)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As the harness asks: up to a stop string, the end of the document or max_gen_toks tokens."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
+        mine = self.work.mine(order)
+        self._count = len(requests)
+        alike: dict[str, list[int]] = {}
+        for i in mine:
+            alike.setdefault(repr(requests[i].args[1]), []).append(i)
+        texts = {}
+        for ids in alike.values():
+            options = normalize_gen_kwargs(requests[ids[0]].args[1], 256)
+            room = self.max_length - options["max_gen_toks"]
+            if room < 1:
+                raise ConfigError(
+                    f"harness.max_length={self.max_length} leaves no room before the {options['max_gen_toks']} tokens "
+                    f"that a task generates; write harness.max_length={2 * options['max_gen_toks']} or more"
+                )
+            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in ids]
+            for batch in batches(ids, [len(c) + options["max_gen_toks"] for c in contexts], self.batch_tokens):
+                texts |= zip(batch, self._generate([contexts[ids.index(i)] for i in batch], **options), strict=True)
+                self._advance(len(batch))
+        return _in_order([[i] for i in order], self.work.gather([[texts[i]] for i in mine]))
+
+    def _generate(
+        self, contexts: list[list[int]], max_gen_toks: int, until: str | list[str], do_sample: bool, **sampling
+    ) -> list[str]:
+        until = [text for text in ([until] if isinstance(until, str) else until) if text]
+        input_ids = padded(contexts, self.subject.device, left=True)
+        mask = left_mask(contexts, self.subject.device)
+        output = self.subject.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids) if mask is None else mask,
+            max_new_tokens=max_gen_toks,
+            do_sample=do_sample,
+            eos_token_id=self.eot_token_id,
+            pad_token_id=self.eot_token_id,
+            stopping_criteria=[UntilText(lambda ids: self._text(ids, input_ids.shape[1]), until)],
+            **(sampling if do_sample else {}),
+        )
+        return [cut_at(self._text(row, input_ids.shape[1]), until) for row in output]
+
+    def _text(self, ids: torch.Tensor, start: int) -> str:
+        """What ids [T] from `start` on add to the few before: a tokenizer may drop a text's first space."""
+        before = ids[max(0, start - 4) : start].tolist()
+        after = ids[start:].tolist()
+        if self.eot_token_id in after:
+            after = after[: after.index(self.eot_token_id)]
+        return self.codec.decode(before + after)[len(self.codec.decode(before)) :]
+
+    def _score(self, groups: list) -> list[list[Answer]]:
+        return log_likelihoods(self.subject, groups, self.max_length, self.batch_tokens, self._advance)
+
+    def _advance(self, requests: int) -> None:
+        self.work.advance(requests / self._count)
+
+
+class UntilText(StoppingCriteria):
+    """Ends each row whose continuation holds one of the texts."""
+
+    def __init__(self, text_of, until: list[str]):
+        self.text_of, self.until = text_of, until
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        ended = [any(stop in self.text_of(row) for stop in self.until) for row in input_ids]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def cut_at(text: str, until: list[str]) -> str:
+    return min((text.partition(stop)[0] for stop in until), key=len, default=text)
+
+
+def _in_order(places, found: list[list]) -> list:
+    """found: for each of the groups `places` of positions its results. All results, by position."""
+    results: list = [None] * sum(map(len, found))
+    for ids, values in zip(places, found, strict=True):
+        for i, value in zip(ids, values, strict=True):
+            results[i] = value
+    return results

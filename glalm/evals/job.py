@@ -1,0 +1,103 @@
+"""What an evaluator is to `python eval.py`: a Job, made by a function(subject, config), that runs with Work."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glalm.evals.results import read_json, write_json
+from glalm.strict import RunError
+
+
+class Work:
+    """The processes that share an evaluator's work, the bar, and what an earlier start of it left.
+
+    rank, world: this process of how many. Whatever one process does with `gather`, `first` or `part`, all do, in the
+    same order. `advance(n)` moves the bar by n units done by this process.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+        self.advance: Callable[[int], object] = int
+        self._parts: dict[str, Any] = {}
+        self._path: Path | None = None
+        self._over = False
+
+    def mine(self, items: Iterable) -> list:
+        """Every `world`th of the items: this process's share."""
+        return list(items)[self.rank :: self.world]
+
+    def gather(self, mine: list) -> list:
+        """The inverse of `mine`: the results of all processes' shares, in the order of the items, on every process."""
+        shares = self._exchange(mine)
+        gathered: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            gathered[rank :: self.world] = share
+        return gathered
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """make() of the first process, on every process."""
+        return self._exchange(make() if self.rank == 0 else None)[0]
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """make(), JSON, which is written down: when the evaluator is killed and started again, it is not made again."""
+        if name not in self._parts:
+            self._parts[name] = make()
+            if self._path and self.rank == 0:
+                write_json(self._path, self._parts)
+        return self._parts[name]
+
+    def keep_parts(self, path: Path, of: dict) -> None:
+        """From here on `part` writes into `path`, beginning with what it holds, if that is of the same `of`."""
+
+        def left() -> dict:
+            parts = read_json(path) or {}
+            return parts if parts.get("of") == of else {"of": of}
+
+        self._path, self._parts = path, self.first(left)
+
+    def agree(self) -> None:
+        """Called at the end. Raises RunError if another process failed."""
+        self._exchange(None)
+
+    def fail(self, error: Exception) -> None:
+        """Tells the other processes, at their next exchange, lest they wait for this one."""
+        if not self._over:
+            self._exchange(None, f"{type(error).__name__}: {error}")
+
+    def _exchange(self, mine: Any, error: str | None = None) -> list:
+        """What each process has, in order of rank."""
+        if self.world == 1:
+            return [mine]
+        heard: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(heard, (mine, error))
+        if failed := {rank: text for rank, (_, text) in enumerate(heard) if text}:
+            self._over = True
+            if error is None:
+                raise RunError("; ".join(f"process {rank}: {text}" for rank, text in failed.items()))
+        return [content for content, _ in heard]
+
+
+def no_plots(folder: Path) -> list[Path]:
+    return []
+
+
+def no_metrics(results: Any) -> dict[str, float]:
+    return {}
+
+
+@dataclass
+class Job:
+    """An evaluator with its inputs, opened and checked: what is left is to run the model."""
+
+    settings: (
+        dict  # JSON: all that the results depend on but the model; with equal ones a finished job is not run again
+    )
+    run: Callable[[Work], dict | list]  # JSON: the results; all processes call it, the first one's are kept
+    total: int  # units of work of all processes together, for the bar
+    summary: Callable[[Any], list[str]]  # of the results: lines for the console
+    unit: str = "tokens"
+    plots: Callable[[Path], list[Path]] = no_plots  # of the folder with eval/NAME.json: draws into plots/, the paths
+    metrics: Callable[[Any], dict[str, float | None]] = no_metrics  # of the results: for a run's metrics, see during.py

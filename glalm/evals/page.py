@@ -1,0 +1,400 @@
+"""One self-contained HTML page of one or several runs: what they are, how they were trained, what they reach.
+
+Made from the JSON files of their folders alone. Figures are inside the page; nothing is fetched.
+"""
+
+import base64
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from glalm.evals import plot
+from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT
+from glalm.evals.results import read_json, read_metrics, tokens_of
+
+STYLE = """
+:root { color-scheme: light; --line: #ddd; --dim: #666; --ours: #eaf3fa; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem;
+  max-width: 60rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+p, figcaption, summary, .note { color: var(--dim); font-size: .9rem; margin: .4rem 0; }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 44rem; height: auto; display: block; }
+.scroll { overflow-x: auto; margin: .5rem 0; -webkit-overflow-scrolling: touch; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #999; } tbody th { font-weight: 500; }
+tr.ours > *, tr.ours > th:first-child { background: var(--ours); font-weight: 600; }
+table.text th { text-align: left; }
+table.text td { text-align: left; white-space: normal; min-width: 8rem; overflow-wrap: anywhere; }
+tr.differs > * { background: #fff6d6; } tr.differs > th:first-child { background: #fff6d6; }
+pre { white-space: pre-wrap; font-size: .8rem; background: #f6f6f6; padding: .6rem; margin: .4rem 0; }
+summary { cursor: pointer; padding: .4rem 0; }
+"""
+DASH = "–"
+
+
+@dataclass
+class Run:
+    """A folder that train.py, eval.py or scripts/mqar.py wrote."""
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def record(self) -> dict:
+        return read_json(self.folder / "run.json") or {}
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def files(self) -> list[dict]:
+        """What evaluators wrote, without the dotted files of unfinished ones."""
+        found = sorted(self.folder.glob("eval/*.json"))
+        return [read_json(path) for path in found if not path.name.startswith(".")]
+
+    def result(self, evaluator: str) -> dict | None:
+        """An evaluator's file, under this run's name."""
+        found = next((f for f in self.files if f.get("evaluator") == evaluator), None)
+        return found and found | {"model": self.name}
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The page. Raises ValueError when a folder holds nothing to report, or a file in it is damaged."""
+    runs = [Run(Path(f), name) for f, name in zip(folders, names(folders), strict=True)]
+    for run in runs:
+        if not (run.record or run.metrics or run.files):
+            raise ValueError(f"{run.folder} holds no run and no results: train or evaluate one there first")
+    title = ", ".join(run.name for run in runs)
+    parts = (overview, losses, zero_shot, lengths, recall, decoding, samples, recipe, provenance)
+    body = "\n".join(section for part in parts for section in part(runs))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{esc(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as much of what is above them as tells them apart."""
+    parts = [Path(f).resolve().parts for f in folders]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len({*parts}):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+# --------------------------------------------------------------------------------------------------- the sections
+
+
+def overview(runs: list[Run]) -> list[str]:
+    rows = []
+    for run in runs:
+        perplexity, extrapolation = run.result("perplexity"), run.result("extrapolation")
+        known = perplexity or extrapolation or next(iter(run.files), {})
+        speeds = [row["tokens_per_second"] for row in run.metrics if "tokens_per_second" in row]
+        last = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row][-1:]
+        model = run.record.get("config", {}).get("model", {})
+        rows.append(
+            [
+                run.name,
+                model.get("layers") or model.get("mixer") or known.get("model_config", {}).get("model_type"),
+                "parameters" in known and plot.quantity(known["parameters"]),
+                plot.quantity(max(tokens_of(run.metrics), default=0)) if run.metrics else None,
+                speeds and f"{median(speeds):,.0f}",
+                number(perplexity["results"]["perplexity"] if perplexity else last[0] if last else None),
+                number(furthest(extrapolation), 3),
+            ]
+        )
+    trained = [row for row in rows if any(cell and cell != DASH for cell in row[1:])]
+    header = ["run", "mixer", "parameters", "tokens", "tokens/s", "validation perplexity", "perplexity far / near"]
+    note = (
+        "Tokens: trained on; tokens/s: the median. Far / near: at the most training lengths that documents reach, over "
+        "that at one, with the state carried."
+    )
+    return [table(header, trained), p(note)] if trained else []
+
+
+def furthest(extrapolation: dict | None) -> float | None:
+    if extrapolation is None:
+        return None
+    ratios = next(iter(extrapolation["results"]["contexts"].values()))["ratios"]
+    return next((r["ratio"] for r in reversed(ratios.values()) if r["documents"]), None)
+
+
+def losses(runs: list[Run]) -> list[str]:
+    curves = {r.name: r.folder / "metrics.jsonl" for r in runs if any("val_loss" in row for row in r.metrics)}
+    if not curves:
+        return []
+    if len(curves) == 1:
+        [(name, file)] = curves.items()
+        return [h2("Training"), figure(lambda path: plot.plot_training(file, path), f"Losses of {name}.")]
+    return [h2("Training"), figure(lambda path: plot.plot_losses(curves, path), "Validation losses.")]
+
+
+def zero_shot(runs: list[Run]) -> list[str]:
+    rows = [(run.name, row) for run in runs if (row := harness_row(run, PAPER, ("paper_zero_shot", "zero_shot")))]
+    if not rows:
+        return []
+    rows = [(name, [*row, mean(row[2:])]) for name, row in rows]
+    others = [task_table(run, "paper_zero_shot", PAPER) for run in runs] + [
+        task_table(run, "zero_shot") for run in runs
+    ]
+    return [
+        h2("Zero-shot"),
+        beside_published(["", *PAPER, "Avg"], rows, ZERO_SHOT),
+        p(
+            "Accuracies in percent, Hella and ARC-c normalised by length; Avg over the six accuracies. Below ours, the "
+            "rows of the GLA paper (arXiv 2312.06635v6): 340M on 15B tokens, 1.3B on 100B, SlimPajama. ?: copies of "
+            "the paper differ."
+        ),
+        *filter(None, others),
+    ]
+
+
+def lengths(runs: list[Run]) -> list[str]:
+    results = [r for run in runs if (r := run.result("extrapolation"))]
+    if not results:
+        return []
+    parts = [
+        h2("Length generalisation"),
+        figure(
+            lambda path: plot.plot_extrapolation(results, path), "Perplexity by position; band: one standard error."
+        ),
+        figure(
+            lambda path: plot.plot_ratios(results, path),
+            "Perplexity at n training lengths over that at one, of the same documents; band: one standard error.",
+        ),
+    ]
+    for result in results:
+        for context, found in result["results"]["contexts"].items():
+            rows = [
+                [
+                    f"{b['start']:,}-{b['end']:,}",
+                    number(b["perplexity"], 3),
+                    band(b),
+                    b["documents"],
+                    f"{b['tokens']:,}",
+                ]
+                for b in found["buckets"]
+            ]
+            header = ["positions", "perplexity", "± one standard error", "documents", "tokens"]
+            parts.append(details(f"{result['model']}, context {context}: every bucket", table(header, rows)))
+    return parts
+
+
+def recall(runs: list[Run]) -> list[str]:
+    parts = []
+    if rows := [(run.name, row) for run in runs if (row := harness_row(run, RECALL, ("recall",)))]:
+        parts += [
+            beside_published(["", *RECALL], rows, RECALL_ROWS),
+            p(
+                "Percent of answers contained, by lm-evaluation-harness; below ours, the GLA paper's rows, whose "
+                "version of these tasks processed answers differently."
+            ),
+        ]
+    for result in (r for run in runs if (r := run.result("needle"))):
+        chance = f"Ranked first by chance: {result['results']['chance']:.0%}."
+        parts.append(
+            figure(
+                lambda path, result=result: plot.plot_needle(result, path),
+                f"{result['model']}: a number told at a depth of a long text and asked for at its end; percent of its "
+                f"tokens that are the likeliest. {chance}",
+            )
+        )
+        header = ["length", "depth", "tokens right", "answers right", "ranked first", "mean rank"]
+        shares = ("token_accuracy", "exact_match", "ranked_first")
+        rows = [
+            [f"{c['length']:,}", f"{c['depth']:.0%}", *(f"{c[k]:.0%}" for k in shares), number(c["mean_rank"])]
+            for c in result["results"]["cells"]
+        ]
+        parts.append(details("every length and depth", table(header, rows)))
+    if models := [f for run in runs for f in run.files if f.get("evaluator") == "mqar"]:
+        caption = (
+            "Multi-query associative recall (arXiv 2312.04927): accuracy by width, the best of the learning rates."
+        )
+        parts.append(figure(lambda path: plot.plot_mqar(models, path), caption))
+    return [h2("Recall"), *parts] if parts else []
+
+
+def decoding(runs: list[Run]) -> list[str]:
+    results = [r for run in runs if (r := run.result("decode_speed"))]
+    if not results:
+        return []
+    rows = [
+        [
+            result["model"],
+            f"{r['length']:,}",
+            r["batch_size"],
+            f"{r['tokens_per_second']:,.0f}",
+            plot.bytes_of(r["state_bytes"] / r["batch_size"]),
+        ]
+        for result in results
+        for r in result["results"]["lengths"]
+    ]
+    return [
+        h2("Decoding"),
+        figure(lambda path: plot.plot_decoding(results, path), "Speed of a batch, and the state of one sequence."),
+        details("every length", table(["model", "tokens behind", "sequences", "tokens/s", "state of each"], rows)),
+    ]
+
+
+def samples(runs: list[Run]) -> list[str]:
+    parts = []
+    for result in (r for run in runs if (r := run.result("generate"))):
+        texts = (f"<pre><b>{esc(t['prompt'])}</b>{esc(t['continuation'])}</pre>" for t in result["results"])
+        parts.append(details(f"{result['model']}: {len(result['results'])} continuations", "".join(texts)))
+    return [h2("Samples"), *parts] if parts else []
+
+
+def recipe(runs: list[Run]) -> list[str]:
+    """The configs of training, the keys that differ first and marked."""
+    configs = {r.name: flat(r.record["config"]) for r in runs if "config" in r.record}
+    if not configs:
+        return []
+    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
+    keys = [k for k in keys if k not in ("name", "runs_dir") and not k.startswith("during.")]
+    differs = {k for k in keys if len({repr(config.get(k)) for config in configs.values()}) > 1}
+    rows = [
+        [k, *(str(config.get(k, DASH)) for config in configs.values())]
+        for k in sorted(keys, key=lambda k: k not in differs)
+    ]
+    whole = table(["key", *configs], rows, kind="text", marks={k: "differs" for k in differs})
+    return [h2("Recipe"), details(f"{len(keys)} settings" + (f", {len(differs)} differ" if differs else ""), whole)]
+
+
+def provenance(runs: list[Run]) -> list[str]:
+    rows = []
+    for run in runs:
+        if run.record:
+            git = run.record.get("git") or {}
+            commit = f"{git.get('commit', '')[:12]}{' (changed)' if git.get('dirty') else ''}"
+            rows.append(
+                [f"{run.name}: training", run.record.get("device", DASH), spelled(run.record), commit or DASH, DASH]
+            )
+        for f in run.files:
+            if f.get("evaluator") == "mqar":
+                continue
+            seconds = f"{f['seconds']:,.0f} s" if "seconds" in f else DASH
+            rows.append(
+                [
+                    f"{run.name}: {f['evaluator']}",
+                    f.get("device", DASH),
+                    spelled(f),
+                    f.get("checksum", "")[:12],
+                    seconds,
+                ]
+            )
+    header = ["what", "device", "versions", "commit or checksum", "took"]
+    return [h2("Made with"), details(f"{len(rows)} records", table(header, rows, kind="text"))] if rows else []
+
+
+# ----------------------------------------------------------------------------------------------- tasks and tables
+
+
+def harness_row(
+    run: Run, columns: dict[str, tuple[str, str]], evaluators: tuple[str, ...]
+) -> list[float | None] | None:
+    """A run's results in the columns, accuracies in percent; None when it has none of them."""
+    tasks = {}
+    for evaluator in reversed(evaluators):
+        tasks |= (run.result(evaluator) or {"results": {"tasks": {}}})["results"]["tasks"]
+    row = [tasks.get(task, {}).get(metric) for task, metric in columns.values()]
+    scaled = [x if x is None or "ppl" in label else 100 * x for label, x in zip(columns, row, strict=True)]
+    return None if all(x is None for x in row) else scaled
+
+
+def task_table(run: Run, evaluator: str, shown: dict[str, tuple[str, str]] | None = None) -> str | None:
+    """All that the harness found, folded away."""
+    result = run.result(evaluator)
+    if result is None:
+        return None
+    found = result["results"]
+    rows = [
+        [task, metric, number(value, 4), number(values.get(f"{metric}_stderr"), 4), values.get("samples", DASH)]
+        for task, values in found["tasks"].items()
+        for metric, value in values.items()
+        if isinstance(value, float) and not metric.endswith("_stderr")
+    ]
+    rows += [[task, why, DASH, DASH, DASH] for task, why in found.get("missing", {}).items()]
+    return details(f"{run.name}: every task", table(["task", "metric", "value", "standard error", "questions"], rows))
+
+
+def beside_published(header: list[str], ours: list[tuple[str, list]], published: dict[str, tuple]) -> str:
+    def cell(name: str, label: str, value: float) -> str:
+        return number(value, 2 if "ppl" in label else 1) + ("?" if (name, label) in UNSURE else "")
+
+    rows = [[name, *map(cell, [name] * len(row), header[1:], row)] for name, row in (*ours, *published.items())]
+    return table(header, rows, marks={name: "ours" for name, _ in ours})
+
+
+def mean(values: list[float | None]) -> float | None:
+    return None if any(v is None for v in values) else sum(values) / len(values)
+
+
+def band(b: dict) -> str | None:
+    return b["perplexity_low"] and f"{b['perplexity_low']:,.3f} to {b['perplexity_high']:,.3f}"
+
+
+def flat(tree: dict, where: str = "") -> dict:
+    rows = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return rows
+
+
+def spelled(record: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
+
+
+# --------------------------------------------------------------------------------------------------------- the HTML
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text))
+
+
+def h2(text: str) -> str:
+    return f"<h2>{esc(text)}</h2>"
+
+
+def p(text: str) -> str:
+    return f"<p>{esc(text)}</p>"
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    return DASH if x is None or not math.isfinite(x) else f"{x:,.{digits}f}"
+
+
+def details(title: str, content: str) -> str:
+    return f"<details><summary>{esc(title)}</summary>{content}</details>"
+
+
+def table(header: list[str], rows: list[list], kind: str = "numbers", marks: dict[str, str] | None = None) -> str:
+    """marks: {a row's first cell: its class}. An empty cell is a dash."""
+    head = "".join(f'<th scope="col">{esc(h)}</th>' for h in header)
+    body = []
+    for first, *cells in rows:
+        mark = f' class="{marks[first]}"' if marks and first in marks else ""
+        rest = "".join(f"<td>{esc(DASH if c is None or c is False or c == [] else c)}</td>" for c in cells)
+        body.append(f'<tr{mark}><th scope="row">{esc(first)}</th>{rest}</tr>')
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def figure(draw: Callable[[Path], list[Path]], caption: str) -> str:
+    with TemporaryDirectory() as folder:
+        svg = next(path for path in draw(Path(folder) / "figure") if path.suffix == ".svg")
+        content = base64.b64encode(svg.read_bytes()).decode()
+    source = f"data:image/svg+xml;base64,{content}"
+    return f'<figure><img src="{source}" alt="{esc(caption)}"><figcaption>{esc(caption)}</figcaption></figure>'

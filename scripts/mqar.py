@@ -1,0 +1,94 @@
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): python scripts/mqar.py [KEY=VALUE ...]
+
+Trains a small model for every mixer, length, width and learning rate: FOLDER/eval/*.json, one a model, and the figure
+FOLDER/plots/mqar.png and .svg. The same command again trains what is missing. For example, in minutes on two cores:
+
+    python scripts/mqar.py mixers=[attention,gla] lengths=[64] pairs=[4] widths=[64] learning_rates=[3e-3] \
+        vocab_size=512 train_examples=20000 test_examples=1000 epochs=8 batch_size=128
+
+and on one GPU, many models at once: python scripts/mqar.py workers=12
+"""
+
+import dataclasses
+import itertools
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from glalm.cli import hydra_entry
+from glalm.config.mqar import MQARConfig
+from glalm.evals.plot import plot_mqar
+from glalm.evals.results import read_json, write_json
+from glalm.strict import RunError, defaults
+
+SWEEP = ("folder", "workers", "mixers", "lengths", "pairs", "widths", "learning_rates")  # no model depends on them
+
+
+def main(config: MQARConfig) -> int:
+    folder = Path(config.folder)
+    jobs = {path_of(folder, *job): job for job in sweep(config)}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
+    missing = {path: job for path, job in jobs.items() if not done(path, settings)}
+    print(f"{folder}: {len(jobs)} models, {len(missing)} to train, {config.workers} at once", flush=True)
+    failed = []
+    with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
+        running = {pool.submit(train_one, config, i, *job): path for i, (path, job) in enumerate(missing.items())}
+        for n, future in enumerate(as_completed(running), 1):
+            path = running[future]
+            if error := future.exception():
+                failed.append(f"{path.stem}: {type(error).__name__}: {error}")
+                print(f"{n}/{len(running)} {failed[-1]}", file=sys.stderr, flush=True)
+                continue
+            result = future.result()
+            write_json(path, {"evaluator": "mqar", "settings": settings, "results": result})
+            score = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s"
+            print(f"{n}/{len(running)} {path.stem}: {score}", flush=True)
+    there = [path for path in jobs if path.is_file()]
+    for figure in plot_mqar(there, folder / "plots" / "mqar.png") if there else ():
+        print(f"wrote {figure}")
+    if failed:
+        raise RunError(f"{len(failed)} models were not trained: {'; '.join(failed)}")
+    return 0
+
+
+def sweep(config: MQARConfig) -> list[tuple]:
+    """(mixer, length, pairs, width, lr) of every model, the longest first: what takes longest must not come last."""
+    shapes = sorted(zip(config.lengths, config.pairs, strict=True), reverse=True)
+    return [
+        (mixer, *shape, width, lr)
+        for shape, width, mixer, lr in itertools.product(
+            shapes, sorted(config.widths, reverse=True), config.mixers, config.learning_rates
+        )
+    ]
+
+
+def path_of(folder: Path, mixer: str, length: int, pairs: int, width: int, lr: float) -> Path:
+    return folder / "eval" / f"{mixer}_{length}x{pairs}_d{width}_lr{lr:g}.json"
+
+
+def done(path: Path, settings: dict) -> bool:
+    result = read_json(path)
+    return result is not None and result["settings"] == settings
+
+
+def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: int, width: int, lr: float) -> dict:
+    """One model, in a process of the pool: on the GPUs in turn, else on a core."""
+    import torch
+
+    from glalm.evals import mqar
+
+    torch.set_num_threads(1)  # the models share the cores
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    what = {"mixer": mixer, "length": length, "pairs": pairs, "width": width, "lr": lr}
+    return what | mqar.train(config, mixer, length, pairs, width, lr, device)
+
+
+if __name__ == "__main__":
+    ConfigStore.instance().store("MQARConfig", defaults(MQARConfig))
+    hydra_entry(main, MQARConfig, "mqar")

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from tiny import llama
+
+from glalm.config import DecodeSpeedConfig, EvalConfig
+from glalm.evals import decode_speed
+from glalm.evals.job import Work
+from glalm.evals.models import Subject
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
+
+
+def rows(mixer: str) -> list[dict]:
+    torch.manual_seed(0)
+    subject = Subject(GLALMForCausalLM(GLALMConfig(**SHAPE, mixer=mixer)).eval(), train_length=8)
+    config = EvalConfig(batch_size=3, decode_speed=DecodeSpeedConfig(lengths=[40, 8], steps=2, repeats=3))
+    results = decode_speed.job(subject, config).run(Work())
+    json.dumps(results, allow_nan=False)
+    return results["lengths"]
+
+
+def test_a_recurrent_state_has_one_size_and_attentions_grows():
+    gla, attention = rows("gla"), rows("attention")
+    heads, K, V = 2, 8, 16
+    assert [r["state_bytes"] for r in gla] == [2 * 3 * heads * K * V * 4] * 2  # 2 layers, 3 sequences, float32
+    at_8, at_40 = (r["state_bytes"] for r in attention)
+    keys_and_values = 2 * 2 * 3 * 32 * 4
+    positions = 2 * 3 * 8
+    assert at_8 == 8 * (keys_and_values + positions) + positions
+    assert at_40 == 40 * (keys_and_values + positions) + positions
+    for r in gla + attention:
+        assert r["slowest"] <= r["tokens_per_second"] <= r["fastest"] and r["batch_size"] == 3
+    assert [r["length"] for r in gla] == [8, 40]
+
+
+def test_a_transformers_cache_is_counted():
+    subject = Subject(llama())
+    _, state = subject.read(torch.zeros(3, 10, dtype=torch.int64), keep_state=True)
+    assert decode_speed.state_bytes(state) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, keys and values, B, heads, T, D
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [None, lambda: llama(vocab_size=64)], ids=["ours", "transformers'"])
+def test_every_step_goes_on_from_the_one_before(model, make):
+    model = make() if make else model
+    subject = Subject(model)
+    text = torch.randint(64, (2, 10), generator=torch.Generator().manual_seed(0))
+    _, state = subject.read(text[:, :-1], keep_state=True)
+    last = decode_speed.decoded(decode_speed.stepping(subject, state), text[:, -1:], 5)
+    ids = text
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(last, ids[:, -1:])
+
+
+def test_settings_that_cannot_be(model):
+    with pytest.raises(ConfigError, match=r"decode_speed\.lengths must be positive"):
+        DecodeSpeedConfig(lengths=[0])
+    with pytest.raises(ConfigError, match="learned positions for 50"):
+        decode_speed.job(Subject(model, train_length=8, max_length=50), EvalConfig())

@@ -1,0 +1,126 @@
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig
+from glalm.data.files import read_jsonl
+from glalm.evals import during as module
+from glalm.evals.during import copy_of, during, undisturbed
+from glalm.evals.job import Job
+from glalm.evals.run import evaluate
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError
+from glalm.train.loop import train
+
+CHEAP = DuringConfig(
+    evals=["extrapolation", "generate"],
+    every=2,
+    extrapolation=ExtrapolationConfig(max_length=160, documents=3, split="train"),
+)
+
+
+@pytest.fixture
+def evaluating(run_config, change):
+    return change(run_config, during=CHEAP)
+
+
+def weights(config) -> bytes:
+    return (config.folder / f"checkpoints/step_{config.steps}/model.safetensors").read_bytes()
+
+
+def test_training_is_the_same_with_and_without(run_config, evaluating, change):
+    run_config = change(run_config, name="without")
+    train(run_config)
+    train(evaluating, during(evaluating))
+    assert weights(run_config) == weights(evaluating)
+    rows = {row["step"]: row for row in read_jsonl(evaluating.folder / "metrics.jsonl")}
+    plain = {row["step"]: row for row in read_jsonl(run_config.folder / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "extrapolation/2x" in row] == [0, 2, 4, 6]
+    for step, row in rows.items():
+        same = {key: row[key] for key in ("loss", "val_loss", "grad_norm") if key in row}
+        assert same == {key: plain[step][key] for key in same}
+
+
+def test_what_is_found_is_what_eval_finds_afterwards(evaluating):
+    train(evaluating, during(evaluating))
+    row = read_jsonl(evaluating.folder / "metrics.jsonl")[-1]
+    c = evaluating
+    evaluate(EvalConfig(name=c.name, runs_dir=c.runs_dir, evals=["extrapolation"], extrapolation=CHEAP.extrapolation))
+    results = json.loads((c.folder / "eval/extrapolation.json").read_text())["results"]
+    ratios = results["contexts"]["carried"]["ratios"]
+    found = {f"extrapolation/{n}x": r["ratio"] for n, r in ratios.items()}
+    assert len(found) == 4
+    assert {key: value for key, value in row.items() if key.startswith("extrapolation/")} == pytest.approx(
+        found, rel=1e-6
+    )
+
+
+def test_random_states_are_kept():
+    def draws() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draws()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with undisturbed(torch.device("cpu")):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+    assert draws() == expected
+
+
+def test_the_copy_is_the_model_and_nothing_of_it_is_shared():
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    model = GLALMForCausalLM(GLALMConfig(**shape, tie_word_embeddings=True)).train()
+    twin = copy_of(model)
+    ids = torch.arange(20)[None]
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    assert model.training and not twin.training
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert model(ids).logits.abs().max() > 0
+
+
+def test_a_failure_stops_at_once_or_never(evaluating, change, monkeypatch):
+    calls = []
+
+    def fails_later(subject, config):
+        def run(work):
+            calls.append(subject)
+            if len(calls) == 2:
+                raise MemoryError("no room")
+            return {"n": len(calls)}
+
+        return Job({}, run, 1, list, metrics=lambda r: {"n": r["n"], "none": None})
+
+    monkeypatch.setattr(module, "make_job", lambda name, subject, config: fails_later(subject, config))
+    evaluating = change(evaluating, **{"during.evals": ["generate"]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(evaluating, during(evaluating))
+    assert any("evaluator generate: MemoryError: no room" in str(w.message) for w in caught)
+    rows = read_jsonl(evaluating.folder / "metrics.jsonl")
+    assert [row["generate/n"] for row in rows if "generate/n" in row] == [1, 3, 4]
+    assert not any("generate/none" in row for row in rows)
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_first_step(evaluating, change):
+    config = change(evaluating, **{"during.extrapolation.max_length": 3})
+    with pytest.raises(ConfigError, match="max_length=3 is under the training length 16"):
+        train(config, during(config))
+    assert len(read_jsonl(config.folder / "metrics.jsonl")) == 0
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match=r"during\.evals: no evaluator is called genreate; did you mean generate"):
+        DuringConfig(evals=["genreate"])
+    with pytest.raises(ConfigError, match=r"during\.every must be positive"):
+        DuringConfig(every=0)
+    assert DuringConfig(harness=HarnessConfig(limit=5)).harness.limit == 5

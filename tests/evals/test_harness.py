@@ -1,0 +1,352 @@
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("lm_eval")
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from glalm.config import EvalConfig
+from glalm.config.evals import HarnessConfig
+from glalm.evals import local_tasks
+from glalm.evals.harness import PAPER, HarnessLM, paper_table, recall, zero_shot
+from glalm.evals.job import Work
+from glalm.evals.models import Subject, open_subject
+from glalm.strict import ConfigError
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks():
+    """The harness knows its tasks after reading all of its files, for seconds: here some of them."""
+    tasks = Path(lm_eval.tasks.__file__).parent
+    folders = [tasks / name for name in ("arc", "lambada", "wikitext", "sciq", "fda", "swde", "squad_completion")]
+    with pytest.MonkeyPatch.context() as patch:
+        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+        patch.setattr(local_tasks, "all_tasks", lambda: few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.saved(tmp_path_factory.mktemp("model") / "llama", tiny.llama(max_position_embeddings=256))
+
+
+@pytest.fixture(scope="module")
+def subject(folder, tmp_path_factory) -> Subject:
+    config = EvalConfig(checkpoint=str(folder), runs_dir=str(tmp_path_factory.mktemp("runs")))
+    return open_subject(config, torch.device("cpu"))
+
+
+def harness_lm(subject: Subject, max_length: int = 64, **options) -> HarnessLM:
+    return HarnessLM(subject, subject.tokenizer, HarnessConfig(**options), max_length, Work())
+
+
+def text(words: int, seed: int) -> str:
+    picked = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[i] for i in picked)
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=0) for a in arguments]
+
+
+# ------------------------------------------------------------------------------------- against the harness's own model
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_log_likelihoods_are_those_of_the_harness_own_model(adds_bos, tmp_path):
+    folder = tiny.saved(tmp_path / "model", tiny.llama(), adds_bos)
+    subject = open_subject(EvalConfig(checkpoint=str(folder), runs_dir=str(tmp_path)), torch.device("cpu"))
+    asked = [(text(n, n), " " + text(1 + k % 2, 10 * n + k)) for n in range(1, 9) for k in range(1 + n % 4)]
+    asked += [("", "alpha"), ("ends in a space ", "beta"), (text(20, 0), " too long")]  # more than 64 bytes
+    requests = instances("loglikelihood", asked)
+    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path, adds_bos), max_length=64, batch_size=3)
+    ours = harness_lm(subject, batch_tokens=100).loglikelihood(requests)
+    for (nats, greedy), (expected, likeliest) in zip(ours, theirs.loglikelihood(requests, True), strict=True):
+        assert nats == pytest.approx(expected, abs=1e-4)
+        assert greedy == likeliest
+
+
+def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(subject, tmp_path):
+    requests = instances("loglikelihood_rolling", [(text(n, n),) for n in (3, 40, 11, 12)])
+    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=3)
+    expected = theirs.loglikelihood_rolling(requests, True)
+    assert harness_lm(subject, batch_tokens=100).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-6)
+    carried = harness_lm(subject, batch_tokens=100, carry=True).loglikelihood_rolling(requests)
+    assert carried[0] == pytest.approx(expected[0], rel=1e-5)  # shorter than 64
+    assert carried[1] != pytest.approx(expected[1], rel=1e-3)
+    whole = harness_lm(subject, max_length=10_000).loglikelihood_rolling(requests)
+    assert carried == pytest.approx(whole, rel=1e-5)
+
+
+def test_generation_is_that_of_the_harness_own_model(subject, tmp_path):
+    requests = instances(
+        "generate_until",
+        [(text(n, n), {"until": ["e", "\n"], "max_gen_toks": 20}) for n in (1, 7, 3)]
+        + [(text(30, 30), {"until": "zz", "max_gen_toks": 5}), ("alpha", {"until": ["\n"], "max_gen_toks": 9})],
+    )
+    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=2)
+    expected = theirs.generate_until(requests, True)
+    assert harness_lm(subject, batch_tokens=130).generate_until(requests) == expected
+    assert max(map(len, expected)) > 3
+    with pytest.raises(ConfigError, match=r"max_length=20 leaves no room before the 20 tokens"):
+        harness_lm(subject, max_length=20).generate_until(requests)
+
+
+class Thread(Work):
+    """One of two processes, as a thread."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier):
+        super().__init__(rank, 2)
+        self.board, self.barrier = board, barrier
+
+    def _exchange(self, mine, error=None) -> list:
+        self.board[self.rank] = mine
+        self.barrier.wait()
+        heard = list(self.board)
+        self.barrier.wait()
+        return heard
+
+
+def test_processes_share_the_requests(subject, monkeypatch):
+    asked = {
+        "loglikelihood": [(text(2 + i % 5, i % 5), " " + text(1 + i % 3, 50 + i)) for i in range(15)],
+        "loglikelihood_rolling": [(text(n, n),) for n in (3, 40, 11)],
+        "generate_until": [(text(n, n), {"until": ["e"], "max_gen_toks": 9}) for n in (1, 7, 3, 2, 5)],
+    }
+    read = [0, 0]
+    count = Subject.read
+
+    def counted(self, input_ids, *args, **kwargs):
+        if threading.current_thread().name in ("0", "1"):
+            read[int(threading.current_thread().name)] += len(input_ids)
+        return count(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Subject, "read", counted)
+    for options in ({}, {"carry": True}):
+        alone = harness_lm(subject, batch_tokens=100, **options)
+        expected = {kind: getattr(alone, kind)(instances(kind, arguments)) for kind, arguments in asked.items()}
+        board, barrier, found = [None, None], threading.Barrier(2, timeout=30), [None, None]
+
+        def process(rank: int, options=options, board=board, barrier=barrier, found=found) -> None:
+            lm = harness_lm(subject, batch_tokens=100, **options)
+            lm.work = Thread(rank, board, barrier)
+            found[rank] = {kind: getattr(lm, kind)(instances(kind, arguments)) for kind, arguments in asked.items()}
+
+        threads = [threading.Thread(target=process, args=(rank,), name=str(rank)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for results in found:
+            assert results["generate_until"] == expected["generate_until"]
+            assert results["loglikelihood_rolling"] == pytest.approx(expected["loglikelihood_rolling"], rel=1e-6)
+            nats = [nats for nats, _ in expected["loglikelihood"]]
+            assert [nats for nats, _ in results["loglikelihood"]] == pytest.approx(nats, abs=1e-4)
+    assert 0.5 < read[0] / read[1] < 2
+
+
+# --------------------------------------------------------------------------------------------------- tasks offline
+
+ARC = [
+    {"query": f"Question: {text(3, i)}?", "choices": [text(1 + i % 3, 7 * i + k) for k in range(4)], "gold": i % 4}
+    for i in range(6)
+]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    for task, name, rows in [
+        ("arc_easy", "test.jsonl", ARC),
+        (
+            "lambada_openai",
+            "test-00000-of-00001.jsonl",
+            [{"text": f"{text(5, i)} {text(1, 90 + i)}"} for i in range(4)],
+        ),
+        ("fda", "validation.jsonl", [{"text": text(6, i), "value": text(1, i)} for i in range(3)]),
+    ]:
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        (tmp_path / "tasks" / task / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks" / "wikitext2").mkdir()
+    (tmp_path / "tasks" / "wikitext2" / "wiki.test.tokens.txt").write_text(
+        " \n = One thing = \n \n Some <unk> text . \n \n = = A part = = \n \n More . \n"
+        " = Another = \n \n Other text . \n"
+    )
+    return tmp_path / "tasks"
+
+
+def found(subject: Subject, data_dir, tasks: list[str], work: Work | None = None, **options) -> dict:
+    config = EvalConfig(
+        evals=["zero_shot"], data_dir=str(data_dir), harness=HarnessConfig(tasks=tasks, max_length=128, **options)
+    )
+    return zero_shot(subject, config).run(work or Work())
+
+
+def test_scores_of_tasks_equal_those_computed_directly(subject, data_dir):
+    results = found(subject, data_dir, ["arc_easy", "lambada_openai", "wikitext"])
+    assert results["missing"] == {}
+    tasks, encode = results["tasks"], subject.tokenizer.encode
+
+    @torch.no_grad()
+    def nats(context: str, continuation: str) -> float:
+        before = encode(context) or [1]
+        row = torch.tensor([before + encode(continuation)])
+        logp = subject.model(row[:, :-1]).logits.double().log_softmax(-1)[0, len(before) - 1 :]
+        return logp.gather(-1, row[0, len(before) :, None]).sum().item()
+
+    right = normalised = 0
+    for row in ARC:
+        scores = [nats(f"{row['query']}\nAnswer:", f" {choice}") for choice in row["choices"]]
+        each = [s / len(c) for s, c in zip(scores, row["choices"], strict=True)]
+        right += scores.index(max(scores)) == row["gold"]
+        normalised += each.index(max(each)) == row["gold"]
+    assert tasks["arc_easy"]["acc"] == pytest.approx(right / 6)
+    assert tasks["arc_easy"]["acc_norm"] == pytest.approx(normalised / 6)
+    assert (tasks["arc_easy"]["samples"], tasks["arc_easy"]["num_fewshot"]) == (6, 0)
+
+    texts = [f"{text(5, i)} {text(1, 90 + i)}" for i in range(4)]
+    mean = sum(nats(t.rpartition(" ")[0], " " + t.rpartition(" ")[2]) for t in texts) / 4
+    assert tasks["lambada_openai"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-3)
+
+    pages = [
+        " = One thing = \n \n Some <unk> text . \n \n = = A part = = \n \n More . \n",
+        " = Another = \n \n Other text . \n",
+    ]
+    assert local_tasks.wikitext_pages((data_dir / "wikitext2/wiki.test.tokens.txt").read_text()) == pages
+    words = 0
+    total = 0.0
+    for page, clean in zip(
+        pages,
+        [" = One thing =\n\nSome <unk> text.\n\n== A part ==\n\nMore.\n", " = Another =\n\nOther text.\n"],
+        strict=True,
+    ):
+        words += len(page.split()) + 2  # as the harness counts: what is before the first space and after the last
+        total += nats("", clean)
+    assert tasks["wikitext"]["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-3)
+
+
+def test_rows_of_evaluation_suites_become_the_hubs():
+    options = ["Ann told Maria that Ann", "Ann told Maria that Maria"]
+    row = {"context_options": options, "continuation": "was late.", "gold": 1}
+    made = local_tasks.ROWS["winogrande"](row)
+    assert made == {"sentence": "Ann told Maria that _ was late.", "option1": "Ann", "option2": "Maria", "answer": "2"}
+    made = local_tasks.ROWS["copa"]({"query": "It rained, therefore", "choices": ["a.", "b."], "gold": 1})
+    assert made == {"premise": "It rained.", "question": "effect", "choice1": "a.", "choice2": "b.", "label": 1}
+    made = local_tasks.ROWS["boolq"]({"query": "Passage: P\nQuestion: is it?", "choices": ["no", "yes"], "gold": 0})
+    assert made == {"passage": "P", "question": "is it", "label": 0}
+    made = local_tasks.ROWS["hellaswag"]({"query": "Ironing: A man: he", "choices": ["a", "b"], "gold": 1})
+    assert (made["activity_label"], made["ctx_a"], made["endings"], made["label"]) == (
+        "Ironing",
+        "A man: he",
+        ["a", "b"],
+        "1",
+    )
+    made = local_tasks.ROWS["openbookqa"]({"query": "Q", "choices": ["x", "y"], "gold": 1})
+    assert made == {"question_stem": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+def test_files_of_a_split(tmp_path):
+    for name in (
+        "validation.jsonl",
+        "validation_other.jsonl",
+        "test-1-of-2.parquet",
+        "test-2-of-2.parquet",
+        "notes.md",
+    ):
+        (tmp_path / "piqa").mkdir(exist_ok=True)
+        (tmp_path / "piqa" / name).touch()
+    names = {split: [p.name for p in paths] for split, paths in local_tasks.find_files(tmp_path, "piqa").items()}
+    assert names == {"validation": ["validation.jsonl"], "test": ["test-1-of-2.parquet", "test-2-of-2.parquet"]}
+
+
+def test_parquet(tmp_path, subject, data_dir):
+    before = found(subject, data_dir, ["lambada_openai"])
+    file = data_dir / "lambada_openai" / "test-00000-of-00001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    datasets.Dataset.from_list(rows).to_parquet(file.with_suffix(".parquet"))
+    file.unlink()
+    assert found(subject, data_dir, ["lambada_openai"]) == before
+
+
+def test_missing_data_or_task_leaves_the_others(subject, data_dir):
+    results = found(subject, data_dir, ["sciq", "arc_easy", "arc_esay"], limit=2)
+    assert [*results["tasks"]] == ["arc_easy"]
+    assert results["tasks"]["arc_easy"]["samples"] == 2
+    assert "put the split test of the data set allenai/sciq at" in results["missing"]["sciq"]
+    assert f"{data_dir}/sciq/test.jsonl" in results["missing"]["sciq"]
+    assert results["missing"]["arc_esay"].startswith("harness has no task arc_esay; some of similar names: arc_")
+
+    (data_dir / "sciq").mkdir()
+    (data_dir / "sciq" / "test.jsonl").write_text('{"question": "no more columns"}\n')
+    broken = found(subject, data_dir, ["sciq", "arc_easy"], limit=2)
+    assert [*broken["tasks"]] == ["arc_easy"]
+    assert "its data cannot be read in data_dir" in broken["missing"]["sciq"]
+    assert "'support' is undefined" in broken["missing"]["sciq"]
+
+
+def test_bad_settings(subject, data_dir, tmp_path):
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        found(subject, tmp_path / "nowhere", ["arc_easy"])
+    with pytest.raises(ConfigError, match=r"harness\.max_length: model has learned positions for 100 tokens"):
+        bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=100)
+        found(bounded, data_dir, ["arc_easy"])
+    with pytest.raises(ConfigError, match="the tokenizer has 259 tokens, model only 200"):
+        found(Subject(tiny.llama(vocab_size=200), tokenizer=subject.tokenizer), data_dir, ["arc_easy"])
+
+
+def test_few_shot_comes_from_the_split_at_hand(subject, data_dir):
+    assert found(subject, data_dir, ["arc_easy"], num_fewshot=2)["tasks"]["arc_easy"]["num_fewshot"] == 2
+
+
+def test_recall_tasks_generate(subject, data_dir, monkeypatch):
+    asked = []
+    generate = HarnessLM.generate_until
+    monkeypatch.setattr(
+        HarnessLM, "generate_until", lambda self, r, *_: asked.append([x.args for x in r]) or generate(self, r)
+    )
+    config = EvalConfig(evals=["recall"], data_dir=str(data_dir), harness=HarnessConfig(max_length=128))
+    results = recall(subject, config).run(Work())
+    assert results["tasks"]["fda"]["samples"] == 3
+    assert 0 <= results["tasks"]["fda"]["contains"] <= 1
+    assert asked[0][0] == (text(6, 0), {"until": ["\n"], "max_gen_toks": 48})
+    assert [*results["missing"]] == ["swde", "squad_completion"]
+    assert "hazyresearch/based-swde-v2" in results["missing"]["swde"]
+
+
+def test_a_killed_evaluator_goes_on_after_its_last_task(subject, data_dir, tmp_path, monkeypatch):
+    ran = []
+    run = HarnessLM.loglikelihood
+    monkeypatch.setattr(HarnessLM, "loglikelihood", lambda self, r, *_: ran.append(len(r)) or run(self, r))
+    whole = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+    assert ran == [24, 4]
+
+    for tasks in (["arc_easy"], ["arc_easy", "lambada_openai"]):
+        work = Work()
+        work.keep_parts(tmp_path / "parts.json", {"of": "this"})
+        results = found(subject, data_dir, tasks, work)
+    assert ran == [24, 4, 24, 4]
+    assert results == whole
+    work = Work()
+    work.keep_parts(tmp_path / "parts.json", {"of": "other settings"})
+    found(subject, data_dir, ["arc_easy"], work)
+    assert ran == [24, 4, 24, 4, 24]
+
+
+def test_the_papers_table():
+    tasks = {task: {} for task, _ in PAPER.values()}
+    for i, (task, metric) in enumerate(PAPER.values()):
+        tasks[task][metric] = float(i) if i < 2 else 0.1 * i
+    row = paper_table(tasks)
+    assert [*row] == [*PAPER, "Avg"]
+    assert (row["LMB ppl"], row["LMB"]) == (1.0, pytest.approx(20))
+    assert row["Avg"] == pytest.approx((20 + 30 + 40 + 50 + 60 + 70) / 6)

@@ -1,0 +1,128 @@
+import pytest
+import tiny
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from glalm.evals.likelihood import batches, carried, log_likelihoods
+from glalm.evals.models import Subject
+from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import ConfigError
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
+
+
+def ours(**changes) -> GLALMForCausalLM:
+    torch.manual_seed(0)
+    return GLALMForCausalLM(GLALMConfig(**SHAPE | changes, initializer_range=0.3)).eval()
+
+
+MODELS = {
+    "gla": ours,
+    "hybrid": lambda: ours(layers=["attention", "gla"]),
+    "deltanet": lambda: ours(mixer="deltanet"),
+    "mamba2": lambda: ours(mixer="mamba2", mamba2={"head_dim": 16}),
+    "llama": lambda: tiny.llama(vocab_size=64),
+    "mamba of transformers": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    ).eval(),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request) -> Subject:
+    return Subject(MODELS[request.param]())
+
+
+def ids(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(64, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def directly(subject: Subject, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """From the logits of one forward over one row."""
+    row = torch.tensor([context + continuation])
+    logits = subject.model(row[:, :-1], use_cache=False).logits[0, -len(continuation) :].double()
+    wanted = torch.tensor(continuation)
+    nats = logits.log_softmax(-1).gather(-1, wanted[:, None]).sum().item()
+    return nats, torch.equal(logits.argmax(-1), wanted)
+
+
+def contexts(subject: Subject) -> list[tuple[list[int], list[list[int]]]]:
+    """Shared and not, of unlike lengths, one-token continuations among them, and one that the model would write."""
+    found = [
+        (context, ids(*lengths, seed=i))
+        for i, (context, lengths) in enumerate(
+            zip(
+                ids(20, 3, 31, 12, 1, 20, 20),
+                [(3, 5, 1), (4,), (2, 2, 2, 2), (1, 1), (6, 5), (9,), (1, 7, 2)],
+                strict=True,
+            )
+        )
+    ]
+    with torch.no_grad():
+        likeliest = subject.model(torch.tensor([found[3][0]])).logits[0, -1].argmax().item()
+    found[3][1].append([likeliest])
+    return found
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
+def test_equal_those_computed_directly(subject, share, batch_tokens):
+    asked, scored = contexts(subject), []
+    answers = log_likelihoods(subject, asked, 64, batch_tokens, scored.append, share)
+    for (context, continuations), found in zip(asked, answers, strict=True):
+        for continuation, (nats, greedy) in zip(continuations, found, strict=True):
+            expected, likeliest = directly(subject, context, continuation)
+            assert nats == pytest.approx(expected, abs=2e-4)
+            assert greedy == likeliest
+    assert answers[3][-1][1]  # what the model would write
+    assert sum(scored) == sum(len(continuations) for _, continuations in asked)
+
+
+def test_shared_contexts_are_read_once(monkeypatch):
+    subject, read = Subject(ours()), []
+    monkeypatch.setattr(
+        subject, "read", lambda i, *a, **k: (read.append(i.numel()), Subject.read(subject, i, *a, **k))[1]
+    )
+    (context,) = ids(40)
+    log_likelihoods(subject, [(context, ids(3, 3, 3, 3))], 64, 1000)
+    assert sum(read) == 1 + 40 + 4 * 2  # one more is to see how large a state is
+
+
+def test_few_states_at_once(subject, monkeypatch):
+    asked = contexts(subject)
+    together = log_likelihoods(subject, asked, 64, 1000)
+    monkeypatch.setattr("glalm.evals.likelihood.STATES_AT_ONCE", 1)
+    apart = log_likelihoods(subject, asked, 64, 1000)
+    for one, other in zip(together, apart, strict=True):
+        assert [nats for nats, _ in one] == pytest.approx([nats for nats, _ in other], abs=2e-4)
+
+
+def test_the_earliest_of_a_long_context_is_dropped(subject):
+    context, continuation = ids(50, 4)
+    [[(nats, _)], [(other, _), _]] = log_likelihoods(
+        subject, [(context, [continuation]), (context, [continuation, continuation[:2]])], 20, 1000
+    )
+    expected, _ = directly(subject, context[-17:], continuation)  # 20 are read, the last token is only predicted
+    assert nats == other == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(ValueError, match="4 tokens, more than max_length=3"):
+        log_likelihoods(subject, [(context, [continuation])], 3, 1000)
+
+
+def test_carried_state_gives_each_token_all_before_it(subject):
+    documents = ids(33, 7, 20, 16)
+    if not subject.can_resume:
+        with pytest.raises(ConfigError, match="MambaForCausalLM cannot go on from a state"):
+            carried(subject, documents, 1, 8, 1000)
+        return
+    found = carried(subject, documents, 1, segment=8, batch_tokens=24)
+    for document, nats in zip(documents, found, strict=True):
+        assert nats == pytest.approx(directly(subject, [1], document)[0], rel=1e-5, abs=2e-4)
+
+
+def test_batches():
+    lengths = [9, 8, 5, 5, 5, 2, 7]
+    assert [len(b) for b in batches(lengths, lengths, 16)] == [1, 2, 3, 1]
+    assert [len(b) for b in batches(lengths, lengths, 1)] == [1] * 7
+    assert list(batches([], [], 16)) == []

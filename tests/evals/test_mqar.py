@@ -1,0 +1,139 @@
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from glalm.config.model import GLAConfig
+from glalm.config.mqar import MQARConfig, RecallModel
+from glalm.evals import mqar
+from glalm.evals.mqar import Examples, examples
+from glalm.strict import ConfigError, RunError
+
+
+def draw(count: int = 300, length: int = 64, pairs: int = 8, seed: int = 0, **task) -> Examples:
+    return examples(count, length, pairs, torch.Generator().manual_seed(seed), **{"vocab_size": 256} | task)
+
+
+@pytest.mark.parametrize("filler", ["zero", "random"])
+def test_a_solver_that_looks_keys_up_is_always_right(filler):
+    task = draw(filler=filler)
+    for row, queries, values in zip(task.inputs.tolist(), task.queries.tolist(), task.values.tolist(), strict=True):
+        known = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert [known[row[q]] for q in queries] == values
+        assert sorted(row[q] for q in queries) == sorted(known)  # each key once
+
+
+def test_keys_and_values_are_of_their_halves_and_different():
+    task = draw()
+    keys, values = task.inputs[:, 0:16:2], task.inputs[:, 1:16:2]
+    assert keys.min() >= 1 and keys.max() < 128 <= values.min() and values.max() < 256
+    for x in (keys, values, task.queries):
+        assert all(len(set(row)) == 8 for row in x.tolist())
+    assert keys.unique().numel() == 127 and values.unique().numel() == 128  # all of them are used
+
+
+def test_queries_lie_at_the_beginning_of_the_slots_that_follow_and_all_else_is_filler():
+    task = draw()
+    assert (task.queries >= 16).all() and (task.queries < 64).all() and (task.queries % 2 == 0).all()
+    rest = torch.ones_like(task.inputs, dtype=torch.bool).scatter(1, task.queries, False)
+    rest[:, :16] = False
+    assert (task.inputs[rest] == 0).all()
+    assert (draw(filler="random").inputs[rest] == 0).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0])
+def test_gaps_follow_the_power_law(power):
+    task = draw(count=20_000, length=18, pairs=1, power=power)
+    slots = (task.queries[:, 0] - 2) // 2
+    p = torch.arange(1, 9).double() ** (power - 1)
+    torch.testing.assert_close(slots.bincount(minlength=8) / 20_000, (p / p.sum()).float(), atol=0.012, rtol=0)
+
+
+def test_later_slots_are_drawn_from_those_that_are_left():
+    task = draw(count=20_000, length=8, pairs=2, power=0.01)  # two slots for two keys: the other one is left
+    first, second = ((task.queries - 4) // 2).T
+    assert (first + second == 1).all()
+    assert (first == 0).double().mean() == pytest.approx(1 / (1 + 2**-0.99), abs=0.012)
+
+
+def test_the_generator_decides():
+    assert torch.equal(draw().inputs, draw().inputs)
+    assert not torch.equal(draw().inputs, draw(seed=1).inputs)
+
+
+SMALL = MQARConfig(
+    lengths=[16],
+    pairs=[2],
+    vocab_size=32,
+    train_examples=4000,
+    test_examples=200,
+    epochs=12,
+    batch_size=64,
+    weight_decay=0.0,
+    stop_at=0.9,
+    model=RecallModel(num_hidden_layers=1, gla=GLAConfig(short_conv=2)),
+)
+
+
+def test_the_task_is_learnt():
+    torch.set_num_threads(1)
+    before = torch.random.get_rng_state()
+    result = mqar.train(SMALL, "gla", 16, 2, 32, 1e-2, torch.device("cpu"))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert result["accuracy"] >= 0.9  # chance is 1/16
+    assert result["epochs"] == len(result["history"]) < 12  # it ended early
+    assert result["history"][-1] == result["accuracy"]
+
+
+def test_a_model_without_memory_of_its_keys_stays_at_chance():
+    config = MQARConfig(**vars(SMALL) | {"epochs": 1, "model": RecallModel()})
+    config.model.attention.window = 1  # a token sees itself alone
+    result = mqar.train(config, "attention", 16, 2, 32, 1e-2, torch.device("cpu"))
+    assert result["accuracy"] < 0.2
+
+
+def test_accuracy_counts_queries():
+    model = mqar.build(SMALL, "gla", 32, torch.device("cpu"))
+    task = draw(count=50, length=16, pairs=2, vocab_size=32)
+    with torch.no_grad():
+        predicted = model(task.inputs, use_cache=False).logits.argmax(-1).gather(1, task.queries)
+    assert mqar.accuracy(model, Examples(task.inputs, task.queries, predicted), 7) == 1
+    wrong = predicted.clone()
+    wrong[:5, 0] = (wrong[:5, 0] + 1) % 32
+    assert mqar.accuracy(model, Examples(task.inputs, task.queries, wrong), 7) == pytest.approx(0.95)
+
+
+def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    spec = spec_from_file_location("sweep", Path(__file__).parents[2] / "scripts/mqar.py")
+    sweep = module_from_spec(spec)
+    spec.loader.exec_module(sweep)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    config = dataclasses.replace(
+        SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2], train_examples=64, epochs=1
+    )
+    assert sweep.main(config) == 0
+    files = sorted((tmp_path / "eval").iterdir())
+    assert [f.name for f in files] == ["gla_16x2_d16_lr0.01.json", "gla_16x2_d32_lr0.01.json"]
+    result = json.loads(files[0].read_text())["results"]
+    assert (result["mixer"], result["length"], result["pairs"], result["width"]) == ("gla", 16, 2, 16)
+    assert (tmp_path / "plots/mqar.svg").is_file()
+    files[1].unlink()
+    sweep.main(config)
+    assert "2 models, 1 to train" in capsys.readouterr().out
+    assert json.loads(files[1].read_text())["results"]["width"] == 32
+    monkeypatch.setattr(sweep, "train_one", lambda *_: 1 / 0)
+    with pytest.raises(RunError, match="2 models were not trained: gla_16x2_d32"):
+        sweep.main(dataclasses.replace(config, seed=2))
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ConfigError, match="must hold four for each of 20 pairs"):
+        MQARConfig(lengths=[64], pairs=[20])
+    with pytest.raises(ConfigError, match="must be as many"):
+        MQARConfig(lengths=[64, 128], pairs=[4])
+    with pytest.raises(ConfigError, match="hyena is none of gla"):
+        MQARConfig(mixers=["hyena"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +46,13 @@ def run_config(token_folder, tmp_path):
         data=DataConfig(path=str(token_folder), seq_len=16),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
         train=TrainConfig(
-            steps=6, batch_size=4, micro_batch_size=2, eval_every=3, eval_sequences=8, checkpoint_every=2, log_every=1
+            steps=6,
+            batch_size=4,
+            micro_batch_size=2,
+            eval_every=3,
+            eval_sequences=8,
+            log_every=1,
+            checkpoint=CheckpointConfig(every=2),
         ),
     )
 

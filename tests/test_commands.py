@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+HELPFUL = ("prepare_data", "report", "plot", "mqar")
+
+
 def run(*args: str, code: int = 0) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -24,32 +27,45 @@ def test_from_text_to_report(tmp_path):
     model = ["model.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32"]
     where = [f'name="{name}"', f"runs_dir={tmp_path}"]
     train = ["data.seq_len=32", "train.steps=6", "train.batch_size=8", "train.eval_every=6", "optim.warmup_steps=2"]
+    train += ["during.evals=[extrapolation]", "during.extrapolation.max_length=320", "during.extrapolation.split=train"]
     text = run("train.py", *where, f'data.path="{data}"', *model, *train)
+    assert "extrapolation/10x" in (tmp_path / name / "metrics.jsonl").read_text()
     assert "step 6/6" in text and "val perplexity" in text
 
     lengths = ["extrapolation.max_length=320", "extrapolation.split=train", "extrapolation.documents=4"]
-    text = run("eval.py", *where, *lengths, "samples.tokens=5")
+    text = run("eval.py", *where, *lengths, "generate.tokens=5")
     assert text.count("def ") >= 1 and "class " in text
     folder = tmp_path / name
-    assert {p.name for p in (folder / "eval").iterdir()} == {"perplexity.json", "extrapolation.json", "samples.json"}
+    assert {p.name for p in (folder / "eval").iterdir()} == {"perplexity.json", "extrapolation.json", "generate.json"}
     result = json.loads((folder / "eval" / "extrapolation.json").read_text())
-    assert "10" in result["results"]["ratios"]
+    assert result["results"]["contexts"]["carried"]["ratios"]["10"]["documents"] == 4
     assert (folder / "plots" / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
 
     text = run("scripts/report.py", str(folder))
-    for wanted in ("validation perplexity", "10x", "tokens/s", "extrapolation.png", "metrics.jsonl", "step_6"):
+    for wanted in (
+        "validation perplexity",
+        "10x",
+        "tokens/s",
+        "extrapolation.png",
+        "metrics.jsonl",
+        "step_6",
+        "report.html",
+    ):
         assert wanted in text
+    assert "Length generalisation" in (folder / "report.html").read_text()
+    run("scripts/plot.py", "ratios", str(folder), str(folder), "--out", str(tmp_path / "two"))
+    assert (tmp_path / "two.svg").is_file() and (tmp_path / "two.png").is_file()
 
-    text = run("eval.py", *where, "extrapolation.max_length=16", code=2)
+    text = run("eval.py", *where, "extrapolation.max_length=16", code=1)
     assert "extrapolation.max_length=16 is under the training length 32" in text
 
-    damaged = folder / "checkpoints" / "step_6" / "optimizer.safetensors"
+    damaged = folder / "checkpoints" / "step_6" / "training.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    text = run("train.py", *where, f'data.path="{data}"', *model, *train, code=1)
-    assert f"CheckpointError: {damaged} is damaged" in text and "Traceback" not in text
+    text = run("train.py", *where, f'data.path="{data}"', *model, *train)
+    assert f"{damaged} is damaged" in text and "set aside as step_6.damaged" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "scripts/prepare_data.py", "scripts/report.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", *(f"scripts/{name}.py" for name in HELPFUL)])
 def test_help_explains(script):
     assert Path(script).name in run(script, "--help")
 

@@ -8,7 +8,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import glalm.cli  # noqa: F401 (registers the defaults)
-from glalm.config import EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, compare, identity
+from glalm.config import (
+    EvalConfig,
+    ExtrapolationConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    compare,
+    identity,
+)
 from glalm.strict import ConfigError, build, check_overrides, defaults
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,6 +35,28 @@ def test_every_file_of_configs_builds(group):
     for file in files:
         steps = ["train.steps=30000"] if group == "optim" else []
         assert isinstance(composed(f"{group}={file.stem}", *steps), RunConfig)
+
+
+@pytest.mark.parametrize("experiment", [p.stem for p in (CONFIGS / "experiment").glob("*.yaml")])
+def test_experiments_are_the_papers(experiment):
+    """Steps, warm-up and rates of the GLA paper's appendix, and the same batch in tokens on 1 to 256 GPUs."""
+    config = composed(f"experiment={experiment}")
+    steps, warmup, batch = {"340m": (28611, 954, 2**19), "1b3": (47684, 477, 2**21)}[experiment.split("_")[-1]]
+    assert (config.steps, config.warmup_steps, config.tokens_per_step) == (steps, warmup, batch)
+    assert config.name == experiment and config.model.mixer == experiment.split("_")[0]
+    optim = config.optim
+    assert (optim.lr, optim.min_lr, optim.weight_decay, optim.grad_clip) == (3e-4, 3e-5, 0.01, 1.0)
+    assert (optim.name, optim.schedule, config.data.seq_len, config.data.boundaries) == (
+        "adamw", "cosine", 2048, "concatenate"
+    )  # fmt: skip
+    for world in (1, 2, 8, 64, 256):
+        micro, times = config.accumulation(world)
+        assert micro * times * world * 2048 == batch
+
+
+def test_an_experiment_takes_changes():
+    config = composed("experiment=gla_340m", "model=mamba2_340m", "name=other", "train.log_every=3")
+    assert (config.name, config.model.mixer, config.train.log_every, config.steps) == ("other", "mamba2", 3, 28611)
 
 
 @pytest.mark.parametrize("config, cls", [("train", RunConfig), ("eval", EvalConfig)])
@@ -77,7 +108,7 @@ def test_valid_command_lines_pass():
         ({"model": {"tie_word_embeddings": 1}}, "must be true or false"),
         ({"model": {"hidden_size": 100, "num_heads": 3}}, "model.num_heads=3 does not divide"),
         ({"model": {"vocab_size": 0}}, "model.vocab_size must be positive"),
-        ({"train": {"batch_size": 8, "micro_batch_size": 3}}, "write one of 1, 2, 4, 8"),
+        ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size must be positive, not 0"),
         ({"optim": {"min_lr": 1.0}}, "optim.min_lr=1.0 must lie between 0 and optim.lr"),
         ({"optim": {"betas": [0.9]}}, "optim.betas=[0.9] must be a list of 2 values"),
         ({"optim": {"warmup_steps": 2000}}, "optim.warmup_steps=2000 is longer than train.steps=1000"),
@@ -90,13 +121,10 @@ def test_bad_values_say_what_to_write(tree, message):
         build(RunConfig, tree)
 
 
-def test_evaluation_under_the_training_length_is_refused():
-    config = composed("extrapolation.max_length=128", config="eval", cls=EvalConfig)
-    with pytest.raises(ConfigError, match=re.escape("write extrapolation.max_length=2560")):
-        config.check_lengths(256)
-    config.check_lengths(128)
-    with pytest.raises(ConfigError, match=r"evals\[0\]=perplexty must be one of .*did you mean perplexity"):
-        build(EvalConfig, {"evals": ["perplexty"]})
+def test_the_papers_length_generalisation_by_name():
+    config = composed("extrapolation=paper", "extrapolation.documents=4", config="eval", cls=EvalConfig).extrapolation
+    assert (config.max_length, config.bucket, config.text, config.documents) == (28672, 2048, "stream", 4)
+    assert composed(config="eval", cls=EvalConfig).extrapolation == ExtrapolationConfig()
 
 
 def test_swiglu_width_is_the_papers():
@@ -105,13 +133,48 @@ def test_swiglu_width_is_the_papers():
 
 
 def test_accumulation_shares_the_batch():
-    train = TrainConfig(batch_size=32, micro_batch_size=4)
-    assert [train.accumulation(world) for world in (1, 2, 8)] == [(4, 8), (4, 4), (4, 1)]
-    assert TrainConfig(batch_size=32).accumulation(2) == (16, 1)
-    with pytest.raises(ConfigError, match="write a multiple of 3"):
-        train.accumulation(3)
-    with pytest.raises(ConfigError, match=r"write one of 1, 2$"):
-        train.accumulation(16)
+    config = RunConfig(train=TrainConfig(batch_size=32, micro_batch_size=4))
+    assert [config.accumulation(world) for world in (1, 2, 8)] == [(4, 8), (4, 4), (4, 1)]
+    assert config.accumulation(16) == (2, 1) and config.accumulation(32) == (1, 1)  # at most
+    assert RunConfig(train=TrainConfig(batch_size=32)).accumulation(2) == (16, 1)
+    assert RunConfig(train=TrainConfig(batch_size=30, micro_batch_size=4)).accumulation(2) == (3, 5)
+    with pytest.raises(ConfigError, match="is 32 sequences, which do not divide over 3 processes; write a multiple"):
+        config.accumulation(3)
+
+
+def test_lengths_in_tokens():
+    """The GLA paper's 340M model: 15B tokens in batches of 0.5M, warm-up over 0.5B."""
+    tokens = {"steps": None, "tokens": 15e9, "batch_size": None, "batch_tokens": 2**19}
+    tree = {"data": {"seq_len": 2048}, "optim": {"warmup_steps": None, "warmup_tokens": 5e8}, "train": tokens}
+    config = build(RunConfig, tree)
+    assert (config.batch_size, config.steps, config.warmup_steps) == (256, 28611, 954)
+    assert config.tokens_per_step * (config.steps - 1) < 15e9 <= config.tokens_per_step * config.steps
+    longer = build(RunConfig, tree | {"data": {"seq_len": 32768}})
+    assert (longer.batch_size, longer.steps, longer.warmup_steps) == (16, 28611, 954)
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"train": {"tokens": 10}}, "train.steps=1000 and train.tokens=10 say the same thing twice; write train.steps"),
+        ({"train": {"batch_size": None}}, "write train.batch_size=N or train.batch_tokens=N: both are null"),
+        ({"optim": {"warmup_tokens": 10}}, "optim.warmup_steps=100 and optim.warmup_tokens=10"),
+        (
+            {"train": {"batch_size": None, "batch_tokens": 1000}, "data": {"seq_len": 256}},
+            "train.batch_tokens=1000 is no multiple of data.seq_len=256; write train.batch_tokens=1024",
+        ),
+        (
+            {"optim": {"warmup_steps": None, "warmup_tokens": 1e9}},
+            "optim.warmup_tokens=1000000000 is longer than train.steps=1000",
+        ),
+        ({"train": {"memory_snapshot": True}}, "write train.profile_steps=[3,4]"),
+        ({"train": {"profile_steps": [5, 4]}}, "train.profile_steps=[5,4] must be two steps in order"),
+        ({"train": {"tokens": 1.5, "steps": None}}, "train.tokens=1.5 must be an integer"),
+    ],
+)
+def test_lengths_that_do_not_fit(tree, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(RunConfig, tree)
 
 
 def test_identity_leaves_out_what_may_change():

@@ -16,7 +16,8 @@ ALLOWED = {
     "train": {"config", "data", "model", "strict"},
     "evals": {"config", "data", "model", "strict", "train.checkpoint"},
 }
-PLOTS = {"evals.plot": {"torch", "transformers", "glalm.model"}, "evals.report": {"torch", "transformers"}}
+NO_MODEL = {"torch", "transformers", "glalm.model"}
+PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.page", "evals.published"), NO_MODEL)
 
 
 def imports(path: Path) -> set[str]:

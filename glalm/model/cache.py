@@ -1,10 +1,16 @@
 """What a decoder carries from one segment of a sequence to the next."""
 
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import LongTensor
 from torch.utils._pytree import tree_map
+
+FORMAT = "glalm state cache"
 
 
 @dataclass
@@ -26,3 +32,28 @@ class StateCache:
         """The cache of the chosen beams, beam_idx: [B]. In place, as transformers' beam search expects."""
         self.states = [tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), s) for s in self.states]
         return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """One safetensors file: tensor "i" or, of a tuple, "i.0", "i.1", ... is layer i's state."""
+        tensors = {}
+        for i, state in enumerate(self.states):
+            leaves = {f"{i}.{j}": leaf for j, leaf in enumerate(state)} if isinstance(state, tuple) else {f"{i}": state}
+            tensors |= {name: leaf.detach().contiguous() for name, leaf in leaves.items()}
+        save_file(tensors, path, {"format": FORMAT, "seen": str(self.seen)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "StateCache":
+        """The cache that `save` wrote. Raises ValueError when path is not one, or damaged."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a state that StateCache.save wrote")
+        states: dict[int, list] = {}
+        for name in sorted(tensors, key=lambda n: [int(part) for part in n.split(".")]):
+            states.setdefault(int(name.split(".")[0]), []).append(tensors[name])
+        whole = [tuple(leaves) if f"{i}.0" in tensors else leaves[0] for i, leaves in sorted(states.items())]
+        return cls(whole, int(metadata["seen"]))

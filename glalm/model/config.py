@@ -1,17 +1,25 @@
 """The model's configuration as transformers knows it: saved as config.json, loaded by AutoConfig."""
 
 import dataclasses
+import difflib
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from glalm.config import ModelConfig
+from glalm.model import interop
+from glalm.strict import require
+
+FIELDS = [f.name for f in dataclasses.fields(ModelConfig)]
 
 
 class GLALMConfig(ModelConfig, PreTrainedConfig):
     """A `ModelConfig` (shape, checks and defaults) that is also a transformers config.
 
-    Raises ConfigError (a ValueError) when heads do not divide a width or a size is not positive.
+    A config.json of another library that glalm.model.interop reads becomes one too. A key that neither we nor
+    transformers know is kept, as everywhere in transformers, unless it looks like one of ours misspelt.
+
+    Raises ConfigError (a ValueError) when heads do not divide a width, a size is not positive or a key is misspelt.
     """
 
     model_type = "glalm"
@@ -24,8 +32,23 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        for key in kwargs:
+            near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.85)
+            require(not near or hasattr(PreTrainedConfig, key), f"unknown key {key}; did you mean {near and near[0]}?")
         ModelConfig.__post_init__(self)
         PreTrainedConfig.__post_init__(self, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return interop.config_in(tree), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # A config.json may name an attention kernel, which would be fetched from the hub and run, and a pickle to load.
+        tree = interop.config_in(config_dict)
+        safe = {k: v for k, v in tree.items() if "_implementation" not in k and k != "transformers_weights"}
+        return super().from_dict(safe, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers has it, with every mixer's options as a mapping."""

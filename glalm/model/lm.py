@@ -1,5 +1,7 @@
 """The decoder and its causal-LM head, as a transformers PreTrainedModel."""
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import LongTensor, Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -9,6 +11,7 @@ from transformers.utils.generic import can_return_tuple
 from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
+from glalm.model.loading import load
 from glalm.model.loss import IGNORE, linear_cross_entropy, token_losses
 from glalm.model.norm import RMSNorm
 
@@ -19,6 +22,11 @@ class GLALMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers reads a plain list)
     _is_stateful = True  # a state cannot be cut back, so transformers refuses assisted decoding
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As transformers has it, also for flash-linear-attention's checkpoints, and strictly: see loading.load."""
+        return load(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -33,6 +41,8 @@ class GLALMPreTrainedModel(PreTrainedModel):
 
 class GLALMModel(GLALMPreTrainedModel):
     """Embeddings, blocks, final norm: token ids [B, T] to hidden states [B, T, d]."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: GLALMConfig):
         super().__init__(config)
@@ -61,13 +71,18 @@ class GLALMModel(GLALMPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """
-        input_ids [B, T] or inputs_embeds [B, T, d]; attention_mask [B, T], 0 at padding, which must be on the left;
-        past_key_values continues a sequence; cu_seqlens [N + 1] packs N sequences into a batch of one.
+        input_ids [B, T] or inputs_embeds [B, T, d]; attention_mask [B, T], 0 at padding: on the left, or on the right
+        where the state that comes out is not used; past_key_values continues a sequence; cu_seqlens [N + 1] packs N
+        sequences into a batch of one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(x.device.type):  # in float32 the residual stream is twice the traffic and memory
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         past = past_key_values or StateCache([None] * len(self.layers))
         states, hidden = [], []
@@ -83,7 +98,15 @@ class GLALMModel(GLALMPreTrainedModel):
         )
 
 
+class MoreArguments(TypedDict, total=False):
+    """Those of GLALMForCausalLM.forward that transformers must not see in its signature, or takes it to offer."""
+
+    shift_labels: LongTensor  # its Trainer scores only batches that have every argument with "label" in its name
+    output_attentions: bool  # peft always gives it; True is an error: most mixers have no such weights
+
+
 class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
+    accepts_loss_kwargs = True  # transformers' Trainer then gives num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: GLALMConfig):
@@ -100,19 +123,26 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: StateCache | None = None,
         labels: LongTensor | None = None,
-        shift_labels: LongTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        z_loss: float = 0.0,
         return_dict: bool | None = None,
+        **more: Unpack[MoreArguments],
     ) -> CausalLMOutputWithPast:
         """
         labels [B, T]: as transformers has them, aligned with input_ids and shifted here; shift_labels [B, T]: already
         the next token of each position. With either, `loss` is the mean cross-entropy in nats over the labels that
-        are not -100, and `logits` is None: they are never held. logits_to_keep: only the last so many logits (0: all).
-        The other arguments are GLALMModel's.
+        are not -100, and `logits` is None: they are never held; z_loss times the mean of logsumexp(logits)^2 is added
+        to it. num_items_in_batch: both are sums over this instead of means, so that those of several batches add up.
+        logits_to_keep: only the last so many logits (0: all), or those at these positions. The other arguments are
+        GLALMModel's.
         """
+        shift_labels = more.pop("shift_labels", None)
+        if more.pop("output_attentions", None) or more:
+            raise TypeError(f"{type(self).__name__} gives no {', '.join(more) or 'attention weights'}")
         out = self.model(
             input_ids,
             attention_mask,
@@ -123,12 +153,15 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             cu_seqlens,
         )
         hidden, loss, logits = out.last_hidden_state, None, None
-        if labels is not None:
+        if labels is not None and shift_labels is None:
             shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
         if shift_labels is not None:
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels)
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, z_loss)
+            if num_items_in_batch is not None:
+                loss = loss * (shift_labels != IGNORE).sum() / num_items_in_batch
         else:
-            logits = self.lm_head(hidden[:, -logits_to_keep:])
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -141,11 +174,17 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, past_key_values=past_key_values, use_cache=True)
         return token_losses(out.last_hidden_state, self.lm_head.weight, targets), out.past_key_values
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        """Of the tokens so far, those that the state has not seen."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        """next_sequence_length: how many of the tokens so far the state has not seen; None: all."""
+        if next_sequence_length == 0:
+            raise ValueError(
+                f"past_key_values has seen all {input_ids.shape[1]} tokens of input_ids: nothing is left to predict "
+                "from; give it one token less"
+            )
         return {
-            "input_ids": input_ids[:, seen:],
+            "input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:],
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache", True),

@@ -20,13 +20,18 @@ def plain(hidden, weight, targets, **kwargs):
     return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), **kwargs)
 
 
+def z_term(hidden, weight, targets):
+    return (hidden @ weight.T).logsumexp(-1)[targets != -100].square().mean()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk_elements", [40, 200, 2**20])
-def test_value_and_gradients(problem, chunk_elements, monkeypatch):
+def test_value_and_gradients(problem, chunk_elements, z_loss, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, _ = problem
-    expected = plain(*problem)
+    expected = plain(*problem) + z_loss * z_term(*problem)
     grads = torch.autograd.grad(3 * expected, (hidden, weight))
-    got = linear_cross_entropy(*problem)
+    got = linear_cross_entropy(*problem, z_loss=z_loss)
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=0)
     for a, b in zip(torch.autograd.grad(3 * got, (hidden, weight)), grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
@@ -72,3 +77,20 @@ def test_logits_are_never_whole(problem, monkeypatch):
     with Watch():
         linear_cross_entropy(*problem).backward()
     assert max(sizes) == 40 * 16  # the weight itself: more than a chunk's 10 x 40 logits, less than 21 x 40
+
+
+@pytest.mark.gpu
+def test_the_weights_gradient_is_summed_in_float32_on_a_gpu():
+    torch.manual_seed(0)
+    hidden = torch.randn(9001, 256, device="cuda", requires_grad=True)  # a last chunk that is not whole
+    weight = (torch.randn(32000, 256, device="cuda") / 8).requires_grad_()
+    targets = torch.randint(32000, (9001,), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-3)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    logits = rounded[0] @ rounded[1].T
+    expected = F.cross_entropy(logits, targets) + 1e-3 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    for a, b in zip(found, torch.autograd.grad(expected, rounded), strict=True):
+        assert (a - b).norm() < 5e-3 * b.norm() and a.dtype == torch.float32

@@ -15,6 +15,7 @@ CHOICES = {
     "gla fixed, no output gate": {"gla": {"gate": "fixed", "output_gate": False}},
     "gla ungated": {"gla": {"gate": "none"}},
     "gla grouped, clamped": {"num_heads": 4, "gla": {"num_kv_heads": 2, "min_log_gate": -0.04, "short_conv": 3}},
+    "gla relu": {"gla": {"feature_map": "relu", "output_gate": False}},
     "attention": {"mixer": "attention"},
     "attention grouped": {"mixer": "attention", "attention": {"num_heads": 4, "num_kv_heads": 2}},
     "attention window": {"mixer": "attention", "attention": {"window": 7}},

@@ -6,6 +6,7 @@ import torch
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 
 def theirs(model):
@@ -27,6 +28,10 @@ def theirs(model):
             layer_norm_epsilon=model.config.norm_eps,
         )
         layer = modeling_mamba2.Mamba2Mixer(config, layer_idx=0)
+        if not hasattr(layer.norm, "group_size"):
+            # Before 5.23 it normalised all groups as one, unlike the authors' mamba_ssm and transformers' Zamba-2.
+            width = layer.intermediate_size
+            layer.norm = Zamba2RMSNormGated(width, width // o.groups, eps=model.config.norm_eps)
     layer = layer.double()
     layer.load_state_dict(mixer.state_dict())
     return layer

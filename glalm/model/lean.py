@@ -1,0 +1,60 @@
+"""One token of one sequence through a GLA model in six kernels a layer, each of which reads weights or the state.
+
+The same function as the model's forward, but for where it rounds: sums, norms and gates stay in float32 here.
+"""
+
+from torch import LongTensor, Tensor, nn
+
+from glalm.kernels import fused_recurrent_gla
+from glalm.model.block import Block, SwiGLU
+from glalm.model.lm import GLALMForCausalLM, GLALMModel
+from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.norm import GatedRMSNorm, RMSNorm
+
+PLAIN = {nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList, GLALMForCausalLM, GLALMModel, Block, SwiGLU}
+PLAIN |= {GatedLinearAttention, RMSNorm, GatedRMSNorm}
+
+
+def serves(model: GLALMForCausalLM) -> bool:
+    """Whether it is the paper's GLA throughout, in plain layers, of sizes that the kernels' norm over heads takes."""
+    c = model.config
+    return (
+        set(c.layer_mixers()) == {"gla"}
+        and (c.gla.gate, c.gla.output_gate, c.gla.short_conv, c.gla.feature_map) == ("vector", True, 0, "identity")
+        and c.gla.num_kv_heads in (None, c.num_heads)
+        and c.gla.min_log_gate is None
+        and c.intermediate_size > 0
+        and all(n & (n - 1) == 0 for n in (c.value_dim, c.num_heads))
+        and all(type(m) in PLAIN for m in model.modules())  # an adapter has the weight it adapts for its own
+    )
+
+
+def next_logits(model: GLALMForCausalLM, token: LongTensor, states: list[Tensor]) -> Tensor:
+    """token: [1, 1]; logits: [1, vocabulary]. The states move on where recurrent.states_in_place says so."""
+    from glalm.kernels.triton.matvec import matvec  # here, since a machine without a GPU may lack triton
+
+    x = model.model.embeddings(token)[0, 0]
+    for block, S in zip(model.model.layers, states, strict=True):
+        x = through(matvec, block, x, S)
+    norm = model.model.norm
+    [logits] = matvec(x, [model.lm_head.weight], norm=norm.weight, eps=norm.eps)
+    return logits[None]
+
+
+def through(matvec, block: Block, x: Tensor, S: Tensor) -> Tensor:
+    mlp, mixer = block.mlp, block.attn
+    q, k, v, r, low = matvec(x, inputs(mixer), norm=block.attn_norm.weight, eps=block.attn_norm.eps)
+    [g] = matvec(low, [mixer.gk_proj[1].weight], bias=mixer.gk_proj[1].bias, log_gate=mixer.gate_logit_normalizer)
+    q, k, v, g = (y.view(1, 1, mixer.num_heads, -1) for y in (q, k, v, g))
+    o, _ = fused_recurrent_gla(q, k, v, g, initial_state=S, output_final_state=True)
+    norm = mixer.g_norm_swish_gate
+    [x] = matvec(o.flatten(), [mixer.o_proj.weight], norm=norm.weight, eps=norm.eps, gate=r, residual=x)
+    norm = block.mlp_norm
+    [h] = matvec(x, [mlp.gate_proj.weight, mlp.up_proj.weight], norm=norm.weight, eps=norm.eps, swiglu=True)
+    [x] = matvec(h, [mlp.down_proj.weight], residual=x)
+    return x
+
+
+def inputs(mixer: GatedLinearAttention) -> list[Tensor]:
+    layers = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.gk_proj[0]
+    return [layer.weight for layer in layers]

@@ -1,0 +1,102 @@
+"""Turn a LLaMA-style softmax checkpoint into GLA or ReGLA, to be trained on.
+
+    python scripts/linearize.py LLAMA OUT                                        every layer GLA
+    python scripts/linearize.py LLAMA OUT --mixer regla --softmax-layers 7 15    layers 7 and 15 stay softmax attention
+    python scripts/linearize.py LLAMA OUT --distil 500 --data data/corpus        first fit each new layer to the old one
+    python train.py --config-dir OUT/configs model=linearized train.init_from=OUT data.path=data/corpus name=...
+
+LLAMA: a folder that transformers loads as a LlamaForCausalLM (safetensors; with --gguf FILE a GGUF file in it). OUT
+gets the model as save_pretrained writes it, its config for train.py and, if LLAMA has one, the tokenizer: prepare the
+data with it (scripts/prepare_data.py --tokenizer OUT). docs/linearize.md has the whole way, and what it gives.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import LongTensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from glalm.config import ModelConfig
+from glalm.data.loader import Windows, batches
+from glalm.data.shards import TokenSet, read_manifest
+from glalm.model.linearize import MIXERS, distil, linearize
+from glalm.strict import ConfigError, require
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("llama", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--gguf", help="the GGUF file in LLAMA to read instead of safetensors")
+    parser.add_argument("--mixer", choices=MIXERS, default="gla")
+    parser.add_argument("--softmax-layers", type=int, nargs="*", default=[], metavar="LAYER", help="from 0")
+    parser.add_argument("--distil", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--data", type=Path, help="a prepared set, for --distil")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of --distil (1e-3)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    require(not args.distil or args.data is not None, "--distil needs --data, a prepared set")
+    source = {"gguf_file": args.gguf} if args.gguf else {"use_safetensors": True}
+    llama = LlamaForCausalLM.from_pretrained(args.llama, dtype=torch.float32, local_files_only=True, **source).eval()
+    torch.manual_seed(0)
+    model = linearize(llama, args.mixer, args.softmax_layers)
+    if args.distil:
+        fit(model, llama, args)
+    model.save_pretrained(args.out)
+    save_tokenizer(args)
+    save_config(model.config, args.out / "configs" / "model" / "linearized.yaml")
+    print(f"wrote {args.out}; go on with")
+    print(f"  python train.py --config-dir {args.out}/configs model=linearized train.init_from={args.out} ...")
+
+
+def fit(model, llama: LlamaForCausalLM, args: argparse.Namespace) -> None:
+    llama.to(args.device, torch.bfloat16 if args.device != "cpu" else torch.float32)
+    model.to(args.device)
+    for step, loss in enumerate(distil(model, llama, token_batches(args), args.lr), 1):
+        if step % max(1, args.distil // 20) == 0 or step == 1:
+            print(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}", flush=True)
+    model.cpu()
+
+
+def token_batches(args: argparse.Namespace) -> Iterator[LongTensor]:
+    windows = Windows(TokenSet(args.data, "train", read_manifest(args.data)), args.seq_len)
+    stream = batches(windows, seed=0, batch_size=args.batch_size)
+    for _ in range(args.distil):
+        yield next(stream)[1]["input_ids"].to(args.device)
+
+
+def save_tokenizer(args: argparse.Namespace) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.llama, gguf_file=args.gguf, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"no tokenizer is written: {error}".splitlines()[0])
+        return
+    tokenizer.save_pretrained(args.out)
+
+
+def save_config(config, path: Path) -> None:
+    """What train.py needs to know of the model: every field of it."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+    tree = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

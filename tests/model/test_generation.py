@@ -1,0 +1,139 @@
+"""Generation through transformers, for every mixer, in float64: equal means the same tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from test_mixers import CHOICES
+from transformers.generation.streamers import BaseStreamer
+
+from glalm.model import StateCache
+
+every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": -1}
+SAMPLED = GREEDY | {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95}
+
+
+def left_padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.stack([F.pad(row, (longest - len(row), 0), value=3) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def sampled(model, seed: int = 0, **inputs) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model.generate(**inputs, **SAMPLED)
+
+
+@every_choice
+def test_batched_prompts_of_unequal_length_continue_as_alone(choice, tiny, tokens):
+    model, prompts = tiny(**choice), [tokens(n, seed=n) for n in (3, 12, 6)]
+    batch = model.generate(**left_padded(*prompts), **GREEDY)[:, 12:]
+    alone = torch.cat([model.generate(p[None], **GREEDY)[:, len(p) :] for p in prompts])
+    assert torch.equal(batch, alone)
+    assert len({tuple(row.tolist()) for row in alone}) == 3  # prompts that all continued alike would prove nothing
+
+
+@every_choice
+def test_a_state_saved_and_loaded_goes_on(choice, tiny, tokens, tmp_path):
+    model, ids = tiny(**choice), tokens(2, 20)
+    expected = model.generate(ids, **GREEDY)
+    cache = model(ids[:, :15], use_cache=True).past_key_values
+    cache.save(tmp_path / "state.safetensors")
+    loaded = StateCache.load(tmp_path / "state.safetensors")
+    assert loaded.seen == 15
+    torch.testing.assert_close(loaded.states, cache.states, rtol=0, atol=0)
+    assert torch.equal(model.generate(ids, past_key_values=loaded, **GREEDY), expected)
+
+
+@every_choice
+def test_a_prefix_is_read_once_for_many_continuations(choice, tiny, tokens):
+    model, prefix = tiny(**choice), tokens(1, 30)
+    cache = model(prefix, use_cache=True).past_key_values
+    for seed in range(2):
+        ids = torch.cat([prefix, tokens(1, 4, seed=seed)], 1)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+    assert cache.seen == 30
+
+
+@every_choice
+def test_sampling_draws_the_same_from_the_state_as_from_all_tokens(choice, tiny, tokens):
+    model, ids = tiny(**choice), tokens(3, 9)
+    with_state = sampled(model, input_ids=ids)
+    torch.manual_seed(0)
+    assert torch.equal(with_state, model.generate(ids, use_cache=False, **SAMPLED))
+    assert not torch.equal(with_state, sampled(model, seed=1, input_ids=ids))
+
+
+def test_the_prompt_may_be_read_in_chunks(tiny, tokens):
+    model, ids = tiny(layers="gla+attention"), tokens(2, 21)
+    cache = model(ids[:, :2], use_cache=True).past_key_values
+    chunked = model.generate(ids, past_key_values=cache, prefill_chunk_size=8, **GREEDY)
+    assert torch.equal(chunked, model.generate(ids, **GREEDY))
+
+
+def test_a_state_that_has_seen_everything_is_refused(tiny, tokens):
+    model, ids = tiny(), tokens(1, 9)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values has seen all 9 tokens"):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+
+
+def test_a_generated_state_goes_on(tiny, tokens):
+    model, ids = tiny(), tokens(1, 9)
+    first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, model.generate(ids, **GREEDY | {"max_new_tokens": 10}))
+
+
+def test_a_row_that_ended_is_padded(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    free = model.generate(ids, **GREEDY)[:, 9:]
+    eos = int(free[0, 2])
+    end = free[0].tolist().index(eos) + 1
+    ended = model.generate(ids, **GREEDY | {"eos_token_id": eos, "pad_token_id": 0})[0, 9:]
+    assert torch.equal(ended[:end], free[0, :end]) and ended[end:].eq(0).all()
+
+
+def test_several_sequences_of_one_prompt(tiny, tokens):
+    model, ids = tiny(), tokens(1, 9)
+    several = sampled(model, input_ids=ids.repeat(3, 1))
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(ids, num_return_sequences=3, **SAMPLED), several)
+
+
+class Collected(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+def test_streaming(tiny, tokens):
+    model, ids, streamer = tiny(), tokens(1, 9), Collected()
+    whole = model.generate(ids, streamer=streamer, **GREEDY)
+    assert streamer.tokens == [*whole[0].tolist(), "end"]
+
+
+def test_assisted_generation_is_refused(tiny, tokens):
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        tiny().generate(tokens(1, 9), assistant_model=tiny(seed=1), **GREEDY)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        tiny().generate(tokens(1, 9), prompt_lookup_num_tokens=2, **GREEDY)
+
+
+def test_what_is_no_saved_state_is_named(tiny, tokens, tmp_path):
+    tiny()(tokens(1, 9), use_cache=True).past_key_values.save(tmp_path / "state")
+    (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cut: damaged"):
+        StateCache.load(tmp_path / "cut")
+    save_file({"0": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="other: not a state that"):
+        StateCache.load(tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        StateCache.load(tmp_path / "missing")

@@ -1,0 +1,94 @@
+"""Decoder against transformers' own generation loop, in float64: the same tokens. On the GPU: with CUDA graphs."""
+
+import pytest
+import torch
+from test_generation import GREEDY, SAMPLED, left_padded
+from test_mixers import CHOICES
+
+from glalm.model import decode
+from glalm.model.decode import Decoder
+
+every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+
+
+@every_choice
+def test_continues_as_transformers_does(choice, tiny, tokens):
+    model = tiny(**choice)
+    decoder = Decoder(model, prefill_chunk=10)
+    for lengths in ((9, 9), (3, 12), (7,)):  # the second reuses the states of the first
+        inputs = left_padded(*(tokens(n, seed=n) for n in lengths))
+        expected = model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, custom_generate=decoder, **GREEDY), expected)
+
+
+def test_draws_the_same(tiny, tokens):
+    model, inputs = tiny(), left_padded(tokens(5), tokens(9))
+    found = []
+    for options in ({}, {"custom_generate": Decoder(model)}):
+        torch.manual_seed(0)
+        found.append(model.generate(**inputs, repetition_penalty=1.3, **options, **SAMPLED))
+    assert torch.equal(*found)
+
+
+def test_a_given_state_is_continued_and_left_as_it_was(tiny, tokens):
+    model, ids = tiny(), tokens(2, 20)
+    cache = model(ids[:, :19], use_cache=True).past_key_values
+    before = [S.clone() for S in cache.states]
+    found = model.generate(ids, past_key_values=cache, custom_generate=Decoder(model), **GREEDY)
+    assert torch.equal(found, model.generate(ids, **GREEDY))
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.states, strict=True))
+    with pytest.raises(ValueError, match="past_key_values has seen 19 tokens"):
+        model.generate(ids[:, :19], past_key_values=cache, custom_generate=Decoder(model), **GREEDY)
+
+
+@pytest.mark.parametrize("check", [1, 3, 16])
+def test_rows_that_ended_are_padded_and_cut(tiny, tokens, monkeypatch, check):
+    monkeypatch.setattr(decode, "CHECK", check)
+    model, ids = tiny(), tokens(3, 9)
+    free = model.generate(ids, **GREEDY)[:, 9:]
+    ends = free[:, 1].tolist()
+    settings = GREEDY | {"eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": 12}
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    assert expected.shape[1] < 21
+    assert torch.equal(model.generate(ids, attention_mask=mask, custom_generate=Decoder(model), **settings), expected)
+
+
+def test_a_recurrent_step_keeps_its_buffers(tiny, tokens):
+    model = tiny(gla={"short_conv": 4})
+    decoder = Decoder(model)
+    model.generate(tokens(2, 9), custom_generate=decoder, **GREEDY)
+    addresses = [x.data_ptr() for state in decoder.step.states for x in state]
+    model.generate(tokens(2, 30), custom_generate=decoder, **GREEDY)
+    assert [x.data_ptr() for state in decoder.step.states for x in state] == addresses
+    assert not decoder.step.growing
+
+
+def test_what_it_does_not_serve_is_refused(tiny, tokens):
+    model, ids = tiny(), tokens(1, 9)
+    for option in ({"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            model.generate(ids, custom_generate=Decoder(model), **GREEDY | option)
+    with pytest.raises(ValueError, match="made for another model"):
+        model.generate(ids, custom_generate=Decoder(tiny(seed=1)), **GREEDY)
+    with pytest.raises(ValueError, match="prefill_chunk"):
+        Decoder(model, prefill_chunk=0)
+
+
+@pytest.mark.gpu
+@every_choice
+def test_captured_steps_compute_what_plain_ones_do(choice, tiny, tokens):
+    """Logits of every step, bf16 weights; and float32, where the tokens have to be the same too."""
+    model = tiny(**({"hidden_size": 128} | choice)).float().cuda()
+    decoder, inputs = Decoder(model), {n: x.cuda() for n, x in left_padded(tokens(70), tokens(40)).items()}
+    settings = GREEDY | {"max_new_tokens": 20}
+    expected = model.generate(**inputs, **settings)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, custom_generate=decoder, **settings), expected)
+    assert (decoder.step.graph is None) == decoder.step.growing
+    model.bfloat16()
+    step = Decoder(model).step_from(cache := decode.prefill(model, inputs["input_ids"], None, None, 64)[1])
+    for t in range(5):
+        out = model(tokens(2, 1, seed=t).cuda(), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        torch.testing.assert_close(step(tokens(2, 1, seed=t).cuda()), out.logits[:, -1], rtol=2e-2, atol=2e-2)

@@ -1,0 +1,124 @@
+"""The lean step of one sequence: its kernels through the interpreter, in a process of its own; on the GPU compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.kernels.recurrent import states_in_place
+from glalm.model import lean
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+def check_matvec(device: str) -> None:
+    from glalm.kernels.triton.matvec import matvec
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device)
+
+    x, weights = draw(96), [draw(n, 96) / 10 for n in (70, 1, 96, 300, 16)]
+    for count in (1, 3, 5):
+        for y, w in zip(matvec(x, weights[:count]), weights[:count], strict=True):
+            torch.testing.assert_close(y, w @ x, rtol=1e-4, atol=1e-5)
+    norm, residual = draw(96), draw(300)
+    [y] = matvec(x, weights[3:4], norm=norm, eps=1e-3, residual=residual)
+    torch.testing.assert_close(y, weights[3] @ F.rms_norm(x, (96,), norm, 1e-3) + residual, rtol=1e-4, atol=1e-5)
+    [y] = matvec(x, [weights[2], weights[2] * 2], swiglu=True)
+    torch.testing.assert_close(y, F.silu(weights[2] @ x) * (2 * weights[2] @ x), rtol=1e-4, atol=1e-5)
+    [y] = matvec(x, weights[:1], bias=draw(70) * 0 + 3, log_gate=16.0)
+    torch.testing.assert_close(y, F.logsigmoid(weights[0] @ x + 3) / 16, rtol=1e-4, atol=1e-6)
+    x, gate, norm, w = draw(128), draw(128), draw(32), draw(50, 128) / 10
+    [y] = matvec(x, [w], norm=norm, eps=1e-3, gate=gate)
+    expected = w @ (F.rms_norm(x.view(4, 32), (32,), norm, 1e-3).flatten() * F.silu(gate))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    half = [y.half() for y in (x, w)]
+    [y] = matvec(half[0], [half[1]])
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), half[1].float() @ half[0].float(), rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+def test_a_vector_through_matrices():
+    check_matvec("cpu")
+
+
+@pytest.mark.gpu
+def test_a_vector_through_matrices_on_the_gpu():
+    check_matvec("cuda")
+
+
+@interpreted
+@torch.no_grad()
+def test_is_the_models_step(tiny, tokens):
+    model = tiny().float()
+    assert lean.serves(model)
+    cache = model(tokens(1, 20), use_cache=True).past_key_values
+    states = [S.clone() for S in cache.states]
+    for t in range(3):
+        token = tokens(1, 1, seed=t)
+        out = model(token, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        with states_in_place():
+            logits = lean.next_logits(model, token, states)
+        torch.testing.assert_close(logits, out.logits[:, -1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(states, cache.states, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixer": "regla"},
+        {"layers": "gla+attention"},
+        {"gla": {"gate": "scalar"}},
+        {"gla": {"output_gate": False}},
+        {"gla": {"short_conv": 4}},
+        {"gla": {"feature_map": "relu"}},
+        {"gla": {"num_kv_heads": 1}},
+        {"gla": {"min_log_gate": -1.0}},
+        {"intermediate_size": 0},
+        {"hidden_size": 48},
+    ],
+    ids=str,
+)
+def test_serves_the_papers_model_alone(tiny, changes):
+    assert not lean.serves(tiny(**changes))
+
+
+def test_serves_no_adapted_layers(tiny):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = tiny()
+    assert lean.serves(model)
+    model.model.layers[0].attn.q_proj = Adapted(32, 16, bias=False)
+    assert not lean.serves(model)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_captured_it_is_the_models_step_in_bf16(tiny, tokens):
+    from glalm.model.decode import Decoder, prefill
+
+    model = tiny(hidden_size=256, num_heads=4, intermediate_size=700).cuda()
+    ids = tokens(1, 40).cuda()
+    exact = [prefill(model, torch.cat([ids, tokens(1, 6).cuda()[:, :t]], 1), None, None, 99)[0] for t in range(1, 7)]
+    model.bfloat16()
+    step = Decoder(model).step_from(prefill(model, ids, None, None, 99)[1])
+    assert step.lean and step.graph is not None
+    for t, expected in enumerate(exact):
+        logits = step(tokens(1, 6).cuda()[:, t : t + 1])
+        assert ((logits - expected).norm() / expected.norm()) < 0.03

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glalm.model.linearize import distil, is_new, linearize
+from glalm.strict import ConfigError
+
+
+@pytest.fixture
+def llama():
+    def made(**changes) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
+        model = LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_with_every_layer_kept_it_is_the_same_model(llama, tokens, tied, theta):
+    original, ids = (
+        llama(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": theta}),
+        tokens(2, 40),
+    )
+    model = linearize(original, softmax_layers=[0, 1, 2])
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (model.lm_head.weight is model.model.embeddings.weight) == tied
+
+
+@pytest.mark.parametrize("mixer", ["gla", "regla"])
+def test_only_gates_and_head_norms_are_new(llama, tokens, mixer):
+    original = llama()
+    model = linearize(original, mixer, softmax_layers=[1])
+    assert [type(b.attn).__name__ == "Attention" for b in model.model.layers] == [False, True, False]
+    theirs, old = original.state_dict(), 0
+    for name, x in model.state_dict().items():
+        if is_new(name):
+            continue
+        old += 1
+        name = name.replace(".attn.", ".self_attn.").replace("attn_norm", "input_layernorm")
+        source = theirs[name.replace("mlp_norm", "post_attention_layernorm").replace("embeddings", "embed_tokens")]
+        if source.shape != x.shape:  # keys or values of two groups of two heads
+            source = torch.cat([part for half in source.chunk(2) for part in (half, half)])
+        assert torch.equal(x, source), name
+    assert old == len(theirs)
+    logits = model(tokens(1, 30)).logits
+    assert logits.isfinite().all() and not torch.equal(logits, original(tokens(1, 30)).logits)
+
+
+def test_heads_meet_the_keys_and_values_of_their_group(llama, tokens):
+    """ReGLA's copies and GLA's shared heads agree with softmax attention's grouping: one group's values at 0 silence
+    the same heads."""
+    original = llama()
+    for layer in original.model.layers:
+        layer.self_attn.v_proj.weight.data[8:] = 0  # the second of two groups
+    for mixer in ("gla", "regla"):
+        attention, heads = linearize(original, mixer).model.layers[0].attn, []
+        attention.o_proj.register_forward_pre_hook(lambda module, args, heads=heads: heads.append(args[0]))
+        attention(torch.randn(1, 5, 32))
+        norms = heads[0].unflatten(-1, (4, 8)).square().sum((0, 1, 3))
+        assert (norms[:2] > 0.1).all() and (norms[2:] == 0).all(), mixer
+
+
+@pytest.mark.parametrize("mixer", ["gla", "regla"])
+def test_distillation_brings_the_outputs_near_the_attentions(llama, tokens, mixer):
+    original = llama()
+    model = linearize(original, mixer, softmax_layers=[2])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    losses = list(distil(model, original, [tokens(8, 24, seed=s % 4) for s in range(60)], lr=1e-2))
+    assert losses[0] < 2.5  # outputs of the right size but unrelated would give 2
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".attn." in n and ".layers.2." not in n}
+    assert not original.model.layers[0].self_attn._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"softmax_layers": [3]}, r"there is no layer \[3\] among 0 to 2"),
+        ({"mixer": "mamba"}, "mixer='mamba' is none of: gla, regla"),
+        ({"llama": {"attention_bias": True}}, "attention_bias is True; only False"),
+        ({"llama": {"head_dim": 16}}, "head_dim is 64; only 32"),
+        (
+            {
+                "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+                "softmax_layers": [0],
+            },
+            "rope_type is 'linear'",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_named(llama, options, message):
+    original = llama(**options.pop("llama", {}))
+    with pytest.raises(ConfigError, match=message):
+        linearize(original, **options)

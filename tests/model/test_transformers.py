@@ -1,0 +1,455 @@
+"""At home in transformers: what its users do with any model, done with ours."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from shutil import copytree
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_mixers import EXACT, every_choice
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import glalm
+from glalm.data.tokenizer import Tokenizer as OurTokenizer
+from glalm.model import GLALMConfig, GLALMForCausalLM, GLALMModel, interop
+
+HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """saved(**config): a tiny model in float32, and the folder that it was saved in."""
+
+    def made(**changes):
+        model = tiny(**changes).float()
+        model.save_pretrained(tmp_path / "saved")
+        return model, tmp_path / "saved"
+
+    return made
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(50)}
+    fast = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="w0", pad_token="w0", padding_side="left")
+
+
+def test_importing_the_package_registers_the_auto_classes(saved):
+    """Without importing torch itself, and also where generation, which imports them too, comes first."""
+    _, folder = saved()
+    code = f"""
+import sys, glalm
+assert "torch" not in sys.modules
+from transformers import GenerationMixin, AutoModelForCausalLM
+assert "glalm.model" not in sys.modules
+print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "glalm.model.lm", done.stderr
+
+
+def test_so_does_importing_it_after_transformers(monkeypatch):
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {"retnet": "another library's"})
+    importlib.reload(glalm)
+    assert {name: CONFIG_MAPPING[name] for name in glalm.MODEL_TYPES} == {
+        "glalm": glalm.ConfigOnDemand,
+        "gla": glalm.ConfigOnDemand,
+        "transformer": glalm.ConfigOnDemand,
+        "retnet": "another library's",
+    }
+    assert set(glalm.MODEL_TYPES) == {"glalm", *interop.FORMATS}
+
+
+def test_auto_classes(saved, tokens):
+    model, folder = saved()
+    assert type(AutoConfig.from_pretrained(folder)) is GLALMConfig
+    base, whole = AutoModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert type(base) is GLALMModel and type(AutoModelForCausalLM.from_config(model.config)) is GLALMForCausalLM
+    torch.testing.assert_close(whole(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    torch.testing.assert_close(base(tokens(1, 9)).last_hidden_state, model.model(tokens(1, 9)).last_hidden_state)
+
+
+def test_pushed_to_the_hub_and_loaded_from_it(tiny, tokens, tmp_path, monkeypatch):
+    """The hub is a folder: what would be uploaded is copied there."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, repo, **__: SimpleNamespace(repo_id=repo))
+    monkeypatch.setattr(
+        GLALMForCausalLM, "_upload_modified_files", lambda _, files, repo, *rest, **__: copytree(files, hub / repo)
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = tiny().float()
+    model.push_to_hub("someone/model")
+    loaded = AutoModelForCausalLM.from_pretrained(hub / "someone" / "model")
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+def test_pipeline(saved):
+    model, folder = saved()
+    tokenizer().save_pretrained(folder)
+    generate = pipeline("text-generation", model=str(folder), device="cpu")
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    texts = ["w3 w4 w5", "w7"]
+    together = generate(texts, batch_size=2, return_full_text=False, **settings)
+    for text, [out] in zip(texts, together, strict=True):
+        ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+        expected = model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :]
+        assert out["generated_text"].split() == [f"w{i}" for i in expected.tolist()]
+
+
+def test_a_runs_tokenizer_serves_transformers(token_folder, tmp_path):
+    pytest.importorskip("google.protobuf")
+    made = LlamaTokenizer.from_pretrained(token_folder, add_prefix_space=False, add_bos_token=True)
+    made.save_pretrained(tmp_path)
+    ours, theirs = OurTokenizer(token_folder / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("alpha beta gamma", " two  spaces ", "a\n\nb ☃ Ü 1,234", ""):
+        assert theirs(text).input_ids == [*ours.before, *ours.encode(text)]
+        assert theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
+def test_device_maps(choice, saved, tokens, tmp_path):
+    model, folder = saved(**choice)
+    expected = model(tokens(1, 9)).logits
+    auto = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    torch.testing.assert_close(auto(tokens(1, 9)).logits.cpu(), expected, rtol=1e-4, atol=1e-4)
+    places = {"model.embeddings": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    split = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places | {"lm_head": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    torch.testing.assert_close(split(tokens(1, 9)).logits, expected)
+
+
+def test_loading_in_half_precision(saved, tokens, tmp_path):
+    model, folder = saved()
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    expected = model(tokens(1, 9)).logits
+    assert (half(tokens(1, 9)).logits.float() - expected).norm() < 0.05 * expected.norm()
+    half.save_pretrained(tmp_path / "half")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16  # as saved
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+
+
+def test_sharded_checkpoints(tiny, tokens, tmp_path):
+    model = tiny().float()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "mamba", "intermediate_size": 0}], ids=str)
+def test_gradient_checkpointing_changes_nothing(choice, reentrant, tiny, tokens):
+    model, ids = tiny(**choice).train(), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    plain = model(ids, attention_mask=mask, labels=ids)
+    expected = torch.autograd.grad(plain.loss, [*model.parameters()])
+    runs = []
+    model.model.layers[0].attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    out = model(ids, attention_mask=mask, labels=ids)
+    out.loss.backward()
+    assert len(runs) == 2  # once more for the backward
+    torch.testing.assert_close(out.loss, plain.loss, rtol=0, atol=0)
+    for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings(tied, tiny, tokens, tmp_path):
+    model = tiny(tie_word_embeddings=tied)
+    expected = model(tokens(1, 9)).logits
+    model.resize_token_embeddings(57)
+    assert model.config.vocab_size == 57 == model.lm_head.out_features == model.get_input_embeddings().num_embeddings
+    assert (model.lm_head.weight is model.model.embeddings.weight) == tied
+    torch.testing.assert_close(model(tokens(1, 9)).logits[..., :50], expected, **EXACT)
+    assert model(torch.tensor([[56]]), labels=torch.tensor([[56]])).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert (loaded.lm_head.weight is loaded.model.embeddings.weight) == tied
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, **EXACT)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_heads_are_saved_once_and_learn_together(tied, tiny, tokens, tmp_path):
+    from safetensors import safe_open
+
+    model, ids = tiny(tie_word_embeddings=tied).train(), tokens(1, 9)
+    model(ids, labels=ids).loss.backward()
+    assert (model.lm_head.weight.grad is model.model.embeddings.weight.grad) == tied
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in [*file.keys()]) != tied
+
+
+def test_hidden_states(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    assert len(hidden) == 3 and model(ids).hidden_states is None
+    torch.testing.assert_close(hidden[0], model.model.embeddings(ids))
+    torch.testing.assert_close(model.model.norm(model.model.layers[1](hidden[1])[0]), hidden[2])
+    torch.testing.assert_close(model.lm_head(hidden[2]), model(ids).logits)
+    model.config.output_hidden_states = True
+    torch.testing.assert_close(model(ids).hidden_states, hidden)
+
+
+class Sentences(Dataset):
+    """Rows of unequal length, padded on the right by the collator, as Trainer's users have them."""
+
+    def __init__(self, tokens, count: int = 8):
+        self.rows = [tokens(5 + 3 * i, seed=i) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"input_ids": self.rows[i], "attention_mask": torch.ones_like(self.rows[i])}
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    settings = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_steps": 3, "seed": 1}
+    return TrainingArguments(str(folder), **(settings | changes))
+
+
+def collate(rows: list[dict]) -> dict:
+    from transformers import DataCollatorForLanguageModeling
+
+    right = tokenizer()
+    right.padding_side = "right"
+    return DataCollatorForLanguageModeling(right, mlm=False)(rows)
+
+
+@pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
+def test_trainer(choice, tiny, tokens, tmp_path):
+    data = Sentences(tokens)
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "gradient_checkpointing": True}
+    trainer = Trainer(
+        tiny(**choice).float(),
+        arguments(tmp_path, **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    resumed = Trainer(tiny(**choice).float(), arguments(tmp_path), train_dataset=data, data_collator=collate)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for (name, p), q in zip(trainer.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_accumulated_batches_weigh_every_token_the_same(tiny, tokens, tmp_path):
+    """Trainer's loss over two micro-batches of unequal length is that of the whole batch."""
+    data, model = Sentences(tokens, 4), tiny().float()
+    rows = collate([data[i] for i in range(4)])
+    whole = model(**rows, use_cache=False).loss.item()
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=data, data_collator=collate)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "regla"}, {"mixer": "mamba2"}], ids=str)
+def test_lora(choice, tiny, tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = {"mamba2": ["in_proj", "out_proj"]}.get(choice.get("mixer"), ["q_proj", "k_proj", "v_proj", "o_proj"])
+    if choice.get("mixer") == "mamba2":
+        choice = choice | {"mamba2": {"state_size": 16, "head_dim": 8}}
+    base = tiny(**choice).float()
+    base.save_pretrained(tmp_path / "base")
+    expected = base(tokens(1, 9)).logits.detach()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    learned = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learned and all("lora_" in name for name in learned)
+    torch.testing.assert_close(model(input_ids=tokens(1, 9)).logits, expected)
+    settings = {"gradient_checkpointing": True, "learning_rate": 3e-2}
+    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=Sentences(tokens), data_collator=collate)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    adapted = model(input_ids=tokens(1, 9)).logits
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(input_ids=tokens(1, 9)).logits, adapted)
+    torch.testing.assert_close(again.merge_and_unload()(tokens(1, 9)).logits, adapted, rtol=1e-3, atol=1e-4)
+
+
+@every_choice
+def test_padding_on_the_right_in_training(choice, tiny, tokens):
+    """Loss and gradients of a padded batch are those of its sequences, and no real token sees the padding."""
+    model, rows = tiny(**choice).train(), [tokens(n, seed=n) for n in (21, 9, 2)]
+    ids = torch.stack([F.pad(row, (0, 21 - len(row)), value=7) for row in rows])
+    mask = torch.stack([(torch.arange(21) < len(row)).long() for row in rows])
+    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    apart = [model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    expected = sum(apart) / sum(len(row) - 1 for row in rows)
+    close = {"rtol": 1e-5, "atol": 1e-7}  # the loss is float32
+    torch.testing.assert_close(out.loss, expected, **close)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    both = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (out.loss, expected))
+    for name, found, truth in zip(names, *both, strict=True):
+        torch.testing.assert_close(found, truth, **close, msg=lambda m, name=name: f"{name}: {m}")
+    logits = model(ids, attention_mask=mask).logits
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i, : len(row)], model(row[None]).logits[0], **EXACT)
+
+
+@every_choice
+def test_prompts_padded_on_the_left_generate_as_each_does_alone(choice, tiny, tokens):
+    model, rows = tiny(**choice), [tokens(n, seed=n) for n in (9, 4, 1)]
+    ids = torch.stack([F.pad(row, (9 - len(row), 0), value=7) for row in rows])
+    mask = torch.stack([(torch.arange(9) >= 9 - len(row)).long() for row in rows])
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **settings)[:, 9:]
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(found, model.generate(row[None], **settings)[0, len(row) :])
+
+
+def test_shift_labels_go_before_labels(tiny, tokens):
+    model, ids, targets = tiny(), tokens(2, 9), tokens(2, 9, seed=2)
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=targets).loss.double(), expected)
+
+
+def test_arguments_that_it_has_not(tiny, tokens):
+    for argument in ("output_attentions", "position_ids"):
+        with pytest.raises(TypeError, match=r"attention weights|position_ids"):
+            tiny()(tokens(1, 3), **{argument: True})
+
+
+def test_chosen_logits(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    logits = model(ids).logits
+    for chosen, same in ((2, [7, 8]), (torch.tensor([1, 5]), [1, 5])):
+        torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, logits[:, same])
+
+
+# Configs
+
+
+def test_a_config_with_nested_options_survives_json(tmp_path):
+    config = GLALMConfig(layers="2*gla+attention", gla={"short_conv": 4}, attention={"window": 9}, num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        GLALMConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        GLALMConfig.from_dict(config.to_dict()),
+        GLALMConfig.from_json_file(tmp_path / "config.json"),
+    ):
+        origin = {"transformers_version": None, "_name_or_path": None}
+        assert type(loaded) is GLALMConfig and loaded.to_dict() | origin == config.to_dict() | origin
+        assert loaded.gla.short_conv == 4 and loaded.attention.window == 9  # dataclasses, not mappings
+        assert loaded.layer_mixers() == ["gla", "gla", "attention"]
+    assert json.loads(config.to_json_string())["gla"]["short_conv"] == 4
+
+
+def test_keys_of_elsewhere_are_kept_and_misspelt_ones_refused(saved, tokens):
+    _, folder = saved()
+    tree = json.loads((folder / "config.json").read_text())
+
+    def load(**keys):
+        (folder / "config.json").write_text(json.dumps(tree | keys))
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    assert load(some_other_tool={"run": 3}, id2label={"0": "a"}).config.some_other_tool == {"run": 3}
+    with pytest.raises(ValueError, match="unknown key hiden_size; did you mean hidden_size"):
+        load(hiden_size=64)
+    with pytest.raises(ValueError, match=r"unknown key model.gla.shortconv; did you mean model.gla.short_conv"):
+        load(gla={"shortconv": 4})
+    with pytest.raises(ValueError, match=r"model.num_heads=5 does not divide"):
+        load(num_heads=5)
+
+
+# Safety
+
+
+def test_a_checkpoint_runs_no_code(saved, tokens):
+    """Not with trust_remote_code=True either: modules, generation code and kernels of a checkpoint are left alone."""
+    model, folder = saved()
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise SystemExit('ran')")
+    tree = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    tree |= {"auto_map": auto_map, "attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    tree |= {"transformers_weights": "adapter_model.bin"}
+    torch.save({name: torch.zeros_like(w) for name, w in model.state_dict().items()}, folder / "adapter_model.bin")
+    (folder / "config.json").write_text(json.dumps(tree))
+    for cls in (AutoModelForCausalLM, GLALMForCausalLM):
+        for trust in (None, False, True):
+            loaded = cls.from_pretrained(folder, trust_remote_code=trust)
+            assert type(loaded) is GLALMForCausalLM and loaded.config._attn_implementation != "someone/kernel"
+            ids, settings = tokens(1, 4), {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+            assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
+
+
+def test_pickles_are_refused(saved):
+    model, folder = saved()
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    for cls in (AutoModelForCausalLM, GLALMForCausalLM, GLALMModel):
+        with pytest.raises(ValueError, match=r"found only pytorch_model.bin: pickles"):
+            cls.from_pretrained(folder)
+    with pytest.raises(ValueError, match="use_safetensors=False would read a pickle"):
+        AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"must hold weights as model.safetensors .*; found none"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_broken_files_are_named(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for broken in (whole[:-100], whole[:5], b"<html>not found</html>", b""):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{shard.name} is cut short or no safetensors file"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_hidden_layers": 3}, r"lacks model.layers.2.attn.g_norm_swish_gate.weight.* and \d+ more"),
+        ({"num_hidden_layers": 1}, r"has weights that the config has no place for: model.layers.1"),
+        ({"vocab_size": 60}, r"of another shape than the config's: lm_head.weight is \[50, 32\], not \[60, 32\]"),
+        ({"gla": {"output_gate": False}}, r"no place for: model.layers.0.attn.g_norm_swish_gate.weight"),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_named(change, message, saved):
+    _, folder = saved()
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | change))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert all(p.isfinite().all() for p in loaded.parameters())

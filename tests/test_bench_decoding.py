@@ -1,0 +1,26 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_decoding.py"
+
+
+def test_every_model_has_its_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--device", "cpu", "--models", "glalm", "llama"]
+    command += ["--batches", "1", "2", "--prompts", "20", "--new", "4", "--read", "30", "--out", str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    rows = {(r["model"], r["batch"]): r for r in found["rows"]}
+    assert set(rows) == {("glalm", 1), ("glalm", 2), ("llama", 1), ("llama", 2)}
+    assert all(r["ms"] > 0 for r in rows.values())
+    assert ("prefill_tokens_per_second" in rows["glalm", 1]) and ("prefill_tokens_per_second" not in rows["glalm", 2])
+    # GLA: 2 layers of 2 heads of 16 x 32 float32; Llama: keys and values of 24 tokens in bf16
+    assert rows["glalm", 1]["state_mib"] * 2**20 == 2 * 2 * 16 * 32 * 4
+    assert rows["llama", 1]["state_mib"] * 2**20 == 2 * 2 * 64 * 2 * 24
+    assert (tmp_path / "decoding.png").stat().st_size > 1000

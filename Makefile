@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(RUN) scripts/report.py runs/demo
 
 test: .venv/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -130,6 +130,7 @@ def activations(model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, 
     prepare_blocks(shape, dataclasses.replace(train, compile=False), torch.device("cpu"))
     block = shape.model.layers[0]
     if traced:
+        torch._dynamo.reset()  # or a graph that was cut by another setting is taken for this one's
         block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition", dynamic=False)
     short, long = (sum(_saved(block, block.forward, T, model.hidden_size, bf16)) for T in LENGTHS)
     token = (long - short) / (LENGTHS[1] - LENGTHS[0])

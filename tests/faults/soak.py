@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from conftest import assert_same, rows
 from processes import start, text, until, wait
 
 from glalm.config import CheckpointConfig, DataConfig, GuardConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -26,6 +25,7 @@ from glalm.data.prepare import prepare
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT
+from runs import assert_same, rows
 
 STEPS = 60
 

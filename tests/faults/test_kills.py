@@ -6,12 +6,12 @@ import shutil
 import signal
 
 import pytest
-from conftest import assert_same, rows
 from processes import start, text, until, wait
 
 from glalm.config import RunConfig
 from glalm.train import checkpoint, tensors
 from glalm.train.loop import train
+from runs import assert_same, rows
 
 # Each operation of a save on the disk; which of its calls to die at, in a run that saves at 2, 4 and 6 and keeps two;
 # and the newest whole checkpoint then.

@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import rows, weights
 from processes import start, text, wait
 from test_steps import poison, signalled
 
@@ -20,6 +19,7 @@ from glalm.data import loader
 from glalm.train import checkpoint, loop, rng, tensors
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT
+from runs import rows, weights
 
 
 def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:

@@ -11,7 +11,6 @@ import types
 
 import pytest
 import torch
-from conftest import assert_same, rows, weights
 from processes import start, text, wait
 
 from glalm.config import RunConfig
@@ -22,6 +21,7 @@ from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop, step
 from glalm.train.guards import BadSteps
 from glalm.train.loop import train
+from runs import assert_same, rows, weights
 
 
 def poison(monkeypatch, steps: set[int], gradient=None, loss=None):

@@ -1,6 +1,6 @@
 """flash-linear-attention's checkpoints in and out, against its models' equations written out here.
 
-tests/gpu/test_interop.py compares with that library itself.
+tests/gpu/test_interop_fla.py compares with that library itself.
 """
 
 import json
@@ -29,6 +29,8 @@ THEIRS = {
     "gla, no output gate": {"model_type": "gla", "use_output_gate": False, "expand_k": 1, "tie_word_embeddings": True},
     "gla, convolution": {"model_type": "gla", "use_short_conv": True, "conv_size": 3, "clamp_min": -0.05},
     "gla, grouped": {"model_type": "gla", "num_kv_heads": 2, "use_short_conv": True, "intermediate_size": None},
+    "gla, relu": {"model_type": "gla", "feature_map": "relu", "use_short_conv": True},
+    "gla, relu, grouped": {"model_type": "gla", "feature_map": "relu", "num_kv_heads": 2, "use_output_gate": False},
     "gla + attention": {"model_type": "gla", "attn": ATTN},
     "retnet": {"model_type": "retnet", "hidden_ratio": 2, "intermediate_size": None},
     "retnet, fuse_norm=False": {"model_type": "retnet", "fuse_norm": False, "expand_k": 0.5, "expand_v": 1.5},
@@ -127,6 +129,8 @@ def recurrent_mixer(w, x, t):
         taps = w[f"{n}_conv1d.weight"]
         parts[n] = F.silu(F.conv1d(F.pad(parts[n].T, (taps.shape[2] - 1, 0)), taps, groups=len(taps)).T)
     q, k, v = parts.values()
+    if t.get("feature_map") == "relu":
+        q, k = q.clamp(min=0), k.clamp(min=0)
     K, V = q.shape[1] // H, w["o_proj.weight"].shape[1] // H
     q, k, v = q.view(T, H, K), k.view(T, -1, K), v.view(T, -1, V)
     if t["model_type"] == "gla":
@@ -279,14 +283,15 @@ def test_that_librarys_own_classes_go_first(published, tokens, monkeypatch):
     "tree, message",
     [
         (
-            {"model_type": "gla", "feature_map": "relu"},
-            'model_type gla has feature_map="relu"; .* only of feature_map=null',
+            {"model_type": "gla", "feature_map": "elu"},
+            'model_type gla has feature_map="elu"; .* only of feature_map=null or "relu"',
         ),
         ({"model_type": "gla", "hidden_act": "powlu"}, 'has hidden_act="powlu"'),
         ({"model_type": "gla", "elementwise_affine": False}, "has elementwise_affine=false"),
         ({"model_type": "gla", "attnres_block_size": 4}, "has attnres_block_size=4"),
         ({"model_type": "gla", "attn": [ATTN | {"layers": [0]}, ATTN]}, "attn has 2 kinds of attention"),
         ({"model_type": "gla", "attn": ATTN | {"qkv_bias": True}}, "has attn.qkv_bias=true"),
+        ({"model_type": "retnet", "feature_map": "relu"}, "only of feature_map=null"),
         ({"model_type": "retnet", "use_output_gate": False}, "model_type retnet has use_output_gate=false"),
         ({"model_type": "retnet", "num_kv_heads": 2}, "model_type retnet has num_kv_heads=2"),
         ({"model_type": "transformer", "qk_norm": True}, "model_type transformer has qk_norm=true"),

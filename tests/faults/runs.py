@@ -1,0 +1,34 @@
+"""What two runs are compared by."""
+
+from pathlib import Path
+
+import torch
+
+from glalm.data.files import read_jsonl
+from glalm.train import checkpoint, tensors
+
+TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
+
+
+def rows(folder: Path) -> list[dict]:
+    """A run's metrics, without what depends on the clock."""
+    found = read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint but the random generators', whole, however many processes wrote it."""
+    stored = tensors.index(path.glob("*.safetensors"))
+    kinds = {"F32": torch.float32, "I64": torch.int64}
+    whole = {n: torch.empty(s.shape, dtype=kinds[s.dtype]) for n, s in stored.items() if not n.startswith("rng.")}
+    tensors.read(stored, whole)
+    return whole
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two runs' last checkpoints and metrics are the same, bit for bit."""
+    a, b = (weights(checkpoint.latest(folder / "checkpoints")) for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert rows(one) == rows(other)

@@ -2,9 +2,9 @@
 
 NAME: presets NAME_tiny of configs/model (all mixers and the hybrid, unless some are named). KEY=VALUE: as for train.py,
 for every run. The runs are FOLDER/NAME; FOLDER/ladder.json is the table (operations of a forward pass; validation
-perplexity, and on long documents that at 2, 4 and 10 training lengths over that at one), FOLDER/loss.png the validation
-loss against tokens, FOLDER/positions.png the perplexity against position. The same command again resumes what was
-interrupted.
+perplexity, and on long documents that at 2, 4 and 10 training lengths over that at one), FOLDER/loss.png and .svg the
+validation loss against tokens, FOLDER/positions.png and .svg the perplexity against position. The same command again
+resumes what was interrupted.
 """
 
 import argparse
@@ -12,19 +12,15 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 from hydra import compose, initialize_config_dir
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from glalm.cli import CONFIGS
 from glalm.config import MIXERS, EvalConfig, ExtrapolationConfig, RunConfig
-from glalm.evals.plot import COLOURS, MARKERS, SIZE, STYLE, length, quantity
-from glalm.evals.results import read_json, read_metrics, tokens_of, write_json
+from glalm.evals.plot import plot_extrapolation, plot_losses
+from glalm.evals.results import read_json, read_metrics, write_json
 from glalm.evals.run import evaluate
 from glalm.model.flops import cost
 from glalm.strict import ConfigError, build, check_overrides, require
@@ -54,9 +50,11 @@ def main() -> int:
     rows = [result(config) for config in configs]
     write_json(args.folder / "ladder.json", {"overrides": BUDGET + overrides, "rows": rows})
     show(rows)
+    losses = {config.name: config.folder / "metrics.jsonl" for config in configs}
+    positions = [evaluated(config, "extrapolation") | {"model": config.name} for config in configs]
     for plot in (
-        plot_losses(configs, args.folder / "loss.png"),
-        plot_positions(configs, args.folder / "positions.png"),
+        *plot_losses(losses, args.folder / "loss.png"),
+        *plot_extrapolation(positions, args.folder / "positions.png"),
     ):
         print(f"wrote {plot}")
     return 0
@@ -77,15 +75,13 @@ def eval_config(config: RunConfig) -> EvalConfig:
         name=config.name,
         runs_dir=config.runs_dir,
         evals=["perplexity", "extrapolation"],
-        extrapolation=ExtrapolationConfig(max_length=10 * config.data.seq_len),
+        extrapolation=ExtrapolationConfig(max_length=10 * config.data.seq_len, contexts=["carried"]),
     )
 
 
 def result(config: RunConfig) -> dict:
     """A row of the table, from the run's files."""
-    perplexity, extrapolation = (
-        read_json(config.folder / "eval" / f"{name}.json") for name in ("perplexity", "extrapolation")
-    )
+    perplexity, extrapolation = (evaluated(config, name) for name in ("perplexity", "extrapolation"))
     speeds = [row["tokens_per_second"] for row in read_metrics(config.folder / "metrics.jsonl") if "loss" in row]
     ratios = extrapolation["results"]["contexts"]["carried"]["ratios"]
     return {
@@ -98,6 +94,10 @@ def result(config: RunConfig) -> dict:
     }
 
 
+def evaluated(config: RunConfig, evaluator: str) -> dict:
+    return read_json(config.folder / "eval" / f"{evaluator}.json")
+
+
 def show(rows: list[dict]) -> None:
     table = Table(title="one size, one token budget")
     for key in rows[0]:
@@ -107,54 +107,6 @@ def show(rows: list[dict]) -> None:
         cells = [v if k == "mixer" else f"{v:,.0f}" if k in whole else f"{v:.3f}" for k, v in row.items()]
         table.add_row(*cells)
     Console(width=110).print(table)
-
-
-def plot_losses(configs: list[RunConfig], path: Path) -> Path:
-    """Validation loss against tokens, a curve a run."""
-    curves = {}
-    for config in configs:
-        rows = read_metrics(config.folder / "metrics.jsonl")
-        points = zip(tokens_of(rows), rows, strict=True)
-        curves[config.name] = [(tokens, row["val_loss"]) for tokens, row in points if "val_loss" in row]
-    with matplotlib.rc_context(STYLE):
-        figure, ax = draw(curves)
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
-        ax.set_xlabel("tokens trained on")
-        ax.set_ylabel("validation loss (nats per token)")
-        figure.savefig(path, dpi=200)
-    return path
-
-
-def plot_positions(configs: list[RunConfig], path: Path) -> Path:
-    """Perplexity against position on long documents, a curve a run; a point is a bucket of positions, at its end."""
-    curves = {}
-    for config in configs:
-        found = read_json(config.folder / "eval" / "extrapolation.json")["results"]["contexts"]["carried"]
-        curves[config.name] = [(b["end"], b["perplexity"]) for b in found["buckets"] if b["documents"]]
-    with matplotlib.rc_context(STYLE):
-        figure, ax = draw(curves)
-        ax.axvline(configs[0].data.seq_len, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(x)))
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis(FuncFormatter(lambda y, _: f"{y:g}"))
-        ax.set_xlabel("position in document (tokens); dashed: the training length")
-        ax.set_ylabel("perplexity")
-        figure.savefig(path, dpi=200)
-    return path
-
-
-def draw(curves: dict[str, list[tuple[float, float]]]) -> tuple[Figure, Axes]:
-    """The curves by name; dashed ones begin where the palette ends."""
-    figure = Figure(figsize=SIZE, layout="constrained")
-    ax = figure.subplots()
-    for i, (name, points) in enumerate(curves.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.plot(*zip(*points, strict=True), "--" if i >= len(COLOURS) else "-", label=name, **style)
-    figure.legend(loc="outside right upper")
-    return figure, ax
 
 
 if __name__ == "__main__":

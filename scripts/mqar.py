@@ -46,7 +46,7 @@ def main(config: MQARConfig) -> int:
             write_json(path, {"evaluator": "mqar", "settings": settings, "results": result})
             score = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s"
             print(f"{n}/{len(running)} {path.stem}: {score}", flush=True)
-    there = [path for path in jobs if path.is_file()]
+    there = [path for path in jobs if done(path, settings)]
     for figure in plot_mqar(there, folder / "plots" / "mqar.png") if there else ():
         print(f"wrote {figure}")
     if failed:

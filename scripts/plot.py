@@ -10,7 +10,6 @@ from pathlib import Path
 
 from glalm.evals import plot
 from glalm.evals.page import names
-from glalm.evals.results import read_json
 
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),
@@ -33,21 +32,14 @@ def main() -> int:
             paths = plot.plot_losses(curves, out)
         else:
             draw, evaluator = FIGURES[args.figure]
-            paths = draw([result(f, evaluator, n) for f, n in zip(args.folders, labels, strict=True)], out)
+            files = (plot.existing(folder / "eval" / f"{evaluator}.json", evaluator) for folder in args.folders)
+            paths = draw([file | {"model": name} for file, name in zip(files, labels, strict=True)], out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path in paths:
         print(f"wrote {path}")
     return 0
-
-
-def result(folder: Path, evaluator: str, name: str) -> dict:
-    path = folder / "eval" / f"{evaluator}.json"
-    found = read_json(path)
-    if found is None:
-        raise ValueError(f"{path} is missing: python eval.py evals=[{evaluator}] writes it")
-    return found | {"model": name}
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from glalm.config import EvalConfig
 from glalm.evals.job import Job, Work
-from glalm.evals.models import Subject
+from glalm.evals.models import Subject, state_bytes
 from glalm.evals.plot import bytes_of, plot_decoding
-from glalm.model import StateCache
 from glalm.model.decode import Decoder
 from glalm.strict import require
 
@@ -38,7 +36,13 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     )
     subject.need_length(lengths[-1] + new, "decode_speed.lengths")
     return Job(
-        settings={**dataclasses.asdict(c), "lengths": lengths, "batch_size": config.batch_size, "seed": config.seed},
+        settings={
+            **dataclasses.asdict(c),
+            "lengths": lengths,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "device": subject.device_name,
+        },
         run=lambda work: {"lengths": [work.first(partial(decode, subject, n, config, work)) for n in lengths]},
         total=config.batch_size * sum(lengths),
         summary=summary,
@@ -113,12 +117,3 @@ def decoded(step: Callable[[Tensor], Tensor], token: Tensor, count: int) -> Tens
     for _ in range(count):
         token = step(token)
     return token.cpu().to(token.device)
-
-
-def state_bytes(state) -> int:
-    """Of the tensors in a StateCache or in a transformers cache's layers, each counted once."""
-    tensors = tree_leaves(state.states) if isinstance(state, StateCache) else []
-    for layer in getattr(state, "layers", ()):
-        tensors += vars(layer).values()
-    storages = {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor)}
-    return sum(storages.values())

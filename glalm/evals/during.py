@@ -16,7 +16,6 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from glalm.config import EvalConfig, RunConfig
-from glalm.data.shards import TokenSet
 from glalm.evals.job import Work
 from glalm.evals.models import Subject, run_tokenizer
 from glalm.evals.run import make_job
@@ -94,7 +93,6 @@ def as_subject(model: GLALMForCausalLM, precision: str, config: RunConfig, setti
         precision=precision,
         run=config,
         folder=config.folder,
-        data_fingerprint=TokenSet(config.data.path, "train").fingerprint,
     )
 
 

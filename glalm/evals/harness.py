@@ -57,6 +57,10 @@ def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Jo
         raise ConfigError(
             f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}"
         )
+    if options.carry and not (subject.can_resume and subject.max_length is None):
+        raise ConfigError(
+            f"harness.carry: {subject.name} cannot read on from a state without end; write harness.carry=false"
+        )
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ConfigError(f"data_dir={data_dir}: there is no such folder")
     settings = dataclasses.asdict(options) | {
@@ -187,13 +191,8 @@ class HarnessLM(TemplateLM):
 
     def __init__(self, subject: Subject, tokenizer: Tokenizer, options: HarnessConfig, max_length: int, work: Work):
         super().__init__()
-        self.subject, self.codec, self.options, self.max_length, self.work = (
-            subject,
-            tokenizer,
-            options,
-            max_length,
-            work,
-        )
+        self.subject, self.codec, self.options = subject, tokenizer, options
+        self.max_length, self.work = max_length, work
         self.batch_tokens = options.batch_tokens or (65536 if subject.device.type == "cuda" else 2048)
         self._ids = lru_cache(maxsize=256)(lambda text: tuple(tokenizer.encode(text)))  # a question's choices share it
 
@@ -252,21 +251,19 @@ class HarnessLM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
         mine = self.work.mine(order)
         self._count = len(requests)
-        alike: dict[str, list[int]] = {}
-        for i in mine:
-            alike.setdefault(repr(requests[i].args[1]), []).append(i)
+        alike = {repr(r.args[1]): normalize_gen_kwargs(r.args[1], 256) for r in requests}
+        most = max((options["max_gen_toks"] for options in alike.values()), default=0)
+        if most >= self.max_length:  # of all requests: every process has to raise, or the others would wait for it
+            raise ConfigError(
+                f"harness.max_length={self.max_length} leaves no room before the {most} tokens that a task generates; "
+                f"write harness.max_length={2 * most} or more"
+            )
         texts = {}
-        for ids in alike.values():
-            options = normalize_gen_kwargs(requests[ids[0]].args[1], 256)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
-                raise ConfigError(
-                    f"harness.max_length={self.max_length} leaves no room before the {options['max_gen_toks']} tokens "
-                    f"that a task generates; write harness.max_length={2 * options['max_gen_toks']} or more"
-                )
-            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in ids]
-            for batch in batches(ids, [len(c) + options["max_gen_toks"] for c in contexts], self.batch_tokens):
-                texts |= zip(batch, self._generate([contexts[ids.index(i)] for i in batch], **options), strict=True)
+        for kind, options in alike.items():
+            ids, new = [i for i in mine if repr(requests[i].args[1]) == kind], options["max_gen_toks"]
+            contexts = {i: self.tok_encode(requests[i].args[0])[new - self.max_length :] for i in ids}
+            for batch in batches(ids, [len(contexts[i]) + new for i in ids], self.batch_tokens):
+                texts |= zip(batch, self._generate([contexts[i] for i in batch], **options), strict=True)
                 self._advance(len(batch))
         return _in_order([[i] for i in order], self.work.gather([[texts[i]] for i in mine]))
 

@@ -92,9 +92,8 @@ def no_metrics(results: Any) -> dict[str, float]:
 class Job:
     """An evaluator with its inputs, opened and checked: what is left is to run the model."""
 
-    settings: (
-        dict  # JSON: all that the results depend on but the model; with equal ones a finished job is not run again
-    )
+    # JSON: all that the results depend on but the model; with equal ones a finished job is not run again.
+    settings: dict
     run: Callable[[Work], dict | list]  # JSON: the results; all processes call it, the first one's are kept
     total: int  # units of work of all processes together, for the bar
     summary: Callable[[Any], list[str]]  # of the results: lines for the console

@@ -11,7 +11,6 @@ from itertools import accumulate
 
 import torch
 from torch import LongTensor, Tensor
-from torch.utils._pytree import tree_leaves
 
 from glalm.evals.models import LOGITS_AT_ONCE, Subject
 from glalm.model.loss import IGNORE
@@ -27,13 +26,12 @@ def log_likelihoods(
     max_length: int,
     batch_tokens: int,
     advance: Callable[[int], object] = int,
-    share: bool = True,
 ) -> list[list[Answer]]:
     """The answer to each continuation of each context (context, [continuation, ...]), ids, none of them empty.
 
     At most max_length tokens are read: the earliest of a context are dropped, as lm-evaluation-harness does. A batch is
-    at most batch_tokens, padding included, or one row. share: read shared contexts once, where the model can. `advance`
-    is called with the number of continuations scored. Raises ValueError at a continuation longer than max_length.
+    at most batch_tokens, padding included, or one row. `advance` is called with the number of continuations scored.
+    Raises ValueError at a continuation longer than max_length.
     """
     longest = max((len(c) for _, continuations in contexts for c in continuations), default=0)
     if longest > max_length:
@@ -41,7 +39,7 @@ def log_likelihoods(
     answers: list[list[Answer | None]] = [[None] * len(continuations) for _, continuations in contexts]
     together, rows = [], []
     for i, (context, continuations) in enumerate(contexts):
-        if share and subject.can_resume and _worth_sharing(context, continuations, max_length):
+        if subject.can_resume and _worth_sharing(context, continuations, max_length):
             together.append(i)
         else:
             rows += [(i, j, (context + c)[-(max_length + 1) :], len(c)) for j, c in enumerate(continuations)]
@@ -106,29 +104,19 @@ def score_shared(subject: Subject, groups: list[tuple[list[int], list[list[int]]
 
 
 def within_states(subject: Subject, groups: list) -> Iterator[list]:
-    """The groups (i, (context, continuations)), fewer at once where the states of all continuations are too large."""
+    """The groups (of what, (context, continuations)), fewer at once where all continuations' states are too large."""
     total = torch.cuda.get_device_properties(subject.device).total_memory if subject.device.type == "cuda" else 0
     budget = total // 10 or STATES_AT_ONCE
-    _, state = subject.read(torch.zeros(1, 1, dtype=torch.int64, device=subject.device), keep_state=True)
-    one = state_bytes(state)
     part, used = [], 0
-    for i, (context, continuations) in groups:
-        size = one * len(continuations) * (1 if subject.recurrent else len(context) + max(map(len, continuations)))
+    for what, (context, continuations) in groups:
+        tokens = 1 if subject.recurrent else len(context) + max(map(len, continuations))
+        size = subject.state_size * len(continuations) * tokens
         if part and used + size > budget:
             yield part
             part, used = [], 0
-        part.append((i, (context, continuations)))
+        part.append((what, (context, continuations)))
         used += size
     yield part
-
-
-def state_bytes(state) -> int:
-    """Of the state of one sequence of one token."""
-    layers = getattr(state, "layers", None)  # transformers' cache; ours is a tree of tensors
-    tensors = (
-        tree_leaves(state.states) if layers is None else [x for layer in layers for x in (layer.keys, layer.values)]
-    )
-    return sum(x.nbytes for x in tensors)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ import json
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import LongTensor, Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from glalm.config import EvalConfig, RunConfig
@@ -68,6 +69,16 @@ class Subject:
     def recurrent(self) -> bool:
         """Whether what it carries from token to token has one size."""
         return "attention" not in self.model.config.layer_mixers() if self.ours else self.model._is_stateful
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @cached_property
+    def state_size(self) -> int:
+        """Bytes of the state of one sequence after one token: of each token, where the model is not recurrent."""
+        _, state = self.read(torch.zeros(1, 1, dtype=torch.int64, device=self.device), keep_state=True)
+        return state_bytes(state)
 
     def autocast(self) -> AbstractContextManager:
         """What to run the model in. Ours has float32 weights; others' are loaded in their precision."""
@@ -164,6 +175,15 @@ class Subject:
             f"evals=[{evaluator}]: {self.name} does not say at what length it was trained; write train_length=...",
         )
         return self.train_length
+
+
+def state_bytes(state) -> int:
+    """Of the tensors in a StateCache or in a transformers cache's layers, each counted once."""
+    tensors = tree_leaves(state.states) if isinstance(state, StateCache) else []
+    for layer in getattr(state, "layers", ()):
+        tensors += vars(layer).values()
+    storages = {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor)}
+    return sum(storages.values())
 
 
 # ------------------------------------------------------------------------------------------------------- opening

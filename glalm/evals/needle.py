@@ -20,6 +20,7 @@ from glalm.config import EvalConfig
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.job import Job, Work
+from glalm.evals.likelihood import padded, within_states
 from glalm.evals.models import Subject, open_split
 from glalm.evals.plot import plot_needle
 from glalm.model.loss import IGNORE
@@ -148,7 +149,8 @@ def cell(subject: Subject, task: Task, length: int, depth: float, config: EvalCo
     found, mine = [], work.mine(range(config.needle.samples))
     for start in range(0, len(mine), config.batch_size):
         samples = [task.sample(length, depth, i) for i in mine[start : start + config.batch_size]]
-        found += score(subject, samples)
+        for part in within_states(subject, [(s, (s.haystack, s.answers)) for s in samples]):
+            found += score(subject, [s for s, _ in part])
         work.advance(length * len(samples))
     found = work.gather(found)
     return {
@@ -169,7 +171,7 @@ def score(subject: Subject, samples: list[Sample]) -> list[dict]:
     haystacks = torch.from_numpy(np.stack([s.haystack for s in samples])).to(subject.device)
     count = len(samples[0].answers)
     each = torch.arange(len(samples), device=subject.device).repeat_interleave(count)
-    answers = padded([ids for s in samples for ids in s.answers]).to(subject.device)
+    answers = padded([ids for s in samples for ids in s.answers], subject.device, fill=IGNORE)
     state, read = read_on(subject, haystacks[:, :-1])
     if state is not None:
         state = subject.repeat(state, each)
@@ -195,11 +197,3 @@ def read_on(subject: Subject, rows: Tensor) -> tuple[object, int]:
     for start in range(0, length, segment):
         _, state = subject.read(rows[:, start : start + segment], state=state, keep_state=True)
     return state, length
-
-
-def padded(answers: list[list[int]]) -> Tensor:
-    """int64 [answers, longest], IGNORE on the right."""
-    rows = torch.full((len(answers), max(map(len, answers))), IGNORE)
-    for row, ids in zip(rows, answers, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return rows

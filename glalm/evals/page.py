@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from glalm.config.identity import flatten
 from glalm.evals import plot
 from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT
 from glalm.evals.results import read_json, read_metrics, tokens_of
@@ -257,7 +258,7 @@ def samples(runs: list[Run]) -> list[str]:
 
 def recipe(runs: list[Run]) -> list[str]:
     """The configs of training, the keys that differ first and marked."""
-    configs = {r.name: flat(r.record["config"]) for r in runs if "config" in r.record}
+    configs = {r.name: flatten(r.record["config"]) for r in runs if "config" in r.record}
     if not configs:
         return []
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
@@ -342,13 +343,6 @@ def mean(values: list[float | None]) -> float | None:
 
 def band(b: dict) -> str | None:
     return b["perplexity_low"] and f"{b['perplexity_low']:,.3f} to {b['perplexity_high']:,.3f}"
-
-
-def flat(tree: dict, where: str = "") -> dict:
-    rows = {}
-    for key, value in tree.items():
-        rows |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return rows
 
 
 def spelled(record: dict) -> str:

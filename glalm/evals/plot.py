@@ -21,7 +21,7 @@ Result = dict | str | Path
 
 # Okabe and Ito's palette, told apart in every form of colour blindness; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^Dvp*"
+MARKERS = "os^Dvp*X"  # one more than there are colours: 56 models before two are drawn alike
 STYLE = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -68,10 +68,7 @@ def plot_extrapolation(results: Sequence[Result], path: str | Path) -> list[Path
         _perplexities(ax, [b["perplexity"] for b in buckets])
         ax.set_xlabel("position in document (tokens)")
         ax.set_ylabel("perplexity")
-        extra = [Line2D([], [], color=GREY, linestyle=OTHER_CONTEXTS[n][0], linewidth=1) for n in dict.fromkeys(others)]
-        handles, labels = ax.get_legend_handles_labels()
-        labels += [OTHER_CONTEXTS[n][1] for n in dict.fromkeys(others)]
-        figure.legend(handles + extra, labels, loc="outside upper center", ncols=min(len(labels), 2))
+        _legend(figure, ax, {OTHER_CONTEXTS[name][1]: OTHER_CONTEXTS[name][0] for name in others})
         return _save(figure, path)
 
 
@@ -90,7 +87,7 @@ def plot_ratios(results: Sequence[Result], path: str | Path) -> list[Path]:
             points = [(int(n), r) for n, r in context["ratios"].items() if r["documents"]]
             at = [1, *(n for n, _ in points)]
             ratios = [1, *(r["ratio"] for _, r in points)]
-            ax.plot(at, ratios, color=_colour(i), marker=MARKERS[i % len(MARKERS)], label=_label(result))
+            ax.plot(at, ratios, **_style(i), label=_label(result))
             _band(ax, at, [(1, 1), *((r["low"], r["high"]) for _, r in points)], _colour(i))
             values, largest = values + ratios, max(largest, *at)
         for line in (ax.axhline, ax.axvline):
@@ -100,7 +97,7 @@ def plot_ratios(results: Sequence[Result], path: str | Path) -> list[Path]:
         _perplexities(ax, values)
         ax.set_xlabel("position in document")
         ax.set_ylabel("perplexity / at the training length")
-        figure.legend(loc="outside upper center", ncols=min(len(results), 2))
+        _legend(figure, ax)
         return _save(figure, path)
 
 
@@ -109,11 +106,7 @@ def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
 
     Raises ValueError when the file is missing or has no loss.
     """
-    rows = read_metrics(Path(metrics))
-    tokens = tokens_of(rows)
-    training, validation = (
-        [(t, row[key]) for t, row in zip(tokens, rows, strict=True) if key in row] for key in ("loss", "val_loss")
-    )
+    training, validation = (_curve(metrics, key) for key in ("loss", "val_loss"))
     if not training and not validation:
         raise ValueError(f"{metrics} is missing or holds no loss: train the run first")
     with matplotlib.rc_context(STYLE):
@@ -122,36 +115,24 @@ def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
         if training:
             ax.plot(*zip(*training, strict=True), color=COLOURS[5], label="training", linewidth=1)
         if validation:
-            ax.plot(*zip(*validation, strict=True), "o-", color=COLOURS[0], label="validation")
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
-        ax.set_xlabel("tokens trained on")
-        ax.set_ylabel("loss (nats per token)")
-        _perplexity_axis(ax)
+            ax.plot(*zip(*validation, strict=True), **_style(0), label="validation")
+        _losses(ax, "loss (nats per token)")
         ax.legend(loc="upper right")
         return _save(figure, path)
 
 
 def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
     """Validation loss against tokens of several runs: {name: metrics.jsonl}. Raises ValueError when none has any."""
-    curves = {}
-    for name, file in metrics.items():
-        rows = read_metrics(Path(file))
-        points = [(t, r["val_loss"]) for t, r in zip(tokens_of(rows), rows, strict=True) if "val_loss" in r]
-        curves |= {name: points} if points else {}
+    curves = {name: points for name, file in metrics.items() if (points := _curve(file, "val_loss"))}
     if not curves:
         raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         ax = figure.subplots()
         for i, (name, points) in enumerate(curves.items()):
-            ax.plot(*zip(*points, strict=True), color=_colour(i), marker=MARKERS[i % len(MARKERS)], label=name)
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
-        ax.set_xlabel("tokens trained on")
-        ax.set_ylabel("validation loss (nats per token)")
-        _perplexity_axis(ax)
-        figure.legend(loc="outside upper center", ncols=min(len(curves), 4))
+            ax.plot(*zip(*points, strict=True), **_style(i), label=name)
+        _losses(ax, "validation loss (nats per token)")
+        _legend(figure, ax)
         return _save(figure, path)
 
 
@@ -172,15 +153,14 @@ def plot_mqar(results: Sequence[Result], path: str | Path) -> list[Path]:
                     if (r["length"], r["pairs"], r["mixer"]) == (tokens, pairs, mixer):
                         best[r["width"]] = max(r["accuracy"], best.get(r["width"], 0))
                 widths = sorted(best)
-                ax.plot(widths, [best[w] for w in widths], color=_colour(i), marker=MARKERS[i % 7], label=mixer)
+                ax.plot(widths, [best[w] for w in widths], **_style(i), label=mixer)
             ax.set_title(f"{tokens} tokens, {pairs} pairs", fontsize=8)
             ax.set_xscale("log", base=2)
             _ticks(ax, {w: str(w) for w in sorted({r["width"] for r in rows})})
             ax.set_ylim(-0.03, 1.03)
             ax.set_xlabel("width")
         axes[0].set_ylabel("accuracy")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(mixers), 5))
+        _legend(figure, axes[0])
         return _save(figure, path)
 
 
@@ -216,7 +196,7 @@ def plot_decoding(results: Sequence[Result], path: str | Path) -> list[Path]:
         speed, memory = figure.subplots(1, 2)
         for i, result in enumerate(results):
             rows = result["results"]["lengths"]
-            style = {"color": _colour(i), "marker": MARKERS[i % len(MARKERS)], "label": _label(result)}
+            style = _style(i) | {"label": _label(result)}
             at = [r["length"] for r in rows]
             speed.plot(at, [r["tokens_per_second"] for r in rows], **style)
             memory.plot(at, [r["state_bytes"] / r["batch_size"] for r in rows], **style)
@@ -230,8 +210,7 @@ def plot_decoding(results: Sequence[Result], path: str | Path) -> list[Path]:
         memory.set_yscale("log", base=2)
         memory.yaxis.set_major_formatter(FuncFormatter(lambda y, _: bytes_of(y)))
         memory.set_ylabel("state of a sequence")
-        handles, labels = speed.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(results), 2))
+        _legend(figure, speed)
         return _save(figure, path)
 
 
@@ -241,10 +220,11 @@ def plot_decoding(results: Sequence[Result], path: str | Path) -> list[Path]:
 def _load(results: Sequence[Result], evaluator: str) -> list[dict]:
     if not results:
         raise ValueError(f"results is empty: give the {evaluator}.json of at least one run")
-    return [r if isinstance(r, dict) else _existing(Path(r), evaluator) for r in results]
+    return [r if isinstance(r, dict) else existing(Path(r), evaluator) for r in results]
 
 
-def _existing(path: Path, evaluator: str) -> dict:
+def existing(path: Path, evaluator: str) -> dict:
+    """An evaluator's file. Raises ValueError, with the command that makes it, when it is missing."""
     result = read_json(path)
     if result is None:
         raise ValueError(f"{path} is missing: python eval.py evals=[{evaluator}] writes it")
@@ -257,8 +237,7 @@ def _curves(ax: Axes, result: dict, i: int) -> list[str]:
     buckets = _filled(first[1])
     ends = [b["end"] for b in buckets]
     label = _label(result) + ("" if first[0] == "carried" else f", {OTHER_CONTEXTS[first[0]][1]}")
-    marker = MARKERS[i % len(MARKERS)]
-    ax.plot(ends, [b["perplexity"] for b in buckets], color=_colour(i), marker=marker, label=label)
+    ax.plot(ends, [b["perplexity"] for b in buckets], **_style(i), label=label)
     _band(ax, ends, [(b["perplexity_low"], b["perplexity_high"]) for b in buckets], _colour(i))
     for name, context in others:
         buckets = _filled(context)
@@ -282,8 +261,41 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
+def _style(i: int) -> dict:
+    return {"color": _colour(i), "marker": MARKERS[i % len(MARKERS)]}
+
+
 def _label(result: dict) -> str:
     return f"{result['model']} ({quantity(result['parameters'])} parameters)"
+
+
+def _legend(figure: Figure, ax: Axes, linestyles: dict[str, str] | None = None) -> None:
+    """Above the axes, what is drawn in them and what `linestyles` {label: style} mean; the figure grows to hold it."""
+    handles, labels = ax.get_legend_handles_labels()
+    for label, style in (linestyles or {}).items():
+        handles.append(Line2D([], [], color=GREY, linestyle=style, linewidth=1))
+        labels.append(label)
+    for columns in range(min(len(labels), 5), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 3))
+
+
+def _curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
+    """(tokens, value) of the rows of a metrics.jsonl that have the key."""
+    rows = read_metrics(Path(metrics))
+    return [(t, row[key]) for t, row in zip(tokens_of(rows), rows, strict=True) if key in row]
+
+
+def _losses(ax: Axes, label: str) -> None:
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+    ax.set_xlabel("tokens trained on")
+    ax.set_ylabel(label)
+    _perplexity_axis(ax)
 
 
 def _positions(ax: Axes, train_lengths: list[int], last: int) -> None:

@@ -12,16 +12,12 @@ from glalm.evals.results import read_json, read_metrics, tokens_of
 Row = tuple[str, str | None, str]  # what, its value or None when it is missing, its file or how to make it
 
 
-def report(folder: Path, console: Console) -> int:
-    """Prints what the run in `folder` reached and the paths of everything it wrote. Returns an exit code.
+def report(folder: Path, console: Console) -> None:
+    """Prints what the run in `folder` reached and the paths of everything it wrote.
 
-    What is missing is said, with the command that makes it; 1 when there is no run at all. Raises ValueError naming
-    a file that is damaged.
+    What is missing is said, with the command that makes it. Raises ValueError naming a file that is damaged.
     """
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
-    if read_json(folder / "run.json") is None:
-        console.print(f"{folder} holds no run (run.json is missing); make one with {_train(where)}", **PLAIN)
-        return 1
     metrics = read_metrics(folder / "metrics.jsonl")
     perplexity = read_json(folder / "eval" / "perplexity.json")
     extrapolation = read_json(folder / "eval" / "extrapolation.json")
@@ -43,7 +39,6 @@ def report(folder: Path, console: Console) -> int:
     console.print("written:", **PLAIN)
     for path in written(folder):
         console.print(f"  {path}", **PLAIN)
-    return 0
 
 
 PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}

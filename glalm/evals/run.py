@@ -124,7 +124,8 @@ def lacking(result: dict) -> dict[str, str]:
 
 
 def settings(job: Job, subject: Subject) -> dict:
-    return job.settings | {"precision": subject.precision}
+    tokenizer = subject.tokenizer and subject.tokenizer.fingerprint
+    return job.settings | {"precision": subject.precision, "tokenizer": tokenizer}
 
 
 def record(name: str, subject: Subject, config: EvalConfig, work: Work) -> dict:
@@ -137,7 +138,7 @@ def record(name: str, subject: Subject, config: EvalConfig, work: Work) -> dict:
         "train_length": subject.train_length,
         "model_config": model_config(subject),
         "versions": versions(),
-        "device": device_name(subject.device),
+        "device": subject.device_name,
         "processes": work.world,
         "batch_size": config.batch_size,
     }
@@ -152,10 +153,6 @@ def versions() -> dict[str, str]:
     names = ("glalm", "torch", "transformers", "lm-eval")
     known = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     return {name: known[name] for name in names if name in known} | {"python": platform.python_version()}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def processes() -> tuple[int, int, torch.device]:

@@ -7,7 +7,7 @@ from tiny import llama
 from glalm.config import DecodeSpeedConfig, EvalConfig
 from glalm.evals import decode_speed
 from glalm.evals.job import Work
-from glalm.evals.models import Subject
+from glalm.evals.models import Subject, state_bytes
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
 
@@ -40,7 +40,7 @@ def test_a_recurrent_state_has_one_size_and_attentions_grows():
 def test_a_transformers_cache_is_counted():
     subject = Subject(llama())
     _, state = subject.read(torch.zeros(3, 10, dtype=torch.int64), keep_state=True)
-    assert decode_speed.state_bytes(state) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, keys and values, B, heads, T, D
+    assert state_bytes(state) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, keys and values, B, heads, T, D
 
 
 @torch.no_grad()

@@ -300,6 +300,8 @@ def test_bad_settings(subject, data_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"harness\.max_length: model has learned positions for 100 tokens"):
         bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=100)
         found(bounded, data_dir, ["arc_easy"])
+    with pytest.raises(ConfigError, match=r"harness\.carry: model cannot read on from a state without end"):
+        found(Subject(subject.model, tokenizer=subject.tokenizer, max_length=200), data_dir, ["wikitext"], carry=True)
     with pytest.raises(ConfigError, match="the tokenizer has 259 tokens, model only 200"):
         found(Subject(tiny.llama(vocab_size=200), tokenizer=subject.tokenizer), data_dir, ["arc_easy"])
 

@@ -66,11 +66,12 @@ def contexts(subject: Subject) -> list[tuple[list[int], list[list[int]]]]:
     return found
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("worth", [0.3, 1.0], ids=["contexts read once", "every row whole"])
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
-def test_equal_those_computed_directly(subject, share, batch_tokens):
+def test_equal_those_computed_directly(subject, worth, batch_tokens, monkeypatch):
+    monkeypatch.setattr("glalm.evals.likelihood.WORTH_SHARING", worth)
     asked, scored = contexts(subject), []
-    answers = log_likelihoods(subject, asked, 64, batch_tokens, scored.append, share)
+    answers = log_likelihoods(subject, asked, 64, batch_tokens, scored.append)
     for (context, continuations), found in zip(asked, answers, strict=True):
         for continuation, (nats, greedy) in zip(continuations, found, strict=True):
             expected, likeliest = directly(subject, context, continuation)

@@ -28,7 +28,7 @@ class Lookup:
     """A model that remembers the last `memory` tokens and says what came after the longest match of what it reads."""
 
     start, train_length, vocab_size, tokenizer = (2,), 64, 128, Letters()
-    device, can_resume = torch.device("cpu"), True
+    device, can_resume, recurrent, state_size = torch.device("cpu"), True, False, 2**12
 
     def __init__(self, memory: int = 10**6):
         self.memory, self.segments = memory, []
@@ -144,6 +144,17 @@ def test_a_model_that_forgets_finds_what_is_near(hay):
     assert near["exact_match"] == 1
     assert far["exact_match"] == far["ranked_first"] == 0  # a tie ranks last
     assert far["mean_rank"] == 5
+
+
+def test_few_states_at_once(hay, monkeypatch):
+    rows, repeat = [], Lookup.repeat
+    monkeypatch.setattr(Lookup, "repeat", lambda self, s, each: rows.append(len(each)) or repeat(self, s, each))
+    wanted = config(lengths=[400], depths=[0.5])
+    together = needle.job(Lookup(), wanted).run(Work())
+    assert rows == [3 * 5, 5]  # batch_size=3 of four samples, each with five candidates
+    monkeypatch.setattr("glalm.evals.likelihood.STATES_AT_ONCE", 1)
+    assert needle.job(Lookup(), wanted).run(Work()) == together
+    assert rows[2:] == [5] * 4
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from glalm.data.loader import Windows
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 from glalm.evals.job import Work
+from glalm.evals.models import run_tokenizer
 from glalm.evals.run import evaluate
 from glalm.model import GLALMForCausalLM
 from glalm.strict import ConfigError, RunError
@@ -172,6 +173,11 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
         assert len(ran) == i
     assert evaluate(dataclasses.replace(config, checkpoint="step_2")) == 0
     assert len(ran) == 3
+    other = run_tokenizer(config, run)
+    other.fingerprint = "another"
+    monkeypatch.setattr("glalm.evals.models.run_tokenizer", lambda *_: other)
+    evaluate(dataclasses.replace(config, checkpoint="step_2"))
+    assert len(ran) == 4
 
 
 def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):

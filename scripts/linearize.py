@@ -11,7 +11,6 @@ data with it (scripts/prepare_data.py --tokenizer OUT). docs/linearize.md has th
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,11 @@ from omegaconf import OmegaConf
 from torch import LongTensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from glalm.config import ModelConfig
 from glalm.data.loader import Windows, batches
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.model.linearize import MIXERS, distil, linearize
 from glalm.strict import ConfigError, require
+from glalm.train.initial import fields
 
 
 def main() -> int:
@@ -53,9 +52,13 @@ def main() -> int:
 def run(args: argparse.Namespace) -> None:
     require(not args.distil or args.data is not None, "--distil needs --data, a prepared set")
     source = {"gguf_file": args.gguf} if args.gguf else {"use_safetensors": True}
-    llama = LlamaForCausalLM.from_pretrained(args.llama, dtype=torch.float32, local_files_only=True, **source).eval()
+    llama, info = LlamaForCausalLM.from_pretrained(
+        args.llama, dtype=torch.float32, local_files_only=True, output_loading_info=True, **source
+    )
+    lacking = sorted(info["missing_keys"])  # which transformers would leave random, with a warning
+    require(not lacking, f"{args.llama} lacks {', '.join(lacking[:4])}")
     torch.manual_seed(0)
-    model = linearize(llama, args.mixer, args.softmax_layers)
+    model = linearize(llama.eval(), args.mixer, args.softmax_layers)
     if args.distil:
         fit(model, llama, args)
     model.save_pretrained(args.out)
@@ -92,10 +95,8 @@ def save_tokenizer(args: argparse.Namespace) -> None:
 
 def save_config(config, path: Path) -> None:
     """What train.py needs to know of the model: every field of it."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-    tree = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(fields(config))))
 
 
 if __name__ == "__main__":

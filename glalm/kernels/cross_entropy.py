@@ -10,14 +10,17 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
     """Each token's -log softmax(logits)[target] + z_loss * logsumexp(logits)^2, float32 [N]; 0 where it is IGNORE.
 
     logits: [N, vocabulary], contiguous; targets: [N] int64. With `gradient`, the logits are overwritten with the
-    derivative of the sum of what is returned: the caller's matmuls need no third buffer of that size.
+    derivative of the sum of what is returned: the caller's matmuls need no third buffer of that size. A target that
+    is neither a token nor IGNORE is a RuntimeError on the CPU; on CUDA, where finding it would wait for the device,
+    its loss is NaN.
     """
     if logits.is_cuda:
         from glalm.kernels.triton.cross_entropy import cross_entropy_ as fused  # Triton is not on every machine
 
         return fused(logits, targets, z_loss, gradient)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scored, goal = targets != IGNORE, targets.clamp(min=0)[:, None]
+    scored = targets != IGNORE
+    goal = targets.where(scored, 0)[:, None]
     lse = x.logsumexp(-1, keepdim=True)
     losses = (lse - x.gather(1, goal) + z_loss * lse**2).squeeze(1)
     if gradient:

@@ -4,6 +4,7 @@ On CUDA, without gradients, one Triton kernel: the state is read once and writte
 device. With gradients, on the CPU and in float64, plain PyTorch with autograd.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,14 @@ from glalm.kernels.checks import check_inputs, check_values
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
 
-_in_place = False
+
+class Mode(threading.local):
+    """Each thread's own: one that decodes must not have another's kept states written over."""
+
+    in_place = False
+
+
+_mode = Mode()
 
 
 @contextmanager
@@ -22,14 +30,17 @@ def states_in_place() -> Iterator[None]:
     """Inside, the fused_recurrent operators write the final state over a given initial one and return that.
 
     For a decoder that owns its states: half of the memory, and buffers that stay where a CUDA graph has them.
-    Without gradients, and not for packed sequences, which do as before.
+    Without gradients, and not for packed sequences nor in compiled code, which do as before.
     """
-    global _in_place
-    before, _in_place = _in_place, True
+    before, _mode.in_place = _mode.in_place, True
     try:
         yield
     finally:
-        _in_place = before
+        _mode.in_place = before
+
+
+def in_place() -> bool:
+    return not torch.compiler.is_compiling() and _mode.in_place  # no guard of a compiled graph would see it change
 
 
 def fused_recurrent(
@@ -53,7 +64,7 @@ def fused_recurrent(
     inputs = [x for x in (q, k, v, g, initial_state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
-    elif _in_place and initial_state is not None and cu_seqlens is None:
+    elif in_place() and initial_state is not None and cu_seqlens is None:
         o, final_state = update_op(q, k, v, g, scale, initial_state), initial_state
     else:
         o, final_state = forward_op(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)

@@ -23,8 +23,8 @@ class Decoder:
 
     The prompts are read in chunks of prefill_chunk tokens in all, so that their length costs no memory. The graph and
     the states of the last batch size are kept. Steps run without a graph on the CPU, over several devices, and where a
-    layer's state grows with the length, as softmax attention's. Weights may change in place between calls, not be
-    replaced. transformers hands no streamer to a custom_generate: to stream, leave it out.
+    layer's state grows with the length, as softmax attention's. Weights may change between calls, and autocast may.
+    transformers hands no streamer to a custom_generate: to stream, leave it out.
     """
 
     def __init__(self, model: GLALMForCausalLM, prefill_chunk: int = 2**15):
@@ -33,6 +33,7 @@ class Decoder:
         self.model, self.prefill_chunk = model, prefill_chunk
         self.step: Step | None = None
 
+    @torch.inference_mode(False)  # buffers made inside it could never be written again outside
     @torch.no_grad()
     def __call__(
         self,
@@ -72,8 +73,8 @@ class Decoder:
                 )
 
     def step_from(self, cache: StateCache) -> "Step":
-        """A step that continues the cache: the last one's, where the shapes are the same."""
-        if self.step is None or self.step.growing or shapes(self.step.states) != shapes(cache.states):
+        """A step that continues the cache: the last one's, where all that a graph has fixed is the same."""
+        if self.step is None or self.step.growing or self.step.made_for != setting(self.model, cache.states):
             self.step = None  # frees its buffers before there are new ones
             self.step = Step(self.model, cache)
         self.step.load(cache)
@@ -109,20 +110,21 @@ class Step:
 
     def __init__(self, model: GLALMForCausalLM, cache: StateCache):
         self.model, self.graph = model, None
+        self.made_for = setting(model, cache.states)
         self.states = tree_map(torch.clone, cache.states)
         first = tree_leaves(self.states)[0]
         self.tokens = torch.zeros(len(first), 1, dtype=torch.int64, device=model.model.embeddings.weight.device)
-        self.lean = self.tokens.is_cuda and len(first) == 1 and lean.serves(model)
+        one_gpu = self.tokens.is_cuda and {p.device for p in model.parameters()} == {self.tokens.device}
+        self.lean = one_gpu and len(first) == 1 and lean.serves(model)
         self.growing = False
         before = shapes(self.states)
         self.logits = self.forward()
         self.growing = shapes(self.states) != before
-        one_device = {p.device for p in model.parameters()} == {self.tokens.device}
-        if self.tokens.is_cuda and one_device and not self.growing:
+        if one_gpu and not self.growing:
             self.capture()
 
     def forward(self) -> Tensor:
-        with states_in_place():
+        with states_in_place(), without_autocast_cache(self.tokens.device.type):
             if self.lean:
                 return lean.next_logits(self.model, self.tokens, self.states)
             past = StateCache(self.states)
@@ -135,14 +137,15 @@ class Step:
         return out.logits[:, -1]
 
     def capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up on their first calls, which a capture forbids
-            self.forward()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.forward()
+        with torch.cuda.device(self.tokens.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries set themselves up on their first calls, which a capture forbids
+                self.forward()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.forward()
 
     def load(self, cache: StateCache) -> None:
         if self.growing:
@@ -158,8 +161,21 @@ class Step:
         return self.logits
 
 
-def shapes(states: list) -> list[torch.Size]:
-    return [x.shape for x in tree_leaves(states)]
+def without_autocast_cache(device: str) -> torch.autocast:
+    """Autocast as it is, but for its cache, whose copies of the weights a graph would go on reading once freed."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
+
+
+def setting(model: GLALMForCausalLM, states: list) -> list:
+    """What a captured step has fixed: the states' shapes and dtypes, where the weights lie, and autocast."""
+    device = model.model.embeddings.weight.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return [autocast, *shapes(states), *((p.data_ptr(), p.dtype) for p in model.parameters())]
+
+
+def shapes(states: list) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in tree_leaves(states)]
 
 
 def copy(source: list, target: list) -> None:

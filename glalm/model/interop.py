@@ -49,10 +49,10 @@ FORMATS = {  # model_type -> its other fields that change what the model compute
     | {"rope_theta": 10000.0, "attnres_block_size": None},
 }
 MIXER = {"gla": "gla", "retnet": "retention", "transformer": "attention"}
+FEATURE_MAP = {None: "identity", "relu": "relu"}  # GLA's: their names for ours
 ARCHITECTURE = {"gla": "GLAForCausalLM", "retnet": "RetNetForCausalLM", "transformer": "TransformerForCausalLM"}
 CANNOT_BE_OTHERWISE = {  # fields with one value that our models have an equal of
     "hidden_act": "swish",
-    "feature_map": None,
     "elementwise_affine": True,
     "use_gk": True,
     "use_gv": False,
@@ -83,14 +83,18 @@ def config_in(tree: dict) -> dict:
             "attention": attention_in(theirs),
         }
     ours |= {name: theirs[name] for name in ("num_heads", "expand_k", "expand_v")}
+    feature_map = theirs["feature_map"]
     if kind == "gla":
+        check(feature_map in FEATURE_MAP, kind, "feature_map", feature_map, *FEATURE_MAP)
         ours["gla"] = {
+            "feature_map": FEATURE_MAP[feature_map],
             "num_kv_heads": theirs["num_kv_heads"],
             "min_log_gate": theirs["clamp_min"],
             "output_gate": theirs["use_output_gate"],
             "short_conv": theirs["conv_size"] if theirs["use_short_conv"] else 0,
         }
     else:
+        check(feature_map is None, kind, "feature_map", feature_map, None)
         check(theirs["num_kv_heads"] in (None, theirs["num_heads"]), kind, "num_kv_heads", theirs["num_kv_heads"], None)
         check(theirs["use_output_gate"], kind, "use_output_gate", False, True)
     return ours | (hybrid_in(kind, theirs["attn"], theirs["num_hidden_layers"]) if theirs["attn"] else {})
@@ -117,11 +121,11 @@ def attention_in(spec: dict) -> dict:
     }
 
 
-def check(ok: bool, kind: str, field: str, value, needed) -> None:
+def check(ok: bool, kind: str, field: str, value, *served) -> None:
     require(
         ok,
         f"config.json of model_type {kind} has {field}={json.dumps(value)}; the models here have no equal of that, "
-        f"only of {field}={json.dumps(needed)}",
+        f"only of {field}={' or '.join(map(json.dumps, served))}",
     )
 
 
@@ -167,6 +171,7 @@ def config_out(config) -> dict:
             require(value == needed, f"model.{name}={value} cannot be exported: theirs is always {needed}")
         tree |= {"num_kv_heads": gla.num_kv_heads, "clamp_min": gla.min_log_gate, "use_output_gate": gla.output_gate}
         tree |= {"use_short_conv": gla.short_conv > 0, "conv_size": gla.short_conv or 4}
+        tree["feature_map"] = next(theirs for theirs, ours in FEATURE_MAP.items() if ours == gla.feature_map)
     dtype = {} if config.dtype is None else {"dtype": str(config.dtype).removeprefix("torch.")}
     return {"model_type": kind, "architectures": [ARCHITECTURE[kind]], **FORMATS[kind], **tree, **dtype}
 

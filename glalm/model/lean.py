@@ -3,6 +3,7 @@
 The same function as the model's forward, but for where it rounds: sums, norms and gates stay in float32 here.
 """
 
+import torch
 from torch import LongTensor, Tensor, nn
 
 from glalm.kernels import fused_recurrent_gla
@@ -24,8 +25,16 @@ def serves(model: GLALMForCausalLM) -> bool:
         and c.gla.num_kv_heads in (None, c.num_heads)
         and c.gla.min_log_gate is None
         and c.intermediate_size > 0
+        and model.dtype != torch.float64  # which the kernels would round
         and all(n & (n - 1) == 0 for n in (c.value_dim, c.num_heads))
-        and all(type(m) in PLAIN for m in model.modules())  # an adapter has the weight it adapts for its own
+        and all(plain(m) for m in model.modules())
+    )
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether calling it does what its class says: adapters and quantisation are other classes, or hooks."""
+    return type(module) in PLAIN and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     )
 
 

@@ -81,7 +81,8 @@ class GLALMModel(GLALMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_autocast_enabled(x.device.type):  # in float32 the residual stream is twice the traffic and memory
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+            # In float32 the residual stream would be twice the traffic and memory.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         past = past_key_values or StateCache([None] * len(self.layers))

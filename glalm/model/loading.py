@@ -54,6 +54,11 @@ def weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
         entry = entry or cached_file(where, name, _raise_exceptions_for_missing_entries=False, **hub)
     if entry is None:
         folder = Path(where) / hub.get("subfolder", "")
+        if (folder / "manifest.json").exists() and any(folder.glob("model-*-of-*.safetensors")):
+            raise ValueError(
+                f"{where} is a checkpoint of which several processes wrote a part each; make whole files of it: "
+                f"python scripts/export_hf.py RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER"
+            )
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         found = f"only {', '.join(pickles)}: pickles, which can run any code and are not read" if pickles else "none"
         raise ValueError(

@@ -35,6 +35,6 @@ def running_maximum(x: Tensor, m: Tensor | None, cu_seqlens: Tensor | None) -> t
 def last(m: Tensor, given: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The running maximum [B, T, H] at the end of each sequence, [N, H]; an empty one keeps what it was given."""
     if cu_seqlens is None:
-        return m[:, -1]
+        return m[:, -1].clone()  # a view would keep the whole sequence
     given = m.new_full((len(cu_seqlens) - 1, m.shape[2]), FLOOR) if given is None else given
     return torch.where(cu_seqlens.diff()[:, None] > 0, m[0, cu_seqlens[1:] - 1], given)

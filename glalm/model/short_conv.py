@@ -30,7 +30,7 @@ class ShortConv(nn.Module):
         if cu_seqlens is None:
             head = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.to(x.dtype)
             x = torch.cat([head, x], 1)
-            return self.convolve(x), x[:, x.shape[1] - before :]
+            return self.convolve(x), x[:, x.shape[1] - before :].clone()  # a view would keep the whole sequence
 
         # Each sequence gets its own `before` places ahead of it.
         N, (_, T, D) = len(cu_seqlens) - 1, x.shape

@@ -55,3 +55,30 @@ def test_a_logit_that_is_not_finite_shows():
     logits = torch.zeros(2, 50, device=DEVICE)
     logits[0, 7], logits[1, 7] = torch.nan, torch.inf
     assert not cross_entropy_(logits, torch.ones(2, device=DEVICE, dtype=torch.long), 0.0, True).isfinite().any()
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
+def test_a_target_that_is_no_token_shows():
+    from glalm.kernels.triton.cross_entropy import cross_entropy_
+
+    losses = cross_entropy_(
+        torch.zeros(4, 50, device=DEVICE), torch.tensor([-1, 50, 3, -100], device=DEVICE), 0.0, True
+    )
+    assert losses.isnan().tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("target", [-1, 50])
+def test_a_target_that_is_no_token_is_an_error_on_the_cpu(target):
+    from glalm.kernels.cross_entropy import cross_entropy_
+
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        cross_entropy_(torch.zeros(2, 50), torch.tensor([1, target]), 0.0, False)
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
+def test_targets_may_be_strided():
+    from glalm.kernels.triton.cross_entropy import cross_entropy_
+
+    logits, targets = torch.randn(5, 50, device=DEVICE), torch.arange(10, device=DEVICE)[::2]
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(cross_entropy_(logits, targets, 0.0, False), expected)

@@ -1,5 +1,8 @@
 """What fused_recurrent_* do besides what chunk_gla does (test_operators): states in place, gates of every shape."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -53,22 +56,40 @@ def test_states_in_place_end_with_their_block(draw):
     assert torch.equal(args["initial_state"], before)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_compiles_whole(draw, in_place):
+def test_threads_have_their_own_states_in_place(draw):
+    args = draw(T=1)
+    before, inside, done = args["initial_state"].clone(), threading.Event(), threading.Event()
+
+    def decode():
+        with states_in_place():
+            inside.set()
+            done.wait(10)
+
+    other = threading.Thread(target=decode)
+    other.start()
+    assert inside.wait(10)
+    kernels.fused_recurrent_gla(**args, output_final_state=True)
+    done.set()
+    other.join()
+    assert torch.equal(args["initial_state"], before)
+
+
+@pytest.mark.parametrize("traced_in_place", [False, True])
+def test_compiles_whole_and_never_in_place(draw, traced_in_place):
     torch._dynamo.reset()
 
     def step(q, k, v, g, S):
-        with states_in_place() if in_place else torch.no_grad():
-            o, S = kernels.fused_recurrent_gla(q, k, v, g.exp().neg(), initial_state=S, output_final_state=True)
+        o, S = kernels.fused_recurrent_gla(q, k, v, g.exp().neg(), initial_state=S, output_final_state=True)
         return o * 2, S
 
     args = draw(T=1)
     inputs = [args[n] for n in "qkvg"]
-    S, other = args["initial_state"].clone(), args["initial_state"].clone()
-    expected = step(*inputs, S)
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs, other)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(other, S, rtol=0, atol=0)
+    S, before = args["initial_state"], args["initial_state"].clone()
+    expected, compiled = step(*inputs, S), torch.compile(step, fullgraph=True, backend="aot_eager")
+    with states_in_place() if traced_in_place else nullcontext():
+        torch.testing.assert_close(compiled(*inputs, S), expected)
+    torch.testing.assert_close(compiled(*inputs, S), expected)
+    assert torch.equal(S, before)
 
 
 def test_opcheck(draw):

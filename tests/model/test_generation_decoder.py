@@ -64,6 +64,44 @@ def test_a_recurrent_step_keeps_its_buffers(tiny, tokens):
     assert not decoder.step.growing
 
 
+def test_a_step_is_made_again_where_what_it_fixed_has_changed(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    decoder = Decoder(model)
+
+    def step():
+        model.generate(ids, custom_generate=decoder, **GREEDY)
+        return decoder.step
+
+    first = step()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert step() is first
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = step()
+        assert cast is not first and step() is cast
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    assert step() is not cast
+
+
+def test_a_step_made_in_inference_mode_serves_outside(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    decoder = Decoder(model)
+    with torch.inference_mode():
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
+
+
+def test_steps_keep_no_cast_copies_of_the_weights(tiny, tokens):
+    """Autocast's cache would: a graph captured with its copies reads freed memory once autocast ends."""
+    model, ids = tiny().float(), tokens(1, 9)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = decode.prefill(model, ids, None, None, 99)[1]
+        before = Decoder(model).step_from(cache)(ids[:, :1])
+        model.lm_head.weight.mul_(2)
+        assert torch.equal(Decoder(model).step_from(cache)(ids[:, :1]), 2 * before)
+
+
 def test_what_it_does_not_serve_is_refused(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     for option in ({"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}):

@@ -95,7 +95,7 @@ def test_is_the_models_step(tiny, tokens):
     ids=str,
 )
 def test_serves_the_papers_model_alone(tiny, changes):
-    assert not lean.serves(tiny(**changes))
+    assert not lean.serves(tiny(**changes).float())
 
 
 def test_serves_no_adapted_layers(tiny):
@@ -103,8 +103,21 @@ def test_serves_no_adapted_layers(tiny):
         pass
 
     model = tiny()
-    assert lean.serves(model)
+    assert not lean.serves(model)  # in float64
+    assert lean.serves(model.float())
     model.model.layers[0].attn.q_proj = Adapted(32, 16, bias=False)
+    assert not lean.serves(model)
+
+
+def test_serves_no_hooked_layers(tiny):
+    model = tiny().float()
+    layer = model.model.layers[1].mlp.up_proj
+    for hook in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = hook(lambda *args: None)
+        assert not lean.serves(model)
+        handle.remove()
+        assert lean.serves(model)
+    layer.forward = layer.forward  # as accelerate does it
     assert not lean.serves(model)
 
 

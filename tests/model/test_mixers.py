@@ -62,6 +62,14 @@ def test_segments_and_steps_with_carried_state_equal_one_pass(choice, tiny, toke
 
 
 @every_choice
+@torch.no_grad()
+def test_a_state_keeps_no_more_memory_than_it_has_numbers(choice, tiny, tokens):
+    cache = tiny(**choice)(tokens(2, 70), use_cache=True).past_key_values
+    for x in torch.utils._pytree.tree_leaves(cache.states):
+        assert x.untyped_storage().nbytes() <= x.nbytes, x.shape
+
+
+@every_choice
 def test_the_future_is_not_seen(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 70)
     changed = torch.cat([ids[:, :40], tokens(1, 30, seed=5)], 1)

@@ -16,6 +16,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
     """glalm.kernels.cross_entropy.cross_entropy_ on CUDA tensors."""
     N, V = logits.shape
     losses = torch.empty(N, device=logits.device, dtype=torch.float32)
+    targets = targets.contiguous()
     constants = {"V": V, "BLOCK": min(BLOCK, triton.next_power_of_2(V)), "GRADIENT": gradient}
     launch(cross_entropy_kernel, N, (logits, targets, losses, float(z_loss)), constants, {"num_warps": 8})
     return losses
@@ -37,7 +38,7 @@ def cross_entropy_kernel(
                 zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < V)
         return
-    goal = tl.load(logits + target).to(tl.float32)
+    goal = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     highest, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):  # lane by lane: no reduction across threads until the end
         x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)

@@ -15,7 +15,8 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], options: dict[str, int | None]) -> None:
-    """kernel[(programs,)](*args, **constants, **options) on the current stream; nothing when there are no programs.
+    """kernel[(programs,)](*args, **constants, **options) on the current stream of the device that args are on; nothing
+    when there are no programs.
 
     args are the kernel's first parameters and constants all that follow. Integers among args are never specialised
     on: kernels list them in do_not_specialize.
@@ -25,8 +26,12 @@ def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], option
     if triton.knobs.runtime.interpret:
         kernel[(programs,)](*args, **constants, **options)
         return
+    device = _device(args)
+    if device != torch.cuda.current_device():  # a layer of a model that is spread over several
+        with torch.cuda.device(device):
+            return launch(kernel, programs, args, constants, options)
     # id: Triton hashes a kernel by its source. The kernels are module-level, so an id stays theirs.
-    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.values(), *options.values())
+    key = (id(kernel), device, *map(_kind, args), *constants.values(), *options.values())
     known = _compiled.get(key)
     if known is not None:
         compiled, tail = known
@@ -34,6 +39,15 @@ def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], option
         return
     compiled = kernel[(programs,)](*args, **constants, **options)
     _compiled[key] = compiled, tuple({**constants, **options}[name] for name in kernel.arg_names[len(args) :])
+
+
+def _device(args: tuple) -> int:
+    for x in args:
+        if type(x) is TensorDescriptor:
+            return x.base.get_device()
+        if type(x) not in _SCALARS:
+            return x.get_device()
+    raise TypeError("a kernel needs a tensor")
 
 
 def _kind(x: Any) -> Any:

@@ -58,9 +58,13 @@ class Attention(nn.Module):
             everything = state is None and padding is None and cu_seqlens is None and self.window is None
             mask = None if everything else visible(at, key_at, self.window, cu_seqlens)
             o = attend(q, k, v, mask)
-        kept = 0 if self.window is None else max(0, k.shape[1] - (self.window - 1))
-        new = (k[:, kept:], v[:, kept:], key_at[:, kept:], start + live.sum(1)) if return_state else None
+        new = (*(self.kept(y) for y in (k, v, key_at)), start + live.sum(1)) if return_state else None
         return self.o_proj(o.flatten(-2)), new
+
+    def kept(self, y: Tensor) -> Tensor:
+        """What of y [B, S, ...] later tokens can see; a copy where it is not all, lest a view keep the rest."""
+        old = 0 if self.window is None else max(0, y.shape[1] - (self.window - 1))
+        return y[:, old:].clone() if old else y
 
     def flops(self, T: int) -> int:
         """Scores and their values, the masked half counted too, as is usual (arXiv 2204.02311, appendix B)."""

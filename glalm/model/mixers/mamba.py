@@ -79,7 +79,8 @@ class Mamba(nn.Module):
             dt = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
             o, h = selective_scan(x, dt, A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
             o = (o + x * self.D) * F.silu(z)
-        return self.out_proj(o.to(z.dtype)), (h, conv_state) if return_state else None
+        # A copy: both scans give a view that keeps the states of all tokens.
+        return self.out_proj(o.to(z.dtype)), (h.clone(), conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
         """The convolution and the states' read-out; the scan itself has no matrix product to count."""

@@ -22,6 +22,8 @@ def gla(w, x, config):
     if options.short_conv:
         parts = torch.cat([q, k, v], 1)
         q, k, v = convolve(parts, w["conv.weight"]).split([q.shape[1], k.shape[1], v.shape[1]], 1)
+    if options.feature_map == "relu":
+        q, k = q.clamp(min=0), k.clamp(min=0)
     K, V, T = q.shape[1] // H, v.shape[1] * shared // H, len(x)
     log_gate = x.new_zeros(T, H // shared, 1)
     if options.gate == "vector":
@@ -57,6 +59,7 @@ def gla(w, x, config):
         {"gla": {"gate": "fixed"}},
         {"gla": {"gate": "none", "output_gate": False}},
         {"gla": {"short_conv": 4}},
+        {"gla": {"short_conv": 4, "feature_map": "relu"}},
         {"gla": {"min_log_gate": -0.05}},
         {"num_heads": 4, "gla": {"num_kv_heads": 2, "gate": "scalar", "short_conv": 3}},
         {"num_heads": 4, "gla": {"num_kv_heads": 1}},

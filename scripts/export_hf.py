@@ -1,5 +1,7 @@
 """Makes a folder that transformers loads from a checkpoint of a run: weights, tokenizer, generation config, card.
 
+Also of a checkpoint that several processes wrote a part of each, which from_pretrained does not read itself.
+
 python scripts/export_hf.py runs/demo --out exported/demo
 python -c "import glalm; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/demo')"
 """

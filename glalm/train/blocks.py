@@ -40,7 +40,7 @@ def prepare_blocks(model: GLALMForCausalLM, config: TrainConfig, device: torch.d
     # torch.compile makes again what is elementwise, but not what the backward needs as a matmul's operand: norms,
     # SwiGLU's product, weights in bfloat16. These are a quarter of a step's memory, and 2% of its time.
     torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
-    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
+    if device.type == "cuda" if config.compile == "auto" else config.compile:
         torch._dynamo.config.recompile_limit = VARIANTS
         # Training has few shapes, and a graph for any length would be slower than one for each.
         train = torch.compile(train, dynamic=False)

@@ -63,7 +63,7 @@ def contents(
     state: any JSON. extra: more tensors, the same on all processes. Every process must call this alike.
     """
     rank, world = place()
-    parameters = named_parameters(model)
+    parameters = dict(model.named_parameters())
     training = {
         f"optim.{key}.{name}": tensor
         for name, p in parameters.items()
@@ -176,7 +176,7 @@ def load(
     """
     if not verified:
         verify(path)
-    parameters = named_parameters(model)
+    parameters = dict(model.named_parameters())
     try:
         saved = tensors.index(_files(path, MODEL))
         _same_names(path, saved.keys(), parameters.keys())
@@ -230,13 +230,12 @@ def newest_whole(
     rank, world = place()
     [candidates, *_] = together(lambda: [str(p) for p in reversed(_steps(folder).values())], group)
     for path in map(Path, candidates):
-        try:
-            together(lambda path=path: verify(path, rank, world), group)
+        found = [damage for damage in together(lambda path=path: _damage(path, rank, world), group) if damage]
+        if not found:
             return path
-        except RunError as error:
-            if rank == 0:
-                aside = set_aside(path, "damaged")
-                say(f"warning: {error}; it is set aside as {aside.name}, and the one before it is taken")
+        if rank == 0:
+            aside = set_aside(path, "damaged")
+            say(f"warning: {'; '.join(found)}; it is set aside as {aside.name}, and the one before it is taken")
     return None
 
 
@@ -271,11 +270,6 @@ def weights_sha256(path: Path) -> str:
     """What tells this checkpoint's weights from others': the sha256 of model.safetensors, or of its parts' sha256s."""
     sums = [e["sha256"] for name, e in sorted(_manifest(path).items()) if name.startswith(Path(MODEL).stem)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def named_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, whatever the modules are wrapped in; of tied ones, the first name."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
@@ -313,6 +307,15 @@ def _compare(file: Path, entry: dict, what: str) -> None:
         raise CheckpointError(f"{file} is missing")
     if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
         raise CheckpointError(f"{file} is damaged: it differs from {what}")
+
+
+def _damage(path: Path, part: int, parts: int) -> str | None:
+    """What `verify` finds. A file that cannot be read (OSError) is another matter: it may be whole."""
+    try:
+        verify(path, part, parts)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _val_loss(path: Path) -> float | None:

@@ -215,8 +215,8 @@ def too_large(parts: dict[str, int], device: Device) -> Iterator[str]:
 
 
 REMEDIES = (
-    "Write a smaller train.micro_batch_size (the batch stays the same), train.activation_checkpointing=selective or "
-    "full, train.segment_length, or with several GPUs parallel=fsdp2"
+    "Write a smaller train.micro_batch_size (the batch stays the same), train.activation_checkpointing=full, "
+    "train.segment_length, or with several GPUs parallel=fsdp2"
 )
 
 

@@ -8,18 +8,17 @@ from glalm.config import ModelConfig, RunConfig, compare
 from glalm.config.identity import flatten
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
-from glalm.train import checkpoint
 
 
-def initial_model(config: RunConfig) -> GLALMForCausalLM:
+def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
     """The model of config.model, the same on every process, on the CPU.
 
-    A run that has a checkpoint does not look at train.init_from again. Raises ConfigError when there is no model in
-    that folder, or another one than config.model.
+    A run that does not begin `anew` but from a checkpoint does not look at train.init_from again. Raises ConfigError
+    when there is no model in that folder, or another one than config.model.
     """
     torch.manual_seed(config.seed)
     shape, folder = GLALMConfig(**dataclasses.asdict(config.model)), config.train.init_from
-    if folder is None or checkpoint.latest(config.folder / "checkpoints") is not None:
+    if folder is None or not anew:
         return GLALMForCausalLM(shape)
     try:
         model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

@@ -23,7 +23,7 @@ from glalm.train.lock import held
 from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
 from glalm.train.report import Meter, SourceTokens, report_start, training_row
-from glalm.train.resume import restore
+from glalm.train.resume import find_origin, restore
 from glalm.train.run import open_data, open_run
 from glalm.train.saver import Saver
 from glalm.train.step import on_device, update
@@ -40,8 +40,8 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     evaluate(model, precision, alive) -> metrics is called every config.during.every steps, by all processes; it calls
     `alive` again and again, and leaves the model as it was.
 
-    Raises ConfigError before any work when the config, the data and the run directory do not fit each other; BadSteps
-    when the loss is no longer finite; CheckpointError when no checkpoint can be saved.
+    Raises ConfigError before any work when the config, the data and the run directory do not fit each other; RunError
+    when the run cannot go on: damaged data, too little memory, BadSteps in a row, a CheckpointError.
     """
     if config.train.dry_run:
         return dry_run(config)
@@ -66,19 +66,20 @@ def fit(
 ) -> int:
     """`train`, in a directory that is this run's alone."""
     record = open_run(config, training.tokens)
-    model, wrapped, optimizers = build(config, accelerator)
+    origin = find_origin(config, record["identity"])
+    model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
-    start = restore(config, record["identity"], model, optimizers, guard.tensors())
+    start = restore(origin, config, model, optimizers, guard.tensors()) if origin else 0
+    examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
 
     with (
         Metrics(config.folder, config, record["id"], start, accelerator.is_main_process) as metrics,
         Saver(config.folder / "checkpoints", config.train.checkpoint, metrics.say) as saver,
         Profiler(config, accelerator.device, accelerator.process_index, start) as profiler,
     ):
-        evaluations = partial(evaluated, evaluate, model, accelerator, watchdog)
         report_start(metrics, config, model, training, start, accelerator)
         if start == 0:
-            metrics.log({"step": 0, **validate(accelerator, wrapped, validation, config), **evaluations()})
+            metrics.log({"step": 0, **examined(0)})
         sources = SourceTokens(config, training, start)
         meter = Meter(config, accelerator.device, accelerator.num_processes, start)
         for step, batch in meter.waiting(steps(config, training, start, accelerator)):
@@ -94,14 +95,11 @@ def fit(
             stopping = any_process(stop.received or 0)
             saving = last or stopping or step % config.train.checkpoint.every == 0
             row = {}
-            if last or saving or step % config.train.log_every == 0:
+            if saving or step % config.train.log_every == 0:
                 row |= training_row(accelerator, loss, grad_norm, lr, step, meter)
                 row |= guard.check(sources.order, config.folder, accelerator.is_main_process)
                 row |= sources.until(step) | saver.row()
-            if last or step % config.train.eval_every == 0:
-                row |= validate(accelerator, wrapped, validation, config)
-            if last or step % config.during.every == 0:
-                row |= evaluations()
+            row |= examined(step)
             if row:
                 metrics.log({"step": step, **row})
                 if saving:  # after its row: resuming drops rows beyond the newest checkpoint, but cannot add one
@@ -117,19 +115,34 @@ def fit(
     return 0
 
 
-def evaluated(
-    evaluate: Evaluate | None, model: GLALMForCausalLM, accelerator: Accelerator, watchdog: Watchdog
+def examine(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: GLALMForCausalLM,
+    wrapped: nn.Module,
+    validation: Windows,
+    evaluate: Evaluate | None,
+    watchdog: Watchdog,
+    step: int,
 ) -> dict[str, float]:
-    """What `evaluate` finds of the model as it is."""
-    if evaluate is None:
-        return {}
-    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    return evaluate(model, precision, lambda _: watchdog.beat("evaluating"))
+    """What the model after `step` does on text that it is not trained on: of validation and `evaluate`, what is due."""
+    row, last = {}, step == config.steps
+    if last or step % config.train.eval_every == 0:
+        row |= validate(accelerator, wrapped, validation, config)
+    if evaluate is not None and (last or step % config.during.every == 0):
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        row |= evaluate(model, precision, lambda _: watchdog.beat("evaluating"))
+    return row
 
 
-def build(config: RunConfig, accelerator: Accelerator) -> tuple[GLALMForCausalLM, nn.Module, list[Optimizer]]:
-    """The model with its initial weights, the same on every process; the module to train it by; its optimisers."""
-    model = initial_model(config).to(accelerator.device)
+def build(
+    config: RunConfig, accelerator: Accelerator, anew: bool = True
+) -> tuple[GLALMForCausalLM, nn.Module, list[Optimizer]]:
+    """The model with its initial weights, the same on every process; the module to train it by; its optimisers.
+
+    anew: whether these weights will be trained; else a checkpoint's take their place.
+    """
+    model = initial_model(config, anew).to(accelerator.device)
     prepare_blocks(model, config.train, accelerator.device)
     wrapped = distributed.distribute(model, config, accelerator)
     return model, wrapped, optim.optimizers(model, config.optim)

@@ -1,4 +1,4 @@
-"""What the loop reports, and when it is to stop."""
+"""What the loop reports of its steps: loss, speed, memory, tokens of each source."""
 
 import math
 import time

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from glalm import config as configs
 from glalm.config import RunConfig
-from glalm.strict import ConfigError, unknown
+from glalm.strict import ConfigError, require, unknown
 from glalm.train import checkpoint
 from glalm.train.together import place, together
 
@@ -35,30 +35,39 @@ def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> 
         )
 
 
+def find_origin(config: RunConfig, identity: Mapping) -> Path | None:
+    """The checkpoint that the run goes on from, every file of it verified; None when it begins anew.
+
+    That is its newest whole one; or train.resume_from, which must be whole, and of a run with the same identity. An
+    explicit one is taken once: the checkpoints after it say that they come from it, and the same command goes on from
+    them. Newer ones that do not are set aside. Raises ConfigError where it is of a step beyond the run's last.
+    """
+    saves, wanted = config.folder / "checkpoints", config.train.resume_from
+    path = checkpoint.newest_whole(saves, say=_warn)
+    explicit = bool(wanted) and (path is None or checkpoint.read_state(path).get("resumed_from") != wanted)
+    if explicit:
+        path = Path(wanted)
+        together(lambda: checkpoint.verify(path, *place()))
+        check_same(config, checkpoint.read_state(path).get("identity", {}), identity, path)
+    if path is None:
+        return None
+    step = checkpoint.read_state(path)["step"]
+    require(step <= config.steps, f"{path} is beyond the run's last step, {config.steps}; write a larger train.steps")
+    if explicit:
+        together(lambda: _set_newer_aside(saves, step) if place()[0] == 0 else None)
+    return path
+
+
 def restore(
+    origin: Path,
     config: RunConfig,
-    identity: Mapping,
     model: PreTrainedModel,
     optimizers: Iterable[Optimizer],
     extra: Mapping[str, torch.Tensor],
 ) -> int:
-    """Loads what the run goes on from into all of these, in place, and returns its step: 0 when there is nothing.
-
-    That is its newest whole checkpoint; or train.resume_from, which must be whole, and of a run with the same identity.
-    An explicit one is taken once: the checkpoints after it say that they come from it, and the same command goes on
-    from them. Newer ones that do not are set aside.
-    """
-    saves, wanted = config.folder / "checkpoints", config.train.resume_from
-    path = checkpoint.newest_whole(saves, say=_warn)
-    if wanted and (path is None or checkpoint.read_state(path).get("resumed_from") != wanted):
-        path = Path(wanted)
-        together(lambda: checkpoint.verify(path, *place()))
-        check_same(config, checkpoint.read_state(path).get("identity", {}), identity, path)
-        together(lambda: _set_newer_aside(saves, checkpoint.read_state(path)["step"]) if place()[0] == 0 else None)
-    if path is None:
-        return 0
-    state = checkpoint.load(path, model, optimizers, extra, verified=True)
-    checkpoint.load_generators(path, config.seed)
+    """Loads a verified checkpoint into all of these, in place, and this process's generators. Returns its step."""
+    state = checkpoint.load(origin, model, optimizers, extra, verified=True)
+    checkpoint.load_generators(origin, config.seed)
     return state["step"]
 
 

@@ -5,9 +5,6 @@ import json
 import uuid
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list
-
 from glalm import config as configs
 from glalm.config import RunConfig
 from glalm.data.files import write_json
@@ -30,10 +27,8 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     """
     reset = config.data.boundaries == "reset"
     try:
-        record = config.folder / DATA
-        manifest = json.loads(record.read_text()) if record.exists() else read_manifest(Path(config.data.path))
-        if torch.distributed.is_initialized():
-            [manifest] = broadcast_object_list([manifest])  # the set may have grown between two processes' looks
+        # The first process's, for all: the set may have grown between two processes' looks.
+        [manifest, *_] = together(lambda: _manifest(config) if place()[0] == 0 else None)
         sets = [TokenSet(config.data.path, split, manifest) for split in ("train", "validation")]
         training, validation = (Windows(s, config.data.seq_len, reset) for s in sets)
         if config.data.weights is not None:
@@ -47,6 +42,11 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
         f"write model.vocab_size={vocabulary}",
     )
     return training, validation
+
+
+def _manifest(config: RunConfig) -> dict:
+    record = config.folder / DATA
+    return json.loads(record.read_text()) if record.exists() else read_manifest(Path(config.data.path))
 
 
 def open_run(config: RunConfig, data: TokenSet) -> dict:

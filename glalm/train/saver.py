@@ -14,7 +14,7 @@ from glalm.config import CheckpointConfig
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError, Contents
 from glalm.train.tensors import Piece
-from glalm.train.together import place, together
+from glalm.train.together import place
 
 MOST_FAILURES = 3  # saves that fail in a row before the run is stopped
 SLOWEST_WRITE = timedelta(hours=2)
@@ -73,7 +73,7 @@ class Saver:
         self._join()
         if self._in_a_row:
             raise CheckpointError(f"the last checkpoint could not be saved: {self._in_a_row[-1]}")
-        together(self._prune, self._group)  # what a kill kept from being removed
+        self._prune()  # what a kill kept from being removed
 
     @property
     def busy(self) -> bool:
@@ -105,7 +105,7 @@ class Saver:
         try:
             ready()
             checkpoint.write(self.folder, step, made, self._group)
-            together(self._prune, self._group)
+            self._prune()
             self._in_a_row.clear()
         except Exception as error:  # in a thread there is nobody to raise it to
             self.failures += 1
@@ -114,8 +114,12 @@ class Saver:
                 self.say(f"warning: step {step} is not saved: {error}; the checkpoints before it are as they were")
 
     def _prune(self) -> None:
-        if place()[0] == 0:
+        if place()[0] != 0:
+            return
+        try:
             checkpoint.prune(self.folder, self.config.keep_last, self.config.keep_every, self.config.keep_best)
+        except OSError as error:  # what was saved is saved all the same
+            self.say(f"warning: an old checkpoint cannot be removed: {error}")
 
     def _copied(self, made: Contents) -> tuple[Contents, Callable[[], None]]:
         """`made` in host memory, and what to call before it may be read."""

@@ -27,4 +27,4 @@ def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfi
         total += torch.stack([loss * scored, scored])
     reshard(model)
     loss, tokens = accelerator.reduce(total, "sum").tolist()
-    return {"val_loss": loss / tokens, "val_perplexity": math.exp(loss / tokens)}
+    return {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700.0))}

@@ -60,6 +60,19 @@ def test_a_last_save_that_fails_is_no_success(run_config, change, monkeypatch):
     assert list((run_config.folder / "checkpoints").iterdir()) == []
 
 
+def test_an_old_one_that_cannot_be_removed_is_told_of_and_costs_no_save(run_config, change, monkeypatch, capfd):
+    def refused(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint, "_remove", refused)
+    config = change(run_config, **{"train.checkpoint.keep_last": 1, "train.checkpoint.every": 1})
+    assert train(config) == 0
+    said = capfd.readouterr().err
+    assert "an old checkpoint cannot be removed" in said and "is not saved" not in said
+    assert len(list((config.folder / "checkpoints").iterdir())) == 6
+    assert "failed_saves" not in rows(config.folder)[-1]
+
+
 FILES = ["model.safetensors", "training.safetensors", "state.json", "config.json", "manifest.json"]
 
 

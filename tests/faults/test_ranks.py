@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,25 @@ def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path
     assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
 
 
+def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monkeypatch):
+    """What two processes saved of a sharded model: transformers is told what to do, and loads what comes of it."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    from export_hf import export
+
+    config = change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1})
+    assert run(config, 2, tmp_path / "log") == [0, 0], text(tmp_path / "log")
+    path = config.folder / "checkpoints" / "step_6"
+    with pytest.raises(ValueError, match=r"export_hf\.py RUN --checkpoint step_6 --out FOLDER"):
+        AutoModelForCausalLM.from_pretrained(path)
+    export(config.folder, "step_6", tmp_path / "exported")
+    loaded, saved = AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), weights(path)
+    assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters())
+    expected = weights(unbroken / "checkpoints" / "step_6")
+    close({n: p.detach() for n, p in loaded.named_parameters()}, {n: expected[n] for n, _ in loaded.named_parameters()})
+
+
 def struck(what: str, rank: int, config: RunConfig) -> int:
     """In its third step, one rank is killed, stopped, waits forever, raises, or its loader hangs or raises."""
     if int(os.environ["RANK"]) == rank:
@@ -160,8 +180,6 @@ def test_every_ranks_generators_are_restored(run_config, tmp_path):
 
 def drawing(folder: str, config: RunConfig) -> int:
     """Each rank draws from every generator, saves, draws, loads, and draws the same again; not so another rank."""
-    from pathlib import Path
-
     from accelerate import Accelerator
 
     from glalm.model import GLALMConfig, GLALMForCausalLM
@@ -208,8 +226,6 @@ def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, cha
 
 
 def passing_on(saved: str, folder: str, config: RunConfig) -> int:
-    from pathlib import Path
-
     from glalm.train import distributed
 
     accelerator = distributed.start(config)

@@ -79,6 +79,26 @@ def test_what_is_allowed_to_change_does_and_nothing_else(trained, change):
     assert train(longer) == 0  # from here on it is the run's config
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(trained, change):
+    shorter = change(trained, **{"train.steps": 4, "train.allow_changes": ["train.steps"]})
+    with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4; write a larger train\.steps"):
+        train(shorter)
+    assert names(trained) == {"step_2", "step_4", "step_6"}
+
+
+def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights_again(trained, change):
+    source = {"train.init_from": str(trained.folder / "checkpoints" / "step_6")}
+    tuned = change(trained, name="tuned", **source, **{"train.steps": 2})
+    assert train(tuned) == 0
+    before = last(tuned)
+    (tuned.folder / "checkpoints" / "step_2" / "model.safetensors").unlink()
+    assert train(tuned) == 0
+    assert names(tuned) == {"step_2", "step_2.damaged"}
+    begun, ended = (read_jsonl(c.folder / "metrics.jsonl")[i]["val_loss"] for c, i in ((tuned, 0), (trained, -1)))
+    assert begun == pytest.approx(ended, rel=1e-5)
+    assert all(torch.equal(t, last(tuned)[n]) for n, t in before.items())
+
+
 def test_what_a_checkpoint_says_of_its_run(trained):
     state = json.loads((trained.folder / "checkpoints" / "step_6" / "state.json").read_text())
     record = json.loads((trained.folder / "run.json").read_text())

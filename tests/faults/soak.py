@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from processes import start, text, until, wait
+from sameness import assert_same, rows
 
 from glalm.config import CheckpointConfig, DataConfig, GuardConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.data.prepare import prepare
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT
-from runs import assert_same, rows
 
 STEPS = 60
 

@@ -5,12 +5,12 @@ import os
 import shutil
 
 import pytest
+from sameness import assert_same, rows
 
 from glalm.strict import ConfigError
 from glalm.train import checkpoint, tensors
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train
-from runs import assert_same, rows
 
 
 def full_disk(monkeypatch, times: int):

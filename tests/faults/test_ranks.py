@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from processes import start, text, wait
+from sameness import rows, weights
 from test_steps import poison, signalled
 
 from glalm.config import RunConfig
@@ -20,7 +21,6 @@ from glalm.data import loader
 from glalm.train import checkpoint, loop, rng, tensors
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT
-from runs import rows, weights
 
 
 def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from processes import start, text, wait
+from sameness import assert_same, rows, weights
 
 from glalm.config import RunConfig
 from glalm.data.loader import Windows
@@ -21,7 +22,6 @@ from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop, step
 from glalm.train.guards import BadSteps
 from glalm.train.loop import train
-from runs import assert_same, rows, weights
 
 
 def poison(monkeypatch, steps: set[int], gradient=None, loss=None):

@@ -24,7 +24,7 @@ from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
 from glalm.train.report import Meter, SourceTokens, report_start, training_row
 from glalm.train.resume import find_origin, restore
-from glalm.train.run import open_data, open_run
+from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
 from glalm.train.step import on_device, update
 from glalm.train.together import place
@@ -67,6 +67,7 @@ def fit(
     """`train`, in a directory that is this run's alone."""
     record = open_run(config, training.tokens)
     origin = find_origin(config, record["identity"])
+    record_run(config, record, training.tokens)
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
     start = restore(origin, config, model, optimizers, guard.tensors()) if origin else 0

@@ -50,8 +50,8 @@ def _manifest(config: RunConfig) -> dict:
 
 
 def open_run(config: RunConfig, data: TokenSet) -> dict:
-    """The content of run.json, written anew by the first process for all: the run's id, the same ever after, its
-    identity, and so on. Pins the data, and removes what an interrupted save left.
+    """The content of run.json, made by the first process for all: the run's id, the same ever after, its identity, and
+    so on. Removes what an interrupted save left.
 
     Raises ConfigError when the directory holds a run of another identity.
     """
@@ -68,8 +68,16 @@ def _open_run(config: RunConfig, data: TokenSet) -> dict:
         run_id = saved["id"]
         check_same(config, saved["identity"], identity, config.folder)
     checkpoint.clean(config.folder / "checkpoints")
-    content = {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **environment()}
-    write_json(record, content, indent=1)
-    if not (config.folder / DATA).exists():  # which shards the run reads, now and when it is resumed
-        write_json(config.folder / DATA, data.manifest)
-    return content
+    return {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **environment()}
+
+
+def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:
+    """Writes run.json, and pins the data: once nothing can refuse the run any more, or what was refused would be the
+    run's config from then on."""
+
+    def write() -> None:
+        write_json(config.folder / "run.json", content, indent=1)
+        if not (config.folder / DATA).exists():  # which shards the run reads, now and when it is resumed
+            write_json(config.folder / DATA, data.manifest)
+
+    together(lambda: write() if place()[0] == 0 else None)

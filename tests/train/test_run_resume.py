@@ -84,6 +84,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(trained, change):
     with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4; write a larger train\.steps"):
         train(shorter)
     assert names(trained) == {"step_2", "step_4", "step_6"}
+    assert train(trained) == 0  # and has left no trace
 
 
 def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights_again(trained, change):

@@ -45,7 +45,7 @@ def fused_recurrent_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` with one gate a head: g [B, T, H]."""
-    check_gate(q, k, v, g)
+    check_gate(q, k, v, g, options.get("initial_state"), options.get("cu_seqlens"))
     return fused_recurrent(q, k, v, log_gate(g, gate_logit_normalizer), **options)
 
 
@@ -67,7 +67,9 @@ def chunk_retention(
 
 def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return fused_recurrent(q, k, v, head_decay(q), **options)
+    g = head_decay(q)
+    check_inputs(q, k, v, channels(g, q), options.get("initial_state"), options.get("cu_seqlens"))
+    return fused_recurrent(q, k, v, g, **options)
 
 
 def chunk_linear_attn(
@@ -87,6 +89,7 @@ def chunk_linear_attn(
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
+    check_inputs(q, k, v, channels(None, q), options.get("initial_state"), options.get("cu_seqlens"))
     return fused_recurrent(q, k, v, None, **options)
 
 
@@ -109,8 +112,8 @@ def check_gate(
     k: Tensor,
     v: Tensor,
     g: Tensor,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """check_inputs for one gate a head."""
     if q.dim() == 4 and g.shape != q.shape[:3]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from glalm.kernels.checks import check_inputs, check_values
+from glalm.kernels.checks import check_values
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
 
@@ -56,9 +56,8 @@ def fused_recurrent(
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t. g: [B, T, H, K], [B, T, H], [H], or None for no gate.
 
-    The other arguments, results and errors are those of `chunk_gla`.
+    The other arguments and results are those of `chunk_gla`; the public operators have checked them.
     """
-    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)
     check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     inputs = [x for x in (q, k, v, g, initial_state) if x is not None]

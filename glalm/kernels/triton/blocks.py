@@ -17,21 +17,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+def chunk_count(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+    """Chunks in all; with cu_seqlens an upper bound, since its values are the device's alone."""
+    return B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+
+
 class Chunks(NamedTuple):
     """Where the chunks are. Packed sequences (cu_seqlens) are looked up on the device: the host knows only a bound."""
 
     sequences: int  # N
-    count: int  # chunks in all; with cu_seqlens an upper bound
+    count: int  # see chunk_count
     cu_seqlens: Tensor | None = None  # [N + 1]
     offsets: Tensor | None = None  # [N + 1], first chunk of each sequence
     owners: Tensor | None = None  # [count], sequence of each chunk; N where the bound was not reached
 
     @classmethod
     def of(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "Chunks":
+        count = chunk_count(B, T, cu_seqlens)
         if cu_seqlens is None:
-            return cls(B, B * triton.cdiv(T, CHUNK))
+            return cls(B, count)
         N = len(cu_seqlens) - 1
-        count = T // CHUNK + N
         cu_seqlens = cu_seqlens.long()
         offsets = torch.zeros_like(cu_seqlens)
         torch.cumsum((cu_seqlens.diff() + CHUNK - 1) // CHUNK, 0, out=offsets[1:])

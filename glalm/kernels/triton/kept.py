@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from glalm.kernels.triton.blocks import CHUNK
+from glalm.kernels.triton.blocks import CHUNK, chunk_count
 
 
 class Kept(NamedTuple):
@@ -22,8 +22,8 @@ class Kept(NamedTuple):
 def shapes(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool) -> list[tuple[tuple, torch.dtype]]:
     """Shape and dtype of each, from shapes alone. low: keep A in two parts, where the second is not 0."""
     B, T, H, K = q.shape
-    chunks = B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
-    tiles, KP, dtype, per_head = chunks * H, padded(K), operands(q), g is None or g.dim() == 3
+    tiles = chunk_count(B, T, cu_seqlens) * H
+    KP, dtype, per_head = padded(K), operands(q), g is None or g.dim() == 3
     return [
         ((tiles, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),

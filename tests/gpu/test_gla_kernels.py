@@ -9,7 +9,7 @@ from glalm.kernels import chunk_gla
 
 pytestmark = pytest.mark.gpu
 SEED = secrets.randbits(31)
-BF16, FP16, FP32 = 3.0e-3, 1.2e-3, 5e-6
+BF16, FP16, FP32 = 2**-8, 1.2e-3, 5e-6  # bfloat16's is what rounding the result alone may take
 
 
 def check(limit, *shape, **options):
@@ -106,7 +106,9 @@ def test_compiled_whole(T):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(2, 1000, 4, 128, 256), (2, 1000, 4, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1000, 4, 128, 256), (2, 1000, 4, 64, 64), (1, 200, 2, 32, 65), (1, 200, 1, 256, 300)]
+)
 @pytest.mark.parametrize("per", ["channel", "head", "nothing"])
 def test_same_bits_twice_whatever_memory_held(shape, per, monkeypatch):
     from glalm.kernels.triton import gla

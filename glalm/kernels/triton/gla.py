@@ -180,7 +180,8 @@ class Plan:
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=bv, C=CHUNK, PARTS=parts,
             A_PARTS=kept.scores.shape[1], HEAD=self.per_head, REVERSE=reverse, PRECISION=self.precision,
         )  # fmt: skip
-        programs = self.chunks.sequences * self.H * segments * triton.cdiv(self.V, bv)
+        blocks = triton.cdiv(self.V if states is None else self.VP, bv)
+        programs = self.chunks.sequences * self.H * segments * blocks
         launch(scan_kernel, programs, args, constants, config.options)
 
     def segments(self, config: Launch) -> int:

@@ -32,9 +32,9 @@ def scan_kernel(
     are tensor descriptors: the copy engine needs no registers for addresses, S takes them all.
     out, states, initial, final and decay may be None. initial and final: float32 [N, segments, H, K, V];
     decay: float32 [N, segments, H, KP], the factor by which the segment shrinks the state it starts from;
-    states: [chunks * H * VP, KP], S_hat^T of every chunk.
+    states: [chunks * H * VP, KP], S_hat^T of every chunk, all VP rows of it: gradients.py reads what pads V too.
     """
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
     pid = tl.program_id(0)
     block, head = pid % BLOCKS, (pid // BLOCKS).to(tl.int64)
     h, segment, n = head % H, (head // H) % segments, head // H // segments

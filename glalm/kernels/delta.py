@@ -10,8 +10,9 @@ is read. In a chunk that starts from S, with G the running sum of g, all u solve
 solved for both right-hand sides at once, before S is known (the WY form); from chunk to chunk go only matmuls.
 """
 
+import re
 from collections.abc import Callable
-from functools import cache
+from importlib.metadata import version
 from itertools import pairwise
 
 import torch
@@ -44,7 +45,7 @@ def chunk_delta_rule(
             states go in or out.
 
     Returns o [B, T, H, V] in v's dtype and, if asked for, the final state. Computed in float32 (float64 for float64
-    inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed.
+    inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed (see `fused`).
     Raises ValueError when beta or g is not [B, T, H].
     """
     for name, x in (("beta", beta), ("g", g)):
@@ -52,7 +53,11 @@ def chunk_delta_rule(
             raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (kernel := fused(g is not None)) is not None:
+    if (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and (kernel := fused(q.shape[3], v.shape[3], g is not None))
+    ):
         return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
     dtype = torch.promote_types(q.dtype, torch.float32)
     g = torch.zeros_like(beta) if g is None else g
@@ -72,17 +77,26 @@ def chunk_delta_rule(
     return o.to(v.dtype), state if output_final_state else None
 
 
-@cache
-def fused(gated: bool) -> Callable | None:
-    """flash-linear-attention's kernel, or None where it is not installed."""
+def fused(K: int, V: int, gated: bool) -> Callable | None:
+    """flash-linear-attention's kernel, or None where it is not installed or does not work."""
     try:
-        if gated:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
-        else:
-            from fla.ops.delta_rule import chunk_delta_rule as kernel
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
         return None
-    return kernel
+    # Of 0.6.0 on Hopper: with heads narrower than 64 its backward reads memory that is not its own, and with gates it
+    # refuses Triton 3.4 to 3.7.0, which compile it wrongly.
+    hopper, triton = machine()
+    if hopper and (min(K, V) < 64 or (gated and (3, 4) <= triton < (3, 7, 1))):
+        return None
+    return chunk_gated_delta_rule if gated else chunk_delta_rule
+
+
+@torch.compiler.assume_constant_result
+def machine() -> tuple[bool, tuple[int, ...]]:
+    """Whether the GPU is a Hopper, and Triton's version."""
+    triton = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
+    return torch.cuda.get_device_capability()[0] == 9, triton
 
 
 def chunks(

@@ -178,7 +178,8 @@ def test_half_precision_weights(choice, tiny, tokens):
 @pytest.mark.gpu
 @every_choice
 def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
-    """Logits in batch and packed, and gradients: float32, and bf16 under autocast, where flash attention serves."""
+    """Logits in batch and packed, and gradients: in float32, and as near in bf16 under autocast, where flash attention
+    serves, as the CPU's."""
     model, ids = tiny(**({"hidden_size": 128} | choice)).float(), tokens(1, 200)
     bounds = torch.tensor([0, 1, 60, 60, 200])
 
@@ -190,7 +191,11 @@ def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
             (whole.float().square().mean() + packed.float().square().mean()).backward()
         return [y.detach().double().cpu() for y in (whole, packed, *(p.grad for p in model.parameters()))]
 
-    truth = results("cpu", autocast=False)
-    for autocast, tolerance in ((False, 1e-2), (True, 0.15)):
-        for found, expected in zip(results("cuda", autocast), truth, strict=True):
-            assert (found - expected).norm() / expected.norm() < tolerance
+    def errors(found: list[torch.Tensor]) -> list[float]:
+        return [((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]
+
+    exact = results("cpu", autocast=False)
+    usual = errors(results("cpu", autocast=True))  # a norm divides by outputs that may nearly cancel
+    assert max(errors(results("cuda", autocast=False))) < 1e-2
+    for error, rounding in zip(errors(results("cuda", autocast=True)), usual, strict=True):
+        assert error < 2 * rounding + 0.02

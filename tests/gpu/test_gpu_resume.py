@@ -1,0 +1,78 @@
+"""A run on a GPU, killed with -9 and started again: the unbroken one's bits; on two GPUs, its tokens."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+
+from sameness import assert_same, rows
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
+SHAPE = ["model.vocab_size=320", "model.hidden_size=256", "model.num_hidden_layers=2", "model.num_heads=2"]
+STEPS = ["train.steps=120", "train.batch_size=8", "train.micro_batch_size=4", "train.log_every=1", "data.seq_len=128"]
+SAVES = ["train.eval_every=40", "train.eval_sequences=8", "train.checkpoint.every=10", "train.checkpoint.keep_last=99"]
+
+
+def start(name: str, data: Path, runs: Path, *more: str, gpus: int = 1) -> subprocess.Popen:
+    """train.py as it is launched: bf16, compiled blocks, the fused optimiser."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    choices = [f"name={name}", f"runs_dir={runs}", f"data.path={data}", "optim=adamw", "optim.warmup_steps=20"]
+    command = [sys.executable, *launcher, "train.py", *choices, *SHAPE, *STEPS, *SAVES, *more]
+    with open(runs / f"{name}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+def kill_after(process: subprocess.Popen, checkpoint: Path, log: Path) -> None:
+    """kill -9 while it makes the steps after that checkpoint."""
+    end = time.monotonic() + 300
+    while not checkpoint.exists():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9, "it was done before it could be killed"
+
+
+@pytest.fixture(scope="module")
+def whole(token_folder, tmp_path_factory):
+    """A run that nothing broke."""
+    runs = tmp_path_factory.mktemp("runs")
+    finish(start("whole", token_folder, runs), runs / "whole.log")
+    return runs / "whole"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_twice_it_ends_as_the_unbroken_run_bit_for_bit(whole, token_folder, asynchronous):
+    runs, name = whole.parent, f"killed-{asynchronous}"
+    options = [f"train.checkpoint.asynchronous={asynchronous}"]
+    for step in (30, 70):
+        process = start(name, token_folder, runs, *options)
+        kill_after(process, runs / name / "checkpoints" / f"step_{step}", runs / f"{name}.log")
+    finish(start(name, token_folder, runs, *options), runs / f"{name}.log")
+    assert (runs / f"{name}.log").read_text().count("resuming after step") == 2
+    assert_same(whole, runs / name)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
+    """The same tokens at every step; the losses within 1%, as gradients are summed in another order, in bf16."""
+    runs, name = whole.parent, f"onto-two-{mode}"
+    one = start(name, token_folder, runs, f"parallel={mode}")
+    kill_after(one, runs / name / "checkpoints" / "step_50", runs / f"{name}.log")
+    finish(start(name, token_folder, runs, f"parallel={mode}", gpus=2), runs / f"{name}.log")
+    expected, got = rows(whole), rows(runs / name)
+    assert [row["step"] for row in got] == [row["step"] for row in expected]
+    assert [row["tokens"] for row in got] == [row["tokens"] for row in expected]
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
+    assert len(pairs) >= 120 and all(math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)

@@ -73,6 +73,6 @@ def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
     finish(start(name, token_folder, runs, f"parallel={mode}", gpus=2), runs / f"{name}.log")
     expected, got = rows(whole), rows(runs / name)
     assert [row["step"] for row in got] == [row["step"] for row in expected]
-    assert [row["tokens"] for row in got] == [row["tokens"] for row in expected]
+    assert [row.get("tokens") for row in got] == [row.get("tokens") for row in expected]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
     assert len(pairs) >= 120 and all(math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)

@@ -95,7 +95,7 @@ def stirred(make):
     model = make()
     weights = dict(model.named_parameters())
     for p in weights.values():
-        p += 0.05 * torch.randn(p.shape).to(p)
+        p += 0.04 * torch.randn(p.shape).to(p)
     for name, k in weights.items():
         if ".k_proj." in name:
             k.copy_(weights[name.replace(".k_proj.", ".q_proj.")][: len(k)] + 0.3 * k)

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "parallel",
     "train.micro_batch_size",
     "train.precision",
+    "train.float8",
     "train.compile",
     "train.activation_checkpointing",
     "train.eval_every",

@@ -92,6 +92,9 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "elementwise", "selective", "full"] = "elementwise"
     compile: Literal["auto", True, False] = "auto"  # the blocks, by torch.compile; auto: on GPUs
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
+    # Training's large matrix products in float8 (torchao, glalm/train/float8.py), on GPUs that have it; all else, and
+    # validation, in bf16.
+    float8: bool = False
     eval_every: int = 250  # steps between validations; one is always made before the first step and after the last
     eval_sequences: int = 128  # validation sequences each time
     log_every: int = 10
@@ -121,6 +124,11 @@ class TrainConfig:
         )
         require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
         require(0 < self.assumed_mfu <= 1, f"train.assumed_mfu must lie in (0, 1], not {self.assumed_mfu}")
+        require(
+            not self.float8 or self.precision != "fp32",
+            f"train.float8=true is an option of training in bf16, not in train.precision={self.precision}; write "
+            "train.precision=bf16 or train.float8=false",
+        )
         first, last = self.profile_steps or (1, 1)
         require(0 < first <= last, f"train.profile_steps=[{first},{last}] must be two steps in order: [10,12]")
         require(

@@ -13,7 +13,7 @@ from glalm.data.blocks import DamagedFile
 from glalm.data.loader import Windows, batches
 from glalm.model import GLALMForCausalLM
 from glalm.strict import RunError
-from glalm.train import distributed, optim
+from glalm.train import distributed, float8, optim
 from glalm.train.blocks import prepare_blocks
 from glalm.train.distributed import any_process
 from glalm.train.estimate import dry_run, explain_out_of_memory
@@ -47,6 +47,8 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
         return dry_run(config)
     accelerator = distributed.start(config)
     config.accumulation(accelerator.num_processes)  # raises here where the batch does not divide
+    if config.train.float8:
+        float8.check(config, accelerator)
     data = open_data(config)
     with StopSignal() as stop, held(config.folder), Watchdog(config.train.guard.hang_seconds, *place()) as watchdog:
         try:
@@ -144,6 +146,8 @@ def build(
     anew: whether these weights will be trained; else a checkpoint's take their place.
     """
     model = initial_model(config, anew).to(accelerator.device)
+    if config.train.float8:
+        float8.convert(model)
     prepare_blocks(model, config.train, accelerator.device)
     wrapped = distributed.distribute(model, config, accelerator)
     return model, wrapped, optim.optimizers(model, config.optim)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,10 @@ from glalm.evals.likelihood import Answer, batches, carried, left_mask, log_like
 from glalm.evals.models import Subject
 from glalm.evals.published import PAPER
 from glalm.strict import ConfigError
+
+# Standard errors are resampled here, not in processes that the harness forks: these would inherit train.py's handler of
+# SIGTERM, by which the harness ends them, and go on waiting, and it for them.
+os.environ["DISABLE_MULTIPROC"] = "1"
 
 # Those of the GLA paper's table, and four more that are often reported.
 PAPER_TASKS = [*dict.fromkeys(task for task, _ in PAPER.values()), "copa", "openbookqa", "sciq", "boolq"]

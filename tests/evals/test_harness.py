@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import statistics
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ pytest.importorskip("lm_eval")
 
 import datasets
 import lm_eval.tasks
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -352,3 +355,12 @@ def test_the_papers_table():
     assert [*row] == [*PAPER, "Avg"]
     assert (row["LMB ppl"], row["LMB"]) == (1.0, pytest.approx(20))
     assert row["Avg"] == pytest.approx((20 + 30 + 40 + 50 + 60 + 70) / 6)
+
+
+def test_standard_errors_fork_no_processes(monkeypatch):
+    """Forked, they would keep train.py's handler of SIGTERM and outlive the harness's attempt to end them."""
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("a pool of processes"))
+    nats = [-1.0, -2.0, -3.0, -6.0]
+    every = [math.exp(-sum(drawn) / 4) for drawn in itertools.product(nats, repeat=4)]
+    found = metrics.bootstrap_stderr(metrics.perplexity, nats, iters=1000)
+    assert found == pytest.approx(statistics.pstdev(every), rel=0.15)

@@ -7,11 +7,13 @@ Weights are random. A row is one model, batch size and prompt length: ms a step 
 memory, and what a sequence's state takes. Prompts of at most --read tokens in all are read, and the reading timed;
 beyond, the state is one of that size that was not read, which costs a step the same. Llama's steps are compiled
 (mode="reduce-overhead"). A row that cannot fit is not tried. "x weights": the step over the time of reading every
-weight once at the bandwidth measured here by copying. Prints a table; FOLDER gets decoding.json and decoding.png.
+weight once at the bandwidth measured here by copying. Prints a table; FOLDER gets decoding.json and decoding.png, where
+rows of earlier calls stay: python scripts/bench_decoding.py --models llama --batches 1 --prompts 2048 --out FOLDER
 """
 
 import argparse
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -41,12 +43,17 @@ class Runner(NamedTuple):
     state_bytes: Callable[[int], int]  # of one sequence of T tokens
 
 
+def made(kind: type[nn.Module], config, device: str) -> nn.Module:
+    with torch.device(device):  # where drawing the weights takes no time
+        return kind(config).to(torch.bfloat16).eval()
+
+
 def glalm(size: str, device: str) -> Runner:
     d, layers, heads, inner, vocabulary = SIZES[size]
     config = GLALMConfig(
         hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
     )
-    model = GLALMForCausalLM(config).to(device, torch.bfloat16).eval()
+    model = made(GLALMForCausalLM, config, device)
 
     def read(ids: Tensor, room: int):
         return prefill(model, ids, None, None, 2**15)[1]
@@ -71,7 +78,7 @@ def fla(size: str, device: str) -> Runner:
     config = GLAConfig(
         hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
     )
-    model = Peer(config).to(device, torch.bfloat16).eval()
+    model = made(Peer, config, device)
 
     def read(ids: Tensor, room: int):
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -100,7 +107,7 @@ def llama(size: str, device: str) -> Runner:
         hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner,
         vocab_size=vocabulary, max_position_embeddings=65536,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    model = made(LlamaForCausalLM, config, device)
 
     def blank(B: int, T: int, room: int) -> StaticCache:
         cache = StaticCache(config, max_cache_len=T + room)
@@ -147,9 +154,9 @@ def bandwidth(device: str) -> float:
 
 
 def row(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict[str, float]:
-    """One row of the table; torch.OutOfMemoryError where it does not fit."""
+    """What is timed of a row."""
     ids = torch.randint(SIZES[args.size][4], (B, T), device=args.device)
-    found = {"state_mib": runner.state_bytes(T + args.new) / 2**20}
+    found = {}
     if args.read >= B * T:
         runner.read(ids, args.new)  # compiles
         start = wait(args.device)
@@ -179,45 +186,65 @@ def training_forward(runner: Runner, args: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def bench(args: argparse.Namespace) -> dict:
-    result = {"size": args.size, "device": name_of(args.device), "bandwidth": bandwidth(args.device), "rows": []}
-    memory = torch.cuda.get_device_properties(args.device).total_memory if args.device != "cpu" else float("inf")
+    """Prints the table; what it returns is also in args.out, after every row. Rows of earlier calls stay there."""
+    result = {"size": args.size, "device": name_of(args.device)}
+    earlier = read(args.out, result)
+    result = {**earlier, **result, "bandwidth": bandwidth(args.device), "rows": earlier.get("rows", [])}
     print("| model | batch | prompt | ms a step | tokens/s | x weights | prefill tokens/s | state MiB | peak GiB |")
-    print("|-|-|-|-|-|-|-|-|-|")
+    print("|-|-|-|-|-|-|-|-|-|", flush=True)
     for name in args.models:
         try:
             runner = RUNNERS[name](args.size, args.device)
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
+        except Exception as error:  # not installed, or not with this transformers: the others are still wanted
+            print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
             continue
-        weights = sum(p.nbytes for n, p in runner.model.named_parameters() if "embed" not in n)
         if name == "glalm":
             result["training_forward_tokens_per_second"] = training_forward(runner, args)
-        for B in args.batches:
-            for T in args.prompts:
-                found = {"model": name, "batch": B, "prompt": T, "weights_bytes": weights}
-                if weights + B * runner.state_bytes(T + args.new) > 0.95 * memory:
-                    found |= {"out_of_memory": True, "state_mib": runner.state_bytes(T + args.new) / 2**20}
-                else:
-                    found |= guarded(runner, B, T, args)
-                if "ms" in found:
-                    found["times_weights"] = found["ms"] / 1e3 / (weights / result["bandwidth"])
-                result["rows"].append(found)
-                print(line(found), flush=True)
+        for B, T in itertools.product(args.batches, args.prompts):
+            found = {"model": name, "batch": B, "prompt": T, **guarded(runner, B, T, result["bandwidth"], args)}
+            result["rows"] = [r for r in result["rows"] if key(r) != key(found)] + [found]
+            print(line(found), flush=True)
+            write(args.out, result)
         del runner
         clear(args.device)
     return result
 
 
-def guarded(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict:
+def key(row: dict) -> tuple:
+    return row["model"], row["batch"], row["prompt"]
+
+
+def read(folder: Path | None, wanted: dict) -> dict:
+    """What earlier calls found for the same size on the same device."""
+    path = folder and folder / "decoding.json"
+    found = json.loads(path.read_text()) if path and path.exists() else {}
+    return found if found.items() >= wanted.items() else {}
+
+
+def write(folder: Path | None, result: dict) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "decoding.json").write_text(json.dumps(result, indent=1))
+
+
+def guarded(runner: Runner, B: int, T: int, bytes_a_second: float, args: argparse.Namespace) -> dict:
+    """A row, or why there is none: memory, or what a peer's kernels or the compiler raised."""
+    weights = sum(p.nbytes for n, p in runner.model.named_parameters() if "embed" not in n)
+    states = B * runner.state_bytes(T + args.new)
+    sizes = {"new": args.new, "weights_bytes": weights, "state_mib": states / B / 2**20}
     clear(args.device)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
+        if weights + states > 0.95 * torch.cuda.get_device_properties(args.device).total_memory:
+            return sizes | {"failed": "out of memory"}
     try:
         found = row(runner, B, T, args)
     except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
+        return sizes | {"failed": "out of memory"}
+    except Exception as error:
+        return sizes | {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device != "cpu" else None
-    return found | {"peak_gib": peak}
+    return sizes | found | {"times_weights": found["ms"] / 1e3 / (weights / bytes_a_second), "peak_gib": peak}
 
 
 def clear(device: str) -> None:
@@ -232,8 +259,8 @@ def name_of(device: str) -> str:
 
 
 def line(found: dict) -> str:
-    if found.get("out_of_memory"):
-        cells = ["out of memory", *[""] * 3, f"{found.get('state_mib', 0):.1f}", ""]
+    if "failed" in found:
+        cells = [found["failed"], *[""] * 3, f"{found['state_mib']:.1f}", ""]
     else:
         read, peak = found.get("prefill_tokens_per_second"), found["peak_gib"]
         cells = [f"{found['ms']:.3f}", f"{found['tokens_per_second']:,.0f}", f"{found['times_weights']:.2f}"]
@@ -279,9 +306,7 @@ def main() -> None:
     forward = result.get("training_forward_tokens_per_second")
     print(f"\n{result['device']}: {result['bandwidth'] / 1e12:.2f} TB/s by copying", end="")
     print("" if forward is None else f"; glalm's training forward {forward:,.0f} tokens/s")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "decoding.json").write_text(json.dumps(result, indent=1))
+    if args.out and result["rows"]:
         figure(result, args.out / "decoding.png")
 
 

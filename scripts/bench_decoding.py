@@ -278,12 +278,13 @@ def figure(result: dict, path: Path) -> None:
 
     batches = sorted({r["batch"] for r in result["rows"]})
     drawn = Figure(figsize=(3.2 * len(batches), 3.2), layout="constrained")
-    for axis, B in zip(drawn.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+    for axis, B in zip(drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0], batches, strict=True):
         for name in dict.fromkeys(r["model"] for r in result["rows"]):
             points = [r for r in result["rows"] if (r["model"], r["batch"]) == (name, B) and "ms" in r]
-            axis.loglog(
-                [r["prompt"] for r in points], [r["tokens_per_second"] for r in points], "o-", base=2, label=name
-            )
+            axis.plot([r["prompt"] for r in points], [r["tokens_per_second"] for r in points], "o-", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
         axis.set_title(f"batch {B}")
         axis.set_xlabel("prompt (tokens)")
     drawn.axes[0].set_ylabel("tokens a second")

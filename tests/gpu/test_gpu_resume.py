@@ -68,6 +68,9 @@ def test_killed_twice_it_ends_as_the_unbroken_run_bit_for_bit(whole, token_folde
 def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
     """The same tokens at every step; the losses within 1%, as gradients are summed in another order, in bf16."""
     runs, name = whole.parent, f"onto-two-{mode}"
+    if mode == "fsdp2":  # which rounds the norms' weights, too
+        whole = runs / "whole-fsdp2"
+        finish(start(whole.name, token_folder, runs, "parallel=fsdp2"), runs / "whole-fsdp2.log")
     one = start(name, token_folder, runs, f"parallel={mode}")
     kill_after(one, runs / name / "checkpoints" / "step_50", runs / f"{name}.log")
     finish(start(name, token_folder, runs, f"parallel={mode}", gpus=2), runs / f"{name}.log")
@@ -75,4 +78,5 @@ def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
     assert [row["step"] for row in got] == [row["step"] for row in expected]
     assert [row.get("tokens") for row in got] == [row.get("tokens") for row in expected]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
-    assert len(pairs) >= 120 and all(math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)
+    assert len(pairs) >= 120
+    assert [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=1e-2)] == []

@@ -48,7 +48,7 @@ def test_operations_are_those_that_torch_counts(name, T):
     assert forward_flops(model, T) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)
 
 
-@pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("340m", 374.5), ("1b3", 1365.5)])
+@pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("small", 42.18), ("340m", 374.5), ("1b3", 1365.5)])
 def test_presets_have_as_many_parameters_as_gla(size, millions):
     for name in (*MIXERS, "hybrid"):
         parameters = cost(preset(f"{name}_{size}"), 2048).parameters / 1e6

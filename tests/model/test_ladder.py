@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,36 +16,106 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
 
 
 @pytest.fixture
-def ladder(monkeypatch):
-    """ladder(*arguments): its exit code."""
+def module():
     spec = importlib.util.spec_from_file_location("ladder", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["ladder"] = module  # which its dataclasses look up
     spec.loader.exec_module(module)
+    yield module
+    del sys.modules["ladder"]
+
+
+@pytest.fixture
+def ladder(module, monkeypatch):
+    """ladder(*arguments): its exit code."""
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
         return module.main()
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_two_mixers_make_a_table_and_two_plots(ladder, token_folder, tmp_path, capsys):
-    tiny = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=2", f"data.path={token_folder}"]
-    tiny += ["data.seq_len=8", "train.steps=4", "train.eval_every=2", "optim.warmup_steps=1"]
-    assert ladder("--folder", str(tmp_path / "out"), "gla", "mamba", *tiny) == 0
-    table = json.loads((tmp_path / "out" / "ladder.json").read_text())["rows"]
-    assert [row["mixer"] for row in table] == ["gla", "mamba"]
-    assert all(1 < row["perplexity"] < 400 and 0 < row["10x / 1x"] < 100 for row in table)
-    assert table[0]["parameters"] != table[1]["parameters"]
+@pytest.fixture
+def tiny(token_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", f"data.path={token_folder}"]
+    return ["--folder", str(tmp_path / "out"), *model, "data.seq_len=8", "train.batch_size=12"]
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_run_and_all_is_in_the_table(ladder, tiny, tmp_path, capfd):
+    budget = ["train.steps=4", "train.eval_every=2", "optim.warmup_steps=1", "--eval", "extrapolation.documents=4"]
+    assert ladder("gla", "gla_12_segments", "--at-once", "2", *tiny, *budget) == 0
+    assert "2 runs, 2 to do, 2 at once" in capfd.readouterr().out
+    assert ladder("gla", *tiny, *budget, "model.num_heads=2") == 1  # another model than the run's
+    assert "gla-1: train.py ended with exit code 2" in capfd.readouterr().err
+    assert ladder("gla", "gla_12_segments", *tiny, *budget) == 0
+    assert "2 runs, 0 to do, 1 at once" in capfd.readouterr().out
+
+    table = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    gla, segments = table["rows"]
+    assert [row["model"] for row in table["rows"]] == ["gla", "gla_12_segments"]
+    assert all(1 < row["perplexity"] < 400 and 0 < row["10x / 1x"] < 100 for row in table["rows"])
+    assert gla["parameters"] == segments["parameters"]
+    assert gla["tokens"] == segments["tokens"] == 4 * 12 * 8
+    assert gla["seeds"]["1"] == pytest.approx(gla["perplexity"])
     for name in ("loss.png", "positions.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "one size, one token budget" in capsys.readouterr().out
+
+    run = json.loads((tmp_path / "out" / "gla_12_segments-1" / "run.json").read_text())["config"]
+    assert (run["train"]["segment_length"], run["data"]["seq_len"]) == (8, 96)
+    read = json.loads((tmp_path / "out" / "gla_12_segments-1" / "eval" / "extrapolation.json").read_text())
+    assert read["results"]["train_length"] == 8  # the segments', so that all are read alike
+
+
+@pytest.mark.slow
+def test_stopped_runs_are_saved(tiny, tmp_path):
+    command = [sys.executable, str(SCRIPT), "gla", *tiny, "train.steps=100000", "train.eval_every=100000"]
+    log = tmp_path / "out" / "gla-1.log"
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "gla-1" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        time.sleep(0.1)
+    for _ in range(2):  # as GNU timeout does
+        process.terminate()
+        time.sleep(0.2)
+    assert "gla-1: stopped" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "the same command goes on from there" in log.read_text()
+    assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
+
+
+def test_means_over_seeds_are_of_nats(module, tmp_path):
+    runs = []
+    for seed, nats in ((1, 3.0), (2, 4.0)):
+        where = ["experiment=ladder_tiny", f"name=gla-{seed}", f"runs_dir={tmp_path}", f"seed={seed}"]
+        runs.append(run := module.Run("gla", module.composed(where), where, []))
+        found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
+        module.write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
+        context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}
+        found = {"contexts": {"carried": context}}
+        module.write_json(run.config.folder / "eval" / "extrapolation.json", {"results": found})
+        rows = [{"step": i, "loss": 1.0, "tokens_per_second": 10.0 * seed + i} for i in (1, 2, 3)]
+        (run.config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = module.row("gla", runs)
+    assert row["perplexity"] == row["2x / 1x"] == pytest.approx(math.exp(3.5))
+    assert (row["tokens/s"], row["tokens"]) == (17.0, 240 * 8 * 128)
+    assert row["seeds"] == {"1": math.exp(3.0), "2": math.exp(4.0)}
+    assert "4x / 1x" not in row
 
 
 @pytest.mark.parametrize(
-    "argument, message",
-    [("glaa", "glaa is none of the presets: attention, deltanet"), ("train.stpes=3", "did you mean train.steps?")],
+    "arguments, message",
+    [
+        (["glaa"], "glaa is none of the presets: attention, deltanet"),
+        (["train.stpes=3"], "did you mean train.steps?"),
+        (["--eval", "extrapolation.buckets=3"], "did you mean extrapolation.bucket?"),
+        (["gla_12_segments"], "is no multiple of data.seq_len=1536"),
+    ],
 )
-def test_what_is_wrong_is_named(ladder, argument, message, capsys):
-    assert ladder(argument) == 2
+def test_what_is_wrong_is_named(ladder, arguments, message, capsys):
+    assert ladder(*arguments) == 2
     assert message in capsys.readouterr().err

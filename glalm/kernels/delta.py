@@ -7,7 +7,7 @@ is read. In a chunk that starts from S, with G the running sum of g, all u solve
 
     (I + L) U = beta V - (beta e^G K) S,        L_ts = beta_t e^(G_t - G_s) k_t . k_s  for s < t
 
-solved for both right-hand sides at once, before S is known (the WY form); from chunk to chunk go only matmuls.
+solved for both right-hand sides at once, before S is known (the WY form); from chunk to chunk go two matmuls.
 """
 
 import re
@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from glalm.kernels.library import operator
 
 CHUNK = 64
 
@@ -127,15 +129,61 @@ def chunks(
     sides = torch.cat([v * beta, written * entering], -1)
     new, read = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split([V, K], -1)
     scores, q, k = q @ k.mT * decay, q * entering, k * leaving
-    outputs = []
-    # unbind and not indexing, whose gradients would each be as large as the whole.
-    for qn, kn, new_n, read_n, scores_n, through_n in zip(
-        *(x.unbind(2) for x in (q, k, new, read, scores, through)), strict=True
-    ):
-        u = new_n - read_n @ S
-        outputs.append(qn @ S + scores_n @ u)
-        S = S * through_n + kn.mT @ u
-    return torch.stack(outputs, 2).flatten(2, 3)[:, :, :T].transpose(1, 2), S
+    u, starts, S = carry_op(k, new, read, through, S)
+    o = q @ starts + scores @ u
+    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
+
+
+def carry(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes from chunk to chunk, u_n = new_n - read_n S_n and S_{n+1} = through_n S_n + k_n^T u_n, as one operator:
+    a compiler would unroll the loop, and take a second for every chunk.
+
+    Returns u [B, H, n, C, V], the states that the chunks start from [B, H, n, K, V], and the last.
+    """
+    u, starts = new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:])
+    with torch.autocast(k.device.type, enabled=False):
+        for n in range(k.shape[2]):
+            starts[:, :, n] = S
+            u[:, :, n] = new[:, :, n] - read[:, :, n] @ S
+            S = S * through[:, :, n] + k[:, :, n].mT @ u[:, :, n]
+    return u, starts, S
+
+
+def carry_backward(
+    k: Tensor, read: Tensor, through: Tensor, u: Tensor, starts: Tensor, du: Tensor, dstarts: Tensor, dS: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, new, read, through and S."""
+    dnew, dends = du.new_empty(du.shape), starts.new_empty(starts.shape)
+    with torch.autocast(k.device.type, enabled=False):
+        for n in reversed(range(k.shape[2])):
+            dends[:, :, n] = dS
+            dnew[:, :, n] = du[:, :, n] + k[:, :, n] @ dS
+            dS = dS * through[:, :, n] + dstarts[:, :, n] - read[:, :, n].mT @ dnew[:, :, n]
+        dthrough = (dends * starts).sum((-2, -1), keepdim=True)
+        return u @ dends.mT, dnew, -(dnew @ starts.mT), dthrough, dS
+
+
+def carry_fake(k, new, read, through, S):
+    return new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:]), S.new_empty(S.shape)
+
+
+def carry_backward_fake(k, read, through, u, starts, du, dstarts, dS):
+    return tuple(x.new_empty(x.shape) for x in (k, u, read, through, dS))
+
+
+def save(ctx, inputs: tuple, output: tuple) -> None:
+    k, _, read, through, _ = inputs
+    ctx.save_for_backward(k, read, through, *output[:2])
+
+
+def differentiate(ctx, du: Tensor, dstarts: Tensor, dS: Tensor) -> tuple[Tensor, ...]:
+    return carry_backward_op(*ctx.saved_tensors, du, dstarts, dS)
+
+
+carry_op, carry_backward_op = operator("delta_carry", carry), operator("delta_carry_backward", carry_backward)
+torch.library.register_fake(carry_op, carry_fake)
+torch.library.register_fake(carry_backward_op, carry_backward_fake)
+torch.library.register_autograd(carry_op, differentiate, setup_context=save)
 
 
 def same_sequence(sequence: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,6 +59,12 @@ def test_float32_keeps_six_digits(draw, differentiate):
     assert (found - exact).norm() / exact.norm() < 3e-6
 
 
+def test_opcheck():
+    k, new, read = (torch.randn(1, 2, 3, 4, n, requires_grad=True) for n in (5, 6, 5))
+    through, S = (torch.rand(shape, requires_grad=True) for shape in ((1, 2, 3, 1, 1), (1, 2, 5, 6)))
+    torch.library.opcheck(torch.ops.glalm.delta_carry.default, (k, new, read, through, S))
+
+
 def test_a_wrong_shape_is_named(draw):
     args = draw()
     with pytest.raises(ValueError, match="beta: expected the shape"):

@@ -34,6 +34,11 @@ def solve_flops(A_shape, B_shape, *_, **__) -> int:
     return prod(B_shape) * A_shape[-1]
 
 
+def carry_flops(k_shape, new_shape, *_, **__) -> int:
+    """Of each chunk read S and k^T u."""
+    return 2 * 2 * prod(k_shape) * new_shape[-1]
+
+
 @pytest.mark.parametrize("T", [32, 128])
 @pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
 def test_operations_are_those_that_torch_counts(name, T):
@@ -42,7 +47,8 @@ def test_operations_are_those_that_torch_counts(name, T):
         config = GLALMConfig(**vars(preset(f"{name}_tiny", vocab_size=100, **changes)))
         config.attention.window = None  # a mask's masked half is counted too
         model, ids = GLALMForCausalLM(config), torch.zeros(2, T, dtype=torch.long)
-        mapping = {torch.ops.glalm.chunk_gla: chunk_gla_flops, torch.ops.aten.linalg_solve_triangular: solve_flops}
+        mapping = {torch.ops.glalm.chunk_gla: chunk_gla_flops, torch.ops.glalm.delta_carry: carry_flops}
+        mapping[torch.ops.aten.linalg_solve_triangular] = solve_flops
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             model(ids)
     assert forward_flops(model, T) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)

@@ -25,6 +25,7 @@ class MQARConfig:
     """
 
     folder: str = "runs/mqar"  # one JSON a trained model, in eval/; the same command again trains only what is missing
+    # One for both layers, or one each: gla+attention.
     mixers: list[str] = field(default_factory=lambda: ["attention", "gla", "mamba", "retention", "deltanet"])
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 64])  # keys with a value, of each length
@@ -59,7 +60,10 @@ class MQARConfig:
             f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs",
         )
         for mixer in self.mixers:
-            require(mixer in MIXERS, f"mixers: {mixer} is none of {', '.join(MIXERS)}")
+            require(
+                all(layer in MIXERS for layer in mixer.split("+")),
+                f"mixers: {mixer} is none of {', '.join(MIXERS)}, nor one for each layer, as gla+attention",
+            )
         for name in ("mixers", "lengths", "widths", "learning_rates"):
             require(len(getattr(self, name)) > 0, f"{name} is empty")
         for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):

@@ -117,7 +117,7 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
 
 
 def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> GLALMForCausalLM:
-    shape = dataclasses.replace(config.model, mixer=mixer, layers=None, hidden_size=width, vocab_size=config.vocab_size)
+    shape = dataclasses.replace(config.model, layers=mixer, hidden_size=width, vocab_size=config.vocab_size)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         return GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(shape))).to(device)

@@ -130,6 +130,12 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, 
         sweep.main(dataclasses.replace(config, seed=2))
 
 
+def test_a_mixer_for_each_layer():
+    model = mqar.build(SMALL, "gla+attention", 32, torch.device("cpu"))
+    assert model.config.layer_mixers() == ["gla", "attention"]
+    assert mqar.build(SMALL, "mamba2", 32, torch.device("cpu")).config.layer_mixers() == ["mamba2", "mamba2"]
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="must hold four for each of 20 pairs"):
         MQARConfig(lengths=[64], pairs=[20])
@@ -137,3 +143,5 @@ def test_settings_that_cannot_be():
         MQARConfig(lengths=[64, 128], pairs=[4])
     with pytest.raises(ConfigError, match="hyena is none of gla"):
         MQARConfig(mixers=["hyena"])
+    with pytest.raises(ConfigError, match=r"gla\+hyena is none of gla"):
+        MQARConfig(mixers=["gla+hyena"])

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm.kernels.checks import check_inputs
+from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
 
 CHUNK = 64
@@ -48,8 +50,9 @@ def chunk_delta_rule(
 
     Returns o [B, T, H, V] in v's dtype and, if asked for, the final state. Computed in float32 (float64 for float64
     inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed (see `fused`).
-    Raises ValueError when beta or g is not [B, T, H].
+    Differentiable once. Raises ValueError when a shape, dtype or device does not fit.
     """
+    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
     for name, x in (("beta", beta), ("g", g)):
         if x is not None and x.shape != q.shape[:3]:
             raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
@@ -63,7 +66,7 @@ def chunk_delta_rule(
         return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
     dtype = torch.promote_types(q.dtype, torch.float32)
     g = torch.zeros_like(beta) if g is None else g
-    inputs = [x.to(dtype) for x in (q * scale, k, v, beta, g)]
+    inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
         if cu_seqlens is None:
             o, state = chunks(*inputs, initial_state)
@@ -71,10 +74,9 @@ def chunk_delta_rule(
             tokens = torch.arange(q.shape[1], dtype=cu_seqlens.dtype, device=q.device)
             o, state = chunks(*inputs, None, torch.searchsorted(cu_seqlens[1:], tokens, right=True))
         else:
-            results = []
-            for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-                S = None if initial_state is None else initial_state[n : n + 1]
-                results.append(chunks(*(x[:, start:end] for x in inputs), S))
+            bounds = list(pairwise(cu_seqlens.tolist()))
+            given = [None] * len(bounds) if initial_state is None else initial_state.split(1)
+            results = [chunks(*(x[:, a:b] for x in inputs), S) for (a, b), S in zip(bounds, given, strict=True)]
             o, state = torch.cat([o for o, _ in results], 1), torch.cat([S for _, S in results])
     return o.to(v.dtype), state if output_final_state else None
 
@@ -180,10 +182,15 @@ def differentiate(ctx, du: Tensor, dstarts: Tensor, dS: Tensor) -> tuple[Tensor,
     return carry_backward_op(*ctx.saved_tensors, du, dstarts, dS)
 
 
+def differentiate_twice(ctx, *grads):
+    raise NotImplementedError("chunk_delta_rule: no second derivatives")
+
+
 carry_op, carry_backward_op = operator("delta_carry", carry), operator("delta_carry_backward", carry_backward)
 torch.library.register_fake(carry_op, carry_fake)
 torch.library.register_fake(carry_backward_op, carry_backward_fake)
 torch.library.register_autograd(carry_op, differentiate, setup_context=save)
+torch.library.register_autograd(carry_backward_op, differentiate_twice)
 
 
 def same_sequence(sequence: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@
 
 Each has the arguments, results and errors of `chunk_gla` and `fused_recurrent_gla`, but for g.
 
-They have the same kernels on CUDA, simpler and at least as quick as those of a gate a channel; on the CPU the gate is
-spread over the channels.
+On CUDA they run on the kernels of triton/head_gate.py, simpler and at least as quick as those of a gate a channel;
+on the CPU the gate is spread over the channels.
 """
 
 import torch

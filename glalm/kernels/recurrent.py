@@ -58,7 +58,6 @@ def fused_recurrent(
 
     The other arguments and results are those of `chunk_gla`; the public operators have checked them.
     """
-    check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     inputs = [x for x in (q, k, v, g, initial_state) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
@@ -73,7 +72,8 @@ def fused_recurrent(
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, initial: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """In PyTorch: o [B, T, H, V] and the final states [N, H, K, V]. No value is read on the host."""
+    """In PyTorch: o [B, T, H, V] and the final states [N, H, K, V]. No accelerator is waited for."""
+    check_values(g, q, cu_seqlens)
     (B, T, H, K), V = q.shape, v.shape[3]
     if initial is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -134,13 +134,13 @@ def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state,
 
 
 def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
-    if not has_kernel(q):
-        o, final_state = recurrent(q, k, v, g, scale, state, None)
-        state.copy_(final_state)
-        return o
-    from glalm.kernels.triton.recurrent import forward
+    if has_kernel(q) and state.is_contiguous():
+        from glalm.kernels.triton.recurrent import forward
 
-    return forward(q, k, v, g, scale, state, state, None)
+        return forward(q, k, v, g, scale, state, state, None)
+    o, final_state = recurrent_forward(q, k, v, g, scale, state, True, None)
+    state.copy_(final_state)
+    return o
 
 
 def recurrent_update_fake(q, k, v, g, scale, state):

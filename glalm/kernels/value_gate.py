@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm.kernels.checks import check_inputs, check_values
+from glalm.kernels.gates import channels
+
 CHUNK = 16
 
 
@@ -26,22 +29,24 @@ def chunk_value_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `chunk_gla`, but for g: [B, T, H, V], v's shape. Raises ValueError when it is of another shape.
+    """As `chunk_gla`, but for g: [B, T, H, V], v's shape.
 
     Computes in float32 (float64 for float64 inputs). cu_seqlens is read on the host.
     """
+    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
     if g.shape != v.shape:
         raise ValueError(f"g: expected the shape of v, {list(v.shape)}, got {list(g.shape)}")
+    check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
-    inputs = [x.to(dtype) for x in (q * scale, k, v, g)]
+    inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
     with torch.autocast(q.device.type, enabled=False):
         if cu_seqlens is None:
             o, state = chunks(*inputs, initial_state)
         else:
-            bounds = enumerate(pairwise(cu_seqlens.tolist()))
-            one = lambda n: None if initial_state is None else initial_state[n : n + 1]  # noqa: E731
-            results = [chunks(*(x[:, a:b] for x in inputs), one(n)) for n, (a, b) in bounds]
+            bounds = list(pairwise(cu_seqlens.tolist()))
+            given = [None] * len(bounds) if initial_state is None else initial_state.split(1)
+            results = [chunks(*(x[:, a:b] for x in inputs), S) for (a, b), S in zip(bounds, given, strict=True)]
             o, state = torch.cat([o for o, _ in results], 1), torch.cat([S for _, S in results])
     return o.to(v.dtype), state if output_final_state else None
 

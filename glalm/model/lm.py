@@ -12,7 +12,7 @@ from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
 from glalm.model.loading import load
-from glalm.model.loss import IGNORE, linear_cross_entropy, token_losses
+from glalm.model.loss import IGNORE, linear_cross_entropy, matmul_dtype, token_losses
 from glalm.model.norm import RMSNorm
 
 
@@ -81,9 +81,7 @@ class GLALMModel(GLALMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-            # In float32 the residual stream would be twice the traffic and memory.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(matmul_dtype(x))  # in float32 the residual stream would be twice the traffic and memory
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         past = past_key_values or StateCache([None] * len(self.layers))
         states, hidden = [], []

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
 
@@ -20,9 +21,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     their gradients does not grow with tokens times vocabulary. Under autocast the products are in its dtype; the
     weight's gradient is summed over the chunks in float32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, dtype)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """That of x's products: autocast's where there is one, which leaves float64 alone, else x's own."""
+    device = x.device.type
+    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dhidden, dweight, count = ctx.saved_tensors
         scale = (grad / count).view(1, 1)  # a matrix: as a scalar it would be rounded to bfloat16 with dhidden

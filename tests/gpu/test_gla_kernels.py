@@ -97,6 +97,24 @@ def test_inputs_that_are_not_contiguous():
         assert torch.equal(a, b)
 
 
+def test_states_that_are_not_contiguous_and_scales_that_are_integers():
+    *inputs, S = *tensors(2, 100, 4, 64, 64), torch.randn(2, 4, 64, 64, device="cuda")
+    strided = S.mT.contiguous().mT
+    for scale in (1, 2):
+        found = []
+        for given, weight in ((S, torch.ones_like(S)), (strided, 1)):  # the sum's gradient is expanded
+            leaves = [x.detach().requires_grad_() for x in (*inputs, given)]
+            q, k, v, g, initial = leaves
+            o, final = chunk_gla(q, k, v, -g.abs(), scale=scale, initial_state=initial, output_final_state=True)
+            found.append((o, final, *torch.autograd.grad((final * weight).sum(), leaves[1:])))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        q, k, v, g = inputs
+        o, _ = chunk_gla(q, k, v, -g.abs(), scale=scale, initial_state=S)
+        other, _ = chunk_gla(q, k, v, -g.abs(), scale=float(scale), initial_state=S)
+        assert torch.equal(o, other)
+
+
 @pytest.mark.parametrize("T", [64, 100])
 def test_compiled_whole(T):
     torch._dynamo.reset()

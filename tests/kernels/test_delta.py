@@ -59,6 +59,22 @@ def test_float32_keeps_six_digits(draw, differentiate):
     assert (found - exact).norm() / exact.norm() < 3e-6
 
 
+def test_half_precision_inputs_are_rounded_once(draw):
+    args = draw(K=12, dtype=torch.bfloat16)
+    args["beta"] = args.pop("g")[..., 0].exp()
+    o, _ = chunk_delta_rule(**args)
+    exact, _ = chunk_delta_rule(**{n: x if x is None else x.float() for n, x in args.items()})
+    assert torch.equal(o, exact.bfloat16())
+
+
+def test_second_derivatives_are_refused(draw):
+    args = draw(T=5)
+    args["beta"], v = args.pop("g")[..., 0].exp(), args["v"].requires_grad_()
+    (dv,) = torch.autograd.grad(chunk_delta_rule(**args)[0].square().sum(), v, create_graph=True)
+    with pytest.raises(NotImplementedError, match="chunk_delta_rule: no second derivatives"):
+        dv.sum().backward()
+
+
 def test_opcheck():
     k, new, read = (torch.randn(1, 2, 3, 4, n, requires_grad=True) for n in (5, 6, 5))
     through, S = (torch.rand(shape, requires_grad=True) for shape in ((1, 2, 3, 1, 1), (1, 2, 5, 6)))
@@ -69,3 +85,5 @@ def test_a_wrong_shape_is_named(draw):
     args = draw()
     with pytest.raises(ValueError, match="beta: expected the shape"):
         chunk_delta_rule(args["q"], args["k"], args["v"], args["g"])
+    with pytest.raises(ValueError, match="cu_seqlens: packed sequences go in one row"):
+        chunk_delta_rule(*(args[n] for n in "qkv"), args["g"][..., 0].exp(), cu_seqlens=torch.tensor([0, 70]))

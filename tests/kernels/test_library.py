@@ -81,10 +81,11 @@ def test_inputs_and_states_are_left_as_they_were(draw):
         torch.testing.assert_close(leaves[n].detach(), x, rtol=0, atol=0)
 
 
-def test_values_are_checked_when_compiled_too(draw):
+@pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
+def test_values_are_checked_when_compiled_too(draw, operator):
     args = draw(T=5)
     args["g"][0, 0, 0, 0] = 0.5
-    compiled = torch.compile(chunk_gla, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=r"^g: "):
         compiled(**args)
 

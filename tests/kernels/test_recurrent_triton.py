@@ -41,6 +41,20 @@ def test_a_state_updated_in_place():
 
 
 @interpreted
+def test_memory_layout_of_states_does_not_matter(monkeypatch):
+    from glalm.kernels import recurrent
+
+    monkeypatch.setattr(recurrent, "has_kernel", lambda q: True)
+    q, k, v, g = (torch.randn(2, 3, 2, 16) for _ in range(4))
+    S = torch.randn(2, 2, 16, 16)
+    strided = S.mT.contiguous().mT
+    o, final = recurrent.recurrent_forward(q, k, v, -g.abs(), 0.3, S, True, None)
+    found = recurrent.recurrent_forward(q, k, v, -g.abs(), 0.3, strided, True, None)
+    assert torch.equal(found[0], o) and torch.equal(found[1], final)
+    assert torch.equal(recurrent.recurrent_update(q, k, v, -g.abs(), 0.3, strided), o) and torch.equal(strided, final)
+
+
+@interpreted
 @pytest.mark.parametrize("gate", ["channel", "head"])
 def test_packed_sequences(gate):
     check(IEEE, 1, 12, 2, 16, 16, dtype=torch.float32, gate=gate, bounds=[0, 0, 1, 6, 6, 12, 12])

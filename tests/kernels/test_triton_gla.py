@@ -38,7 +38,6 @@ def test_one_gate_a_head(gate):
 @interpreted
 def test_no_gate():
     check(IEEE, 1, 100, 2, 16, 16, dtype=torch.float32, per="nothing", states=True)
-    check(BF16, 1, 70, 1, 128, 256, dtype=torch.bfloat16, per="nothing")
 
 
 @interpreted
@@ -76,7 +75,11 @@ def test_large_heads_of_the_table():
 
 
 @interpreted
-def test_packed_sequences():
+@pytest.mark.parametrize("segments", [1, 3])  # the latter are more than any of these has chunks
+def test_packed_sequences(segments, monkeypatch):
+    from glalm.kernels.triton import gla
+
+    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
     check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
 
 
@@ -106,33 +109,75 @@ def test_boundary_of_the_fast_path():
 
 
 @interpreted
-@pytest.mark.parametrize("V", [16, 65])  # the last is padded by a whole block of columns
-def test_same_bits_twice_whatever_memory_held(V):
+@pytest.mark.parametrize(
+    "H, K, V, bounds, segments",
+    [
+        (2, 16, 16, None, 1),
+        (2, 16, 65, None, 1),  # padded by a whole block of columns
+        (1, 17, 15, [0, 0, 1, 67, 67], 3),  # more than any of these has chunks
+    ],
+    ids=str,
+)
+def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeypatch):
     from glalm.kernels.triton import gla
 
-    q, k, v, do = (torch.randn(1, 90, 2, n) for n in (16, 16, V, V))
-    g = -torch.rand(1, 90, 2, 16)
+    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
+    T, bounds = (bounds[-1], torch.tensor(bounds)) if bounds else (90, None)
+    q, k, v, do = (torch.randn(1, T, H, n) for n in (K, K, V, V))
+    g = -torch.rand(1, T, H, K)
 
     def run():
         results = []
         for gate in (g, g[..., 0], None):
-            o, _, kept = gla.forward(q, k, v, gate, 0.25, None, None, False, None, True)
-            results += [o, *gla.backward(q, k, v, gate, 0.25, None, None, None, kept, do, None)]
+            o, final, kept = gla.forward(q, k, v, gate, 0.25, None, None, True, bounds, True)
+            results += [o, final, *gla.backward(q, k, v, gate, 0.25, None, None, bounds, kept, do, None)]
         return [x for x in results if x is not None]
 
-    empty = torch.empty
+    def poisoned(empty):
+        def made(*args, **options):
+            x = empty(*args, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-1)
 
-    def poisoned(*shape, **options):
-        x = empty(*shape, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-1)
+        return made
 
     first = run()
-    torch.empty = poisoned
-    try:
-        second = run()
-    finally:
-        torch.empty = empty
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [1, 2])
+def test_memory_layout_of_states_and_bounds_does_not_matter(segments, monkeypatch):
+    from glalm.kernels.triton import gla
+
+    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
+    q, k, v, g = (torch.randn(1, 70, 1, 16) for _ in range(4))
+    S, dS, bounds = torch.randn(1, 1, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([0, 70])
+
+    def run(S, dS, bounds):
+        args = q, k, v, -g.abs(), 1, None, S
+        o, final, kept = gla.forward(*args, True, bounds, True)
+        return o, final, *gla.backward(*args, bounds, kept, v, dS)
+
+    strided = S.mT.contiguous().mT, torch.ones(()).expand_as(dS), torch.tensor([0, -1, 70])[::2]
+    assert all(torch.equal(a, b) for a, b in zip(run(S, dS, bounds), run(*strided), strict=True))
+
+
+@interpreted
+def test_a_scale_that_is_an_integer_is_no_constant(monkeypatch):
+    """Triton would compile a kernel for scale = 1, and the launcher run it for every other integer."""
+    from glalm.kernels.triton import gla
+
+    scales = []
+
+    def spy(kernel, programs, args, *_):
+        scales.extend(x for name, x in zip(kernel.arg_names, args, strict=False) if name == "scale")
+
+    monkeypatch.setattr(gla, "launch", spy)
+    q = torch.randn(1, 5, 2, 16)
+    gla.forward(q, q, q, None, 1, None, None, False, None, False)
+    assert [type(x) for x in scales] == [float]
 
 
 @interpreted

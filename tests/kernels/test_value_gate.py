@@ -32,6 +32,24 @@ def test_is_a_recurrence_a_channel(bounds, draw, differentiate):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)
 
 
+def test_half_precision_inputs_are_rounded_once(draw):
+    args = draw(K=12, V=12, dtype=torch.bfloat16)
+    exact, _ = chunk_value_gla(**{n: x if x is None else x.float() for n, x in args.items()})
+    assert torch.equal(chunk_value_gla(**args)[0], exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"cu_seqlens": torch.tensor([0, 70])}, "cu_seqlens: packed sequences go in one row"),
+        ({"g": torch.ones(2, 70, 2, 20)}, "g: expected log forget gates <= 0"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, message, draw):
+    with pytest.raises(ValueError, match=message):
+        chunk_value_gla(**{**draw(), "g": -torch.ones(2, 70, 2, 20), **wrong})
+
+
 def test_a_gate_on_the_key_axis_is_refused(draw):
     args = draw(K=6, V=4)
     with pytest.raises(ValueError, match="g: expected the shape of v"):

@@ -1,5 +1,4 @@
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
@@ -7,20 +6,6 @@ import torch.nn.functional as F
 
 from glalm.config import ModelConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache
-
-TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
-
-
-def tiny(seed: int = 0, **changes) -> GLALMForCausalLM:
-    torch.manual_seed(seed)
-    model = GLALMForCausalLM(GLALMConfig(**(TINY | changes))).eval()
-    for p in model.parameters():  # away from the initial values, where norms are 1 and biases 0
-        p.data += 0.1 * torch.randn_like(p)
-    return model
-
-
-def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gla_by_hand(weights: dict, config: GLALMConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -55,10 +40,10 @@ def gla_by_hand(weights: dict, config: GLALMConfig, input_ids: torch.Tensor) -> 
     return torch.stack(logits)
 
 
-def test_logits_are_the_papers_equations():
+def test_logits_are_the_papers_equations(tiny, tokens):
     model, ids = tiny(), tokens(70)
     expected = gla_by_hand(model.state_dict(), model.config, ids)
-    torch.testing.assert_close(model(ids[None]).logits[0].double(), expected, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(model(ids[None]).logits[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +61,7 @@ def test_preset_sizes(shape, tied, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_parameter_names_are_the_published_ones():
+def test_parameter_names_are_the_published_ones(tiny):
     d, key, value = 32, 16, 32
     block = {
         "attn_norm.weight": (d,),
@@ -108,66 +93,29 @@ def test_initial_weights():
             assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
 
 
-def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions():
+def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions(tiny, tokens):
     model, ids = tiny(), tokens(3, 20)
     logits = model(ids).logits
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1))
     out = model(ids, labels=ids)
     assert out.logits is None
-    torch.testing.assert_close(out.loss, expected)
-    torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected)
+    torch.testing.assert_close(out.loss, expected.float())
+    torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected.float())
 
 
-def test_segments_with_carried_state_equal_one_pass():
-    model, ids = tiny(), tokens(2, 100)
-    whole = model(ids).logits
-    cache, parts = None, []
-    for a, b in [(0, 37), (37, 38), (38, 100)]:
-        out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
-        cache, parts = out.past_key_values, [*parts, out.logits]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
-    assert cache.seen == 100
-    with torch.no_grad():  # the decoding kernel
-        step = model(tokens(2, 1), past_key_values=cache, use_cache=True).logits
-    again = model(torch.cat([ids, tokens(2, 1)], 1)).logits[:, -1:]
-    torch.testing.assert_close(step, again, rtol=1e-4, atol=1e-5)
+def test_shapes_are_known_without_values(tiny, tokens):
+    assert tiny().to("meta")(tokens(2, 9).to("meta")).logits.shape == (2, 9, 50)
 
 
-def test_forward_leaves_the_given_cache_alone():
-    model, ids = tiny(), tokens(1, 30)
-    cache = model(ids[:, :20], use_cache=True).past_key_values
-    before = [s.clone() for s in cache.states]
-    first = model(ids[:, 20:], past_key_values=cache, use_cache=True).logits
-    assert cache.seen == 20 and all(torch.equal(a, b) for a, b in zip(before, cache.states, strict=True))
-    torch.testing.assert_close(model(ids[:, 20:], past_key_values=cache, use_cache=True).logits, first)
-
-
-def test_scores_carry_the_state():
+def test_scores_carry_the_state(tiny, tokens):
     model, ids = tiny(), tokens(2, 65)
     logits = model(ids[:, :-1]).logits
-    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").float()
     cache, losses = None, []
     for a in range(0, 64, 16):
         loss, cache = model.score(ids[:, a : a + 16], ids[:, a + 1 : a + 17], cache)
         losses.append(loss)
-    torch.testing.assert_close(torch.cat(losses, 1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_packed_sequences_equal_separate_ones():
-    model, ids = tiny(), tokens(1, 60)
-    bounds = [0, 1, 24, 24, 60]
-    packed = model(ids, cu_seqlens=torch.tensor(bounds), use_cache=False).logits[0]
-    apart = [model(ids[:, a:b]).logits[0] for a, b in pairwise(bounds) if b > a]
-    torch.testing.assert_close(packed, torch.cat(apart), rtol=1e-4, atol=1e-5)
-
-
-def test_padding_on_the_left_is_not_seen():
-    model, short, long = tiny(), tokens(5), tokens(12, seed=2)
-    batch = torch.stack([F.pad(short, (7, 0), value=3), long])
-    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
-    logits = model(batch, attention_mask=mask).logits
-    torch.testing.assert_close(logits[0, 7:], model(short[None]).logits[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits[1], model(long[None]).logits[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(losses, 1), expected)
 
 
 def greedy_by_hand(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -176,7 +124,7 @@ def greedy_by_hand(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> to
     return ids
 
 
-def test_generation_from_the_state_equals_generation_from_all_tokens():
+def test_generation_from_the_state_equals_generation_from_all_tokens(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
     expected = greedy_by_hand(model, ids, 12)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
@@ -184,7 +132,7 @@ def test_generation_from_the_state_equals_generation_from_all_tokens():
     assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
 
 
-def test_generation_continues_a_cache():
+def test_generation_continues_a_cache(tiny, tokens):
     model, ids = tiny(), tokens(1, 30)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     cache = model(ids[:, :25], use_cache=True).past_key_values
@@ -192,7 +140,7 @@ def test_generation_continues_a_cache():
     assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
 
 
-def test_beam_search_reorders_states():
+def test_beam_search_reorders_states(tiny, tokens):
     model, ids = tiny(), tokens(2, 6)
     settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     with_state = model.generate(ids, **settings)
@@ -201,7 +149,7 @@ def test_beam_search_reorders_states():
     assert cache.reorder_cache(torch.tensor([2, 0, 0])).states[0][:, 0].tolist() == [2, 0, 0]
 
 
-def test_saved_and_loaded(tmp_path):
+def test_saved_and_loaded(tiny, tokens, tmp_path):
     model, ids = tiny(tie_word_embeddings=True), tokens(1, 10)
     model.save_pretrained(tmp_path)
     loaded = GLALMForCausalLM.from_pretrained(tmp_path).eval()
@@ -218,11 +166,11 @@ def test_config_is_the_run_configs():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: GLALMConfig(num_heads=3, hidden_size=64), "model.num_heads=3 does not divide"),
-        (lambda: GLALMForCausalLM(GLALMConfig(**TINY, mixer="glaa")), "model.mixer='glaa' is none of the mixers: gla"),
-        (lambda: tiny()(), "give either input_ids or inputs_embeds"),
+        (lambda tiny: GLALMConfig(num_heads=3, hidden_size=64), "model.num_heads=3 does not divide"),
+        (lambda tiny: tiny(mixer="glaa"), "model.mixer='glaa' is none of the mixers: gla"),
+        (lambda tiny: tiny()(), "give either input_ids or inputs_embeds"),
     ],
 )
-def test_bad_input(call, message):
+def test_bad_input(call, message, tiny):
     with pytest.raises(ValueError, match=message):
-        call()
+        call(tiny)

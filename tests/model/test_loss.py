@@ -63,6 +63,18 @@ def test_autocast_keeps_float32_sums():
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(problem):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*problem)
+    assert torch.equal(loss, linear_cross_entropy(*problem))
+
+
+def test_second_derivatives_are_refused(problem):
+    (dhidden,) = torch.autograd.grad(linear_cross_entropy(*problem).square(), problem[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dhidden.sum().backward()
+
+
 def test_logits_are_never_whole(problem, monkeypatch):
     """The largest tensor that the loss makes is a chunk's logits, not [tokens, vocabulary]."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 400)

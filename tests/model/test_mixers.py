@@ -56,6 +56,7 @@ def test_segments_and_steps_with_carried_state_equal_one_pass(choice, tiny, toke
             torch.testing.assert_close(cache.states, before, rtol=0, atol=0)
         cache, parts = out.past_key_values, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+    assert cache.seen == 75
     with torch.enable_grad():  # not the decoding kernel
         step = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(model(torch.cat([ids, ids[:, -1:]], 1)).logits[:, -1:], step, **EXACT)

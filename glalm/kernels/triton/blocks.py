@@ -37,7 +37,7 @@ class Chunks(NamedTuple):
         if cu_seqlens is None:
             return cls(B, count)
         N = len(cu_seqlens) - 1
-        cu_seqlens = cu_seqlens.long()
+        cu_seqlens = cu_seqlens.long().contiguous()
         offsets = torch.zeros_like(cu_seqlens)
         torch.cumsum((cu_seqlens.diff() + CHUNK - 1) // CHUNK, 0, out=offsets[1:])
         owners = torch.searchsorted(offsets[1:], torch.arange(count, device=offsets.device), right=True)

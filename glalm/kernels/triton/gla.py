@@ -86,7 +86,7 @@ class Plan:
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         self.g = None if g is None else g.contiguous()
         self.per_head = g is None or g.dim() == 3
-        self.scale, self.logits = scale, normalizer is not None
+        self.scale, self.logits = float(scale), normalizer is not None  # a kernel would be compiled for an integer
         self.inverse = 1.0 / normalizer if self.logits else 1.0
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
@@ -141,6 +141,7 @@ class Plan:
             if final is not None:
                 final.zero_() if initial is None else final.copy_(initial)
             return
+        initial = None if initial is None else initial.contiguous()
         config = self.config.reverse if reverse else self.config.states if out is None else self.config.forward
         segments = self.segments(config)
         if segments == 1:

@@ -22,9 +22,10 @@ def forward(
 ) -> Tensor:
     """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H], [H] or None; states: float32 [N, H, K, V].
 
-    Returns o as v and fills final_state, which may be initial_state.
+    Returns o as v and fills final_state, which is contiguous and may be initial_state.
     """
-    q, k, v, g = (x if x is None else x.contiguous() for x in (q, k, v, g))
+    given = q, k, v, g, initial_state, cu_seqlens
+    q, k, v, g, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in given)
     (B, T, H, K), V = q.shape, v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     KP = max(16, triton.next_power_of_2(K))

@@ -1,5 +1,6 @@
 """The Hydra entry that train.py and eval.py share."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from glalm.config import EvalConfig, RunConfig
-from glalm.strict import ConfigError, RunError, build, check_overrides, defaults
+from glalm.strict import ConfigError, RunError, build, check_overrides, defaults, require
 
 # torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
 # else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
@@ -37,8 +38,23 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
         sys.exit(128 + signum if signum else 0)
 
     groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
-    _explain(lambda: check_overrides(sys.argv[1:], cls, groups))
+    _explain(lambda: (check_overrides(sys.argv[1:], cls, groups), check_choices(sys.argv[1:])))
     entry()
+
+
+def check_choices(args: list[str]) -> None:
+    """Checks the choices of a command line (`model=gla_tiny`) before Hydra sees them, since its own error names no
+    neighbour. Raises ConfigError at the first that is no file of configs/."""
+    if any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args):
+        return  # there are other folders to choose from
+    for arg in args:
+        group, _, given = arg.partition("=")
+        files = sorted(p.stem for p in CONFIGS.glob("*/*.yaml") if p.parent.name == group)
+        for choice in given.strip("'\"").split(",") if files else ():  # --multirun takes several
+            near = difflib.get_close_matches(choice, files, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            choices = f"{hint}choices: {', '.join(files)}"
+            require(choice in files, f"{group}={choice} is no file of {CONFIGS / group}; {choices}")
 
 
 def _explain(call: Callable):

@@ -70,6 +70,16 @@ def test_help_explains(script):
     assert Path(script).name in run(script, "--help")
 
 
-def test_a_wrong_config_is_one_line():
-    text = run("train.py", "train.stpes=3", code=2)
-    assert text == "ConfigError: unknown key train.stpes; did you mean train.steps?\n"
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("train.stpes=3", "unknown key train.stpes; did you mean train.steps?"),
+        (
+            "parallel=ddq",
+            f"parallel=ddq is no file of {ROOT / 'configs/parallel'}; did you mean ddp? choices: ddp, fsdp2, hsdp",
+        ),
+        ("parallel=x", f"parallel=x is no file of {ROOT / 'configs/parallel'}; choices: ddp, fsdp2, hsdp"),
+    ],
+)
+def test_a_wrong_config_is_one_line(argument, message):
+    assert run("train.py", argument, code=2) == f"ConfigError: {message}\n"

@@ -76,7 +76,10 @@ class NeedleConfig:
         require(self.samples > 0, f"needle.samples must be positive, not {self.samples}")
         require(2 <= self.candidates <= 1000, f"needle.candidates must lie between 2 and 1000, not {self.candidates}")
         require(len(self.depths) > 0 and all(0 <= d <= 1 for d in self.depths), "needle.depths must lie in [0, 1]")
-        require(self.lengths is None or len(self.lengths) > 0, "needle.lengths is empty; write for example [2048,4096]")
+        require(
+            self.lengths is None or (len(self.lengths) > 0 and min(self.lengths) > 0),
+            "needle.lengths must be positive; write for example [2048,4096]",
+        )
 
 
 @dataclass

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from glalm.strict import build, divisors, require
@@ -87,6 +88,15 @@ class DeltaNetConfig:
     short_conv: int = 4  # taps of a causal convolution over q, k and v; 0: none
 
 
+POSITIVE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "expand_k", "expand_v", "gate_low_rank_dim"),
+    *("gate_logit_normalizer", "norm_eps", "initializer_range"),
+    *("attention.num_heads", "attention.rope_theta"),
+    *("mamba.state_size", "mamba.expand", "mamba.conv"),
+    *("mamba2.state_size", "mamba2.head_dim", "mamba2.expand", "mamba2.groups", "mamba2.conv"),
+)
+
+
 @dataclass
 class ModelConfig:
     """The decoder's shape. One skeleton serves every mixer; sizes follow the GLA paper (arXiv 2312.06635).
@@ -123,14 +133,14 @@ class ModelConfig:
                 setattr(self, f.name, build(f.type, value, f"model.{f.name}"))
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * 8 / 3 / 256)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
-            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        for name in POSITIVE:
+            value = attrgetter(name)(self)
+            require(value is None or value > 0, f"model.{name} must be positive, not {value}")
         require(self.intermediate_size >= 0, "model.intermediate_size must be positive, or 0 for no SwiGLU")
-        require(self.gate_logit_normalizer > 0, "model.gate_logit_normalizer must be positive")
         for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
             width = self.hidden_size * expand
             require(
-                width > 0 and width % self.num_heads == 0,
+                width % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
                 f"{width:g}; {divisors(width)}",
             )
@@ -183,7 +193,7 @@ class ModelConfig:
     def _check_attention(self) -> None:
         heads, kv_heads = self.attention_heads
         require(
-            heads > 0 and self.hidden_size % (2 * heads) == 0,
+            self.hidden_size % (2 * heads) == 0,
             f"model.attention.num_heads={heads} does not cut model.hidden_size={self.hidden_size} into heads of an "
             f"even number of channels; {divisors(self.hidden_size // 2)}",
         )

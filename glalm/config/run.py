@@ -74,6 +74,8 @@ class OptimConfig:
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
         require(self.grad_clip > 0, "optim.grad_clip must be positive (inf: no clipping)")
+        require(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
+        require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}")
         require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glalm.data.records import BadDocument, Record, document, size_of
+from glalm.data.records import BadDocument, Record, document, is_blank, size_of
 from glalm.data.tokenizer import Tokenizer
 
 HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}
@@ -63,8 +63,8 @@ class Recipe:
         def encode(block: Block) -> Encoded:
             parts, documents, skipped = [], [], []
             for number, record in enumerate(block.records, start=block.first):
-                if isinstance(record, bytes) and not record.strip():
-                    continue  # an empty line is no document
+                if is_blank(record):
+                    continue
                 try:
                     text, source = document(record, self.text_field, self.source_field)
                 except BadDocument as bad:

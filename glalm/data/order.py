@@ -22,8 +22,8 @@ class Order:
 
     windows: {source: how many it has}; global ids count through them in this order. weights: {source: its share of
     the training windows, up to a common factor}; None reads all sources as one, in proportion to their sizes, each
-    epoch having every window once. With weights, each source has epochs of its own, one permutation of its windows
-    after the other.
+    epoch having every window once, in a permutation of its own; a batch that reaches the end of an epoch goes on in the
+    next. With weights, each source has epochs of its own.
     Raises ValueError if the weights do not name each source, once, or leave no windows.
     """
 
@@ -64,22 +64,6 @@ class Order:
             ids[here] = first + shuffled(numbers[here], size, f"{self.seed}/{name}") if here.any() else 0
             first += size
         return ids
-
-
-def window_ids(seed: int, step: int, batch_size: int, num_windows: int) -> np.ndarray:
-    """Global sample ids of one optimiser step: int64 [batch_size], each in [0, num_windows).
-
-    The steps walk through epoch after epoch of `num_windows` windows; each epoch is a permutation of its own.
-    A batch that reaches the end of an epoch goes on in the next.
-    """
-    for name, value, least in (
-        ("step", step, 0),
-        ("batch_size", batch_size, 1),
-        ("num_windows", num_windows, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    return shuffled(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), num_windows, seed)
 
 
 def shuffled(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:

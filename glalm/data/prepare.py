@@ -17,7 +17,7 @@ from typing import Any, Literal
 from glalm.data.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
 from glalm.data.files import explaining_full_disk, locked, write_json
 from glalm.data.progress import PreparationBar
-from glalm.data.records import BadDocument, document
+from glalm.data.records import BadDocument, document, is_blank
 from glalm.data.shards import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, left_over, read_manifest
 from glalm.data.sources import File, HubShard, Source, source
 from glalm.data.tokenizer import Tokenizer
@@ -69,17 +69,15 @@ def prepare(
     on_error: what to do at a record that gives no document: raise ValueError with its file and line, or leave it out
         and count it by reason. Empty documents are always left out and counted.
     workers: processes that tokenise (None: all cores).
-    add: append what of `sources` is not in the set yet, with the settings and the tokenizer that the set has.
+    add: append what of `sources` is not in the set yet, with the settings and the tokenizer that the set has. There
+        must be one.
 
     The same call again goes on where it was interrupted, or returns at once when the set is complete: input files
     count as the same by name and size, and by sha256 if they are newer than the set. Raises ValueError if `out` holds
     a set that was prepared otherwise, unless `overwrite` (then it is always written anew), or other files.
     """
     _check(held_out, shard_tokens, on_error, workers)
-    inputs = [i for s in sources for i in source(s).inputs]
-    if not inputs:
-        raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
-    out = Path(out)
+    inputs, out = _inputs(sources), Path(out)
     opened = Tokenizer(tokenizer) if tokenizer else None  # now, because it may lie in `out`
     settings = {
         "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
@@ -90,23 +88,44 @@ def prepare(
     }
     out.mkdir(parents=True, exist_ok=True)
     with locked(out), explaining_full_disk(out), PreparationBar(progress) as bar:
-        if overwrite or _has_older_format(out, bar):
+        if overwrite or (not add and _has_older_format(out, bar)):
             _clear(out)
-        if (out / PLAN).exists():
-            plan = _unfinished(out, None if add else settings, inputs)
-        elif (out / MANIFEST).exists():
-            plan = _addition(out, None if add else settings, inputs, bar)
-        else:
-            _clear(out)
-            plan = _beginning(out, settings, inputs, opened, bar)
-        if plan:
-            known = {(i.source, i.name): i for i in inputs}
-            planned = [known[i["source"], i["name"]] for i in plan["inputs"]]
-            _carry_out(plan, planned, out, on_error, workers or _cores(), commit_seconds, bar)
+        if plan := _plan(out, settings, inputs, opened, add, bar):
+            _carry_out(plan, inputs, out, on_error, workers or _cores(), commit_seconds, bar)
     return read_manifest(out)
 
 
 # ------------------------------------------------------------------------------------------------- what is to be done
+
+
+def _inputs(sources: Iterable[Source | str | os.PathLike]) -> list[Input]:
+    """What is to be read, in order; ValueError if it is nothing, or if two inputs could not be told apart later."""
+    inputs = [i for s in sources for i in source(s).inputs]
+    if not inputs:
+        raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
+    first: dict[tuple[str, str], Input] = {}
+    for i in inputs:
+        if (other := first.setdefault((i.source, i.name), i)) is not i:
+            raise ValueError(
+                f"{other} and {i} would both be {i.name!r} of the source {i.source!r}: give one of them another name "
+                "(NAME=PATH), or leave it out if they are the same"
+            )
+    return inputs
+
+
+def _plan(
+    out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, add: bool, bar: PreparationBar
+) -> dict | None:
+    """What is to be done in `out`; None if nothing is."""
+    wanted = None if add else settings
+    if (out / PLAN).exists():
+        return _unfinished(out, wanted, inputs)
+    if (out / MANIFEST).exists():
+        return _addition(out, wanted, inputs, bar)
+    if add:
+        raise ValueError(f"{out}: no set to add to; name its folder, or leave out --add (add=True) to begin one")
+    _clear(out)
+    return _beginning(out, settings, inputs, tokenizer, bar)
 
 
 def _beginning(out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, bar) -> dict:
@@ -204,27 +223,38 @@ def _train(out: Path, settings: dict, inputs: list[Input], bar: PreparationBar) 
 def training_texts(
     inputs: Iterable[Input], held_out: Mapping[str, float], text_field: str, bar: PreparationBar
 ) -> Iterator[str]:
-    """The documents of `inputs` that are not held out. Bad records are passed over: preparation will meet them."""
-    before = 0
+    """The documents of `inputs` that are not held out. Bad records are passed over, as preparation will meet them, but
+    where there is nothing else: ValueError with the first of them."""
+    before, found, first_bad = 0, False, ""
     for i in inputs:
+        seen = 0
         for records, position in i.read([text_field.split(".")[0]]):
-            for record in records:
+            for number, record in enumerate(records, start=seen + 1):
                 try:
                     text, _ = document(record, text_field, None)
-                except BadDocument:
+                except BadDocument as bad:
+                    reason, detail = bad.args
+                    if not (first_bad or is_blank(record) or reason == "empty"):
+                        first_bad = f"{i}:{number}: {detail}"
                     continue
                 if split_of(text, held_out) == "train":
+                    found = True
                     yield text
+            seen += len(records)
             bar.update(before + position, len(records))
         before += i.size
+    if first_bad and not found:
+        raise ValueError(f"no text to train a tokenizer on; {first_bad}")
 
 
 # -------------------------------------------------------------------------------------------------------- the work
 
 
-def _carry_out(plan: dict, inputs: list[Input], out: Path, on_error: str, workers: int, every: float, bar) -> None:
+def _carry_out(plan: dict, given: list[Input], out: Path, on_error: str, workers: int, every: float, bar) -> None:
     """Read, tokenise and write what the plan says, from the last commit on, and commit `every` so many seconds."""
     settings = plan["settings"]
+    known = {(i.source, i.name): i for i in given}
+    inputs = [known[i["source"], i["name"]] for i in plan["inputs"]]
     writer = SetWriter(out, plan["dtype"], _shard_tokens(settings), last_commit(out) or plan["base"])
     fields = {key: settings[key] for key in ("held_out", "text_field", "source_field")}
     recipe = Recipe(out / plan["tokenizer"]["name"], plan["dtype"], **fields)
@@ -264,9 +294,8 @@ def _write(writer: SetWriter, block: Block, encoded: Encoded, i: Input, on_error
     if bad and on_error == "stop":
         writer.commit()
         number, _, detail = bad[0]
-        where = i.path if isinstance(i, File) else f"{i.source}, {i.name}"
         raise ValueError(
-            f"{where}:{number + 1}: {detail}. To leave out and count such documents: on_error='skip', --on-error skip"
+            f"{i}:{number + 1}: {detail}. To leave out and count such documents: on_error='skip', --on-error skip"
         )
     start = 0
     for split, name, tokens, text_bytes in encoded.documents:

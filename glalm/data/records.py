@@ -22,6 +22,7 @@ SUFFIXES = (*TEXT, *JSONL, *TABLES)
 LARGEST = 2**30  # bytes of one record: a bound on memory, and no document is longer
 READ = 2**16  # bytes at once of a compressed file: repetitive text can be a thousand times as long
 ROWS = 256  # of a table at once
+NAME_ONE = "name one (--text-field, --source-field)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def document(record: Record, text_field: str, source_field: str | None) -> tuple
     return text, _field(row, source_field) if source_field else None
 
 
+def is_blank(record: Record) -> bool:
+    """An empty line is no document, and no failure to give one."""
+    return isinstance(record, bytes) and not record.strip()
+
+
 def size_of(record: Record) -> int:
     """About how many bytes a record takes."""
     if isinstance(record, dict):
@@ -83,7 +89,7 @@ def read_rows(rows: Iterable[dict], size: int) -> Iterator[tuple[list[Record], i
 
 def check_columns(where: str, wanted: list[str], found: Iterable[str]) -> None:
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"{where}: has no column {missing[0]!r} but {', '.join(found)}; name one (--text-field)")
+        raise ValueError(f"{where}: has no column {missing[0]!r} but {', '.join(found)}; {NAME_ONE}")
 
 
 # ------------------------------------------------------------------------------------------- from record to document
@@ -106,7 +112,7 @@ def _field(row: dict, dotted: str) -> str:
     for key in dotted.split("."):
         if not isinstance(value, dict) or key not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise BadDocument(f"no field {dotted}", f"has no field {dotted!r} but {found or 'none'}")
+            raise BadDocument(f"no field {dotted}", f"has no field {dotted!r} but {found or 'none'}; {NAME_ONE}")
         value = value[key]
     if not isinstance(value, str):
         raise BadDocument(f"{dotted} is no text", f"field {dotted!r} is {type(value).__name__}, not text")

@@ -28,6 +28,9 @@ class File:
     root: Path
     name: str
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def path(self) -> Path:
         return self.root / self.name
@@ -53,6 +56,9 @@ class HubShard:
     dataset: Any  # datasets.IterableDataset
     index: int
 
+    def __str__(self) -> str:
+        return f"{self.source}, {self.name}"
+
     @property
     def name(self) -> str:
         return f"shard {self.index} of {self.dataset.num_shards}"
@@ -64,7 +70,7 @@ class HubShard:
     def read(self, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
         dataset = self.dataset
         if dataset.column_names:
-            check_columns(f"{self.source}, {self.name}", columns, dataset.column_names)
+            check_columns(str(self), columns, dataset.column_names)
             dataset = dataset.select_columns(columns)
         return read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
 

@@ -127,7 +127,9 @@ class _SentencePiece:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+            raise ValueError(
+                f"{path}: not a SentencePiece model; of a Hugging Face tokenizer, give the folder or the name"
+            ) from error
         self.fingerprint = hashlib.sha256(self._model).hexdigest()
         self.vocab_size = self._sp.get_piece_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id()))

@@ -28,6 +28,8 @@ def train_sentencepiece(
     hash. Ids: unk 0, bos 1, eos 2, no pad. A newline is always a token of its own (its byte), so is each digit;
     runs of spaces may be one token. Raises ValueError if there is no text, or `vocab_size` does not suit it.
     """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 1, and in practice some hundreds")
     sample = sample_texts(texts, max_bytes)
     if not sample:
         raise ValueError("texts: no training text for a tokenizer; add documents, or hold out less of them")
@@ -53,7 +55,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]  # less the source line and the condition that failed
+        # Less the source line and the condition that failed, and advice on an option of its own.
+        reason = str(error).rpartition("] ")[2].partition(" Increase vocab_size or")[0]
         raise ValueError(f"vocab_size={vocab_size} does not suit these texts: {reason}") from error
     with replacing(Path(path)) as file:
         file.write(model.getvalue())

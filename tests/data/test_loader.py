@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glalm.data.loader import IGNORED, Windows, batches, packed, read_ahead, sequential
-from glalm.data.order import window_ids
+from glalm.data.order import Order
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 
@@ -58,8 +58,9 @@ def test_too_few_tokens_are_refused(prepared, stream):
 
 
 def test_batches_are_the_windows_of_the_order_with_labels_shifted(windows, stream):
+    order = Order(3, 8, {"all": len(windows)})
     for step, batch in take(5, windows=windows, seed=3, batch_size=8):
-        rows = np.stack([stream[i * T : i * T + T + 1] for i in window_ids(3, step, 8, len(windows))])
+        rows = np.stack([stream[i * T : i * T + T + 1] for i in order.ids(step)])
         assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
         assert batch["input_ids"].is_contiguous() and batch["labels"].is_contiguous()
         assert batch["input_ids"].tolist() == rows[:, :-1].tolist()

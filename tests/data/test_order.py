@@ -6,9 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glalm.data.order import CYCLE, Order, cycle_counts, permute, rank_slice, round_keys, window_ids
+from glalm.data.order import CYCLE, Order, cycle_counts, permute, rank_slice, round_keys
 
 seeds = st.integers(-(2**70), 2**70)
+
+
+def window_ids(seed, step, batch_size, num_windows):
+    """A step's, of one source."""
+    return Order(seed, batch_size, {"all": num_windows}).ids(step)
 
 
 @given(seeds, st.integers(1, 700), st.integers(1, 50), st.integers(0, 5))
@@ -78,13 +83,11 @@ def test_the_order_of_a_run_never_changes():
 
 
 def test_arguments_are_checked():
-    for name, arguments in [
-        ("step", (0, -1, 8, 10)),
-        ("batch_size", (0, 0, 0, 10)),
-        ("num_windows", (0, 0, 8, 0)),
-    ]:
-        with pytest.raises(ValueError, match=f"{name}=.*at least"):
-            window_ids(*arguments)
+    with pytest.raises(ValueError, match="step=-1 must be at least 0"):
+        Order(0, 8, {"all": 10}).ids(-1)
+    for batch_size, windows in ((0, 10), (8, 0)):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size} and windows={{'all': {windows}}} must be at"):
+            Order(0, batch_size, {"all": windows})
     with pytest.raises(ValueError, match="batch_size=10 is not a multiple of world=4"):
         rank_slice(np.arange(10), 0, 4)
     with pytest.raises(ValueError, match="rank=4 is not one of world=4"):

@@ -281,6 +281,9 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
     (out / "train").mkdir(parents=True)
     (out / "train/00000.npy").write_bytes(b"old")
     (out / "manifest.json").write_text('{"format": "glalm-tokens", "version": 1}')
+    with pytest.raises(ValueError, match="has format"):
+        prepare([corpus], out, vocab_size=400, add=True)
+    assert (out / "train/00000.npy").exists()
     prepare([corpus], out, vocab_size=400)
     assert "format 1 when it was prepared and have 3 now: preparing it anew" in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
@@ -312,6 +315,32 @@ def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepare
         prepare([tmp_path / "a.parquet"], tmp_path / "set", **given)
     with pytest.raises(ValueError, match=r"all documents are empty or left out.*no field text"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
+
+
+def test_a_wrong_field_is_named_though_a_tokenizer_is_to_be_trained(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\n' * 3)
+    for on_error in ("stop", "skip"):
+        with pytest.raises(ValueError, match=r"to train a tokenizer on.*a\.jsonl:2: has no field 'text' but body"):
+            prepare([tmp_path / "a.jsonl"], tmp_path / "set", on_error=on_error, **SMALL)
+
+
+def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
+    """Else the first of two folders train/ would be left out, and the second one read twice."""
+    folders = [tmp_path / "books/train", tmp_path / "code/train"]
+    for folder, text in zip(folders, texts, strict=False):
+        folder.mkdir(parents=True)
+        (folder / "0.txt").write_text(text)
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    for sources in (folders, [folders[0], folders[0] / "0.txt"]):
+        with pytest.raises(ValueError, match=r"books/train/0\.txt and .* would both be '0\.txt' of the source 'train'"):
+            prepare(sources, tmp_path / "set", **given)
+    manifest = prepare([f"books={folders[0]}", f"code={folders[1]}"], tmp_path / "set", **given)
+    assert {name: book["written"] for name, book in manifest["books"].items()} == {"books": 1, "code": 1}
+
+
+def test_there_must_be_a_set_to_add_to(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"typo: no set to add to"):
+        prepare([corpus], tmp_path / "typo", add=True, **SMALL)
 
 
 def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_face):

@@ -68,8 +68,12 @@ def test_errors_say_what_to_do(tmp_path, texts):
     (tmp_path / "bad.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"bad\.model: not a SentencePiece model"):
         Tokenizer(tmp_path / "bad.model")
-    for size in (100, 10**6):
-        with pytest.raises(ValueError, match=f"vocab_size={size} does not suit"):
+    for size, message in [
+        (100, r"vocab_size=100 does not suit these texts: Vocabulary size is smaller .*\.$"),
+        (10**6, r"vocab_size=1000000 does not suit these texts: Vocabulary size too high"),
+        (-3, r"vocab_size=-3 must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             train_sentencepiece(texts, tmp_path / "t.model", vocab_size=size)
     with pytest.raises(ValueError, match="no training text"):
         train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)

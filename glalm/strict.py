@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 
@@ -58,16 +59,25 @@ def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
         for part in key.split("."):
             hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
             known = hints | dict.fromkeys(groups) if not where else hints
-            require(part in known, unknown(part, known, where))
+            deeper = [] if where else [path for path in paths(cls) if path.endswith(f".{part}")]
+            require(part in known, unknown(part, known, where, deeper))
             level, where = hints.get(part), join(where, part)
             if dict in map(typing.get_origin, (level, *typing.get_args(level))):
                 break  # whose keys are the user's
 
 
-def unknown(key: str, known, where: str = "") -> str:
-    """What is wrong with a key that is not among `known`, and the nearest that is."""
-    near = difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)
-    hint = f"did you mean {join(where, near[0])}?" if near else f"valid keys: {', '.join(known) or 'none'}"
+def paths(cls: type, where: str = "") -> Iterator[str]:
+    """The dotted paths of all keys of a dataclass and of those in it."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield join(where, name)
+        if dataclasses.is_dataclass(hint):
+            yield from paths(hint, join(where, name))
+
+
+def unknown(key: str, known, where: str = "", deeper: Sequence[str] = ()) -> str:
+    """What is wrong with a key that is not among `known`, and where it is to be found, or else the nearest that is."""
+    near = deeper or [join(where, n) for n in difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(known) or 'none'}"
     return f"unknown key {join(where, key)}; {hint}"
 
 

@@ -89,6 +89,7 @@ def test_overrides_reach_the_dataclasses():
     [
         ("train.stpes=3", "unknown key train.stpes; did you mean train.steps?"),
         ("modle=gla_tiny", "unknown key modle; did you mean model?"),
+        ("seq_len=128", "unknown key seq_len; did you mean data.seq_len?"),
         ("+train.stepz=3", "did you mean train.steps?"),
         ("model.heads=4", "did you mean model.num_heads?"),
         ("train.steps.more=3", "unknown key train.steps.more"),

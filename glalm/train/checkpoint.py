@@ -15,6 +15,7 @@ removed at the next start. One that is found damaged is set aside as step_N.dama
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -320,9 +321,10 @@ def _damage(path: Path, part: int, parts: int) -> str | None:
 
 def _val_loss(path: Path) -> float | None:
     try:
-        return read_state(path).get("val_loss")
+        loss = read_state(path).get("val_loss")
     except (OSError, ValueError):
         return None  # damaged: what resumes will say so
+    return loss if loss is not None and math.isfinite(loss) else None  # NaN has no place in an order
 
 
 def _remove(path: Path) -> None:

@@ -25,12 +25,14 @@ PEAKS = {
 }
 
 
-def environment() -> dict:
-    """{"versions", "git", "device"}, for a run's record."""
+def environment(float8: bool = False) -> dict:
+    """{"versions", "git", "device"}, for a run's record; with train.float8 also torchao's version."""
     versions = {m.__name__: m.__version__ for m in (glalm, torch, transformers, accelerate)}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     if has_triton_package():
         versions["triton"] = metadata.version("triton")
+    if float8:
+        versions["torchao"] = metadata.version("torchao")
     return {"versions": versions, "git": git_state(), "device": device_name(torch.cuda.is_available())}
 
 

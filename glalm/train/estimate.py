@@ -134,7 +134,8 @@ def activations(model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, 
         block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition", dynamic=False)
     short, long = (sum(_saved(block, block.forward, T, model.hidden_size, bf16)) for T in LENGTHS)
     token = (long - short) / (LENGTHS[1] - LENGTHS[0])
-    return Kept(token, short - token * LENGTHS[0])
+    # A scan that keeps a state between any two chunks keeps one less than there are chunks: 0 is crossed below.
+    return Kept(token, max(0.0, short - token * LENGTHS[0]))
 
 
 def _saved(block: nn.Module, forward, T: int, d: int, bf16: bool) -> Iterator[int]:

@@ -1,12 +1,14 @@
 """What a step is guarded by: signals are noted, and an update that would do harm is skipped."""
 
+import os
 import signal
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from glalm.config import GuardConfig
 from glalm.data.files import write_json
@@ -14,13 +16,16 @@ from glalm.data.order import Order
 from glalm.strict import RunError
 from glalm.train.together import place
 
+TWICE = 1.0  # seconds: some send what is meant once twice, as GNU timeout does, to a process and to its group
+SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it, and a kill would leave it so
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: Slurm's `--signal=USR1@120`
 
 
 class StopSignal:
     """While entered, Ctrl-C, SIGTERM and SIGUSR1 are noted instead of obeyed; the loop ends at its next step.
 
-    A second signal of any of these kinds is obeyed at once.
+    Another signal of any of these kinds, more than a second later, kills the process, also in the midst of a save: no
+    kill harms the checkpoints that are whole.
     """
 
     def __init__(self):
@@ -36,8 +41,15 @@ class StopSignal:
 
     def _note(self, signum: int, frame) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signum
+            if time.monotonic() - self._at > TWICE:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
+        self.received, self._at = signum, time.monotonic()
+        if place()[0] == 0:
+            shown = SHOW_CURSOR if os.isatty(2) else b""
+            with suppress(OSError):  # not print(), in whose midst this may be
+                os.write(2, shown + b"stopping after this step, with a checkpoint; a second signal ends it without\n")
 
 
 class BadSteps(RunError):
@@ -65,7 +77,7 @@ class UpdateGuard:
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer], step: int, loss: Tensor, grad_norm: Tensor) -> None:
         """loss: this process's, a scalar; grad_norm: the global one, a scalar; step: the number of this update."""
-        skip = self._judge(step, loss.detach().float(), _whole(grad_norm).detach().float())
+        skip = self._judge(step, loss.detach().float(), grad_norm.detach().float())
         for optimizer in optimizers:
             if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimisers
                 optimizer.found_inf = skip.float()
@@ -118,7 +130,3 @@ class UpdateGuard:
         self.since.copy_(torch.where(skip & (self.in_a_row == 0), step, self.since))
         self.in_a_row.copy_(torch.where(skip, self.in_a_row + 1, 0))
         return skip
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -42,7 +42,8 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Holds `folder`, an existing directory, against other runs; ConfigError, naming the one that has it.
+    """Holds `folder`, an existing directory, against other runs; ConfigError, naming the one that has it, or where it
+    cannot be written to.
 
     The kernel lets go when the process ends, however it ends: no stale lock is left. On NFS (Linux, version 3 with
     lockd or 4) it holds across machines; a mount with `nolock` or `local_lock=flock` only within one.
@@ -60,8 +61,12 @@ def sole_run(folder: Path) -> Iterator[None]:
                 f"{folder}: its filesystem has no locks ({error}); choose another runs_dir=..."
             ) from error
         file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-        file.flush()
+        try:
+            os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be written to ({error}); make room, or choose another runs_dir=..."
+            ) from error
         yield
 
 

@@ -22,7 +22,7 @@ from glalm.train.initial import initial_model
 from glalm.train.lock import held
 from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
-from glalm.train.report import Meter, SourceTokens, report_start, training_row
+from glalm.train.report import Meter, SourceTokens, finite, report_start, training_row
 from glalm.train.resume import find_origin, restore
 from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
@@ -72,11 +72,11 @@ def fit(
     record_run(config, record, training.tokens)
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
-    start = restore(origin, config, model, optimizers, guard.tensors()) if origin else 0
+    start, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
     examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
 
     with (
-        Metrics(config.folder, config, record["id"], start, accelerator.is_main_process) as metrics,
+        Metrics(config.folder, config, record["id"], start, accelerator.is_main_process, unwritten) as metrics,
         Saver(config.folder / "checkpoints", config.train.checkpoint, metrics.say) as saver,
         Profiler(config, accelerator.device, accelerator.process_index, start) as profiler,
     ):
@@ -101,12 +101,12 @@ def fit(
             if saving or step % config.train.log_every == 0:
                 row |= training_row(accelerator, loss, grad_norm, lr, step, meter)
                 row |= guard.check(sources.order, config.folder, accelerator.is_main_process)
-                row |= sources.until(step) | saver.row()
+                row |= sources.until(step) | saver.row() | metrics.row()
             row |= examined(step)
             if row:
                 metrics.log({"step": step, **row})
-                if saving:  # after its row: resuming drops rows beyond the newest checkpoint, but cannot add one
-                    saver.save(step, model, optimizers, cursor(config, record, row), guard.tensors())
+                if saving:  # after its row, which it keeps if the disk does not: resuming can drop rows, not make them
+                    saver.save(step, model, optimizers, cursor(config, record, row, metrics), guard.tensors())
                 meter.restart(step)
             if stopping and not last:
                 saver.finish()
@@ -128,14 +128,15 @@ def examine(
     watchdog: Watchdog,
     step: int,
 ) -> dict[str, float]:
-    """What the model after `step` does on text that it is not trained on: of validation and `evaluate`, what is due."""
+    """What the model after `step` does on text that it is not trained on: of validation and `evaluate`, what is due,
+    and `finite`."""
     row, last = {}, step == config.steps
     if last or step % config.train.eval_every == 0:
         row |= validate(accelerator, wrapped, validation, config)
     if evaluate is not None and (last or step % config.during.every == 0):
         precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         row |= evaluate(model, precision, lambda _: watchdog.beat("evaluating"))
-    return row
+    return finite(row)
 
 
 def build(
@@ -176,7 +177,7 @@ def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelera
         yield index + 1, on_device(batch, accelerator)
 
 
-def cursor(config: RunConfig, record: dict, row: dict) -> dict:
+def cursor(config: RunConfig, record: dict, row: dict, metrics: Metrics) -> dict:
     """What a checkpoint says of the run, beside its tensors. The order of the data is a function of seed and step."""
     return {
         "tokens": row["tokens"],
@@ -186,4 +187,5 @@ def cursor(config: RunConfig, record: dict, row: dict) -> dict:
         "resumed_from": config.train.resume_from,
         "versions": record["versions"],
         "val_loss": row.get("val_loss"),
+        "unwritten": list(metrics.unwritten),
     }

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +20,9 @@ from rich.progress import (
 )
 
 from glalm.config import RunConfig
-from glalm.data.files import read_jsonl, replacing
+from glalm.data.files import read_jsonl, reopened, replacing
+
+MOST_UNWRITTEN = 10_000  # rows, some megabytes
 
 
 class Metrics:
@@ -25,20 +30,33 @@ class Metrics:
 
     Rows after `start_step` are dropped first: a run killed after its last checkpoint makes those steps again. Used
     as a context manager; with `active` false (processes other than the first) nothing is written or shown.
+
+    A file that cannot be written, because the disk is full, stops no run: rows wait in `unwritten`, the last
+    MOST_UNWRITTEN of them, and go with the next one that can be. A checkpoint made meanwhile keeps them, for the
+    `unwritten` of the run that is resumed from it.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, run_id: str, start_step: int, active: bool):
-        self.active, self.steps, self.start_step = active, config.steps, start_step
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        run_id: str,
+        start_step: int,
+        active: bool,
+        unwritten: Iterable[dict] = (),
+    ):
+        self.active, self.steps, self.failures = active, config.steps, 0
+        self.unwritten: deque[dict] = deque(maxlen=MOST_UNWRITTEN)
         if not active:
             return
-        path = folder / "metrics.jsonl"
+        self._path = folder / "metrics.jsonl"
         # A run that starts anew makes its row of step 0 again, too.
-        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if start_step and path.exists() else []
-        with replacing(path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a")
+        before = read_jsonl(self._path) if start_step and self._path.exists() else []
+        rows = {row["step"]: row for row in (*unwritten, *before) if row["step"] <= start_step}
+        with replacing(self._path) as file:
+            self._size = file.write(_lines(rows[step] for step in sorted(rows)))
         self._wandb = _start_wandb(folder, config, run_id)
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=Unfailing(sys.stderr))
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -61,7 +79,11 @@ class Metrics:
         if not self.active:
             return
         self._bar.stop()
-        self._file.close()
+        if self.unwritten:
+            self._write()
+        if self.unwritten:
+            lacking = f"{len(self.unwritten)} rows of metrics.jsonl could not be written"
+            self.say(f"warning: {lacking}; the newest checkpoint has those before it, and the same command writes them")
         self._track(lambda run: run.finish())
 
     def advance(self, step: int) -> None:
@@ -69,17 +91,38 @@ class Metrics:
             self._bar.update(self._task, completed=step)
 
     def log(self, row: dict) -> None:
-        """row: {"step": int, name: number}; flushed at once, so that a killed run keeps its record."""
+        """row: {"step": int, name: number}; written at once, so that a killed run keeps its record."""
         if not self.active:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self.unwritten.append(row)
+        self._write()
         shown = "  ".join(form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None)
         self._bar.update(self._task, completed=row["step"], shown=shown)
         if self._bar.disable or "val_loss" in row:
             self._bar.console.print(f"step {row['step']}/{self.steps}  {shown}", highlight=False, soft_wrap=True)
         values = {k: v for k, v in row.items() if k != "step" and v is not None}
         self._track(lambda run: run.log(values, step=row["step"]))
+
+    def row(self) -> dict[str, int]:
+        """For the metrics themselves: nothing while all is well."""
+        return {"failed_writes": self.failures} if self.failures else {}
+
+    def _write(self) -> None:
+        lines = _lines(self.unwritten)
+        try:
+            # What a write that failed has left in the file is cut off; a file that someone has moved away begins anew.
+            size = min(self._size, self._path.stat().st_size if self._path.exists() else 0)
+            with reopened(self._path, size) as file:
+                file.write(lines)
+        except OSError as error:
+            self.failures += 1
+            if len(self.unwritten) == 1:  # the first of a row of failures
+                self.say(f"warning: a row of metrics.jsonl is not written: {error}; it is kept for the next try")
+            return
+        self._size = size + len(lines)
+        if len(self.unwritten) > 1:
+            self.say(f"metrics.jsonl is written again, with the {len(self.unwritten)} rows that were kept")
+        self.unwritten.clear()
 
     def _track(self, call: Callable) -> None:
         """A tracker never stops a run: metrics.jsonl has everything."""
@@ -93,6 +136,29 @@ class Metrics:
     def say(self, message: str) -> None:
         if self.active:
             self._bar.console.print(message, highlight=False, soft_wrap=True)
+
+
+class Unfailing:
+    """A stream without its OSErrors. What a log on a full disk, or a terminal that is gone, does not take is dropped:
+    the console is a view."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def _lines(rows: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 SHOWN = {

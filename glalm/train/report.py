@@ -65,11 +65,16 @@ class Meter:
 
 
 def training_row(accelerator, loss: Tensor, grad_norm: Tensor, lr: float, step: int, meter: Meter) -> dict:
-    """The metrics of a step: means over processes. A loss or gradient that is not finite (JSON has no such number) is
-    left out: the update was skipped, and the guard counts it."""
+    """The metrics of a step: means over processes. A loss or gradient that is not `finite` is left out: the update was
+    skipped, and the guard counts it."""
     value, norm = accelerator.reduce(torch.stack([loss, grad_norm]), "mean").tolist()
     row = {"loss": value, "perplexity": math.exp(min(value, 700.0)), "lr": lr, "grad_norm": norm}
-    return {name: number for name, number in row.items() if math.isfinite(number)} | meter.row(step)
+    return finite(row) | meter.row(step)
+
+
+def finite(row: dict[str, float]) -> dict[str, float]:
+    """`row` without infinities and NaN: JSON has no such numbers."""
+    return {name: number for name, number in row.items() if math.isfinite(number)}
 
 
 def report_start(metrics: Metrics, config: RunConfig, model, windows: Windows, start: int, accelerator) -> None:
@@ -85,6 +90,7 @@ def report_start(metrics: Metrics, config: RunConfig, model, windows: Windows, s
         f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens ({epochs:.2f} epochs of "
         f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
+        + (", large linear layers in float8" if config.train.float8 else "")
         + (f", resuming after step {start}" if start else "")
     )
 

@@ -59,16 +59,22 @@ def find_origin(config: RunConfig, identity: Mapping) -> Path | None:
 
 
 def restore(
-    origin: Path,
+    origin: Path | None,
     config: RunConfig,
+    run_id: str,
     model: PreTrainedModel,
     optimizers: Iterable[Optimizer],
     extra: Mapping[str, torch.Tensor],
-) -> int:
-    """Loads a verified checkpoint into all of these, in place, and this process's generators. Returns its step."""
+) -> tuple[int, list[dict]]:
+    """Loads a verified checkpoint, if there is one, into all of these, in place, and this process's generators.
+
+    Returns its step, or 0, and those metrics of the run `run_id` that were not on the disk when it was made.
+    """
+    if origin is None:
+        return 0, []
     state = checkpoint.load(origin, model, optimizers, extra, verified=True)
     checkpoint.load_generators(origin, config.seed)
-    return state["step"]
+    return state["step"], state["unwritten"] if state["run"] == run_id else []
 
 
 def _set_newer_aside(saves: Path, step: int) -> None:

@@ -68,7 +68,12 @@ def _open_run(config: RunConfig, data: TokenSet) -> dict:
         run_id = saved["id"]
         check_same(config, saved["identity"], identity, config.folder)
     checkpoint.clean(config.folder / "checkpoints")
-    return {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **environment()}
+    return {
+        "id": run_id,
+        "config": dataclasses.asdict(config),
+        "identity": identity,
+        **environment(config.train.float8),
+    }
 
 
 def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:

@@ -1,8 +1,10 @@
 """When checkpoints are written: at once, or by a thread while training goes on; what happens when that fails."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +27,9 @@ class Saver:
 
     Asynchronous: `save` copies this process's share to host memory, queued on the current stream between one step and
     the next, so that it waits for no kernel, and leaves the rest to a thread. One save is in flight at a time; the
-    next waits for it. A save that fails is told of at once (`say`), leaves nothing behind and costs nothing but
-    itself; the third in a row raises, at the next call, a CheckpointError that says why, on all processes.
+    next waits for it. Where the host has no memory for the copy, training waits for that save as for a synchronous one.
+    A save that fails is told of at once (`say`), leaves nothing behind and costs nothing but itself; the third in a row
+    raises, at the next call, a CheckpointError that says why, on all processes.
 
     failures: saves that failed so far. stalled: seconds that `save` kept the caller. As a context manager it waits,
     at the end, for what is in flight.
@@ -56,12 +59,12 @@ class Saver:
         begun = time.perf_counter()
         self._join()
         made = checkpoint.contents(step, model, optimizers, state, extra)
-        if self.config.asynchronous:
-            copy, ready = self._copied(made)
-            self._thread = threading.Thread(target=self._write, args=(step, copy, ready), name="glalm-checkpoint")
-            self._thread.start()
-        else:
+        copied = self._copied(step, made) if self.config.asynchronous else None
+        if copied is None:
             self._write(step, made, lambda: None)
+        else:
+            self._thread = threading.Thread(target=self._write, args=(step, *copied), name="glalm-checkpoint")
+            self._thread.start()
         self.stalled += time.perf_counter() - begun
 
     def row(self) -> dict[str, int]:
@@ -121,9 +124,17 @@ class Saver:
         except OSError as error:  # what was saved is saved all the same
             self.say(f"warning: an old checkpoint cannot be removed: {error}")
 
-    def _copied(self, made: Contents) -> tuple[Contents, Callable[[], None]]:
-        """`made` in host memory, and what to call before it may be read."""
-        pieces = {file: {n: self._on_host(n, p) for n, p in ps.items()} for file, ps in made.pieces.items()}
+    def _copied(self, step: int, made: Contents) -> tuple[Contents, Callable[[], None]] | None:
+        """`made` in host memory, and what to call before it may be read; None where there is no such memory."""
+        try:
+            pieces = {file: {n: self._on_host(n, p) for n, p in ps.items()} for file, ps in made.pieces.items()}
+        except RuntimeError as error:  # torch's, of an allocation that failed
+            self._host.clear()  # a part of it is of no use, and others may need it
+            first_line = str(error).partition("\n")[0]  # the others tell how to look for bugs
+            said = f"rank {place()[0]} has no host memory for a copy of step {step}: {first_line}"
+            with suppress(OSError):  # not `say`: it is the first process's alone
+                print(f"warning: {said}; training waits until it is saved", file=sys.stderr, flush=True)
+            return None
         if not torch.cuda.is_available():
             return replace(made, pieces=pieces), lambda: None
         copied = torch.cuda.Event()
@@ -135,9 +146,10 @@ class Saver:
 
     def _reserve(self, made: Contents, device: int) -> None:
         torch.cuda.set_device(device)  # a thread begins with the first, of which every process would take memory
-        for pieces in made.pieces.values():
-            for name, piece in pieces.items():
-                self._memory(name, piece.local)
+        with suppress(RuntimeError):  # no such memory: `save` tries again, and says so
+            for pieces in made.pieces.values():
+                for name, piece in pieces.items():
+                    self._memory(name, piece.local)
 
     def _memory(self, name: str, like: Tensor) -> Tensor:
         """Host memory for the tensor `name`: the same each time."""

@@ -160,7 +160,9 @@ class Watchdog:
         )
 
     def _end(self, verdict: str) -> None:
-        print(f"rank {self.rank} ends the run: {verdict}", file=sys.stderr, flush=True)
-        if f"rank {self.rank} hangs" in verdict:
-            faulthandler.dump_traceback(all_threads=True)
-        os._exit(EXIT)
+        try:
+            print(f"rank {self.rank} ends the run: {verdict}", file=sys.stderr, flush=True)
+            if f"rank {self.rank} hangs" in verdict:
+                faulthandler.dump_traceback(all_threads=True)
+        finally:  # also where the log is on a full disk
+            os._exit(EXIT)

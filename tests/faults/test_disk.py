@@ -2,15 +2,22 @@
 
 import errno
 import os
+import resource
 import shutil
+import signal
+import time
+from contextlib import contextmanager
 
 import pytest
+from processes import start, wait
 from sameness import assert_same, rows
 
+from glalm.config import RunConfig
 from glalm.strict import ConfigError
-from glalm.train import checkpoint, tensors
+from glalm.train import checkpoint, loop, tensors
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train
+from glalm.train.watchdog import EXIT
 
 
 def full_disk(monkeypatch, times: int):
@@ -58,6 +65,94 @@ def test_a_last_save_that_fails_is_no_success(run_config, change, monkeypatch):
     with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved: .*No space left"):
         train(change(run_config, **{"train.steps": 2}))
     assert list((run_config.folder / "checkpoints").iterdir()) == []
+
+
+@contextmanager
+def largest_file(size: int):
+    """The kernel refuses to make a file larger than that: it writes what there is room for, then nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def without(found: list[dict], *names: str) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in names} for row in found]
+
+
+def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch):
+    """Full from step 2 to 4, for metrics and checkpoints."""
+    real, calls, full = loop.update, [], largest_file((unbroken / "metrics.jsonl").stat().st_size // 4)
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            full.__enter__()
+        if len(calls) == 5:
+            full.__exit__(None, None, None)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "update", update)
+    assert train(change(run_config, **{"train.checkpoint.asynchronous": False})) == 0
+    last = rows(run_config.folder)[-1]
+    assert last["failed_saves"] == 2 and 1 <= last["failed_writes"] <= 3
+    assert without(rows(run_config.folder), "failed_saves", "failed_writes") == rows(unbroken)
+
+
+def without_room_for_metrics(config: RunConfig) -> int:
+    """From step 3 on there is room for checkpoints alone; killed in step 6."""
+    update, save, calls, size = loop.update, loop.Saver.save, [], resource.RLIM_INFINITY
+
+    def limited(*args):
+        nonlocal size
+        calls.append(1)
+        if len(calls) == 3:
+            size = (config.folder / "metrics.jsonl").stat().st_size + 10
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return update(*args)
+
+    def saved(*args):
+        with largest_file(resource.RLIM_INFINITY):
+            save(*args)
+
+    loop.update, loop.Saver.save = limited, saved
+    return train(config)
+
+
+def test_metrics_that_waited_for_room_survive_a_kill(run_config, change, unbroken, tmp_path):
+    config = change(run_config, **{"train.checkpoint.asynchronous": False})
+    assert wait(start(without_room_for_metrics, config, log=tmp_path / "log")) == [-signal.SIGKILL]
+    assert [row["step"] for row in rows(config.folder)] == [0, 1, 2]
+    assert [row["step"] for row in checkpoint.read_state(config.folder / "checkpoints/step_4")["unwritten"]] == [3, 4]
+    assert train(config) == 0
+    assert without(rows(config.folder), "failed_writes") == rows(unbroken)
+
+
+def deaf(hangs: bool, config: RunConfig) -> int:
+    """What it prints goes to a full disk. In its second step it may stop for good."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    real, calls = loop.update, []
+
+    def update(*args):
+        calls.append(1)
+        if hangs and len(calls) == 2:
+            time.sleep(60)
+        return real(*args)
+
+    loop.update = update
+    return train(config)
+
+
+def test_a_log_on_a_full_disk_ends_no_run_and_saves_no_hanging_one(run_config, change, unbroken, tmp_path):
+    assert wait(start(deaf, False, run_config, log=tmp_path / "log")) == [0]
+    assert_same(unbroken, run_config.folder)
+    hanging = change(run_config, name="hanging", **{"train.guard.hang_seconds": 2.0})
+    assert wait(start(deaf, True, hanging, log=tmp_path / "log"), 30) == [EXIT]
 
 
 def test_an_old_one_that_cannot_be_removed_is_told_of_and_costs_no_save(run_config, change, monkeypatch, capfd):
@@ -147,6 +242,15 @@ def test_a_filesystem_that_cannot_hold_checkpoints_is_refused_at_the_start(run_c
         with pytest.raises(ConfigError, match=r"runs.*cannot sync and rename a directory .*not supported"):
             train(run_config)
     assert not (run_config.folder / "run.json").exists()
+
+
+def test_a_run_does_not_begin_on_a_full_disk(run_config):
+    with (
+        largest_file(0),
+        pytest.raises(ConfigError, match=r"tiny cannot be written to \(.*make room, or choose"),
+    ):
+        train(run_config)
+    assert train(run_config) == 0
 
 
 def test_a_rename_that_is_not_atomic_is_survived(trained, unbroken):

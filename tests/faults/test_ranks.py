@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from glalm.config import RunConfig
 from glalm.data import loader
 from glalm.train import checkpoint, loop, rng, tensors
 from glalm.train.loop import train
+from glalm.train.saver import Saver
 from glalm.train.watchdog import EXIT
 
 
@@ -101,6 +103,30 @@ def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path
     assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
     assert run(run_config, 2, tmp_path / "log") == [0, 0]
     assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
+
+
+def without_host_memory(config: RunConfig) -> int:
+    """Rank 1 has no memory for the copy of its second save."""
+    real, calls = Saver.save, []
+
+    def save(self, step, *args):
+        self._memory = partial(Saver._memory, self) if step != 4 else lambda name, like: torch.empty(1 << 46)
+        calls.append(1)
+        return real(self, step, *args)
+
+    if os.environ["RANK"] == "1":
+        Saver.save = save
+    return train(config)
+
+
+def test_one_rank_without_memory_for_its_copy(run_config, change, tmp_path):
+    """It saves at once, the other beside the training, and the checkpoint is whole."""
+    config = change(run_config, **{"train.micro_batch_size": 1, "train.checkpoint.keep_last": 9})
+    assert run(config, 2, tmp_path / "log", without_host_memory) == [0, 0], text(tmp_path / "log")
+    assert "rank 1 has no host memory for a copy of step 4: " in text(tmp_path / "log", 1)
+    for step in (2, 4, 6):
+        checkpoint.verify(config.folder / "checkpoints" / f"step_{step}")
+    assert "failed_saves" not in rows(config.folder)[-1]
 
 
 def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from processes import start, text, wait
+from processes import start, text, until, wait
 from sameness import assert_same, rows, weights
 
 from glalm.config import RunConfig
@@ -19,7 +19,7 @@ from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.strict import ConfigError, RunError
-from glalm.train import checkpoint, loop, step
+from glalm.train import checkpoint, loop, step, tensors
 from glalm.train.guards import BadSteps
 from glalm.train.loop import train
 
@@ -114,6 +114,37 @@ def test_a_signal_saves_at_the_next_step_and_says_so_by_its_exit_code(run_config
     assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
     assert wait(start(train, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
+
+
+def on_a_slow_disk(config: RunConfig) -> int:
+    """The second checkpoint takes a minute."""
+    real = tensors.write
+
+    def write(path, pieces):
+        if "step_4" in str(path):
+            (path.parent / "slow").touch()
+            time.sleep(60)
+        return real(path, pieces)
+
+    tensors.write = write
+    return train(config)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_path, asynchronous):
+    """The newest whole checkpoint is as it was, and the same command goes on from it."""
+    config = change(run_config, **{"train.checkpoint.asynchronous": asynchronous})
+    [process] = start(on_a_slow_disk, config, log=tmp_path / "log")
+    until((config.folder / "checkpoints" / ".step_4.tmp" / "slow").exists)
+    os.kill(process.pid, signal.SIGINT)
+    until(lambda: "a second signal" in text(tmp_path / "log"))
+    process.join(1.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    assert wait([process], 5) == [-signal.SIGINT]
+    assert checkpoint.newest_whole(config.folder / "checkpoints").name == "step_2"
+    assert train(config) == 0
+    assert_same(unbroken, config.folder)
 
 
 def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import pickletools
 from itertools import pairwise
 
@@ -109,6 +110,16 @@ def test_retention(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_4", "step_6", "step_7", "step_8"]
     checkpoint.prune(tmp_path, keep_last=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_8"]
+
+
+@pytest.mark.parametrize(
+    "losses", [[math.nan, 3.0, 2.0, 4.0], [3.0, math.nan, 2.0, 4.0], [3.0, -math.inf, 2.0, math.nan]]
+)
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses):
+    for step, loss in enumerate(losses, 1):
+        saved(tmp_path, step, {"val_loss": loss})
+    checkpoint.prune(tmp_path, keep_last=1, keep_best=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_3", "step_4"]
 
 
 def test_the_written_file_is_what_safetensors_reads(tmp_path):

@@ -62,6 +62,12 @@ def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
     assert parts["activations"] + parts["bf16 weights"] + loss == pytest.approx(found, rel=0.1)
 
 
+def test_no_part_is_negative(run_config, change):
+    """Mamba's scan keeps one state less than it has chunks: its activations begin below 0."""
+    config = change(run_config, model=ModelConfig(**MODEL, mixer="mamba"), **{"data.seq_len": 256})
+    assert all(size >= 0 for size in memory(config, 1, 1, True, True).values())
+
+
 def test_full_checkpointing_keeps_a_blocks_input():
     kept = activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
     assert kept.token == 2 * 64 and abs(kept.fixed) < 1000

@@ -1,8 +1,10 @@
 """train.float8: the large linear layers of the blocks, in training alone, by torchao's emulation on the CPU."""
 
 import dataclasses
+import json
 import sys
 from functools import partial
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +170,16 @@ def test_refused_before_the_run_has_a_folder(run_config, change, monkeypatch):
     with pytest.raises(ConfigError, match="no float8"):
         train(change(run_config, **{"train.float8": True}))
     assert not run_config.folder.exists()
+
+
+def test_the_run_says_so(emulated, run_config, change, capfd):
+    config = change(wide(run_config, change), **{"train.float8": True, "train.steps": 2})
+    assert train(config) == 0
+    assert "1 x cpu, fp32, large linear layers in float8\n" in capfd.readouterr().err
+    assert json.loads((config.folder / "run.json").read_text())["versions"]["torchao"] == metadata.version("torchao")
+    assert train(change(config, name="plain", **{"train.float8": False})) == 0
+    assert "float8" not in capfd.readouterr().err
+    assert "torchao" not in json.loads((config.folder.with_name("plain") / "run.json").read_text())["versions"]
 
 
 @pytest.mark.gpu

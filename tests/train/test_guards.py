@@ -1,6 +1,8 @@
 import os
+import resource
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +12,20 @@ from glalm.config import CheckpointConfig, GuardConfig
 from glalm.data.order import Order
 from glalm.strict import ConfigError
 from glalm.train import checkpoint
-from glalm.train.guards import BadSteps, StopSignal, UpdateGuard
+from glalm.train.guards import SIGNALS, BadSteps, StopSignal, UpdateGuard
 from glalm.train.lock import check_filesystem, sole_run
 from glalm.train.saver import Saver
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_a_second_obeyed(signum):
-    before = signal.getsignal(signum)
+def test_a_signal_is_noted_and_one_that_is_sent_twice_is_one(signum, capfd):
+    before = {s: signal.getsignal(s) for s in SIGNALS}
     with StopSignal() as stop:
         os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signum
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signum) is before
+    assert {s: signal.getsignal(s) for s in SIGNALS} == before
+    assert "a second signal ends it without" in capfd.readouterr().err
 
 
 def stepped(norms: list[float], fused: bool = True, **config) -> tuple[UpdateGuard, list[bool]]:
@@ -85,6 +87,28 @@ def test_saves_go_on_beside_the_training(tmp_path, monkeypatch):
         other, _ = trained(seed=5, steps=0)
         checkpoint.load(tmp_path / f"step_{step}", other)
         assert all(torch.equal(p, before[n] + shift) for n, p in other.named_parameters())
+
+
+def test_without_memory_for_a_copy_the_save_is_synchronous(tmp_path, capfd):
+    """The kernel refuses it (RLIMIT_AS); a save after that, with memory to be had, is asynchronous again."""
+    model, found = trained()
+    extra = {"large": torch.zeros(64 << 20, dtype=torch.uint8)}
+    with Saver(tmp_path, CheckpointConfig(keep_last=9)) as saver:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), before[1]))
+        try:
+            saver.save(1, model, found, {}, extra)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        assert saver.newest.name == "step_1" and not saver.busy and saver.row() == {} and not saver._host
+        checkpoint.verify(saver.newest)
+        saver.save(2, model, found, {}, extra)
+        assert saver._thread is not None
+        saver.finish()
+    said = capfd.readouterr().err
+    assert said.count("rank 0 has no host memory for a copy of step 1: ") == 1 and "step 2" not in said
+    assert checkpoint.newest_whole(tmp_path).name == "step_2"
 
 
 def test_a_lock_outlives_nothing(tmp_path):

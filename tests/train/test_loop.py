@@ -14,7 +14,7 @@ from glalm.data.files import read_jsonl
 from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop
 from glalm.train.distributed import choose_precision, start
-from glalm.train.guards import BadSteps, StopSignal
+from glalm.train.guards import BadSteps
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
@@ -188,16 +188,6 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
     assert f"resuming after step {saved.name.removeprefix('step_')}" in again.stderr
     steps = [r["step"] for r in read_jsonl(tmp_path / "cli" / "metrics.jsonl")]
     assert steps == list(range(401))
-
-
-def test_a_second_signal_is_obeyed_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_precision():

@@ -1,10 +1,13 @@
 import json
+import resource
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
 from glalm.data.files import read_jsonl
+from glalm.train import metrics as module
 from glalm.train.metrics import Metrics
 
 
@@ -33,6 +36,62 @@ def test_other_processes_write_nothing(folder, run_config):
         metrics.advance(1)
         metrics.say("nothing")
     assert list(folder.iterdir()) == []
+
+
+@contextmanager
+def room_for(more: int, path):
+    """The kernel writes `more` bytes of what would make a file larger than `path` is now, and refuses the rest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_wait_while_there_is_no_room(folder, run_config, capsys):
+    """For a row and a half, then for none: each row is in the file once, in order, as soon as there is room again."""
+    path, made = folder / "metrics.jsonl", [{"step": i, "loss": 2.5} for i in range(6)]
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        metrics.log(made[0])
+        with room_for(36, path):  # a row is 25 bytes
+            for row in made[1:4]:
+                metrics.log(row)
+        assert read_jsonl(path) == made[:2] and path.read_text()[-1] != "\n"  # as a kill would leave it
+        assert list(metrics.unwritten) == made[2:4] and metrics.row() == {"failed_writes": 2}
+        metrics.log(made[4])
+        assert read_jsonl(path) == made[:5] and not metrics.unwritten
+        with room_for(0, path):
+            metrics.log(made[5])
+    assert read_jsonl(path) == made  # at the end, without another row
+    said = capsys.readouterr().err
+    assert said.count("a row of metrics.jsonl is not written: ") == 2 and "could not be written" not in said
+    assert "written again, with the 3 rows that were kept" in said
+
+
+def test_what_waits_is_bounded_and_told_of_at_the_end(folder, run_config, monkeypatch, capsys):
+    monkeypatch.setattr(module, "MOST_UNWRITTEN", 3)
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        metrics._path = folder / "gone" / "metrics.jsonl"
+        for i in range(5):
+            metrics.log({"step": i})
+        assert [row["step"] for row in metrics.unwritten] == [2, 3, 4]
+    assert "3 rows of metrics.jsonl could not be written; the newest checkpoint has" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_kept_is_written_when_resuming(folder, run_config):
+    """Rows 2 and 3 waited as step 3 was saved; 2 was written after that, and 4."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (0, 1, 2, 4)))
+    with Metrics(folder, run_config, "id", 3, active=True, unwritten=[{"step": 2}, {"step": 3}]):
+        assert read_jsonl(folder / "metrics.jsonl") == [{"step": i} for i in range(4)]
+
+
+def test_a_file_that_is_moved_away_begins_anew(folder, run_config):
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        metrics.log({"step": 1})
+        (folder / "metrics.jsonl").rename(folder / "moved")
+        metrics.log({"step": 2})
+        assert read_jsonl(folder / "metrics.jsonl") == [{"step": 2}]
 
 
 class FakeWandb:

@@ -1,6 +1,7 @@
 """Where a run goes on from, and what it may change."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -107,6 +108,22 @@ def test_what_a_checkpoint_says_of_its_run(trained):
     assert state["run"] == record["id"] and state["identity"] == record["identity"]
     assert state["versions"]["torch"] == torch.__version__
     assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
+
+
+def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):
+    """Of the metrics, which are JSON, and of what is best: the checkpoint of it goes as any other."""
+    from glalm.train import loop
+
+    losses = iter([9.0, math.nan, 3.0, 4.0])
+    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val_loss": next(losses), "val_perplexity": 1.0})
+    keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1}
+    config = change(run_config, **keep)
+    assert train(config) == 0
+    assert names(config) == {"step_4", "step_6"}
+    lines = (config.folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row.get("val_loss") for row in found] == [9.0, None, None, None, 3.0, None, 4.0]
+    assert found[2]["val_perplexity"] == 1.0
 
 
 def test_the_best_is_kept(trained, change, monkeypatch):

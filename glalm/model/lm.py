@@ -182,8 +182,15 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
                 f"past_key_values has seen all {input_ids.shape[1]} tokens of input_ids: nothing is left to predict "
                 "from; give it one token less"
             )
+        ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and attention_mask.shape[1] < seen + ids.shape[1]:  # transformers 5.17 does that
+            raise ValueError(
+                f"prefill_chunk_size: this transformers would read again the {seen} tokens of past_key_values; "
+                "update it, or leave prefill_chunk_size out"
+            )
         return {
-            "input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:],
+            "input_ids": ids,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache", True),

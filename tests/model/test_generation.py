@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from test_mixers import CHOICES
 from transformers.generation.streamers import BaseStreamer
@@ -69,8 +70,12 @@ def test_sampling_draws_the_same_from_the_state_as_from_all_tokens(choice, tiny,
 def test_the_prompt_may_be_read_in_chunks(tiny, tokens):
     model, ids = tiny(layers="gla+attention"), tokens(2, 21)
     cache = model(ids[:, :2], use_cache=True).past_key_values
-    chunked = model.generate(ids, past_key_values=cache, prefill_chunk_size=8, **GREEDY)
-    assert torch.equal(chunked, model.generate(ids, **GREEDY))
+    try:
+        chunked = model.generate(ids, past_key_values=cache, prefill_chunk_size=8, **GREEDY)
+    except ValueError as error:
+        assert "update it" in str(error) and transformers.__version__ < "5.23"
+    else:
+        assert torch.equal(chunked, model.generate(ids, **GREEDY))
 
 
 def test_a_state_that_has_seen_everything_is_refused(tiny, tokens):

@@ -50,7 +50,9 @@ def check_choices(args: list[str]) -> None:
     for arg in args:
         group, _, given = arg.partition("=")
         files = sorted(p.stem for p in CONFIGS.glob("*/*.yaml") if p.parent.name == group)
-        for choice in given.strip("'\"").split(",") if files else ():  # --multirun takes several
+        if not files or any(bracket in given for bracket in "[("):
+            continue  # a list, or a sweep by Hydra's functions
+        for choice in given.strip("'\"").split(","):  # --multirun takes several
             near = difflib.get_close_matches(choice, files, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             choices = f"{hint}choices: {', '.join(files)}"

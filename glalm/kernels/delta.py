@@ -12,8 +12,8 @@ solved for both right-hand sides at once, before S is known (the WY form); from 
 
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 from glalm.kernels.checks import check_inputs
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
+from glalm.kernels.sequences import each_sequence
 
 CHUNK = 64
 
@@ -58,11 +59,9 @@ def chunk_delta_rule(
             raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-    if (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and (kernel := fused(q.shape[3], v.shape[3], g is not None))
-    ):
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    kernel = fused(q.shape[3], v.shape[3], g is not None) if q.is_cuda and half else None
+    if kernel is not None:
         return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
     dtype = torch.promote_types(q.dtype, torch.float32)
     g = torch.zeros_like(beta) if g is None else g
@@ -74,10 +73,7 @@ def chunk_delta_rule(
             tokens = torch.arange(q.shape[1], dtype=cu_seqlens.dtype, device=q.device)
             o, state = chunks(*inputs, None, torch.searchsorted(cu_seqlens[1:], tokens, right=True))
         else:
-            bounds = list(pairwise(cu_seqlens.tolist()))
-            given = [None] * len(bounds) if initial_state is None else initial_state.split(1)
-            results = [chunks(*(x[:, a:b] for x in inputs), S) for (a, b), S in zip(bounds, given, strict=True)]
-            o, state = torch.cat([o for o, _ in results], 1), torch.cat([S for _, S in results])
+            o, state = each_sequence(chunks, inputs, initial_state, cu_seqlens)
     return o.to(v.dtype), state if output_final_state else None
 
 
@@ -99,8 +95,13 @@ def fused(K: int, V: int, gated: bool) -> Callable | None:
 @torch.compiler.assume_constant_result
 def machine() -> tuple[bool, tuple[int, ...]]:
     """Whether the GPU is a Hopper, and Triton's version."""
-    triton = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
-    return torch.cuda.get_device_capability()[0] == 9, triton
+    return torch.cuda.get_device_capability()[0] == 9, triton_version()
+
+
+@cache
+def triton_version() -> tuple[int, ...]:
+    """Read from the disk, which every layer's call would do."""
+    return tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
 
 
 def chunks(
@@ -186,9 +187,8 @@ def differentiate_twice(ctx, *grads):
     raise NotImplementedError("chunk_delta_rule: no second derivatives")
 
 
-carry_op, carry_backward_op = operator("delta_carry", carry), operator("delta_carry_backward", carry_backward)
-torch.library.register_fake(carry_op, carry_fake)
-torch.library.register_fake(carry_backward_op, carry_backward_fake)
+carry_op = operator("delta_carry", carry, carry_fake)
+carry_backward_op = operator("delta_carry_backward", carry_backward, carry_backward_fake)
 torch.library.register_autograd(carry_op, differentiate, setup_context=save)
 torch.library.register_autograd(carry_backward_op, differentiate_twice)
 

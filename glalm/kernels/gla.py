@@ -244,8 +244,7 @@ def differentiate_twice(ctx, *grads):
     raise NotImplementedError("chunk_gla: no second derivatives; fused_recurrent_gla has them, for short sequences")
 
 
-forward_op, backward_op = operator("chunk_gla", chunk_forward), operator("chunk_gla_backward", chunk_backward)
-torch.library.register_fake(forward_op, chunk_forward_fake)
-torch.library.register_fake(backward_op, chunk_backward_fake)
+forward_op = operator("chunk_gla", chunk_forward, chunk_forward_fake)
+backward_op = operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)
 torch.library.register_autograd(forward_op, differentiate_op, setup_context=save)
 torch.library.register_autograd(backward_op, differentiate_twice)

@@ -147,7 +147,5 @@ def recurrent_update_fake(q, k, v, g, scale, state):
     return v.new_empty(v.shape)
 
 
-forward_op = operator("fused_recurrent", recurrent_forward)
-update_op = operator("fused_recurrent_update", recurrent_update, mutates=("state",))
-torch.library.register_fake(forward_op, recurrent_forward_fake)
-torch.library.register_fake(update_op, recurrent_update_fake)
+forward_op = operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
+update_op = operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, mutates=("state",))

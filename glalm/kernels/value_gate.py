@@ -6,14 +6,13 @@ Written out, o_t = scale * sum_{s <= t} (q_t . k_s) exp(g_{s+1} + ... + g_t) * v
 so these are one matmul a chunk, and the pairs' decays are [C, C, V]: small chunks, for models of an ablation's size.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.kernels.checks import check_inputs, check_values
 from glalm.kernels.gates import channels
+from glalm.kernels.sequences import each_sequence
 
 CHUNK = 16
 
@@ -44,10 +43,7 @@ def chunk_value_gla(
         if cu_seqlens is None:
             o, state = chunks(*inputs, initial_state)
         else:
-            bounds = list(pairwise(cu_seqlens.tolist()))
-            given = [None] * len(bounds) if initial_state is None else initial_state.split(1)
-            results = [chunks(*(x[:, a:b] for x in inputs), S) for (a, b), S in zip(bounds, given, strict=True)]
-            o, state = torch.cat([o for o, _ in results], 1), torch.cat([S for _, S in results])
+            o, state = each_sequence(chunks, inputs, initial_state, cu_seqlens)
     return o.to(v.dtype), state if output_final_state else None
 
 

@@ -60,8 +60,8 @@ def chunk_retention(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    g = retention_decay(q)
-    check_gate(q, k, v, g, initial_state, cu_seqlens)
+    g = head_decay(q)
+    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)
     return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -93,13 +93,8 @@ def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> t
     return fused_recurrent(q, k, v, None, **options)
 
 
-def retention_decay(q: Tensor) -> Tensor:
-    """log(1 - 2^(-5-h)) of every token and head: [B, T, H], float32 (float64 for float64 q)."""
-    return head_decay(q).expand(q.shape[:3])
-
-
 def head_decay(q: Tensor) -> Tensor:
-    """log(1 - 2^(-5-h)) of every head: [H]."""
+    """log(1 - 2^(-5-h)) of every head: [H], float32 (float64 for float64 q)."""
     if q.dim() != 4:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -30,8 +30,8 @@ def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
 
 
 def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Tensor | None:
-    """From the gradient of the log gates, one a key channel, to that of g as it was given."""
-    if g is None:
+    """From the gradient of the log gates, one a key channel, to that of g as it was given; None of a fixed one."""
+    if g is None or g.dim() == 1:
         return None
     if g.dim() == 3:
         dg = dg.sum(-1)

@@ -103,7 +103,8 @@ def chunk(
     cu_seqlens: Tensor | None = None,
     gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gla` for any gate, with inputs that were checked: g [B, T, H, K], [B, T, H], or None for no gate."""
+    """`chunk_gla` for any gate, with inputs that were checked: g [B, T, H, K], [B, T, H], [H] for a fixed one,
+    which gets no gradient, or None for no gate."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     # What the backward pass uses again is kept only where there may be one.
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, initial_state))
@@ -196,7 +197,8 @@ def chunk_backward(
 def chunk_backward_fake(
     q, k, v, g, scale, normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (g, initial_state))
+    gate = None if g is None or g.dim() == 1 else g
+    maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (gate, initial_state))
     return *(x.new_empty(x.shape) for x in (q, k, v)), *maybe
 
 
@@ -217,7 +219,8 @@ def differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, backward:
     dq, dk, dv, dg, dinitial = backward(
         q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
     )
-    dg, dinitial = (None if x is None else dx for x, dx in ((g, dg), (initial_state, dinitial)))
+    dg = None if g is None or g.dim() == 1 else dg
+    dinitial = None if initial_state is None else dinitial
     return dq, dk, dv, dg, None, None, dinitial, None, None, None
 
 

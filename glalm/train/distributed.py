@@ -177,16 +177,10 @@ def summing(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
 
 
-def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scales the gradients in place so that their norm over all parameters and processes is at most `largest`.
-
-    Returns the norm before, on the device, without waiting for it.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm over all parameters and processes, on the device, without waiting for it."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def reshard(model: nn.Module) -> None:

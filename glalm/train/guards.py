@@ -1,5 +1,6 @@
 """What a step is guarded by: signals are noted, and an update that would do harm is skipped."""
 
+import math
 import os
 import signal
 import time
@@ -75,14 +76,26 @@ class UpdateGuard:
             5, dtype=torch.int64, device=device
         ).unbind()
 
-    def step(self, optimizers: Iterable[torch.optim.Optimizer], step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """loss: this process's, a scalar; grad_norm: the global one, a scalar; step: the number of this update."""
+    def step(
+        self,
+        optimizers: Iterable[torch.optim.Optimizer],
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        largest: float = math.inf,
+    ) -> None:
+        """loss: this process's, a scalar; grad_norm: the global one, a scalar; step: the number of this update; its
+        gradients are clipped to a norm of `largest`."""
         skip = self._judge(step, loss.detach().float(), grad_norm.detach().float())
         for optimizer in optimizers:
             if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimisers
+                # The update divides by this as it reads the gradients: a pass over them less than scaling them before.
+                optimizer.grad_scale = ((grad_norm + 1e-6) / largest).clamp(min=1)
                 optimizer.found_inf = skip.float()
                 optimizer.step()
             elif not skip.item():
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grads_with_norm_(parameters, largest, grad_norm)
                 optimizer.step()
 
     def check(self, order: Order, folder: Path, writes: bool = True) -> dict[str, int]:

@@ -10,7 +10,7 @@ from glalm.config import RunConfig
 from glalm.data.loader import Batch, packed
 from glalm.model.cache import StateCache
 from glalm.model.loss import IGNORE
-from glalm.train.distributed import clip, summing
+from glalm.train.distributed import gradient_norm, summing
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import set_learning_rate
 
@@ -29,9 +29,9 @@ def update(
     processes' scored tokens (their mean is that loss) and the gradient's norm before clipping, both on device: nothing
     here waits for the device."""
     loss = accumulate(accelerator, model, batch, config)
-    grad_norm = clip(model.parameters(), config.optim.grad_clip)
+    grad_norm = gradient_norm(model.parameters())
     set_learning_rate(optimizers, lr)
-    guard.step(optimizers, step, loss, grad_norm)
+    guard.step(optimizers, step, loss, grad_norm, config.optim.grad_clip)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm

@@ -61,7 +61,7 @@ def test_no_gate(H, K, V):
     check(BF16, 1, 320, H, K, V, dtype=torch.bfloat16, per="nothing", states=True)
 
 
-@pytest.mark.parametrize("per", ["head", "nothing"])
+@pytest.mark.parametrize("per", ["head", "fixed", "nothing"])
 def test_simpler_gates_in_every_form(per):
     check(FP16, 1, 300, 2, 64, 64, dtype=torch.float16, per=per, states=True)
     check(FP32, 1, 300, 2, 64, 64, dtype=torch.float32, per=per, states=True)

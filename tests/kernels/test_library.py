@@ -40,12 +40,13 @@ def test_decoding_compiles_whole(draw):
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 5]], ids=["dense", "packed"])
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("per, normalizer", [("channel", None), ("head", 16.0), ("nothing", None)])
+@pytest.mark.parametrize("per, normalizer", [("channel", None), ("head", 16.0), ("fixed", None), ("nothing", None)])
 def test_opcheck(draw, bounds, final, per, normalizer):
     args = draw(1, 5, bounds=bounds, gate_dtype=torch.float64)
     cu_seqlens = args.pop("cu_seqlens")
     q, k, v, g = (args[n].requires_grad_() for n in "qkvg")
-    g = {"channel": g, "head": g[..., 0].detach().requires_grad_(), "nothing": None}[per]
+    heads = g[..., 0].detach()
+    g = {"channel": g, "head": heads.clone().requires_grad_(), "fixed": heads[0, 0], "nothing": None}[per]
     state = args["initial_state"] if final else None
     forward = (q, k, v, g, 0.3, normalizer, state, final, cu_seqlens, True)
     torch.library.opcheck(torch.ops.glalm.chunk_gla.default, forward)

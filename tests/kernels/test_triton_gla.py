@@ -49,7 +49,7 @@ def test_logits_of_the_gate(per, normalizer):
 
 
 @interpreted
-@pytest.mark.parametrize("per", ["head", "nothing"])
+@pytest.mark.parametrize("per", ["head", "fixed", "nothing"])
 def test_one_gate_a_head_in_packed_sequences_and_segments(per):
     check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, per=per, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
     check(IEEE, 1, 600, 1, 16, 16, dtype=torch.float32, per=per, states=True)

@@ -32,13 +32,15 @@ def case(
 ):  # fmt: skip
     """Relative RMS errors of o, the final state and all gradients; all must be finite.
 
-    per: "channel", "head" or "nothing", what there is one gate for; logits: the normalizer of logits given as g.
+    per: "channel", "head" or "nothing", what there is one gate for, or "fixed", one a head for all tokens, which gets
+    no gradient; logits: the normalizer of logits given as g.
     """
     r = torch.Generator().manual_seed(seed)
     q, k, v, do = (torch.randn(B, T, H, n, generator=r).to(device, dtype) for n in (K, K, V, V))
     x = torch.randn(B, T, H, K, generator=r)
     g = (x if logits else GATES[gate](x)).to(device, gate_dtype or dtype)
-    g = {"channel": g, "head": g[..., 0].contiguous(), "nothing": None}[per]
+    heads = g[..., 0].contiguous()
+    g = {"channel": g, "head": heads, "fixed": heads[0, 0], "nothing": None}[per]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     S0, dS = (torch.randn(N, H, K, V, generator=r).to(device) if states else None for _ in range(2))
     if cu_seqlens is not None:
@@ -57,6 +59,9 @@ def case(
     total = (o * do.double()).sum() + ((S * dS.double()).sum() if states else 0)
     wanted = dict(zip((f"d{name}" for name in given), torch.autograd.grad(total, given.values()), strict=True))
     wanted |= {"o": o, "S": S}
+    if per == "fixed":
+        assert got["dg"] is None
+        del wanted["dg"]
     assert all(torch.isfinite(got[name]).all() for name in wanted)
     return {name: relative(got[name], x) for name, x in wanted.items()}
 

@@ -50,6 +50,29 @@ def test_what_is_skipped(fused):
     assert moved == [True, False, True, False, True, True]
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Muon"])
+def test_gradients_are_clipped(name):
+    """As torch clips them before the step: by what divides a fused step's gradients, or in place."""
+    options = {} if name == "Muon" else {"fused": True}
+    gradient, steps = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), []
+    for largest in (0.5, 100.0):
+        for guarded in (True, False):
+            w = torch.nn.Parameter(torch.ones(3, 5))
+            optimizer = getattr(torch.optim, name)([w], lr=0.1, **options)
+            w.grad = gradient.clone()
+            norm = torch.nn.utils.get_total_norm([w.grad])
+            if guarded:
+                UpdateGuard(GuardConfig(), w.device).step([optimizer], 1, torch.tensor(1.0), norm, largest)
+            else:
+                torch.nn.utils.clip_grads_with_norm_([w], largest, norm)
+                optimizer.step()
+            moment = optimizer.state[w].get("exp_avg", optimizer.state[w].get("momentum_buffer"))
+            steps.append(torch.stack([w.detach(), w.detach() if moment is None else moment]))
+    torch.testing.assert_close(steps[0], steps[1])
+    torch.testing.assert_close(steps[2], steps[3])
+    assert not torch.allclose(steps[0], steps[2])
+
+
 def test_spikes_are_judged_by_the_window_before_them():
     """Mean 1, deviation 0.1: 1.5 passes at 6 deviations and 1.7 does not; a skipped norm does not count as one."""
     window = [0.9, 1.1, 0.9, 1.1]

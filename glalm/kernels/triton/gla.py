@@ -28,7 +28,7 @@ def forward(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
-    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H] or None, logits where there is a normalizer;
+    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H], [H] or None, logits where there is a normalizer;
     states: float32 [N, H, K, V]. Returns o as v, the final state or None, and where `keep` what `backward` wants.
     """
     plan = Plan(q, k, v, g, scale, normalizer, cu_seqlens)
@@ -85,7 +85,7 @@ class Plan:
     ):
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         self.g = None if g is None else g.contiguous()
-        self.per_head = g is None or g.dim() == 3
+        self.per_head, self.fixed = g is None or g.dim() < 4, g is not None and g.dim() == 1
         self.scale, self.logits = float(scale), normalizer is not None  # a kernel would be compiled for an integer
         self.inverse = 1.0 / normalizer if self.logits else 1.0
         self.B, self.T, self.H, self.K = q.shape
@@ -118,7 +118,7 @@ class Plan:
         last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
         if self.per_head:
             args = self.q, self.k, self.g, signs(self.q.device), kept.q, kept.k, kept.scores, kept.decay, *last
-            launch(prepare_head_kernel, self.tiles, args, common, self.config.prepare.options)
+            launch(prepare_head_kernel, self.tiles, args, common | {"FIXED": self.fixed}, self.config.prepare.options)
             return kept
         args = self.q, self.k, self.g, signs(self.q.device), *kept, *last
         for exact, config in ((False, self.config.prepare), (True, self.config.prepare_exact)):
@@ -205,8 +205,9 @@ class Plan:
         )  # fmt: skip
         if self.per_head:
             blocks = self.KP // common["BK"]
-            dg = None if self.g is None else self.empty(blocks, *self.g.shape, dtype=torch.float32)
+            dg = None if self.g is None or self.fixed else self.empty(blocks, *self.g.shape, dtype=torch.float32)
             args = *first, kept.decay, *middle, dg, *last, self.B * self.T
+            common["FIXED"] = self.fixed
             launch(gradients_head_kernel, self.tiles * blocks, args, common, self.config.gradients.options)
             return dq, dk, None if dg is None else dg.sum(0).to(self.g.dtype)
         dg = torch.empty_like(self.g)

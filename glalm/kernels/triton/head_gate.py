@@ -1,4 +1,5 @@
-"""One gate a head, or none: prepare.py and gradients.py where a chunk's decays are one number a pair of tokens.
+"""One gate a head, the same for every token or not, or none: prepare.py and gradients.py where a chunk's decays are one
+number a pair of tokens.
 
 With b_t the running sum of the log gate and `total` its sum over the chunk,
 
@@ -42,10 +43,18 @@ def load_head_gates(g, t, stride, rows, inverse, LOGITS: tl.constexpr):
 
 
 @triton.jit
-def decays(g, signs, rows, inverse, H: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, PARTS: tl.constexpr):
+def decays(
+    g, signs, row, rows, h, inverse,
+    H: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, PARTS: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
     """exp of the gates' sums up to and with t, [C], after t, [C], and after j up to and with i, [C, C]; and of
-    the sum of all. g: at the chunk's first token and the head."""
+    the sum of all. g: [B, T, H], or [H] where the gate is FIXED; row: the chunk's first token."""
     t = tl.arange(0, C)
+    if FIXED:
+        gate = tl.maximum(tl.load(g + h).to(tl.float32), FLOOR) * LOG2E
+        before, after = exp2((t + 1) * gate), exp2(tl.maximum(rows - 1 - t, 0) * gate)
+        return before, after, exp2(tl.maximum(t[:, None] - t[None, :], 0) * gate), exp2(rows * gate)
+    g += row * H + h
     gate = load_head_gates(g, t, H, rows, inverse, LOGITS)
     later = load_head_gates(g, t + 1, H, rows, inverse, LOGITS)
     before = tl.cumsum(gate, 0)
@@ -59,9 +68,12 @@ def decays(g, signs, rows, inverse, H: tl.constexpr, C: tl.constexpr, LOGITS: tl
 def prepare_head_kernel(
     q, k, g, signs, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inverse, N, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of one head. g: [B, T, H], or None. Writes what prepare_kernel does, and exp(total)."""
+    """One program: one chunk of one head. g: [B, T, H], [H] where FIXED, or None.
+
+    Writes what prepare_kernel does, and exp(total).
+    """
     tile = tl.program_id(0).to(tl.int64)
     chunk, h = tile // H, tile % H
     row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
@@ -69,7 +81,9 @@ def prepare_head_kernel(
         return
     t = tl.arange(0, C)
     if g is not None:
-        before, after, between, total = decays(g + row * H + h, signs, rows, inverse, H, C, LOGITS, GATE_PARTS)
+        before, after, between, total = decays(
+            g, signs, row, rows, h, inverse, H, C, LOGITS, GATE_PARTS, FIXED
+        )  # fmt: skip
         tl.store(decay + tile, total)
     A = tl.zeros([C, C], tl.float32)
     for k0 in range(0, KP, BK):
@@ -95,11 +109,11 @@ def gradients_head_kernel(
     N, T, tokens,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One program: BK channels of one chunk of one head, over all of V. dscores is None to have dA computed here.
 
-    dg: float32 [KP / BK, tokens, H], the part of every block of channels; None where g is.
+    dg: float32 [KP / BK, tokens, H], the part of every block of channels; None where g is, or FIXED.
     """
     BLOCKS: tl.constexpr = KP // BK
     tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -116,7 +130,7 @@ def gradients_head_kernel(
     dA = (dA_high.to(tl.float32) + dA_low.to(tl.float32)) * scale
     dx *= scale
     if g is not None:
-        before, after, between, _ = decays(g + row * H + h, signs, rows, inverse, H, C, LOGITS, GATE_PARTS)
+        before, after, between, _ = decays(g, signs, row, rows, h, inverse, H, C, LOGITS, GATE_PARTS, FIXED)
         dA *= between
         dx *= before[:, None]
         dy *= after[:, None]
@@ -130,7 +144,7 @@ def gradients_head_kernel(
     dy = two_part_dot(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)
     store_tile(dq + p, H * K, rows, K - k0, dx)
     store_tile(dk + p, H * K, rows, K - k0, dy)
-    if g is not None:
+    if dg is not None:
         r = tl.sum(x.to(tl.float32) * dx - y.to(tl.float32) * dy, 1)
         sums = tl.cumsum(r, 0, reverse=True) + tl.sum(across) * tl.load(decay + tile) + ended
         gate = load_head_gates(g + row * H + h, t, H, rows, inverse, LOGITS)

@@ -23,7 +23,7 @@ def shapes(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool) ->
     """Shape and dtype of each, from shapes alone. low: keep A in two parts, where the second is not 0."""
     B, T, H, K = q.shape
     tiles = chunk_count(B, T, cu_seqlens) * H
-    KP, dtype, per_head = padded(K), operands(q), g is None or g.dim() == 3
+    KP, dtype, per_head = padded(K), operands(q), g is None or g.dim() < 4
     return [
         ((tiles, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),

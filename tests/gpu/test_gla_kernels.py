@@ -5,7 +5,7 @@ import secrets
 import pytest
 import torch
 
-from glalm.kernels import chunk_gla
+from glalm.kernels import chunk_gla, chunk_simple_gla
 
 pytestmark = pytest.mark.gpu
 SEED = secrets.randbits(31)
@@ -155,3 +155,15 @@ def test_same_bits_on_two_gpus():
     # Without making the second the current device: a model may be spread over both.
     results = [[x.cpu() for x in differentiated(chunk_gla, [x.to(d) for x in inputs])] for d in ("cuda:0", "cuda:1")]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("per", ["channel", "head"])
+@pytest.mark.parametrize("normalizer", [None, 16.0])
+def test_a_gate_that_is_not_a_number_shows(per, normalizer):
+    q, k, v, g = tensors(1, 200, 2, 64, 64)
+    g = -g.abs() if per == "channel" else -g.abs()[..., 0].contiguous()
+    g[0, 70] = float("nan")
+    operator = chunk_gla if per == "channel" else chunk_simple_gla
+    o, _ = operator(q, k, v, g, gate_logit_normalizer=normalizer)
+    assert torch.isfinite(o[0, :64]).all()
+    assert torch.isnan(o[0, 70:]).all()

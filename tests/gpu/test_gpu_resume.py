@@ -66,7 +66,8 @@ def test_killed_twice_it_ends_as_the_unbroken_run_bit_for_bit(whole, token_folde
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
-    """The same tokens at every step; the losses within 1%, as gradients are summed in another order, in bf16."""
+    """The same tokens at every step; the losses within 1%, or 0.01 once the text is known by heart, as gradients are
+    summed in another order, in bf16."""
     runs, name = whole.parent, f"onto-two-{mode}"
     if mode == "fsdp2":  # which rounds the norms' weights, too
         whole = runs / "whole-fsdp2"
@@ -79,4 +80,4 @@ def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
     assert [row.get("tokens") for row in got] == [row.get("tokens") for row in expected]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
     assert len(pairs) >= 120
-    assert [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=1e-2)] == []
+    assert [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-2)] == []

@@ -33,4 +33,6 @@ TOLERANCES = {"fp32": 5e-4, "bf16": 1e-2}  # the kernels multiply in TF32 and bf
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_two_gpus_give_the_losses_and_weights_of_one(run_config, change, tmp_path, precision):
     common = SHAPE | STEPS | {"train.precision": precision, "optim.grad_clip": 0.5, "optim.eps": 1e-4}
+    if precision == "bf16":  # at 0.01 the fourth norm changes by 40% with the size of micro-batches on one process
+        common |= {"optim.lr": 1e-3}
     compare(change(run_config, **common), change, tmp_path, VARIANTS, TOLERANCES[precision])

@@ -95,6 +95,18 @@ def test_float16_does_not_overflow_and_float32_gates():
 
 
 @interpreted
+@pytest.mark.parametrize("per, logits", [("channel", None), ("channel", 16.0), ("head", None), ("head", 16.0)])
+def test_a_gate_that_is_not_a_number_shows(per, logits):
+    from glalm.kernels.triton import gla
+
+    q, k, v, g = (-torch.rand(1, 100, 1, 16) for _ in range(4))
+    g = g if per == "channel" else g[..., 0].contiguous()
+    g[0, 70] = float("nan")
+    o, S, _ = gla.forward(q, k, v, g, 1.0, logits, None, True, None, False)
+    assert o[0, :64].isfinite().all() and o[0, 70:].isnan().all() and S.isnan().all()
+
+
+@interpreted
 def test_boundary_of_the_fast_path():
     """Chunks on both sides of the limit: one channel just below it takes the pairwise path, alone or with the rest."""
     from triton_cases import GATES

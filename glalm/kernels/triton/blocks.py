@@ -14,6 +14,7 @@ from torch import Tensor
 
 CHUNK = 64
 LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-104.0)  # exp(-104) is 0 in float32: a lower gate is the same gate, -inf included
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -152,11 +153,11 @@ def parts_of(x, dtype: tl.constexpr):
 
 @triton.jit
 def log_gates(x, inverse, LOGITS: tl.constexpr):
-    """Natural log gates from what was given: these, or logits of gates logsigmoid(x) * inverse."""
+    """Natural log gates, at least FLOOR, from what was given: these, or logits of gates logsigmoid(x) * inverse."""
     x = x.to(tl.float32)
     if LOGITS:
         x = (tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))) * inverse
-    return x
+    return tl.maximum(x, FLOOR, tl.PropagateNan.ALL)  # NaN goes on, as through any arithmetic
 
 
 @triton.jit

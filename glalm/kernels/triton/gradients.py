@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from glalm.kernels.triton.blocks import (
+    FLOOR,
     chunk_rows,
     dot,
     exact_dot,
@@ -30,7 +31,7 @@ from glalm.kernels.triton.blocks import (
     precise_dot,
     store_tile,
 )
-from glalm.kernels.triton.prepare import FLOOR, clamped_exponents, exponents, load_gates
+from glalm.kernels.triton.prepare import clamped_exponents, exponents, load_gates
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def add_pairs(
         j = rows - 1 - back
         y = tl.load(k + j * H * K + c, mask=c < width, other=0).to(tl.float32)
         between = tl.where(t[:, None] > j, between + later[None, :], 0)
-        later = tl.maximum(log_gates(tl.load(g + j * H * K + c, mask=c < width, other=0), inverse, LOGITS), FLOOR)
+        later = log_gates(tl.load(g + j * H * K + c, mask=c < width, other=0), inverse, LOGITS)
         column = tl.sum(tl.where(t[None, :] == j, dA, 0), axis=1)
         pair = column[:, None] * tl.exp(between)
         dx += pair * y[None, :] * scale

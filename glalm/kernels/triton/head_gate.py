@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from glalm.kernels.triton.blocks import (
+    FLOOR,
     LOG2E,
     chunk_rows,
     dot,
@@ -31,15 +32,13 @@ from glalm.kernels.triton.blocks import (
     two_part_dot,
 )
 from glalm.kernels.triton.gradients import through_states
-from glalm.kernels.triton.prepare import FLOOR
 
 
 @triton.jit
 def load_head_gates(g, t, stride, rows, inverse, LOGITS: tl.constexpr):
     """Log gates of the tokens t, [C], of one head; 0 outside of the chunk's rows."""
     inside = (t >= 0) & (t < rows)
-    gate = tl.maximum(log_gates(tl.load(g + t * stride, mask=inside, other=0), inverse, LOGITS), FLOOR)
-    return tl.where(inside, gate, 0)
+    return tl.where(inside, log_gates(tl.load(g + t * stride, mask=inside, other=0), inverse, LOGITS), 0)
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def decays(
     the sum of all. g: [B, T, H], or [H] where the gate is FIXED; row: the chunk's first token."""
     t = tl.arange(0, C)
     if FIXED:
-        gate = tl.maximum(tl.load(g + h).to(tl.float32), FLOOR) * LOG2E
+        gate = log_gates(tl.load(g + h), inverse, LOGITS) * LOG2E
         before, after = exp2((t + 1) * gate), exp2(tl.maximum(rows - 1 - t, 0) * gate)
         return before, after, exp2(tl.maximum(t[:, None] - t[None, :], 0) * gate), exp2(rows * gate)
     g += row * H + h

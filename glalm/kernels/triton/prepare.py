@@ -29,13 +29,12 @@ from glalm.kernels.triton.blocks import (
 )
 
 LIMIT = tl.constexpr(40.0)  # exp(+-80), of two lifts at once, leaves float32 room for q, k and sums over them
-FLOOR = tl.constexpr(-104.0)  # exp(-104) is 0 in float32: a lower gate is the same gate, -inf included
 
 
 @triton.jit
 def load_gates(g, stride, rows, cols, inverse, R: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr):
     """A tile [R, C] of log gates, 0 from `rows` and `cols` on, where a logit of 0 would not do."""
-    gate = tl.maximum(log_gates(load_tile(g, stride, rows, cols, R, C), inverse, LOGITS), FLOOR)
+    gate = log_gates(load_tile(g, stride, rows, cols, R, C), inverse, LOGITS)
     if LOGITS:
         i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
         gate = tl.where((i < rows) & (j < cols), gate, 0)
@@ -126,7 +125,7 @@ def exact_scores(
             p = (row + j) * H * K + h * K + cols
             y = tl.load(k + p, mask=inside, other=0).to(tl.float32)
             between = tl.where(t[:, None] > j, between + later[None, :], 0)
-            later = tl.maximum(log_gates(tl.load(g + p, mask=inside, other=0), inverse, LOGITS), FLOOR)
+            later = log_gates(tl.load(g + p, mask=inside, other=0), inverse, LOGITS)
             column = tl.sum(x * y[None, :] * tl.exp(between), axis=1)
             A += tl.where(t[None, :] == j, column[:, None], 0)
     return A

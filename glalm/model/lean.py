@@ -1,4 +1,4 @@
-"""One token of one sequence through a GLA model in six kernels a layer, each of which reads weights or the state.
+"""One token of one sequence through a GLA model in five kernels a layer, each of which reads weights or the state.
 
 The same function as the model's forward, but for where it rounds: sums, norms and gates stay in float32 here.
 """
@@ -6,7 +6,6 @@ The same function as the model's forward, but for where it rounds: sums, norms a
 import torch
 from torch import LongTensor, Tensor, nn
 
-from glalm.kernels import fused_recurrent_gla
 from glalm.model.block import Block, SwiGLU
 from glalm.model.lm import GLALMForCausalLM, GLALMModel
 from glalm.model.mixers.gla import GatedLinearAttention
@@ -39,25 +38,27 @@ def plain(module: nn.Module) -> bool:
 
 
 def next_logits(model: GLALMForCausalLM, token: LongTensor, states: list[Tensor]) -> Tensor:
-    """token: [1, 1]; logits: [1, vocabulary]. The states move on where recurrent.states_in_place says so."""
+    """token: [1, 1]; logits: [1, vocabulary]. The states move on in place."""
     from glalm.kernels.triton.matvec import matvec  # here, since a machine without a GPU may lack triton
 
     x = model.model.embeddings(token)[0, 0]
     for block, S in zip(model.model.layers, states, strict=True):
-        x = through(matvec, block, x, S)
+        x = through(block, x, S)
     norm = model.model.norm
     [logits] = matvec(x, [model.lm_head.weight], norm=norm.weight, eps=norm.eps)
     return logits[None]
 
 
-def through(matvec, block: Block, x: Tensor, S: Tensor) -> Tensor:
+def through(block: Block, x: Tensor, S: Tensor) -> Tensor:
+    from glalm.kernels.triton.matvec import matvec
+    from glalm.kernels.triton.step import gla_step
+
     mlp, mixer = block.mlp, block.attn
     q, k, v, r, low = matvec(x, inputs(mixer), norm=block.attn_norm.weight, eps=block.attn_norm.eps)
-    [g] = matvec(low, [mixer.gk_proj[1].weight], bias=mixer.gk_proj[1].bias, log_gate=mixer.gate_logit_normalizer)
-    q, k, v, g = (y.view(1, 1, mixer.num_heads, -1) for y in (q, k, v, g))
-    o, _ = fused_recurrent_gla(q, k, v, g, initial_state=S, output_final_state=True)
+    gate = mixer.gk_proj[1]
+    o = gla_step(q, k, v, low, gate.weight, gate.bias, mixer.gate_logit_normalizer, S)
     norm = mixer.g_norm_swish_gate
-    [x] = matvec(o.flatten(), [mixer.o_proj.weight], norm=norm.weight, eps=norm.eps, gate=r, residual=x)
+    [x] = matvec(o, [mixer.o_proj.weight], norm=norm.weight, eps=norm.eps, gate=r, residual=x)
     norm = block.mlp_norm
     [h] = matvec(x, [mlp.gate_proj.weight, mlp.up_proj.weight], norm=norm.weight, eps=norm.eps, swiglu=True)
     [x] = matvec(h, [mlp.down_proj.weight], residual=x)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.kernels.recurrent import states_in_place
 from glalm.model import lean
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,8 +38,6 @@ def check_matvec(device: str) -> None:
     torch.testing.assert_close(y, weights[3] @ F.rms_norm(x, (96,), norm, 1e-3) + residual, rtol=1e-4, atol=1e-5)
     [y] = matvec(x, [weights[2], weights[2] * 2], swiglu=True)
     torch.testing.assert_close(y, F.silu(weights[2] @ x) * (2 * weights[2] @ x), rtol=1e-4, atol=1e-5)
-    [y] = matvec(x, weights[:1], bias=draw(70) * 0 + 3, log_gate=16.0)
-    torch.testing.assert_close(y, F.logsigmoid(weights[0] @ x + 3) / 16, rtol=1e-4, atol=1e-6)
     x, gate, norm, w = draw(128), draw(128), draw(32), draw(50, 128) / 10
     [y] = matvec(x, [w], norm=norm, eps=1e-3, gate=gate)
     expected = w @ (F.rms_norm(x.view(4, 32), (32,), norm, 1e-3).flatten() * F.silu(gate))
@@ -51,14 +48,32 @@ def check_matvec(device: str) -> None:
     torch.testing.assert_close(y.float(), half[1].float() @ half[0].float(), rtol=2e-3, atol=2e-3)
 
 
+def check_step(device: str) -> None:
+    from glalm.kernels.triton.step import gla_step
+
+    for H, K, V, R in ((2, 24, 40, 5), (4, 64, 128, 16)):
+        q, k, v, low, weight, bias = (
+            torch.randn(*shape, device=device) for shape in ((H * K,), (H * K,), (H * V,), (R,), (H * K, R), (H * K,))
+        )
+        S = torch.randn(1, H, K, V, device=device)
+        gate = (F.logsigmoid(weight @ low + bias) / 4).exp()
+        expected = S * gate.view(H, K, 1) + k.view(H, K, 1) * v.view(H, 1, V)
+        read = torch.einsum("hk,hkv->hv", q.view(H, K) * K**-0.5, expected[0])
+        o = gla_step(q, k, v, low, weight, bias, 4.0, S)
+        torch.testing.assert_close(S, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(o, read.flatten(), rtol=1e-4, atol=1e-5)
+
+
 @interpreted
-def test_a_vector_through_matrices():
-    check_matvec("cpu")
+@pytest.mark.parametrize("check", [check_matvec, check_step])
+def test_a_kernel(check):
+    check("cpu")
 
 
 @pytest.mark.gpu
-def test_a_vector_through_matrices_on_the_gpu():
-    check_matvec("cuda")
+@pytest.mark.parametrize("check", [check_matvec, check_step])
+def test_a_kernel_on_the_gpu(check):
+    check("cuda")
 
 
 @interpreted
@@ -72,8 +87,7 @@ def test_is_the_models_step(tiny, tokens):
         token = tokens(1, 1, seed=t)
         out = model(token, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        with states_in_place():
-            logits = lean.next_logits(model, token, states)
+        logits = lean.next_logits(model, token, states)
         torch.testing.assert_close(logits, out.logits[:, -1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(states, cache.states, rtol=1e-3, atol=1e-4)
 

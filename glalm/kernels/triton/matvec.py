@@ -12,7 +12,7 @@ from triton.language.extra import cuda
 
 from glalm.kernels.triton.launch import launch
 
-TILE = 16384  # weights of one matrix a program holds
+TILE = 8192  # weights of one matrix a program holds
 
 
 def matvec(
@@ -22,36 +22,36 @@ def matvec(
     norm: Tensor | None = None,
     eps: float = 0.0,
     gate: Tensor | None = None,
-    bias: Tensor | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
-    log_gate: float | None = None,
 ) -> list[Tensor]:
     """y_i = W_i f(x) for x [K] and W_i [N_i, K] of the same dtype, in which the results are, from float32 sums.
 
     f: with norm [G], an RMSNorm over each G channels of x (all of them, or G and K powers of two); with gate [K], times
-    silu(gate). Of one matrix: + bias, then with log_gate logsigmoid(y) / log_gate in float32, then + residual. swiglu:
-    silu(W_0 f(x)) * (W_1 f(x)), one result.
+    silu(gate). Of one matrix: + residual. swiglu: silu(W_0 f(x)) * (W_1 f(x)), one result.
     """
     K = len(x)
     KP = max(16, triton.next_power_of_2(K))
     rows = max(1, min(64, TILE // KP))
     sizes = [len(w) for w in weights[: 1 if swiglu else 5]]
-    dtype = torch.float32 if log_gate is not None else x.dtype
-    results = [torch.empty(N, device=x.device, dtype=dtype) for N in sizes]
+    results = [torch.empty(N, device=x.device, dtype=x.dtype) for N in sizes]
     none = [None] * (5 - len(weights))
-    args = x, norm, gate, *weights, *none, *results, *([None] * (5 - len(results))), bias, residual, eps
-    args += (1.0 if log_gate is None else 1 / log_gate,)
+    args = x, norm, gate, *weights, *none, *results, *([None] * (5 - len(results))), residual, eps
     sizes += [0] * (5 - len(sizes))
-    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    pdl = dependent_launch(x.device)
     constants = dict(
         K=K, KP=KP, G=KP if norm is None or len(norm) == K else len(norm), BN=rows, N0=sizes[0], N1=sizes[1],
-        N2=sizes[2], N3=sizes[3], N4=sizes[4], SWIGLU=swiglu, LOG_GATE=log_gate is not None, PDL=pdl,
+        N2=sizes[2], N3=sizes[3], N4=sizes[4], SWIGLU=swiglu, PDL=pdl,
     )  # fmt: skip
     programs = sum(triton.cdiv(N, rows) for N in sizes)
     options = {"num_warps": 8, "num_stages": 1} | ({"launch_pdl": True} if pdl else {})
     launch(matvec_kernel, programs, args, constants, options)
     return results
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one it waits for has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit
@@ -67,10 +67,9 @@ def store_rows(out, n, y, N: tl.constexpr):
 
 @triton.jit
 def matvec_kernel(
-    x, norm, gate, w0, w1, w2, w3, w4, y0, y1, y2, y3, y4, bias, residual, eps, per_tau,
+    x, norm, gate, w0, w1, w2, w3, w4, y0, y1, y2, y3, y4, residual, eps,
     K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
-    N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, SWIGLU: tl.constexpr, LOG_GATE: tl.constexpr,
-    PDL: tl.constexpr,
+    N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BN rows of the matrix that its number falls to."""
     E0: tl.constexpr = (N0 + BN - 1) // BN  # the first program beyond each matrix
@@ -107,10 +106,6 @@ def matvec_kernel(
         y = y * tl.sigmoid(y) * tl.sum(up.to(tl.float32) * z[None, :], axis=1)
     if pid < E0:
         n = pid * BN + each
-        if bias is not None:
-            y += tl.load(bias + n, mask=n < N0, other=0).to(tl.float32)
-        if LOG_GATE:
-            y = (tl.minimum(y, 0) - tl.log(1 + tl.exp(-tl.abs(y)))) * per_tau
         if residual is not None:
             y += tl.load(residual + n, mask=n < N0, other=0).to(tl.float32)
         store_rows(y0, n, y, N0)

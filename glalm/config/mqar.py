@@ -43,6 +43,7 @@ class MQARConfig:
     weight_decay: float = 0.1
     seed: int = 1
     workers: int = 1  # models trained at once, over all GPUs: these models are far too small to fill one
+    cuda_graph: bool = True  # on a GPU, a step is one CUDA graph; false for a mixer whose step waits for the GPU
     model: RecallModel = field(default_factory=RecallModel)  # its mixer, vocab_size and hidden_size are the sweep's
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ value. How many pairs a model of some width recalls tells how much its state can
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from glalm.config.mqar import MQARConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
 
 ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
+EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids
 
 
 @dataclass
@@ -90,19 +92,27 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
     training = examples(config.train_examples, length, pairs, generator, **task)
     test = examples(config.test_examples, length, pairs, generator, **task)
     model = build(config, mixer, width, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=config.weight_decay, fused=True)
+    captures = config.cuda_graph and device.type == "cuda"
+    rate = torch.tensor(lr, device=device) if captures else lr
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, weight_decay=config.weight_decay, fused=True, capturable=captures
+    )
     batch_size = min(config.batch_size, max(1, config.batch_tokens // length))
     steps = config.epochs * math.ceil(len(training) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+    def step(batch: Examples) -> None:
+        loss = F.cross_entropy(answers(model, batch).flatten(0, 1), batch.values.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step = captured(step, batch_size) if captures else step
     history = []
     for _ in range(config.epochs):
         order = torch.randperm(len(training), generator=generator, device=device)
         for rows in order.split(batch_size):
-            batch = training[rows]
-            loss = F.cross_entropy(answers(model, batch).flatten(0, 1), batch.values.flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step(training[rows])
             schedule.step()
         history.append(accuracy(model, test, batch_size))
         if history[-1] >= config.stop_at:
@@ -114,6 +124,31 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
         "parameters": sum(p.numel() for p in model.parameters()),
         "history": history,
     }
+
+
+def captured(step: Callable[[Examples], None], size: int) -> Callable[[Examples], None]:
+    """`step`, as one CUDA graph from its fourth batch of `size` sequences on: kernels of such a model are shorter than
+    their launches."""
+    static, graph, eager, side = None, torch.cuda.CUDAGraph(), 0, torch.cuda.Stream()
+
+    def call(batch: Examples) -> None:
+        nonlocal static, eager
+        if len(batch) != size or eager < EAGER:
+            eager += len(batch) == size
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step(batch)
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if static is None:
+            static = Examples(*(torch.empty_like(x) for x in vars(batch).values()))
+            with torch.cuda.graph(graph):  # runs nothing
+                step(static)
+        for mine, given in zip(vars(static).values(), vars(batch).values(), strict=True):
+            mine.copy_(given)
+        graph.replay()
+
+    return call
 
 
 def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> GLALMForCausalLM:

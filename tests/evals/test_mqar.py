@@ -89,6 +89,22 @@ def test_the_task_is_learnt():
     assert result["history"][-1] == result["accuracy"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "mixer", ["attention", "linear", "gla", "gla+attention", "regla", "retention", "mamba", "mamba2", "deltanet"]
+)
+def test_captured_steps_train_the_same_model(mixer, monkeypatch):
+    """250 examples are three batches of 64 and one of 58: eager, captured and eager steps in turn."""
+    config = dataclasses.replace(SMALL, train_examples=250, epochs=5, stop_at=2.0, model=RecallModel())
+    models, build, device = [], mqar.build, torch.device("cuda")
+    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
+    for graph in (True, False):
+        mqar.train(dataclasses.replace(config, cuda_graph=graph), mixer, 16, 2, 64, 1e-3, device)
+    models.append(build(config, mixer, 64, device))
+    captured, eager, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    assert (captured - eager).norm() < 0.1 * (eager - first).norm()  # gathers' gradients add up in any order
+
+
 def test_a_model_without_memory_of_its_keys_stays_at_chance():
     config = MQARConfig(**vars(SMALL) | {"epochs": 1, "model": RecallModel()})
     config.model.attention.window = 1  # a token sees itself alone

@@ -1,5 +1,7 @@
 """Trains a language model: `python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `python train.py --help`."""
 
+import atexit
+
 from glalm.cli import hydra_entry
 from glalm.config import RunConfig
 
@@ -15,7 +17,7 @@ def main(config: RunConfig) -> int:
 
         evaluate = during(config)
     signum = train(config, evaluate)
-    leave()
+    atexit.register(leave)  # not yet: --multirun's next run is of the same processes
     return signum
 
 

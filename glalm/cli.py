@@ -35,7 +35,8 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     def entry(tree: DictConfig) -> None:
         signum = _explain(lambda: main(build(cls, OmegaConf.to_container(tree, resolve=True))))
-        sys.exit(128 + signum if signum else 0)
+        if signum:  # else --multirun goes on with its next
+            sys.exit(128 + signum)
 
     groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
     _explain(lambda: (check_overrides(sys.argv[1:], cls, groups), check_choices(sys.argv[1:])))

@@ -167,6 +167,7 @@ class RunConfig:
             re.fullmatch(r"[^/\\\0]+", self.name) is not None and self.name not in (".", ".."),
             f"name={self.name!r} must be one folder name, without slashes",
         )
+        require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         tokens = self.train.batch_tokens
         require(
             tokens is None or tokens % self.data.seq_len == 0,

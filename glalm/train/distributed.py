@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,6 +47,7 @@ def start(config: RunConfig) -> Accelerator:
     join(config.parallel, cpu)
     torch.set_float32_matmul_precision(MATMUL[precision])
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    AcceleratorState._reset_state()  # of the sweep's run before, whose precision may be another
     accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision], cpu=cpu)
     config.parallel.mesh(accelerator.num_processes, local_world())
     return accelerator

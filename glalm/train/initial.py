@@ -1,13 +1,15 @@
 """The weights that a new run starts from: random ones, or those of train.init_from."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from glalm.config import ModelConfig, RunConfig, compare
 from glalm.config.identity import flatten
 from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.strict import ConfigError, require
 
 
 def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
@@ -20,6 +22,11 @@ def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
     shape, folder = GLALMConfig(**dataclasses.asdict(config.model)), config.train.init_from
     if folder is None or not anew:
         return GLALMForCausalLM(shape)
+    require(
+        any((Path(folder) / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)),
+        f"train.init_from={folder} is no folder with a {SAFE_WEIGHTS_NAME}; of a checkpoint that several processes "
+        "wrote, scripts/export_hf.py makes one",
+    )
     try:
         model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -25,8 +25,13 @@ def held(folder: Path) -> Iterator[None]:
 
     def claim() -> None:
         if place()[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sole_run(folder))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(sole_run(folder))
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder} cannot be written to ({error}); make room, or choose another runs_dir=..."
+                ) from error
             check_filesystem(folder)
 
     with ExitStack() as stack:
@@ -42,8 +47,8 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
-    """Holds `folder`, an existing directory, against other runs; ConfigError, naming the one that has it, or where it
-    cannot be written to.
+    """Holds `folder`, an existing directory, against other runs; ConfigError, naming the one that has it; OSError
+    where it cannot be written to.
 
     The kernel lets go when the process ends, however it ends: no stale lock is left. On NFS (Linux, version 3 with
     lockd or 4) it holds across machines; a mount with `nolock` or `local_lock=flock` only within one.
@@ -61,12 +66,7 @@ def sole_run(folder: Path) -> Iterator[None]:
                 f"{folder}: its filesystem has no locks ({error}); choose another runs_dir=..."
             ) from error
         file.truncate(0)
-        try:
-            os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-        except OSError as error:
-            raise ConfigError(
-                f"{folder} cannot be written to ({error}); make room, or choose another runs_dir=..."
-            ) from error
+        os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
 
 

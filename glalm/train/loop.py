@@ -55,6 +55,8 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
             return fit(config, accelerator, *data, stop, watchdog, evaluate)
         except torch.OutOfMemoryError as error:
             raise RunError(explain_out_of_memory(config, accelerator.num_processes)) from error
+        except DamagedFile as error:
+            raise RunError(f"data.path={config.data.path}: {error}; prepare the set again, then resume") from error
 
 
 def fit(
@@ -69,10 +71,10 @@ def fit(
     """`train`, in a directory that is this run's alone."""
     record = open_run(config, training.tokens)
     origin = find_origin(config, record["identity"])
-    record_run(config, record, training.tokens)
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
     start, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
+    record_run(config, record, training.tokens)
     examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
 
     with (
@@ -167,11 +169,7 @@ def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelera
         workers=config.data.workers,
         pin=accelerator.device.type == "cuda",
     )
-    while True:
-        try:
-            index, batch = next(stream)
-        except DamagedFile as error:
-            raise RunError(f"data.path={config.data.path}: {error}; prepare the set again, then resume") from error
+    for index, batch in stream:
         if index == config.steps:
             return
         yield index + 1, on_device(batch, accelerator)

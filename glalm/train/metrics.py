@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from glalm.config import RunConfig
-from glalm.data.files import read_jsonl, reopened, replacing
+from glalm.data.files import reopened, replacing
 
 MOST_UNWRITTEN = 10_000  # rows, some megabytes
 
@@ -51,12 +51,13 @@ class Metrics:
             return
         self._path = folder / "metrics.jsonl"
         # A run that starts anew makes its row of step 0 again, too.
-        before = read_jsonl(self._path) if start_step and self._path.exists() else []
+        before = _read(self._path) if start_step and self._path.exists() else []
         rows = {row["step"]: row for row in (*unwritten, *before) if row["step"] <= start_step}
         with replacing(self._path) as file:
             self._size = file.write(_lines(rows[step] for step in sorted(rows)))
         self._wandb = _start_wandb(folder, config, run_id)
-        self._console = Console(file=Unfailing(sys.stderr))
+        # Without markup: what stands in brackets in an error's text is not for the console.
+        self._console = Console(file=Unfailing(sys.stderr), markup=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -155,6 +156,13 @@ class Unfailing:
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
+
+
+def _read(path: Path) -> Iterator[dict]:
+    """The rows of a file, less those that a crash of the machine has cut short or left as zeros."""
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def _lines(rows: Iterable[dict]) -> bytes:

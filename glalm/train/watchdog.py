@@ -118,10 +118,10 @@ class Watchdog:
         over = all(status["done"] for status, *_ in self._seen.values())
         if self._store is not None:
             self._store.set(VERDICT, json.dumps({**self._status, "verdict": verdict, "over": over}))
+        if (verdict or over) and self.world > 1:
+            time.sleep((5 if verdict else 2) * self.tick)  # for the others to read it, while there is a store
         if over:
             self._over.set()
-        if verdict and self.world > 1:
-            time.sleep(5 * self.tick)  # for the others to read it
         return verdict
 
     def _note(self, rank: int, status: dict) -> None:

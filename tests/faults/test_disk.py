@@ -13,7 +13,7 @@ from processes import start, wait
 from sameness import assert_same, rows
 
 from glalm.config import RunConfig
-from glalm.strict import ConfigError
+from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop, tensors
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train
@@ -242,6 +242,20 @@ def test_a_filesystem_that_cannot_hold_checkpoints_is_refused_at_the_start(run_c
         with pytest.raises(ConfigError, match=r"runs.*cannot sync and rename a directory .*not supported"):
             train(run_config)
     assert not (run_config.folder / "run.json").exists()
+
+
+@pytest.mark.parametrize("runs_dir", ["/proc/runs", "/proc/version"])
+def test_a_folder_that_cannot_be_made_is_named(run_config, change, runs_dir):
+    with pytest.raises(ConfigError, match=rf"^{runs_dir}/tiny cannot be written to \(.*choose another runs_dir="):
+        train(change(run_config, runs_dir=runs_dir))
+
+
+def test_validation_data_that_is_damaged_is_told_of(run_config, change, tmp_path):
+    data = shutil.copytree(run_config.data.path, tmp_path / "data")
+    file = max(data.glob("validation/*/*.npy"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunError, match=rf"^data.path={data}: {file}: damaged .*; prepare the set again, then resume"):
+        train(change(run_config, **{"data.path": str(data)}))
 
 
 def test_a_run_does_not_begin_on_a_full_disk(run_config):

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 from glalm.config import RunConfig
@@ -53,7 +52,6 @@ def run(config: RunConfig) -> dict:
     Validates after the last step, as training does before it saves.
     """
     torch._dynamo.reset()
-    AcceleratorState._reset_state(reset_partial_state=False)  # whose precision may be another for each run
     accelerator = distributed.start(config)
     windows, validation = open_data(config)
     model, wrapped, optimizers = loop.build(config, accelerator)

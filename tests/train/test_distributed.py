@@ -157,19 +157,22 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher, mode", [("torchrun", "fsdp2"), ("accelerate", "ddp")])
 def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
-    """From the command line to the last step, with the losses of one process."""
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "train.py", f"runs_dir={tmp_path}", f"parallel={mode}"]
-    command += [f"data.path={token_folder}", "name=pair", "train.batch_size=4", "train.micro_batch_size=1"]
+    """A sweep from the command line to its runs' last steps, with the losses of one process."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "train.py", "--multirun", f"hydra.sweep.dir={tmp_path}"]
+    command += [f"data.path={token_folder}", "train.batch_size=4", "train.micro_batch_size=1"]
+    command += ["name=${train.precision}", "train.precision=fp32,bf16", f"runs_dir={tmp_path}", f"parallel={mode}"]
     command += ["data.seq_len=16", "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1"]
     command += ["optim.warmup_steps=1", "train.steps=4", "train.eval_every=4", "train.log_every=1"]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stderr
+    assert "2 x cpu, fp32" in done.stderr and "2 x cpu, bf16" in done.stderr
+    assert "sendBytes" not in done.stderr  # no process loses the watchdog's store before it knows that the run is over
 
-    tree = json.loads((tmp_path / "pair" / "run.json").read_text())["config"]
+    assert read_jsonl(tmp_path / "bf16" / "metrics.jsonl")[-1]["step"] == 4
+    tree = json.loads((tmp_path / "fp32" / "run.json").read_text())["config"]
     tree |= {"name": "alone", "parallel": {"mode": "ddp"}}
     loop.train(build(RunConfig, tree))
-    pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("pair", "alone"))
+    pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("fp32", "alone"))
     for one, two in zip(alone, pair, strict=True):
         for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)

@@ -28,9 +28,15 @@ def test_a_signal_is_noted_and_one_that_is_sent_twice_is_one(signum, capfd):
     assert "a second signal ends it without" in capfd.readouterr().err
 
 
-def stepped(norms: list[float], fused: bool = True, **config) -> tuple[UpdateGuard, list[bool]]:
-    """A guard after steps with these gradient norms, and which of them moved the weights."""
+def stepped(norms: list[float], fused: bool = True, saved=None, **config) -> tuple[UpdateGuard, list[bool]]:
+    """A guard after steps with these gradient norms, and which of them moved the weights.
+
+    saved: what a guard before it had, of which it takes what fits, as a checkpoint is loaded.
+    """
     guard = UpdateGuard(GuardConfig(**config), torch.device("cpu"))
+    for name, t in guard.tensors().items():
+        if saved and saved[name].shape == t.shape:
+            t.copy_(saved[name])
     w, moved = torch.nn.Parameter(torch.ones(3)), []
     optimizer = torch.optim.AdamW([w], lr=0.1, fused=fused)
     for step, norm in enumerate(norms, 1):
@@ -80,6 +86,14 @@ def test_spikes_are_judged_by_the_window_before_them():
     assert stepped([*window, 1.5], spike_factor=6.0, spike_window=4)[1][-1]
     assert stepped([1.0, 50.0, 1.0], spike_factor=6.0, spike_window=4)[1] == [True] * 3  # too few to judge by
     assert stepped([*window, 50.0])[1][-1]  # off by default
+
+
+def test_another_window_begins_empty():
+    """As a resumed run with another spike_window, which loads the counts but not the norms."""
+    before, _ = stepped([1.0, 1.1] * 4, spike_factor=6.0, spike_window=8)
+    steps = [1.0, 1.1, 1.0, 50.0, 1.0]
+    after, moved = stepped(steps, saved=before.tensors(), spike_factor=6.0, spike_window=3)
+    assert moved == [True, True, True, False, True] and int(after.passed) == 12
 
 
 def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):

@@ -152,6 +152,13 @@ def test_data_that_does_not_fit_is_refused_before_any_work(run_config, change, c
     assert not run_config.folder.exists()
 
 
+def test_what_is_refused_before_the_first_step_leaves_no_trace(run_config, change):
+    """The same name then takes what is right."""
+    with pytest.raises(ConfigError, match=r"train.init_from=nowhere is no folder with a model.safetensors"):
+        loop.train(change(run_config, **{"train.init_from": "nowhere"}))
+    assert loop.train(run_config) == 0
+
+
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, monkeypatch):
     update = loop.update
 

@@ -30,6 +30,21 @@ def test_resuming_drops_later_rows_and_a_line_cut_short(folder, run_config):
     assert read_jsonl(folder / "metrics.jsonl") == [{"step": i} for i in range(4)] + [{"step": 4, "loss": 1.0}]
 
 
+def test_resuming_leaves_out_what_a_crash_of_the_machine_made_of_a_row(folder, run_config):
+    """Zeros, where the file had grown and its content was not on the disk yet."""
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + bytes(30) + b'\n{"step": 2}\n' + bytes(9))
+    with Metrics(folder, run_config, "id", 3, active=True):
+        assert read_jsonl(folder / "metrics.jsonl") == [{"step": 0}, {"step": 2}]
+
+
+def test_brackets_are_text(folder, run_config, capsys):
+    """gloo's errors begin with what rich would take for the end of a style, and raise at."""
+    said = "step 4 of run[a] is not saved: [/pytorch/gloo/pair.cc:534] Connection closed by peer"
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        metrics.say(said)
+    assert capsys.readouterr().err == said + "\n"
+
+
 def test_other_processes_write_nothing(folder, run_config):
     with Metrics(folder, run_config, "id", 0, active=False) as metrics:
         metrics.log({"step": 1})

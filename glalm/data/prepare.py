@@ -77,7 +77,8 @@ def prepare(
     a set that was prepared otherwise, unless `overwrite` (then it is always written anew), or other files.
     """
     _check(held_out, shard_tokens, on_error, workers)
-    inputs, out = _inputs(sources), Path(out)
+    out = Path(out)
+    inputs = _inputs(sources, out.resolve())
     opened = Tokenizer(tokenizer) if tokenizer else None  # now, because it may lie in `out`
     settings = {
         "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
@@ -92,15 +93,21 @@ def prepare(
             _clear(out)
         if plan := _plan(out, settings, inputs, opened, add, bar):
             _carry_out(plan, inputs, out, on_error, workers or _cores(), commit_seconds, bar)
+            if len(inputs) > len(plan["inputs"]) and (new := _not_in(out, inputs, bar)):
+                bar.say(f"{len(new)} inputs came after {out} was begun and are not in it: add them with --add")
     return read_manifest(out)
 
 
 # ------------------------------------------------------------------------------------------------- what is to be done
 
 
-def _inputs(sources: Iterable[Source | str | os.PathLike]) -> list[Input]:
-    """What is to be read, in order; ValueError if it is nothing, or if two inputs could not be told apart later."""
+def _inputs(sources: Iterable[Source | str | os.PathLike], out: Path) -> list[Input]:
+    """What is to be read, in order, less a set's own files in `out`, which may lie in the folder of its source.
+
+    ValueError if it is nothing, or if two inputs could not be told apart later.
+    """
     inputs = [i for s in sources for i in source(s).inputs]
+    inputs = [i for i in inputs if not (isinstance(i, File) and out in i.path.resolve().parents)]
     if not inputs:
         raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
     first: dict[tuple[str, str], Input] = {}
@@ -120,6 +127,7 @@ def _plan(
     wanted = None if add else settings
     if (out / PLAN).exists():
         return _unfinished(out, wanted, inputs)
+    (out / JOURNAL).unlink(missing_ok=True)  # of a set that was finished, and killed just then
     if (out / MANIFEST).exists():
         return _addition(out, wanted, inputs, bar)
     if add:
@@ -276,7 +284,7 @@ def _carry_out(plan: dict, given: list[Input], out: Path, on_error: str, workers
     writer.finish()
     writer.commit()
     _write_manifest(out, plan, writer, complete=True)
-    for name in (JOURNAL, PLAN):
+    for name in (PLAN, JOURNAL):  # without a journal, a plan would begin anew
         (out / name).unlink()
 
 
@@ -384,8 +392,8 @@ def _clear(out: Path) -> None:
             ours.append(path)
         elif path.is_file() and not path.name.startswith("."):
             raise ValueError(f"{path} is not part of a prepared set: choose another folder than {out}")
-    # The manifest first: from here on the set is not complete.
-    for path in sorted(ours, key=lambda path: path.name != MANIFEST):
+    # First what says that there is a set, or a part of one.
+    for path in sorted(ours, key=lambda path: {MANIFEST: 0, PLAN: 1}.get(path.name, 2)):
         path.unlink()
     for path in sorted(out.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):

@@ -52,8 +52,7 @@ def document(record: Record, text_field: str, source_field: str | None) -> tuple
     if isinstance(record, PlainText):
         return _not_empty(_decoded(record.data)), None
     row = record if isinstance(record, dict) else _json(record)
-    text = _not_empty(_field(row, text_field))
-    return text, _field(row, source_field) if source_field else None
+    return _not_empty(_field(row, text_field)), _field(row, source_field) if source_field else None
 
 
 def is_blank(record: Record) -> bool:
@@ -61,11 +60,13 @@ def is_blank(record: Record) -> bool:
     return isinstance(record, bytes) and not record.strip()
 
 
-def size_of(record: Record) -> int:
-    """About how many bytes a record takes."""
-    if isinstance(record, dict):
-        return sum(len(value) for value in record.values() if isinstance(value, str))
-    return len(record.data if isinstance(record, PlainText) else record) if not isinstance(record, Broken) else 0
+def size_of(record: Any) -> int:
+    """About how many bytes a record, or a value in one, takes."""
+    if isinstance(record, dict | list):
+        return sum(map(size_of, record.values() if isinstance(record, dict) else record))
+    if isinstance(record, PlainText):
+        return len(record.data)
+    return len(record) if isinstance(record, bytes | str) else 8
 
 
 def read_file(path: Path, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
@@ -116,6 +117,10 @@ def _field(row: dict, dotted: str) -> str:
         value = value[key]
     if not isinstance(value, str):
         raise BadDocument(f"{dotted} is no text", f"field {dotted!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
+        raise BadDocument("not Unicode", f"field {dotted!r} is not Unicode text ({error.reason})") from error
     return value
 
 
@@ -130,10 +135,6 @@ def _decoded(data: bytes) -> str:
 def _not_empty(text: str) -> str:
     if not text:
         raise BadDocument("empty", "the document is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
-        raise BadDocument("not Unicode", f"not Unicode text ({error.reason})") from error
     return text
 
 
@@ -193,7 +194,7 @@ class _Lines:
 
 
 def _plain(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read(2**20):
+    while block := file.read1(2**20):  # gzip's read would drop what it has when it comes to damage
         yield block
 
 
@@ -207,7 +208,8 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     frame = None
     while data := file.read(READ):
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            # By default windows of more than 128 MiB are refused; zstd --long=31 makes them of 2 GiB.
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             yield frame.decompress(data)
             data = frame.unused_data
             if frame.eof:
@@ -226,9 +228,24 @@ def _read_table(path: Path, columns: list[str]) -> Iterator[tuple[list[Record], 
             check_columns(str(path), columns, names)
             for batch in batches:
                 done += len(batch)
-                yield batch.to_pylist(), size * done // rows if rows else file.tell()
-    except (pyarrow.ArrowInvalid, EOFError) as error:
+                yield _rows(batch), size * done // rows if rows else file.tell()
+    except (pyarrow.ArrowInvalid, EOFError, OSError) as error:
+        if getattr(error, "errno", None):  # the system's, of the disk; Arrow's own, of what it read, have none
+            raise
         yield [Broken("damaged file", f"the file is damaged or cut short ({error})")], size
+
+
+def _rows(batch) -> list[Record]:
+    """Arrow believes its files: text that is not UTF-8, or lies outside of the file, is found by asking."""
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        if len(batch) == 1:
+            return [Broken("damaged row", f"the row is damaged or not UTF-8 ({error})")]
+        return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
 def _parquet(file: IO[bytes], columns: list[str]):

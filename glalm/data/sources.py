@@ -53,6 +53,7 @@ class HubShard:
     """One of the files of a data set that is streamed through `datasets`."""
 
     source: str
+    address: str  # what comes after hf:
     dataset: Any  # datasets.IterableDataset
     index: int
 
@@ -61,7 +62,7 @@ class HubShard:
 
     @property
     def name(self) -> str:
-        return f"shard {self.index} of {self.dataset.num_shards}"
+        return f"{self.address}, shard {self.index} of {self.dataset.num_shards}"
 
     @property
     def size(self) -> int:
@@ -150,15 +151,18 @@ def hub(spec: str, name: str = "") -> Source:
     except Exception as error:  # datasets and its libraries raise many kinds
         raise ValueError(f"hf:{spec}: `datasets` cannot open it: {error}") from error
     name = name or Path(path).name
-    return Source(name, tuple(HubShard(name, dataset, i) for i in range(dataset.num_shards)))
+    return Source(name, tuple(HubShard(name, spec, dataset, i) for i in range(dataset.num_shards)))
 
 
-def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
+def _walk(folder: Path, suffixes: tuple[str, ...], above: tuple[str, ...] = ()) -> list[str]:
+    """Names below `folder`. Links to folders are followed, but for those that lead back to one `above`."""
+    real = os.path.realpath(folder)
     found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        found += [
-            (relative / name).as_posix() for name in names if name.endswith(suffixes) and not name.startswith(".")
-        ]
+    for entry in os.scandir(folder) if real not in above else ():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += [f"{entry.name}/{name}" for name in _walk(Path(entry), suffixes, (*above, real))]
+        elif entry.name.endswith(suffixes):
+            found.append(entry.name)
     return sorted(found)

@@ -7,6 +7,7 @@ is cut off when the next one opens the set, so no document is lost or repeated, 
 
 import json
 import re
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ LOGS = ("inputs.jsonl", "skipped.jsonl")
 COUNTS = ("documents", "tokens", "text_bytes")
 HEADER = 128  # bytes: numpy pads the header of a one-dimensional array to this, whatever its length
 MOST_SOURCES = 256
+OPEN_FILES = 2 * len(SPLITS) * MOST_SOURCES + 512  # at once, at most; 512 for all that is not a shard
 
 
 class ShardWriter:
@@ -110,6 +112,9 @@ class SetWriter:
     """
 
     def __init__(self, out: Path, dtype: str, shard_tokens: Mapping[str, int], state: dict | None = None):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < OPEN_FILES:  # often 1,024, of what the process may have
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
         self.out, self.dtype, self.shard_tokens = out, dtype, shard_tokens
         state = state or {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
         self.cursor: list[int] = state["cursor"]  # the input that is read now, and the records of it that are done
@@ -143,7 +148,8 @@ class SetWriter:
             book["skipped"][reason] = book["skipped"].get(reason, 0) + 1
 
     def log(self, name: str, line: dict) -> None:
-        self._logs[name].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        # A name of a file may hold what is not Unicode; a backslash and its number are JSON too.
+        self._logs[name].write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
     def next_input(self) -> None:
         self.cursor, self.current = [self.cursor[0] + 1, 0], {}

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,13 @@ def test_the_same_call_again_changes_nothing(corpus, tmp_path, monkeypatch):
     assert contents(tmp_path / "b") == before
 
 
+def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(corpus.read_bytes())
+    first = prepare([tmp_path], tmp_path / "set", **SMALL)
+    assert prepare([tmp_path], tmp_path / "set", **SMALL) == first
+    assert prepare([tmp_path], tmp_path / "set", add=True, progress=False) == first
+
+
 def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
     prepare([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
     for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
@@ -187,6 +195,32 @@ def test_empty_documents_are_counted_not_written(tmp_path, prepared):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="all documents are empty"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
+
+
+def test_names_that_are_not_unicode_are_logged(tmp_path, prepared):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"\\ud800": "x"}\n{"text": "y"}\n')
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "on_error": "skip", "progress": False}
+    for _ in range(2):  # the second time it knows the file
+        prepare([tmp_path / "in"], tmp_path / "set", **given)
+    for log in ("inputs.jsonl", "skipped.jsonl"):
+        [line] = (tmp_path / "set" / log).read_text().splitlines()
+        assert json.loads(line)["name"] == os.fsdecode(b"caf\xe9.jsonl")
+    assert "\ud800" in json.loads(line)["detail"]
+
+
+def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, prepared):
+    lines = [json.dumps({"text": f"{i} {j}", "of": f"language {i}"}) + "\n" for i in range(256) for j in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    given = {"tokenizer": str(prepared / "tokenizer.model"), "source_field": "of", "progress": False}
+    shares = {"held_out": {"validation": 0.3, "test": 0.3}}
+    script = (
+        "import resource\nfrom glalm.data.prepare import prepare\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'set')!r}, **{given | shares!r})"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+    assert len(TokenSet(tmp_path / "set", "train").source_tokens) == 256
 
 
 def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
@@ -287,6 +321,19 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
     prepare([corpus], out, vocab_size=400)
     assert "format 1 when it was prepared and have 3 now: preparing it anew" in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
+
+
+def test_a_file_that_came_while_it_was_prepared_is_named(texts, prepared, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": texts[0]}) + "\n{\n")
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
+    with pytest.raises(ValueError, match="not JSON"):
+        prepare([tmp_path / "in"], tmp_path / "set", **given)
+    (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": texts[1]}) + "\n")
+    assert prepare([tmp_path / "in"], tmp_path / "set", on_error="skip", **given)["books"]["in"]["written"] == 1
+    assert "1 inputs came after" in capsys.readouterr().err
+    assert prepare([tmp_path / "in"], tmp_path / "set", add=True)["books"]["in"]["written"] == 2
+    assert "came after" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])

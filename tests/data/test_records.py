@@ -1,13 +1,16 @@
+import errno
 import gzip
+import io
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from glalm.data import records
-from glalm.data.records import BadDocument, Broken, document, read_file, read_rows
+from glalm.data.records import BadDocument, Broken, PlainText, document, read_file, read_rows, size_of
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]
@@ -48,6 +51,15 @@ def test_lines_that_blocks_cut(tmp_path, block, monkeypatch):
     monkeypatch.setattr(records, "READ", block)
     data = "".join(LINES).encode()
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(data[:20]) + zstd(data[20:]))  # several frames, too
+    assert read(tmp_path / "a.jsonl.zst") == EXPECTED
+
+
+def test_zstd_with_a_window_of_any_size(tmp_path):
+    long = zstandard.ZstdCompressionParameters.from_level(
+        1, window_log=28, hash_log=6, chain_log=6
+    )  # as zstd --long=28
+    frame = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress("".join(LINES).encode()) + frame.flush())
     assert read(tmp_path / "a.jsonl.zst") == EXPECTED
 
 
@@ -92,6 +104,14 @@ def test_text_files(tmp_path):
     assert read(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
 
 
+@pytest.mark.parametrize("end", [lambda data: data[:-9], lambda data: data + b"garbage"])
+def test_gzip_gives_what_is_before_the_damage(tmp_path, end):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(1000))
+    (tmp_path / "a.jsonl.gz").write_bytes(end(gzip.compress(lines)))
+    assert read(tmp_path / "a.jsonl.gz")[:900] == [(i + 1, str(i)) for i in range(900)]
+    assert read(tmp_path / "a.jsonl.gz")[-1][1] == "damaged file"
+
+
 def test_a_record_beyond_all_bounds_is_passed_over_without_holding_it(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "LARGEST", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "x" * 5_000_000 + '\n{"text": "b"}\n')
@@ -106,6 +126,15 @@ def test_nested_fields_and_origins():
     assert document(json.dumps(row).encode(), "content.body", "meta.set") == ("x", "books")
     with pytest.raises(BadDocument, match=r"no field meta\.name"):
         document(row, "content.body", "meta.name")
+    with pytest.raises(BadDocument, match="not Unicode"):
+        document(b'{"text": "x", "set": "\\ud800"}', "text", "set")
+
+
+def test_what_a_record_takes_is_counted_wherever_its_text_is():
+    text = "x" * 1000
+    for record in (text.encode(), PlainText(text.encode()), {"text": text}, {"a": {"b": [{"c": text}]}, "n": 1}):
+        assert 1000 <= size_of(record) < 1100
+    assert size_of({"text": None}) > 0  # so that any number of rows ends a block
 
 
 ROWS = [{"text": f"row {i}", "meta": {"set": "a"}, "n": i} for i in range(600)] + [{"text": None, "meta": None, "n": 1}]
@@ -132,6 +161,46 @@ def test_tables(tmp_path, name):
         read(path, ["txt"])
     path.write_bytes(path.read_bytes()[:-100])
     assert read(path)[-1][1] == "damaged file"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+def test_rows_that_are_not_utf8_are_left_out_alone(tmp_path, name):
+    path = tmp_path / name
+    data = pyarrow.array([b"one", b"na\xefve", b"three"])
+    write_table(path, pyarrow.table({"text": pyarrow.StringArray.from_buffers(3, *data.buffers()[1:])}))
+    assert read(path) == [(1, "one"), (2, "damaged row"), (3, "three")]
+
+
+def test_a_table_damaged_in_its_midst(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_table(path, pyarrow.Table.from_pylist(ROWS))
+    data = bytearray(path.read_bytes())
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    assert read(path) == [*TABLE_EXPECTED[:256], (257, "damaged file")]  # 256 rows are read at once
+
+
+def test_an_arrow_file_that_points_outside_of_itself(tmp_path):
+    """Read without a look, it ends the process."""
+    path = tmp_path / "stream.arrow"
+    write_table(path, pyarrow.table({"text": ["one", "two", "three"]}))
+    offsets = np.array([0, 3, 6, 11], np.int32).tobytes()
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 3, 2**30, 11], np.int32).tobytes()))
+    assert read(path) == [(1, "one"), (2, "damaged row"), (3, "damaged row")]
+
+
+def test_a_disk_that_cannot_be_read_is_not_a_damaged_table(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_table(path, pyarrow.Table.from_pylist(ROWS))
+
+    class Disk(io.FileIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(records, "open", lambda path, mode: Disk(path), raising=False)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(path)
 
 
 def test_rows_of_a_stream_come_some_at_a_time():

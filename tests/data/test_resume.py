@@ -156,6 +156,47 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
     assert contents(tmp_path / "set") == unbroken
 
 
+@pytest.mark.parametrize("moment", [1, 2])
+def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbroken, tmp_path, monkeypatch, moment):
+    killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)
+    monkeypatch.setattr(writer.ShardWriter, "add", None)  # it would fail if it wrote again
+    prepare([sources], tmp_path / "set", workers=1, **settings)
+    assert contents(tmp_path / "set") == unbroken
+
+
+@pytest.mark.parametrize("moment", [2, 3, 4])
+def test_killed_as_it_is_overwritten_it_is_not_taken_up_again(
+    sources, settings, unbroken, tmp_path, monkeypatch, moment
+):
+    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(writer.SetWriter, "next_input", lambda self: 1 / 0)  # an interruption, after the first
+        prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+    killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", overwrite=True, workers=1, **settings)
+    prepare([sources], tmp_path / "set", workers=1, **settings)
+    TokenSet(tmp_path / "set", "train").verify()
+    assert contents(tmp_path / "set") == unbroken
+
+
+def killed_at_removal(moment, monkeypatch, *args, **kwargs):
+    """prepare(...), stopped before it removes the `moment`-th file."""
+
+    class Killed(BaseException):
+        pass
+
+    left, unlink = [moment], Path.unlink
+
+    def counted(self, missing_ok=False):
+        left[0] -= self.exists()
+        if left[0] == 0:
+            raise Killed
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", counted)
+        prepare(*args, **kwargs)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = (
         "import os, signal, time\nfrom glalm.data.encode import *\nfrom glalm.data.encode import _start_worker\n"

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -12,6 +13,16 @@ def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [i.name for i in local(tmp_path).inputs] == ["a/z.py", "b.md", "c.jsonl", "d.parquet"]
+
+
+def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
+    for name in ("corpus/a", "elsewhere/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.txt").touch()
+    (tmp_path / "corpus/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus/a/up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "corpus/link")
+    assert [i.name for i in local(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
 
 
 def test_names(tmp_path):
@@ -65,5 +76,7 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     assert [i.source for i in found.inputs] == ["wiki"] * 3
     texts = [[r["text"] for records, _ in i.read(["text", "meta"]) for r in records] for i in found.inputs]
     assert texts == [[f"{i}.{j}" for j in range(5)] for i in range(3)]
+    other = shutil.copytree(tmp_path, tmp_path / "other")  # a data set of as many files is another one
+    assert not {i.name for i in found.inputs} & {i.name for i in hub(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size

@@ -22,7 +22,7 @@ from torch import Tensor
 from glalm.kernels.checks import check_inputs
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
-from glalm.kernels.sequences import each_sequence
+from glalm.kernels.sequences import each_sequence, sequence_ids
 
 CHUNK = 64
 
@@ -70,8 +70,7 @@ def chunk_delta_rule(
         if cu_seqlens is None:
             o, state = chunks(*inputs, initial_state)
         elif initial_state is None and not output_final_state:
-            tokens = torch.arange(q.shape[1], dtype=cu_seqlens.dtype, device=q.device)
-            o, state = chunks(*inputs, None, torch.searchsorted(cu_seqlens[1:], tokens, right=True))
+            o, state = chunks(*inputs, None, sequence_ids(cu_seqlens, q.shape[1]))
         else:
             o, state = each_sequence(chunks, inputs, initial_state, cu_seqlens)
     return o.to(v.dtype), state if output_final_state else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from glalm.kernels.checks import check_values
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
+from glalm.kernels.sequences import sequence_ids
 
 
 class Mode(threading.local):
@@ -82,9 +83,8 @@ def recurrent(
     q, k, values = q.to(initial.dtype) * scale, k.to(initial.dtype), v.to(initial.dtype)
     final, S, outputs = initial.clone(), initial[:B], []
     if cu_seqlens is not None:
-        tokens = torch.arange(T, device=q.device)
-        owner = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
-        starts = cu_seqlens[owner] == tokens
+        owner = sequence_ids(cu_seqlens, T)
+        starts = cu_seqlens[owner] == torch.arange(T, device=q.device)
     for t in range(T):
         if cu_seqlens is not None:
             S = torch.where(starts[t], initial.index_select(0, owner[t : t + 1]), S)

@@ -34,6 +34,10 @@ def selective_scan(
     with torch.autocast(x.device.type, enabled=False):
         decay = (dt.to(dtype)[..., None] * A.to(dtype)).exp()
         update = (dt.to(dtype) * x.to(dtype))[..., None] * B.to(dtype)[:, :, None]
+        if x.shape[1] == 0:
+            N = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+            given = x.new_zeros(N, *A.shape, dtype=dtype) if initial_state is None else initial_state
+            return torch.empty_like(x), given
         if cu_seqlens is None:
             h = states(decay, update, initial_state)
             return torch.einsum("btdn,btn->btd", h, C.to(dtype)).to(x.dtype), h[:, -1]

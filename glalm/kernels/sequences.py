@@ -1,10 +1,17 @@
-"""Packed sequences one after the other, for forms of an operator that read a single one."""
+"""Packed sequences: which token is whose, and a form of an operator that reads a single one on each of them."""
 
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+
+def sequence_ids(cu_seqlens: Tensor, T: int) -> Tensor:
+    """[T]: which of the packed sequences each token belongs to."""
+    return torch.searchsorted(
+        cu_seqlens[1:], torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device), right=True
+    )
 
 
 def each_sequence(

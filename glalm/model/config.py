@@ -48,6 +48,9 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
         # A config.json may name an attention kernel, which would be fetched from the hub and run, and a pickle to load.
         tree = interop.config_in(config_dict)
         safe = {k: v for k, v in tree.items() if "_implementation" not in k and k != "transformers_weights"}
+        for name in kwargs.keys() & set(FIELDS):  # transformers would set them after all checks, a mapping as it is
+            old, new = safe.get(name), kwargs.pop(name)
+            safe[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
         return super().from_dict(safe, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Decoder:
     ) -> LongTensor:
         """As transformers calls it: [B, T] prompts, left-padded where attention_mask is 0, to [B, T + new] tokens."""
         self.check(model, generation_config)
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: a Decoder reads input_ids alone; leave custom_generate out")
         mask, past = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         logits, cache = prefill(model, input_ids, mask, past, self.prefill_chunk)
         step = self.step_from(cache)
@@ -88,7 +90,7 @@ def prefill(
 
     Returns the last token's logits [B, vocabulary], and the state behind it.
     """
-    cache = StateCache([None] * len(model.model.layers)) if past is None else past
+    cache = past or StateCache()
     if cache.seen >= ids.shape[1]:
         raise ValueError(
             f"past_key_values has seen {cache.seen} tokens and input_ids has {ids.shape[1]}: nothing is left to "

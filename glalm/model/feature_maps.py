@@ -41,6 +41,18 @@ def feature_map(name: str, heads: int, K: int) -> Callable[[Tensor], Tensor]:
     return Hedgehog(heads, K) if name == "hedgehog" else FUNCTIONS[name]
 
 
+def beside_ones(v: Tensor) -> Tensor:
+    """[..., V] to [..., V + 1]: values whose last column sums the weights. Not in float16, whose range that sum leaves
+    after a few hundred tokens."""
+    v = v.float() if v.dtype == torch.float16 else v
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
+def over_sum(o: Tensor) -> Tensor:
+    """What attention to `beside_ones` gave, over the sum of the weights: [..., V + 1] to [..., V]."""
+    return o[..., :-1] / o[..., -1:].clamp(min=1e-6)
+
+
 def features(name: str, K: int) -> int:
     """The number of features of K channels."""
     return 2 * K if name == "hedgehog" else K

@@ -172,8 +172,7 @@ def config_out(config) -> dict:
         tree |= {"num_kv_heads": gla.num_kv_heads, "clamp_min": gla.min_log_gate, "use_output_gate": gla.output_gate}
         tree |= {"use_short_conv": gla.short_conv > 0, "conv_size": gla.short_conv or 4}
         tree["feature_map"] = next(theirs for theirs, ours in FEATURE_MAP.items() if ours == gla.feature_map)
-    dtype = {} if config.dtype is None else {"dtype": str(config.dtype).removeprefix("torch.")}
-    return {"model_type": kind, "architectures": [ARCHITECTURE[kind]], **FORMATS[kind], **tree, **dtype}
+    return {"model_type": kind, "architectures": [ARCHITECTURE[kind]], **FORMATS[kind], **tree}
 
 
 def weights_in(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
@@ -207,7 +206,7 @@ def export(model, folder: str | Path) -> None:
 
     Raises ConfigError where that library has no such model.
     """
-    tree, folder = config_out(model.config), Path(folder)
+    tree, folder = config_out(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}, Path(folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]

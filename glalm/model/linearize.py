@@ -7,6 +7,7 @@ feature map and no output gate (the recipe of flash-linear-attention's authors f
 what remains is a continuation of the pretraining.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -37,6 +38,7 @@ def linearize(llama: LlamaForCausalLM, mixer: str = "gla", softmax_layers: Itera
     new = [n for n in missing if not is_new(n) and not (config.tie_word_embeddings and n == "lm_head.weight")]
     require(not new and not unexpected, f"weights without a counterpart: {', '.join([*new, *unexpected])}")
     model.tie_weights()
+    model.generation_config = copy.deepcopy(llama.generation_config)  # it may end at tokens that config.json lacks
     return model.eval()
 
 

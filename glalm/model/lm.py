@@ -71,9 +71,9 @@ class GLALMModel(GLALMPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """
-        input_ids [B, T] or inputs_embeds [B, T, d]; attention_mask [B, T], 0 at padding: on the left, or on the right
-        where the state that comes out is not used; past_key_values continues a sequence; cu_seqlens [N + 1] packs N
-        sequences into a batch of one.
+        input_ids [B, T] or inputs_embeds [B, T, d]; attention_mask [B, T], 0 at padding: before a sequence's first
+        token, or on the right where the state that comes out is not used; past_key_values continues a sequence;
+        cu_seqlens [N + 1] packs N sequences into a batch of one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -83,9 +83,9 @@ class GLALMModel(GLALMPreTrainedModel):
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.to(matmul_dtype(x))  # in float32 the residual stream would be twice the traffic and memory
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
-        past = past_key_values or StateCache([None] * len(self.layers))
+        past = past_key_values or StateCache()
         states, hidden = [], []
-        for layer, state in zip(self.layers, past.states, strict=True):
+        for layer, state in zip(self.layers, past.states or [None] * len(self.layers), strict=True):
             hidden += [x] if output_hidden_states else []
             x, state = layer(x, padding=padding, state=state, return_state=use_cache, cu_seqlens=cu_seqlens)
             states.append(state)
@@ -132,12 +132,12 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         **more: Unpack[MoreArguments],
     ) -> CausalLMOutputWithPast:
         """
-        labels [B, T]: as transformers has them, aligned with input_ids and shifted here; shift_labels [B, T]: already
-        the next token of each position. With either, `loss` is the mean cross-entropy in nats over the labels that
-        are not -100, and `logits` is None: they are never held; z_loss times the mean of logsumexp(logits)^2 is added
-        to it. num_items_in_batch: both are sums over this instead of means, so that those of several batches add up.
-        logits_to_keep: only the last so many logits (0: all), or those at these positions. The other arguments are
-        GLALMModel's.
+        labels [B, T]: as transformers has them, aligned with input_ids and shifted here, within each packed sequence;
+        shift_labels [B, T]: already the next token of each position. With either, `loss` is the mean cross-entropy in
+        nats over the labels that are not -100, and `logits` is None: they are never held; z_loss times the mean of
+        logsumexp(logits)^2 is added to it. num_items_in_batch: both are sums over this instead of means, so that those
+        of several batches add up. logits_to_keep: only the last so many logits (0: all), or those at these positions.
+        The other arguments are GLALMModel's.
         """
         shift_labels = more.pop("shift_labels", None)
         if more.pop("output_attentions", None) or more:
@@ -154,6 +154,8 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None and shift_labels is None:
             shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
+            if cu_seqlens is not None:  # the first token of a sequence is not the next one of another
+                shift_labels[:, cu_seqlens[1:] - 1] = IGNORE
         if shift_labels is not None:
             loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, z_loss)
             if num_items_in_batch is not None:
@@ -174,28 +176,32 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         return token_losses(out.last_hidden_state, self.lm_head.weight, targets), out.past_key_values
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,  # transformers looks for the name here before it takes any
+        **kwargs,
     ):
         """next_sequence_length: how many of the tokens so far the state has not seen; None: all."""
-        if next_sequence_length == 0:
-            raise ValueError(
-                f"past_key_values has seen all {input_ids.shape[1]} tokens of input_ids: nothing is left to predict "
-                "from; give it one token less"
-            )
-        ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and attention_mask.shape[1] < seen + ids.shape[1]:  # transformers 5.17 does that
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"past_key_values has seen {seen} tokens and input_ids, which begins with these, has "
+                f"{seen + next_sequence_length}: nothing is left to predict from; give it one token less"
+            )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+        )
+        whole = next_sequence_length is None and inputs["input_ids"] is not None
+        # transformers 5.17 cuts all of the prompt into chunks, and the mask with them, whatever the state has seen.
+        if whole and attention_mask is not None and attention_mask.shape[1] < seen + input_ids.shape[1]:
             raise ValueError(
                 f"prefill_chunk_size: this transformers would read again the {seen} tokens of past_key_values; "
                 "update it, or leave prefill_chunk_size out"
             )
-        return {
-            "input_ids": ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache", True),
-            "logits_to_keep": 1,
-        }
+        return inputs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -1,20 +1,8 @@
-"""Packed sequences [1, T, ...] as a batch padded on the left, and back; and what else follows from cu_seqlens."""
+"""Packed sequences [1, T, ...] as a batch padded on the left, and back."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def sequence_ids(cu_seqlens: Tensor, T: int) -> Tensor:
-    """[T]: which of the packed sequences each token belongs to."""
-    return torch.searchsorted(
-        cu_seqlens[1:], torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device), right=True
-    )
-
-
-def starts(cu_seqlens: Tensor, T: int) -> Tensor:
-    """[T]: where the sequence of each token starts."""
-    return cu_seqlens[sequence_ids(cu_seqlens, T)]
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from glalm.model.packing import sequence_ids, starts
+from glalm.kernels.sequences import sequence_ids
 
 FLOOR = -1e4  # the maximum of a sequence that has no token yet: far below any logit, and still finite
 
@@ -19,7 +19,7 @@ def running_maximum(x: Tensor, m: Tensor | None, cu_seqlens: Tensor | None) -> t
         maxima = x.cummax(1).values
         return (maxima, torch.cat([maxima[:, :1], maxima[:, :-1]], 1)) if m is None else (maxima[:, 1:], maxima[:, :-1])
     sequence = sequence_ids(cu_seqlens, T)
-    first = starts(cu_seqlens, T)
+    first = cu_seqlens[sequence]
     maxima = x if m is None else x.maximum(m[sequence].to(x.dtype))
     distance = 1
     while distance < T:  # doubling: after each round, the maximum of the last 2 * distance tokens
@@ -34,7 +34,10 @@ def running_maximum(x: Tensor, m: Tensor | None, cu_seqlens: Tensor | None) -> t
 
 def last(m: Tensor, given: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The running maximum [B, T, H] at the end of each sequence, [N, H]; an empty one keeps what it was given."""
-    if cu_seqlens is None:
+    if cu_seqlens is None and m.shape[1] > 0:
         return m[:, -1].clone()  # a view would keep the whole sequence
-    given = m.new_full((len(cu_seqlens) - 1, m.shape[2]), FLOOR) if given is None else given
+    N = len(m) if cu_seqlens is None else len(cu_seqlens) - 1
+    given = m.new_full((N, m.shape[2]), FLOOR) if given is None else given
+    if m.shape[1] == 0:
+        return given
     return torch.where(cu_seqlens.diff()[:, None] > 0, m[0, cu_seqlens[1:] - 1], given)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.model.packing import sequence_ids
+from glalm.kernels.sequences import sequence_ids
 
 
 class ShortConv(nn.Module):
@@ -44,6 +44,8 @@ class ShortConv(nn.Module):
         return self.convolve(long[None])[:, place - before], long[tails]
 
     def convolve(self, x: Tensor) -> Tensor:
+        if x.shape[1] < self.weight.shape[2]:  # no token, which conv1d refuses
+            return x[:, :0]
         return F.silu(F.conv1d(x.mT, self.weight.to(x.dtype), _cast(self.bias, x), groups=x.shape[2]).mT)
 
     def flops(self) -> int:

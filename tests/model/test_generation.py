@@ -9,6 +9,7 @@ from test_mixers import CHOICES
 from transformers.generation.streamers import BaseStreamer
 
 from glalm.model import StateCache
+from glalm.model.decode import Decoder
 
 every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": -1}
@@ -58,6 +59,39 @@ def test_a_prefix_is_read_once_for_many_continuations(choice, tiny, tokens):
     assert cache.seen == 30
 
 
+def test_a_prompt_may_be_embeddings(tiny, tokens):
+    model, inputs = tiny(layers="gla+attention"), left_padded(tokens(9), tokens(5, seed=2))
+    ids, mask = inputs.values()
+    given = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    for beams in (1, 3):
+        settings = GREEDY | {"pad_token_id": 0, "num_beams": beams}
+        assert torch.equal(model.generate(**given, **settings), model.generate(**inputs, **settings)[:, 9:])
+
+
+def test_hidden_states_come_with_every_token(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    out = model.generate(ids, return_dict_in_generate=True, output_hidden_states=True, **GREEDY)
+    last = model(out.sequences[:, :-1]).logits[:, 8:]
+    found = torch.cat([step[-1][:, -1:] for step in out.hidden_states], 1)
+    torch.testing.assert_close(model.lm_head(found), last)
+    with pytest.raises(TypeError, match="gives no attention weights"):
+        model.generate(ids, return_dict_in_generate=True, output_attentions=True, **GREEDY)
+
+
+def test_learned_prompts(tiny, tokens):
+    peft = pytest.importorskip("peft")
+    model, ids = tiny(layers="gla+attention").float(), tokens(2, 9)
+    config = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 2}
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", **config)).eval()
+    expected = ids
+    for _ in range(5):
+        x = torch.cat([tuned.get_prompt(2), model.get_input_embeddings()(expected)], 1)
+        expected = torch.cat([expected, model(inputs_embeds=x).logits[:, -1:].argmax(-1)], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    found = tuned.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(found[1], expected[1])
+
+
 @every_choice
 def test_sampling_draws_the_same_from_the_state_as_from_all_tokens(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(3, 9)
@@ -81,8 +115,17 @@ def test_the_prompt_may_be_read_in_chunks(tiny, tokens):
 def test_a_state_that_has_seen_everything_is_refused(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values has seen all 9 tokens"):
-        model.generate(ids, past_key_values=cache, **GREEDY)
+    for T in (9, 6):
+        with pytest.raises(ValueError, match=f"past_key_values has seen 9 tokens and input_ids, .* has {T}:"):
+            model.generate(ids[:, :T], past_key_values=cache, **GREEDY)
+
+
+def test_a_new_cache_is_one_that_has_seen_nothing(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    for decoder in ({}, {"custom_generate": Decoder(model)}):
+        assert torch.equal(
+            model.generate(ids, past_key_values=StateCache(), **GREEDY, **decoder), model.generate(ids, **GREEDY)
+        )
 
 
 def test_a_generated_state_goes_on(tiny, tokens):

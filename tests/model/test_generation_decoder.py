@@ -107,6 +107,8 @@ def test_what_it_does_not_serve_is_refused(tiny, tokens):
     for option in ({"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}):
         with pytest.raises(ValueError, match=next(iter(option))):
             model.generate(ids, custom_generate=Decoder(model), **GREEDY | option)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 9, 32).double(), custom_generate=Decoder(model), **GREEDY)
     with pytest.raises(ValueError, match="made for another model"):
         model.generate(ids, custom_generate=Decoder(tiny(seed=1)), **GREEDY)
     with pytest.raises(ValueError, match="prefill_chunk"):

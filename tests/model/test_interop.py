@@ -234,6 +234,11 @@ def test_exported_it_is_theirs_again(name, published, tokens, tmp_path):
             assert tree[field] == value, field
 
 
+def test_the_exported_dtype_is_the_weights(tiny, tmp_path):
+    interop.export(tiny().bfloat16(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_loading_options_serve_their_checkpoints_too(published, tokens, tmp_path):
     folder, _ = published(**THEIRS["gla, convolution"])
     GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=49).save_pretrained(folder)

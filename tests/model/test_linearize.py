@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from glalm.model.linearize import distil, is_new, linearize
 from glalm.strict import ConfigError
@@ -30,6 +30,13 @@ def test_with_every_layer_kept_it_is_the_same_model(llama, tokens, tied, theta):
     model = linearize(original, softmax_layers=[0, 1, 2])
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
     assert (model.lm_head.weight is model.model.embeddings.weight) == tied
+
+
+def test_generation_is_set_as_before(llama):
+    original = llama()
+    original.generation_config = GenerationConfig(eos_token_id=[7, 8], do_sample=True, temperature=0.6)
+    settings = linearize(original).generation_config
+    assert settings.to_dict() == original.generation_config.to_dict() and settings is not original.generation_config
 
 
 @pytest.mark.parametrize("mixer", ["gla", "regla"])

@@ -71,6 +71,28 @@ def test_a_state_keeps_no_more_memory_than_it_has_numbers(choice, tiny, tokens):
 
 
 @every_choice
+@torch.no_grad()
+def test_no_tokens_leave_the_state_alone(choice, tiny, tokens):
+    model, ids, bounds = tiny(**choice), tokens(2, 9), torch.zeros(3, dtype=torch.int64)
+    filled = model(ids, use_cache=True).past_key_values
+    for past, expected in ((None, model(ids).logits), (filled, model(ids, past_key_values=filled).logits)):
+        for empty in ({"input_ids": ids[:, :0]}, {"input_ids": ids[:1, :0], "cu_seqlens": bounds}):
+            out = model(**empty, past_key_values=past, use_cache=True)
+            assert out.logits.shape == (*empty["input_ids"].shape, 50)
+            torch.testing.assert_close(model(ids, past_key_values=out.past_key_values).logits, expected, **EXACT)
+
+
+@every_choice
+@torch.no_grad()
+def test_a_state_may_be_of_another_dtype_than_the_weights(choice, tiny, tokens):
+    model, ids = tiny(**choice).float(), tokens(2, 40)
+    exact = model(ids).logits[:, 30:]
+    cache = model(ids[:, :30], use_cache=True).past_key_values
+    logits = model.bfloat16()(ids[:, 30:], past_key_values=cache).logits.float()
+    assert (logits - exact).square().mean().sqrt() < 0.1 * exact.std()
+
+
+@every_choice
 def test_the_future_is_not_seen(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 70)
     changed = torch.cat([ids[:, :40], tokens(1, 30, seed=5)], 1)

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import glalm
+from glalm.config.model import GLAConfig
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
 from glalm.model import GLALMConfig, GLALMForCausalLM, GLALMModel, interop
 
@@ -274,6 +275,13 @@ def test_accumulated_batches_weigh_every_token_the_same(tiny, tokens, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(whole, rel=1e-5)
 
 
+def test_smoothed_labels_are_shifted_too(tiny, tokens, tmp_path):
+    model, ids = tiny().float(), tokens(2, 9)
+    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=1e-9), train_dataset=Sentences(tokens))
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+
+
 @pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "regla"}, {"mixer": "mamba2"}], ids=str)
 def test_lora(choice, tiny, tokens, tmp_path):
     peft = pytest.importorskip("peft")
@@ -337,6 +345,14 @@ def test_shift_labels_go_before_labels(tiny, tokens):
     torch.testing.assert_close(model(ids, labels=ids, shift_labels=targets).loss.double(), expected)
 
 
+def test_labels_of_packed_sequences_are_shifted_within_each(tiny, tokens):
+    model, ids = tiny(), tokens(1, 20)
+    parts = [ids[:, :7], ids[:, 7:8], ids[:, 8:]]
+    packed = model(ids, labels=ids, cu_seqlens=torch.tensor([0, 0, 7, 8, 8, 20]))
+    apart = [model(part, labels=part).loss * (part.shape[1] - 1) for part in parts]
+    torch.testing.assert_close(packed.loss, sum(apart) / (6 + 0 + 11))
+
+
 def test_arguments_that_it_has_not(tiny, tokens):
     for argument in ("output_attentions", "position_ids"):
         with pytest.raises(TypeError, match=r"attention weights|position_ids"):
@@ -384,6 +400,19 @@ def test_keys_of_elsewhere_are_kept_and_misspelt_ones_refused(saved, tokens):
         load(gla={"shortconv": 4})
     with pytest.raises(ValueError, match=r"model.num_heads=5 does not divide"):
         load(num_heads=5)
+
+
+def test_options_may_be_changed_in_loading(tiny, tokens, tmp_path):
+    model, ids = tiny(gla={"short_conv": 3}).float(), tokens(1, 9)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gla={"min_log_gate": -0.01}, use_cache=False)
+    assert loaded.config.gla == GLAConfig(short_conv=3, min_log_gate=-0.01) and not loaded.config.use_cache
+    model.config.gla.min_log_gate = -0.01
+    clamped = GLALMForCausalLM(model.config).eval()
+    clamped.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded(ids).logits, clamped(ids).logits)
+    with pytest.raises(ValueError, match=r"model.num_heads=3 does not divide"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_heads=3)
 
 
 # Safety

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.model.packing import repack, sequence_ids, unpack
+from glalm.kernels.sequences import sequence_ids
+from glalm.model.packing import repack, unpack
 from glalm.model.rotary import rotate
 
 NEVER = torch.iinfo(torch.int64).max  # the position of a padded token: no query comes after it
@@ -51,15 +52,16 @@ class Attention(nn.Module):
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
         at = key_at = positions.masked_fill(~live, NEVER)
         if state is not None:
-            k, v, key_at = (torch.cat(pair, 1) for pair in zip(state[:3], (k, v, at), strict=True))
+            new = k, v, at
+            k, v, key_at = (torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state[:3], new, strict=True))
         if state is None and padding is None and flash(q, self.window, cu_seqlens):
             o = flash_attention(q, k, v, self.window, cu_seqlens)
         else:
             everything = state is None and padding is None and cu_seqlens is None and self.window is None
             mask = None if everything else visible(at, key_at, self.window, cu_seqlens)
             o = attend(q, k, v, mask)
-        new = (*(self.kept(y) for y in (k, v, key_at)), start + live.sum(1)) if return_state else None
-        return self.o_proj(o.flatten(-2)), new
+        state = (*(self.kept(y) for y in (k, v, key_at)), start + live.sum(1)) if return_state else None
+        return self.o_proj(o.flatten(-2)), state
 
     def kept(self, y: Tensor) -> Tensor:
         """What of y [B, S, ...] later tokens can see; a copy where it is not all, lest a view keep the rest."""

@@ -1,10 +1,9 @@
 """Linear attention (Katharopoulos et al., arXiv 2006.16236)."""
 
-import torch
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_linear_attn, fused_recurrent_linear_attn
-from glalm.model.feature_maps import feature_map, features
+from glalm.model.feature_maps import beside_ones, feature_map, features, over_sum
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
 from glalm.model.norm import RMSNorm
@@ -41,17 +40,16 @@ class LinearAttention(nn.Module):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        dtype, v = v.dtype, beside_ones(v) if self.normalise else v
         q, k = self.q_map(q).to(v.dtype), self.k_map(k).to(v.dtype)
         if padding is not None:
             k = k * padding[..., None].to(k.dtype)  # phi(0) is not 0
-        if self.normalise:
-            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         operator = fused_recurrent_linear_attn if decoding(x) else chunk_linear_attn
         scale = 1.0 if self.normalise else self.K**-0.5
         o, state = operator(
             q, k, v, scale=scale, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
         )
-        o = o[..., :-1] / o[..., -1:].clamp(min=1e-6) if self.normalise else self.o_norm(o)
+        o = over_sum(o).to(dtype) if self.normalise else self.o_norm(o)
         return self.o_proj(o.flatten(-2)), state
 
     def flops(self, T: int) -> int:

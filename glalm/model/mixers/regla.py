@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
-from glalm.model.feature_maps import feature_map, features
+from glalm.model.feature_maps import beside_ones, feature_map, features, over_sum
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import at_least_float32, decoding
 from glalm.model.norm import RMSNorm
@@ -84,10 +83,10 @@ class ReGLA(nn.Module):
             m = last(m, m_given, cu_seqlens)
         else:
             q, k = self.q_map(q), self.k_map(k)
+        dtype = v.dtype
         if not self.options.output_norm:
-            ones = torch.ones_like(v[..., :1])
-            ones = ones if padding is None else ones * padding[..., None].to(v.dtype)
-            v = torch.cat([v, ones], -1)
+            v = beside_ones(v)
+            v = v if padding is None else v * padding[..., None].to(v.dtype)
         operator = fused_recurrent_gla if decoding(x) else chunk_gla
         if self.options.gate_axis == "value":
             operator = chunk_value_gla
@@ -101,7 +100,7 @@ class ReGLA(nn.Module):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        o = self.o_norm(o) if self.options.output_norm else o[..., :-1] / o[..., -1:].clamp(min=1e-6)
+        o = self.o_norm(o) if self.options.output_norm else over_sum(o).to(dtype)
         return self.o_proj(o.flatten(-2)), (state, m) if return_state and exponential else state
 
     def log_gate(self, x: Tensor) -> Tensor:

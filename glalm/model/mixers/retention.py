@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_retention, fused_recurrent_retention
+from glalm.kernels.sequences import sequence_ids
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
 from glalm.model.norm import GatedRMSNorm
-from glalm.model.packing import sequence_ids
 from glalm.model.rotary import rotate
 
 

@@ -37,6 +37,24 @@ def test_is_the_papers_equation(feature_map, normalise, assert_is):
     assert_is(linear, T=70, mixer="linear", expand_k=1.0, linear=options)
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [{"mixer": "linear"}, {"mixer": "regla", "regla": {"feature_map": "elu1", "output_norm": False}}],
+    ids=["linear", "regla"],
+)
+def test_the_sum_of_the_weights_may_leave_float16(choice, tiny):
+    """65504 is the largest number there."""
+    model = tiny(hidden_size=32, expand_k=1.0, **choice)
+    mixer, x = model.model.layers[0].attn, torch.randn(1, 600, 32, dtype=torch.float64)
+    for name in ("q_proj", "k_proj"):
+        getattr(mixer, name).weight.data *= 12
+    if hasattr(mixer, "forget_proj"):
+        mixer.forget_proj[1].bias.data.fill_(12.0)  # keeps all
+    exact, _ = mixer(x)
+    found, _ = mixer.half()(x.half())
+    assert found.dtype == torch.float16 and (found.double() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_hedgehog_starts_as_the_identity(tiny):
     from glalm.model import GLALMConfig, GLALMForCausalLM
 

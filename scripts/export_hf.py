@@ -20,6 +20,7 @@ from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import RunError, build
 from glalm.train import checkpoint
+from glalm.train.run import DATA
 
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
 
@@ -32,13 +33,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         export(args.run, args.checkpoint, args.out)
-    except RunError as error:
+    except (RunError, OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm`")
 
 
 def export(run: Path, name: str, out: Path) -> None:
-    """Raises CheckpointError when the checkpoint is missing or damaged, RunError when `out` exists."""
+    """Raises CheckpointError when the checkpoint is missing or damaged, RunError when `out` exists or the data that the
+    run was trained on has another tokenizer now, FileNotFoundError when it is gone."""
     if out.exists():
         raise RunError(f"{out} exists; choose another --out")
     path = checkpoint.find(run / "checkpoints", name)
@@ -48,6 +50,10 @@ def export(run: Path, name: str, out: Path) -> None:
     state = checkpoint.load(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
     ours = Tokenizer(tokenizer)
+    if ours.fingerprint != json.loads((run / DATA).read_text())["tokenizer"]["fingerprint"]:
+        raise RunError(
+            f"{config.data.path} has another tokenizer now than {run} was trained with; prepare it with that"
+        )
     model.config.bos_token_id, model.config.eos_token_id = ours.bos_id, ours.eos_id
     model.generation_config = GenerationConfig(
         bos_token_id=ours.bos_id, eos_token_id=ours.eos_id, pad_token_id=ours.eos_id, do_sample=True, temperature=0.8
@@ -114,12 +120,12 @@ def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMFor
 
 
 def scores(run: Path, path: Path) -> list[str]:
-    """A table of the plain numbers in the run's eval/*.json that were measured on this checkpoint."""
-    rows = []
+    """A table of the metrics in the run's eval/*.json that were measured on these weights."""
+    rows, weights = [], checkpoint.weights_sha256(path)
     for file in sorted((run / "eval").glob("*.json")):
         result = json.loads(file.read_text())
-        if result.get("checkpoint") == path.name and isinstance(result.get("results"), dict):
-            numbers = {k: v for k, v in result["results"].items() if isinstance(v, int | float)}
+        if result.get("checksum") == weights:
+            numbers = {k: v for k, v in result["metrics"].items() if v is not None}
             rows += [f"| {file.stem} | {name} | {number:,.4g} |" for name, number in numbers.items()]
     return ["| evaluation | metric | value |", "|-|-|-|", *rows] if rows else []
 

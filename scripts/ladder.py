@@ -14,6 +14,7 @@ FOLDER/positions.png and .svg the perplexity against position, both of the first
 """
 
 import argparse
+import json
 import math
 import os
 import queue
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
@@ -65,9 +66,13 @@ class Run:
         return read_json(self.config.folder / "eval" / f"{evaluator}.json")
 
     @property
+    def mark(self) -> dict:
+        """What is written down after both commands: the config, whichever files and arguments it comes from."""
+        return json.loads(json.dumps({"train": asdict(self.config), "evaluate": self.evaluate}))
+
+    @property
     def done(self) -> bool:
-        """By a mark that is made after both commands."""
-        return read_json(self.config.folder / "ladder.json") == {"train": self.train, "evaluate": self.evaluate}
+        return read_json(self.config.folder / "ladder.json") == self.mark
 
 
 @dataclass
@@ -196,7 +201,7 @@ def run_one(run: Run, slots: queue.SimpleQueue, places: int, processes: Processe
         for script, args in (("train.py", run.train), ("eval.py", run.evaluate)):
             if code := processes.run([sys.executable, str(CONFIGS.parent / script), *args], log, environment):
                 return f"{script} ended with exit code {code}"
-        write_json(run.config.folder / "ladder.json", {"train": run.train, "evaluate": run.evaluate})
+        write_json(run.config.folder / "ladder.json", run.mark)
         return None
     finally:
         slots.put(gpu)

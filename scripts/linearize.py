@@ -71,14 +71,20 @@ def run(args: argparse.Namespace) -> None:
 def fit(model, llama: LlamaForCausalLM, args: argparse.Namespace) -> None:
     llama.to(args.device, torch.bfloat16 if args.device != "cpu" else torch.float32)
     model.to(args.device)
-    for step, loss in enumerate(distil(model, llama, token_batches(args), args.lr), 1):
+    for step, loss in enumerate(distil(model, llama, token_batches(args, llama.vocab_size), args.lr), 1):
         if step % max(1, args.distil // 20) == 0 or step == 1:
             print(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}", flush=True)
     model.cpu()
 
 
-def token_batches(args: argparse.Namespace) -> Iterator[LongTensor]:
-    windows = Windows(TokenSet(args.data, "train", read_manifest(args.data)), args.seq_len)
+def token_batches(args: argparse.Namespace, vocab_size: int) -> Iterator[LongTensor]:
+    tokens = TokenSet(args.data, "train", read_manifest(args.data))
+    require(
+        tokens.vocab_size <= vocab_size,
+        f"--data {args.data} has a vocabulary of {tokens.vocab_size}, {args.llama} one of {vocab_size}; prepare it "
+        "with that model's tokenizer (scripts/prepare_data.py --tokenizer)",
+    )
+    windows = Windows(tokens, args.seq_len)
     stream = batches(windows, seed=0, batch_size=args.batch_size)
     for _ in range(args.distil):
         yield next(stream)[1]["input_ids"].to(args.device)

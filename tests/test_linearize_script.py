@@ -67,3 +67,11 @@ def test_converted_fitted_and_trained_on(llama, token_folder, tmp_path):
 def test_distillation_needs_data(llama, tmp_path):
     made = run("scripts/linearize.py", llama, tmp_path / "out", "--distil", 3)
     assert made.returncode == 2 and "--distil needs --data" in made.stderr
+
+
+def test_data_of_a_larger_vocabulary_is_refused(token_folder, tmp_path):
+    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(intermediate_size=48, **shape)).save_pretrained(tmp_path / "llama")
+    options = ["--distil", 1, "--data", token_folder, "--seq-len", 16]
+    made = run("scripts/linearize.py", tmp_path / "llama", tmp_path / "out", *options)
+    assert made.returncode == 2 and "has a vocabulary of 300" in made.stderr and "Traceback" not in made.stderr

@@ -21,6 +21,7 @@ from glalm.evals.models import Subject, run_tokenizer
 from glalm.evals.run import make_job
 from glalm.model import GLALMForCausalLM
 from glalm.strict import RunError
+from glalm.train import checkpoint
 
 Evaluate = Callable[[GLALMForCausalLM, str, Callable[[int], object]], dict[str, float]]
 
@@ -29,9 +30,11 @@ def during(config: RunConfig) -> Evaluate:
     """evaluate(model, precision, alive) -> {"extrapolation/2x": 1.02, ...}: config.during.evals on the model as it is.
 
     All processes of a run call it, and share the work. `alive` is called again and again meanwhile. Raises what an
-    evaluator raises the first time; later, when a run has hours behind it, a failure is a warning.
+    evaluator raises the first time; later, or where a checkpoint is gone on from, so that a run has hours behind it, a
+    failure is a warning.
     """
     c = config.during
+    proven = set(c.evals if checkpoint.latest(config.folder / "checkpoints") else ())
     settings = EvalConfig(
         name=config.name,
         runs_dir=config.runs_dir,
@@ -44,7 +47,6 @@ def during(config: RunConfig) -> Evaluate:
         needle=c.needle,
         harness=c.harness,
     )
-    proven = set()
 
     def evaluate(model: GLALMForCausalLM, precision: str, alive: Callable[[int], object]) -> dict[str, float]:
         found = {}

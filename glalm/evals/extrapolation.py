@@ -31,7 +31,7 @@ from glalm.evals.models import Subject, open_split
 from glalm.evals.perplexity import summarise
 from glalm.evals.plot import plot_extrapolation, plot_ratios
 from glalm.model.loss import IGNORE
-from glalm.strict import ConfigError, require
+from glalm.strict import ConfigError, RunError, require
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:
@@ -41,6 +41,11 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         c.max_length >= train_length,
         f"extrapolation.max_length={c.max_length} is under the training length {train_length}; "
         f"write extrapolation.max_length={10 * train_length} for ten times it",
+    )
+    require(
+        c.bucket is None or train_length % c.bucket == 0,
+        f"extrapolation.bucket={c.bucket} does not divide the training length {train_length}, at which a bucket has to "
+        "end for others to be compared with it; write a divisor of it, or null for a half",
     )
     subject.need_length(c.max_length if "carried" in c.contexts else train_length, "extrapolation.max_length")
     require(
@@ -162,7 +167,7 @@ def position_losses(
 
     model: anything with `device` and `score(input_ids, targets, state) -> (nats, state)`. A text is read to the end of
     the last bucket that it fills. Texts that go equally far are read together, `batch_size` at a time, a batch a
-    process. Raises ValueError when a text fills no bucket.
+    process. Raises ValueError when a text fills no bucket, RunError where losses are no numbers.
     """
     reaches = np.array([reach(len(text), edges) for text in texts])
     if (reaches == 0).any():
@@ -192,7 +197,7 @@ def batch_losses(
     context: str,
     advance: Callable[[int], object] = int,
 ) -> list[list[float]]:
-    """Of each text its mean nats in the buckets that it fills."""
+    """Of each text its mean nats in the buckets that it fills. Raises RunError where one is not finite."""
     ends = [reach(len(text), edges) for text in texts]
     total = torch.zeros(len(texts), len(edges) - 1, dtype=torch.float64, device=model.device)
     state = None
@@ -204,6 +209,12 @@ def batch_losses(
         total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())
         advance(int(live.sum()))
     means = total.cpu() / torch.tensor(np.diff(edges))
+    if broken := (~means.isfinite()).any(0).nonzero().flatten().tolist():
+        at = edges[broken[0]]
+        raise RunError(
+            f"context {context}: from a position after {at} on the losses are not finite: the model's state or logits "
+            f"overflow there; extrapolation.max_length={at} reads what is before"
+        )
     return [row[: edges.index(end)].tolist() for row, end in zip(means, ends, strict=True)]
 
 

@@ -71,7 +71,6 @@ def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Jo
     settings = dataclasses.asdict(options) | {
         "tasks": tasks,
         "max_length": length,
-        "start": list(subject.start),
         "lm_eval": importlib.metadata.version("lm-eval"),
         "data": {task: local_tasks.checksums(Path(data_dir), task) if data_dir else "hub" for task in tasks},
     }
@@ -139,8 +138,9 @@ def metrics(task: str, found: dict) -> dict:
     for key, value in found["results"][task].items():
         name, _, kind = key.partition(",")
         if isinstance(value, (int, float)) and kind:
-            label = name if kind == "none" else f"{name} ({kind})"
-            values[label] = float(value) if math.isfinite(value) else None
+            metric, error, _ = name.partition("_stderr")
+            label = metric if kind == "none" else f"{metric} ({kind})"
+            values[label + error] = float(value) if math.isfinite(value) else None
     return values | {
         "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
         "num_fewshot": found.get("n-shot", {}).get(task),
@@ -224,6 +224,12 @@ class HarnessLM(TemplateLM):
         return _in_order(order, self.work.gather([[next(found) for _ in ids] for ids in mine]))
 
     def _loglikelihood_tokens(self, requests: list, **_) -> list[Answer]:
+        lengths = self.work.gather([max((len(c) for _, _, c in requests), default=0)])
+        if max(lengths) > self.max_length:  # of any process: every one has to raise, or the others would wait for it
+            raise ConfigError(
+                f"harness.max_length={self.max_length} is less than the {max(lengths)} tokens of an answer to score; "
+                f"write harness.max_length={max(lengths)} or more"
+            )
         contexts: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
             contexts.setdefault(tuple(context), []).append(i)

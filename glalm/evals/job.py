@@ -99,4 +99,5 @@ class Job:
     summary: Callable[[Any], list[str]]  # of the results: lines for the console
     unit: str = "tokens"
     plots: Callable[[Path], list[Path]] = no_plots  # of the folder with eval/NAME.json: draws into plots/, the paths
-    metrics: Callable[[Any], dict[str, float | None]] = no_metrics  # of the results: for a run's metrics, see during.py
+    # Of the results: the few numbers that a run's metrics (see during.py) and an export's card have.
+    metrics: Callable[[Any], dict[str, float | None]] = no_metrics

@@ -62,8 +62,10 @@ def read_rows(path: Path, task: str) -> Iterator[dict]:
 
 
 def checksums(data_dir: Path, task: str) -> dict[str, str]:
-    """Of the files that the task's data is in: {path in DATA_DIR: sha256}."""
+    """Of the files that the task's data is in: {path in DATA_DIR: sha256}. Where none are its own, as with a group or a
+    tag of tasks, of all files."""
     files = [path for paths in find_files(data_dir, task).values() for path in paths]
+    files = files or [path for path in sorted(data_dir.rglob("*")) if path.suffix in SUFFIXES]
     return {str(path.relative_to(data_dir)): sha256(path) for path in files}
 
 

@@ -167,6 +167,11 @@ class Subject:
             f"evals=[{evaluator}]: {self.name} comes with no tokenizer that can be read; put its tokenizer.json (or "
             "tokenizer.model) beside the model, or write data_path=... with data that was prepared with it",
         )
+        require(
+            self.tokenizer_fingerprint in (None, self.tokenizer.fingerprint),
+            f"evals=[{evaluator}]: {self.name} was trained with another tokenizer than the data has now; prepare it "
+            "with that, or write data_path=... with data that was",
+        )
         return self.tokenizer
 
     def need_train_length(self, evaluator: str) -> int:
@@ -273,7 +278,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         start=document_start(path, tokenizer, kind == GLALMConfig.model_type),
         train_length=config.train_length or getattr(model.config, "max_position_embeddings", None),
         max_length=learned_positions(model),
-        checksum=weights_checksum(files),
+        checksum=checksum_of([path / "config.json", *files]),  # other settings make another model of the same weights
         precision=precision,
         folder=folder,
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
@@ -301,10 +306,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
 
 
-def weights_checksum(files: list[Path]) -> str:
-    """One file's sha256; of several, that of their sha256s."""
-    sums = [sha256(file) for file in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+def checksum_of(files: list[Path]) -> str:
+    """The sha256 of the files' sha256s."""
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

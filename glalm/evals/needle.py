@@ -180,7 +180,7 @@ def score(subject: Subject, samples: list[Sample]) -> list[dict]:
     logits = subject.logits(features[:, -answers.shape[1] :])
     nats = F.cross_entropy(logits.mT, answers, ignore_index=IGNORE, reduction="none").sum(1).view(-1, count)
     right = (logits.argmax(-1) == answers).sum(1).view(-1, count)[:, 0]
-    ranks = 1 + (nats[:, 1:] <= nats[:, :1]).sum(1)  # a tie is no victory
+    ranks = 1 + (~(nats[:, 1:] > nats[:, :1])).sum(1)  # a tie is no victory, nor are losses that are no numbers
     return [
         {"right": int(r), "tokens": len(s.answers[0]), "rank": int(rank)}
         for r, rank, s in zip(right, ranks, samples, strict=True)

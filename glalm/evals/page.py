@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
 from glalm.config.identity import flatten
 from glalm.evals import plot
@@ -25,7 +26,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
   max-width: 60rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p, figcaption, summary, .note { color: var(--dim); font-size: .9rem; margin: .4rem 0; }
-figure { margin: 1rem 0; } img { width: 100%; max-width: 44rem; height: auto; display: block; }
+figure { margin: 1rem 0; } img { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .5rem 0; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -102,7 +103,6 @@ def overview(runs: list[Run]) -> list[str]:
         perplexity, extrapolation = run.result("perplexity"), run.result("extrapolation")
         known = perplexity or extrapolation or next(iter(run.files), {})
         speeds = [row["tokens_per_second"] for row in run.metrics if "tokens_per_second" in row]
-        last = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row][-1:]
         model = run.record.get("config", {}).get("model", {})
         rows.append(
             [
@@ -111,8 +111,8 @@ def overview(runs: list[Run]) -> list[str]:
                 "parameters" in known and plot.quantity(known["parameters"]),
                 plot.quantity(max(tokens_of(run.metrics), default=0)) if run.metrics else None,
                 speeds and f"{median(speeds):,.0f}",
-                number(perplexity["results"]["perplexity"] if perplexity else last[0] if last else None),
-                number(furthest(extrapolation), 3),
+                validation_perplexity(run, perplexity),
+                furthest(extrapolation),
             ]
         )
     trained = [row for row in rows if any(cell and cell != DASH for cell in row[1:])]
@@ -124,11 +124,18 @@ def overview(runs: list[Run]) -> list[str]:
     return [table(header, trained), p(note)] if trained else []
 
 
-def furthest(extrapolation: dict | None) -> float | None:
-    if extrapolation is None:
-        return None
-    ratios = next(iter(extrapolation["results"]["contexts"].values()))["ratios"]
-    return next((r["ratio"] for r in reversed(ratios.values()) if r["documents"]), None)
+def validation_perplexity(run: Run, result: dict | None) -> str:
+    """Of the whole split, with the checkpoint if training has gone on from it; else the last one of training."""
+    if result is None:
+        return number(next((row["val_perplexity"] for row in reversed(run.metrics) if "val_perplexity" in row), None))
+    older = run.metrics and result["checkpoint"] != f"step_{run.metrics[-1]['step']}"
+    return number(result["results"]["perplexity"]) + (f" ({result['checkpoint']})" if older else "")
+
+
+def furthest(extrapolation: dict | None) -> str | None:
+    carried = extrapolation and extrapolation["results"]["contexts"].get("carried")
+    ratios = carried["ratios"] if carried else {}
+    return next((f"{r['ratio']:.3f} at {n}×" for n, r in reversed(ratios.items()) if r["documents"]), None)
 
 
 def losses(runs: list[Run]) -> list[str]:
@@ -157,6 +164,7 @@ def zero_shot(runs: list[Run]) -> list[str]:
             "rows of the GLA paper (arXiv 2312.06635v6): 340M on 15B tokens, 1.3B on 100B, SlimPajama. ?: copies of "
             "the paper differ."
         ),
+        *(p(f"{run.name}, unlike the paper: {what}.") for run in runs if (what := unlike_published(run))),
         *filter(None, others),
     ]
 
@@ -290,11 +298,11 @@ def provenance(runs: list[Run]) -> list[str]:
                     f"{run.name}: {f['evaluator']}",
                     f.get("device", DASH),
                     spelled(f),
-                    f.get("checksum", "")[:12],
+                    f"{f.get('checkpoint', '')} {f.get('checksum', '')[:12]}",
                     seconds,
                 ]
             )
-    header = ["what", "device", "versions", "commit or checksum", "took"]
+    header = ["what", "device", "versions", "commit or checkpoint", "took"]
     return [h2("Made with"), details(f"{len(rows)} records", table(header, rows, kind="text"))] if rows else []
 
 
@@ -311,6 +319,17 @@ def harness_row(
     row = [tasks.get(task, {}).get(metric) for task, metric in columns.values()]
     scaled = [x if x is None or "ppl" in label else 100 * x for label, x in zip(columns, row, strict=True)]
     return None if all(x is None for x in row) else scaled
+
+
+def unlike_published(run: Run) -> str:
+    """The settings by which a run's zero-shot scores are other quantities than the paper's."""
+    found = {}
+    for evaluator in ("paper_zero_shot", "zero_shot"):
+        settings = (run.result(evaluator) or {}).get("settings", {})
+        found |= {f"harness.{key}": settings[key] for key in ("limit", "num_fewshot", "carry") if settings.get(key)}
+        if any(path.startswith("wikitext2/") for path in settings.get("data", {}).get("wikitext", ())):
+            found["Wiki ppl"] = "of the tokenised text, whose rare words are <unk>"
+    return ", ".join(f"{key}={value}" if "." in key else f"{key} {value}" for key, value in found.items())
 
 
 def task_table(run: Run, evaluator: str, shown: dict[str, tuple[str, str]] | None = None) -> str | None:
@@ -389,6 +408,9 @@ def table(header: list[str], rows: list[list], kind: str = "numbers", marks: dic
 def figure(draw: Callable[[Path], list[Path]], caption: str) -> str:
     with TemporaryDirectory() as folder:
         svg = next(path for path in draw(Path(folder) / "figure") if path.suffix == ".svg")
-        content = base64.b64encode(svg.read_bytes()).decode()
-    source = f"data:image/svg+xml;base64,{content}"
-    return f'<figure><img src="{source}" alt="{esc(caption)}"><figcaption>{esc(caption)}</figcaption></figure>'
+        content = svg.read_bytes()
+    source = f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+    # At three quarters of its size, as a point is a pixel then, type can be read still: a narrower screen scrolls.
+    width = round(float(ElementTree.fromstring(content).get("width").removesuffix("pt")))
+    image = f'<img src="{source}" alt="{esc(caption)}" style="min-width: {width}px; max-width: {2 * width}px">'
+    return f'<figure><div class="scroll">{image}</div><figcaption>{esc(caption)}</figcaption></figure>'

@@ -16,7 +16,7 @@ from glalm.data.loader import Batch, Windows, packed
 from glalm.evals.job import Job, Work
 from glalm.evals.models import Subject, open_split
 from glalm.model.loss import IGNORE, token_losses
-from glalm.strict import ConfigError
+from glalm.strict import ConfigError, RunError
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:
@@ -48,7 +48,7 @@ def perplexity(subject: Subject, windows: Windows, batch_size: int, work: Work) 
     """Of all windows: `nats_per_token`, `perplexity` = exp of it, `standard_error` of nats_per_token over windows,
     the perplexities one standard error down and up, `windows` and `tokens` scored.
 
-    Windows are read `batch_size` at a time.
+    Windows are read `batch_size` at a time. Raises RunError where losses are not finite.
     """
     found = []
     for start in work.mine(range(0, len(windows), batch_size)):
@@ -58,6 +58,8 @@ def perplexity(subject: Subject, windows: Windows, batch_size: int, work: Work) 
         found.append(torch.stack([nats / scored.clamp(min=1), scored], 1).tolist())
         work.advance(batch["labels"].numel())
     means, weights = torch.tensor(list(chain.from_iterable(work.gather(found))), dtype=torch.float64).T
+    if broken := int((~means.isfinite()).sum()):
+        raise RunError(f"the losses of {broken} of {len(windows)} windows are not finite: the model's logits overflow")
     return {**summarise(means, weights), "windows": len(windows), "tokens": int(weights.sum())}
 
 

@@ -19,9 +19,13 @@ from glalm.evals.results import read_json, read_metrics, tokens_of
 
 Result = dict | str | Path
 
-# Okabe and Ito's palette, told apart in every form of colour blindness; its yellow is too pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^Dvp*X"  # one more than there are colours: 56 models before two are drawn alike
+# Okabe and Ito's palette, told apart in every form of colour blindness, less its yellow, which is too pale on white;
+# and five more, which markers help to tell from it.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#332288", "#8C510A", "#888888"),
+)
+MARKERS = "os^Dvp*X<>P"  # one less than there are colours: 132 models before two are drawn alike
 STYLE = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -43,6 +47,7 @@ STYLE = {
 }
 SIZE = (4.5, 2.9)  # inches: fits a paper's column, and its type can be read on a phone
 GREY = "#555555"
+ABOVE = 4  # entries of a legend that stand above the axes
 OTHER_CONTEXTS = {  # the line of a context that is not a figure's first, and what it is
     "carried": ("-.", "state carried"),
     "sliding": ("--", "window of the training length"),
@@ -83,11 +88,11 @@ def plot_ratios(results: Sequence[Result], path: str | Path) -> list[Path]:
         ax = figure.subplots()
         values, largest = [1.0], 2
         for i, result in enumerate(results):
-            context = next(iter(result["results"]["contexts"].values()))
+            name, context = next(iter(result["results"]["contexts"].items()))
             points = [(int(n), r) for n, r in context["ratios"].items() if r["documents"]]
             at = [1, *(n for n, _ in points)]
             ratios = [1, *(r["ratio"] for _, r in points)]
-            ax.plot(at, ratios, **_style(i), label=_label(result))
+            ax.plot(at, ratios, **_style(i), label=_label(result, name))
             _band(ax, at, [(1, 1), *((r["low"], r["high"]) for _, r in points)], _colour(i))
             values, largest = values + ratios, max(largest, *at)
         for line in (ax.axhline, ax.axvline):
@@ -236,8 +241,9 @@ def _curves(ax: Axes, result: dict, i: int) -> list[str]:
     first, *others = result["results"]["contexts"].items()
     buckets = _filled(first[1])
     ends = [b["end"] for b in buckets]
-    label = _label(result) + ("" if first[0] == "carried" else f", {OTHER_CONTEXTS[first[0]][1]}")
-    ax.plot(ends, [b["perplexity"] for b in buckets], **_style(i), label=label)
+    # Markers so far apart, in diagonals of the axes, that their shapes are seen; a single point would have none.
+    apart = 0.03 if len(ends) > 1 else None
+    ax.plot(ends, [b["perplexity"] for b in buckets], **_style(i), markevery=apart, label=_label(result, first[0]))
     _band(ax, ends, [(b["perplexity_low"], b["perplexity_high"]) for b in buckets], _colour(i))
     for name, context in others:
         buckets = _filled(context)
@@ -265,23 +271,32 @@ def _style(i: int) -> dict:
     return {"color": _colour(i), "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _label(result: dict) -> str:
-    return f"{result['model']} ({quantity(result['parameters'])} parameters)"
+def _label(result: dict, context: str = "carried") -> str:
+    where = "" if context == "carried" else f", {OTHER_CONTEXTS[context][1]}"
+    return f"{result['model']} ({quantity(result['parameters'])} parameters){where}"
 
 
 def _legend(figure: Figure, ax: Axes, linestyles: dict[str, str] | None = None) -> None:
-    """Above the axes, what is drawn in them and what `linestyles` {label: style} mean; the figure grows to hold it."""
+    """What is drawn in the axes and what `linestyles` {label: style} mean: a few above them, more beside them.
+
+    The figure grows by it, so that the axes keep their size.
+    """
     handles, labels = ax.get_legend_handles_labels()
     for label, style in (linestyles or {}).items():
         handles.append(Line2D([], [], color=GREY, linestyle=style, linewidth=1))
         labels.append(label)
-    for columns in range(min(len(labels), 5), 0, -1):
+    if len(labels) > ABOVE:
+        legend = figure.legend(handles, labels, loc="outside right upper")
+        width, height = legend.get_window_extent().size / figure.dpi
+        figure.set_size_inches(figure.get_figwidth() + width, max(figure.get_figheight(), height + 0.1))
+        return
+    for columns in range(len(labels), 0, -1):
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
             break
         legend.remove()
     rows = math.ceil(len(labels) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 3))
+    figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
 
 
 def _curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
@@ -325,6 +340,8 @@ def _perplexities(ax: Axes, values: list[float]) -> None:
     """Linear, unless one run would flatten the others."""
     if max(values) > 8 * min(values):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
@@ -375,6 +392,6 @@ def quantity(n: float) -> str:
 def bytes_of(n: float) -> str:
     """1.5 MiB, 640 KiB: three digits at most."""
     for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if n >= scale:
+        if n >= 0.9765 * scale:  # of the smaller unit there are a thousand
             return f"{n / scale:.3g} {unit}"
     return f"{n:.3g} B"

@@ -23,8 +23,14 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first, less a last line that a kill cut short; [] when there is no file."""
-    return files.read_jsonl(path) if path.is_file() else []
+    """The rows of a metrics.jsonl, oldest first, less a last line that a kill cut short; [] when there is no file.
+
+    ValueError, naming it, when it is damaged.
+    """
+    try:
+        return files.read_jsonl(path) if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def tokens_of(rows: list[dict]) -> list[int]:

@@ -42,7 +42,7 @@ def evaluate(config: EvalConfig) -> int:
     subject = open_subject(config, device)
     where = f"{world} x {device.type}" if world > 1 else str(device)
     console.print(f"{subject.name}: {subject.parameters / 1e6:.1f}M parameters, {where}, {subject.precision}")
-    failures = {}
+    failures = []  # their names alone: an error holds on to what was in memory where it was raised
     for name in dict.fromkeys(config.evals):
         work = Work(rank, world)
         try:
@@ -50,7 +50,7 @@ def evaluate(config: EvalConfig) -> int:
             work.agree()
         except Exception as error:  # whatever it is, the other evaluators have nothing to do with it
             work.fail(error)
-            failures[name] = error
+            failures.append(name)
             explain(name, error, console)
     metrics = subject.folder / "metrics.jsonl"
     if rank == 0 and metrics.is_file():
@@ -77,7 +77,8 @@ def run_one(name: str, subject: Subject, config: EvalConfig, console: Console, w
         with progress(name, job, work), subject.autocast():
             results = job.run(work)
         seconds = time.perf_counter() - begun
-        result = record(name, subject, config, work) | wanted | {"results": results, "seconds": seconds}
+        found = {"results": results, "metrics": job.metrics(results), "seconds": seconds}
+        result = record(name, subject, config, work) | wanted | found
         if work.rank == 0:
             write_json(path, result)
             console.print(f"wrote {path}")
@@ -125,7 +126,7 @@ def lacking(result: dict) -> dict[str, str]:
 
 def settings(job: Job, subject: Subject) -> dict:
     tokenizer = subject.tokenizer and subject.tokenizer.fingerprint
-    return job.settings | {"precision": subject.precision, "tokenizer": tokenizer}
+    return job.settings | {"precision": subject.precision, "tokenizer": tokenizer, "start": list(subject.start)}
 
 
 def record(name: str, subject: Subject, config: EvalConfig, work: Work) -> dict:

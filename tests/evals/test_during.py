@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import warnings
 
 import numpy as np
@@ -109,6 +110,21 @@ def test_a_failure_stops_at_once_or_never(evaluating, change, monkeypatch):
     rows = read_jsonl(evaluating.folder / "metrics.jsonl")
     assert [row["generate/n"] for row in rows if "generate/n" in row] == [1, 3, 4]
     assert not any("generate/none" in row for row in rows)
+
+
+def test_a_failure_after_a_restart_is_a_warning_too(evaluating, change, monkeypatch):
+    evaluating = change(evaluating, **{"train.checkpoint.every": 2, "train.checkpoint.keep_last": 3})
+    train(evaluating)
+    for step in (4, 6):
+        shutil.rmtree(evaluating.folder / f"checkpoints/step_{step}")
+
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(module, "run_one", broken)
+    with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
+        train(evaluating, during(evaluating))
+    assert (evaluating.folder / "checkpoints/step_6").is_dir()
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_step(evaluating, change):

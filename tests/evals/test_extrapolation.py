@@ -27,7 +27,7 @@ from glalm.evals.extrapolation import (
 from glalm.evals.job import Work
 from glalm.evals.models import Subject
 from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.strict import ConfigError, RunError
 
 T = 8
 EDGES = bucket_edges(T, 96)
@@ -300,7 +300,25 @@ def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth)
     assert job.settings["train_length"] == T and job.settings["max_length"] == 160
 
 
+def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):
+    class Overflows:
+        device = torch.device("cpu")
+
+        def score(self, ids, targets, state):
+            read = (state or 0) + ids.shape[1]
+            losses = torch.zeros(ids.shape)
+            losses[0] = math.nan if read > 48 else 1  # of one document
+            return losses.masked_fill(targets == -100, 0), read
+
+    with pytest.raises(RunError, match=r"context carried: .* after 48 on .* extrapolation\.max_length=48 reads"):
+        position_losses(Overflows(), texts, EDGES, T, "carried", 2, Work())
+
+
 def test_demands(model, split):
+    for width in (16, 3):  # with 16 the buckets of one and of two training lengths were the same
+        with pytest.raises(ConfigError, match=rf"extrapolation\.bucket={width} does not divide the training length 8"):
+            module.job(Subject(model, train_length=T), config(bucket=width))
+    module.job(Subject(model, train_length=T), config(bucket=2))
     with pytest.raises(ConfigError, match=r"max_length=7 is under the training length 8; write .*max_length=80"):
         module.job(Subject(model, train_length=T), config(max_length=7))
     with pytest.raises(ConfigError, match="does not say at what length it was trained"):

@@ -14,7 +14,7 @@ from glalm.strict import ConfigError
 class Numbers:
     """A tokenizer whose text is its token ids; like SentencePiece's, it drops the space that a text starts with."""
 
-    bos_id, eos_id, vocab_size = 1, 2, 64
+    bos_id, eos_id, vocab_size, fingerprint = 1, 2, 64, "numbers"
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -20,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from glalm.config import EvalConfig
 from glalm.config.evals import HarnessConfig
 from glalm.evals import local_tasks
-from glalm.evals.harness import PAPER, HarnessLM, paper_table, recall, zero_shot
+from glalm.evals.harness import PAPER, HarnessLM, numbers, paper_table, recall, summary, zero_shot
+from glalm.evals.harness import metrics as metrics_of
 from glalm.evals.job import Work
 from glalm.evals.models import Subject, open_subject
 from glalm.strict import ConfigError
@@ -295,6 +296,32 @@ def test_missing_data_or_task_leaves_the_others(subject, data_dir):
     assert [*broken["tasks"]] == ["arc_easy"]
     assert "its data cannot be read in data_dir" in broken["missing"]["sciq"]
     assert "'support' is undefined" in broken["missing"]["sciq"]
+
+
+def test_an_answer_longer_than_is_read_leaves_the_other_tasks(subject, data_dir):
+    results = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+    long = json.dumps({**ARC[0], "choices": ["a", "b", "c", "d" * 140]}) + "\n"
+    with (data_dir / "arc_easy" / "test.jsonl").open("a") as file:
+        file.write(long)
+    changed = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+    assert changed["tasks"] == {"lambada_openai": results["tasks"]["lambada_openai"]}
+    assert changed["missing"]["arc_easy"].startswith("harness.max_length=128 is less than the 141 tokens of an answer")
+
+
+def test_a_metric_by_a_filter_keeps_its_error():
+    found = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.25, "alias": "gsm8k"}
+    values = metrics_of("gsm8k", {"results": {"gsm8k": found}})
+    assert summary({"tasks": {"gsm8k": values}, "missing": {}}) == ["gsm8k: exact_match (strict-match) 0.5 ± 0.25"]
+    assert numbers({"tasks": {"gsm8k": values}}) == {"gsm8k/exact_match (strict-match)": 0.5}
+
+
+def test_other_data_of_a_tag_are_other_settings(subject, data_dir):
+    harness = HarnessConfig(tasks=["ai2_arc"], max_length=128)
+    config = EvalConfig(evals=["zero_shot"], data_dir=str(data_dir), harness=harness)
+    before = zero_shot(subject, config).settings
+    assert zero_shot(subject, config).settings == before
+    (data_dir / "arc_easy" / "test.jsonl").write_text(json.dumps(ARC[0]))
+    assert zero_shot(subject, config).settings != before
 
 
 def test_bad_settings(subject, data_dir, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -116,6 +117,15 @@ def test_a_saved_folder(kind, tmp_path):
     assert subject.tokenizer.decode(subject.tokenizer.encode("a text")) == "a text"
     assert subject.start == ((1,) if kind == "gla" else ())  # ours were trained on documents that <s> begins
     assert open_subject(wanted(folder, tmp_path, train_length=48, out="there"), CPU).train_length == 48
+
+
+def test_another_config_of_the_same_weights_is_another_model(tmp_path):
+    folder = tiny.saved(tmp_path / "llama", tiny.llama())
+    before = open_subject(wanted(folder, tmp_path), CPU).checksum
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_subject(wanted(folder, tmp_path), CPU).checksum != before
 
 
 def test_a_text_begins_as_transformers_tokenizer_has_it(tmp_path):

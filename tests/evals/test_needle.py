@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,15 @@ def test_scores_are_those_of_whole_forwards(model, make, train_length):
                 assert result["right"] == (logits.argmax(-1) == torch.tensor(answer)).sum()
         assert result["rank"] == 1 + sum(n <= nats[0] for n in nats[1:])
         assert result["tokens"] == 3
+
+
+def test_a_model_whose_losses_are_no_numbers_finds_nothing(hay):
+    class Broken(Lookup):
+        def logits(self, features):
+            return super().logits(features) * math.nan
+
+    [cell] = needle.job(Broken(), config(lengths=[400], depths=[0.5])).run(Work())["cells"]
+    assert (cell["ranked_first"], cell["mean_rank"]) == (0, 5)
 
 
 def test_demands(hay):

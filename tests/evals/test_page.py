@@ -118,13 +118,36 @@ def run(tmp_path) -> Path:
 
 def test_one_run(run):
     found = Page(page([run]))
-    assert found.row("demo")[1:] == ["gla", "1.23M", "81.9K", "2,000", "19.50", "0.900"]
+    assert found.row("demo")[1:] == ["gla", "1.23M", "81.9K", "2,000", "19.50", "0.900 at 2×"]
     assert found.row("0-128") == ["0-128", "20.000", "19.000 to 21.000", "3", "384"]
     assert found.row("256-384") == ["256-384", "–", "–", "0", "0"]  # reported, though empty
     assert found.row("optim.lr") == ["optim.lr", "0.001"]
     assert found.row("optim.name")[1] == "<adamw>"  # escaped
-    assert found.row("demo: extrapolation")[1:] == ["a GPU", "torch 2.13", "c0ffeec0ffee", "12 s"]
+    assert found.row("demo: extrapolation")[1:] == ["a GPU", "torch 2.13", "step_20 c0ffeec0ffee", "12 s"]
     assert len(found.images) == 3
+
+
+def test_what_an_older_checkpoint_reached_is_said_to_be_its(run):
+    write(run, "perplexity", {"perplexity": 19.5}, checkpoint="step_10")
+    assert Page(page([run])).row("demo")[5] == "19.50 (step_10)"
+    (run / "eval" / "perplexity.json").unlink()
+    assert Page(page([run])).row("demo")[5] == "20.10"  # training's own
+
+
+def test_far_over_near_is_of_the_carried_state(run):
+    reset = EXTRAPOLATION | {"contexts": {"reset": EXTRAPOLATION["contexts"]["carried"]}}
+    write(run, "extrapolation", reset)
+    assert Page(page([run])).row("demo")[6] == "–"
+
+
+def test_type_in_wide_figures_can_be_read_on_a_phone(run):
+    runs = [run, *(make_run(run.parent / f"run-{i}") for i in range(6))]
+    narrow, wide = (
+        [int(re.search(r"min-width: (\d+)px", image["style"])[1]) for image in Page(page(some)).images]
+        for some in ([run], runs)
+    )
+    assert narrow == [324] * 3  # all of it on a screen of 360
+    assert min(wide) > 360  # beside them the legend
 
 
 def test_nothing_is_fetched(run):
@@ -162,6 +185,17 @@ def test_zero_shot_stands_beside_the_published_rows(run):
     assert found.row("copa") == ["copa", "acc", "0.7000", "–", "–"]
     assert found.row("piqa") == ["piqa", "acc", "0.6500", "0.0110", "100"]
     assert found.row("sciq")[1] == "no data"
+
+
+def test_scores_of_other_settings_than_the_papers_say_so(run):
+    tasks = {"wikitext": {"word_perplexity": 9.0}}
+    plain = {"limit": None, "num_fewshot": None, "carry": False, "data": {"wikitext": "hub"}}
+    write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=plain)
+    assert "unlike the paper" not in Page(page([run])).text
+    other = {"limit": 100, "num_fewshot": None, "carry": True, "data": {"wikitext": {"wikitext2/test.txt": "c0ffee"}}}
+    write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=other)
+    said = "demo, unlike the paper: harness.limit=100, harness.carry=True, Wiki ppl of the tokenised text"
+    assert said in Page(page([run])).text
 
 
 def test_a_part_of_the_tasks_leaves_the_rest_empty(run):

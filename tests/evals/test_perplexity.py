@@ -15,6 +15,7 @@ from glalm.evals.job import Work
 from glalm.evals.models import Subject
 from glalm.evals.perplexity import perplexity, summarise
 from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.strict import RunError
 
 
 def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):
@@ -88,6 +89,12 @@ def test_weighted_means_are_ratios():
     assert result["standard_error"] == pytest.approx(math.sqrt(sum(r * r for r in residuals) * 3 / 2) / 45)
     assert summarise(means, torch.tensor([7, 7, 7])) == pytest.approx(summarise(means))
     assert set(summarise(torch.empty(0)).values()) == {None}
+
+
+def test_losses_that_are_no_numbers_are_named(model, stream, monkeypatch):
+    monkeypatch.setattr(Subject, "score", lambda self, ids, *_: (torch.full(ids.shape, math.nan), None))
+    with pytest.raises(RunError, match="the losses of 6 of 6 windows are not finite"):
+        perplexity(Subject(model), Windows(stream(50), 8), 2, Work())
 
 
 def test_a_diverged_model_still_has_a_finite_perplexity():

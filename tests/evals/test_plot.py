@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from glalm.evals import plot
 from glalm.evals.plot import (
@@ -108,6 +109,40 @@ def test_a_run_that_diverges_does_not_flatten_the_others(figures):
     assert figures[0].axes[0].get_yscale() == "log"
 
 
+def test_perplexities_that_differ_much_have_plain_labels(figures):
+    worse = result("worse")
+    worse["results"]["contexts"]["carried"]["buckets"][-1]["perplexity"] = 90.0
+    plot_extrapolation([result(), worse], "x.png")
+    ax = figures[0].axes[0]
+    figures[0].draw_without_rendering()
+    low, high = ax.get_ylim()
+    labels = {y: t.get_text() for y, t in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True) if low < y < high}
+    assert [*labels.values()] == ["10", "20", "50", "100"]
+    assert len(ax.yaxis.get_minorticklabels()) == 0
+
+
+def test_a_dozen_models_are_told_apart_and_leave_the_axes_their_size(monkeypatch):
+    sizes, styles = [], []
+
+    def measured(figure, path):
+        figure.draw_without_rendering()
+        ax = figure.axes[0]
+        box = ax.get_window_extent()
+        sizes.append((box.width / figure.dpi, box.height / figure.dpi))
+        styles.append([(line.get_color(), line.get_marker()) for line in ax.lines if line.get_label()[0] != "_"])
+        legend = figure.legends[0].get_window_extent()
+        inside = figure.bbox
+        assert legend.x0 >= 0 and legend.x1 <= inside.width and legend.y0 >= 0 and legend.y1 <= inside.height
+        assert not legend.overlaps(ax.get_tightbbox())
+
+    monkeypatch.setattr(plot, "_save", measured)
+    for count in (1, 3, 5, 12, 24):
+        plot_extrapolation([result(f"a_model_of_some_kind-{i}") for i in range(count)], "x.png")
+    assert [len({*each}) for each in styles] == [1, 3, 5, 12, 24]
+    assert len({colour for colour, _ in styles[3]}) == 12  # the other contexts' lines have colours alone
+    assert all(width >= 0.95 * sizes[0][0] and height >= 0.95 * sizes[0][1] for width, height in sizes)
+
+
 def test_many_doublings_have_few_labels(figures):
     plot_extrapolation([result(train_length=2, times=4096)], "x.png")
     labels = [t.get_text() for t in figures[0].axes[0].get_xticklabels()]
@@ -120,7 +155,26 @@ def test_a_model_with_another_first_context_says_so(figures):
     del reset_only["results"]["contexts"]["carried"]
     plot_extrapolation([reset_only], "x.png")
     [text] = figures[0].legends[0].get_texts()
-    assert text.get_text() == "demo (1.23M parameters), state reset every training length"
+    plot_ratios([reset_only], "x.png")
+    [other] = figures[1].legends[0].get_texts()
+    assert text.get_text() == other.get_text() == "demo (1.23M parameters), state reset every training length"
+
+
+def test_a_single_point_is_seen(monkeypatch):
+    short = result()
+    context = short["results"]["contexts"]["carried"]
+    short["results"]["contexts"] = {"carried": {"buckets": context["buckets"][:1], "ratios": {}}}
+    drawn = []
+
+    def pixels(figure, path):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        blue = np.all(np.abs(np.asarray(canvas.buffer_rgba())[..., :3].astype(int) - [0x00, 0x72, 0xB2]) < 9, axis=-1)
+        drawn.append(blue[blue.shape[0] // 4 :].sum())  # below the legend
+
+    monkeypatch.setattr(plot, "_save", pixels)
+    plot_extrapolation([short], "x.png")
+    assert drawn[0] > 5
 
 
 def test_ratios_to_the_training_length(figures):
@@ -223,6 +277,7 @@ def test_quantities():
     values = (999, 9_996, 999_600, 1_234_567, 374_500_000, 1_365_500_000, 15e9)
     assert [plot.quantity(n) for n in values] == ["999", "10K", "1M", "1.23M", "374M", "1.37B", "15B"]
     assert [plot.bytes_of(n) for n in (512, 1536, 3 * 2**20, 2.5 * 2**30)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
+    assert [plot.bytes_of(n * 2**10) for n in (999, 1008, 1024)] == ["999 KiB", "0.984 MiB", "1 MiB"]
     assert [plot.length(n) for n in (128, 1000, 1024, 1536, 20480)] == ["128", "1000", "1K", "1536", "20K"]
 
 

@@ -116,3 +116,6 @@ def test_a_damaged_file_is_named(run):
     (run / "eval" / "perplexity.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval/perplexity\.json is damaged"):
         printed(run)
+    (run / "metrics.jsonl").write_text('{"step":\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        printed(run)

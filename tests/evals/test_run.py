@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,37 @@ def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):
     assert "perplexity failed: ZeroDivisionError: by design" in shown.out
     assert "extrapolation failed: ConfigError: extrapolation.max_length=8 is under" in shown.out
     assert "in broken" in shown.err  # where it happened
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run, capsys):
+    data = json.loads((run.folder / "data.json").read_text())
+    data["tokenizer"]["fingerprint"] = "another"
+    (run.folder / "data.json").write_text(json.dumps(data))
+    with pytest.raises(RunError, match="generate"):
+        evaluate(wanted(run, evals=["generate"]))
+    assert "tiny/step_4 was trained with another tokenizer than the data has now" in capsys.readouterr().out
+
+
+def test_one_that_fails_leaves_its_memory(run, monkeypatch):
+    class Large:
+        pass
+
+    held = []
+
+    def broken(subject, config):
+        large = Large()
+        held.append(weakref.ref(large))
+        raise MemoryError("no room")
+
+    def after(subject, config):
+        held.append(held[0]())
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("glalm.evals.perplexity.job", broken)
+    monkeypatch.setattr("glalm.evals.generate.job", after)
+    with pytest.raises(RunError, match="perplexity, generate"):
+        evaluate(wanted(run, evals=["perplexity", "generate"]))
+    assert held[1] is None
 
 
 def test_what_is_missing_is_told_and_tried_again(run, capsys, monkeypatch):

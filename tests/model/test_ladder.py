@@ -88,6 +88,17 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
 
 
+def test_what_is_done_is_done_by_its_config(module, tmp_path):
+    where = ["experiment=ladder_tiny", "name=gla-1", f"runs_dir={tmp_path}"]
+    run = module.Run("gla", module.composed(where), where, [])
+    assert not run.done
+    run.config.folder.mkdir()
+    module.write_json(run.config.folder / "ladder.json", run.mark)
+    assert run.done
+    edited = module.composed([*where, "train.steps=300"])  # as by a change of configs/experiment/ladder_tiny.yaml
+    assert not module.Run("gla", edited, where, []).done
+
+
 def test_means_over_seeds_are_of_nats(module, tmp_path):
     runs = []
     for seed, nats in ((1, 3.0), (2, 4.0)):

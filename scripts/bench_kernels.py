@@ -2,7 +2,7 @@
 
     python scripts/bench_kernels.py                       the table of docs/performance.md, in Markdown
     python scripts/bench_kernels.py --gates               every gate of the family, and logits fused or not
-    python scripts/bench_kernels.py --figure speed.png    tokens a second against the length
+    python scripts/bench_kernels.py --figure speed.png    tokens a second against the length, and speed.json
     python scripts/bench_kernels.py --tune 128 256        candidates for one (K, V) of glalm/kernels/triton/configs.py
 
 Times are medians in ms; peak is the memory above the inputs, in MiB, over one forward and backward.
@@ -10,7 +10,9 @@ Times are medians in ms; peak is the memory above the inputs, in MiB, over one f
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +138,7 @@ def figure(path: str) -> None:
     plt.legend()
     plt.tight_layout()
     plt.savefig(path, dpi=150)
+    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))  # ms forward, ms of both passes, MiB
 
 
 def tune(B: int, T: int, K: int, V: int) -> None:

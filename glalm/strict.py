@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,8 @@ def _convert(hint, value, where: str):
         return int(value)
     ok = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     require(ok, f"{where}={value!r} must be {_spell(hint)}, not {_spell(type(value))}")
-    return value
+    # A home that the shell left as it is, or a file has.
+    return os.path.expanduser(value) if hint is str and value.startswith("~/") else value
 
 
 def _spell(hint) -> str:

@@ -202,6 +202,12 @@ def test_infinite_clip_is_a_number():
     assert build(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
 
 
+def test_home_is_spelled_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = build(RunConfig, {"runs_dir": "~/runs", "data": {"path": "~/my data"}})
+    assert (config.runs_dir, config.data.path) == ("/home/ada/runs", "/home/ada/my data")
+
+
 def test_weights_of_sources_are_a_mapping_of_the_users():
     assert composed("data.weights={books: 0.7, code: 1}").data.weights == {"books": 0.7, "code": 1.0}
     assert composed("+data.weights.books=0.5").data.weights == {"books": 0.5}

@@ -12,8 +12,6 @@ solved for both right-hand sides at once, before S is known (the WY form); from 
 
 import re
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +92,10 @@ def fused(K: int, V: int, gated: bool) -> Callable | None:
 @torch.compiler.assume_constant_result
 def machine() -> tuple[bool, tuple[int, ...]]:
     """Whether the GPU is a Hopper, and Triton's version."""
-    return torch.cuda.get_device_capability()[0] == 9, triton_version()
+    import triton  # here, since a machine without a GPU may lack it
 
-
-@cache
-def triton_version() -> tuple[int, ...]:
-    """Read from the disk, which every layer's call would do."""
-    return tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+    return torch.cuda.get_device_capability()[0] == 9, version
 
 
 def chunks(

@@ -134,10 +134,11 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         """
         labels [B, T]: as transformers has them, aligned with input_ids and shifted here, within each packed sequence;
         shift_labels [B, T]: already the next token of each position. With either, `loss` is the mean cross-entropy in
-        nats over the labels that are not -100, and `logits` is None: they are never held; z_loss times the mean of
-        logsumexp(logits)^2 is added to it. num_items_in_batch: both are sums over this instead of means, so that those
-        of several batches add up. logits_to_keep: only the last so many logits (0: all), or those at these positions.
-        The other arguments are GLALMModel's.
+        nats over the labels that are not -100; z_loss times the mean of logsumexp(logits)^2 is added to it. `logits` is
+        then None, as they are never held, but in eval mode beside `labels`, where transformers' Trainer scores them.
+        num_items_in_batch: both are sums over this instead of means, so that those of several batches add up.
+        logits_to_keep: only the last so many logits (0: all), or those at these positions. The other arguments are
+        GLALMModel's.
         """
         shift_labels = more.pop("shift_labels", None)
         if more.pop("output_attentions", None) or more:
@@ -160,7 +161,7 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, z_loss)
             if num_items_in_batch is not None:
                 loss = loss * (shift_labels != IGNORE).sum() / num_items_in_batch
-        else:
+        if shift_labels is None or (labels is not None and not self.training):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         return CausalLMOutputWithPast(

@@ -30,7 +30,9 @@ def environment(float8: bool = False) -> dict:
     versions = {m.__name__: m.__version__ for m in (glalm, torch, transformers, accelerate)}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     if has_triton_package():
-        versions["triton"] = metadata.version("triton")
+        import triton  # some builds are called otherwise when installed
+
+        versions["triton"] = triton.__version__
     if float8:
         versions["torchao"] = metadata.version("torchao")
     return {"versions": versions, "git": git_state(), "device": device_name(torch.cuda.is_available())}

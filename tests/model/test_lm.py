@@ -97,10 +97,14 @@ def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions(tiny,
     model, ids = tiny(), tokens(3, 20)
     logits = model(ids).logits
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1))
-    out = model(ids, labels=ids)
+    out = model.train()(ids, labels=ids)
     assert out.logits is None
     torch.testing.assert_close(out.loss, expected.float())
-    torch.testing.assert_close(model(ids[:, :-1], shift_labels=ids[:, 1:]).loss, expected.float())
+    out = model.eval()(ids[:, :-1], shift_labels=ids[:, 1:])
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, expected.float())
+    out = model(ids, labels=ids)
+    torch.testing.assert_close((out.loss, out.logits), (expected.float(), logits))
 
 
 def test_shapes_are_known_without_values(tiny, tokens):

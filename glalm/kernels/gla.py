@@ -133,8 +133,8 @@ def chunk_forward(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final states, and five that chunk_backward takes back as `kept`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final states, and six that chunk_backward takes back as `kept`."""
     check_values(g if normalizer is None else None, q, cu_seqlens)
     kept = None
     if has_kernel(q):
@@ -147,7 +147,7 @@ def chunk_forward(
         with torch.autocast(q.device.type, enabled=False):
             gates = channels(log_gate(g, normalizer), q)
             o, final_state = torch_chunk.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
-    return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(5)))
+    return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(6)))
 
 
 def chunk_forward_fake(
@@ -157,11 +157,11 @@ def chunk_forward_fake(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = q.new_empty(N, H, K, V, dtype=dtype) if output_final_state else q.new_empty(0)
-    kept = [((0,), q.dtype)] * 5
+    kept = [((0,), q.dtype)] * 6
     if keep and has_kernel(q):
         from glalm.kernels.triton.kept import shapes
 
-        kept = shapes(q, g, cu_seqlens, low=True)
+        kept = shapes(q, v, g, cu_seqlens, low=True)
     return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)
 
 

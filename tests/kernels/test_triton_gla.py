@@ -21,6 +21,14 @@ def check(limit, *shape, **options):
     assert max(errors.values()) < limit, errors
 
 
+def in_segments(count, monkeypatch):
+    """Has every sequence cut into so many."""
+    from glalm.kernels.triton import gla, kept
+
+    for module in (gla, kept):
+        monkeypatch.setattr(module, "segment_count", lambda *_: count)
+
+
 @interpreted
 @pytest.mark.parametrize("gate", ["slow", "usual", "fast", "wild", "none"])
 def test_every_gate(gate):
@@ -77,9 +85,7 @@ def test_large_heads_of_the_table():
 @interpreted
 @pytest.mark.parametrize("segments", [1, 3])  # the latter are more than any of these has chunks
 def test_packed_sequences(segments, monkeypatch):
-    from glalm.kernels.triton import gla
-
-    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
+    in_segments(segments, monkeypatch)
     check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
 
 
@@ -125,6 +131,7 @@ def test_boundary_of_the_fast_path():
     "H, K, V, bounds, segments",
     [
         (2, 16, 16, None, 1),
+        (2, 17, 15, None, 2),
         (2, 16, 65, None, 1),  # padded by a whole block of columns
         (1, 17, 15, [0, 0, 1, 67, 67], 3),  # more than any of these has chunks
     ],
@@ -133,7 +140,7 @@ def test_boundary_of_the_fast_path():
 def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeypatch):
     from glalm.kernels.triton import gla
 
-    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
+    in_segments(segments, monkeypatch)
     T, bounds = (bounds[-1], torch.tensor(bounds)) if bounds else (90, None)
     q, k, v, do = (torch.randn(1, T, H, n) for n in (K, K, V, V))
     g = -torch.rand(1, T, H, K)
@@ -163,7 +170,7 @@ def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeyp
 def test_memory_layout_of_states_and_bounds_does_not_matter(segments, monkeypatch):
     from glalm.kernels.triton import gla
 
-    monkeypatch.setattr(gla.Plan, "segments", lambda plan, config: segments)
+    in_segments(segments, monkeypatch)
     q, k, v, g = (torch.randn(1, 70, 1, 16) for _ in range(4))
     S, dS, bounds = torch.randn(1, 1, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([0, 70])
 

@@ -6,11 +6,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glalm.kernels.triton.blocks import CHUNK, Chunks, signs
-from glalm.kernels.triton.configs import Config, Launch, config_for, multiprocessors
+from glalm.kernels.triton.configs import Config, Launch, config_for
 from glalm.kernels.triton.dscores import dscores_kernel
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
-from glalm.kernels.triton.kept import Kept, operands, padded, shapes
+from glalm.kernels.triton.kept import Kept, operands, padded, segment_count, shapes
 from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.prepare import prepare_kernel
 from glalm.kernels.triton.scan import join_kernel, scan_kernel
@@ -110,7 +110,7 @@ class Plan:
         return self.empty(self.tiles, self.VP, self.KP)
 
     def prepare(self, low: bool) -> Kept:
-        kept = Kept(*(self.empty(*n, dtype=d) for n, d in shapes(self.q, self.g, self.chunks.cu_seqlens, low)))
+        kept = Kept(*(self.empty(*n, dtype=d) for n, d in shapes(self.q, self.v, self.g, self.chunks.cu_seqlens, low)))
         common = dict(
             H=self.H, K=self.K, KP=self.KP, BK=self.config.prepare.tile["BK"], C=CHUNK, LOGITS=self.logits,
             GATE_PARTS=self.gate_parts, PRECISION=self.precision, LOW=kept.scores.shape[1] == 2,
@@ -120,7 +120,7 @@ class Plan:
             args = self.q, self.k, self.g, signs(self.q.device), kept.q, kept.k, kept.scores, kept.decay, *last
             launch(prepare_head_kernel, self.tiles, args, common | {"FIXED": self.fixed}, self.config.prepare.options)
             return kept
-        args = self.q, self.k, self.g, signs(self.q.device), *kept, *last
+        args = self.q, self.k, self.g, signs(self.q.device), *kept[:5], *last
         for exact, config in ((False, self.config.prepare), (True, self.config.prepare_exact)):
             constants = {**common, "BK": config.tile["BK"], "EXACT": exact}
             launch(prepare_kernel, self.tiles, args, constants, config.options)
@@ -143,18 +143,23 @@ class Plan:
             return
         initial = None if initial is None else initial.contiguous()
         config = self.config.reverse if reverse else self.config.states if out is None else self.config.forward
-        segments = self.segments(config)
+        segments = self.segments(reverse)
         if segments == 1:
             return self.scan_segments(1, config, kept, w, initial, final, out, states, reverse)
-        heads = self.chunks.sequences * self.H
-        local = self.new_state(segments)
+        keeps = not reverse and self.chunks.cu_seqlens is None
+        starts = kept.starts if keeps else self.new_state(segments)
+        if not (keeps and out is None):  # the forward pass has made them
+            self.find_starts(starts, segments, kept, w, initial, final, reverse)
+        self.scan_segments(segments, config, kept, w, starts, None, out, states, reverse)
+
+    def find_starts(self, starts: Tensor, segments: int, kept: Kept, w: Tensor, initial, final, reverse: bool) -> None:
+        """The state that each segment starts from, and the last one's end: each by itself from zero, then in turn."""
         decay = self.empty(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
-        self.scan_segments(segments, self.config.states, kept, w, None, local, None, None, reverse, decay)
+        self.scan_segments(segments, self.config.states, kept, w, None, starts, None, None, reverse, decay)
         bk, bv = min(self.KP, 32), min(self.VP, 64)
         constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=bk, BV=bv, REVERSE=reverse)
-        programs = heads * (self.KP // bk) * (self.VP // bv)
-        launch(join_kernel, programs, (local, decay, initial, final, segments), constants, {})
-        self.scan_segments(segments, config, kept, w, local, None, out, states, reverse)
+        programs = self.chunks.sequences * self.H * (self.KP // bk) * (self.VP // bv)
+        launch(join_kernel, programs, (starts, decay, initial, final, segments), constants, {})
 
     def scan_segments(
         self, segments: int, config: Launch, kept: Kept, w, initial, final, out, states, reverse: bool, decay=None
@@ -185,12 +190,9 @@ class Plan:
         programs = self.chunks.sequences * self.H * segments * blocks
         launch(scan_kernel, programs, args, constants, config.options)
 
-    def segments(self, config: Launch) -> int:
-        """As many as give each multiprocessor eight warps, but none shorter than four chunks on average."""
-        programs = self.chunks.sequences * self.H * triton.cdiv(self.V, config.tile["BV"])
-        slots = multiprocessors(self.q.device) * max(1, 8 // config.warps)
-        mean = self.chunks.count // max(1, self.chunks.sequences)
-        return max(1, min(slots // max(1, programs), mean // 4))
+    def segments(self, reverse: bool) -> int:
+        config, N = self.config.reverse if reverse else self.config.forward, self.chunks.sequences
+        return segment_count(config, N, self.H, self.V, self.chunks.count, self.q.device)
 
     def gradients(
         self, kept: Kept, do: Tensor, states: Tensor, dstates: Tensor

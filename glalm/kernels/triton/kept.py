@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from glalm.kernels.triton.blocks import CHUNK, chunk_count
+from glalm.kernels.triton.configs import Launch, config_for, multiprocessors
 
 
 class Kept(NamedTuple):
@@ -17,12 +18,19 @@ class Kept(NamedTuple):
     scores: Tensor  # A [tiles, 1 or 2, CHUNK, CHUNK]; second, for the backward pass, what rounding took from it
     decay: Tensor  # float32; one gate a key channel: half [tiles, KP]; one a head: exp(total) [tiles]
     exact: Tensor  # int32 [tiles], one gate a key channel: whether the chunk takes the pairwise path
+    starts: Tensor  # float32 [B, segments, H, K, V], the states they start from; of one segment or packed ones none
 
 
-def shapes(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool) -> list[tuple[tuple, torch.dtype]]:
+def shapes(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool
+) -> list[tuple[tuple, torch.dtype]]:
     """Shape and dtype of each, from shapes alone. low: keep A in two parts, where the second is not 0."""
-    B, T, H, K = q.shape
-    tiles = chunk_count(B, T, cu_seqlens) * H
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    chunks = chunk_count(B, T, cu_seqlens)
+    tiles, cut = chunks * H, 1
+    if cu_seqlens is None:
+        config = config_for(q.device, padded(K), padded(V), operands(q).itemsize * 8)
+        cut = segment_count(config.forward, B, H, V, chunks, q.device)
     KP, dtype, per_head = padded(K), operands(q), g is None or g.dim() < 4
     return [
         ((tiles, CHUNK, KP), dtype),
@@ -30,7 +38,16 @@ def shapes(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool) ->
         ((tiles, 2 if low and dtype == torch.bfloat16 else 1, CHUNK, CHUNK), dtype),
         ((tiles,) if per_head else (tiles, KP), torch.float32),
         ((0,) if per_head else (tiles,), torch.int32),
+        ((0,) if cut == 1 else (B, cut, H, K, V), torch.float32),
     ]
+
+
+def segment_count(config: Launch, sequences: int, H: int, V: int, chunks: int, device: torch.device) -> int:
+    """What a scan cuts each sequence into: as many as give each multiprocessor eight warps, but none shorter than four
+    chunks on average."""
+    programs = sequences * H * triton.cdiv(V, config.tile["BV"])
+    slots = multiprocessors(device) * max(1, 8 // config.warps)
+    return max(1, min(slots // max(1, programs), chunks // max(1, sequences) // 4))
 
 
 def operands(q: Tensor) -> torch.dtype:

@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -46,7 +45,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         run=lambda work: {"lengths": [work.first(partial(decode, subject, n, config, work)) for n in lengths]},
         total=config.batch_size * sum(lengths),
         summary=summary,
-        plots=plots,
+        plots=lambda record, folder: plot_decoding([record], folder / "decode_speed.png"),
     )
 
 
@@ -56,10 +55,6 @@ def summary(results: dict) -> list[str]:
         f"state of each {bytes_of(r['state_bytes'] / r['batch_size'])}"
         for r in results["lengths"]
     ]
-
-
-def plots(folder: Path) -> list[Path]:
-    return plot_decoding([folder / "eval" / "decode_speed.json"], folder / "plots" / "decode_speed.png")
 
 
 @torch.no_grad()

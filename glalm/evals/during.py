@@ -16,7 +16,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from glalm.config import EvalConfig, RunConfig
-from glalm.evals.job import Work
+from glalm.evals.job import Work, lacking
 from glalm.evals.models import Subject, run_tokenizer
 from glalm.evals.run import make_job
 from glalm.model import GLALMForCausalLM
@@ -75,7 +75,7 @@ def run_one(name: str, subject: Subject, settings: EvalConfig, alive: Callable[[
         job = make_job(name, subject, settings)
         with subject.autocast():
             results = job.run(work)
-        if isinstance(results, dict) and (missing := results.get("missing")):
+        if missing := lacking(results):
             raise RunError("; ".join(f"{what}: {why}" for what, why in missing.items()))
         work.agree()
     except Exception as error:
@@ -85,12 +85,10 @@ def run_one(name: str, subject: Subject, settings: EvalConfig, alive: Callable[[
 
 
 def as_subject(model: GLALMForCausalLM, precision: str, config: RunConfig, settings: EvalConfig) -> Subject:
-    tokenizer = run_tokenizer(settings, config)
     return Subject(
         model=copy_of(model),
         name=config.name,
-        tokenizer=tokenizer,
-        start=tuple(tokenizer.before) if tokenizer else (),
+        tokenizer=run_tokenizer(settings, config),
         train_length=config.data.seq_len,
         precision=precision,
         run=config,

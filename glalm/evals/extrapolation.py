@@ -17,7 +17,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,7 +75,10 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         run=run,
         total=len(c.contexts) * sum(reach(len(text), edges) for text in texts),
         summary=summary,
-        plots=plots,
+        plots=lambda record, folder: [
+            *plot_extrapolation([record], folder / "extrapolation.png"),
+            *plot_ratios([record], folder / "extrapolation_ratio.png"),
+        ],
         metrics=metrics,
     )
 
@@ -95,14 +97,6 @@ def metrics(results: dict) -> dict[str, float | None]:
     """The first context's ratios."""
     context = next(iter(results["contexts"].values()))
     return {f"{n}x": r["ratio"] for n, r in context["ratios"].items()}
-
-
-def plots(folder: Path) -> list[Path]:
-    result = [folder / "eval" / "extrapolation.json"]
-    return [
-        *plot_extrapolation(result, folder / "plots" / "extrapolation.png"),
-        *plot_ratios(result, folder / "plots" / "extrapolation_ratio.png"),
-    ]
 
 
 def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) -> dict:
@@ -133,8 +127,8 @@ def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) 
             "ratios": {str(n): ratio(x[:, i] - x[:, first]) for n, i in at.items()},
         }
     if {"carried", "reset"} <= nats.keys():
-        against = {str(n): ratio(nats["carried"][:, i] - nats["reset"][:, i]) for n, i in at.items()}
-        result["carried_over_reset"] = against
+        gained = nats["carried"] - nats["reset"]
+        result["carried_over_reset"] = {str(n): ratio(gained[:, i]) for n, i in at.items()}
     return result
 
 
@@ -149,12 +143,8 @@ def ratio(differences: Tensor) -> dict:
     """exp of the mean of differences in nats [texts], nan left out."""
     filled = differences[~differences.isnan()]
     s = summarise(filled)
-    return {
-        "ratio": s["perplexity"],
-        "low": s["perplexity_low"],
-        "high": s["perplexity_high"],
-        "documents": len(filled),
-    }
+    found = {"ratio": s["perplexity"], "low": s["perplexity_low"], "high": s["perplexity_high"]}
+    return {**found, "documents": len(filled)}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -190,12 +180,7 @@ def position_losses(
 
 
 def batch_losses(
-    model,
-    texts: Sequence[np.ndarray],
-    edges: list[int],
-    segment: int,
-    context: str,
-    advance: Callable[[int], object] = int,
+    model, texts: Sequence[np.ndarray], edges: list[int], segment: int, context: str, advance: Callable[[int], object]
 ) -> list[list[float]]:
     """Of each text its mean nats in the buckets that it fills. Raises RunError where one is not finite."""
     ends = [reach(len(text), edges) for text in texts]
@@ -269,7 +254,7 @@ def blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.nda
         windows = Windows(tokens, edges[-1])
     except ValueError as error:
         raise ConfigError(f"evals=[extrapolation]: {error}") from error
-    return [windows[i] for i in range(min(len(windows), count or len(windows)))]
+    return [windows[i] for i in range(len(windows))[:count]]
 
 
 # --------------------------------------------------------------------------------------------------------- buckets

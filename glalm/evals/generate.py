@@ -27,8 +27,7 @@ def samples(subject: Subject, config: GenerateConfig, seed: int, work: Work) -> 
     gives the same text on the same device however many processes there are; the global random state is left as it was.
     """
     texts = []
-    devices = [subject.device] if subject.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([subject.device] if subject.device.type == "cuda" else []):
         for i, prompt in work.mine(enumerate(config.prompts)):
             torch.manual_seed(seed + i)
             texts.append({"prompt": prompt, "continuation": continuation(subject, config, prompt)})

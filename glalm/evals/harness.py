@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from transformers import StoppingCriteria
 
@@ -25,10 +25,11 @@ from glalm.config.evals import HarnessConfig
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import local_tasks
 from glalm.evals.job import Job, Work
-from glalm.evals.likelihood import Answer, batches, carried, left_mask, log_likelihoods, padded
+from glalm.evals.likelihood import Answer, batches, carried, log_likelihoods, padded
 from glalm.evals.models import Subject
-from glalm.evals.published import PAPER
-from glalm.strict import ConfigError
+from glalm.evals.published import PAPER, RECALL, paper_table
+from glalm.evals.results import scores
+from glalm.strict import ConfigError, require
 
 # Standard errors are resampled here, not in processes that the harness forks: these would inherit train.py's handler of
 # SIGTERM, by which the harness ends them, and go on waiting, and it for them.
@@ -36,7 +37,7 @@ os.environ["DISABLE_MULTIPROC"] = "1"
 
 # Those of the GLA paper's table, and four more that are often reported.
 PAPER_TASKS = [*dict.fromkeys(task for task, _ in PAPER.values()), "copa", "openbookqa", "sciq", "boolq"]
-RECALL_TASKS = ["fda", "swde", "squad_completion"]
+RECALL_TASKS = [task for task, _ in RECALL.values()]
 BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is no mean
 DEFAULT_LENGTH = 2048  # where a model does not say, as in the harness
 
@@ -58,16 +59,15 @@ def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Jo
     tokenizer = subject.need_tokenizer(name)
     length = options.max_length or subject.train_length or DEFAULT_LENGTH
     subject.need_length(length, "harness.max_length")
-    if tokenizer.vocab_size > subject.vocab_size:
-        raise ConfigError(
-            f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}"
-        )
-    if options.carry and not (subject.can_resume and subject.max_length is None):
-        raise ConfigError(
-            f"harness.carry: {subject.name} cannot read on from a state without end; write harness.carry=false"
-        )
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise ConfigError(f"data_dir={data_dir}: there is no such folder")
+    require(
+        tokenizer.vocab_size <= subject.vocab_size,
+        f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}",
+    )
+    require(
+        not options.carry or (subject.can_resume and subject.max_length is None),
+        f"harness.carry: {subject.name} cannot read on from a state without end; write harness.carry=false",
+    )
+    require(data_dir is None or Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
     settings = dataclasses.asdict(options) | {
         "tasks": tasks,
         "max_length": length,
@@ -148,24 +148,9 @@ def metrics(task: str, found: dict) -> dict:
     }
 
 
-def paper_table(found: dict) -> dict[str, float]:
-    """The paper's row: perplexities, accuracies in percent, and the mean of the six accuracies."""
-    row = {
-        label: found[task][metric] * (1 if "ppl" in label else 100) if found[task][metric] is not None else None
-        for label, (task, metric) in PAPER.items()
-    }
-    accuracies = [row[label] for label in PAPER if "ppl" not in label]
-    return row | {"Avg": sum(accuracies) / len(accuracies)}
-
-
 def numbers(results: dict) -> dict[str, float]:
     """{"piqa/acc": ...}: every metric of every task, without its error."""
-    return {
-        f"{task}/{name}": value
-        for task, found in results["tasks"].items()
-        for name, value in found.items()
-        if isinstance(value, float) and not name.endswith("_stderr")
-    }
+    return {f"{task}/{name}": x for task, found in results["tasks"].items() for name, x in scores(found).items()}
 
 
 def summary(results: dict) -> list[str]:
@@ -173,8 +158,7 @@ def summary(results: dict) -> list[str]:
     for task, found in results["tasks"].items():
         shown = [
             f"{name} {value:.4g}" + (f" ± {found[error]:.2g}" if (error := f"{name}_stderr") in found else "")
-            for name, value in found.items()
-            if isinstance(value, float) and not name.endswith("_stderr")
+            for name, value in scores(found).items()
         ]
         lines.append(f"{task}: {', '.join(shown)}")
     lines += [f"{task}: not evaluated: {why}" for task, why in results["missing"].items()]
@@ -219,17 +203,17 @@ class HarnessLM(TemplateLM):
             together.setdefault(request.args[0], []).append(i)
         order = sorted(together.values(), key=lambda ids: -len(requests[ids[0]].args[0]))
         mine = self.work.mine(order)
-        self._count = len(requests)
         found = iter(super().loglikelihood([requests[i] for ids in mine for i in ids], disable_tqdm=True))
         return _in_order(order, self.work.gather([[next(found) for _ in ids] for ids in mine]))
 
     def _loglikelihood_tokens(self, requests: list, **_) -> list[Answer]:
-        lengths = self.work.gather([max((len(c) for _, _, c in requests), default=0)])
-        if max(lengths) > self.max_length:  # of any process: every one has to raise, or the others would wait for it
-            raise ConfigError(
-                f"harness.max_length={self.max_length} is less than the {max(lengths)} tokens of an answer to score; "
-                f"write harness.max_length={max(lengths)} or more"
-            )
+        # Of any process: every one has to raise, or the others would wait for it.
+        longest = max(self.work.gather([max((len(c) for _, _, c in requests), default=0)]))
+        require(
+            longest <= self.max_length,
+            f"harness.max_length={self.max_length} is less than the {longest} tokens of an answer to score; "
+            f"write harness.max_length={longest} or more",
+        )
         contexts: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
             contexts.setdefault(tuple(context), []).append(i)
@@ -244,7 +228,6 @@ class HarnessLM(TemplateLM):
                 carried(self.subject, mine, self.prefix_token_id, self.max_length, self.batch_tokens)
             )
         windows = [(i, window) for i, document in enumerate(documents) for window in self._windows(document)]
-        self._count = len(windows)
         mine = self.work.mine(windows)
         found = self.work.gather([answers[0][0] for answers in self._score([(c, [k]) for _, (c, k) in mine])])
         totals = [0.0] * len(documents)
@@ -261,32 +244,31 @@ class HarnessLM(TemplateLM):
         """As the harness asks: up to a stop string, the end of the document or max_gen_toks tokens."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
         mine = self.work.mine(order)
-        self._count = len(requests)
         alike = {repr(r.args[1]): normalize_gen_kwargs(r.args[1], 256) for r in requests}
         most = max((options["max_gen_toks"] for options in alike.values()), default=0)
-        if most >= self.max_length:  # of all requests: every process has to raise, or the others would wait for it
-            raise ConfigError(
-                f"harness.max_length={self.max_length} leaves no room before the {most} tokens that a task generates; "
-                f"write harness.max_length={2 * most} or more"
-            )
+        require(  # of all requests: every process has to raise, or the others would wait for it
+            most < self.max_length,
+            f"harness.max_length={self.max_length} leaves no room before the {most} tokens that a task generates; "
+            f"write harness.max_length={2 * most} or more",
+        )
         texts = {}
         for kind, options in alike.items():
             ids, new = [i for i in mine if repr(requests[i].args[1]) == kind], options["max_gen_toks"]
             contexts = {i: self.tok_encode(requests[i].args[0])[new - self.max_length :] for i in ids}
             for batch in batches(ids, [len(contexts[i]) + new for i in ids], self.batch_tokens):
                 texts |= zip(batch, self._generate([contexts[i] for i in batch], **options), strict=True)
-                self._advance(len(batch))
-        return _in_order([[i] for i in order], self.work.gather([[texts[i]] for i in mine]))
+                self.work.advance(len(batch) / (len(mine) * self.work.world))
+        found = dict(zip(order, self.work.gather([texts[i] for i in mine]), strict=True))
+        return [found[i] for i in range(len(requests))]
 
     def _generate(
-        self, contexts: list[list[int]], max_gen_toks: int, until: str | list[str], do_sample: bool, **sampling
+        self, contexts: list[list[int]], max_gen_toks: int, until: list[str], do_sample: bool, **sampling
     ) -> list[str]:
-        until = [text for text in ([until] if isinstance(until, str) else until) if text]
+        until = [text for text in until if text]
         input_ids = padded(contexts, self.subject.device, left=True)
-        mask = left_mask(contexts, self.subject.device)
         output = self.subject.model.generate(
             input_ids,
-            attention_mask=torch.ones_like(input_ids) if mask is None else mask,
+            attention_mask=padded([[1] * len(ids) for ids in contexts], self.subject.device, left=True),
             max_new_tokens=max_gen_toks,
             do_sample=do_sample,
             eos_token_id=self.eot_token_id,
@@ -294,7 +276,8 @@ class HarnessLM(TemplateLM):
             stopping_criteria=[UntilText(lambda ids: self._text(ids, input_ids.shape[1]), until)],
             **(sampling if do_sample else {}),
         )
-        return [cut_at(self._text(row, input_ids.shape[1]), until) for row in output]
+        texts = (self._text(row, input_ids.shape[1]) for row in output)
+        return [postprocess_generated_text(text, until, think_end_token=None) for text in texts]
 
     def _text(self, ids: torch.Tensor, start: int) -> str:
         """What ids [T] from `start` on add to the few before: a tokenizer may drop a text's first space."""
@@ -305,10 +288,12 @@ class HarnessLM(TemplateLM):
         return self.codec.decode(before + after)[len(self.codec.decode(before)) :]
 
     def _score(self, groups: list) -> list[list[Answer]]:
-        return log_likelihoods(self.subject, groups, self.max_length, self.batch_tokens, self._advance)
+        total = sum(len(continuations) for _, continuations in groups) * self.work.world
 
-    def _advance(self, requests: int) -> None:
-        self.work.advance(requests / self._count)
+        def advance(scored: int) -> None:  # a task is one unit
+            self.work.advance(scored / total)
+
+        return log_likelihoods(self.subject, groups, self.max_length, self.batch_tokens, advance)
 
 
 class UntilText(StoppingCriteria):
@@ -320,10 +305,6 @@ class UntilText(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
         ended = [any(stop in self.text_of(row) for stop in self.until) for row in input_ids]
         return torch.tensor(ended, device=input_ids.device)
-
-
-def cut_at(text: str, until: list[str]) -> str:
-    return min((text.partition(stop)[0] for stop in until), key=len, default=text)
 
 
 def _in_order(places, found: list[list]) -> list:

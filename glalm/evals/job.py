@@ -80,14 +80,6 @@ class Work:
         return [content for content, _ in heard]
 
 
-def no_plots(folder: Path) -> list[Path]:
-    return []
-
-
-def no_metrics(results: Any) -> dict[str, float]:
-    return {}
-
-
 @dataclass
 class Job:
     """An evaluator with its inputs, opened and checked: what is left is to run the model."""
@@ -98,6 +90,12 @@ class Job:
     total: int  # units of work of all processes together, for the bar
     summary: Callable[[Any], list[str]]  # of the results: lines for the console
     unit: str = "tokens"
-    plots: Callable[[Path], list[Path]] = no_plots  # of the folder with eval/NAME.json: draws into plots/, the paths
+    # Of what eval/NAME.json holds, and a folder to draw into: the paths of the figures.
+    plots: Callable[[dict, Path], list[Path]] = lambda record, folder: []
     # Of the results: the few numbers that a run's metrics (see during.py) and an export's card have.
-    metrics: Callable[[Any], dict[str, float | None]] = no_metrics
+    metrics: Callable[[Any], dict[str, float | None]] = lambda results: {}
+
+
+def lacking(results: Any) -> dict[str, str]:
+    """What an evaluator could not do although it did the rest, and why."""
+    return results.get("missing", {}) if isinstance(results, dict) else {}

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import LongTensor, Tensor
 
-from glalm.evals.models import LOGITS_AT_ONCE, Subject
+from glalm.evals.models import Subject
 from glalm.model.loss import IGNORE
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the likeliest
@@ -53,11 +53,12 @@ def log_likelihoods(
         advance(len(batch))
     together.sort(key=lambda i: -len(contexts[i][0]))
     for batch in batches(together, [_tokens_together(*contexts[i]) for i in together], batch_tokens):
-        for part in within_states(subject, [(i, contexts[i]) for i in batch]):
-            found = score_shared(subject, [group for _, group in part])
-            for (i, _), answer in zip(part, found, strict=True):
-                answers[i] = answer
-            advance(sum(map(len, found)))
+        found = []
+        for part in within_states(subject, [contexts[i] for i in batch]):
+            found += score_shared(subject, part)
+            advance(sum(len(continuations) for _, continuations in part))
+        for i, answer in zip(batch, found, strict=True):
+            answers[i] = answer
     return answers
 
 
@@ -77,11 +78,10 @@ def score_rows(subject: Subject, rows: list[tuple[list[int], int]]) -> list[Answ
     """The answer to the last `scored` tokens of each row (tokens, scored), after those before them."""
     input_ids = padded([tokens[:-1] for tokens, _ in rows], subject.device)
     features, _ = subject.read(input_ids)
-    places = [
-        (r, t) for r, (tokens, scored) in enumerate(rows) for t in range(len(tokens) - 1 - scored, len(tokens) - 1)
-    ]
+    ends = [len(tokens) - 1 for tokens, _ in rows]
+    found = [row[end - scored : end] for row, end, (_, scored) in zip(features, ends, rows, strict=True)]
     targets = [token for tokens, scored in rows for token in tokens[-scored:]]
-    return answers_of(subject, features[tuple(index(places, subject.device).T)], targets, [s for _, s in rows])
+    return answers_of(subject, torch.cat(found), targets, [scored for _, scored in rows])
 
 
 def score_shared(subject: Subject, groups: list[tuple[list[int], list[list[int]]]]) -> list[list[Answer]]:
@@ -105,18 +105,19 @@ def score_shared(subject: Subject, groups: list[tuple[list[int], list[list[int]]
     return [[next(flat) for _ in many] for _, many in groups]
 
 
-def within_states(subject: Subject, groups: list) -> Iterator[list]:
-    """The groups (of what, (context, continuations)), fewer at once where all continuations' states are too large."""
+def within_states(subject: Subject, groups: list[tuple]) -> Iterator[list[tuple]]:
+    """The groups (context, continuations), fewer at once where all continuations' states are too large."""
     total = torch.cuda.get_device_properties(subject.device).total_memory if subject.device.type == "cuda" else 0
     budget = total // 10 or STATES_AT_ONCE
     part, used = [], 0
-    for what, (context, continuations) in groups:
+    for group in groups:
+        context, continuations = group
         tokens = 1 if subject.recurrent else len(context) + max(map(len, continuations))
         size = subject.state_size * len(continuations) * tokens
         if part and used + size > budget:
             yield part
             part, used = [], 0
-        part.append((what, (context, continuations)))
+        part.append(group)
         used += size
     yield part
 
@@ -124,11 +125,8 @@ def within_states(subject: Subject, groups: list) -> Iterator[list]:
 @torch.no_grad()
 def answers_of(subject: Subject, features: Tensor, targets: list[int], lengths: list[int]) -> list[Answer]:
     """features: [sum of lengths, ...], in order, which predict the targets; an answer for each length."""
-    goal = index(targets, subject.device)
-    size = max(1, LOGITS_AT_ONCE // subject.vocab_size)
     nats, greedy = [], []
-    for start in range(0, len(goal), size):
-        logits, wanted = subject.logits(features[start : start + size]), goal[start : start + size]
+    for logits, wanted in subject.predictions(features, index(targets, subject.device)):
         nats.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
         greedy.append(logits.argmax(-1) == wanted)
     nats, greedy = torch.cat(nats).double().cpu(), torch.cat(greedy).cpu()

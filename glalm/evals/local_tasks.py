@@ -92,9 +92,9 @@ def task_manager(data_dir: str | None, folder: Path) -> TaskManager:
         config = {"include": str(entry.yaml_path), "task": name, "dataset_kwargs": kwargs}
         keys = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
         config |= {key: None for key, split in keys.items() if split not in files}
-        function = f"class: !function {__name__}.{CLASSES[name]}" if name in CLASSES else CUSTOM
+        reader = f"class: !function {__name__}.{CLASSES[name].__name__}" if name in CLASSES else CUSTOM
         lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
-        (folder / f"{name}.yaml").write_text("\n".join([*lines, function, ""]))
+        (folder / f"{name}.yaml").write_text("\n".join([*lines, reader, ""]))
     local = TaskManager(include_defaults=False, include_path=[folder])
     local.task_index.update({name: entry for name, entry in tasks.task_index.items() if name not in local.task_index})
     return local
@@ -113,7 +113,8 @@ def check(tasks: TaskManager, name: str, data_dir: str | None) -> None:
         return
     split = config.get("test_split") or config.get("validation_split") or "validation"
     if split not in find_files(Path(data_dir), name):
-        source = SOURCES.get(name) or " ".join(x for x in (config.get("dataset_path"), config.get("dataset_name")) if x)
+        path = CLASSES[name].DATASET_PATH if name in CLASSES else config.get("dataset_path")
+        source = " ".join(filter(None, (path, config.get("dataset_name"))))
         raise ConfigError(
             f"no data: put the split {split} of the data set {source} at "
             f"{os.path.join(data_dir, name, split)}.jsonl or .parquet (one row a question, the hub's columns)"
@@ -165,12 +166,8 @@ def _winogrande(row: dict) -> dict:
     first, second = (option.split(" ") for option in row["context_options"])
     n = next(i for i, (a, b) in enumerate(zip_longest(first, second)) if a != b)
     sentence = " ".join([*first[:n], "_", row["continuation"]])
-    options = (" ".join(words[n:]) for words in (first, second))
-    return {
-        "sentence": sentence,
-        **dict(zip(("option1", "option2"), options, strict=True)),
-        "answer": str(row["gold"] + 1),
-    }
+    options = {"option1": " ".join(first[n:]), "option2": " ".join(second[n:])}
+    return {"sentence": sentence, **options, "answer": str(row["gold"] + 1)}
 
 
 def wikitext_pages(text: str) -> list[str]:
@@ -213,9 +210,4 @@ class SQUADCompletion(_Local, squad.SQUADCompletion):
     pass
 
 
-CLASSES = {"fda": "FDA", "swde": "SWDE", "squad_completion": "SQUADCompletion"}
-SOURCES = {
-    "fda": fda.FDA.DATASET_PATH,
-    "swde": swde.SWDE.DATASET_PATH,
-    "squad_completion": squad.SQUADCompletion.DATASET_PATH,
-}
+CLASSES = {"fda": FDA, "swde": SWDE, "squad_completion": SQUADCompletion}

@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,15 +35,16 @@ LOGITS_AT_ONCE = 2**25  # held in float32: 128 MiB
 class Subject:
     """A model as evaluators see it: ready on its device, in evaluation mode, whatever made it.
 
-    `start` are the ids that a document begins with, as the model was trained: [bos] or []. train_length: tokens, where
-    it is known. max_length: tokens, where the model cannot read more (learned positions), else None. run: the config of
-    the run that it is a checkpoint of. folder: where eval/ and plots/ go.
+    start: the ids that a document begins with, as the model was trained, (bos,) or (); None: those that preparation
+    with the tokenizer puts there. train_length: tokens, where it is known. max_length: tokens, where the model cannot
+    read more (learned positions), else None. run: the config of the run that it is a checkpoint of. folder: where eval/
+    and plots/ go.
     """
 
     model: PreTrainedModel
     name: str = "model"
     tokenizer: Tokenizer | None = None
-    start: tuple[int, ...] = ()
+    start: tuple[int, ...] | None = None
     train_length: int | None = None
     max_length: int | None = None
     checksum: str = ""
@@ -54,6 +56,8 @@ class Subject:
 
     def __post_init__(self):
         model = self.model
+        if self.start is None:
+            self.start = tuple(self.tokenizer.before) if self.tokenizer else ()
         self.device: torch.device = model.device
         self.parameters: int = sum(p.numel() for p in model.parameters())
         self.ours = isinstance(model, GLALMForCausalLM)
@@ -99,11 +103,9 @@ class Subject:
         features, state = self.read(input_ids, state=state, keep_state=True)
         if self._head is not None and self._head.bias is None:
             return token_losses(features, self._head.weight, targets), state
-        flat, goal = features.flatten(0, 1), targets.flatten()
-        size = max(1, LOGITS_AT_ONCE // self.vocab_size)
         parts = [
-            F.cross_entropy(self.logits(flat[i : i + size]), goal[i : i + size], reduction="none", ignore_index=IGNORE)
-            for i in range(0, len(flat), size)
+            F.cross_entropy(logits, goal, reduction="none", ignore_index=IGNORE)
+            for logits, goal in self.predictions(features.flatten(0, 1), targets.flatten())
         ]
         return torch.cat(parts).view(targets.shape), state
 
@@ -134,6 +136,12 @@ class Subject:
     def logits(self, features: Tensor) -> Tensor:
         """[..., vocabulary] float32, of what `read` gave at any positions."""
         return (features if self._head is None else self._head(features)).float()
+
+    def predictions(self, features: Tensor, targets: LongTensor) -> Iterator[tuple[Tensor, LongTensor]]:
+        """Logits [n, vocabulary] of features [N, ...] that `read` gave, and their targets [n]: a part at once."""
+        size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        for part, goal in zip(features.split(size), targets.split(size), strict=True):
+            yield self.logits(part), goal
 
     @property
     def can_resume(self) -> bool:
@@ -184,11 +192,9 @@ class Subject:
 
 def state_bytes(state) -> int:
     """Of the tensors in a StateCache or in a transformers cache's layers, each counted once."""
-    tensors = tree_leaves(state.states) if isinstance(state, StateCache) else []
-    for layer in getattr(state, "layers", ()):
-        tensors += vars(layer).values()
-    storages = {x.untyped_storage().data_ptr(): x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor)}
-    return sum(storages.values())
+    held = state.states if isinstance(state, StateCache) else [vars(layer) for layer in getattr(state, "layers", ())]
+    tensors = {x.untyped_storage().data_ptr(): x for x in tree_leaves(held) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 # ------------------------------------------------------------------------------------------------------- opening
@@ -201,42 +207,38 @@ def open_subject(config: EvalConfig, device: torch.device) -> Subject:
     """
     path = Path(config.checkpoint).expanduser()
     precision = choose_precision(config.precision, device)
-    if re.fullmatch(r"latest|step_\d+", config.checkpoint):
-        return open_checkpoint(config, find_checkpoint(config), device, precision)
-    if (path / checkpoint.MANIFEST).is_file():
-        return open_checkpoint(config, path, device, precision)
+    try:
+        if re.fullmatch(r"latest|step_\d+", config.checkpoint):
+            return open_checkpoint(config, find_checkpoint(config), device, precision)
+        if (path / checkpoint.MANIFEST).is_file():
+            return open_checkpoint(config, path, device, precision)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
     return open_pretrained(config, path if path.is_dir() else download(config.checkpoint), device, precision)
 
 
 def find_checkpoint(config: EvalConfig) -> Path:
+    """latest or step_N of the run. Raises CheckpointError where it is not there."""
     require(
         (config.folder / "run.json").is_file(),
         f"{config.folder} holds no run (run.json is missing); make one with python train.py name={config.name}",
     )
-    try:
-        return checkpoint.find(config.folder / "checkpoints", config.checkpoint)
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
+    return checkpoint.find(config.folder / "checkpoints", config.checkpoint)
 
 
 def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precision: str) -> Subject:
-    """A checkpoint of training, every file of it compared with its checksum; also away from its run's folder."""
+    """A checkpoint of training, also away from its run's folder. Raises CheckpointError where a checksum differs."""
     path = path.resolve()
     folder = path.parent.parent
     record = read_json(folder / "run.json")
     run = build(RunConfig, record["config"]) if record else None
-    try:
-        checkpoint.verify(path)
-        model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
-        checkpoint.load(path, model, verified=True)
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
-    tokenizer = run_tokenizer(config, run)
+    checkpoint.verify(path)
+    model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
+    checkpoint.load(path, model, verified=True)
     return Subject(
         model=model.to(device).eval(),
         name=f"{folder.name}/{path.name}" if run else path.name,
-        tokenizer=tokenizer,
-        start=tuple(tokenizer.before) if tokenizer else (),
+        tokenizer=run_tokenizer(config, run),
         train_length=config.train_length or (run.data.seq_len if run else None),
         checksum=checkpoint.weights_sha256(path),
         precision=precision,
@@ -336,25 +338,19 @@ def _head_gives_logits(model: PreTrainedModel) -> bool:
 def run_tokenizer(config: EvalConfig, run: RunConfig | None) -> Tokenizer | None:
     """That of data_path, or of the data that the run was trained on; None where that is not there any more."""
     folder = Path(config.data_path or (run.data.path if run else "."))
-    try:
+    with suppress(FileNotFoundError, ValueError, KeyError):
         return Tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
 
 
 def folder_tokenizer(path: Path) -> Tokenizer | None:
-    try:
+    with suppress(FileNotFoundError, ValueError, KeyError):
         return Tokenizer(path)
-    except (FileNotFoundError, ValueError, KeyError):
+
+
+def document_start(path: Path, tokenizer: Tokenizer | None, ours: bool) -> tuple[int, ...] | None:
+    """What stands before a text: what transformers' own tokenizer puts there; None, of ours: what preparation does."""
+    if tokenizer is None or ours or not (path / "tokenizer.json").is_file():
         return None
-
-
-def document_start(path: Path, tokenizer: Tokenizer | None, ours: bool) -> tuple[int, ...]:
-    """What stands before a text: of ours, what preparation puts there; else what transformers' own tokenizer does."""
-    if tokenizer is None:
-        return ()
-    if ours or not (path / "tokenizer.json").is_file():
-        return tuple(tokenizer.before)
     first = AutoTokenizer.from_pretrained(path)("a").input_ids[:1]
     return (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
 

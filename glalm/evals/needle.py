@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ LENGTHS = (1, 2, 4, 8)  # training lengths
 ROOM = 32  # tokens for the answer
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """haystack: ids up to the question's end, the needle in it. answers: ids of each candidate, the right one first."""
 
     haystack: np.ndarray
@@ -77,7 +76,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         run=run,
         total=sum(lengths) * len(c.depths) * c.samples,
         summary=summary,
-        plots=plots,
+        plots=lambda record, folder: plot_needle(record, folder / "needle.png"),
         metrics=metrics,
     )
 
@@ -94,10 +93,6 @@ def metrics(results: dict) -> dict[str, float]:
     """Means over lengths and depths."""
     cells = results["cells"]
     return {key: sum(c[key] for c in cells) / len(cells) for key in ("token_accuracy", "ranked_first")}
-
-
-def plots(folder: Path) -> list[Path]:
-    return plot_needle(folder / "eval" / "needle.json", folder / "plots" / "needle.png")
 
 
 # ---------------------------------------------------------------------------------------------------- the haystacks
@@ -149,8 +144,8 @@ def cell(subject: Subject, task: Task, length: int, depth: float, config: EvalCo
     found, mine = [], work.mine(range(config.needle.samples))
     for start in range(0, len(mine), config.batch_size):
         samples = [task.sample(length, depth, i) for i in mine[start : start + config.batch_size]]
-        for part in within_states(subject, [(s, (s.haystack, s.answers)) for s in samples]):
-            found += score(subject, [s for s, _ in part])
+        for part in within_states(subject, samples):
+            found += score(subject, part)
         work.advance(length * len(samples))
     found = work.gather(found)
     return {

@@ -12,12 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 from xml.etree import ElementTree
 
 from glalm.config.identity import flatten
 from glalm.evals import plot
-from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT
-from glalm.evals.results import read_json, read_metrics, tokens_of
+from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, our_row, paper_table
+from glalm.evals.results import read_json, read_metrics, scores, tokens_of
 
 STYLE = """
 :root { color-scheme: light; --line: #ddd; --dim: #666; --ours: #eaf3fa; }
@@ -40,6 +41,7 @@ pre { white-space: pre-wrap; font-size: .8rem; background: #f6f6f6; padding: .6r
 summary { cursor: pointer; padding: .4rem 0; }
 """
 DASH = "–"
+ZERO_SHOT_EVALUATORS = ("paper_zero_shot", "zero_shot")
 
 
 @dataclass
@@ -60,8 +62,7 @@ class Run:
     @cached_property
     def files(self) -> list[dict]:
         """What evaluators wrote, without the dotted files of unfinished ones."""
-        found = sorted(self.folder.glob("eval/*.json"))
-        return [read_json(path) for path in found if not path.name.startswith(".")]
+        return [read_json(path) for path in sorted(self.folder.glob("eval/[!.]*.json"))]
 
     def result(self, evaluator: str) -> dict | None:
         """An evaluator's file, under this run's name."""
@@ -83,6 +84,11 @@ def page(folders: Sequence[Path]) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
         f"<body><h1>{esc(title)}</h1>\n{body}\n</body></html>\n"
     )
+
+
+def found_by(evaluator: str, runs: list[Run]) -> list[dict]:
+    """An evaluator's files of the runs that have one."""
+    return [result for run in runs if (result := run.result(evaluator))]
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -144,42 +150,38 @@ def losses(runs: list[Run]) -> list[str]:
         return []
     if len(curves) == 1:
         [(name, file)] = curves.items()
-        return [h2("Training"), figure(lambda path: plot.plot_training(file, path), f"Losses of {name}.")]
-    return [h2("Training"), figure(lambda path: plot.plot_losses(curves, path), "Validation losses.")]
+        return [h2("Training"), figure(plot.plot_training, file, f"Losses of {name}.")]
+    return [h2("Training"), figure(plot.plot_losses, curves, "Validation losses.")]
 
 
 def zero_shot(runs: list[Run]) -> list[str]:
-    rows = [(run.name, row) for run in runs if (row := harness_row(run, PAPER, ("paper_zero_shot", "zero_shot")))]
-    if not rows:
+    rows = {run.name: paper_table(tasks_of(run, *ZERO_SHOT_EVALUATORS)) for run in runs}
+    compared = beside_published(rows, ZERO_SHOT)
+    if compared is None:
         return []
-    rows = [(name, [*row, mean(row[2:])]) for name, row in rows]
-    others = [task_table(run, "paper_zero_shot", PAPER) for run in runs] + [
-        task_table(run, "zero_shot") for run in runs
-    ]
     return [
         h2("Zero-shot"),
-        beside_published(["", *PAPER, "Avg"], rows, ZERO_SHOT),
+        compared,
         p(
             "Accuracies in percent, Hella and ARC-c normalised by length; Avg over the six accuracies. Below ours, the "
             "rows of the GLA paper (arXiv 2312.06635v6): 340M on 15B tokens, 1.3B on 100B, SlimPajama. ?: copies of "
             "the paper differ."
         ),
         *(p(f"{run.name}, unlike the paper: {what}.") for run in runs if (what := unlike_published(run))),
-        *filter(None, others),
+        *(task_table(result) for evaluator in ZERO_SHOT_EVALUATORS for result in found_by(evaluator, runs)),
     ]
 
 
 def lengths(runs: list[Run]) -> list[str]:
-    results = [r for run in runs if (r := run.result("extrapolation"))]
+    results = found_by("extrapolation", runs)
     if not results:
         return []
     parts = [
         h2("Length generalisation"),
+        figure(plot.plot_extrapolation, results, "Perplexity by position; band: one standard error."),
         figure(
-            lambda path: plot.plot_extrapolation(results, path), "Perplexity by position; band: one standard error."
-        ),
-        figure(
-            lambda path: plot.plot_ratios(results, path),
+            plot.plot_ratios,
+            results,
             "Perplexity at n training lengths over that at one, of the same documents; band: one standard error.",
         ),
     ]
@@ -202,19 +204,21 @@ def lengths(runs: list[Run]) -> list[str]:
 
 def recall(runs: list[Run]) -> list[str]:
     parts = []
-    if rows := [(run.name, row) for run in runs if (row := harness_row(run, RECALL, ("recall",)))]:
+    rows = {run.name: our_row(tasks_of(run, "recall"), RECALL) for run in runs}
+    if compared := beside_published(rows, RECALL_ROWS):
         parts += [
-            beside_published(["", *RECALL], rows, RECALL_ROWS),
+            compared,
             p(
                 "Percent of answers contained, by lm-evaluation-harness; below ours, the GLA paper's rows, whose "
                 "version of these tasks processed answers differently."
             ),
         ]
-    for result in (r for run in runs if (r := run.result("needle"))):
+    for result in found_by("needle", runs):
         chance = f"Ranked first by chance: {result['results']['chance']:.0%}."
         parts.append(
             figure(
-                lambda path, result=result: plot.plot_needle(result, path),
+                plot.plot_needle,
+                result,
                 f"{result['model']}: a number told at a depth of a long text and asked for at its end; percent of its "
                 f"tokens that are the likeliest. {chance}",
             )
@@ -230,12 +234,12 @@ def recall(runs: list[Run]) -> list[str]:
         caption = (
             "Multi-query associative recall (arXiv 2312.04927): accuracy by width, the best of the learning rates."
         )
-        parts.append(figure(lambda path: plot.plot_mqar(models, path), caption))
+        parts.append(figure(plot.plot_mqar, models, caption))
     return [h2("Recall"), *parts] if parts else []
 
 
 def decoding(runs: list[Run]) -> list[str]:
-    results = [r for run in runs if (r := run.result("decode_speed"))]
+    results = found_by("decode_speed", runs)
     if not results:
         return []
     rows = [
@@ -251,14 +255,14 @@ def decoding(runs: list[Run]) -> list[str]:
     ]
     return [
         h2("Decoding"),
-        figure(lambda path: plot.plot_decoding(results, path), "Speed of a batch, and the state of one sequence."),
+        figure(plot.plot_decoding, results, "Speed of a batch, and the state of one sequence."),
         details("every length", table(["model", "tokens behind", "sequences", "tokens/s", "state of each"], rows)),
     ]
 
 
 def samples(runs: list[Run]) -> list[str]:
     parts = []
-    for result in (r for run in runs if (r := run.result("generate"))):
+    for result in found_by("generate", runs):
         texts = (f"<pre><b>{esc(t['prompt'])}</b>{esc(t['continuation'])}</pre>" for t in result["results"])
         parts.append(details(f"{result['model']}: {len(result['results'])} continuations", "".join(texts)))
     return [h2("Samples"), *parts] if parts else []
@@ -309,22 +313,20 @@ def provenance(runs: list[Run]) -> list[str]:
 # ----------------------------------------------------------------------------------------------- tasks and tables
 
 
-def harness_row(
-    run: Run, columns: dict[str, tuple[str, str]], evaluators: tuple[str, ...]
-) -> list[float | None] | None:
-    """A run's results in the columns, accuracies in percent; None when it has none of them."""
-    tasks = {}
-    for evaluator in reversed(evaluators):
-        tasks |= (run.result(evaluator) or {"results": {"tasks": {}}})["results"]["tasks"]
-    row = [tasks.get(task, {}).get(metric) for task, metric in columns.values()]
-    scaled = [x if x is None or "ppl" in label else 100 * x for label, x in zip(columns, row, strict=True)]
-    return None if all(x is None for x in row) else scaled
+def tasks_of(run: Run, *evaluators: str) -> dict[str, dict]:
+    """What the harness found on each task, the first evaluator's where several ran it."""
+    return {
+        task: metrics
+        for evaluator in reversed(evaluators)
+        for result in found_by(evaluator, [run])
+        for task, metrics in result["results"]["tasks"].items()
+    }
 
 
 def unlike_published(run: Run) -> str:
     """The settings by which a run's zero-shot scores are other quantities than the paper's."""
     found = {}
-    for evaluator in ("paper_zero_shot", "zero_shot"):
+    for evaluator in ZERO_SHOT_EVALUATORS:
         settings = (run.result(evaluator) or {}).get("settings", {})
         found |= {f"harness.{key}": settings[key] for key in ("limit", "num_fewshot", "carry") if settings.get(key)}
         if any(path.startswith("wikitext2/") for path in settings.get("data", {}).get("wikitext", ())):
@@ -332,32 +334,32 @@ def unlike_published(run: Run) -> str:
     return ", ".join(f"{key}={value}" if "." in key else f"{key} {value}" for key, value in found.items())
 
 
-def task_table(run: Run, evaluator: str, shown: dict[str, tuple[str, str]] | None = None) -> str | None:
+def task_table(result: dict) -> str:
     """All that the harness found, folded away."""
-    result = run.result(evaluator)
-    if result is None:
-        return None
     found = result["results"]
     rows = [
         [task, metric, number(value, 4), number(values.get(f"{metric}_stderr"), 4), values.get("samples", DASH)]
         for task, values in found["tasks"].items()
-        for metric, value in values.items()
-        if isinstance(value, float) and not metric.endswith("_stderr")
+        for metric, value in scores(values).items()
     ]
     rows += [[task, why, DASH, DASH, DASH] for task, why in found.get("missing", {}).items()]
-    return details(f"{run.name}: every task", table(["task", "metric", "value", "standard error", "questions"], rows))
+    header = ["task", "metric", "value", "standard error", "questions"]
+    return details(f"{result['model']}: every task", table(header, rows))
 
 
-def beside_published(header: list[str], ours: list[tuple[str, list]], published: dict[str, tuple]) -> str:
-    def cell(name: str, label: str, value: float) -> str:
+def beside_published(ours: dict[str, dict], published: dict[str, tuple]) -> str | None:
+    """A table of the rows {run: {column: value}} that hold anything, above the paper's; None when none does."""
+    ours = {name: row for name, row in ours.items() if any(x is not None for x in row.values())}
+    if not ours:
+        return None
+    columns = [*next(iter(ours.values()))]
+
+    def cell(name: str, label: str, value: float | None) -> str:
         return number(value, 2 if "ppl" in label else 1) + ("?" if (name, label) in UNSURE else "")
 
-    rows = [[name, *map(cell, [name] * len(row), header[1:], row)] for name, row in (*ours, *published.items())]
-    return table(header, rows, marks={name: "ours" for name, _ in ours})
-
-
-def mean(values: list[float | None]) -> float | None:
-    return None if any(v is None for v in values) else sum(values) / len(values)
+    values = [*((name, row.values()) for name, row in ours.items()), *published.items()]
+    rows = [[name, *(cell(name, c, x) for c, x in zip(columns, row, strict=True))] for name, row in values]
+    return table(["", *columns], rows, marks=dict.fromkeys(ours, "ours"))
 
 
 def band(b: dict) -> str | None:
@@ -405,9 +407,10 @@ def table(header: list[str], rows: list[list], kind: str = "numbers", marks: dic
     )
 
 
-def figure(draw: Callable[[Path], list[Path]], caption: str) -> str:
+def figure(draw: Callable[[Any, Path], list[Path]], results: Any, caption: str) -> str:
     with TemporaryDirectory() as folder:
-        svg = next(path for path in draw(Path(folder) / "figure") if path.suffix == ".svg")
+        svg = Path(folder) / "figure.svg"
+        draw(results, svg)
         content = svg.read_bytes()
     source = f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
     # At three quarters of its size, as a point is a pixel then, type can be read still: a narrower screen scrolls.

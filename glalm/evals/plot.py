@@ -5,7 +5,7 @@ what an evaluator writes, loaded or as the path of its file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
+from glalm.data.files import replacing
 from glalm.evals.results import read_json, read_metrics, tokens_of
 
 Result = dict | str | Path
@@ -27,6 +28,9 @@ COLOURS = (
 )
 MARKERS = "os^Dvp*X<>P"  # one less than there are colours: 132 models before two are drawn alike
 STYLE = {
+    "figure.figsize": (4.5, 2.9),  # inches: fits a paper's column, and its type can be read on a phone
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
     "font.size": 9,
     "axes.labelsize": 9,
     "legend.fontsize": 8,
@@ -45,7 +49,7 @@ STYLE = {
     "svg.fonttype": "path",  # looks the same where the font is missing
     "svg.hashsalt": "glalm",  # the same figure is the same file
 }
-SIZE = (4.5, 2.9)  # inches: fits a paper's column, and its type can be read on a phone
+WIDTH, HEIGHT = STYLE["figure.figsize"]
 GREY = "#555555"
 ABOVE = 4  # entries of a legend that stand above the axes
 OTHER_CONTEXTS = {  # the line of a context that is not a figure's first, and what it is
@@ -55,6 +59,7 @@ OTHER_CONTEXTS = {  # the line of a context that is not a figure's first, and wh
 }
 
 
+@matplotlib.rc_context(STYLE)
 def plot_extrapolation(results: Sequence[Result], path: str | Path) -> list[Path]:
     """Perplexity against position for one or more models.
 
@@ -63,49 +68,47 @@ def plot_extrapolation(results: Sequence[Result], path: str | Path) -> list[Path
     are in OTHER_CONTEXTS' lines. Raises ValueError when there is none, or a file is missing.
     """
     results = _load(results, "extrapolation")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        ax = figure.subplots()
-        others = [name for i, result in enumerate(results) for name in _curves(ax, result, i)]
-        buckets = [b for r in results for c in r["results"]["contexts"].values() for b in _filled(c)]
-        lengths = sorted({r["results"]["train_length"] for r in results})
-        _positions(ax, lengths, last=max(b["end"] for b in buckets))
-        _perplexities(ax, [b["perplexity"] for b in buckets])
-        ax.set_xlabel("position in document (tokens)")
-        ax.set_ylabel("perplexity")
-        _legend(figure, ax, {OTHER_CONTEXTS[name][1]: OTHER_CONTEXTS[name][0] for name in others})
-        return _save(figure, path)
+    ax = Figure().subplots()
+    others = [name for i, result in enumerate(results) for name in _curves(ax, result, i)]
+    buckets = [b for r in results for c in r["results"]["contexts"].values() for b in _filled(c)]
+    lengths = sorted({r["results"]["train_length"] for r in results})
+    _positions(ax, lengths, last=max(b["end"] for b in buckets))
+    _perplexities(ax, [b["perplexity"] for b in buckets])
+    ax.set_xlabel("position in document (tokens)")
+    ax.set_ylabel("perplexity")
+    _legend(ax, others)
+    return _save(ax.figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_ratios(results: Sequence[Result], path: str | Path) -> list[Path]:
     """Perplexity at n training lengths over that at one, against n, for one or more models: their first contexts.
 
     The band is one standard error of the paired difference over documents. Raises as plot_extrapolation does.
     """
     results = _load(results, "extrapolation")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        ax = figure.subplots()
-        values, largest = [1.0], 2
-        for i, result in enumerate(results):
-            name, context = next(iter(result["results"]["contexts"].items()))
-            points = [(int(n), r) for n, r in context["ratios"].items() if r["documents"]]
-            at = [1, *(n for n, _ in points)]
-            ratios = [1, *(r["ratio"] for _, r in points)]
-            ax.plot(at, ratios, **_style(i), label=_label(result, name))
-            _band(ax, at, [(1, 1), *((r["low"], r["high"]) for _, r in points)], _colour(i))
-            values, largest = values + ratios, max(largest, *at)
-        for line in (ax.axhline, ax.axvline):
-            line(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-        ax.set_xscale("log", base=2)
-        _ticks(ax, {n: "training\nlength" if n == 1 else f"{n}×" for n in powers_of_two(1, largest)})
-        _perplexities(ax, values)
-        ax.set_xlabel("position in document")
-        ax.set_ylabel("perplexity / at the training length")
-        _legend(figure, ax)
-        return _save(figure, path)
+    ax = Figure().subplots()
+    values, largest = [1.0], 2
+    for i, result in enumerate(results):
+        name, context = next(iter(result["results"]["contexts"].items()))
+        points = [(int(n), r) for n, r in context["ratios"].items() if r["documents"]]
+        at = [1, *(n for n, _ in points)]
+        ratios = [1, *(r["ratio"] for _, r in points)]
+        [line] = ax.plot(at, ratios, **_style(i), label=_label(result, name))
+        _band(line, [(1, 1), *((r["low"], r["high"]) for _, r in points)])
+        values, largest = values + ratios, max(largest, *at)
+    for line in (ax.axhline, ax.axvline):
+        line(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    ax.set_xscale("log", base=2)
+    _ticks(ax, {n: "training\nlength" if n == 1 else f"{n}×" for n in powers_of_two(1, largest)})
+    _perplexities(ax, values)
+    ax.set_xlabel("position in document")
+    ax.set_ylabel("perplexity / at the training length")
+    _legend(ax)
+    return _save(ax.figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
     """Training and validation loss against tokens, from a metrics.jsonl.
 
@@ -114,33 +117,31 @@ def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
     training, validation = (_curve(metrics, key) for key in ("loss", "val_loss"))
     if not training and not validation:
         raise ValueError(f"{metrics} is missing or holds no loss: train the run first")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        ax = figure.subplots()
-        if training:
-            ax.plot(*zip(*training, strict=True), color=COLOURS[5], label="training", linewidth=1)
-        if validation:
-            ax.plot(*zip(*validation, strict=True), **_style(0), label="validation")
-        _losses(ax, "loss (nats per token)")
-        ax.legend(loc="upper right")
-        return _save(figure, path)
+    ax = Figure().subplots()
+    if training:
+        ax.plot(*zip(*training, strict=True), color=COLOURS[5], label="training", linewidth=1)
+    if validation:
+        ax.plot(*zip(*validation, strict=True), **_style(0), label="validation")
+    _losses(ax, "loss (nats per token)")
+    ax.legend(loc="upper right")
+    return _save(ax.figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
     """Validation loss against tokens of several runs: {name: metrics.jsonl}. Raises ValueError when none has any."""
     curves = {name: points for name, file in metrics.items() if (points := _curve(file, "val_loss"))}
     if not curves:
         raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        ax = figure.subplots()
-        for i, (name, points) in enumerate(curves.items()):
-            ax.plot(*zip(*points, strict=True), **_style(i), label=name)
-        _losses(ax, "validation loss (nats per token)")
-        _legend(figure, ax)
-        return _save(figure, path)
+    ax = Figure().subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        ax.plot(*zip(*points, strict=True), **_style(i), label=name)
+    _losses(ax, "validation loss (nats per token)")
+    _legend(ax)
+    return _save(ax.figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_mqar(results: Sequence[Result], path: str | Path) -> list[Path]:
     """Accuracy of multi-query associative recall against width, a panel a length, a curve a mixer (arXiv 2312.04927,
     figure 2): the best over learning rates. results: those of scripts/mqar.py, one a trained model.
@@ -148,27 +149,27 @@ def plot_mqar(results: Sequence[Result], path: str | Path) -> list[Path]:
     rows = [r["results"] for r in _load(results, "mqar")]
     lengths = sorted({(r["length"], r["pairs"]) for r in rows})
     mixers = list(dict.fromkeys(r["mixer"] for r in rows))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(SIZE[0], 1.9 * len(lengths)), 2.6), layout="constrained")
-        axes = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-        for ax, (tokens, pairs) in zip(axes, lengths, strict=True):
-            for i, mixer in enumerate(mixers):
-                best = {}
-                for r in rows:
-                    if (r["length"], r["pairs"], r["mixer"]) == (tokens, pairs, mixer):
-                        best[r["width"]] = max(r["accuracy"], best.get(r["width"], 0))
-                widths = sorted(best)
-                ax.plot(widths, [best[w] for w in widths], **_style(i), label=mixer)
-            ax.set_title(f"{tokens} tokens, {pairs} pairs", fontsize=8)
-            ax.set_xscale("log", base=2)
-            _ticks(ax, {w: str(w) for w in sorted({r["width"] for r in rows})})
-            ax.set_ylim(-0.03, 1.03)
-            ax.set_xlabel("width")
-        axes[0].set_ylabel("accuracy")
-        _legend(figure, axes[0])
-        return _save(figure, path)
+    figure = Figure(figsize=(max(WIDTH, 1.9 * len(lengths)), 2.6))
+    axes = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for ax, (tokens, pairs) in zip(axes, lengths, strict=True):
+        for i, mixer in enumerate(mixers):
+            best = {}
+            for r in rows:
+                if (r["length"], r["pairs"], r["mixer"]) == (tokens, pairs, mixer):
+                    best[r["width"]] = max(r["accuracy"], best.get(r["width"], 0))
+            widths = sorted(best)
+            ax.plot(widths, [best[w] for w in widths], **_style(i), label=mixer)
+        ax.set_title(f"{tokens} tokens, {pairs} pairs", fontsize=8)
+        ax.set_xscale("log", base=2)
+        _ticks(ax, {w: str(w) for w in sorted({r["width"] for r in rows})})
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_xlabel("width")
+    axes[0].set_ylabel("accuracy")
+    _legend(axes[0])
+    return _save(figure, path)
 
 
+@matplotlib.rc_context(STYLE | {"axes.grid": False})
 def plot_needle(result: Result, path: str | Path) -> list[Path]:
     """Accuracy of the needle's answer by length (across) and depth (down), as a heat map, for one model."""
     [result] = _load([result], "needle")
@@ -177,46 +178,44 @@ def plot_needle(result: Result, path: str | Path) -> list[Path]:
     grid = np.full((len(depths), len(lengths)), np.nan)
     for c in cells:
         grid[depths.index(c["depth"]), lengths.index(c["length"])] = c["token_accuracy"]
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        ax = figure.subplots()
-        image = ax.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(grid):
-            colour = "black" if value > 0.6 else "white"
-            ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-        ax.set_xticks(range(len(lengths)), [length(n) for n in lengths])
-        ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
-        ax.set_xlabel("length (tokens)")
-        ax.set_ylabel("depth of the needle")
-        ax.set_title(_label(result), fontsize=9)
-        figure.colorbar(image, label="accuracy of the answer's tokens", format=lambda x, _: f"{100 * x:.0f}%")
-        return _save(figure, path)
+    ax = Figure().subplots()
+    image = ax.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(grid):
+        colour = "black" if value > 0.6 else "white"
+        ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    ax.set_xticks(range(len(lengths)), [length(n) for n in lengths])
+    ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
+    ax.set_xlabel("length (tokens)")
+    ax.set_ylabel("depth of the needle")
+    ax.set_title(_label(result), fontsize=9)
+    ax.figure.colorbar(image, label="accuracy of the answer's tokens", format=lambda x, _: f"{100 * x:.0f}%")
+    return _save(ax.figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_decoding(results: Sequence[Result], path: str | Path) -> list[Path]:
     """Decoding tokens a second, and the bytes that a sequence's state takes, against length, for one or more models."""
     results = _load(results, "decode_speed")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(SIZE[0] * 1.25, 2.9), layout="constrained")
-        speed, memory = figure.subplots(1, 2)
-        for i, result in enumerate(results):
-            rows = result["results"]["lengths"]
-            style = _style(i) | {"label": _label(result)}
-            at = [r["length"] for r in rows]
-            speed.plot(at, [r["tokens_per_second"] for r in rows], **style)
-            memory.plot(at, [r["state_bytes"] / r["batch_size"] for r in rows], **style)
-        for ax in (speed, memory):
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(x)))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_xlabel("tokens behind (length)")
-        speed.set_ylim(bottom=0)
-        speed.set_ylabel("tokens per second")
-        memory.set_yscale("log", base=2)
-        memory.yaxis.set_major_formatter(FuncFormatter(lambda y, _: bytes_of(y)))
-        memory.set_ylabel("state of a sequence")
-        _legend(figure, speed)
-        return _save(figure, path)
+    figure = Figure(figsize=(1.25 * WIDTH, HEIGHT))
+    speed, memory = figure.subplots(1, 2)
+    for i, result in enumerate(results):
+        rows = result["results"]["lengths"]
+        style = _style(i) | {"label": _label(result)}
+        at = [r["length"] for r in rows]
+        speed.plot(at, [r["tokens_per_second"] for r in rows], **style)
+        memory.plot(at, [r["state_bytes"] / r["batch_size"] for r in rows], **style)
+    for ax in (speed, memory):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: length(x))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("tokens behind (length)")
+    speed.set_ylim(bottom=0)
+    speed.set_ylabel("tokens per second")
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter(lambda y, _: bytes_of(y))
+    memory.set_ylabel("state of a sequence")
+    _legend(speed)
+    return _save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- the elements
@@ -243,12 +242,13 @@ def _curves(ax: Axes, result: dict, i: int) -> list[str]:
     ends = [b["end"] for b in buckets]
     # Markers so far apart, in diagonals of the axes, that their shapes are seen; a single point would have none.
     apart = 0.03 if len(ends) > 1 else None
-    ax.plot(ends, [b["perplexity"] for b in buckets], **_style(i), markevery=apart, label=_label(result, first[0]))
-    _band(ax, ends, [(b["perplexity_low"], b["perplexity_high"]) for b in buckets], _colour(i))
+    y = [b["perplexity"] for b in buckets]
+    [line] = ax.plot(ends, y, **_style(i), markevery=apart, label=_label(result, first[0]))
+    _band(line, [(b["perplexity_low"], b["perplexity_high"]) for b in buckets])
     for name, context in others:
         buckets = _filled(context)
         x, y = [b["end"] for b in buckets], [b["perplexity"] for b in buckets]
-        ax.plot(x, y, color=_colour(i), linestyle=OTHER_CONTEXTS[name][0], linewidth=1)
+        ax.plot(x, y, color=line.get_color(), linestyle=OTHER_CONTEXTS[name][0], linewidth=1)
     return [name for name, _ in others]
 
 
@@ -256,19 +256,15 @@ def _filled(context: dict) -> list[dict]:
     return [b for b in context["buckets"] if b["documents"]]
 
 
-def _band(ax: Axes, x: list, bounds: list[tuple], colour: str) -> None:
-    """From low to high where there are both: a single document has no standard error."""
+def _band(line: Line2D, bounds: list[tuple]) -> None:
+    """Around a line from low to high, where there are both: a single document has no standard error."""
     low, high = (np.array([math.nan if b is None else b for b in side]) for side in zip(*bounds, strict=True))
     if not np.isnan(low).all():
-        ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+        line.axes.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 def _style(i: int) -> dict:
-    return {"color": _colour(i), "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def _label(result: dict, context: str = "carried") -> str:
@@ -276,15 +272,15 @@ def _label(result: dict, context: str = "carried") -> str:
     return f"{result['model']} ({quantity(result['parameters'])} parameters){where}"
 
 
-def _legend(figure: Figure, ax: Axes, linestyles: dict[str, str] | None = None) -> None:
-    """What is drawn in the axes and what `linestyles` {label: style} mean: a few above them, more beside them.
+def _legend(ax: Axes, others: Iterable[str] = ()) -> None:
+    """What is drawn in the axes and what the lines of `others`, contexts, mean: a few above them, more beside them.
 
     The figure grows by it, so that the axes keep their size.
     """
-    handles, labels = ax.get_legend_handles_labels()
-    for label, style in (linestyles or {}).items():
-        handles.append(Line2D([], [], color=GREY, linestyle=style, linewidth=1))
-        labels.append(label)
+    figure, (handles, labels) = ax.figure, ax.get_legend_handles_labels()
+    for linestyle, meaning in dict.fromkeys(OTHER_CONTEXTS[name] for name in others):
+        handles.append(Line2D([], [], color=GREY, linestyle=linestyle, linewidth=1))
+        labels.append(meaning)
     if len(labels) > ABOVE:
         legend = figure.legend(handles, labels, loc="outside right upper")
         width, height = legend.get_window_extent().size / figure.dpi
@@ -306,11 +302,16 @@ def _curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
 
 
 def _losses(ax: Axes, label: str) -> None:
+    """Axes of losses against tokens, on the right the same losses as perplexities."""
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+    ax.xaxis.set_major_formatter(lambda x, _: quantity(x))
     ax.set_xlabel("tokens trained on")
     ax.set_ylabel(label)
-    _perplexity_axis(ax)
+    right = ax.secondary_yaxis("right", functions=(np.exp, _log))
+    right.set_ylabel("perplexity")
+    right.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    right.yaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
 
 
 def _positions(ax: Axes, train_lengths: list[int], last: int) -> None:
@@ -342,17 +343,7 @@ def _perplexities(ax: Axes, values: list[float]) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-
-
-def _perplexity_axis(ax: Axes) -> None:
-    """The same losses as perplexities, on the right."""
-    right = ax.secondary_yaxis("right", functions=(np.exp, _log))
-    right.set_ylabel("perplexity")
-    right.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    right.yaxis.set_minor_locator(NullLocator())
-    right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
-    right.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 def _log(perplexity: np.ndarray) -> np.ndarray:
@@ -362,11 +353,12 @@ def _log(perplexity: np.ndarray) -> np.ndarray:
 def _save(figure: Figure, path: str | Path) -> list[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        partial = path.with_name(f".{path.stem}.{kind}.tmp")
-        figure.savefig(partial, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-        partial.replace(path.with_suffix(f".{kind}"))
-    return [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in paths:
+        with replacing(file) as content:
+            kind = file.suffix[1:]
+            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return paths
 
 
 def powers_of_two(first: int, last: int) -> list[int]:

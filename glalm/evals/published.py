@@ -37,3 +37,16 @@ RECALL_ROWS = {
 }
 # Copies of the paper differ here, and the row's own mean does not follow from it.
 UNSURE = {("Mamba 1.3B", "Hella")}
+
+
+def our_row(tasks: dict[str, dict], columns: dict[str, tuple[str, str]]) -> dict[str, float | None]:
+    """The harness's results in such columns, accuracies in percent; None where there is none."""
+    values = {label: tasks.get(task, {}).get(metric) for label, (task, metric) in columns.items()}
+    return {label: x if x is None or "ppl" in label else 100 * x for label, x in values.items()}
+
+
+def paper_table(tasks: dict[str, dict]) -> dict[str, float | None]:
+    """The row of table 2: perplexities, accuracies and `Avg`, the mean of the six accuracies, if all are there."""
+    row = our_row(tasks, PAPER)
+    accuracies = [x for label, x in row.items() if "ppl" not in label]
+    return row | {"Avg": None if None in accuracies else sum(accuracies) / len(accuracies)}

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from glalm.evals.results import read_json, read_metrics, tokens_of
 
-Row = tuple[str, str | None, str]  # what, its value or None when it is missing, its file or how to make it
+Row = tuple[str, str | None, str, str]  # what, its value or None when it is missing, its file, the command to make it
 
 
 def report(folder: Path, console: Console) -> None:
@@ -18,6 +18,7 @@ def report(folder: Path, console: Console) -> None:
     What is missing is said, with the command that makes it. Raises ValueError naming a file that is damaged.
     """
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
+    train, evaluate = f"python train.py {where}", f"python eval.py {where} evals="
     metrics = read_metrics(folder / "metrics.jsonl")
     perplexity = read_json(folder / "eval" / "perplexity.json")
     extrapolation = read_json(folder / "eval" / "extrapolation.json")
@@ -26,13 +27,13 @@ def report(folder: Path, console: Console) -> None:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("from", style="dim", overflow="fold")
     for section in (
-        training_rows(metrics, perplexity or extrapolation, where),
-        perplexity_rows(metrics, perplexity, where),
-        extrapolation_rows(extrapolation, where),
+        training_rows(metrics, perplexity or extrapolation, train, f"{evaluate}[perplexity]"),
+        perplexity_rows(metrics, perplexity, train, f"{evaluate}[perplexity]"),
+        extrapolation_rows(extrapolation, f"{evaluate}[extrapolation]"),
     ):
-        for quantity, value, source in section:
-            cells = map(Text, (quantity, value or "missing", source))  # Text: a command's [...] is no markup
-            table.add_row(*cells, style=None if value else "yellow")
+        for quantity, value, source, command in section:
+            cells = (quantity, value, source) if value else (quantity, "missing", command)
+            table.add_row(*map(Text, cells), style=None if value else "yellow")  # Text: a command's [...] is no markup
         table.add_section()
     console.print(table)
     console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
@@ -44,47 +45,45 @@ def report(folder: Path, console: Console) -> None:
 PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
-def training_rows(metrics: list[dict], result: dict | None, where: str) -> list[Row]:
+def training_rows(metrics: list[dict], result: dict | None, train: str, evaluate: str) -> list[Row]:
     speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
     tokens = max(tokens_of(metrics), default=0)
     return [
-        _row("parameters", "eval/*.json", _eval(where, "perplexity"), result and f"{result['parameters']:,}"),
-        _row("tokens trained on", "metrics.jsonl", _train(where), tokens and f"{tokens:,}"),
-        _row("training tokens/s (median)", "metrics.jsonl", _train(where), speeds and f"{median(speeds):,.0f}"),
+        ("parameters", result and f"{result['parameters']:,}", "eval/*.json", evaluate),
+        ("tokens trained on", tokens and f"{tokens:,}", "metrics.jsonl", train),
+        ("training tokens/s (median)", speeds and f"{median(speeds):,.0f}", "metrics.jsonl", train),
     ]
 
 
-def perplexity_rows(metrics: list[dict], result: dict | None, where: str) -> list[Row]:
+def perplexity_rows(metrics: list[dict], result: dict | None, train: str, evaluate: str) -> list[Row]:
     """Before training from the run's own first validation, of its first windows; after it of the whole split."""
     before = next((r["val_perplexity"] for r in metrics if r["step"] == 0 and "val_perplexity" in r), None)
     after = result and result["results"]["perplexity"]
-    ratio = before and after and f"{after / before:.3g}"
-    after_text = after and f"{after:,.3f}"
-    evaluate = _eval(where, "perplexity")
     step = result["checkpoint"].replace("_", " ") if result else "training"
     return [
-        _row("validation perplexity before", "metrics.jsonl", _train(where), before and f"{before:,.1f}"),
-        _row(f"  after {step}", "eval/perplexity.json", evaluate, after_text),
-        _row("  after / before", "both", evaluate, ratio),
+        ("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train),
+        (f"  after {step}", after and f"{after:,.3f}", "eval/perplexity.json", evaluate),
+        ("  after / before", before and after and f"{after / before:.3g}", "both", evaluate),
     ]
 
 
-def extrapolation_rows(result: dict | None, where: str) -> list[Row]:
+def extrapolation_rows(result: dict | None, evaluate: str) -> list[Row]:
     """Perplexity at 2, 4, 10 and the most training lengths that documents reach over that at one, with one standard
     error down and up; and what carrying the state gains at the most, against resetting it every training length.
     """
-    evaluate, source = _eval(where, "extrapolation"), "eval/extrapolation.json"
+    source = "eval/extrapolation.json"
     if result is None:
-        return [_row("perplexity at 10x / 1x", source, evaluate, None)]
+        return [("perplexity at 10x / 1x", None, source, evaluate)]
     results, train_length = result["results"], result["results"]["train_length"]
     ratios = reached(next(iter(results["contexts"].values()))["ratios"])
     rows = []
     for n in sorted({2, 4, 10, *map(int, [*ratios][-1:])}):
-        longer = f"{evaluate} extrapolation.max_length={n * train_length}"
         value = _with_band(**ratios[str(n)]) if str(n) in ratios else None
-        rows.append(_row(f"perplexity at {n}x / 1x", source, longer, value))
-    against = reached(results.get("carried_over_reset", {}))
-    return rows + [(f"state carried / reset at {n}x", f"{against[n]['ratio']:.3f}", source) for n in [*against][-1:]]
+        longer = f"{evaluate} extrapolation.max_length={n * train_length}"
+        rows.append((f"perplexity at {n}x / 1x", value, source, longer))
+    for n, gained in [*reached(results.get("carried_over_reset", {})).items()][-1:]:
+        rows.append((f"state carried / reset at {n}x", f"{gained['ratio']:.3f}", source, evaluate))
+    return rows
 
 
 def reached(ratios: dict[str, dict]) -> dict[str, dict]:
@@ -96,21 +95,9 @@ def written(folder: Path) -> list[Path]:
     """The files of a run and the folders of its checkpoints, in the order in which they are made."""
     steps = sorted(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name.removeprefix("step_")))
     fixed = [p for p in (folder / "run.json", folder / "metrics.jsonl") if p.is_file()]
-    made = (p for kind in ("eval/*.json", "plots/*.png", "plots/*.svg") for p in sorted(folder.glob(kind)))
-    return [*fixed, *steps, *(p for p in made if not p.name.startswith("."))]
-
-
-def _row(quantity: str, source: str, command: str, value) -> Row:
-    return (quantity, value, source) if value else (quantity, None, command)
+    kinds = ("eval/[!.]*.json", "plots/[!.]*.png", "plots/[!.]*.svg")
+    return [*fixed, *steps, *(p for kind in kinds for p in sorted(folder.glob(kind)))]
 
 
 def _with_band(ratio: float, low: float | None, high: float | None, documents: int) -> str:
     return f"{ratio:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
-
-
-def _train(where: str) -> str:
-    return f"python train.py {where}"
-
-
-def _eval(where: str, evaluator: str) -> str:
-    return f"python eval.py {where} evals=[{evaluator}]"

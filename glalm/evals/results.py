@@ -1,7 +1,9 @@
 """The files of a run that evaluators write and that plots and reports read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glalm.data import files
 
@@ -14,12 +16,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict | None:
     """The content of a JSON file, or None when there is no such file. ValueError, naming it, when it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    return _read(path, lambda path: json.loads(path.read_text()))
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -27,10 +24,21 @@ def read_metrics(path: Path) -> list[dict]:
 
     ValueError, naming it, when it is damaged.
     """
+    return _read(path, files.read_jsonl) or []
+
+
+def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
     try:
-        return files.read_jsonl(path) if path.is_file() else []
+        return parse(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def scores(metrics: dict) -> dict[str, float]:
+    """What one of the harness's tasks measures, of all that is on record of it: less errors, counts and versions."""
+    return {k: value for k, value in metrics.items() if isinstance(value, float) and not k.endswith("_stderr")}
 
 
 def tokens_of(rows: list[dict]) -> list[int]:

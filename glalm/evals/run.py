@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from glalm.config import EVALUATORS, EvalConfig
-from glalm.evals.job import Job, Work
+from glalm.evals.job import Job, Work, lacking
 from glalm.evals.models import Subject, open_subject
 from glalm.evals.plot import plot_training
 from glalm.evals.results import read_json, write_json
@@ -84,9 +84,9 @@ def run_one(name: str, subject: Subject, config: EvalConfig, console: Console, w
             console.print(f"wrote {path}")
     for line in job.summary(result["results"]):
         console.print(Text(line))
-    for plot in job.plots(subject.folder) if work.rank == 0 else ():
+    for plot in job.plots(result, subject.folder / "plots") if work.rank == 0 else ():
         console.print(f"wrote {plot}")
-    if missing := lacking(result):
+    if missing := lacking(result["results"]):
         raise RunError(f"done but for {', '.join(missing)}")
     if work.rank == 0:
         parts.unlink(missing_ok=True)
@@ -113,12 +113,7 @@ def finished(path: Path, wanted: dict) -> dict | None:
     result = read_json(path)
     if result is None or any(result.get(key) != value for key, value in wanted.items()):
         return None
-    return None if lacking(result) else result
-
-
-def lacking(result: dict) -> dict[str, str]:
-    """What an evaluator could not do although it did the rest, and why."""
-    return result["results"].get("missing", {}) if isinstance(result["results"], dict) else {}
+    return None if lacking(result["results"]) else result
 
 
 # ------------------------------------------------------------------------------------------------------ the record
@@ -130,14 +125,16 @@ def settings(job: Job, subject: Subject) -> dict:
 
 
 def record(name: str, subject: Subject, config: EvalConfig, work: Work) -> dict:
+    run = subject.run
     return {
         "evaluator": name,
         "model": subject.name,
-        "run": subject.run.name if subject.run else None,
-        "checkpoint": config.checkpoint if subject.run is None else subject.name.partition("/")[2],
+        "run": run.name if run else None,
+        "checkpoint": subject.name.partition("/")[2] if run else config.checkpoint,
         "parameters": subject.parameters,
         "train_length": subject.train_length,
-        "model_config": model_config(subject),
+        # What tells two models apart in a table.
+        "model_config": dataclasses.asdict(run.model) if run else {"model_type": subject.model.config.model_type},
         "versions": versions(),
         "device": subject.device_name,
         "processes": work.world,
@@ -145,15 +142,12 @@ def record(name: str, subject: Subject, config: EvalConfig, work: Work) -> dict:
     }
 
 
-def model_config(subject: Subject) -> dict:
-    """What tells two models apart in a table: the run's own model config, or transformers' model type."""
-    return dataclasses.asdict(subject.run.model) if subject.run else {"model_type": subject.model.config.model_type}
-
-
 def versions() -> dict[str, str]:
-    names = ("glalm", "torch", "transformers", "lm-eval")
-    known = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    return {name: known[name] for name in names if name in known} | {"python": platform.python_version()}
+    found = {}
+    for name in ("glalm", "torch", "transformers", "lm-eval"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"python": platform.python_version()}
 
 
 def processes() -> tuple[int, int, torch.device]:

@@ -19,6 +19,8 @@ from glalm.strict import ConfigError, RunError, build, check_overrides, defaults
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+if not CONFIGS.is_dir():  # a wheel has the package alone
+    raise ImportError(f"{CONFIGS} is missing: commands run from a clone, installed by `pip install -e .` there")
 
 # Every key with its default, so that --help shows it and the command line can set it, whether a file names it or not.
 for cls in (RunConfig, EvalConfig):

@@ -24,7 +24,10 @@ from glalm.train.saver import Saver
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gla_340m", help="a file of configs/model/")
+    presets = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml"))
+    parser.add_argument(
+        "--model", default="gla_340m", choices=presets, metavar="MODEL", help="a file of configs/model/"
+    )
     parser.add_argument("--folder", type=Path, help="where to save, on the filesystem to measure; a temporary one")
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs=2, default=(8, 2048), metavar=("SEQUENCES", "TOKENS"))

@@ -303,6 +303,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="folder for decoding.json and decoding.png")
     args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"there is no --device {args.device}; write --device cpu, and smaller --prompts")
     result = bench(args)
     forward = result.get("training_forward_tokens_per_second")
     print(f"\n{result['device']}: {result['bandwidth'] / 1e12:.2f} TB/s by copying", end="")

@@ -180,6 +180,8 @@ if __name__ == "__main__":
     parser.add_argument("--gates", action="store_true")
     parser.add_argument("--tune", nargs=2, type=int, metavar=("K", "V"))
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("the kernels are timed on a CUDA device, and there is none")
     if arguments.tune:
         for B, T in ((32, 2048), (2, 32768)):  # many heads, and few
             tune(B, T, *arguments.tune)

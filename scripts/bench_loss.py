@@ -83,6 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     shapes = TINY if parser.parse_args().tiny else SHAPES
+    if not CUDA and shapes is SHAPES:
+        parser.error("there is no CUDA device to time these on; --tiny runs without")
     for shape, (tokens, width, words) in shapes.items():
         print(f"| {shape} | ms | TFLOP/s | peak MiB | loss |\n|-|-|-|-|-|")
         for name, loss in losses():

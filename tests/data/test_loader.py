@@ -167,6 +167,18 @@ def test_the_number_of_workers_does_not_change_what_is_read(windows):
     assert list(slow) == list(range(30))  # in order, whoever is done first
 
 
+def test_as_many_workers_read_at_once_as_are_given(windows, monkeypatch):
+    batch, calls, together = Windows.batch, itertools.count(), threading.Barrier(3)
+
+    def meeting(self, ids):
+        if next(calls) < 3:
+            together.wait(20)  # raises unless three are here
+        return batch(self, ids)
+
+    monkeypatch.setattr(Windows, "batch", meeting)
+    assert [step for step, _ in take(5, windows=windows, seed=1, batch_size=4, workers=3)] == list(range(5))
+
+
 def test_errors_reach_the_consumer_after_the_items_before_them():
     def read(i):
         if i == 3:

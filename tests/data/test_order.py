@@ -82,6 +82,13 @@ def test_the_order_of_a_run_never_changes():
     assert large.tolist() == [195660243, 55580278, 140287535, 280144968]
 
 
+def test_the_order_of_a_mixture_never_changes():
+    # Computed as above; the second step is of the third cycle, many epochs into source a.
+    windows, weights = {"a": 50, "b": 900}, {"a": 1, "b": 3}
+    assert Order(3, 8, windows, weights).ids(0).tolist() == [53, 14, 493, 24, 451, 841, 10, 898]
+    assert Order(3, 4, windows, weights).ids(700).tolist() == [181, 721, 29, 405]
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="step=-1 must be at least 0"):
         Order(0, 8, {"all": 10}).ids(-1)
@@ -148,6 +155,12 @@ def test_every_cycle_has_the_shares(weights, seed):
     order = Order(seed, CYCLE, windows, dict(zip(windows, weights, strict=True)))
     for step in range(3):
         assert list(order.counts(step, step + 1).values()) == list(counts)
+
+
+def test_places_left_over_go_to_the_largest_remainders():
+    assert cycle_counts([5, 3, 2]) == (512, 307, 205)  # of 512, 307.2, 204.8
+    assert cycle_counts([1, 1, 1, 0]) == (342, 341, 341, 0)
+    assert cycle_counts([1e6, 1, 1]) == (1022, 1, 1)
 
 
 def test_shares_hold_within_a_cycle_too():

@@ -156,6 +156,37 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
     assert contents(tmp_path / "set") == unbroken
 
 
+def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, monkeypatch):
+    """After a crash of the machine too: files are synced before they get their names, and all that the journal says
+    of files that still grow was synced before it."""
+    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
+    out, synced, commits, fsync, replace = tmp_path / "set", {}, [], os.fsync, os.replace
+
+    def syncing(fd):
+        fsync(fd)
+        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+
+    def replacing(source, target):
+        assert synced.pop(source, None) == os.path.getsize(source), source
+        if target.name == writer.JOURNAL:
+            state, sizes = json.loads(Path(source).read_bytes()), {}
+            sizes |= {out / name: size for name, size in state["logs"].items()}
+            for split, entries in state["splits"].items():
+                for name, entry in entries.items():
+                    if entry["open"]:
+                        shard = f"{split}/{name}/.{len(entry['shards']):05d}"
+                        sizes[out / f"{shard}.npy.tmp"] = writer.HEADER + 2 * entry["open"]["tokens"]
+                        sizes[out / f"{shard}.docs.npy.tmp"] = writer.HEADER + 8 * (entry["open"]["documents"] + 1)
+            assert {path: synced.get(str(path)) for path in sizes} == sizes
+            commits.append(len(sizes))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    prepare([sources], out, workers=1, commit_seconds=0, **settings)
+    assert len(commits) > 5 and max(commits) == 2 + 2 * 9  # logs, and two files of each source in each split
+
+
 @pytest.mark.parametrize("moment", [1, 2])
 def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbroken, tmp_path, monkeypatch, moment):
     killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import shutil
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig
+from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
 from glalm.data.files import read_jsonl
 from glalm.evals import during as module
 from glalm.evals.during import copy_of, during, undisturbed
@@ -58,6 +59,28 @@ def test_what_is_found_is_what_eval_finds_afterwards(evaluating):
     assert {key: value for key, value in row.items() if key.startswith("extrapolation/")} == pytest.approx(
         found, rel=1e-6
     )
+
+
+def test_evaluators_are_given_what_the_config_says(run_config, change, monkeypatch):
+    seen = []
+
+    def make_job(name, subject, settings):
+        seen.append((subject, settings))
+        return Job({}, lambda work: {}, 1, list)
+
+    monkeypatch.setattr(module, "make_job", make_job)
+    options = dataclasses.replace(
+        CHEAP, evals=["generate"], batch_size=3, data_dir="tasks", needle=NeedleConfig(), harness=HarnessConfig(limit=5)
+    )
+    config = change(run_config, during=options, seed=7)
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    assert during(config)(model, "bf16", int) == {}
+    [(subject, settings)] = seen
+    given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}
+    assert given == {name: getattr(options, name) for name in given}
+    assert (settings.seed, settings.data_path) == (7, config.data.path)
+    assert (subject.precision, subject.train_length, subject.run) == ("bf16", 16, config)
+    assert subject.tokenizer.vocab_size <= 320 and subject.start == tuple(subject.tokenizer.before) != ()
 
 
 def test_random_states_are_kept():

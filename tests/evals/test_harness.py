@@ -4,6 +4,7 @@ import math
 import statistics
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from glalm.config import EvalConfig
 from glalm.config.evals import HarnessConfig
 from glalm.evals import local_tasks
-from glalm.evals.harness import PAPER, HarnessLM, numbers, paper_table, recall, summary, zero_shot
+from glalm.evals.harness import PAPER, HarnessLM, numbers, paper_table, recall, set_fewshot, summary, zero_shot
 from glalm.evals.harness import metrics as metrics_of
 from glalm.evals.job import Work
 from glalm.evals.models import Subject, open_subject
@@ -96,7 +97,7 @@ def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(subject, tmp
 def test_generation_is_that_of_the_harness_own_model(subject, tmp_path):
     requests = instances(
         "generate_until",
-        [(text(n, n), {"until": ["e", "\n"], "max_gen_toks": 20}) for n in (1, 7, 3)]
+        [(text(n, n), {"until": ["\n", "e"], "max_gen_toks": 20}) for n in (1, 7, 3)]
         + [(text(30, 30), {"until": "zz", "max_gen_toks": 5}), ("alpha", {"until": ["\n"], "max_gen_toks": 9})],
     )
     theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=2)
@@ -105,6 +106,16 @@ def test_generation_is_that_of_the_harness_own_model(subject, tmp_path):
     assert max(map(len, expected)) > 3
     with pytest.raises(ConfigError, match=r"max_length=20 leaves no room before the 20 tokens"):
         harness_lm(subject, max_length=20).generate_until(requests)
+
+
+def test_a_text_ends_where_the_model_ends_it(subject, monkeypatch):
+    """Rows of a batch go on until the last one has ended."""
+    lm = harness_lm(subject)
+    after = torch.tensor([[*subject.tokenizer.encode("beta"), lm.eot_token_id, *subject.tokenizer.encode("gamma")]])
+    monkeypatch.setattr(subject.model, "generate", lambda ids, **_: torch.cat([ids, after], 1))
+    for until, expected in ((["zz"], "beta"), (["zz", "t", "e"], "b")):
+        [found] = lm.generate_until(instances("generate_until", [("alpha", {"until": until, "max_gen_toks": 20})]))
+        assert found.strip() == expected
 
 
 class Thread(Work):
@@ -334,6 +345,18 @@ def test_bad_settings(subject, data_dir, tmp_path):
         found(Subject(subject.model, tokenizer=subject.tokenizer, max_length=200), data_dir, ["wikitext"], carry=True)
     with pytest.raises(ConfigError, match="the tokenizer has 259 tokens, model only 200"):
         found(Subject(tiny.llama(vocab_size=200), tokenizer=subject.tokenizer), data_dir, ["arc_easy"])
+
+
+@pytest.mark.parametrize("own, wanted, shots", [(None, None, 0), (None, 5, 5), (3, None, 3), (3, 5, 5), (0, 5, 0)])
+def test_a_task_that_has_no_examples_by_its_own_config_keeps_none(own, wanted, shots):
+    config = {"num_fewshot": own}
+    task = SimpleNamespace(
+        get_config=config.get,
+        set_config=lambda key, value: config.update({key: value}),
+        set_fewshot_seed=lambda seed: None,
+    )
+    set_fewshot(task, wanted)
+    assert config == {"num_fewshot": shots}
 
 
 def test_few_shot_comes_from_the_split_at_hand(subject, data_dir):

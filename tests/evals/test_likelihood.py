@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from glalm.evals.likelihood import batches, carried, log_likelihoods
+from glalm.evals.likelihood import batches, carried, log_likelihoods, score_shared
 from glalm.evals.models import Subject
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
@@ -94,15 +94,25 @@ def test_shared_contexts_are_read_once(monkeypatch):
 
 
 def test_few_states_at_once(subject, monkeypatch):
-    asked = contexts(subject)
+    asked, sizes = contexts(subject), []
+
+    def counted(subject, groups):
+        sizes.append(len(groups))
+        return score_shared(subject, groups)
+
+    monkeypatch.setattr("glalm.evals.likelihood.WORTH_SHARING", 5)
     together = log_likelihoods(subject, asked, 64, 1000)
     monkeypatch.setattr("glalm.evals.likelihood.STATES_AT_ONCE", 1)
+    monkeypatch.setattr("glalm.evals.likelihood.score_shared", counted)
     apart = log_likelihoods(subject, asked, 64, 1000)
+    assert set(sizes) == ({1} if subject.can_resume else set())
     for one, other in zip(together, apart, strict=True):
         assert [nats for nats, _ in one] == pytest.approx([nats for nats, _ in other], abs=2e-4)
 
 
-def test_the_earliest_of_a_long_context_is_dropped(subject):
+@pytest.mark.parametrize("worth", [5, math.inf], ids=["contexts read once", "every row whole"])
+def test_the_earliest_of_a_long_context_is_dropped(subject, worth, monkeypatch):
+    monkeypatch.setattr("glalm.evals.likelihood.WORTH_SHARING", worth)
     context, continuation = ids(50, 4)
     [[(nats, _)], [(other, _), _]] = log_likelihoods(
         subject, [(context, [continuation]), (context, [continuation, continuation[:2]])], 20, 1000
@@ -128,4 +138,5 @@ def test_batches():
     lengths = [9, 8, 5, 5, 5, 2, 7]
     assert [len(b) for b in batches(lengths, lengths, 16)] == [1, 2, 3, 1]
     assert [len(b) for b in batches(lengths, lengths, 1)] == [1] * 7
+    assert [len(b) for b in batches([2, 9, 3], [2, 9, 3], 16)] == [1, 1, 1]  # as long as the longest, wherever it is
     assert list(batches([], [], 16)) == []

@@ -50,6 +50,13 @@ def test_packed_without_states_is_the_recurrence(gated, draw, differentiate):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
+def test_the_scale_is_the_one_given(draw):
+    args = draw(K=6, V=4, dtype=torch.float64)
+    args["beta"] = args.pop("g")[..., 0].exp()
+    half, _ = chunk_delta_rule(**args, scale=0.5 * 6**-0.5)
+    torch.testing.assert_close(half, 0.5 * chunk_delta_rule(**args)[0])
+
+
 def test_float32_keeps_six_digits(draw, differentiate):
     args = draw(B=1, T=200, K=16, V=16)
     args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)

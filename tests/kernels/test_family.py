@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from glalm import kernels
+from glalm.kernels.reference import recurrent_gla
 
 GATES = {
     "simple_gla": None,
@@ -27,8 +29,6 @@ def as_gla(name: str, args: dict, form: str):
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("bounds", [None, [0, 1, 40, 40, 70]], ids=["batch", "packed"])
 def test_is_gla_with_that_gate(name, form, bounds, draw, differentiate):
-    from glalm.kernels.reference import recurrent_gla
-
     args = draw(B=1 if bounds else 2, bounds=bounds, dtype=torch.float64)
     operator, given = as_gla(name, args, form)
     found = differentiate(lambda **a: operator(**a, output_final_state=True), given)
@@ -44,6 +44,25 @@ def test_is_gla_with_that_gate(name, form, bounds, draw, differentiate):
             torch.testing.assert_close(
                 found[key], expected[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
             )
+
+
+@pytest.mark.parametrize("form", ["chunk", "fused_recurrent"])
+@pytest.mark.parametrize("name", GATES)
+def test_the_scale_is_the_one_given(name, form, draw):
+    args = draw(dtype=torch.float64)
+    operator, given = as_gla(name, args, form)
+    gates = given["g"][..., None].expand(args["q"].shape)
+    expected, _ = recurrent_gla(**{**args, "g": gates}, scale=0.7)
+    torch.testing.assert_close(operator(**given, scale=0.7)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["chunk", "fused_recurrent"])
+def test_a_gate_a_head_may_be_given_as_logits(form, draw):
+    args = draw(dtype=torch.float64)
+    logits = 50 * args.pop("g")[..., 0] + 2
+    gates = (F.logsigmoid(logits) / 3)[..., None].expand(args["q"].shape)
+    found, _ = getattr(kernels, f"{form}_simple_gla")(**args, g=logits, gate_logit_normalizer=3.0)
+    torch.testing.assert_close(found, recurrent_gla(**args, g=gates)[0], rtol=1e-9, atol=1e-9)
 
 
 def test_retention_decays_in_float32():

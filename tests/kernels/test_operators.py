@@ -67,6 +67,16 @@ def test_dtypes(draw, assert_true, operator, dtype, gate_dtype, tolerance):
     assert {found[n].dtype for n in ("final_state", "dinitial_state")} == {state_dtype}
 
 
+@both
+def test_autocast_rounds_nothing(draw, differentiate, operator):
+    """What comes in float32 under autocast was kept in it on purpose."""
+    args = draw()
+    expected = differentiate(lambda **a: operator(**a, output_final_state=True), args)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = differentiate(lambda **a: operator(**a, output_final_state=True), args)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 PACKINGS = [
     [0, 15],
     [0, 0, 16],

@@ -30,6 +30,15 @@ def test_draws_the_same(tiny, tokens):
     assert torch.equal(*found)
 
 
+def test_what_was_generated_is_seen_by_the_processors(tiny, tokens):
+    model, inputs = tiny(), left_padded(tokens(5), tokens(9))
+    settings = GREEDY | {"max_new_tokens": 30}
+    free, expected = (model.generate(**inputs, **settings, no_repeat_ngram_size=n)[:, 9:] for n in (0, 1))
+    assert any(len(row.unique()) < 30 for row in free) and all(len(row.unique()) == 30 for row in expected)
+    found = model.generate(**inputs, **settings, no_repeat_ngram_size=1, custom_generate=Decoder(model))
+    assert torch.equal(found[:, 9:], expected)
+
+
 def test_a_given_state_is_continued_and_left_as_it_was(tiny, tokens):
     model, ids = tiny(), tokens(2, 20)
     cache = model(ids[:, :19], use_cache=True).past_key_values
@@ -46,11 +55,11 @@ def test_rows_that_ended_are_padded_and_cut(tiny, tokens, monkeypatch, check):
     monkeypatch.setattr(decode, "CHECK", check)
     model, ids = tiny(), tokens(3, 9)
     free = model.generate(ids, **GREEDY)[:, 9:]
-    ends = free[:, 1].tolist()
+    ends = free[[0, 1, 2], [0, 2, 4]].tolist()
     settings = GREEDY | {"eos_token_id": ends, "pad_token_id": 0, "max_new_tokens": 12}
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **settings)
-    assert expected.shape[1] < 21
+    assert expected.shape[1] < 21 and expected[0, 10:].tolist() == [0] * (expected.shape[1] - 10)
     assert torch.equal(model.generate(ids, attention_mask=mask, custom_generate=Decoder(model), **settings), expected)
 
 

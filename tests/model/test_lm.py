@@ -107,6 +107,13 @@ def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions(tiny,
     torch.testing.assert_close((out.loss, out.logits), (expected.float(), logits))
 
 
+def test_a_state_comes_out_where_it_is_used(tiny, tokens):
+    """As transformers has it: in evaluation, in training only when asked for."""
+    model, ids = tiny(), tokens(2, 9)
+    assert model(ids).past_key_values.seen == 9 and model(ids, use_cache=False).past_key_values is None
+    assert model.train()(ids).past_key_values is None and model(ids, use_cache=True).past_key_values.seen == 9
+
+
 def test_shapes_are_known_without_values(tiny, tokens):
     assert tiny().to("meta")(tokens(2, 9).to("meta")).logits.shape == (2, 9, 50)
 

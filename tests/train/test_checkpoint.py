@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import pickletools
 from itertools import pairwise
 
@@ -86,6 +87,41 @@ def test_a_save_that_breaks_leaves_the_last_one(tmp_path, monkeypatch):
         saved(tmp_path, 2)
     assert list(tmp_path.iterdir()) == [first]
     checkpoint.verify(first)
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What a crash of the machine after the rename leaves must be whole, and the rename itself must last."""
+    synced, renamed, fsync, rename = [], [], os.fsync, os.rename
+
+    def syncing(fd):
+        fsync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def renaming(source, target):
+        renamed.append((set(synced), {str(source), *(str(p) for p in source.iterdir())}))
+        rename(source, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    path = saved(tmp_path, 1)
+    [(before, wanted)] = renamed
+    assert before == wanted and len(wanted) == 1 + len(list(path.iterdir())) == 6
+    assert synced == [str(tmp_path)]
+
+
+def test_the_extra_that_does_not_fit_is_left_alone(tmp_path):
+    """As the norms of another train.guard.spike_window, or what an older checkpoint has not."""
+    path = checkpoint.save(tmp_path, 1, *trained(), {}, {"a": torch.arange(3.0), "b": torch.ones(2)})
+    extra = {"a": torch.zeros(3), "b": torch.full((4,), 7.0), "c": torch.full((1,), 7.0)}
+    checkpoint.load(path, *trained(), extra)
+    assert [t.tolist() for t in extra.values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
+
+
+def test_the_same_step_is_set_aside_again(tmp_path):
+    for n in (1, 2):
+        aside = checkpoint.set_aside(saved(tmp_path, 5, {"n": n}), "damaged")
+    assert [p.name for p in tmp_path.iterdir()] == ["step_5.damaged"] and checkpoint.read_state(aside)["n"] == 2
 
 
 def test_latest_find_and_clean(tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from glalm.data.files import read_jsonl
 from glalm.data.loader import IGNORED, Windows, packed
+from glalm.data.order import Order
 from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
 from glalm.model import GLALMConfig, GLALMForCausalLM
@@ -105,6 +106,22 @@ def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, 
     assert loop.train(again) == 0
     assert rows(again)[-1]["tokens/short"] == last["tokens/short"]
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
+
+
+def test_what_is_trained_on_follows_seed_and_weights(run_config, change, two_sources, monkeypatch):
+    given = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}}
+    config, batches, update = change(run_config, seed=5, **given), [], loop.update
+
+    def seen(*args):
+        batches.append(args[3]["input_ids"])
+        return update(*args)
+
+    monkeypatch.setattr(loop, "update", seen)
+    assert loop.train(config) == 0
+    windows = Windows(TokenSet(two_sources, "train"), 16)
+    order = Order(5, 4, windows.by_source, config.data.weights)
+    expected = [windows.batch(order.ids(step))["input_ids"] for step in range(6)]
+    assert torch.equal(torch.stack(batches), torch.stack(expected))
 
 
 def test_one_source_has_no_counts_of_its_own(run_config):

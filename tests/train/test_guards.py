@@ -103,6 +103,8 @@ def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):
     with pytest.raises(BadSteps, match="3 updates in a row, steps 4 to 6"):
         guard.check(Order(0, 2, {"a": 10}), tmp_path)
     assert (tmp_path / "bad_steps_4.json").exists()
+    with pytest.raises(BadSteps):  # of several processes one writes
+        guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", writes=False)
     assert stepped([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}
 
 
@@ -124,6 +126,15 @@ def test_saves_go_on_beside_the_training(tmp_path, monkeypatch):
         other, _ = trained(seed=5, steps=0)
         checkpoint.load(tmp_path / f"step_{step}", other)
         assert all(torch.equal(p, before[n] + shift) for n, p in other.named_parameters())
+
+
+def test_what_is_kept_is_as_the_config_says(tmp_path):
+    model, found = trained()
+    with Saver(tmp_path, CheckpointConfig(keep_last=1, keep_every=2, keep_best=1, asynchronous=False)) as saver:
+        for step, loss in enumerate([1.0, 4.0, 3.0, 2.0, 3.0], 1):
+            saver.save(step, model, found, {"val_loss": loss})
+        saver.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1", "step_2", "step_4", "step_5"]
 
 
 def test_without_memory_for_a_copy_the_save_is_synchronous(tmp_path, capfd):

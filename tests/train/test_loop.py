@@ -203,6 +203,12 @@ def test_precision():
         assert choose_precision("auto") == "fp32"
 
 
+def test_each_run_of_a_process_has_its_own_precision(run_config, change):
+    """As those of a sweep."""
+    given = [change(run_config, **{"train.precision": precision}) for precision in ("fp32", "bf16", "fp32")]
+    assert [start(config).mixed_precision for config in given] == ["no", "bf16", "no"]
+
+
 def test_float32_is_ieee(run_config):
     torch.set_float32_matmul_precision("high")
     start(run_config)

@@ -9,7 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from glalm.config import MIXERS, ModelConfig, TrainConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.block import Block
+from glalm.train import blocks
 from glalm.train.blocks import prepare_blocks
+from glalm.train.loop import train
 from glalm.train.step import detached, model_inputs
 
 CPU = torch.device("cpu")
@@ -85,6 +88,19 @@ def test_what_is_made_again_changes_nothing(kept, backend, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=backend))
     found = gradients(tiny("gla+attention", activation_checkpointing=kept, compile=backend is not None), tokens(16))
     torch.testing.assert_close(found, gradients(tiny("gla+attention"), tokens(16)), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_after_a_validation_are_training(run_config, monkeypatch):
+    """Where blocks run as the config asks for; in evaluation mode they are plain."""
+    calls = []
+
+    def counted(block, x, **mixing):
+        calls.append(block)
+        return Block.forward(block, x, **mixing)
+
+    monkeypatch.setitem(blocks.RECOMPUTING, run_config.train.activation_checkpointing, counted)
+    assert train(run_config) == 0
+    assert len(calls) == 6 * 2 * 2  # steps, micro-batches, layers
 
 
 def test_matrix_products_and_kernels_are_not_made_again():

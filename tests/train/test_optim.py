@@ -40,7 +40,8 @@ def test_wsd_is_flat_and_then_decays():
     for found in (sqrt, linear):
         assert set(found[9:88]) == {1.0} and found[88] < 1.0  # 22 of the 110 steps
     assert linear[98] == pytest.approx(0.1 + 0.9 * 0.5) and sqrt[98] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
-    assert min(rates(20, schedule="wsd", decay_fraction=1.0)) == pytest.approx(0.1)  # no more than what warm-up leaves
+    all_decay = rates(20, schedule="wsd", decay_fraction=1.0, decay_shape="linear")[10:]
+    assert all_decay == pytest.approx([0.1 + 0.09 * i for i in range(9, -1, -1)])  # no more than what warm-up leaves
 
 
 def test_schedule_without_warmup_and_all_warmup():
@@ -85,6 +86,22 @@ def test_one_step_is_adamws():
     torch.testing.assert_close(model.weight.detach(), expected)
 
 
+def test_adamws_moments_are_the_configs():
+    """Loshchilov and Hutter's two steps, with betas and an eps that are nobody's defaults."""
+    model = torch.nn.Linear(3, 2)
+    config = OptimConfig(weight_decay=0.1, betas=(0.5, 0.75), eps=0.1, lr=0.01, min_lr=0.01)
+    [optimizer] = optimizers(model, config)
+    expected, m, s = model.weight.detach().double(), 0.0, 0.0
+    for t in (1, 2):
+        g = torch.randn(2, 3, generator=torch.Generator().manual_seed(t))
+        model.weight.grad = g.clone()
+        optimizer.step()
+        m, s = 0.5 * m + 0.5 * g.double(), 0.75 * s + 0.25 * g.double() ** 2
+        update = (m / (1 - 0.5**t)) / ((s / (1 - 0.75**t)).sqrt() + 0.1)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
+    torch.testing.assert_close(model.weight.detach().double(), expected, rtol=0, atol=1e-7)
+
+
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Five of Muon's Newton-Schulz iterations as what they do to the singular values, in float64."""
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
@@ -97,13 +114,13 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 def test_two_steps_are_muons():
     model = GLALMForCausalLM(GLALMConfig(**TINY))
     w = model.model.layers[0].mlp.down_proj.weight
-    [muon, _] = optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.9, lr=0.01, min_lr=0.01))
+    [muon, _] = optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.5, lr=0.01, min_lr=0.01))
     expected, momentum = w.detach().double(), 0.0
     for seed in range(2):
         w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
         muon.step()
-        momentum = 0.9 * momentum + 0.1 * w.grad.double()
-        update = orthogonal(0.1 * w.grad + 0.9 * momentum) * 0.2 * math.sqrt(max(w.shape))  # AdamW's size
+        momentum = 0.5 * momentum + 0.5 * w.grad.double()
+        update = orthogonal(0.5 * w.grad + 0.5 * momentum) * 0.2 * math.sqrt(max(w.shape))  # AdamW's size
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
     moved = 0.01 * 0.2 * math.sqrt(max(w.shape) * min(w.shape))
     assert (w.double() - expected).norm() < 0.05 * moved  # Muon multiplies in bfloat16

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from glalm.config import OptimConfig
 from glalm.data.files import read_jsonl
+from glalm.data.loader import Windows
+from glalm.data.shards import TokenSet
+from glalm.model import GLALMForCausalLM
 from glalm.train import loop
 
 
@@ -31,6 +35,38 @@ def test_muon_wsd_lengths_in_tokens_and_a_profile(run_config, change):
     assert (config.folder / "profile" / "rank_0.json.gz").exists()
     record = json.loads((config.folder / "run.json").read_text())
     assert record["config"]["optim"]["name"] == "muon" and {"git", "device", "versions"} <= record.keys()
+
+
+def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
+    """Evenly spaced, in two batches of unequal size."""
+    config = change(run_config, **{"train.eval_sequences": 3, "train.steps": 2, "train.eval_every": 2})
+    assert loop.train(config) == 0
+    windows = Windows(TokenSet(config.data.path, "validation"), 16)
+    batch = windows.batch(np.arange(3) * len(windows) // 3)
+    model = GLALMForCausalLM.from_pretrained(config.folder / "checkpoints" / "step_2")
+    expected = model(batch["input_ids"], shift_labels=batch["labels"]).loss.item()
+    assert len(windows) > 3 and rows(config)[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, change):
+    config = change(run_config, **{"train.steps": 5, "train.checkpoint.every": 3, "train.log_every": 3})
+    assert loop.train(config) == 0
+    found = read_jsonl(config.folder / "metrics.jsonl")
+    assert [row["step"] for row in found if "val_loss" in row] == [0, 3, 5]
+    assert [row["step"] for row in found if "loss" in row] == [3, 5]
+    assert {p.name for p in (config.folder / "checkpoints").iterdir()} == {"step_3", "step_5"}
+
+
+def test_speed_is_of_the_steps_since_the_row_before(run_config, change, monkeypatch):
+    steps, row = [], loop.training_row
+
+    def counted(accelerator, loss, grad_norm, lr, step, meter):
+        steps.append(step - meter.step)
+        return row(accelerator, loss, grad_norm, lr, step, meter)
+
+    monkeypatch.setattr(loop, "training_row", counted)
+    assert loop.train(change(run_config, **{"train.log_every": 2, "train.eval_every": 6})) == 0
+    assert steps == [2, 2, 2]
 
 
 def test_z_loss_is_trained_with_but_not_validated(run_config, change):

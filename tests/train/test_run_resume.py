@@ -1,5 +1,6 @@
 """Where a run goes on from, and what it may change."""
 
+import dataclasses
 import json
 import math
 
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from glalm.data.files import read_jsonl
+from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train
+from glalm.train.resume import restore
 
 
 def names(config) -> set[str]:
@@ -108,6 +111,15 @@ def test_what_a_checkpoint_says_of_its_run(trained):
     assert state["run"] == record["id"] and state["identity"] == record["identity"]
     assert state["versions"]["torch"] == torch.__version__
     assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
+
+
+def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path, run_config):
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
+    path = checkpoint.save(tmp_path, 4, model, [], {"run": "its id", "unwritten": [{"step": 3}]})
+    drawn = torch.rand(3)
+    assert restore(path, run_config, "its id", model, [], {}) == (4, [{"step": 3}])
+    assert torch.equal(torch.rand(3), drawn)  # the generators are as they were
+    assert restore(path, run_config, "a fork's id", model, [], {}) == (4, [])
 
 
 def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):

@@ -62,6 +62,16 @@ def test_is_the_papers_equations(options, assert_is):
     assert_is(regla, mixer="regla", regla=options, norm_eps=1e-20)
 
 
+@pytest.mark.parametrize("K", [1, 8])
+def test_the_scale_makes_a_scores_variance_1(K, tiny):
+    """Of the sum over K features of exp(x + y), x and y unit normals: by the trapezium rule over z = x + y."""
+    model = tiny(mixer="regla", hidden_size=2 * K, num_heads=2, expand_k=1.0)
+    z = torch.linspace(-20, 30, 100_001, dtype=torch.float64)
+    density = (-(z**2) / 4).exp() / (4 * math.pi) ** 0.5
+    mean, square = (torch.trapezoid((n * z).exp() * density, z).item() for n in (1, 2))
+    assert K * (square - mean**2) * model.model.layers[0].attn.scale ** 2 == pytest.approx(1)
+
+
 @pytest.mark.parametrize("refined", [True, False])
 def test_the_gate_starts_where_it_is_told(refined):
     config = GLALMConfig(

@@ -29,9 +29,14 @@ def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
     return F.logsigmoid(g.to(torch.promote_types(g.dtype, torch.float32))) / normalizer
 
 
+def has_gradient(g: Tensor | None) -> bool:
+    """Whether there is a gradient of this gate: one a token gets it, [H], the same for all tokens, does not."""
+    return g is not None and g.dim() > 1
+
+
 def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Tensor | None:
     """From the gradient of the log gates, one a key channel, to that of g as it was given; None of a fixed one."""
-    if g is None or g.dim() == 1:
+    if not has_gradient(g):
         return None
     if g.dim() == 3:
         dg = dg.sum(-1)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from glalm.kernels import torch_chunk
 from glalm.kernels.checks import check_inputs, check_values
-from glalm.kernels.gates import channels, gate_gradient, log_gate
+from glalm.kernels.gates import channels, gate_gradient, has_gradient, log_gate
 from glalm.kernels.library import operator
 from glalm.kernels.recurrent import fused_recurrent, has_kernel
 
@@ -197,7 +197,7 @@ def chunk_backward(
 def chunk_backward_fake(
     q, k, v, g, scale, normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gate = None if g is None or g.dim() == 1 else g
+    gate = g if has_gradient(g) else None
     maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (gate, initial_state))
     return *(x.new_empty(x.shape) for x in (q, k, v)), *maybe
 
@@ -219,7 +219,7 @@ def differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, backward:
     dq, dk, dv, dg, dinitial = backward(
         q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
     )
-    dg = None if g is None or g.dim() == 1 else dg
+    dg = dg if has_gradient(g) else None
     dinitial = None if initial_state is None else dinitial
     return dq, dk, dv, dg, None, None, dinitial, None, None, None
 

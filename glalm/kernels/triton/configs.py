@@ -3,6 +3,7 @@
 `scripts/bench_kernels.py --tune` measures candidates and prints entries for TABLE.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -103,11 +104,17 @@ def rule(KP: int, VP: int, bits: int) -> Config:
 
 def config_for(device: torch.device, KP: int, VP: int, bits: int) -> Config:
     """KP, VP: head sizes rounded up to powers of two; bits: of the matmuls' operands."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    major = architecture(device)
     if bits == 16 and (major, KP, VP) in TABLE:
         return TABLE[major, KP, VP]
     return rule(KP, VP, bits)
 
 
+@functools.cache  # every call of the operator asks
+def architecture(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -5,12 +5,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from glalm.kernels.gates import has_gradient
 from glalm.kernels.triton.blocks import CHUNK, Chunks, signs
 from glalm.kernels.triton.configs import Config, Launch, config_for
 from glalm.kernels.triton.dscores import dscores_kernel
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
-from glalm.kernels.triton.kept import Kept, operands, padded, segment_count, shapes
+from glalm.kernels.triton.kept import Kept, operands, padded, per_head, segment_count, shapes
 from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.prepare import prepare_kernel
 from glalm.kernels.triton.scan import join_kernel, scan_kernel
@@ -85,7 +86,7 @@ class Plan:
     ):
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         self.g = None if g is None else g.contiguous()
-        self.per_head, self.fixed = g is None or g.dim() < 4, g is not None and g.dim() == 1
+        self.per_head, self.fixed = per_head(g), g is not None and not has_gradient(g)
         self.scale, self.logits = float(scale), normalizer is not None  # a kernel would be compiled for an integer
         self.inverse = 1.0 / normalizer if self.logits else 1.0
         self.B, self.T, self.H, self.K = q.shape
@@ -207,7 +208,7 @@ class Plan:
         )  # fmt: skip
         if self.per_head:
             blocks = self.KP // common["BK"]
-            dg = None if self.g is None or self.fixed else self.empty(blocks, *self.g.shape, dtype=torch.float32)
+            dg = None if not has_gradient(self.g) else self.empty(blocks, *self.g.shape, dtype=torch.float32)
             args = *first, kept.decay, *middle, dg, *last, self.B * self.T
             common["FIXED"] = self.fixed
             launch(gradients_head_kernel, self.tiles * blocks, args, common, self.config.gradients.options)

@@ -31,13 +31,13 @@ def shapes(
     if cu_seqlens is None:
         config = config_for(q.device, padded(K), padded(V), operands(q).itemsize * 8)
         cut = segment_count(config.forward, B, H, V, chunks, q.device)
-    KP, dtype, per_head = padded(K), operands(q), g is None or g.dim() < 4
+    KP, dtype, a_head = padded(K), operands(q), per_head(g)
     return [
         ((tiles, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),
         ((tiles, 2 if low and dtype == torch.bfloat16 else 1, CHUNK, CHUNK), dtype),
-        ((tiles,) if per_head else (tiles, KP), torch.float32),
-        ((0,) if per_head else (tiles,), torch.int32),
+        ((tiles,) if a_head else (tiles, KP), torch.float32),
+        ((0,) if a_head else (tiles,), torch.int32),
         ((0,) if cut == 1 else (B, cut, H, K, V), torch.float32),
     ]
 
@@ -48,6 +48,11 @@ def segment_count(config: Launch, sequences: int, H: int, V: int, chunks: int, d
     programs = sequences * H * triton.cdiv(V, config.tile["BV"])
     slots = multiprocessors(device) * max(1, 8 // config.warps)
     return max(1, min(slots // max(1, programs), chunks // max(1, sequences) // 4))
+
+
+def per_head(g: Tensor | None) -> bool:
+    """Whether the kernels of head_gate.py serve this gate: one a head, or none."""
+    return g is None or g.dim() < 4
 
 
 def operands(q: Tensor) -> torch.dtype:

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from glalm.kernels.triton.configs import architecture
+from glalm.kernels.triton.kept import padded
 from glalm.kernels.triton.launch import launch
 
 TILE = 8192  # weights of one matrix a program holds
@@ -31,7 +33,7 @@ def matvec(
     silu(gate). Of one matrix: + residual. swiglu: silu(W_0 f(x)) * (W_1 f(x)), one result.
     """
     K = len(x)
-    KP = max(16, triton.next_power_of_2(K))
+    KP = padded(K)
     rows = max(1, min(64, TILE // KP))
     sizes = [len(w) for w in weights[: 1 if swiglu else 5]]
     results = [torch.empty(N, device=x.device, dtype=x.dtype) for N in sizes]
@@ -51,7 +53,7 @@ def matvec(
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may begin before the one it waits for has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cuda" and architecture(device) >= 9
 
 
 @triton.jit

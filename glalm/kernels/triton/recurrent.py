@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glalm.kernels.triton.kept import padded
 from glalm.kernels.triton.launch import launch
 
 TILE = 4096  # numbers of the state a program holds: 32 a thread, and programs enough for a batch of one
@@ -28,14 +29,19 @@ def forward(
     q, k, v, g, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in given)
     (B, T, H, K), V = q.shape, v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    KP = max(16, triton.next_power_of_2(K))
-    BV = max(4, min(64, TILE // KP, triton.next_power_of_2(V)))
+    KP = padded(K)
+    BV = columns(KP, V)
     o = torch.empty_like(v)
     gate = "none" if g is None else {4: "channel", 3: "head", 1: "fixed"}[g.dim()]
     args = q, k, v, g, o, initial_state, final_state, cu_seqlens, scale, T
     constants = dict(H=H, K=K, KP=KP, V=V, BV=BV, GATE=gate)
     launch(recurrent_kernel, N * H * triton.cdiv(V, BV), args, constants, {"num_warps": 4})
     return o
+
+
+def columns(KP: int, V: int) -> int:
+    """How many columns of a state a program holds."""
+    return max(4, min(64, TILE // KP, triton.next_power_of_2(V)))
 
 
 @triton.jit(do_not_specialize=["T"])

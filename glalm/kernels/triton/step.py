@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from glalm.kernels.triton.blocks import log_gates
+from glalm.kernels.triton.kept import padded
 from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.matvec import dependent_launch
-
-TILE = 4096  # numbers of the state a program holds
+from glalm.kernels.triton.recurrent import columns
 
 
 def gla_step(
@@ -25,8 +26,8 @@ def gla_step(
     Returns o [H V] as v.
     """
     _, H, K, V = state.shape
-    KP = max(16, triton.next_power_of_2(K))
-    BV = max(4, min(64, TILE // KP, triton.next_power_of_2(V)))
+    KP = padded(K)
+    BV = columns(KP, V)
     o, pdl = torch.empty_like(v), dependent_launch(v.device)
     R = len(low)
     constants = dict(K=K, KP=KP, V=V, BV=BV, R=R, RP=triton.next_power_of_2(R), PDL=pdl)
@@ -58,7 +59,7 @@ def step_kernel(
         cuda.gdc_wait()
     z = tl.load(low + rr, mask=rr < R, other=0).to(tl.float32)
     x = tl.sum(w.to(tl.float32) * z[None, :], axis=1) + b
-    gate = tl.exp((tl.minimum(x, 0) - tl.log(1 + tl.exp(-tl.abs(x)))) * inverse)
+    gate = tl.exp(log_gates(x, inverse, True))
     q_t = tl.load(q + h * K + kk, mask=kk < K, other=0).to(tl.float32) * scale
     k_t = tl.load(k + h * K + kk, mask=kk < K, other=0).to(tl.float32)
     v_t = tl.load(v + h * V + vv, mask=vv < V, other=0).to(tl.float32)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels.sequences import sequence_ids
+from glalm.model.mixers import at_least_float32
 
 
 class ShortConv(nn.Module):
@@ -44,14 +45,15 @@ class ShortConv(nn.Module):
         return self.convolve(long[None])[:, place - before], long[tails]
 
     def convolve(self, x: Tensor) -> Tensor:
-        if x.shape[1] < self.weight.shape[2]:  # no token, which conv1d refuses
-            return x[:, :0]
-        return F.silu(F.conv1d(x.mT, self.weight.to(x.dtype), _cast(self.bias, x), groups=x.shape[2]).mT)
+        """x: the inputs behind the taps - 1 places ahead of each sequence. Tap by tap, of which a compiler makes one
+        kernel: conv1d with a group a channel takes longer, and transposes besides.
+        """
+        weight = at_least_float32(self.weight)
+        T = max(0, x.shape[1] - weight.shape[2] + 1)
+        y = sum(x[:, i : i + T] * weight[:, 0, i] for i in range(weight.shape[2]))
+        return F.silu(y if self.bias is None else y + self.bias).to(x.dtype)
 
     def flops(self) -> int:
         """Operations a token."""
         return 2 * self.weight.numel()
 
-
-def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)

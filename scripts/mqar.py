@@ -24,7 +24,8 @@ from glalm.evals.plot import plot_mqar
 from glalm.evals.results import read_json, write_json
 from glalm.strict import RunError, defaults
 
-SWEEP = ("folder", "workers", "mixers", "lengths", "pairs", "widths", "learning_rates")  # no model depends on them
+# No model depends on these.
+SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 
 
 def main(config: MQARConfig) -> int:

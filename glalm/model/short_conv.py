@@ -56,4 +56,3 @@ class ShortConv(nn.Module):
     def flops(self) -> int:
         """Operations a token."""
         return 2 * self.weight.numel()
-

@@ -107,7 +107,7 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step = captured(step, batch_size) if captures else step
+    step = captured(step, batch_size, device) if captures else step
     history = []
     for _ in range(config.epochs):
         order = torch.randperm(len(training), generator=generator, device=device)
@@ -126,23 +126,24 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
     }
 
 
-def captured(step: Callable[[Examples], None], size: int) -> Callable[[Examples], None]:
+def captured(step: Callable[[Examples], None], size: int, device: torch.device) -> Callable[[Examples], None]:
     """`step`, as one CUDA graph from its fourth batch of `size` sequences on: kernels of such a model are shorter than
     their launches."""
-    static, graph, eager, side = None, torch.cuda.CUDAGraph(), 0, torch.cuda.Stream()
+    static, graph, eager, side = None, torch.cuda.CUDAGraph(), 0, torch.cuda.Stream(device)
 
     def call(batch: Examples) -> None:
         nonlocal static, eager
         if len(batch) != size or eager < EAGER:
             eager += len(batch) == size
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 step(batch)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(side)
             return
         if static is None:
             static = Examples(*(torch.empty_like(x) for x in vars(batch).values()))
-            with torch.cuda.graph(graph):  # runs nothing
+            # Runs nothing. torch's own stream for this is one of the GPU that the process captured on first.
+            with torch.cuda.graph(graph, stream=side):
                 step(static)
         for mine, given in zip(vars(static).values(), vars(batch).values(), strict=True):
             mine.copy_(given)

@@ -146,7 +146,8 @@ class Step:
                 self.forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # torch's own stream for this is one of the GPU that the process captured on first.
+            with torch.cuda.graph(self.graph, stream=side):
                 self.logits = self.forward()
 
     def load(self, cache: StateCache) -> None:

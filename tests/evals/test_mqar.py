@@ -105,6 +105,14 @@ def test_captured_steps_train_the_same_model(mixer, monkeypatch):
     assert (captured - eager).norm() < 0.1 * (eager - first).norm()  # gathers' gradients add up in any order
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_process_captures_on_one_gpu_after_another():
+    config = dataclasses.replace(SMALL, train_examples=250, epochs=2, stop_at=2.0, model=RecallModel())
+    first, second = (mqar.train(config, "gla", 16, 2, 64, 1e-3, torch.device("cuda", i)) for i in (1, 0))
+    assert first["history"] == pytest.approx(second["history"], abs=0.05)
+
+
 def test_a_model_without_memory_of_its_keys_stays_at_chance():
     config = MQARConfig(**vars(SMALL) | {"epochs": 1, "model": RecallModel()})
     config.model.attention.window = 1  # a token sees itself alone

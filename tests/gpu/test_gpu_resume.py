@@ -1,6 +1,5 @@
 """A run on a GPU, killed with -9 and started again: the unbroken one's bits; on two GPUs, its tokens."""
 
-import math
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 SHAPE = ["model.vocab_size=320", "model.hidden_size=256", "model.num_hidden_layers=2", "model.num_heads=2"]
 STEPS = ["train.steps=120", "train.batch_size=8", "train.micro_batch_size=4", "train.log_every=1", "data.seq_len=128"]
 SAVES = ["train.eval_every=40", "train.eval_sequences=8", "train.checkpoint.every=10", "train.checkpoint.keep_last=99"]
+# In bf16, or with AdamW's usual eps, the last bit of a gradient is 10% of a loss 100 steps later.
+IN_FP32 = ["train.precision=fp32", "optim.eps=1e-4"]
 
 
 def start(name: str, data: Path, runs: Path, *more: str, gpus: int = 1) -> subprocess.Popen:
@@ -63,21 +64,24 @@ def test_killed_twice_it_ends_as_the_unbroken_run_bit_for_bit(whole, token_folde
     assert_same(whole, runs / name)
 
 
+@pytest.fixture(scope="module")
+def whole_in_fp32(token_folder, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("fp32")
+    finish(start("whole", token_folder, runs, *IN_FP32), runs / "whole.log")
+    return runs / "whole"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_killed_on_one_gpu_it_goes_on_with_two(whole, token_folder, mode):
-    """The same tokens at every step; the losses within 1%, or 0.01 once the text is known by heart, as gradients are
-    summed in another order, in bf16."""
-    runs, name = whole.parent, f"onto-two-{mode}"
-    if mode == "fsdp2":  # which rounds the norms' weights, too
-        whole = runs / "whole-fsdp2"
-        finish(start(whole.name, token_folder, runs, "parallel=fsdp2"), runs / "whole-fsdp2.log")
-    one = start(name, token_folder, runs, f"parallel={mode}")
+def test_killed_on_one_gpu_it_goes_on_with_two(whole_in_fp32, token_folder, mode):
+    """The same tokens at every step, and the losses but for the order in which gradients are summed."""
+    runs, name, options = whole_in_fp32.parent, f"onto-two-{mode}", [*IN_FP32, f"parallel={mode}"]
+    one = start(name, token_folder, runs, *options)
     kill_after(one, runs / name / "checkpoints" / "step_50", runs / f"{name}.log")
-    finish(start(name, token_folder, runs, f"parallel={mode}", gpus=2), runs / f"{name}.log")
-    expected, got = rows(whole), rows(runs / name)
+    finish(start(name, token_folder, runs, *options, gpus=2), runs / f"{name}.log")
+    expected, got = rows(whole_in_fp32), rows(runs / name)
     assert [row["step"] for row in got] == [row["step"] for row in expected]
     assert [row.get("tokens") for row in got] == [row.get("tokens") for row in expected]
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
-    assert len(pairs) >= 120
-    assert [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-2)] == []
+    losses = [(a["loss"], b["loss"]) for a, b in zip(got, expected, strict=True) if "loss" in a]
+    assert len(losses) >= 120
+    assert [(a, b) for a, b in losses if a != pytest.approx(b, rel=1e-3)] == []

@@ -141,3 +141,13 @@ def test_captured_steps_compute_what_plain_ones_do(choice, tiny, tokens):
         out = model(tokens(2, 1, seed=t).cuda(), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         torch.testing.assert_close(step(tokens(2, 1, seed=t).cuda()), out.logits[:, -1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_process_captures_on_one_gpu_after_another(tiny, tokens):
+    for device in ("cuda:1", "cuda:0"):
+        model, ids = tiny(hidden_size=128).float().to(device), tokens(2, 9).to(device)
+        decoder = Decoder(model)
+        found = model.generate(ids, custom_generate=decoder, **GREEDY)
+        assert torch.equal(found, model.generate(ids, **GREEDY)) and decoder.step.graph is not None

@@ -302,14 +302,22 @@ def _curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
 
 
 def _losses(ax: Axes, label: str) -> None:
-    """Axes of losses against tokens, on the right the same losses as perplexities."""
+    """Axes of losses against tokens, on the right the same losses as perplexities.
+
+    They span what a run still learns after its first fifth: the fall from log(vocabulary) would leave it a line.
+    """
     ax.set_xlim(left=0)
+    points = [point for line in ax.lines for point in zip(*line.get_data(), strict=True)]
+    late = [loss for tokens, loss in points if tokens >= max(points)[0] / 5 and math.isfinite(loss)]
+    if min(late, default=0) < max(late, default=0):
+        margin = 0.05 * (max(late) - min(late))
+        ax.set_ylim(min(late) - margin, max(late) + margin)
     ax.xaxis.set_major_formatter(lambda x, _: quantity(x))
     ax.set_xlabel("tokens trained on")
     ax.set_ylabel(label)
     right = ax.secondary_yaxis("right", functions=(np.exp, _log))
     right.set_ylabel("perplexity")
-    right.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    right.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
 

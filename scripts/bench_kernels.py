@@ -5,12 +5,19 @@
     python scripts/bench_kernels.py --figure speed.png    tokens a second against the length, and speed.json
     python scripts/bench_kernels.py --tune 128 256        candidates for one (K, V) of glalm/kernels/triton/configs.py
 
-Times are medians in ms; peak is the memory above the inputs, in MiB, over one forward and backward.
+Times are medians in ms, each call with a cold L2 cache. Without --graph they are the GPU's from a call's beginning to
+its end, its waits for the host included: where Python and launches take longer than the kernels, the host is measured.
+With --graph the same call, gradients included, is captured in a CUDA graph, and its replays are timed: the kernels and
+the short gaps between them alone. "-": the call failed, or cannot be captured; stderr has the reason. Peak is the
+memory above the inputs, in MiB, over one forward and backward, never in a graph.
 """
 
 import argparse
+import functools
 import itertools
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,28 +64,83 @@ def operators() -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
     yield "cuDNN", False, attention(SDPBackend.CUDNN_ATTENTION)
 
 
+@functools.cache
+def generator() -> torch.Generator:
+    """Not torch's own, which a capture that failed leaves unusable."""
+    return torch.Generator("cuda")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(), device="cuda", dtype=torch.bfloat16)
+
+
 def random_inputs(B: int, T: int, H: int, K: int, V: int) -> list[Tensor]:
-    q, k, v, x = (torch.randn(B, T, H, n, device="cuda", dtype=torch.bfloat16) for n in (K, K, V, K))
+    q, k, v, x = (random(B, T, H, n) for n in (K, K, V, K))
     return [y.detach().requires_grad_() for y in (q, k, v, F.logsigmoid(x) / 16)]
 
 
-def measure(call: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float, float]:
-    """Median ms of the forward and of both passes, and the peak in MiB."""
-    do = torch.randn_like(call(*inputs))
-    call(*inputs).backward(do)
-    for x in inputs:
+def attempt(measure: Callable[..., float], *arguments) -> float | None:
+    """None, and the reason on stderr, where it fails: the others are measured all the same."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def shown(figure: float | None, digits: int = 3) -> str:
+    return "-" if figure is None else f"{figure:.{digits}f}"
+
+
+def median(call: Callable[[], object], leaves: list[Tensor], graph: bool) -> float:
+    """ms of a call that leaves gradients in `leaves`."""
+    clear(leaves)
+    return do_bench(captured(call, leaves) if graph else call, grad_to_none=leaves, return_mode="median")
+
+
+def captured(call: Callable[[], object], leaves: list[Tensor]) -> Callable[[], None]:
+    """The call as one CUDA graph. What it makes, the gradients too, lies in the graph's memory."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # which a capture that fails does not leave by itself
+        call()  # kernels are compiled and libraries set up, which a capture forbids
+        clear(leaves)  # a gradient that is there would be added to
+        with torch.cuda.graph(graph, stream=side):
+            call()
+    return graph.replay
+
+
+def clear(leaves: list[Tensor]) -> None:
+    for x in leaves:
         x.grad = None
+
+
+def peak(call: Callable[[], object], leaves: list[Tensor]) -> float:
+    """MiB above what there is before."""
+    call()
+    clear(leaves)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call(*inputs).backward(do)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.no_grad():
-        forward = do_bench(lambda: call(*inputs), return_mode="median")
-    both = do_bench(lambda: call(*inputs).backward(do), grad_to_none=inputs, return_mode="median")
-    return forward, both, peak
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def table(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+def measure(call: Callable[..., Tensor], inputs: list[Tensor], graph: bool) -> tuple[float | None, ...]:
+    """Median ms of the forward and of both passes, and the peak in MiB."""
+    do = random(*inputs[2].shape)  # of v, as the output
+
+    def both() -> None:
+        call(*inputs).backward(do)
+
+    forward = torch.no_grad()(lambda: call(*inputs))
+    return (
+        attempt(median, forward, inputs, graph),
+        attempt(median, both, inputs, graph),
+        attempt(peak, both, inputs),
+    )
+
+
+def table(shapes: dict[str, tuple[int, ...]], graph: bool) -> dict[str, dict[str, tuple[float | None, ...]]]:
     rows = {}
     for name, (B, T, H, K, V, heads, width) in shapes.items():
         rows[name] = {}
@@ -86,21 +148,20 @@ def table(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[float
             if gated:
                 inputs = random_inputs(B, T, H, K, V)
             else:
-                new = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
-                inputs = [torch.randn(B, heads, T, width, **new) for _ in range(3)]
-            rows[name][operator] = measure(call, inputs)
+                inputs = [random(B, heads, T, width).requires_grad_() for _ in range(3)]
+            rows[name][operator] = measure(call, inputs, graph)
             torch.cuda.empty_cache()
-        cells = (f"{f:.3f} / {b:.3f} ms, {p:.0f} MiB" for f, b, p in rows[name].values())
+        cells = (f"{shown(f)} / {shown(b)} ms, {shown(p, 0)} MiB" for f, b, p in rows[name].values())
         if len(rows) == 1:
             print(f"| forward / both, peak | {' | '.join(rows[name])} |\n|{'-|' * (len(rows[name]) + 1)}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return rows
 
 
-def gates(B: int, T: int, H: int, K: int, V: int) -> dict[str, tuple[float, float]]:
+def gates(B: int, T: int, H: int, K: int, V: int, graph: bool) -> None:
     """Forward and both, ms, for every gate."""
     q, k, v, g = random_inputs(B, T, H, K, V)
-    x = torch.randn_like(g).requires_grad_()
+    x = random(*g.shape).requires_grad_()
     head, head_x = (y.detach()[..., 0].contiguous().requires_grad_() for y in (g, x))
     fused = {"gate_logit_normalizer": 16.0}
     cases = {
@@ -112,33 +173,37 @@ def gates(B: int, T: int, H: int, K: int, V: int) -> dict[str, tuple[float, floa
         "fixed decay (RetNet)": lambda: kernels.chunk_retention(q, k, v),
         "no gate": lambda: kernels.chunk_linear_attn(q, k, v),
     }
-    times, do = {}, torch.randn_like(v)
+    do, leaves = random(*v.shape), [q, k, v, g, x, head, head_x]
     for name, call in cases.items():
-        with torch.no_grad():
-            forward = do_bench(call, rep=40, return_mode="median")
-        leaves = [q, k, v, g, x, head, head_x]
-        both = do_bench(lambda c=call: c()[0].backward(do), rep=40, grad_to_none=leaves, return_mode="median")
-        times[name] = forward, both
-        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {forward:.3f} / {both:.3f} |", flush=True)
-    return times
+        forward = attempt(median, torch.no_grad()(call), leaves, graph)
+        both = attempt(median, lambda c=call: c()[0].backward(do), leaves, graph)
+        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {shown(forward)} / {shown(both)} |", flush=True)
 
 
-def figure(path: str) -> None:
-    """Time per token against the length, batch times length constant."""
+def figure(path: str, graph: bool) -> None:
+    """Tokens a second against the length, batch times length constant."""
+    lengths = [1024 * 2**i for i in range(6)]
+    rows = table({f"T{T}": (2**17 // T, T, 16, 64, 64, 16, 64) for T in lengths}, graph)
+    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))  # ms forward, ms of both passes, MiB
+    draw(rows, lengths, path)
+
+
+def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int], path: str) -> None:
     import matplotlib.pyplot as plt
 
-    lengths = [1024 * 2**i for i in range(6)]
-    rows = table({f"T{T}": (2**17 // T, T, 16, 64, 64, 16, 64) for T in lengths})
     plt.figure(figsize=(6, 4))
     for operator in next(iter(rows.values())):
-        plt.loglog(lengths, [2**17 / rows[f"T{T}"][operator][1] / 1e3 for T in lengths], "o-", base=2, label=operator)
-    plt.xlabel("length")
-    plt.ylabel("million tokens a second, forward and backward")
-    plt.title("16 heads of 64, 131,072 tokens a batch")
+        speeds = [2**17 / (rows[f"T{T}"][operator][1] or math.nan) / 1e3 for T in lengths]
+        plt.loglog(lengths, speeds, "o-", base=2, label=operator)
+    plt.xticks(lengths, [f"{T // 1024}K" for T in lengths])
+    plt.yticks(speeds := [2**i for i in range(6)], map(str, speeds))
+    plt.grid(alpha=0.3)
+    plt.xlabel("length (tokens)")
+    plt.ylabel("million tokens a second, both passes")
+    plt.title("16 heads of 64, 131,072 tokens a batch", fontsize="medium")
     plt.legend()
     plt.tight_layout()
     plt.savefig(path, dpi=150)
-    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))  # ms forward, ms of both passes, MiB
 
 
 def tune(B: int, T: int, K: int, V: int) -> None:
@@ -179,7 +244,10 @@ if __name__ == "__main__":
     parser.add_argument("--figure", metavar="PNG")
     parser.add_argument("--gates", action="store_true")
     parser.add_argument("--tune", nargs=2, type=int, metavar=("K", "V"))
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs; not with --tune")
     arguments = parser.parse_args()
+    if arguments.graph and arguments.tune:
+        parser.error("--tune times single kernels, without --graph")
     if not torch.cuda.is_available():
         parser.error("the kernels are timed on a CUDA device, and there is none")
     if arguments.tune:
@@ -187,8 +255,8 @@ if __name__ == "__main__":
             tune(B, T, *arguments.tune)
     elif arguments.gates:
         for name in ("1.3B layer B8 T2048", "340M layer B32 T2048", "D64 B32 T1024"):
-            gates(*SHAPES[name][:5])
+            gates(*SHAPES[name][:5], arguments.graph)
     elif arguments.figure:
-        figure(arguments.figure)
+        figure(arguments.figure, arguments.graph)
     else:
-        table(SHAPES)
+        table(SHAPES, arguments.graph)

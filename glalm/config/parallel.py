@@ -13,6 +13,9 @@ class ParallelConfig:
     mode: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
     shard: int | None = None  # hsdp: processes that share one copy; null: those of one machine
     replicate: int | None = None  # hsdp: copies; null: all processes / shard
+    # What gradients are summed over processes in; the sums are float32 again. bf16 halves what goes over the links, and
+    # under fsdp2 and hsdp a process's micro-batches are then added up in it too.
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     reshard: bool = True  # free a block's gathered weights after its forward; false: keep them till its backward
     timeout_minutes: float = 30.0  # a collective that waits for longer ends the run
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +33,7 @@ FOREIGN = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config; write parallel=ddp, fsdp2 or hsdp",
 }
 MATMUL = {"fp32": "highest", "bf16": "high"}  # float32 matmuls: exact, or in TF32, 3 bits more precise than bf16
+REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def start(config: RunConfig) -> Accelerator:
@@ -132,33 +134,44 @@ def distribute(model: nn.Module, config: RunConfig, accelerator: Accelerator) ->
     """The module to train with: `model`, sharded in place, or wrapped. Optimisers are made after it."""
     replicate, shard = config.parallel.mesh(accelerator.num_processes, local_world())
     if config.parallel.mode != "ddp":
-        return sharded(model, replicate, shard, config.parallel.reshard, accelerator)
+        return sharded(model, replicate, shard, config.parallel, accelerator)
     if accelerator.num_processes == 1:
         return model
     # torch.compile would cut each block's graph into DDP's buckets; a graph a block is fine enough to overlap with.
     torch._dynamo.config.optimize_ddp = False
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[accelerator.device] if accelerator.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         bucket_cap_mb=100,  # of float32: a collective for every few blocks
     )
+    if config.parallel.reduce_dtype == "bf16":
+        wrapped.register_comm_hook(None, sum_in_bf16)
+    return wrapped
 
 
-def sharded(model: nn.Module, replicate: int, shard: int, reshard: bool, accelerator: Accelerator) -> nn.Module:
+def sum_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean over processes of a bucket's gradients, in place, from copies in bfloat16. torch's hook under another
+    name: by its own, torch refuses it without CUDA, though gloo sums bfloat16 as well."""
+    return bf16_compress_hook(group, bucket)
+
+
+def sharded(
+    model: nn.Module, replicate: int, shard: int, parallel: ParallelConfig, accelerator: Accelerator
+) -> nn.Module:
     """FSDP2 over a mesh [replicate, shard]: each block a unit, embeddings, last norm and head the root's."""
     sizes, names = ((shard,), ("shard",)) if replicate == 1 else ((replicate, shard), ("replicate", "shard"))
     mesh = dist.init_device_mesh(accelerator.device.type, sizes, mesh_dim_names=names)
     # The blocks' weights are gathered in bf16, in which autocast would use them anyway. The root's are not: the
     # embeddings begin the residual stream, which is as precise as under DDP.
     halve = accelerator.mixed_precision == "bf16"
+    common = {"reduce_dtype": REDUCE[parallel.reduce_dtype], "cast_forward_inputs": False}
     for block in model.model.layers:
         dtype = torch.bfloat16 if halve and not keeps_float32(block) else None
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, **common)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard)
     # The root's last part, the head, is what the backward begins with.
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**common), reshard_after_forward=False)
 
 
 def keeps_float32(block: nn.Module) -> bool:

@@ -109,7 +109,8 @@ def _gathered(config: RunConfig, size: Sizes, bf16: bool, accumulates: bool) -> 
     root = size.total - size.blocks
     held = 2 * size.largest if config.parallel.reshard else size.blocks
     gradients = size.total if accumulates else root + 2 * size.largest
-    return 4 * root + (2 if bf16 else 4) * held + 4 * gradients
+    width = 2 if accumulates and config.parallel.reduce_dtype == "bf16" else 4  # FSDP2 adds up in what it sums in
+    return 4 * root + (2 if bf16 else 4) * held + width * gradients
 
 
 def _loss(model: ModelConfig, tokens: int, width: int) -> int:

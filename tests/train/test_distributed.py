@@ -26,6 +26,7 @@ OTHERS = {
     "bf16, ddp": KINDS["bf16"],
     "bf16, fsdp2": KINDS["bf16"] | MODES["fsdp2"],
 }
+ROUNDED = ["ddp, accumulating", "fsdp2", "hsdp 2 x 1"]  # where sums over processes are taken in bf16 besides
 
 
 @pytest.fixture
@@ -46,7 +47,10 @@ def config(run_config, change):
 
 
 def test_every_mode_gives_the_losses_and_weights_of_one_process(config, change, tmp_path):
-    compare(config, change, tmp_path, MODES | OTHERS)
+    rounded = {f"rounded, {mode}": KINDS["rounded"] | MODES[mode] for mode in ROUNDED}
+    found = compare(config, change, tmp_path, MODES | OTHERS | rounded)
+    for mode in ROUNDED:
+        assert abs(found[f"rounded, {mode}"]["norms"][0] - found[mode]["norms"][0]) > 1e-5, mode
 
 
 @pytest.mark.slow

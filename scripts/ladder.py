@@ -23,8 +23,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -36,7 +37,7 @@ from rich.table import Table
 from glalm.cli import CONFIGS
 from glalm.config import MIXERS, EvalConfig, RunConfig
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.results import read_json, read_metrics, write_json
+from glalm.evals.results import read_json, read_metrics, training_speed, write_json
 from glalm.model.flops import cost
 from glalm.strict import ConfigError, build, check_overrides, require
 
@@ -251,7 +252,7 @@ def row(choice: str, runs: list[Run]) -> dict:
         "parameters": found[0]["parameters"],
         "MFLOP/token": cost(config.model, config.data.seq_len).forward / 1e6,
         "tokens": config.steps * config.tokens_per_step,
-        "tokens/s": median(m["tokens_per_second"] for rows in metrics for m in rows if "loss" in m),
+        "tokens/s": training_speed(chain.from_iterable(metrics)),
         "perplexity": math.exp(fmean(f["results"]["nats_per_token"] for f in found)),
         "seeds": {str(run.config.seed): f["results"]["perplexity"] for run, f in zip(runs, found, strict=True)},
         **{f"{n}x / 1x": math.exp(fmean(math.log(r[n]["ratio"]) for r in ratios)) for n in reached},

@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from hydra.core.config_store import ConfigStore
 
@@ -22,7 +23,7 @@ from glalm.cli import hydra_entry
 from glalm.config.mqar import MQARConfig
 from glalm.evals.plot import plot_mqar
 from glalm.evals.results import read_json, write_json
-from glalm.strict import RunError, defaults
+from glalm.strict import ConfigError, RunError, defaults
 
 # No model depends on these.
 SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
@@ -33,6 +34,7 @@ def main(config: MQARConfig) -> int:
     jobs = {path_of(folder, *job): job for job in sweep(config)}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
     missing = {path: job for path, job in jobs.items() if not done(path, settings)}
+    need_writable(folder)
     print(f"{folder}: {len(jobs)} models, {len(missing)} to train, {config.workers} at once", flush=True)
     failed = []
     with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
@@ -68,6 +70,16 @@ def sweep(config: MQARConfig) -> list[tuple]:
 
 def path_of(folder: Path, mixer: str, length: int, pairs: int, width: int, lr: float) -> Path:
     return folder / "eval" / f"{mixer}_{length}x{pairs}_d{width}_lr{lr:g}.json"
+
+
+def need_writable(folder: Path) -> None:
+    """ConfigError where results could not be written: before any model is trained."""
+    try:
+        for part in ("eval", "plots"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder / part).close()
+    except OSError as error:
+        raise ConfigError(f"folder={folder}: nothing can be written there ({error}); write another") from error
 
 
 def done(path: Path, settings: dict) -> bool:

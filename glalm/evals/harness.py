@@ -39,6 +39,7 @@ os.environ["DISABLE_MULTIPROC"] = "1"
 PAPER_TASKS = [*dict.fromkeys(task for task, _ in PAPER.values()), "copa", "openbookqa", "sciq", "boolq"]
 RECALL_TASKS = [task for task, _ in RECALL.values()]
 BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is no mean
+SAMPLING = ("temperature", "top_p", "top_k")  # where nothing is drawn, transformers warns of them
 DEFAULT_LENGTH = 2048  # where a model does not say, as in the harness
 
 
@@ -117,8 +118,11 @@ def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | N
     for task in loaded["tasks"].values():
         set_fewshot(task, lm.options.num_fewshot)
     # Every process builds all requests and shares out only the model's work, so that there is one harness to the eye.
-    limit = lm.options.limit
-    found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+    limit, device = lm.options.limit, lm.subject.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # What a task samples does not depend on those before it, which a killed evaluator does not run again.
+        torch.manual_seed(DEFAULT_OTHER_SEED + lm.work.rank)
+        found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     return {task: metrics(task, found) for task in found["results"]}
 
 
@@ -262,7 +266,7 @@ class HarnessLM(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def _generate(
-        self, contexts: list[list[int]], max_gen_toks: int, until: list[str], do_sample: bool, **sampling
+        self, contexts: list[list[int]], max_gen_toks: int, until: list[str], do_sample: bool, **options
     ) -> list[str]:
         until = [text for text in until if text]
         input_ids = padded(contexts, self.subject.device, left=True)
@@ -274,7 +278,7 @@ class HarnessLM(TemplateLM):
             eos_token_id=self.eot_token_id,
             pad_token_id=self.eot_token_id,
             stopping_criteria=[UntilText(lambda ids: self._text(ids, input_ids.shape[1]), until)],
-            **(sampling if do_sample else {}),
+            **(options if do_sample else {k: v for k, v in options.items() if k not in SAMPLING}),
         )
         texts = (self._text(row, input_ids.shape[1]) for row in output)
         return [postprocess_generated_text(text, until, think_end_token=None) for text in texts]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
@@ -18,7 +17,7 @@ from xml.etree import ElementTree
 from glalm.config.identity import flatten
 from glalm.evals import plot
 from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, our_row, paper_table
-from glalm.evals.results import read_json, read_metrics, scores, tokens_of
+from glalm.evals.results import read_json, read_metrics, scores, tokens_of, training_speed
 
 STYLE = """
 :root { color-scheme: light; --line: #ddd; --dim: #666; --ours: #eaf3fa; }
@@ -108,7 +107,7 @@ def overview(runs: list[Run]) -> list[str]:
     for run in runs:
         perplexity, extrapolation = run.result("perplexity"), run.result("extrapolation")
         known = perplexity or extrapolation or next(iter(run.files), {})
-        speeds = [row["tokens_per_second"] for row in run.metrics if "tokens_per_second" in row]
+        speed = training_speed(run.metrics)
         model = run.record.get("config", {}).get("model", {})
         rows.append(
             [
@@ -116,7 +115,7 @@ def overview(runs: list[Run]) -> list[str]:
                 model.get("layers") or model.get("mixer") or known.get("model_config", {}).get("model_type"),
                 "parameters" in known and plot.quantity(known["parameters"]),
                 plot.quantity(max(tokens_of(run.metrics), default=0)) if run.metrics else None,
-                speeds and f"{median(speeds):,.0f}",
+                speed and f"{speed:,.0f}",
                 validation_perplexity(run, perplexity),
                 furthest(extrapolation),
             ]

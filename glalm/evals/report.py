@@ -1,13 +1,12 @@
 """The closing table of a run, from its JSON files alone."""
 
 from pathlib import Path
-from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glalm.evals.results import read_json, read_metrics, tokens_of
+from glalm.evals.results import read_json, read_metrics, tokens_of, training_speed
 
 Row = tuple[str, str | None, str, str]  # what, its value or None when it is missing, its file, the command to make it
 
@@ -46,12 +45,12 @@ PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def training_rows(metrics: list[dict], result: dict | None, train: str, evaluate: str) -> list[Row]:
-    speeds = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+    speed = training_speed(metrics)
     tokens = max(tokens_of(metrics), default=0)
     return [
         ("parameters", result and f"{result['parameters']:,}", "eval/*.json", evaluate),
         ("tokens trained on", tokens and f"{tokens:,}", "metrics.jsonl", train),
-        ("training tokens/s (median)", speeds and f"{median(speeds):,.0f}", "metrics.jsonl", train),
+        ("training tokens/s (median)", speed and f"{speed:,.0f}", "metrics.jsonl", train),
     ]
 
 

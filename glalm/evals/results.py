@@ -1,8 +1,9 @@
 """The files of a run that evaluators write and that plots and reports read."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from glalm.data import files
@@ -39,6 +40,12 @@ def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
 def scores(metrics: dict) -> dict[str, float]:
     """What one of the harness's tasks measures, of all that is on record of it: less errors, counts and versions."""
     return {k: value for k, value in metrics.items() if isinstance(value, float) and not k.endswith("_stderr")}
+
+
+def training_speed(rows: Iterable[dict]) -> float | None:
+    """The median tokens a second of training's rows, None where there are none."""
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    return median(speeds) if speeds else None
 
 
 def tokens_of(rows: list[dict]) -> list[int]:

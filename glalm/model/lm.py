@@ -14,6 +14,7 @@ from glalm.model.config import GLALMConfig
 from glalm.model.loading import load
 from glalm.model.loss import IGNORE, linear_cross_entropy, matmul_dtype, token_losses
 from glalm.model.norm import RMSNorm
+from glalm.model.packing import boundaries
 
 
 class GLALMPreTrainedModel(PreTrainedModel):
@@ -83,7 +84,12 @@ class GLALMModel(GLALMPreTrainedModel):
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.to(matmul_dtype(x))  # in float32 the residual stream would be twice the traffic and memory
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
-        past = past_key_values or StateCache()
+        past = StateCache() if past_key_values is None else past_key_values
+        if not isinstance(past, StateCache):
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}, not a StateCache; peft's prefix tuning learns keys and "
+                "values, which this model has no place for: take LoRA or prompt tuning"
+            )
         states, hidden = [], []
         for layer, state in zip(self.layers, past.states or [None] * len(self.layers), strict=True):
             hidden += [x] if output_hidden_states else []
@@ -102,6 +108,7 @@ class MoreArguments(TypedDict, total=False):
 
     shift_labels: LongTensor  # its Trainer scores only batches that have every argument with "label" in its name
     output_attentions: bool  # peft always gives it; True is an error: most mixers have no such weights
+    position_ids: LongTensor  # generation would make and give them
 
 
 class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
@@ -137,12 +144,17 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         nats over the labels that are not -100; z_loss times the mean of logsumexp(logits)^2 is added to it. `logits` is
         then None, as they are never held, but in eval mode beside `labels`, where transformers' Trainer scores them.
         num_items_in_batch: both are sums over this instead of means, so that those of several batches add up.
-        logits_to_keep: only the last so many logits (0: all), or those at these positions. The other arguments are
-        GLALMModel's.
+        logits_to_keep: only the last so many logits (0: all), or those at these positions. position_ids: where
+        those of a batch of one restart, another packed sequence begins, as with cu_seqlens; else they change nothing.
+        The other arguments are GLALMModel's.
         """
-        shift_labels = more.pop("shift_labels", None)
+        shift_labels, position_ids = more.pop("shift_labels", None), more.pop("position_ids", None)
         if more.pop("output_attentions", None) or more:
-            raise TypeError(f"{type(self).__name__} gives no {', '.join(more) or 'attention weights'}")
+            what = f"takes no {', '.join(more)}" if more else "gives no attention weights"
+            raise TypeError(f"{type(self).__name__} {what}")
+        if position_ids is not None:
+            packed = boundaries(position_ids, attention_mask, past_key_values, cu_seqlens)
+            cu_seqlens = cu_seqlens if packed is None else packed
         out = self.model(
             input_ids,
             attention_mask,

@@ -10,6 +10,7 @@ import torch
 from tiny import llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import MambaConfig, MambaForCausalLM
 
 from glalm.config import EvalConfig, ExtrapolationConfig
 from glalm.evals import extrapolation as module
@@ -298,6 +299,20 @@ def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth)
     np.testing.assert_allclose(found[:24], np.nanmean(truth, 0), atol=1e-5)
     assert "no document fills the 6 buckets from position 136 on" in job.summary(results)
     assert job.settings["train_length"] == T and job.settings["max_length"] == 160
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_go_on_from_a_state_reads_carried_text_whole(texts, split):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
+    mamba = MambaForCausalLM(MambaConfig(**shape)).eval()
+    results = module.job(Subject(mamba, train_length=T), config(contexts=["carried", "reset"])).run(Work())
+    ids = torch.tensor(np.stack([x[:97] for x in texts if len(x) >= 97]).astype(np.int64))
+    log_p = mamba(ids[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+    expected = -log_p.view(3, 24, 4).mean((0, 2))[12:]  # the buckets that these three alone fill
+    carried, reset = ([b["nats_per_token"] for b in c["buckets"][12:]] for c in results["contexts"].values())
+    np.testing.assert_allclose(carried, expected, atol=1e-5)
+    assert np.abs(np.array(reset) - expected.numpy()).max() > 1e-2
 
 
 def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):

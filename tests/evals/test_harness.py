@@ -108,6 +108,31 @@ def test_generation_is_that_of_the_harness_own_model(subject, tmp_path):
         harness_lm(subject, max_length=20).generate_until(requests)
 
 
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True, "temperature": 3.0, "top_p": 0.8}, {"temperature": 0.5}], ids=str
+)
+def test_a_tasks_options_of_sampling_reach_generation(options, subject, tmp_path):
+    """Drawn from the same random numbers, a text is that of the harness's own model."""
+    [request] = instances("generate_until", [(text(7, 7), {"until": ["zz"], "max_gen_toks": 30, **options})])
+    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=1)
+    found = []
+    for lm in (harness_lm(subject), theirs):
+        torch.manual_seed(5)
+        found.append(lm.generate_until([request], True))
+    assert found[0] == found[1]
+
+
+def test_greedy_tasks_give_generation_no_options_of_sampling(subject, monkeypatch):
+    given = []
+    monkeypatch.setattr(subject.model, "generate", lambda ids, **options: given.append(options) or ids)
+    for options in ({}, {"do_sample": False, "temperature": 0.7, "top_p": 0.5}, {"temperature": 0.0, "num_beams": 3}):
+        arguments = ("alpha", {"until": ["zz"], "max_gen_toks": 5, **options})
+        harness_lm(subject).generate_until(instances("generate_until", [arguments]))
+    assert [options["do_sample"] for options in given] == [False] * 3
+    assert not {"temperature", "top_p", "top_k"} & set().union(*given)
+    assert [options.get("num_beams") for options in given] == [None, None, 3]
+
+
 def test_a_text_ends_where_the_model_ends_it(subject, monkeypatch):
     """Rows of a batch go on until the last one has ended."""
     lm = harness_lm(subject)
@@ -395,6 +420,18 @@ def test_a_killed_evaluator_goes_on_after_its_last_task(subject, data_dir, tmp_p
     work.keep_parts(tmp_path / "parts.json", {"of": "other settings"})
     found(subject, data_dir, ["arc_easy"], work)
     assert ran == [24, 4, 24, 4, 24]
+
+
+def test_what_a_task_samples_depends_on_no_task_before_it(subject, data_dir, monkeypatch):
+    drawn, generate = [], HarnessLM.generate_until
+    monkeypatch.setattr(
+        HarnessLM, "generate_until", lambda self, r, *_: drawn.append(torch.rand(3).tolist()) or generate(self, r)
+    )
+    for seed, tasks in enumerate((["fda"], ["lambada_openai", "fda"])):
+        expected = torch.manual_seed(seed).clone_state()
+        found(subject, data_dir, tasks)
+        assert torch.equal(torch.get_rng_state(), expected.get_state())  # nor does anything outside on what it samples
+    assert drawn[0] == drawn[1]
 
 
 def test_the_papers_table():

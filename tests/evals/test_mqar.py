@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -131,10 +132,15 @@ def test_accuracy_counts_queries():
     assert mqar.accuracy(model, Examples(task.inputs, task.queries, wrong), 7) == pytest.approx(0.95)
 
 
-def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sweep():
     spec = spec_from_file_location("sweep", Path(__file__).parents[2] / "scripts/mqar.py")
-    sweep = module_from_spec(spec)
-    spec.loader.exec_module(sweep)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     config = dataclasses.replace(
         SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2], train_examples=64, epochs=1
@@ -152,6 +158,24 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, 
     monkeypatch.setattr(sweep, "train_one", lambda *_: 1 / 0)
     with pytest.raises(RunError, match="2 models were not trained: gla_16x2_d32"):
         sweep.main(dataclasses.replace(config, seed=2))
+
+
+@pytest.mark.parametrize("part", ["", "eval", "plots"])
+def test_a_folder_that_cannot_be_written_is_named_before_training(part, sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+    (tmp_path / "out" / part).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / part).touch()  # no folder
+    with pytest.raises(ConfigError, match=r"folder=.*/out: nothing can be written there"):
+        sweep.main(MQARConfig(folder=str(tmp_path / "out")))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="no permission binds root")
+def test_so_is_one_without_permission(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+    for part in ("eval", "plots"):
+        (tmp_path / part).mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match=r"folder=.*Permission denied"):
+        sweep.main(MQARConfig(folder=str(tmp_path)))
 
 
 def test_a_mixer_for_each_layer():

@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorWithFlattening,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
     Trainer,
@@ -353,9 +354,47 @@ def test_labels_of_packed_sequences_are_shifted_within_each(tiny, tokens):
     torch.testing.assert_close(packed.loss, sum(apart) / (6 + 0 + 11))
 
 
+@pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
+def test_flattened_batches_are_packed_sequences(choice, tiny, tokens, tmp_path):
+    """Trainer's loss over a batch that DataCollatorWithFlattening made is that of its rows apart."""
+    model, data = tiny(**choice).float(), Sentences(tokens, 4)
+    rows = [data[i]["input_ids"] for i in range(4)]
+    apart = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in rows]
+    flat = DataCollatorWithFlattening(position_ids_start=2)
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=data, data_collator=flat)
+    trainer.train()
+    expected = sum(apart) / sum(len(row) - 1 for row in rows)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_positions(tiny, tokens):
+    model, ids, restart = tiny(**HYBRID), tokens(2, 6), torch.tensor([[0, 1, 0, 0, 1, 2]])
+    apart = torch.cat([model(part).logits for part in ids[:1].split([2, 1, 3], 1)], 1)
+    torch.testing.assert_close(model(ids[:1], position_ids=restart).logits, apart, **EXACT)
+    mask, past = torch.ones_like(ids), model(ids).past_key_values
+    onwards = torch.arange(6).repeat(2, 1) + 7
+    for more in ({}, {"attention_mask": mask}, {"past_key_values": past}):
+        torch.testing.assert_close(model(ids, position_ids=onwards, **more).logits, model(ids, **more).logits)
+    packed = {"cu_seqlens": torch.tensor([0, 3, 6])}
+    for more in ({"attention_mask": mask[:1]}, {"past_key_values": model(ids[:1]).past_key_values}, packed):
+        with pytest.raises(ValueError, match="position_ids restart"):
+            model(ids[:1], position_ids=restart, **more)
+    with pytest.raises(ValueError, match="in a batch of one"):
+        model(ids, position_ids=restart.repeat(2, 1))
+
+
+def test_prefix_tuning_is_refused(tiny, tokens):
+    peft = pytest.importorskip("peft")
+    shape = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 2, "num_virtual_tokens": 3}
+    model = peft.get_peft_model(tiny().float(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", **shape))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, not a StateCache; .* take LoRA"):
+            call(input_ids=tokens(1, 5))
+
+
 def test_arguments_that_it_has_not(tiny, tokens):
-    for argument in ("output_attentions", "position_ids"):
-        with pytest.raises(TypeError, match=r"attention weights|position_ids"):
+    for argument in ("output_attentions", "token_type_ids"):
+        with pytest.raises(TypeError, match=r"gives no attention weights|takes no token_type_ids"):
             tiny()(tokens(1, 3), **{argument: True})
 
 

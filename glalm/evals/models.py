@@ -24,6 +24,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.evals.results import read_json
 from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache, interop
 from glalm.model.loss import IGNORE, token_losses
+from glalm.model.precision import has_bf16
 from glalm.strict import ConfigError, build, require
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
@@ -304,8 +305,7 @@ def download(name: str) -> Path:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return ("bf16" if has_bf16 else "fp32") if wanted == "auto" else wanted
+    return ("bf16" if has_bf16(device) else "fp32") if wanted == "auto" else wanted
 
 
 def checksum_of(files: list[Path]) -> str:

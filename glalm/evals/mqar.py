@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glalm.config.mqar import MQARConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.precision import has_bf16
 
 ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
 EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids
@@ -161,8 +162,8 @@ def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> G
 
 def answers(model: GLALMForCausalLM, batch: Examples) -> Tensor:
     """Logits at the queries alone, [n, pairs, vocabulary] float32: the head is most of such a model's work."""
-    bf16 = batch.inputs.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=bf16):
+    device = batch.inputs.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         hidden = model.model(batch.inputs, use_cache=False).last_hidden_state
         at = batch.queries[..., None].expand(-1, -1, hidden.shape[-1])
         return model.lm_head(hidden.gather(1, at)).float()

@@ -12,9 +12,10 @@ from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
 from glalm.model.loading import load
-from glalm.model.loss import IGNORE, linear_cross_entropy, matmul_dtype, token_losses
+from glalm.model.loss import IGNORE, linear_cross_entropy, token_losses
 from glalm.model.norm import RMSNorm
 from glalm.model.packing import boundaries
+from glalm.model.precision import matmul_dtype
 
 
 class GLALMPreTrainedModel(PreTrainedModel):

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
+from glalm.model.precision import matmul_dtype
 
 # Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
 # chunks of a tenth of this size would cost as much in that as the softmax itself.
@@ -22,13 +23,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     weight's gradient is summed over the chunks in float32.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """That of x's products: autocast's where there is one, which leaves float64 alone, else x's own."""
-    device = x.device.type
-    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from glalm.config import ParallelConfig, RunConfig
+from glalm.model.precision import has_bf16
 from glalm.strict import ConfigError, require
 
 # What an Accelerate config file or a flag of `accelerate launch` may set that this loop does itself, otherwise.
@@ -94,10 +95,10 @@ def check_devices(environ: dict[str, str], gpus: int) -> None:
 def choose_precision(wanted: str, cpu: bool = False) -> str:
     """`auto` is bf16 where the GPU computes in it and fp32 elsewhere. ConfigError where bf16 is not to be had."""
     gpu = torch.cuda.is_available() and not cpu
-    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    can = has_bf16(torch.device("cuda" if gpu else "cpu"))
     if wanted == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    if wanted == "bf16" and gpu and not has_bf16:
+        return "bf16" if can else "fp32"
+    if wanted == "bf16" and gpu and not can:
         raise ConfigError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; write fp32")
     return wanted
 

@@ -12,6 +12,7 @@ from glalm.config import ModelConfig, RunConfig, TrainConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.flops import cost
 from glalm.model.loss import CHUNK_ELEMENTS
+from glalm.model.precision import has_bf16
 from glalm.train.blocks import prepare_blocks
 from glalm.train.environment import peak_flops
 from glalm.train.optim import optimizers
@@ -47,8 +48,7 @@ def device_here() -> Device:
     if not torch.cuda.is_available():
         return Device("NVIDIA H200", 150_109_880_320, True)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Device(properties.name, properties.total_memory, bf16)
+    return Device(properties.name, properties.total_memory, has_bf16(torch.device("cuda")))
 
 
 def sizes(config: RunConfig) -> Sizes:

@@ -1,5 +1,6 @@
 """Runs evaluators on a model and writes what each finds into a JSON file of its own."""
 
+import atexit
 import dataclasses
 import importlib
 import importlib.metadata
@@ -155,6 +156,7 @@ def processes() -> tuple[int, int, torch.device]:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
+        atexit.register(torch.distributed.destroy_process_group)  # its threads would abort one process in six
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))

@@ -5,6 +5,7 @@ The model is wrapped by torch itself: Accelerate's own wrapping casts outputs to
 optimiser with the model.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,8 @@ def join(config: ParallelConfig, cpu: bool) -> None:
         timeout=timedelta(minutes=config.timeout_minutes),
         **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
     )
+    if cpu:  # gloo's threads, left running, abort one process in six as it exits; NCCL's end might wait for the others
+        atexit.register(leave)
 
 
 def leave() -> None:

@@ -4,6 +4,7 @@ import atexit
 
 from glalm.cli import hydra_entry
 from glalm.config import RunConfig
+from glalm.strict import ConfigError
 
 
 def main(config: RunConfig) -> int:
@@ -16,7 +17,11 @@ def main(config: RunConfig) -> int:
         from glalm.evals.during import during
 
         evaluate = during(config)
-    signum = train(config, evaluate)
+    try:
+        signum = train(config, evaluate)
+    except ConfigError:  # of all processes, before a collective of their GPUs, for whose end one could wait for another
+        leave()
+        raise
     atexit.register(leave)  # not yet: --multirun's next run is of the same processes
     return signum
 

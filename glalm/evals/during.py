@@ -5,12 +5,9 @@ They read a copy of the model, whole on every process whatever the training shar
 """
 
 import copy
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -18,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from glalm.config import EvalConfig, RunConfig
 from glalm.evals.job import Work, lacking
 from glalm.evals.models import Subject, run_tokenizer
+from glalm.evals.randomness import undisturbed
 from glalm.evals.run import make_job
 from glalm.model import GLALMForCausalLM
 from glalm.strict import RunError
@@ -104,15 +102,3 @@ def copy_of(model: GLALMForCausalLM) -> GLALMForCausalLM:
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
     return twin.eval()
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """What is drawn at random in here changes no random state outside."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

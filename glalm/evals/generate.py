@@ -7,6 +7,7 @@ import torch
 from glalm.config import EvalConfig, GenerateConfig
 from glalm.evals.job import Job, Work
 from glalm.evals.models import Subject
+from glalm.evals.randomness import seeded
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:
@@ -27,11 +28,10 @@ def samples(subject: Subject, config: GenerateConfig, seed: int, work: Work) -> 
     gives the same text on the same device however many processes there are; the global random state is left as it was.
     """
     texts = []
-    with torch.random.fork_rng([subject.device] if subject.device.type == "cuda" else []):
-        for i, prompt in work.mine(enumerate(config.prompts)):
-            torch.manual_seed(seed + i)
+    for i, prompt in work.mine(enumerate(config.prompts)):
+        with seeded(seed + i, subject.device):
             texts.append({"prompt": prompt, "continuation": continuation(subject, config, prompt)})
-            work.advance(config.tokens)
+        work.advance(config.tokens)
     return work.gather(texts)
 
 

@@ -28,6 +28,7 @@ from glalm.evals.job import Job, Work
 from glalm.evals.likelihood import Answer, batches, carried, log_likelihoods, padded
 from glalm.evals.models import Subject
 from glalm.evals.published import PAPER, RECALL, paper_table
+from glalm.evals.randomness import seeded
 from glalm.evals.results import scores
 from glalm.strict import ConfigError, require
 
@@ -118,10 +119,9 @@ def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | N
     for task in loaded["tasks"].values():
         set_fewshot(task, lm.options.num_fewshot)
     # Every process builds all requests and shares out only the model's work, so that there is one harness to the eye.
-    limit, device = lm.options.limit, lm.subject.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # What a task samples does not depend on those before it, which a killed evaluator does not run again.
-        torch.manual_seed(DEFAULT_OTHER_SEED + lm.work.rank)
+    limit = lm.options.limit
+    # What a task samples does not depend on those before it, which a killed evaluator does not run again.
+    with seeded(DEFAULT_OTHER_SEED + lm.work.rank, lm.subject.device):
         found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     return {task: metrics(task, found) for task in found["results"]}
 

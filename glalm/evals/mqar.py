@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.config.mqar import MQARConfig
+from glalm.evals.randomness import seeded
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import has_bf16
 
@@ -155,8 +156,7 @@ def captured(step: Callable[[Examples], None], size: int, device: torch.device) 
 
 def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> GLALMForCausalLM:
     shape = dataclasses.replace(config.model, layers=mixer, hidden_size=width, vocab_size=config.vocab_size)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed, device):
         return GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(shape))).to(device)
 
 

@@ -307,11 +307,11 @@ def _losses(ax: Axes, label: str) -> None:
     They span what a run still learns after its first fifth: the fall from log(vocabulary) would leave it a line.
     """
     ax.set_xlim(left=0)
-    points = [point for line in ax.lines for point in zip(*line.get_data(), strict=True)]
-    late = [loss for tokens, loss in points if tokens >= max(points)[0] / 5 and math.isfinite(loss)]
-    if min(late, default=0) < max(late, default=0):
-        margin = 0.05 * (max(late) - min(late))
-        ax.set_ylim(min(late) - margin, max(late) + margin)
+    tokens, losses = np.concatenate([np.array(line.get_data(), dtype=float) for line in ax.lines], axis=1)
+    late = losses[(tokens >= tokens.max() / 5) & np.isfinite(losses)]
+    if late.size and np.ptp(late) > 0:
+        margin = 0.05 * np.ptp(late)
+        ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.xaxis.set_major_formatter(lambda x, _: quantity(x))
     ax.set_xlabel("tokens trained on")
     ax.set_ylabel(label)

@@ -11,8 +11,9 @@ import torch
 from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
 from glalm.data.files import read_jsonl
 from glalm.evals import during as module
-from glalm.evals.during import copy_of, during, undisturbed
+from glalm.evals.during import copy_of, during
 from glalm.evals.job import Job
+from glalm.evals.randomness import undisturbed
 from glalm.evals.run import evaluate
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError

@@ -208,8 +208,9 @@ def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int
 
 def tune(B: int, T: int, K: int, V: int) -> None:
     """Every kernel by itself over its candidates; the best of each is kept for those after it."""
-    scans = [{"BV": v, "PARTS": p} for v in (64, 128, 256) for p in (1, 4) if v <= V]
-    square = [{"BK": 64, "BV": 64}]
+    widths = [v for v in (64, 128, 256) if v <= V]
+    scans = [{"BV": v, "PARTS": p, "PREFETCH": f} for v, p, f in itertools.product(widths, (1, 4), (False, True))]
+    square = [{"BK": 64, "BV": 64, "PREFETCH": f} for f in (False, True)]
     q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
     do, o = torch.randn_like(v), torch.empty_like(v)
     plan = gla.Plan(q, k, v, g, K**-0.5, None, None)
@@ -224,10 +225,10 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     }
     for kernel, (tiles, call) in candidates.items():
         found = []
-        for tile, warps, stages in itertools.product(tiles, (4, 8), (1, 2, 3)):
-            if tiles is not scans and warps == 8:
+        for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3), (None, 168, 128)):
+            if warps == 8 and (limit or tiles is not scans):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
-            launch = configs.Launch(tile, warps, stages)
+            launch = configs.Launch(tile, warps, stages, limit)
             plan.config = plan.config._replace(**{kernel: launch})
             try:
                 call()

@@ -90,6 +90,27 @@ def store_tile(x, stride, rows, cols, tile):
 
 
 @triton.jit
+def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
+    """Has what load_tile would load brought into the L2 cache, and does not wait for it."""
+    if not _INTERPRETED:
+        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = (C + LINE - 1) // LINE
+        i, j = tl.arange(0, R)[:, None], tl.arange(0, LINES)[None, :] * LINE
+        p = x + tl.minimum(i, rows - 1) * stride + tl.minimum(j, cols - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def any_marked(marks, count, BLOCKS: tl.constexpr, EACH: tl.constexpr):
+    """Whether there is work for a program that looks after items id, id + programs, ... of `count`, EACH in all, where
+    BLOCKS items in turn share a mark."""
+    items = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, EACH)
+    return tl.max(tl.load(marks + items // BLOCKS, mask=items < count, other=0).to(tl.uint32), 0) != 0
+
+
+@triton.jit
 def exp2(x):
     """2^x with denormal results flushed to 0: a third of the instructions of tl.exp2."""
     if _INTERPRETED:

@@ -10,7 +10,8 @@ import torch
 
 
 class Launch(NamedTuple):
-    """Tile sizes (what they cut is in the kernel's own signature), warps and software-pipeline stages."""
+    """Tile sizes (what they cut is in the kernel's own signature) and whether to PREFETCH what is wanted later, warps
+    and software-pipeline stages."""
 
     tile: dict[str, int]
     warps: int
@@ -38,36 +39,36 @@ def _prepare(BK: int, warps: int, stages: int, registers: int | None = None) -> 
     return Launch({"BK": BK}, warps, stages, registers)
 
 
-def _scan(BV: int, PARTS: int, warps: int, stages: int) -> Launch:
-    return Launch({"BV": BV, "PARTS": PARTS}, warps, stages)
+def _scan(BV: int, PARTS: int, warps: int, stages: int, registers: int | None = None, PREFETCH: bool = False) -> Launch:
+    return Launch({"BV": BV, "PARTS": PARTS, "PREFETCH": PREFETCH}, warps, stages, registers)
 
 
 def _dscores(BV: int, warps: int, stages: int) -> Launch:
     return Launch({"BV": BV}, warps, stages)
 
 
-def _gradients(BK: int, BV: int, warps: int, stages: int) -> Launch:
-    return Launch({"BK": BK, "BV": BV}, warps, stages)
+def _gradients(BK: int, BV: int, warps: int, stages: int, PREFETCH: bool = False) -> Launch:
+    return Launch({"BK": BK, "BV": BV, "PREFETCH": PREFETCH}, warps, stages)
 
 
 TABLE: dict[tuple[int, int, int], Config] = {
     # (compute capability major, K, V), bfloat16 operands
     (9, 256, 512): Config(
-        prepare=_prepare(64, 4, 2, 160),
+        prepare=_prepare(64, 4, 2, 168),
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(128, 1, 8, 2),
-        states=_scan(64, 1, 4, 1),
-        reverse=_scan(128, 4, 8, 2),
+        states=_scan(64, 1, 4, 1, PREFETCH=True),
+        reverse=_scan(128, 4, 8, 2, PREFETCH=True),
         dscores=_dscores(64, 4, 3),
         gradients=_gradients(64, 64, 4, 3),
         gradients_exact=_gradients(64, 64, 4, 1),
     ),
     (9, 128, 256): Config(
-        prepare=_prepare(64, 4, 2, 160),
+        prepare=_prepare(64, 4, 2, 168),
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(64, 1, 4, 2),
-        states=_scan(64, 1, 4, 1),
-        reverse=_scan(256, 4, 8, 2),
+        states=_scan(64, 1, 4, 1, PREFETCH=True),
+        reverse=_scan(256, 4, 8, 2, PREFETCH=True),
         dscores=_dscores(64, 4, 3),
         gradients=_gradients(64, 64, 4, 3),
         gradients_exact=_gradients(64, 64, 4, 1),
@@ -77,9 +78,9 @@ TABLE: dict[tuple[int, int, int], Config] = {
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(64, 1, 4, 1),
         states=_scan(64, 1, 4, 2),
-        reverse=_scan(64, 1, 4, 1),
+        reverse=_scan(64, 1, 4, 1, 128),  # four programs to a multiprocessor: with three, 512 heads take two turns
         dscores=_dscores(64, 4, 1),
-        gradients=_gradients(64, 64, 4, 1),
+        gradients=_gradients(64, 64, 4, 1, PREFETCH=True),
         gradients_exact=_gradients(64, 64, 4, 1),
     ),
 }
@@ -90,9 +91,10 @@ def rule(KP: int, VP: int, bits: int) -> Config:
     if bits == 16 and min(KP, VP) >= 64:
         wide = KP <= 256
         scan = _scan(64 if wide else 32, max(1, KP // 64) if wide else 1, 4, 2 if KP <= 128 else 1)
-        gradients = _gradients(64, 64, 4, 3 if VP > 64 else 1)
+        gradients = _gradients(64, 64, 4, 3 if VP > 64 else 1, PREFETCH=VP == 64)
+        prepare = _prepare(64, 4, 2, 168) if KP > 64 else _prepare(64, 4, 1, 128)
         return Config(
-            _prepare(64, 4, 2 if KP > 64 else 1, 160), _prepare(64, 4, 1), scan, scan, scan,
+            prepare, _prepare(64, 4, 1), scan, scan, scan,
             _dscores(64, 4, 3 if VP > 64 else 1), gradients, _gradients(64, 64, 4, 1),
         )  # fmt: skip
     # wgmma (tiles of 64 rows and four warps or more) reads past a program's shared memory in Triton 3.6 when the

@@ -16,6 +16,8 @@ from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.prepare import prepare_kernel
 from glalm.kernels.triton.scan import join_kernel, scan_kernel
 
+EXACT_EACH = 4  # tiles to a program that looks whether there is one for the exact path: mostly it only looks
+
 
 def forward(
     q: Tensor,
@@ -121,10 +123,11 @@ class Plan:
             args = self.q, self.k, self.g, signs(self.q.device), kept.q, kept.k, kept.scores, kept.decay, *last
             launch(prepare_head_kernel, self.tiles, args, common | {"FIXED": self.fixed}, self.config.prepare.options)
             return kept
-        args = self.q, self.k, self.g, signs(self.q.device), *kept[:5], *last
+        args = self.q, self.k, self.g, signs(self.q.device), *kept[:5], *last, self.tiles
         for exact, config in ((False, self.config.prepare), (True, self.config.prepare_exact)):
-            constants = {**common, "BK": config.tile["BK"], "EXACT": exact}
-            launch(prepare_kernel, self.tiles, args, constants, config.options)
+            each = EXACT_EACH if exact else 1
+            constants = {**common, "BK": config.tile["BK"], "EXACT": exact, "EACH": each}
+            launch(prepare_kernel, triton.cdiv(self.tiles, each), args, constants, config.options)
         return kept
 
     def scan(
@@ -186,6 +189,8 @@ class Plan:
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=bv, C=CHUNK, PARTS=parts,
             A_PARTS=kept.scores.shape[1], HEAD=self.per_head, REVERSE=reverse, PRECISION=self.precision,
+            # Not where starts are found: with the registers for it fewer programs fit on a multiprocessor at once.
+            PREFETCH=config.tile["PREFETCH"] and states is not None,
         )  # fmt: skip
         blocks = triton.cdiv(self.V if states is None else self.VP, bv)
         programs = self.chunks.sequences * self.H * segments * blocks
@@ -214,11 +219,12 @@ class Plan:
             launch(gradients_head_kernel, self.tiles * blocks, args, common, self.config.gradients.options)
             return dq, dk, None if dg is None else dg.sum(0).to(self.g.dtype)
         dg = torch.empty_like(self.g)
-        args = *first, kept.exact, *middle, dg, *last
         sum_parts = 2 if self.dtype == torch.bfloat16 else 3
         for exact, config in ((False, self.config.gradients), (True, self.config.gradients_exact)):
-            constants = {**common, **config.tile, "SUM_PARTS": sum_parts, "EXACT": exact}
-            launch(gradients_kernel, self.tiles * (self.KP // config.tile["BK"]), args, constants, config.options)
+            items, each = self.tiles * (self.KP // config.tile["BK"]), EXACT_EACH if exact else 1
+            args = *first, kept.exact, *middle, dg, *last, items
+            constants = {**common, **config.tile, "SUM_PARTS": sum_parts, "EXACT": exact, "EACH": each}
+            launch(gradients_kernel, triton.cdiv(items, each), args, constants, config.options)
         return dq, dk, dg
 
     def dscores(self, do: Tensor) -> Tensor | None:

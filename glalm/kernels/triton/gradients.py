@@ -20,6 +20,7 @@ import triton.language as tl
 
 from glalm.kernels.triton.blocks import (
     FLOOR,
+    any_marked,
     chunk_rows,
     dot,
     exact_dot,
@@ -29,6 +30,7 @@ from glalm.kernels.triton.blocks import (
     log_gates,
     parts_of,
     precise_dot,
+    prefetch_tile,
     store_tile,
 )
 from glalm.kernels.triton.prepare import clamped_exponents, exponents, load_gates
@@ -70,60 +72,74 @@ def through_states(
     return dx, dy, dA_high, dA_low, tl.sum(products, axis=0)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "items"])
 def gradients_kernel(
     q, k, g, v, do, signs, exact, dscores, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
-    N, T,
+    N, T, items,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr,
+    SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, EXACT: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """One program: BK channels of one chunk of one head, over all of V. dscores is None to have dA computed here.
+    """One program: EACH items, an item being BK channels of one chunk of one head, over all of V. dscores is None to
+    have dA computed here.
 
     With EXACT it takes the chunks marked `exact` and leaves the others, without EXACT the reverse: two kernels from
     one text, so that the pairwise path costs the usual one no registers.
     """
     BLOCKS: tl.constexpr = KP // BK
-    tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    k0 = tl.program_id(0) % BLOCKS * BK
-    chunk, h = tile // H, tile % H
-    row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
-    if rows <= 0 or (tl.load(exact + tile) != 0) != EXACT:
-        return
-    dx, dy, dA_high, dA_low, across = through_states(
-        v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
-    )
-    p = row * H * K + h * K + k0
-    width = K - k0
-    gate = load_gates(g + p, H * K, rows, width, inverse, C, BK, LOGITS)
-    sign = load_tile(signs, C, C, C, C, C)
-    for_q = exponents(sign, gate, GATE_PARTS)
-    for_k = -for_q
-    if EXACT:
-        for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
-    y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * exp2(for_k)
-    across += tl.sum(y * dy, axis=0)
-    if not EXACT:
-        dx = precise_dot(dA_high, dA_low, y, dx, PRECISION)
-    x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * (exp2(for_q) * scale)
-    if not EXACT:
-        dy = precise_dot(tl.trans(dA_high), tl.trans(dA_low), x, dy, PRECISION)
-    r = x * dx - y * dy
-    dy *= exp2(for_k)
-    dx *= exp2(for_q) * scale
-    if EXACT:
-        dA = dA_high.to(tl.float32) + dA_low.to(tl.float32)
-        dx, dy = add_pairs(q + p, k + p, g + p, dx, dy, dA, scale, inverse, rows, width, H, K, BK, C, LOGITS)
-        r = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * dx
-        r -= load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * dy
-    store_tile(dq + p, H * K, rows, width, dx)
-    store_tile(dk + p, H * K, rows, width, dy)
-    sums = exact_dot(load_tile(signs + C * C, C, C, C, C, C), r, SUM_PARTS) + across[None, :]
-    if EXACT:  # below FLOOR nothing passes the gate
-        sums = tl.where(gate > FLOOR, sums, 0)
-    if LOGITS:
-        sums *= gate_slope(load_tile(g + p, H * K, rows, width, C, BK), inverse)
-    store_tile(dg + p, H * K, rows, width, sums)
+    if EXACT:  # noqa: SIM102 (and would load first)
+        if not any_marked(exact, items, BLOCKS, EACH):
+            return
+    for i in range(EACH):
+        item = tl.program_id(0) + i * tl.num_programs(0)
+        tile = (tl.minimum(item, items - 1) // BLOCKS).to(tl.int64)
+        k0 = item % BLOCKS * BK
+        chunk, h = tile // H, tile % H
+        row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
+        marked = tl.load(exact + tile) != 0
+        if EXACT:
+            rows = tl.where((item < items) & marked, rows, 0)
+        if rows > 0:
+            p = row * H * K + h * K + k0
+            width = K - k0
+            if PREFETCH:
+                prefetch_tile(g + p, H * K, rows, width, C, BK)
+                prefetch_tile(k + p, H * K, rows, width, C, BK)
+                prefetch_tile(q + p, H * K, rows, width, C, BK)
+            dx, dy, dA_high, dA_low, across = through_states(
+                v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
+            )
+            gate = load_gates(g + p, H * K, rows, width, inverse, C, BK, LOGITS)
+            sign = load_tile(signs, C, C, C, C, C)
+            for_q = exponents(sign, gate, GATE_PARTS)
+            for_k = -for_q
+            if EXACT:
+                for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
+            y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * exp2(for_k)
+            across += tl.sum(y * dy, axis=0)
+            if not EXACT:
+                dx = precise_dot(dA_high, dA_low, y, dx, PRECISION)
+            x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * (exp2(for_q) * scale)
+            if not EXACT:
+                dy = precise_dot(tl.trans(dA_high), tl.trans(dA_low), x, dy, PRECISION)
+            r = x * dx - y * dy
+            dy *= exp2(for_k)
+            dx *= exp2(for_q) * scale
+            if EXACT:
+                dA = dA_high.to(tl.float32) + dA_low.to(tl.float32)
+                dx, dy = add_pairs(q + p, k + p, g + p, dx, dy, dA, scale, inverse, rows, width, H, K, BK, C, LOGITS)
+                r = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * dx
+                r -= load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * dy
+            else:  # not before: to wait for the mark first is 2% of the time
+                rows = tl.where(marked, 0, rows)
+            store_tile(dq + p, H * K, rows, width, dx)
+            store_tile(dk + p, H * K, rows, width, dy)
+            sums = exact_dot(load_tile(signs + C * C, C, C, C, C, C), r, SUM_PARTS) + across[None, :]
+            if EXACT:  # below FLOOR nothing passes the gate
+                sums = tl.where(gate > FLOOR, sums, 0)
+            if LOGITS:
+                sums *= gate_slope(load_tile(g + p, H * K, rows, width, C, BK), inverse)
+            store_tile(dg + p, H * K, rows, width, sums)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from glalm.kernels.triton.blocks import (
     load_tile,
     log_gates,
     parts_of,
+    prefetch_tile,
     store_parts,
     store_tile,
     two_part_dot,
@@ -108,7 +109,7 @@ def gradients_head_kernel(
     N, T, tokens,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, FIXED: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One program: BK channels of one chunk of one head, over all of V. dscores is None to have dA computed here.
 
@@ -122,6 +123,10 @@ def gradients_head_kernel(
     row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
+    p = row * H * K + h * K + k0
+    if PREFETCH:
+        prefetch_tile(k + p, H * K, rows, K - k0, C, BK)
+        prefetch_tile(q + p, H * K, rows, K - k0, C, BK)
     t = tl.arange(0, C)
     dx, dy, dA_high, dA_low, across = through_states(
         v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
@@ -134,7 +139,6 @@ def gradients_head_kernel(
         dx *= before[:, None]
         dy *= after[:, None]
     dA_high, dA_low = parts_of(dA, states.dtype.element_ty)
-    p = row * H * K + h * K + k0
     x = load_tile(q + p, H * K, rows, K - k0, C, BK)
     y = load_tile(k + p, H * K, rows, K - k0, C, BK)
     x_operand, y_operand = x.to(states.dtype.element_ty), y.to(states.dtype.element_ty)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from glalm.kernels.triton.blocks import (
     LOG2E,
+    any_marked,
     chunk_rows,
     dot,
     exact_dot,
@@ -57,53 +58,62 @@ def clamped_exponents(signs, gate, PARTS: tl.constexpr):
     return (exact_dot(before, gate, PARTS) + lift) * LOG2E, (exact_dot(after, gate, PARTS) + lift) * LOG2E
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@triton.jit(do_not_specialize=["N", "T", "tiles"])
 def prepare_kernel(
-    q, k, g, signs, q_hat, k_hat, scores, half, exact, cu_seqlens, offsets, owners, scale, inverse, N, T,
+    q, k, g, signs, q_hat, k_hat, scores, half, exact, cu_seqlens, offsets, owners, scale, inverse, N, T, tiles,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, EXACT: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, EXACT: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of one head. Writes tiles [C, KP] of q_hat and k_hat, padded with zeros,
-    and a tile [C, C] of A; with LOW one [2, C, C], A and what rounding took from it.
+    """One program: EACH tiles, a tile being one chunk of one head. Writes tiles [C, KP] of q_hat and k_hat, padded with
+    zeros, and a tile [C, C] of A; with LOW one [2, C, C], A and what rounding took from it.
 
     With EXACT it does over what the kernel without found to need the pairwise path, and nothing else: two kernels from
     one text, so that the pairwise path costs the usual one no registers.
     """
-    tile = tl.program_id(0).to(tl.int64)
-    chunk, h = tile // H, tile % H
-    row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
-    if rows <= 0:
-        return
-    if EXACT:  # noqa: SIM102 (and would load first)
-        if tl.load(exact + tile) == 0:
-            return
     t = tl.arange(0, C)
-    sign = load_tile(signs, C, C, C, C, C)
-    A = tl.zeros([C, C], tl.float32)
-    lowest = 0.0
-    for k0 in range(0, KP, BK):
-        p = row * H * K + h * K + k0
-        gate = load_gates(g + p, H * K, rows, K - k0, inverse, C, BK, LOGITS)
-        total = tl.sum(gate, axis=0)
-        lowest = tl.minimum(lowest, tl.min(total, axis=0))
-        tl.store(half + tile * KP + k0 + tl.arange(0, BK), exp2(tl.maximum(0.5 * total, -LIMIT) * LOG2E))
-        for_q = exponents(sign, gate, GATE_PARTS)
-        for_k = -for_q
+    if EXACT:  # noqa: SIM102 (and would load first)
+        if not any_marked(exact, tiles, 1, EACH):
+            return
+    for i in range(EACH):
+        item = tl.program_id(0) + i * tl.num_programs(0)
+        tile = tl.minimum(item, tiles - 1).to(tl.int64)
+        chunk, h = tile // H, tile % H
+        row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
         if EXACT:
-            for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
-        x = load_tile(q + p, H * K, rows, K - k0, C, BK).to(tl.float32) * (exp2(for_q) * scale)
-        y = load_tile(k + p, H * K, rows, K - k0, C, BK).to(tl.float32) * exp2(for_k)
-        store_tile(q_hat + tile * C * KP + k0, KP, C, BK, x)
-        store_tile(k_hat + tile * C * KP + k0, KP, C, BK, y)
-        if not EXACT:  # A is rounded once, at its end: it wants more of q_hat and k_hat than a bfloat16 keeps
-            if PRECISION == "tf32":
-                x, y = to_tf32(x), to_tf32(y)
-            A = dot(x, tl.trans(y), A, PRECISION)
-    if EXACT:
-        A = exact_scores(q, k, g, row, rows, h, scale, inverse, H, K, KP, 16, C, LOGITS)
-    else:
-        tl.store(exact + tile, (lowest < -2 * LIMIT).to(tl.int32))
-    store_parts(scores + tile * (1 + LOW) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, LOW)
+            rows = tl.where((item < tiles) & (tl.load(exact + tile) != 0), rows, 0)
+        if rows > 0:
+            sign = load_tile(signs, C, C, C, C, C)
+            A = tl.zeros([C, C], tl.float32)
+            lowest = 0.0
+            for k0 in range(0, KP, BK):
+                p = row * H * K + h * K + k0
+                if KP == BK:  # nothing loads ahead for a single iteration: three waits for memory in one
+                    x_tile = load_tile(q + p, H * K, rows, K - k0, C, BK)
+                    y_tile = load_tile(k + p, H * K, rows, K - k0, C, BK)
+                gate = load_gates(g + p, H * K, rows, K - k0, inverse, C, BK, LOGITS)
+                total = tl.sum(gate, axis=0)
+                lowest = tl.minimum(lowest, tl.min(total, axis=0))
+                tl.store(half + tile * KP + k0 + tl.arange(0, BK), exp2(tl.maximum(0.5 * total, -LIMIT) * LOG2E))
+                for_q = exponents(sign, gate, GATE_PARTS)
+                for_k = -for_q
+                if EXACT:
+                    for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
+                if KP != BK:
+                    x_tile = load_tile(q + p, H * K, rows, K - k0, C, BK)
+                    y_tile = load_tile(k + p, H * K, rows, K - k0, C, BK)
+                x = x_tile.to(tl.float32) * (exp2(for_q) * scale)
+                y = y_tile.to(tl.float32) * exp2(for_k)
+                store_tile(q_hat + tile * C * KP + k0, KP, C, BK, x)
+                store_tile(k_hat + tile * C * KP + k0, KP, C, BK, y)
+                if not EXACT:  # A is rounded once, at its end: it wants more of q_hat and k_hat than a bfloat16 keeps
+                    if PRECISION == "tf32":
+                        x, y = to_tf32(x), to_tf32(y)
+                    A = dot(x, tl.trans(y), A, PRECISION)
+            if EXACT:
+                A = exact_scores(q, k, g, row, rows, h, scale, inverse, H, K, KP, 16, C, LOGITS)
+            else:
+                tl.store(exact + tile, (lowest < -2 * LIMIT).to(tl.int32))
+            store_parts(scores + tile * (1 + LOW) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, LOW)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ One program holds S^T [BV, K] of one head in float32 registers, so that S^T is t
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.blocks import chunk_rows, dot, sequence_chunks
+from glalm.kernels.triton.blocks import chunk_rows, dot, prefetch_tile, sequence_chunks
 
 
 @triton.jit(do_not_specialize=["N", "T", "segments"])
@@ -23,7 +23,7 @@ def scan_kernel(
     x, y, w, scores, shrink, out, states, initial, final, decay, cu_seqlens, offsets, owners, N, T, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PARTS: tl.constexpr, A_PARTS: tl.constexpr, HEAD: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of one head's state, through one segment (a run of chunks) of one sequence.
 
@@ -67,6 +67,10 @@ def scan_kernel(
             owed = tl.load(shrink + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
         p = (row + t)[:, None] * H * V + h * V + vv[None, :]
         mask = (t < rows)[:, None] & (vv < V)[None, :]
+        if PREFETCH:  # noqa: SIM102 (known when compiling)
+            if i + 1 < end:
+                row, rows = chunk_rows(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
+                prefetch_tile(w + row * H * V + h * V + block * BV, H * V, rows, V - block * BV, C, BV)
         w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
         y_tile = y.load([rc, 0])
         if not HEAD:

@@ -1,7 +1,8 @@
 """Multi-query associative recall (Zoology, arXiv 2312.04927): python scripts/mqar.py [KEY=VALUE ...]
 
-Trains a small model for every mixer, length, width and learning rate: FOLDER/eval/*.json, one a model, and the figure
-FOLDER/plots/mqar.png and .svg. The same command again trains what is missing. For example, in minutes on two cores:
+Trains a small model for every mixer, length, width and learning rate, until one rate solves it: FOLDER/eval/*.json,
+one a model, and the figure FOLDER/plots/mqar.png and .svg. The same command again trains what is missing. For example,
+in minutes on two cores:
 
     python scripts/mqar.py mixers=[attention,gla] lengths=[64] pairs=[4] widths=[64] learning_rates=[3e-3] \
         vocab_size=512 train_examples=20000 test_examples=1000 epochs=8 batch_size=128
@@ -12,7 +13,9 @@ and on one GPU, many models at once: python scripts/mqar.py workers=12
 import dataclasses
 import itertools
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -31,25 +34,23 @@ SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "width
 
 def main(config: MQARConfig) -> int:
     folder = Path(config.folder)
-    jobs = {path_of(folder, *job): job for job in sweep(config)}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
-    missing = {path: job for path, job in jobs.items() if not done(path, settings)}
     need_writable(folder)
-    print(f"{folder}: {len(jobs)} models, {len(missing)} to train, {config.workers} at once", flush=True)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
+    trained = {job: result for job in sweep(config) if (result := trained_before(path_of(folder, *job), settings))}
+    missing = [job for job in sweep(config) if job not in trained]
+    print(f"{folder}: {len(trained)} models, at most {len(missing)} to train, {config.workers} at once", flush=True)
     failed = []
-    with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
-        running = {pool.submit(train_one, config, i, *job): path for i, (path, job) in enumerate(missing.items())}
-        for n, future in enumerate(as_completed(running), 1):
-            path = running[future]
-            if error := future.exception():
-                failed.append(f"{path.stem}: {type(error).__name__}: {error}")
-                print(f"{n}/{len(running)} {failed[-1]}", file=sys.stderr, flush=True)
-                continue
-            result = future.result()
-            write_json(path, {"evaluator": "mqar", "settings": settings, "results": result})
-            score = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s"
-            print(f"{n}/{len(running)} {path.stem}: {score}", flush=True)
-    there = [path for path in jobs if done(path, settings)]
+    for n, (job, future) in enumerate(train_all(config, missing, trained), 1):
+        path = path_of(folder, *job)
+        if error := future.exception():
+            failed.append(f"{path.stem}: {type(error).__name__}: {error}")
+            print(f"{n}/{len(missing)} {failed[-1]}", file=sys.stderr, flush=True)
+            continue
+        trained[job] = result = future.result()
+        write_json(path, {"evaluator": "mqar", "settings": settings, "results": result})
+        score = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s"
+        print(f"{n}/{len(missing)} {path.stem}: {score}", flush=True)
+    there = [path_of(folder, *job) for job in sweep(config) if job in trained]
     for figure in plot_mqar(there, folder / "plots" / "mqar.png") if there else ():
         print(f"wrote {figure}")
     if failed:
@@ -58,14 +59,45 @@ def main(config: MQARConfig) -> int:
 
 
 def sweep(config: MQARConfig) -> list[tuple]:
-    """(mixer, length, pairs, width, lr) of every model, the longest first: what takes longest must not come last."""
+    """(mixer, length, pairs, width, lr) of every model. All at the first learning rate come first, which may save the
+    others; of these the longest, since what takes longest must not come last."""
     shapes = sorted(zip(config.lengths, config.pairs, strict=True), reverse=True)
     return [
         (mixer, *shape, width, lr)
-        for shape, width, mixer, lr in itertools.product(
-            shapes, sorted(config.widths, reverse=True), config.mixers, config.learning_rates
+        for lr, shape, width, mixer in itertools.product(
+            config.learning_rates, shapes, sorted(config.widths, reverse=True), config.mixers
         )
     ]
+
+
+def train_all(config: MQARConfig, jobs: list[tuple], trained: dict[tuple, dict]) -> Iterator[tuple[tuple, Future]]:
+    """Each job as it ends, and its future. One whose model another learning rate has taught by then is left out: the
+    best rate counts. The caller adds results to `trained`."""
+    waiting, running = deque(enumerate(jobs)), {}
+    with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
+        while waiting or running:
+            while waiting and len(running) < config.workers:
+                number, job = waiting.popleft()
+                if not solved(config, job, trained):
+                    running[submitted(pool, train_one, config, number, *job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
+
+
+def submitted(pool: Executor, *call) -> Future:
+    """Of a pool that a killed process has broken, a future that says so."""
+    try:
+        return pool.submit(*call)
+    except BrokenExecutor as error:
+        failed = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def solved(config: MQARConfig, job: tuple, trained: dict[tuple, dict]) -> bool:
+    """Whether a model of the job's mixer, length and width has reached `stop_at`, at any learning rate."""
+    results = (trained.get((*job[:-1], lr)) for lr in config.learning_rates)
+    return any(result is not None and result["accuracy"] >= config.stop_at for result in results)
 
 
 def path_of(folder: Path, mixer: str, length: int, pairs: int, width: int, lr: float) -> Path:
@@ -82,9 +114,10 @@ def need_writable(folder: Path) -> None:
         raise ConfigError(f"folder={folder}: nothing can be written there ({error}); write another") from error
 
 
-def done(path: Path, settings: dict) -> bool:
+def trained_before(path: Path, settings: dict) -> dict | None:
+    """The results of a model that was trained by the same settings."""
     result = read_json(path)
-    return result is not None and result["settings"] == settings
+    return result["results"] if result is not None and result["settings"] == settings else None
 
 
 def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: int, width: int, lr: float) -> dict:

@@ -30,7 +30,8 @@ class MQARConfig:
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 64])  # keys with a value, of each length
     widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    learning_rates: list[float] = field(default_factory=lambda: [1e-4, 4.64e-4, 2.15e-3, 1e-2])  # logspace(-4, -2, 4)
+    # logspace(-4, -2, 4), the likeliest first: what one of them solves, to stop_at, is not trained at the others
+    learning_rates: list[float] = field(default_factory=lambda: [2.15e-3, 4.64e-4, 1e-2, 1e-4])
     vocab_size: int = 8192  # keys are the lower half, values the upper
     power: float = 0.01  # of the gap between a key's two places: p(gap) ~ gap^(power - 1); 1: uniform
     filler: Literal["zero", "random"] = "zero"  # the tokens that are no key or value

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -153,11 +154,44 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp
     assert (tmp_path / "plots/mqar.svg").is_file()
     files[1].unlink()
     sweep.main(config)
-    assert "2 models, 1 to train" in capsys.readouterr().out
+    assert "1 models, at most 1 to train" in capsys.readouterr().out
     assert json.loads(files[1].read_text())["results"]["width"] == 32
     monkeypatch.setattr(sweep, "train_one", lambda *_: 1 / 0)
     with pytest.raises(RunError, match="2 models were not trained: gla_16x2_d32"):
         sweep.main(dataclasses.replace(config, seed=2))
+
+
+def test_what_one_learning_rate_solves_is_not_trained_at_the_others(sweep, tmp_path, monkeypatch):
+    tried = []
+
+    def train_one(config, number, mixer, length, pairs, width, lr):
+        tried.append((width, lr))
+        right = 0.95 if (width, lr) in ((64, 1e-2), (32, 1e-3)) else 0.5
+        what = {"mixer": mixer, "length": length, "pairs": pairs, "width": width, "lr": lr}
+        return what | {"accuracy": right, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": [right]}
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(sweep, "train_one", train_one)
+    rates = [1e-2, 1e-3, 1e-4]
+    config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32, 64], learning_rates=rates)
+    sweep.main(config)
+    assert tried == [(64, 1e-2), (32, 1e-2), (16, 1e-2), (32, 1e-3), (16, 1e-3), (16, 1e-4)]
+    tried.clear()
+    (tmp_path / "eval/gla_16x2_d64_lr0.01.json").unlink()
+    (tmp_path / "eval/gla_16x2_d32_lr0.01.json").unlink()
+    sweep.main(config)
+    assert tried == [(64, 1e-2)]  # 32 is solved, at another rate
+
+
+def test_a_worker_that_is_killed_is_reported_for_every_model(sweep, tmp_path, monkeypatch):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *call):
+            raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: Broken(workers))
+    config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2])
+    with pytest.raises(RunError, match=r"2 models were not trained: .*d32.*terminated abruptly; .*d16"):
+        sweep.main(config)
 
 
 @pytest.mark.parametrize("part", ["", "eval", "plots"])

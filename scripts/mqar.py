@@ -37,8 +37,9 @@ def main(config: MQARConfig) -> int:
     need_writable(folder)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
     trained = {job: result for job in sweep(config) if (result := trained_before(path_of(folder, *job), settings))}
-    missing = [job for job in sweep(config) if job not in trained]
-    print(f"{folder}: {len(trained)} models, at most {len(missing)} to train, {config.workers} at once", flush=True)
+    missing = [job for job in sweep(config) if job not in trained and not solved(config, job, trained)]
+    more = f"at most {len(missing)} to train, {config.workers} at once"
+    print(f"{folder}: {len(trained)} models are there, {more}", flush=True)
     failed = []
     for n, (job, future) in enumerate(train_all(config, missing, trained), 1):
         path = path_of(folder, *job)

@@ -154,7 +154,7 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp
     assert (tmp_path / "plots/mqar.svg").is_file()
     files[1].unlink()
     sweep.main(config)
-    assert "1 models, at most 1 to train" in capsys.readouterr().out
+    assert "1 models are there, at most 1 to train" in capsys.readouterr().out
     assert json.loads(files[1].read_text())["results"]["width"] == 32
     monkeypatch.setattr(sweep, "train_one", lambda *_: 1 / 0)
     with pytest.raises(RunError, match="2 models were not trained: gla_16x2_d32"):

@@ -1,0 +1,96 @@
+"""Every kernel of configs.TABLE compiled for Hopper, which needs no GPU: shared memory, and how many programs fit."""
+
+import math
+import re
+import subprocess
+import tempfile
+
+import pytest
+import torch
+import triton
+from interpreter import INTERPRETED
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from glalm.kernels.triton import configs, gla
+
+SHARED, REGISTERS, WARPS = 227 * 1024, 65536, 64  # of a multiprocessor
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+# Programs to a multiprocessor that the table's times rest on: fewer take one turn more, a third to a half slower.
+PROGRAMS = {
+    (256, 512): {"prepare": 3, "forward": 1, "states": 2, "reverse": 1, "dscores": 4, "gradients": 2},
+    (128, 256): {"prepare": 3, "forward": 2, "states": 4, "reverse": 1, "dscores": 4, "gradients": 2},
+    (64, 64): {"prepare": 4, "forward": 4, "states": 4, "reverse": 4, "gradients": 2},
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, arguments, constants, options) of every launch, none of which runs."""
+    made = []
+    monkeypatch.setattr(gla, "launch", lambda kernel, programs, *call: made.append((kernel, *call)))
+    return made
+
+
+def run(K: int, V: int, gate: str, T: int) -> None:
+    """Both passes; a long single head is cut into segments."""
+    q, k, v = (torch.zeros(1, T, 1, n, dtype=torch.bfloat16) for n in (K, K, V))
+    g = k[..., 0] if gate == "head" else k
+    normalizer = 16.0 if gate == "logits" else None
+    _, _, kept = gla.forward(q, k, v, g, 1.0, normalizer, None, False, None, True)
+    gla.backward(q, k, v, g, 1.0, normalizer, None, None, kept, v, None)
+
+
+def compiled(kernel, args: tuple, constants: dict, options: dict) -> tuple[int, int]:
+    """Bytes of shared memory and registers a thread."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    types = {name: kind(x, name in constants) for name, x in values.items()}
+    at = {name: (kernel.arg_names.index(name),) for name in types}
+    constant = {at[name]: values[name] for name in types if types[name] == "constexpr"}
+    aligned = {at[name]: [["tt.divisibility", 16]] for name in types if types[name].startswith("*")}
+    source = ASTSource(kernel, types, constant, aligned)
+    options = {name: value for name, value in options.items() if value is not None}
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return found.metadata.shared, registers(found.asm["cubin"])
+
+
+def kind(x, constant: bool) -> str:
+    if constant or x is None:
+        return "constexpr"
+    if isinstance(x, TensorDescriptor):
+        return f"tensordesc<{TYPES[x.base.dtype]}{x.block_shape}>"
+    return f"*{TYPES[x.dtype]}" if isinstance(x, torch.Tensor) else {int: "i32", float: "fp32"}[type(x)]
+
+
+def registers(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", usage)[1])
+
+
+def name_of(kernel, constants: dict, args: tuple) -> str:
+    if kernel.__name__ == "scan_kernel":
+        out = dict(zip(kernel.arg_names, args, strict=False))["out"]
+        return "states" if out is None else "reverse" if constants["REVERSE"] else "forward"
+    return kernel.__name__.split("_")[0]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("gate", "T"), [("channel", 128), ("logits", 2048), ("head", 2048)])
+@pytest.mark.parametrize("sizes", PROGRAMS, ids=str)
+def test_as_many_programs_fit_as_the_table_counts_on(sizes, gate, T, launches):
+    assert (9, *sizes) in configs.TABLE
+    run(*sizes, gate, T)
+    names = set()
+    for kernel, args, constants, options in launches:
+        name = name_of(kernel, constants, args)
+        shared, used = compiled(kernel, args, constants, options)
+        warps = options.get("num_warps", 4)
+        fit = min(REGISTERS // (warps * math.ceil(used * 32 / 256) * 256), SHARED // (shared + 1024), WARPS // warps)
+        assert fit >= (1 if constants.get("EXACT") else PROGRAMS[sizes].get(name, 1)), (name, used, shared)
+        names.add(name)
+    assert names >= PROGRAMS[sizes].keys()

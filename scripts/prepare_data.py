@@ -5,7 +5,7 @@ import sys
 import time
 
 from glalm.data.inspect import inspect
-from glalm.data.prepare import HELD_OUT, prepare
+from glalm.data.prepare import HELD_OUT, in_words, prepare
 from glalm.data.records import SUFFIXES
 from glalm.data.shards import SPLITS
 
@@ -109,9 +109,7 @@ def summarise(folder: str, manifest: dict, seconds: float) -> None:
         ratio = entry["text_bytes"] / max(entry["tokens"], 1)
         shards = sum(len(source["shards"]) for source in entry["sources"].values())
         print(f"{split:<12}{entry['documents']:>14,}{entry['tokens']:>18,}{ratio:>13.2f}{shards:>8,}")
-    for source, book in manifest["books"].items():
-        skipped = "".join(f", {count:,} left out ({reason})" for reason, count in sorted(book["skipped"].items()))
-        print(f"{source}: {book['read']:,} documents read, {book['written']:,} written{skipped}")
+    print("\n".join(in_words(manifest["books"])))
     tokenizer = manifest["tokenizer"]
     if not tokenizer["round_trips"]:
         print("note: this tokenizer does not give every text back as it was: it normalises")

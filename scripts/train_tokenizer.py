@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glalm.data.prepare import HELD_OUT, training_texts
 from glalm.data.progress import PreparationBar
-from glalm.data.sources import source
+from glalm.data.sources import left_out, source
 from glalm.data.vocabulary import train_sentencepiece
 
 
@@ -18,17 +18,20 @@ def main() -> int:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="as prepare_data.py takes them; all of it is read")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .model to write")
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="(%(default)s)")
-    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="(%(default)s)")
+    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="(%(default)s); only bpe is exported")
     parser.add_argument("--sample-mb", type=int, default=100, metavar="N", help="megabytes to train on (%(default)s)")
     parser.add_argument("--text-field", default="text", metavar="FIELD", help="of a JSON line or a row (%(default)s)")
     for split, share in HELD_OUT.items():
         parser.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help="as there (%(default)s)")
     args = parser.parse_args()
     try:
-        inputs = [i for spec in args.sources for i in source(spec).inputs]
+        sources = [source(spec) for spec in args.sources]
+        inputs = [i for s in sources for i in s.inputs]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         held_out = {split: getattr(args, split) for split in HELD_OUT}
         with PreparationBar() as bar:
+            if said := left_out(sources):
+                bar.say(said)
             bar.start("reading", sum(i.size for i in inputs))
             texts = training_texts(inputs, held_out, args.text_field, bar)
             model = train_sentencepiece(

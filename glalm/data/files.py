@@ -31,11 +31,20 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def publish(file: IO[bytes], path: Path) -> None:
-    """Close `file` when all of it is on disk, and give it the name `path`."""
-    file.flush()
-    os.fsync(file.fileno())
+    """Close `file`, and give it the name `path`: all of it is on disk, then its name is."""
+    synced(file)
     file.close()
     os.replace(file.name, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put on disk what is in a file, or which names are in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def beside(path: Path) -> Path:
@@ -43,7 +52,16 @@ def beside(path: Path) -> Path:
 
 
 def reopened(path: Path, size: int) -> IO[bytes]:
-    """The file `path`, cut back to its first `size` bytes, to be written on; new if size is 0."""
+    """The file `path`, cut back to its first `size` bytes, to be written on; new if size is 0.
+
+    ValueError if it has fewer: they were on disk once, and are lost.
+    """
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise ValueError(
+            f"{path}: {there} bytes are there and {size} were committed: a write was lost, or not all of the set was "
+            "copied; prepare it anew (overwrite=True, --overwrite)"
+        )
     file = open(path, "r+b" if size else "wb")  # noqa: SIM115 (it stays open)
     file.truncate(size)
     file.seek(size)

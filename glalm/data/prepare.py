@@ -12,19 +12,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from glalm.data.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
 from glalm.data.files import explaining_full_disk, locked, write_json
 from glalm.data.progress import PreparationBar
 from glalm.data.records import BadDocument, document, is_blank
-from glalm.data.shards import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, left_over, read_manifest
-from glalm.data.sources import File, HubShard, Source, source
+from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, left_over, read_manifest
+from glalm.data.sources import File, HubShard, Source, left_out, source
 from glalm.data.tokenizer import Tokenizer
 from glalm.data.vocabulary import train_sentencepiece
 from glalm.data.writer import JOURNAL, LOGS, SetWriter, describe, last_commit, state_of
 
-PLAN = ".plan.json"
 BLOCK = 2**20  # bytes of records that are passed to a worker at once
 # Smaller inputs are done before a second process has started.
 SMALL = 2**23
@@ -64,8 +64,8 @@ def prepare(
         alone: it stays where it is as data is added, and copies of it are never on both sides.
     shard_tokens: a shard ends before it would hold more; a document longer than this has a shard to itself. Shards
         of held-out text are smaller by its share, so that the first ones of all splits are complete at one time.
-    text_field, source_field: of a JSON line or a table's row; dots lead into nested fields. Documents are kept apart
-        by what source_field says, or else by the name of their source.
+    text_field, source_field: of a JSON line or a table's row, by its name, or else dots lead into nested fields.
+        Documents are kept apart by what source_field says, or else by the name of their source.
     on_error: what to do at a record that gives no document: raise ValueError with its file and line, or leave it out
         and count it by reason. Empty documents are always left out and counted.
     workers: processes that tokenise (None: all cores).
@@ -73,11 +73,18 @@ def prepare(
         must be one.
 
     The same call again goes on where it was interrupted, or returns at once when the set is complete: input files
-    count as the same by name and size, and by sha256 if they are newer than the set. Raises ValueError if `out` holds
-    a set that was prepared otherwise, unless `overwrite` (then it is always written anew), or other files.
+    count as the same by name, size and time of change, or else by name, size and sha256. Raises ValueError if `out`
+    holds a set that was prepared otherwise, or an unfinished one of which an input has changed, unless `overwrite`
+    (then it is always written anew, once a document of each input was read and the tokenizer is there), or other
+    files; and if an input changes while it is read.
     """
     _check(held_out, shard_tokens, on_error, workers)
+    if add and overwrite:
+        raise ValueError("add=True and overwrite=True: a set is added to or written anew; give one of them")
     out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out} is a file: name the folder (out, --out) to write the set into")
+    sources = [source(s) for s in sources]
     inputs = _inputs(sources, out.resolve())
     opened = Tokenizer(tokenizer) if tokenizer else None  # now, because it may lie in `out`
     settings = {
@@ -89,9 +96,13 @@ def prepare(
     }
     out.mkdir(parents=True, exist_ok=True)
     with locked(out), explaining_full_disk(out), PreparationBar(progress) as bar:
+        if said := left_out(sources, out.resolve()):
+            bar.say(said)
         if overwrite or (not add and _has_older_format(out, bar)):
-            _clear(out)
-        if plan := _plan(out, settings, inputs, opened, add, bar):
+            plan = _beginning(out, settings, inputs, opened, on_error, bar)
+        else:
+            plan = _plan(out, settings, inputs, opened, on_error, add, bar)
+        if plan:
             _carry_out(plan, inputs, out, on_error, workers or _cores(), commit_seconds, bar)
             if len(inputs) > len(plan["inputs"]) and (new := _not_in(out, inputs, bar)):
                 bar.say(f"{len(new)} inputs came after {out} was begun and are not in it: add them with --add")
@@ -101,15 +112,17 @@ def prepare(
 # ------------------------------------------------------------------------------------------------- what is to be done
 
 
-def _inputs(sources: Iterable[Source | str | os.PathLike], out: Path) -> list[Input]:
+def _inputs(sources: list[Source], out: Path) -> list[Input]:
     """What is to be read, in order, less a set's own files in `out`, which may lie in the folder of its source.
 
     ValueError if it is nothing, or if two inputs could not be told apart later.
     """
-    inputs = [i for s in sources for i in source(s).inputs]
+    if not sources:
+        raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
+    inputs = [i for s in sources for i in s.inputs]
     inputs = [i for i in inputs if not (isinstance(i, File) and out in i.path.resolve().parents)]
     if not inputs:
-        raise ValueError("sources is empty: name 'stdlib', the path of some text or hf:DATASET")
+        raise ValueError(f"all sources lie in {out}, the folder of the set (out, --out): write it into another folder")
     first: dict[tuple[str, str], Input] = {}
     for i in inputs:
         if (other := first.setdefault((i.source, i.name), i)) is not i:
@@ -121,7 +134,7 @@ def _inputs(sources: Iterable[Source | str | os.PathLike], out: Path) -> list[In
 
 
 def _plan(
-    out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, add: bool, bar: PreparationBar
+    out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, on_error: str, add: bool, bar
 ) -> dict | None:
     """What is to be done in `out`; None if nothing is."""
     wanted = None if add else settings
@@ -132,13 +145,16 @@ def _plan(
         return _addition(out, wanted, inputs, bar)
     if add:
         raise ValueError(f"{out}: no set to add to; name its folder, or leave out --add (add=True) to begin one")
+    return _beginning(out, settings, inputs, tokenizer, on_error, bar)
+
+
+def _beginning(out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, on_error: str, bar) -> dict:
+    """The plan of a new set. It is on disk, with the tokenizer, before the work begins; a set that was in `out` goes
+    when nothing is left to be refused but what lies deep in the inputs."""
+    if _set_files(out):
+        _try(inputs, settings, on_error)
+    tokenizer = tokenizer or _train(settings, inputs, bar)
     _clear(out)
-    return _beginning(out, settings, inputs, tokenizer, bar)
-
-
-def _beginning(out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, bar) -> dict:
-    """The plan of a new set. It is on disk, with the tokenizer, before the work begins."""
-    tokenizer = tokenizer or _train(out, settings, inputs, bar)
     described = _save_tokenizer(tokenizer, out)
     content = [FORMAT, VERSION, settings, tokenizer.fingerprint, [_key(i) for i in inputs]]
     plan = {
@@ -147,24 +163,40 @@ def _beginning(out: Path, settings: dict, inputs: list[Input], tokenizer: Tokeni
         "settings": settings,
         "tokenizer": described,
         "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-        "inputs": [_key(i) for i in inputs],
+        "inputs": [_entry(i) for i in inputs],
         "base": None,
     }
     return _written(plan, out)
 
 
 def _unfinished(out: Path, settings: dict | None, inputs: list[Input]) -> dict:
-    """The plan of a set that was interrupted; ValueError if it was for other settings or for what is not there."""
+    """The plan of a set that was interrupted; ValueError if it was for other settings, or for inputs that are gone or
+    have changed."""
     plan = json.loads((out / PLAN).read_bytes())
-    given = {json.dumps(_key(i)) for i in inputs}
-    gone = [i["name"] for i in plan["inputs"] if json.dumps(i) not in given]
-    changed = _difference(plan["settings"], settings) + [f"{name}, which is gone or changed" for name in gone[:1]]
+    given = {(i.source, i.name): i for i in inputs}
+    gone = [i["name"] for i in plan["inputs"] if (i["source"], i["name"]) not in given]
+    changed = _difference(plan["settings"], settings) + [f"{name}, which is gone" for name in gone[:1]]
     if changed:
         raise ValueError(
             f"{out} holds an unfinished set that was prepared otherwise (different {', '.join(changed)}): finish it "
             "with the command that began it, choose another folder, or overwrite it (overwrite=True, --overwrite)"
         )
+    touched = [i for i in plan["inputs"] if i != _entry(given[i["source"], i["name"]])]
+    digests = _read_whole(out) if touched else {}
+    for entry in touched:
+        i = given[key := (entry["source"], entry["name"])]
+        if entry["bytes"] != i.size or key not in digests or digests[key] != i.sha256():
+            raise _changed(i, out)
     return plan
+
+
+def _read_whole(out: Path) -> dict[tuple[str, str], str | None]:
+    """{(source, name): sha256} of the inputs of which all is in an unfinished set."""
+    if not (commit := last_commit(out)):
+        return {}
+    lines = (out / "inputs.jsonl").read_bytes()[: commit["logs"]["inputs.jsonl"]].splitlines()
+    mine = lines[len(lines) - commit["cursor"][0] :]  # the ones before are of the set that is added to
+    return {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, mine)}
 
 
 def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: PreparationBar) -> dict | None:
@@ -183,24 +215,23 @@ def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: Prepar
     if not new:
         return None
     kept = {key: manifest[key] for key in ("version", "fingerprint", "settings", "tokenizer", "dtype")}
-    return _written({**kept, "inputs": [_key(i) for i in new], "base": state_of(manifest)}, out)
+    return _written({**kept, "inputs": [_entry(i) for i in new], "base": state_of(manifest)}, out)
 
 
 def _not_in(out: Path, inputs: list[Input], bar: PreparationBar) -> list[Input]:
     """Those of `inputs` whose content a complete set lacks."""
-    since = (out / MANIFEST).stat().st_mtime
     known = [json.loads(line) for line in (out / "inputs.jsonl").read_bytes().splitlines()]
-    by_key = {(i["source"], i["name"], i["bytes"]): i["sha256"] for i in known}
+    by_key = {(i["source"], i["name"], i["bytes"]): i for i in known}
     by_content = {i["sha256"]: i["name"] for i in known}
     sizes = {i["bytes"] for i in known}
     new = []
     for i in inputs:
-        digest = by_key.get((i.source, i.name, i.size), "")
-        if digest and isinstance(i, File) and i.path.stat().st_mtime > since:
-            digest = digest if i.sha256() == digest else ""
-        if digest == "" and isinstance(i, File) and i.size in sizes and (same := by_content.get(i.sha256())):
+        entry = by_key.get((i.source, i.name, i.size))
+        if entry and (entry.get("mtime_ns") == i.mtime_ns or entry["sha256"] == i.sha256()):
+            continue
+        if isinstance(i, File) and i.size in sizes and (same := by_content.get(i.sha256())):
             bar.say(f"{i.path} is in the set already, as {same}")
-        elif digest == "":
+        else:
             new.append(i)
     return new
 
@@ -214,7 +245,30 @@ def _has_older_format(out: Path, bar: PreparationBar) -> bool:
     return version < VERSION
 
 
-def _train(out: Path, settings: dict, inputs: list[Input], bar: PreparationBar) -> Tokenizer:
+def _try(inputs: list[Input], settings: dict, on_error: str) -> None:
+    """Read the first document of each of `inputs`; ValueError as the work would raise it, or if none has one."""
+    found, first_bad = False, ""
+    for i in inputs:
+        if found and isinstance(i, HubShard) and i.index:
+            continue  # of one data set, all have the columns of the first; and each is a request
+        records = (record for some, _ in i.read(_fields(settings)) for record in some)
+        for number, record in enumerate(records, start=1):
+            try:
+                document(record, settings["text_field"], settings["source_field"])
+                found = True
+                break
+            except BadDocument as bad:
+                reason, detail = bad.args
+                if is_blank(record) or reason == "empty":
+                    continue
+                if on_error == "stop":
+                    raise _bad(i, number, detail) from None
+                first_bad = first_bad or f"; {i}:{number}: {detail}"
+    if not found:
+        raise ValueError(f"no text in {inputs[0].source}: all documents are empty or left out{first_bad}")
+
+
+def _train(settings: dict, inputs: list[Input], bar: PreparationBar) -> Tokenizer:
     """A tokenizer of the training documents."""
     size = sum(i.size for i in inputs)
     if size > MOST_TO_TRAIN_ON or not all(isinstance(i, File) for i in inputs):
@@ -224,8 +278,8 @@ def _train(out: Path, settings: dict, inputs: list[Input], bar: PreparationBar) 
         )
     bar.start("reading", size)
     texts = training_texts(inputs, settings["held_out"], settings["text_field"], bar)
-    vocab_size = settings["tokenizer"]["vocab_size"]
-    return train_sentencepiece(texts, out / "tokenizer.model", vocab_size)
+    with TemporaryDirectory() as folder:
+        return train_sentencepiece(texts, Path(folder) / "tokenizer.model", settings["tokenizer"]["vocab_size"])
 
 
 def training_texts(
@@ -236,7 +290,7 @@ def training_texts(
     before, found, first_bad = 0, False, ""
     for i in inputs:
         seen = 0
-        for records, position in i.read([text_field.split(".")[0]]):
+        for records, position in i.read([text_field]):
             for number, record in enumerate(records, start=seen + 1):
                 try:
                     text, _ = document(record, text_field, None)
@@ -280,7 +334,8 @@ def _carry_out(plan: dict, given: list[Input], out: Path, on_error: str, workers
             committed = time.monotonic()
     if not any(book["written"] for book in writer.books.values()):
         _clear(out)
-        raise ValueError(f"no text in {inputs[0].source}: all documents are empty or left out; {writer.books}")
+        said = "; ".join(in_words(writer.books))
+        raise ValueError(f"no text in {inputs[0].source}: all documents are empty or left out ({said})")
     writer.finish()
     writer.commit()
     _write_manifest(out, plan, writer, complete=True)
@@ -289,10 +344,8 @@ def _carry_out(plan: dict, given: list[Input], out: Path, on_error: str, workers
 
 
 def _blocks(inputs: list[Input], number: int, record: int, settings: dict) -> Iterator[Block]:
-    fields = [settings["text_field"], settings["source_field"] or settings["text_field"]]
-    columns = list(dict.fromkeys(field.split(".")[0] for field in fields))
     for n, i in enumerate(inputs[number:], start=number):
-        yield from blocks_of(i.read(columns), n, i.source, record, BLOCK)
+        yield from blocks_of(i.read(_fields(settings)), n, i.source, record, BLOCK)
         record = 0
 
 
@@ -302,9 +355,7 @@ def _write(writer: SetWriter, block: Block, encoded: Encoded, i: Input, on_error
     if bad and on_error == "stop":
         writer.commit()
         number, _, detail = bad[0]
-        raise ValueError(
-            f"{i}:{number + 1}: {detail}. To leave out and count such documents: on_error='skip', --on-error skip"
-        )
+        raise _bad(i, number + 1, detail)
     start = 0
     for split, name, tokens, text_bytes in encoded.documents:
         writer.write(split, name, encoded.ids[start : start + tokens], text_bytes)
@@ -315,7 +366,10 @@ def _write(writer: SetWriter, block: Block, encoded: Encoded, i: Input, on_error
     writer.count(i.source, len(encoded.documents), [reason for _, reason, _ in encoded.skipped])
     writer.cursor = [block.input, block.first + len(block.records)]
     if block.last:
-        writer.log("inputs.jsonl", {**_key(i), "sha256": i.sha256(), **writer.current})
+        digest = i.sha256()
+        if i.has_changed():
+            raise _changed(i, writer.out)
+        writer.log("inputs.jsonl", {**_entry(i), "sha256": digest, **writer.current})
         writer.next_input()
 
 
@@ -367,6 +421,36 @@ def _key(i: Input) -> dict:
     return {"source": i.source, "name": i.name, "bytes": i.size}
 
 
+def _entry(i: Input) -> dict:
+    return {**_key(i), "mtime_ns": i.mtime_ns}
+
+
+def _fields(settings: dict) -> list[str]:
+    return [settings[key] for key in ("text_field", "source_field") if settings[key]]
+
+
+def in_words(books: dict) -> list[str]:
+    """A line for each source."""
+    return [
+        f"{source}: {book['read']:,} documents read, {book['written']:,} written"
+        + "".join(f", {count:,} left out ({reason})" for reason, count in sorted(book["skipped"].items()))
+        for source, book in books.items()
+    ]
+
+
+def _bad(i: Input, number: int, detail: str) -> ValueError:
+    return ValueError(
+        f"{i}:{number}: {detail}. To leave out and count such documents: on_error='skip', --on-error skip"
+    )
+
+
+def _changed(i: Input, out: Path) -> ValueError:
+    return ValueError(
+        f"{i} has changed since {out} was begun, which may hold a part of it as it was: put it back, with the time of "
+        "its last change, or prepare the set anew (overwrite=True, --overwrite)"
+    )
+
+
 def _difference(old: dict, new: dict | None) -> list[str]:
     return [key for key in new or () if old.get(key) != new[key]]
 
@@ -383,8 +467,8 @@ def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
     return {"name": name, **{k: getattr(tokenizer, k) for k in keys}, "files": [describe(p, out) for p in paths]}
 
 
-def _clear(out: Path) -> None:
-    """Remove a set, finished or not, from `out`. ValueError, and nothing removed, if other files are there."""
+def _set_files(out: Path) -> list[Path]:
+    """The files of a set, finished or not, in `out`; ValueError if other files are there."""
     ours = []
     for path in out.rglob("*"):
         name = path.relative_to(out).as_posix()
@@ -392,8 +476,13 @@ def _clear(out: Path) -> None:
             ours.append(path)
         elif path.is_file() and not path.name.startswith("."):
             raise ValueError(f"{path} is not part of a prepared set: choose another folder than {out}")
+    return ours
+
+
+def _clear(out: Path) -> None:
+    """Remove a set, finished or not, from `out`. ValueError, and nothing removed, if other files are there."""
     # First what says that there is a set, or a part of one.
-    for path in sorted(ours, key=lambda path: {MANIFEST: 0, PLAN: 1}.get(path.name, 2)):
+    for path in sorted(_set_files(out), key=lambda path: {MANIFEST: 0, PLAN: 1}.get(path.name, 2)):
         path.unlink()
     for path in sorted(out.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):

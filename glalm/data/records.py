@@ -69,11 +69,12 @@ def size_of(record: Any) -> int:
     return len(record) if isinstance(record, bytes | str) else 8
 
 
-def read_file(path: Path, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
-    """Records in order, some at a time, with the bytes of the file that were read by then."""
-    if path.name.endswith(TABLES):
-        return _read_table(path, columns)
-    if path.name.endswith(JSONL):
+def read_file(path: Path, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
+    """Records in order, some at a time, with the bytes of the file that were read by then. Tables: the columns in
+    which `fields` are."""
+    if path.name.lower().endswith(TABLES):
+        return _read_table(path, fields)
+    if path.name.lower().endswith(JSONL):
         return _read_lines(path)
     return _read_text(path)
 
@@ -88,9 +89,12 @@ def read_rows(rows: Iterable[dict], size: int) -> Iterator[tuple[list[Record], i
     yield records, size
 
 
-def check_columns(where: str, wanted: list[str], found: Iterable[str]) -> None:
-    if missing := [name for name in wanted if name not in found]:
+def columns_of(where: str, fields: list[str], found: list[str]) -> list[str]:
+    """Those of the columns `found` in which `fields` are: of just that name, or what its first part names."""
+    columns = {field: field if field in found else field.split(".")[0] for field in fields}
+    if missing := [field for field, column in columns.items() if column not in found]:
         raise ValueError(f"{where}: has no column {missing[0]!r} but {', '.join(found)}; {NAME_ONE}")
+    return list(dict.fromkeys(columns.values()))
 
 
 # ------------------------------------------------------------------------------------------- from record to document
@@ -110,7 +114,7 @@ def _json(line: bytes) -> dict:
 
 def _field(row: dict, dotted: str) -> str:
     value: Any = row
-    for key in dotted.split("."):
+    for key in [dotted] if dotted in row else dotted.split("."):
         if not isinstance(value, dict) or key not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
             raise BadDocument(f"no field {dotted}", f"has no field {dotted!r} but {found or 'none'}; {NAME_ONE}")
@@ -148,7 +152,7 @@ def _read_text(path: Path) -> Iterator[tuple[list[Record], int]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[list[Record], int]]:
-    unread = {".zst": _unzstd, ".gz": _ungzip}.get(path.suffix, _plain)
+    unread = {".zst": _unzstd, ".gz": _ungzip}.get(path.suffix.lower(), _plain)
     with open(path, "rb") as file:
         lines = _Lines()
         try:
@@ -218,14 +222,14 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the compressed file ends too early")
 
 
-def _read_table(path: Path, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
+def _read_table(path: Path, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
     import pyarrow
 
     size, done = path.stat().st_size, 0
     try:
         with open(path, "rb") as file:
-            names, rows, batches = (_parquet if path.suffix == ".parquet" else _arrow)(file, columns)
-            check_columns(str(path), columns, names)
+            names, rows, read = (_parquet if path.suffix.lower() == ".parquet" else _arrow)(file)
+            batches = read(columns_of(str(path), fields, names))
             for batch in batches:
                 done += len(batch)
                 yield _rows(batch), size * done // rows if rows else file.tell()
@@ -248,15 +252,15 @@ def _rows(batch) -> list[Record]:
         return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
-def _parquet(file: IO[bytes], columns: list[str]):
+def _parquet(file: IO[bytes]):
+    """The names of its columns, the number of its rows, and what gives the batches of some columns."""
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(file)
-    found = [c for c in columns if c in table.schema_arrow.names]
-    return table.schema_arrow.names, table.metadata.num_rows, table.iter_batches(ROWS, columns=found)
+    return table.schema_arrow.names, table.metadata.num_rows, lambda columns: table.iter_batches(ROWS, columns=columns)
 
 
-def _arrow(file: IO[bytes], columns: list[str]):
+def _arrow(file: IO[bytes]):
     import pyarrow
 
     # Arrow has two formats: with an index at the end, and the stream that `datasets` writes.
@@ -267,6 +271,8 @@ def _arrow(file: IO[bytes], columns: list[str]):
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     else:
         reader = batches = pyarrow.ipc.open_stream(file)
-    found = [c for c in columns if c in reader.schema.names]
-    slices = (b.select(found).slice(i, ROWS) for b in batches for i in range(0, b.num_rows, ROWS))
-    return reader.schema.names, 0, slices
+
+    def read(columns: list[str]):
+        return (b.select(columns).slice(i, ROWS) for b in batches for i in range(0, b.num_rows, ROWS))
+
+    return reader.schema.names, 0, read

@@ -4,7 +4,7 @@
     {train,validation,test}/SOURCE/00000.npy       token ids, uint16 or uint32: documents end to end, each framed
     {train,validation,test}/SOURCE/00000.docs.npy  int64 [documents + 1]: document i is shard[docs[i] : docs[i + 1]]
     {train,validation,test}/SOURCE/00000.crc32     uint32: checksums of the blocks of the first, then of the second
-    inputs.jsonl                              the input files, in order: bytes, sha256, documents read and written
+    inputs.jsonl                              the input files, in order: bytes, time, sha256, documents
     skipped.jsonl                             every document that was left out: file, line, reason
     manifest.json                             counts, settings, books, the size and sha256 of every file
 
@@ -25,6 +25,7 @@ from glalm.data.files import sha256
 FORMAT = "glalm-tokens"
 VERSION = 3
 MANIFEST = "manifest.json"
+PLAN = ".plan.json"  # of a set that is being prepared
 SPLITS = ("train", "validation", "test")
 
 
@@ -162,7 +163,9 @@ class TokenSet:
 
 def read_manifest(folder: Path, any_version: bool = False) -> dict:
     """The manifest of a set. Raises FileNotFoundError without one, ValueError if it is none of ours."""
-    path = _find(folder, MANIFEST)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {_instead(folder)}")
     try:
         manifest = json.loads(path.read_bytes())
         found = (manifest.get("format"), manifest.get("version"))
@@ -183,6 +186,16 @@ def _find(folder: Path, file: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no complete set of tokens; {_advice(folder)}")
     return path
+
+
+def _instead(folder: Path) -> str:
+    """What `folder` is, which has no manifest, and what to do about it."""
+    command = "python scripts/prepare_data.py --out"
+    if (folder / PLAN).exists():
+        return "the set is not finished; run the command that began it again, it goes on from where it was"
+    if folder.is_file() or (any(folder.glob("*")) and not any(folder.glob("train/*/*.npy"))):
+        return f"{folder} is no prepared set; if it is text, prepare it into another folder: {command} SET {folder}"
+    return f"no complete set of tokens; run: {command} {folder} SOURCE"
 
 
 def _advice(folder: Path) -> str:

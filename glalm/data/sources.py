@@ -7,14 +7,15 @@ data set that is streamed. What is in a file, glalm.data.records reads.
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glalm.data import files
-from glalm.data.records import SUFFIXES, Record, check_columns, read_file, read_rows
+from glalm.data.records import SUFFIXES, Record, columns_of, read_file, read_rows
 
 # Tests are a third of the library and repeat themselves; packages of the site are not the library.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -36,13 +37,27 @@ class File:
         return self.root / self.name
 
     @cached_property
+    def _stat(self) -> os.stat_result:
+        return self.path.stat()
+
+    @property
     def size(self) -> int:
         """Bytes, by which progress is measured."""
-        return self.path.stat().st_size
+        return self._stat.st_size
 
-    def read(self, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
-        """All records in order, some at a time, and the bytes of the file read so far. Tables: only `columns`."""
-        return read_file(self.path, columns)
+    @property
+    def mtime_ns(self) -> int:
+        return self._stat.st_mtime_ns
+
+    def has_changed(self) -> bool:
+        """Since it was first asked for its size or time."""
+        now = self.path.stat()
+        return (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns)
+
+    def read(self, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
+        """All records in order, some at a time, and the bytes of the file read so far. Tables: only the columns in
+        which `fields` are."""
+        return read_file(self.path, fields)
 
     def sha256(self) -> str:
         return files.sha256(self.path)
@@ -56,6 +71,7 @@ class HubShard:
     address: str  # what comes after hf:
     dataset: Any  # datasets.IterableDataset
     index: int
+    mtime_ns = None  # the hub's files are named by a revision
 
     def __str__(self) -> str:
         return f"{self.source}, {self.name}"
@@ -68,21 +84,26 @@ class HubShard:
     def size(self) -> int:
         return (self.dataset.info.download_size or 0) // self.dataset.num_shards or 1
 
-    def read(self, columns: list[str]) -> Iterator[tuple[list[Record], int]]:
+    def read(self, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
         dataset = self.dataset
         if dataset.column_names:
-            check_columns(str(self), columns, dataset.column_names)
-            dataset = dataset.select_columns(columns)
+            dataset = dataset.select_columns(columns_of(str(self), fields, dataset.column_names))
         return read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
 
+    def has_changed(self) -> bool:
+        return False
+
     def sha256(self) -> None:
-        return None  # the hub's files are named by a revision
+        return None
 
 
 @dataclass(frozen=True)
 class Source:
+    """left_out: files of its folder that are of no kind that is read."""
+
     name: str
     inputs: tuple[File | HubShard, ...]
+    left_out: tuple[Path, ...] = ()
 
 
 def source(spec: str | os.PathLike | Source) -> Source:
@@ -113,8 +134,9 @@ def stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> Sourc
     root = Path(root or sysconfig.get_path("stdlib"))
     found = [
         File(name, root, file)
-        for file in _walk(root, (".py",))
-        if NOT_LIBRARY.isdisjoint(parts := file.split("/"))
+        for file in _walk(root)
+        if file.endswith(".py")
+        and NOT_LIBRARY.isdisjoint(parts := file.split("/"))
         and not parts[0].startswith("config-")
         and not parts[-1].startswith("_sysconfigdata")
     ]
@@ -124,7 +146,7 @@ def stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> Sourc
 
 
 def local(path: str | os.PathLike, name: str = "") -> Source:
-    """A file, or the files of a folder and its subfolders that end in one of SUFFIXES, less hidden ones.
+    """A file, or the files of a folder and its subfolders that end in one of SUFFIXES (or .TXT), less hidden ones.
 
     Raises FileNotFoundError if `path` does not exist, ValueError if it holds no file of those kinds.
     """
@@ -132,12 +154,14 @@ def local(path: str | os.PathLike, name: str = "") -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; a source is 'stdlib', a path or hf:DATASET")
     folder = path if path.is_dir() else path.parent
-    found = _walk(path, tuple(SUFFIXES)) if path.is_dir() else [path.name]
-    if not found or not found[0].endswith(tuple(SUFFIXES)):
+    there = _walk(path) if path.is_dir() else [path.name]
+    found = [file for file in there if file.lower().endswith(SUFFIXES)]
+    if not found:
         what = "no file here ends in" if path.is_dir() else "cannot read this kind of file; it must end in"
         raise ValueError(f"{path}: {what} one of {', '.join(SUFFIXES)}")
     name = name or folder.resolve().name or "files"
-    return Source(name, tuple(File(name, folder, file) for file in found))
+    other = sorted({*there} - {*found})
+    return Source(name, tuple(File(name, folder, file) for file in found), tuple(folder / file for file in other))
 
 
 def hub(spec: str, name: str = "") -> Source:
@@ -154,7 +178,15 @@ def hub(spec: str, name: str = "") -> Source:
     return Source(name, tuple(HubShard(name, spec, dataset, i) for i in range(dataset.num_shards)))
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...], above: tuple[str, ...] = ()) -> list[str]:
+def left_out(sources: Iterable[Source], less: Path | None = None) -> str:
+    """In words, by ending, the files that are not read, but for those in the folder `less`; "" if there are none."""
+    paths = [path for s in sources for path in s.left_out if less not in path.resolve().parents]
+    counts = Counter(path.suffix.lower() or "no ending" for path in paths).most_common()
+    said = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+    return f"files of other kinds than {', '.join(SUFFIXES)} are left out: {said}" if counts else ""
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> list[str]:
     """Names below `folder`. Links to folders are followed, but for those that lead back to one `above`."""
     real = os.path.realpath(folder)
     found = []
@@ -162,7 +194,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...], above: tuple[str, ...] = ()) 
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += [f"{entry.name}/{name}" for name in _walk(Path(entry), suffixes, (*above, real))]
-        elif entry.name.endswith(suffixes):
+            found += [f"{entry.name}/{name}" for name in _walk(Path(entry), (*above, real))]
+        else:
             found.append(entry.name)
     return sorted(found)

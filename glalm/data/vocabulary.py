@@ -28,6 +28,8 @@ def train_sentencepiece(
     hash. Ids: unk 0, bos 1, eos 2, no pad. A newline is always a token of its own (its byte), so is each digit;
     runs of spaces may be one token. Raises ValueError if there is no text, or `vocab_size` does not suit it.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, {Path(path) / 'tokenizer.model'}")
     if vocab_size < 1:
         raise ValueError(f"vocab_size={vocab_size} must be at least 1, and in practice some hundreds")
     sample = sample_texts(texts, max_bytes)

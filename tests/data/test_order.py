@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glalm.data import order as module
 from glalm.data.order import CYCLE, Order, cycle_counts, permute, rank_slice, round_keys
 
 seeds = st.integers(-(2**70), 2**70)
@@ -173,6 +174,18 @@ def test_shares_hold_within_a_cycle_too():
 def test_counts_are_of_the_ids(order, start, steps):
     expected = Counter(source for step in range(start, start + steps) for source in sources_of(order, step))
     assert order.counts(start, start + steps) == {name: expected[i] for i, name in enumerate(order.windows)}
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0, "c": 0.3}])
+def test_counts_of_many_steps_list_few_ids(weights, monkeypatch):
+    """A run that resumes counts from its beginning on: whole epochs, and all of a mixture, are known without."""
+    order, far, permuted = Order(3, 64, {"a": 501, "b": 33, "c": 77}, weights), 10**5, []
+    monkeypatch.setattr(module, "permute", lambda x, *args: permuted.append(len(x)) or permute(x, *args))
+    before, after = order.counts(0, far), order.counts(0, far + 20)
+    assert sum(permuted) < 4 * CYCLE
+    assert sum(before.values()) == 64 * far
+    read = Counter(source for step in range(far, far + 20) for source in sources_of(order, step))
+    assert {name: after[name] - before[name] for name in after} == {name: read[i] for i, name in enumerate(after)}
 
 
 def sources_of(order, step):

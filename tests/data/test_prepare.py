@@ -72,6 +72,7 @@ def test_manifest_tells_what_is_there(prepared, texts, corpus):
             "source": "corpus",
             "name": "texts.jsonl",
             "bytes": corpus.stat().st_size,
+            "mtime_ns": corpus.stat().st_mtime_ns,
             "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
             "read": 60,
             "written": 60,
@@ -289,6 +290,35 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
         TokenSet(out, "train", old)
 
 
+def test_a_file_that_was_changed_is_new_whenever_that_was(texts, prepared, tmp_path):
+    """Of the same size, and before the set was complete; a file that only was touched is not."""
+    source, out = tmp_path / "in", tmp_path / "set"
+    source.mkdir()
+    for i in range(3):
+        (source / f"{i}.txt").write_text(texts[i])
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    prepare([source], out, **given)
+    begun = (source / "0.txt").stat().st_mtime_ns
+    (source / "0.txt").write_text(texts[0].swapcase())
+    for name in ("0.txt", "1.txt"):
+        os.utime(source / name, ns=(begun - 1, begun - 1))
+    with pytest.raises(ValueError, match="different sources"):
+        prepare([source], out, **given)
+    for _ in range(2):
+        manifest = prepare([source], out, add=True, progress=False)
+        assert manifest["books"]["in"] == {"read": 4, "written": 4, "skipped": {}}
+
+
+def test_a_set_without_the_times_of_its_inputs_knows_them(corpus, prepared, tmp_path):
+    out = shutil.copytree(prepared, tmp_path / "set")
+    [row] = map(json.loads, (out / "inputs.jsonl").read_text().splitlines())
+    del row["mtime_ns"]
+    (out / "inputs.jsonl").write_text(json.dumps(row) + "\n")
+    before = contents(out)
+    prepare([corpus], out, add=True, progress=False)
+    assert contents(out) == before
+
+
 def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path):
     """Preparation stops at a broken line; the shards before it are there, and stay as they are."""
     path = tmp_path / "a.jsonl"
@@ -383,6 +413,56 @@ def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
             prepare(sources, tmp_path / "set", **given)
     manifest = prepare([f"books={folders[0]}", f"code={folders[1]}"], tmp_path / "set", **given)
     assert {name: book["written"] for name, book in manifest["books"].items()} == {"books": 1, "code": 1}
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on_error):
+    out, before = shutil.copytree(prepared, tmp_path / "set"), contents(prepared)
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
+    (tmp_path / "a.jsonl.gz").write_text('{"text": "not packed"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
+    given = {"tokenizer": prepared / "tokenizer.model"}
+    for sources, options, message in [
+        ([corpus, tmp_path / "a.parquet"], given, "has no column 'text' but body"),
+        ([corpus], {"vocab_size": 10**6}, "vocab_size=1000000 does not suit"),
+        ([corpus], given | {"text_field": "body"}, r"texts\.jsonl:1: has no field 'body'"),
+        ([tmp_path / "b.jsonl"], {"source_field": "from", "text_field": "body"}, "has no field 'from'"),
+        ([tmp_path / "a.jsonl.gz"], given, "damaged"),
+        ([tmp_path / "zero.parquet"], given, "all documents are empty or left out"),
+        ([corpus], given | {"add": True}, "give one of them"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare(sources, out, overwrite=True, on_error=on_error, progress=False, **options)
+        assert contents(out) == before
+
+
+def test_a_table_without_rows_is_told_in_words(prepared, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
+    with pytest.raises(ValueError, match=r"left out \(zero: 0 documents read, 0 written\)$"):
+        given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
+        prepare([f"zero={tmp_path / 'zero.parquet'}"], tmp_path / "set", **given)
+
+
+def test_where_a_set_cannot_be_is_told(corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file: name the folder \(out, --out\)"):
+        prepare([corpus], tmp_path / "file", **SMALL)
+    with pytest.raises(ValueError, match=r"all sources lie in .*corpus, the folder of the set"):
+        prepare([corpus], corpus.parent, **SMALL)
+
+
+def test_files_that_are_left_out_are_counted_by_ending(corpus, prepared, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "B.TXT", "c.csv", "d.CSV", "README", ".hidden"):
+        (tmp_path / "in" / name).write_text(f"text of {name}")
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
+    for _ in range(2):  # the second time, the set's own files are there
+        manifest = prepare([tmp_path / "in"], tmp_path / "in/set", **given)
+        assert manifest["books"]["in"]["written"] == 2
+        assert "are left out: 2 .csv, 1 no ending\n" in capsys.readouterr().err
+    prepare([corpus], tmp_path / "other", **given)
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_there_must_be_a_set_to_add_to(corpus, tmp_path):

@@ -124,6 +124,9 @@ def test_nested_fields_and_origins():
     row = {"content": {"body": "x"}, "meta": {"set": "books"}, "n": 1}
     assert document(row, "content.body", "meta.set") == ("x", "books")
     assert document(json.dumps(row).encode(), "content.body", "meta.set") == ("x", "books")
+    flat = {"content.body": "y", "meta.set": "code"}
+    assert document(flat | row, "content.body", "meta.set") == ("y", "code")  # a name of its own goes first
+    assert document(json.dumps(flat).encode(), "content.body", "meta.set") == ("y", "code")
     with pytest.raises(BadDocument, match=r"no field meta\.name"):
         document(row, "content.body", "meta.name")
     with pytest.raises(BadDocument, match="not Unicode"):
@@ -161,6 +164,28 @@ def test_tables(tmp_path, name):
         read(path, ["txt"])
     path.write_bytes(path.read_bytes()[:-100])
     assert read(path)[-1][1] == "damaged file"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+def test_columns_with_a_dot_in_their_name(tmp_path, name):
+    path = tmp_path / name
+    write_table(path, pyarrow.table({"m.text": ["own"], "m": [{"text": "nested", "set": "a"}], "n": [1]}))
+    assert read(path, ["m.text"], "m.text") == [(1, "own")]
+    [(record, *_)] = [some for some, _ in read_file(path, ["m.text", "m.set"]) if some]
+    assert document(record, "m.text", "m.set") == ("own", "a") and "n" not in record
+    with pytest.raises(ValueError, match=r"no column 'o\.text' but m\.text, m, n"):
+        read(path, ["o.text"])
+
+
+@pytest.mark.parametrize("name", ["A.PARQUET", "A.ARROW", "A.JSONL.GZ", "A.TXT"])
+def test_endings_in_capitals(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(("PARQUET", "ARROW")):
+        write_table(tmp_path / name.lower(), pyarrow.table({"text": ["one"]}))
+        (tmp_path / name.lower()).rename(path)
+    else:
+        path.write_bytes(gzip.compress(b'{"text": "one"}') if name.endswith("GZ") else b"one")
+    assert read(path) == [(1, "one")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def cursor(out: Path) -> list[int] | None:
         return None
 
 
-@pytest.mark.parametrize("moment", ["publish", "replacing", "synced", "reopened"])
+@pytest.mark.parametrize("moment", ["publish", "replacing", "synced", "sync", "reopened"])
 def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, tmp_path, monkeypatch, moment):
     """Stop before the n-th call of a primitive that changes the disk, for n over the whole work."""
 
@@ -157,16 +158,20 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
 
 
 def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, monkeypatch):
-    """After a crash of the machine too: files are synced before they get their names, and all that the journal says
-    of files that still grow was synced before it."""
+    """After a crash of the machine too: files are synced before they get their names and their folders after it, and
+    all that the journal says of files that still grow was synced before it."""
     monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
     out, synced, commits, fsync, replace = tmp_path / "set", {}, [], os.fsync, os.replace
+    renamed_in = set()
 
     def syncing(fd):
         fsync(fd)
-        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        synced[path] = os.fstat(fd).st_size
+        renamed_in.discard(Path(path))
 
     def replacing(source, target):
+        assert not renamed_in
         assert synced.pop(source, None) == os.path.getsize(source), source
         if target.name == writer.JOURNAL:
             state, sizes = json.loads(Path(source).read_bytes()), {}
@@ -180,11 +185,101 @@ def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, mon
             assert {path: synced.get(str(path)) for path in sizes} == sizes
             commits.append(len(sizes))
         replace(source, target)
+        renamed_in.add(target.parent)
 
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
     prepare([sources], out, workers=1, commit_seconds=0, **settings)
     assert len(commits) > 5 and max(commits) == 2 + 2 * 9  # logs, and two files of each source in each split
+    assert not renamed_in
+
+
+def interrupted(blocks, *args, **kwargs):
+    """prepare(...), killed when it has committed so many blocks."""
+
+    class Killed(BaseException):
+        pass
+
+    left, write = [blocks], prepare_module._write
+
+    def counted(*args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prepare_module, "_write", counted)
+        prepare(*args, workers=1, commit_seconds=0, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["train/x/.00000.npy.tmp", "test/y/.00000.docs.npy.tmp", "skipped.jsonl"])
+def test_a_file_that_lost_what_was_committed_is_not_written_on(sources, settings, tmp_path, name):
+    interrupted(1, [sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+    path = tmp_path / "set" / name
+    size = path.stat().st_size
+    for there in (size - 1, 0):
+        os.truncate(path, there)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"{path}: {there} bytes are there and {size} were .*--overwrite"):
+                prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path}: 0 bytes are there"):
+        prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+
+
+@pytest.fixture
+def copied(sources, tmp_path):
+    """The same inputs, with the same times, which may be changed."""
+    return shutil.copytree(sources, tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("name, blocks", [("a", 1), ("a", 0), ("b", 1)])
+def test_it_does_not_go_on_with_inputs_that_have_changed(copied, settings, tmp_path, name, blocks):
+    """Read whole (a, 1 block), or not yet; of the same size."""
+    interrupted(blocks, [copied], tmp_path / "set", **settings)
+    path = copied / f"{name}.jsonl"
+    path.write_text(path.read_text().replace("return", "RETURN"))
+    with pytest.raises(ValueError, match=rf"{path} has changed since .*set was begun.*--overwrite"):
+        prepare([copied], tmp_path / "set", **settings)
+    manifest = prepare([copied], tmp_path / "set", overwrite=True, **settings)
+    [row] = [r for r in files.read_jsonl(tmp_path / "set/inputs.jsonl") if r["name"] == path.name]
+    assert manifest["complete"] and row["sha256"] == files.sha256(path)
+
+
+def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, settings, unbroken, tmp_path):
+    interrupted(1, [copied], tmp_path / "set", **settings)
+    os.utime(copied / "a.jsonl")
+    prepare([copied], tmp_path / "set", **settings)
+    assert contents(tmp_path / "set") == unbroken
+
+
+def test_an_input_that_was_touched_as_it_was_added_is_not_taken_for_the_older_one(copied, settings, tmp_path):
+    """The sha256 of the older one, of the same name and size, does not vouch for it."""
+    path, old = copied / "a.jsonl", (copied / "a.jsonl").read_text()
+    prepare([copied], tmp_path / "set", **settings)
+    path.write_text(old.replace("return", "RETURN"))
+    (copied / "c.jsonl").write_text('{"text": "c", "meta": {"set": "x"}}\n')
+    adding = {"add": True, "on_error": "skip", "progress": False}
+    interrupted(0, [copied], tmp_path / "set", **adding)
+    path.write_text(old)
+    with pytest.raises(ValueError, match=rf"{path} has changed since"):
+        prepare([copied], tmp_path / "set", **adding)
+
+
+def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tmp_path, monkeypatch):
+    path, count = copied / "b.jsonl", writer.SetWriter.count
+
+    def changing(self, *args):
+        path.touch()
+        count(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.SetWriter, "count", changing)
+        with pytest.raises(ValueError, match=rf"{path} has changed since"):
+            prepare([copied], tmp_path / "set", workers=1, **settings)
+    with pytest.raises(ValueError, match=rf"{path} has changed since"):
+        prepare([copied], tmp_path / "set", **settings)
 
 
 @pytest.mark.parametrize("moment", [1, 2])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from glalm.data.blocks import BLOCK, CheckedArray, DamagedFile, block_sums
 from glalm.data.prepare import prepare, split_of
-from glalm.data.shards import TokenSet
+from glalm.data.shards import TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 
 
@@ -80,6 +80,24 @@ def test_missing_files_are_named_with_what_to_run(copy):
         (copy / name).unlink()
         with pytest.raises(FileNotFoundError, match=rf"{name} is missing.*run: python scripts/prepare_data\.py"):
             TokenSet(copy, "train")
+
+
+def test_without_a_manifest_it_is_told_what_the_folder_is(copy, tmp_path):
+    (copy / "manifest.json").unlink()
+    raw = tmp_path / "raw"
+    (raw / "train").mkdir(parents=True)
+    (raw / "train/a.txt").touch()
+    for path, message in [
+        (copy, rf"run: .*--out {copy} SOURCE"),
+        (tmp_path / "absent", r"run: .*absent SOURCE"),
+        (raw, rf"raw is no prepared set; .*into another folder: .*--out SET {raw}"),
+        (raw / "train/a.txt", r"a\.txt is no prepared set; .*"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=rf"manifest\.json is missing: .*{message}$"):
+            read_manifest(path)
+    (copy / ".plan.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"not finished; run the command that began it again"):
+        read_manifest(copy)
 
 
 def test_a_file_that_is_not_what_the_manifest_says_is_named(copy, prepared):

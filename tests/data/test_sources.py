@@ -9,10 +9,12 @@ from glalm.data.sources import File, hub, local, source, stdlib
 
 
 def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
-    for name in ("b.md", "a/z.py", "a/.hidden.py", ".git/c.txt", "a/c.bin", "c.jsonl", "d.parquet"):
+    for name in ("b.md", "a/z.py", "a/.hidden.py", ".git/c.txt", "a/c.bin", "C.JSONL", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [i.name for i in local(tmp_path).inputs] == ["a/z.py", "b.md", "c.jsonl", "d.parquet"]
+    found = local(tmp_path)
+    assert [i.name for i in found.inputs] == ["C.JSONL", "a/z.py", "b.md", "d.parquet"]
+    assert found.left_out == (tmp_path / "a/c.bin",)
 
 
 def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
@@ -65,6 +67,12 @@ def test_stdlib_is_the_library_without_tests():
     found = next(i for i in library.inputs if i.name == "json/decoder.py")
     path = Path(sysconfig.get_path("stdlib")) / "json/decoder.py"
     assert (found.path, found.size) == (path, path.stat().st_size) and isinstance(found, File)
+
+
+def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"meta.set": "a", "text": "x", "id": 1}) + "\n")
+    [found] = source(f"hf:{tmp_path}").inputs
+    assert [r for records, _ in found.read(["text", "meta.set"]) for r in records] == [{"meta.set": "a", "text": "x"}]
 
 
 def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):

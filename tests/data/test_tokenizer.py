@@ -75,6 +75,8 @@ def test_errors_say_what_to_do(tmp_path, texts):
     ]:
         with pytest.raises(ValueError, match=message):
             train_sentencepiece(texts, tmp_path / "t.model", vocab_size=size)
+    with pytest.raises(ValueError, match=r"is a folder: name the file to write, .*tokenizer\.model"):
+        train_sentencepiece(iter(lambda: pytest.fail("it was read"), None), tmp_path, vocab_size=400)
     with pytest.raises(ValueError, match="no training text"):
         train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)
     assert not (tmp_path / "t.model").exists()

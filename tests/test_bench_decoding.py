@@ -1,5 +1,7 @@
+import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +26,10 @@ def test_every_model_has_its_rows(tmp_path):
     assert rows["glalm", 1]["state_mib"] * 2**20 == 2 * 2 * 16 * 32 * 4
     assert rows["llama", 1]["state_mib"] * 2**20 == 2 * 2 * 64 * 2 * 24
     assert (tmp_path / "decoding.png").stat().st_size > 1000
+
+
+def test_trainings_forward_makes_no_logits():
+    bench = runpy.run_path(str(SCRIPT))
+    runner = bench["glalm"]("tiny", "cpu")
+    runner.model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
+    assert bench["training_forward"](runner, argparse.Namespace(size="tiny", device="cpu")) > 0

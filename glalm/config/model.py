@@ -91,7 +91,7 @@ class DeltaNetConfig:
 POSITIVE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "expand_k", "expand_v", "gate_low_rank_dim"),
     *("gate_logit_normalizer", "norm_eps", "initializer_range"),
-    *("attention.num_heads", "attention.rope_theta"),
+    *("attention.num_heads", "attention.num_kv_heads", "attention.rope_theta"),
     *("mamba.state_size", "mamba.expand", "mamba.conv"),
     *("mamba2.state_size", "mamba2.head_dim", "mamba2.expand", "mamba2.groups", "mamba2.conv"),
 )
@@ -140,10 +140,16 @@ class ModelConfig:
         for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
             width = self.hidden_size * expand
             require(
-                width % self.num_heads == 0,
+                math.isclose(width, round(width)) and round(width) % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
-                f"{width:g}; {divisors(width)}",
+                f"{width:g}; {divisors(round(width))}",
             )
+        require(
+            "retention" not in self.layer_mixers() or self.key_dim % (2 * self.num_heads) == 0,
+            f"model.num_heads={self.num_heads} does not cut the width model.hidden_size * model.expand_k = "
+            f"{self.key_dim} into heads of an even number of channels, which retention's positions turn in pairs; "
+            f"{divisors(self.key_dim // 2)}",
+        )
         if "attention" in self.layer_mixers():
             self._check_attention()
         kv = self.gla.num_kv_heads
@@ -177,11 +183,11 @@ class ModelConfig:
 
     @property
     def key_dim(self) -> int:
-        return int(self.hidden_size * self.expand_k)
+        return round(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
-        return int(self.hidden_size * self.expand_v)
+        return round(self.hidden_size * self.expand_v)
 
     @property
     def attention_heads(self) -> tuple[int, int]:
@@ -198,7 +204,7 @@ class ModelConfig:
             f"even number of channels; {divisors(self.hidden_size // 2)}",
         )
         require(
-            kv_heads > 0 and heads % kv_heads == 0,
+            heads % kv_heads == 0,
             f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; {divisors(heads)}",
         )
         window = self.attention.window
@@ -206,8 +212,9 @@ class ModelConfig:
 
     def layer_mixers(self) -> list[str]:
         """The mixer of each layer: the pattern in `layers`, repeated and cut to num_hidden_layers."""
+        single = _known_mixer("model.mixer", self.mixer)
         if self.layers is None:
-            return [_known_mixer("model.mixer", self.mixer)] * self.num_hidden_layers
+            return [single] * self.num_hidden_layers
         pattern = []
         for part in self.layers.split("+") if isinstance(self.layers, str) else self.layers:
             count, _, name = part.replace(" ", "").rpartition("*")

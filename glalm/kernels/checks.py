@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from glalm.kernels.precision import wide_dtype
+
 
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
@@ -27,6 +29,8 @@ def check_inputs(
         raise ValueError(f"g: expected a floating-point dtype, got {g.dtype}")
     tensors = {"k": k, "v": v, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(x).__name__}")
         if x is not None and x.device != q.device:
             raise ValueError(f"{name}: expected on the device of q, {q.device}, got {x.device}")
 
@@ -35,7 +39,12 @@ def check_inputs(
         check_packing(cu_seqlens, B)
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        check_state(initial_state, (sequences, H, K, v.shape[3]), q.dtype)
+        check_state(initial_state, (sequences, H, K, v.shape[3]), q)
+
+
+def check_normalizer(gate_logit_normalizer: float | None) -> None:
+    if gate_logit_normalizer is not None and not gate_logit_normalizer > 0:
+        raise ValueError(f"gate_logit_normalizer: expected a number above 0, got {gate_logit_normalizer}")
 
 
 def check_packing(cu_seqlens: Tensor, B: int) -> None:
@@ -47,17 +56,16 @@ def check_packing(cu_seqlens: Tensor, B: int) -> None:
             f"got the shape {list(cu_seqlens.shape)}"
         )
     if B != 1:
-        raise ValueError(f"cu_seqlens: packed sequences go in one row, so q must have B = 1, got B = {B}")
+        raise ValueError(f"cu_seqlens: packed sequences go in one row, so B must be 1, got B = {B}")
 
 
-def check_state(initial_state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_state(initial_state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     if initial_state.shape != shape:
         raise ValueError(
             f"initial_state: expected the shape [N, H, K, V] = {list(shape)}, got {list(initial_state.shape)}"
         )
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
-    if initial_state.dtype != expected:
-        raise ValueError(f"initial_state: expected {expected} for q of {dtype}, got {initial_state.dtype}")
+    if initial_state.dtype != wide_dtype(q):
+        raise ValueError(f"initial_state: expected {wide_dtype(q)} for q of {q.dtype}, got {initial_state.dtype}")
 
 
 def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None:

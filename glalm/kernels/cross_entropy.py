@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from glalm.kernels.precision import at_least_float32
+
 IGNORE = -100  # a target that is not scored, as everywhere in PyTorch
 
 
@@ -18,7 +20,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
         from glalm.kernels.triton.cross_entropy import cross_entropy_ as fused  # Triton is not on every machine
 
         return fused(logits, targets, z_loss, gradient)
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = at_least_float32(logits)
     scored = targets != IGNORE
     goal = targets.where(scored, 0)[:, None]
     lse = x.logsumexp(-1, keepdim=True)

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.checks import check_inputs
+from glalm.kernels.checks import check_inputs, check_values
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
-from glalm.kernels.sequences import each_sequence, sequence_ids
+from glalm.kernels.precision import wide_dtype
+from glalm.kernels.sequences import each_sequence, same_sequence
 
 CHUNK = 64
 
@@ -55,23 +56,19 @@ def chunk_delta_rule(
     for name, x in (("beta", beta), ("g", g)):
         if x is not None and x.shape != q.shape[:3]:
             raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
+    check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     half = q.dtype in (torch.bfloat16, torch.float16)
     kernel = fused(q.shape[3], v.shape[3], g is not None) if q.is_cuda and half else None
     if kernel is not None:
         return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     g = torch.zeros_like(beta) if g is None else g
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
-        if cu_seqlens is None:
-            o, state = chunks(*inputs, initial_state)
-        elif initial_state is None and not output_final_state:
-            o, state = chunks(*inputs, None, sequence_ids(cu_seqlens, q.shape[1]))
-        else:
-            o, state = each_sequence(chunks, inputs, initial_state, cu_seqlens)
-    return o.to(v.dtype), state if output_final_state else None
+        o, state = each_sequence(chunks, inputs, initial_state, output_final_state, cu_seqlens)
+    return o.to(v.dtype), state
 
 
 def fused(K: int, V: int, gated: bool) -> Callable | None:
@@ -99,7 +96,7 @@ def machine() -> tuple[bool, tuple[int, ...]]:
 
 
 def chunks(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor | None, sequence: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor | None, sequence: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The outputs and the last state; sequence [T]: which of several packed ones each token belongs to."""
     (B, T, H, K), V = q.shape, v.shape[3]
@@ -113,11 +110,12 @@ def chunks(
         return F.pad(x, (0, 0, 0, 0, 0, -T % C)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4)
 
     q, k, v, beta, g = (cut(x) for x in (q, k, v, beta[..., None], g[..., None]))
-    total = g.cumsum(3)
     later = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # exp of what is masked could overflow, and its gradient would be NaN.
-    decay = (total - total.mT).masked_fill(~later, -torch.inf).exp()
-    entering, leaving = total.exp(), (total[:, :, :, -1:] - total).exp()
+    # The gates between two tokens are summed: a difference of sums from the chunk's start would keep no low bits behind
+    # a strong gate, and be NaN behind one of -inf.
+    between = g.masked_fill(~later.tril(-1), 0).cumsum(3)
+    decay = between.masked_fill(~later, -torch.inf).exp()
+    entering, leaving = g.cumsum(3).exp(), between[:, :, :, -1, :, None].exp()
     if sequence is not None:
         together, before, after = same_sequence(sequence, C)
         decay, entering, leaving = decay * together, entering * before, leaving * after
@@ -185,13 +183,3 @@ carry_op = operator("delta_carry", carry, carry_fake)
 carry_backward_op = operator("delta_carry_backward", carry_backward, carry_backward_fake)
 torch.library.register_autograd(carry_op, differentiate, setup_context=save)
 torch.library.register_autograd(carry_backward_op, differentiate_twice)
-
-
-def same_sequence(sequence: Tensor, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens of a chunk [n, C] are of one sequence [n, C, C]; of the one that enters the chunk, [n, C, 1]; of the
-    one that leaves it.
-    """
-    ids = F.pad(sequence, (0, -len(sequence) % C), value=-1).view(-1, C, 1)
-    ends = ids[:, -1:]
-    starts = torch.cat([ids[:1, :1], ends[:-1]])
-    return ids == ids.mT, ids == starts, ids == ends

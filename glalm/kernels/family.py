@@ -18,6 +18,7 @@ from torch import Tensor
 from glalm.kernels.checks import check_inputs
 from glalm.kernels.gates import channels, log_gate
 from glalm.kernels.gla import chunk
+from glalm.kernels.precision import wide_dtype
 from glalm.kernels.recurrent import fused_recurrent
 
 
@@ -97,8 +98,7 @@ def head_decay(q: Tensor) -> Tensor:
     """log(1 - 2^(-5-h)) of every head: [H], float32 (float64 for float64 q)."""
     if q.dim() != 4:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads = torch.arange(q.shape[2], device=q.device, dtype=dtype)
+    heads = torch.arange(q.shape[2], device=q.device, dtype=wide_dtype(q))
     return torch.log1p(-torch.exp2(-5 - heads))
 
 

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm.kernels.checks import check_normalizer
+from glalm.kernels.precision import at_least_float32, wide_dtype
+
 
 def channels(g: Tensor | None, q: Tensor) -> Tensor:
     """Any gate, [B, T, H, K], [B, T, H], [H] or None, as one a key channel, [B, T, H, K], without a copy.
@@ -13,7 +16,7 @@ def channels(g: Tensor | None, q: Tensor) -> Tensor:
     if q.dim() != 4:
         return q  # which check_inputs refuses
     if g is None:
-        return q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32)).expand(q.shape)
+        return q.new_zeros((), dtype=wide_dtype(q)).expand(q.shape)
     if g.dim() == 4 and g.shape != q.shape:
         return g
     expected = {1: q.shape[2:3], 3: q.shape[:3]}.get(g.dim(), q.shape)
@@ -24,9 +27,10 @@ def channels(g: Tensor | None, q: Tensor) -> Tensor:
 
 def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
     """logsigmoid(g) / normalizer in float32 or wider; without a normalizer g is the log gate already."""
+    check_normalizer(normalizer)
     if g is None or normalizer is None:
         return g
-    return F.logsigmoid(g.to(torch.promote_types(g.dtype, torch.float32))) / normalizer
+    return F.logsigmoid(at_least_float32(g)) / normalizer
 
 
 def has_gradient(g: Tensor | None) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glalm.kernels import torch_chunk
-from glalm.kernels.checks import check_inputs, check_values
+from glalm.kernels.checks import check_inputs, check_normalizer, check_values
 from glalm.kernels.gates import channels, gate_gradient, has_gradient, log_gate
 from glalm.kernels.library import operator
+from glalm.kernels.precision import wide_dtype
 from glalm.kernels.recurrent import fused_recurrent, has_kernel
 
 
@@ -105,6 +106,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` for any gate, with inputs that were checked: g [B, T, H, K], [B, T, H], [H] for a fixed one,
     which gets no gradient, or None for no gate."""
+    check_normalizer(gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     # What the backward pass uses again is kept only where there may be one.
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, initial_state))
@@ -154,9 +156,8 @@ def chunk_forward_fake(
     q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, keep
 ) -> tuple[Tensor, ...]:
     (B, _, H, K), V = q.shape, v.shape[3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, V, dtype=dtype) if output_final_state else q.new_empty(0)
+    final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     kept = [((0,), q.dtype)] * 6
     if keep and has_kernel(q):
         from glalm.kernels.triton.kept import shapes

@@ -14,6 +14,7 @@ from torch import Tensor
 from glalm.kernels.checks import check_values
 from glalm.kernels.gates import channels
 from glalm.kernels.library import operator
+from glalm.kernels.precision import wide_dtype
 from glalm.kernels.sequences import sequence_ids
 
 
@@ -78,8 +79,8 @@ def recurrent(
     (B, T, H, K), V = q.shape, v.shape[3]
     if initial is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        initial = q.new_zeros(N, H, K, V, dtype=state_dtype(q))
-    decay = None if g is None else channels(g.to(state_dtype(q)), q).exp()
+        initial = q.new_zeros(N, H, K, V, dtype=wide_dtype(q))
+    decay = None if g is None else channels(g.to(wide_dtype(q)), q).exp()
     q, k, values = q.to(initial.dtype) * scale, k.to(initial.dtype), v.to(initial.dtype)
     final, S, outputs = initial.clone(), initial[:B], []
     if cu_seqlens is not None:
@@ -96,10 +97,6 @@ def recurrent(
             final.index_copy_(0, owner[t : t + 1], S)
     o = torch.stack(outputs, 1).to(v.dtype) if T else torch.empty_like(v)
     return o, S if cu_seqlens is None and T else final
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def has_kernel(q: Tensor) -> bool:
@@ -129,7 +126,7 @@ def recurrent_forward(
 def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
     (B, _, H, K), V = q.shape, v.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, V, dtype=state_dtype(q)) if output_final_state else q.new_empty(0)
+    final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     return v.new_empty(v.shape), final_state
 
 

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm.kernels.checks import check_packing, check_values
+from glalm.kernels.precision import wide_dtype
+
 
 def selective_scan(
     x: Tensor,
@@ -30,7 +33,10 @@ def selective_scan(
     cu_seqlens [n + 1]: the bounds of n sequences packed into one row; without it, n is the batch.
     Returns y [batch, T, D] in x's dtype and the final states [n, D, N], float32 (both float64 for float64 inputs).
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, len(x))
+        check_values(None, x, cu_seqlens)
+    dtype = wide_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         decay = (dt.to(dtype)[..., None] * A.to(dtype)).exp()
         update = (dt.to(dtype) * x.to(dtype))[..., None] * B.to(dtype)[:, :, None]

@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm.kernels.precision import wide_dtype
+
 CHUNK = 64
 # The largest exponent that q or k is scaled by: in float32 a sum of gates near 20 is off by a few 1e-6, and so are the
 # results. Larger ones would do before anything overflows, at that cost.
@@ -208,7 +210,7 @@ def scan(steps: list[slice], decay: Tensor, update: Tensor, S: Tensor) -> Tensor
 def prepare(q, k, v, g, scale, initial_state, cu_seqlens):
     """The layout, the chunks and their values in the dtype to compute in, and the sorted initial states."""
     (_, _, H, K), V = q.shape, v.shape[3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q)
     layout = lay_out(q, cu_seqlens)
     q, k, v, g = (layout.cut(x, dtype) for x in (q, k, v, g))
     chunks = block(q.mul_(scale), k, g.clamp_(min=FORGET_ALL))

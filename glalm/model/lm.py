@@ -8,6 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from glalm.kernels.checks import check_packing, check_values
 from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
@@ -75,7 +76,7 @@ class GLALMModel(GLALMPreTrainedModel):
         """
         input_ids [B, T] or inputs_embeds [B, T, d]; attention_mask [B, T], 0 at padding: before a sequence's first
         token, or on the right where the state that comes out is not used; past_key_values continues a sequence;
-        cu_seqlens [N + 1] packs N sequences into a batch of one.
+        cu_seqlens [N + 1] packs N sequences into a batch of one: the bounds 0, ..., T, a ValueError on the CPU if not.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -84,6 +85,18 @@ class GLALMModel(GLALMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         x = x.to(matmul_dtype(x))  # in float32 the residual stream would be twice the traffic and memory
+        if x.dim() != 3:
+            raise ValueError(f"expected input_ids [B, T] or inputs_embeds [B, T, d], got {list((x[..., 0]).shape)}")
+        if attention_mask is not None and (
+            attention_mask.dim() != 2 or len(attention_mask) != len(x) or attention_mask.shape[1] < x.shape[1]
+        ):
+            raise ValueError(
+                f"attention_mask: expected [B, T] with B = {len(x)} and T >= {x.shape[1]}, as the input is, got "
+                f"{list(attention_mask.shape)}"
+            )
+        if cu_seqlens is not None:
+            check_packing(cu_seqlens, len(x))
+            check_values(None, x, cu_seqlens)
         padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
         past = StateCache() if past_key_values is None else past_key_values
         if not isinstance(past, StateCache):
@@ -146,8 +159,8 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         then None, as they are never held, but in eval mode beside `labels`, where transformers' Trainer scores them.
         num_items_in_batch: both are sums over this instead of means, so that those of several batches add up.
         logits_to_keep: only the last so many logits (0: all), or those at these positions. position_ids: where
-        those of a batch of one restart, another packed sequence begins, as with cu_seqlens; else they change nothing.
-        The other arguments are GLALMModel's.
+        those of a batch of one restart, another packed sequence begins, as with cu_seqlens; else, and at padding, they
+        change nothing. The other arguments are GLALMModel's.
         """
         shift_labels, position_ids = more.pop("shift_labels", None), more.pop("position_ids", None)
         if more.pop("output_attentions", None) or more:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
+from glalm.kernels.precision import wide_dtype
 from glalm.model.precision import matmul_dtype
 
 # Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
@@ -46,8 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w = hidden.to(dtype), weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         dhidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        sums = torch.promote_types(weight.dtype, torch.float32)
-        dweight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[1] else None
+        dweight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if ctx.needs_input_grad[1] else None
         for c in _chunks(h, w):
             logits = F.linear(h[c], w)
             loss += cross_entropy_(logits, targets[c], z_loss, dhidden is not None or dweight is not None).sum()

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from glalm.kernels.precision import wide_dtype
+
 
 def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     """x: [B, T, H, D], D even; positions: [B or 1, T]. Channel pair i turns by position * theta^(-2i/D) radians.
 
     The angles are float32 (float64 for float64 x), the result in x's dtype. q_s . k_t then depends on s - t alone.
     """
-    half, dtype = x.shape[-1] // 2, torch.float64 if x.dtype == torch.float64 else torch.float32
+    half, dtype = x.shape[-1] // 2, wide_dtype(x)
     frequencies = theta ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
     angles = positions[..., None, None].to(dtype) * frequencies
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glalm.kernels.precision import at_least_float32
 from glalm.kernels.sequences import sequence_ids
-from glalm.model.mixers import at_least_float32
 
 
 class ShortConv(nn.Module):

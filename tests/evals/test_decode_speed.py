@@ -37,6 +37,24 @@ def test_a_recurrent_state_has_one_size_and_attentions_grows():
     assert [r["length"] for r in gla] == [8, 40]
 
 
+def test_bf16_steps_with_weights_of_bf16(model, monkeypatch):
+    """And no autocast, which would cast float32 ones at every step."""
+    decoding, stepping = [], decode_speed.stepping
+
+    def seen(subject, state):
+        decoding.append((subject.model.dtype, torch.is_autocast_enabled("cpu")))
+        return stepping(subject, state)
+
+    monkeypatch.setattr(decode_speed, "stepping", seen)
+    config = EvalConfig(batch_size=3, decode_speed=DecodeSpeedConfig(lengths=[8], steps=2, repeats=1))
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        subject = Subject(model, train_length=8, precision=precision)
+        with subject.autocast():
+            decode_speed.job(subject, config).run(Work())
+        assert decoding.pop() == (dtype, False)
+        assert model.dtype == torch.float32
+
+
 def test_a_transformers_cache_is_counted():
     subject = Subject(llama())
     _, state = subject.read(torch.zeros(3, 10, dtype=torch.int64), keep_state=True)

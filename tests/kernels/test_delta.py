@@ -50,6 +50,18 @@ def test_packed_without_states_is_the_recurrence(gated, draw, differentiate):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("gate", [-torch.inf, -1e5])
+def test_what_follows_a_gate_that_forgets_all_keeps_its_digits(gate, draw, differentiate):
+    args = draw(T=100, K=6, V=4)
+    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
+    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1].index_fill(1, torch.tensor([0, 18, 70]), gate)
+    found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
+    doubles = {n: x if x is None else x.double() for n, x in args.items()}
+    expected = differentiate(lambda **a: tuple(y.float() for y in truth(**a)), doubles)
+    for name in expected:
+        torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_scale_is_the_one_given(draw):
     args = draw(K=6, V=4, dtype=torch.float64)
     args["beta"] = args.pop("g")[..., 0].exp()
@@ -94,3 +106,8 @@ def test_a_wrong_shape_is_named(draw):
         chunk_delta_rule(args["q"], args["k"], args["v"], args["g"])
     with pytest.raises(ValueError, match="cu_seqlens: packed sequences go in one row"):
         chunk_delta_rule(*(args[n] for n in "qkv"), args["g"][..., 0].exp(), cu_seqlens=torch.tensor([0, 70]))
+    row = [args[n][:1] for n in "qkv"]
+    with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to T = 70"):
+        chunk_delta_rule(*row, args["g"][:1, :, :, 0].exp(), cu_seqlens=torch.tensor([0, 40, 10, 70]))
+    with pytest.raises(ValueError, match="g: expected log forget gates <= 0"):
+        chunk_delta_rule(*row, args["g"][:1, :, :, 0].exp(), torch.ones(1, 70, 2))

@@ -29,11 +29,18 @@ def test_every_layer_has_its_mixer(tiny):
     assert names == ["GatedLinearAttention", "Attention"] * 2
 
 
+@pytest.mark.parametrize("d, expand, width", [(1600, 0.55, 880), (2880, 0.7, 2016), (100, 1.1, 110)])
+def test_a_width_that_floats_cannot_write_is_the_whole_number_that_is_meant(d, expand, width):
+    config = ModelConfig(hidden_size=d, num_heads=2, expand_k=expand, expand_v=expand)
+    assert (config.key_dim, config.value_dim) == (width, width)
+
+
 @pytest.mark.parametrize(
     "tree, message",
     [
         ({"mixer": "glaa"}, "model.mixer='glaa' is none of the mixers: gla, attention, linear,"),
         ({"mixer": "retnetion"}, "did you mean retention?"),
+        ({"mixer": "glaa", "layers": "gla+attention"}, "model.mixer='glaa' is none of the mixers"),
         ({"layers": "3*gla+atention"}, "model.layers='atention' is none of the mixers"),
         ({"layers": "3*gla+atention"}, "did you mean attention?"),
         ({"layers": "x*gla"}, "model.layers: 'x*gla' must be a mixer or a number of layers times one"),
@@ -47,6 +54,11 @@ def test_every_layer_has_its_mixer(tiny):
         ({"gla": {"min_log_gate": 1.0}}, "model.gla.min_log_gate must be null or at most 0"),
         ({"mixer": "mamba2", "mamba2": {"head_dim": 100}}, "model.mamba2.head_dim=100 does not cut the 2048 channels"),
         ({"regla": {"gate_axis": "value", "output_norm": False}}, "model.regla.output_norm=false divides by the sum"),
+        (
+            {"mixer": "retention", "hidden_size": 48, "num_heads": 8},
+            "model.num_heads=8 does not cut the width model.hidden_size * model.expand_k = 24 into heads of an even",
+        ),
+        ({"hidden_size": 100, "expand_k": 0.333, "num_heads": 1}, "model.hidden_size * model.expand_k = 33.3"),
         ({"intermediate_size": -1}, "model.intermediate_size must be positive, or 0"),
     ],
 )

@@ -180,6 +180,11 @@ def test_config_is_the_run_configs():
         (lambda tiny: GLALMConfig(num_heads=3, hidden_size=64), "model.num_heads=3 does not divide"),
         (lambda tiny: tiny(mixer="glaa"), "model.mixer='glaa' is none of the mixers: gla"),
         (lambda tiny: tiny()(), "give either input_ids or inputs_embeds"),
+        (lambda tiny: tiny()(torch.ones(5).long()), r"expected input_ids \[B, T\] or inputs_embeds.*got \[5\]"),
+        (
+            lambda tiny: tiny()(torch.ones(2, 5).long(), attention_mask=torch.ones(2, 4)),
+            r"attention_mask: expected \[B, T\] with B = 2 and T >= 5, as the input is, got \[2, 4\]",
+        ),
     ],
 )
 def test_bad_input(call, message, tiny):

@@ -157,9 +157,15 @@ def test_compiled_without_a_graph_break(choice, tiny, tokens):
     torch.testing.assert_close(*grads, **EXACT)
 
 
-@pytest.mark.parametrize(
-    "choice", [c for c in CHOICES.values() if c.get("regla", {}).get("gate_axis") != "value"], ids=str
-)
+@every_choice
+def test_bounds_that_do_not_rise_to_the_last_token_are_refused(choice, tiny, tokens):
+    model, ids = tiny(**choice), tokens(1, 30)
+    for bounds in ([0, 10], [0, 20, 10, 30], [5, 30]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to T = 30"):
+            model(ids, cu_seqlens=torch.tensor(bounds), use_cache=False)
+
+
+@every_choice
 def test_packed_sequences_compile_too(choice, tiny):
     torch._dynamo.reset()
     block, x = tiny(**choice).model.layers[-1], torch.randn(1, 20, 32, dtype=torch.float64)

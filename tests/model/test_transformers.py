@@ -383,6 +383,17 @@ def test_positions(tiny, tokens):
         model(ids, position_ids=restart.repeat(2, 1))
 
 
+def test_positions_at_padding_say_nothing(tiny, tokens):
+    model, ids = tiny(**HYBRID), tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    expected = model(ids, attention_mask=mask).logits
+    for usual in ((mask.cumsum(1) - 1).masked_fill(mask == 0, 1), mask.cumsum(1) - mask):
+        logits = model(ids, attention_mask=mask, position_ids=usual).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="position_ids restart"):
+        model(ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 0, 1], [*range(6)]]))
+
+
 def test_prefix_tuning_is_refused(tiny, tokens):
     peft = pytest.importorskip("peft")
     shape = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 2, "num_virtual_tokens": 3}

@@ -31,8 +31,3 @@ def mixer(name: str, config) -> nn.Module:
 def decoding(x: Tensor) -> bool:
     """Whether x [B, T, d] is one token to decode: a recurrent operator's case, not a chunkwise one's."""
     return x.shape[1] == 1 and not torch.is_grad_enabled()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is: for what autocast or half-precision weights must not round."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

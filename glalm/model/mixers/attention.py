@@ -60,13 +60,18 @@ class Attention(nn.Module):
             everything = state is None and padding is None and cu_seqlens is None and self.window is None
             mask = None if everything else visible(at, key_at, self.window, cu_seqlens)
             o = attend(q, k, v, mask)
-        state = (*(self.kept(y) for y in (k, v, key_at)), start + live.sum(1)) if return_state else None
+        state = (*self.kept(k, v, key_at, padding), start + live.sum(1)) if return_state else None
         return self.o_proj(o.flatten(-2)), state
 
-    def kept(self, y: Tensor) -> Tensor:
-        """What of y [B, S, ...] later tokens can see; a copy where it is not all, lest a view keep the rest."""
-        old = 0 if self.window is None else max(0, y.shape[1] - (self.window - 1))
-        return y[:, old:].clone() if old else y
+    def kept(self, k: Tensor, v: Tensor, key_at: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What of keys, values and positions [B, S, ...] later tokens can see; copies where it is not all, lest a view
+        keep the rest."""
+        old = 0 if self.window is None else max(0, k.shape[1] - (self.window - 1))
+        if self.window is not None and padding is not None:  # which may stand between a state's keys and the new ones
+            row = torch.arange(len(k), device=k.device)[:, None]
+            last = (key_at != NEVER).int().argsort(stable=True)[:, old:]
+            return tuple(y[row, last] for y in (k, v, key_at))
+        return tuple(y[:, old:].clone() if old else y for y in (k, v, key_at))
 
     def flops(self, T: int) -> int:
         """Scores and their values, the masked half counted too, as is usual (arXiv 2204.02311, appendix B)."""

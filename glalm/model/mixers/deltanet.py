@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_delta_rule
+from glalm.kernels.precision import at_least_float32
 from glalm.model.flops import delta_rule
 from glalm.model.norm import RMSNorm
 from glalm.model.short_conv import ShortConv
@@ -80,6 +81,4 @@ class DeltaNet(nn.Module):
 
 def unit(x: Tensor) -> Tensor:
     """x / |x| on the last axis; 0 where x is 0."""
-    return x * (x.float() if x.dtype != torch.float64 else x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(
-        x.dtype
-    )
+    return x * at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm import kernels
+from glalm.kernels.gates import log_gate
 from glalm.model.flops import chunkwise
-from glalm.model.mixers import at_least_float32, decoding
+from glalm.model.mixers import decoding
 from glalm.model.norm import GatedRMSNorm, RMSNorm
 from glalm.model.short_conv import ShortConv
 
@@ -95,8 +96,7 @@ class GatedLinearAttention(nn.Module):
         if self.min_log_gate is None:
             return {"g": logits, "gate_logit_normalizer": self.gate_logit_normalizer}
         # In float32: the gates of a whole chunk are multiplied up, and bf16 would round each of them first.
-        log_gate = F.logsigmoid(at_least_float32(logits)) / self.gate_logit_normalizer
-        return {"g": log_gate.clamp(min=self.min_log_gate)}
+        return {"g": log_gate(logits, self.gate_logit_normalizer).clamp(min=self.min_log_gate)}
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

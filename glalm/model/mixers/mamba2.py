@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
+from glalm.kernels.precision import at_least_float32
 from glalm.model.flops import chunkwise
-from glalm.model.mixers import at_least_float32, decoding
+from glalm.model.mixers import decoding
 from glalm.model.short_conv import ShortConv
 from glalm.model.time_step import initialise_time_step
 

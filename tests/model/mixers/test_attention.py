@@ -60,12 +60,27 @@ def test_a_window_is_all_that_is_kept(tiny, tokens):
     assert keys.shape[1] == values.shape[1] == 6 and at[0].tolist() == [*range(24, 30)] and seen.tolist() == [30, 30]
 
 
+@torch.no_grad()
+def test_a_window_sees_its_keys_behind_segments_of_unequal_length(tiny, tokens):
+    """The shorter segment is padded behind the keys of the state, which must not push these out."""
+    model, ids = tiny(mixer="attention", attention={"window": 6}), tokens(2, 20)
+    whole, past, parts = model(ids).logits, None, [[], []]
+    for (a, b), (c, d) in (((0, 8), (0, 8)), ((8, 9), (8, 15)), ((9, 20), (15, 16)), ((20, 20), (16, 20))):
+        segment, bounds = torch.cat([ids[0, a:b], ids[1, c:d]])[None], torch.tensor([0, b - a, b - a + d - c])
+        out = model(segment, cu_seqlens=bounds, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        for part, logits in zip(parts, out.logits[0].split([b - a, d - c]), strict=True):
+            part.append(logits)
+    torch.testing.assert_close(torch.stack([torch.cat(part) for part in parts]), whole)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"num_heads": 3}, "model.attention.num_heads=3 does not cut model.hidden_size=32"),
         ({"num_heads": 32}, "heads of an even number"),
         ({"num_heads": 4, "num_kv_heads": 3}, "model.attention.num_kv_heads=3 does not divide the 4 query heads"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "model.attention.num_kv_heads must be positive, not 0"),
         ({"window": 0}, "model.attention.window must be positive or null, not 0"),
         ({"windw": 4}, "unknown key model.attention.windw; did you mean model.attention.window?"),
     ],

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from glalm.config import EvalConfig, RunConfig
@@ -31,18 +34,31 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     """Composes configs/<config_name>.yaml with the command line, builds a `cls` of it and ends with main(config).
 
     A config that cannot be run ends with its message alone and exit code 2, a run that cannot go on likewise with 1;
-    a main that was stopped by a signal with 128 + signal, as shells have it.
+    a main that was stopped by a signal with 128 + signal, as shells have it. Of a sweep (--multirun) by one process,
+    configs that cannot be run keep none of the others from it.
     """
+    refused = []
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     def entry(tree: DictConfig) -> None:
-        signum = _explain(lambda: main(build(cls, OmegaConf.to_container(tree, resolve=True))))
-        if signum:  # else --multirun goes on with its next
+        def run() -> int:
+            try:
+                return main(build(cls, OmegaConf.to_container(tree, resolve=True)))
+            except ConfigError as error:
+                if HydraConfig.get().mode is not RunMode.MULTIRUN or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                    raise
+                print(f"ConfigError: {error}", file=sys.stderr, flush=True)
+                refused.append(error)
+                return 0
+
+        if signum := _explain(run):  # else --multirun goes on with its next
             sys.exit(128 + signum)
 
     groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
-    _explain(lambda: (check_overrides(sys.argv[1:], cls, groups), check_choices(sys.argv[1:])))
+    _explain(lambda: (check_overrides(sys.argv[1:], cls, groups), check_choices(sys.argv[1:]), check_files()))
     entry()
+    if refused:
+        sys.exit(2)
 
 
 def check_choices(args: list[str]) -> None:
@@ -60,6 +76,15 @@ def check_choices(args: list[str]) -> None:
             hint = f"did you mean {near[0]}? " if near else ""
             choices = f"{hint}choices: {', '.join(files)}"
             require(choice in files, f"{group}={choice} is no file of {CONFIGS / group}; {choices}")
+
+
+def check_files() -> None:
+    """ConfigError for the first file of configs/ that is no YAML: Hydra shows a page of its own code for it."""
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        try:
+            yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
 
 
 def _explain(call: Callable):

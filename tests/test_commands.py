@@ -83,3 +83,23 @@ def test_help_explains(script):
 )
 def test_a_wrong_config_is_one_line(argument, message):
     assert run("train.py", argument, code=2) == f"ConfigError: {message}\n"
+
+
+def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
+    """And ends with the exit code of what was refused."""
+    where = ["-m", f"hydra.sweep.dir={tmp_path}", f"runs_dir={tmp_path}", f"data.path={token_folder}"]
+    small = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "data.seq_len=16"]
+    points = ["name=w${optim.warmup_steps}", "train.steps=2", "optim.warmup_steps=1,9,0", "train.batch_size=2"]
+    text = run("train.py", *where, *small, *points, code=2)
+    assert text.count("trained to step 2") == 2 and "optim.warmup_steps=9 is longer than train.steps=2" in text
+
+
+def test_a_file_of_configs_that_is_no_yaml_is_named(tmp_path, monkeypatch):
+    from glalm import cli
+    from glalm.strict import ConfigError
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("model:\n  layers: [gla, attention\nseed: 1\n")
+    monkeypatch.setattr(cli, "CONFIGS", tmp_path)
+    with pytest.raises(ConfigError, match=r"experiment/mine\.yaml is not YAML: (.|\n)*line 2"):
+        cli.check_files()

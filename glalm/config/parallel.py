@@ -35,7 +35,7 @@ class ParallelConfig:
         """
         if self.mode != "hsdp":
             return (world, 1) if self.mode == "ddp" else (1, world)
-        shard = self.shard or (world // self.replicate if self.replicate else local_world)
+        shard = self.shard or (max(1, world // self.replicate) if self.replicate else local_world)
         require(
             world % shard == 0,
             f"parallel.shard={shard} does not divide the {world} processes that run; {divisors(world)}, or start a "

@@ -167,7 +167,7 @@ class RunConfig:
             re.fullmatch(r"[^/\\\0]+", self.name) is not None and self.name not in (".", ".."),
             f"name={self.name!r} must be one folder name, without slashes",
         )
-        require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         tokens = self.train.batch_tokens
         require(
             tokens is None or tokens % self.data.seq_len == 0,
@@ -245,3 +245,8 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def data_record(self) -> Path:
+        """The manifest of the data as it was when the run began, which it keeps to."""
+        return self.folder / "data.json"

@@ -16,6 +16,7 @@ from glalm.config import EvalConfig, RunConfig
 from glalm.evals.job import Work, lacking
 from glalm.evals.models import Subject, run_tokenizer
 from glalm.evals.randomness import undisturbed
+from glalm.evals.results import read_json
 from glalm.evals.run import make_job
 from glalm.model import GLALMForCausalLM
 from glalm.strict import RunError
@@ -32,7 +33,8 @@ def during(config: RunConfig) -> Evaluate:
     failure is a warning.
     """
     c = config.during
-    proven = set(c.evals if checkpoint.latest(config.folder / "checkpoints") else ())
+    resumed = config.train.resume_from or checkpoint.latest(config.folder / "checkpoints")
+    proven = set(c.evals if resumed else ())
     settings = EvalConfig(
         name=config.name,
         runs_dir=config.runs_dir,
@@ -91,6 +93,7 @@ def as_subject(model: GLALMForCausalLM, precision: str, config: RunConfig, setti
         precision=precision,
         run=config,
         folder=config.folder,
+        data_manifest=read_json(config.data_record),
     )
 
 

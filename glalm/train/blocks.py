@@ -41,6 +41,7 @@ def prepare_blocks(model: GLALMForCausalLM, config: TrainConfig, device: torch.d
     # SwiGLU's product, weights in bfloat16. These are a quarter of a step's memory, and 2% of its time.
     torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
     if device.type == "cuda" if config.compile == "auto" else config.compile:
+        torch._dynamo.reset()  # of a sweep's runs before, whose forms would count
         torch._dynamo.config.recompile_limit = VARIANTS
         # Training has few shapes, and a graph for any length would be slower than one for each.
         train = torch.compile(train, dynamic=False)

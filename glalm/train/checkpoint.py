@@ -14,9 +14,9 @@ removed at the next start. One that is found damaged is set aside as step_N.dama
 """
 
 import hashlib
+import itertools
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from glalm.data.files import sha256
+from glalm.data.files import sha256, sync
 from glalm.strict import RunError
 from glalm.train import rng, tensors
 from glalm.train.tensors import Piece
@@ -86,7 +86,7 @@ def contents(
 
 
 def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGroup | None = None) -> Path:
-    """Writes folder/step_N, by all processes together, whole or not at all, and returns it.
+    """Writes folder/step_N, by all processes together, whole or not at all, and returns it. made: see `contents`.
 
     What was written is read back and compared before the folder gets its name. group: of all processes, over which
     they agree; gloo's. When one of them fails, all of them raise, and nothing is left.
@@ -104,7 +104,7 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
         files = {name: tensors.write(partial / name, pieces) for name, pieces in made.pieces.items()}
         for name, text in made.texts.items() if first else ():
             (partial / name).write_text(text)
-            _fsync(partial / name)
+            sync(partial / name)
             files[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
         for name, entry in files.items():
             _compare(partial / name, entry, "what was written to it")
@@ -114,10 +114,11 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
         if first:
             files = {name: entry for part in parts for name, entry in part.items()}
             (partial / MANIFEST).write_text(json.dumps({"format": 2, "files": dict(sorted(files.items()))}, indent=1))
-            _fsync(partial / MANIFEST)
-            _fsync(partial)
+            sync(partial / MANIFEST)
+            sync(partial)
             partial.rename(target)
-            _fsync(folder)
+            sync(folder)
+            sync(folder.parent)  # in which `folder` may be new
 
     try:
         if not any(together(begin, group)):
@@ -128,18 +129,6 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
-
-
-def save(
-    folder: Path,
-    step: int,
-    model: PreTrainedModel,
-    optimizers: Iterable[torch.optim.Optimizer],
-    state: Mapping,
-    extra: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Writes folder/step_N whole or not at all, and returns it: `contents`, then `write`."""
-    return write(folder, step, contents(step, model, optimizers, state, extra))
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None = None, keep_best: int = 0) -> None:
@@ -241,9 +230,9 @@ def newest_whole(
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Gives a checkpoint the name step_N.WHY, under which nothing looks for it."""
-    aside = path.with_name(f"{path.name}.{why}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Gives a checkpoint the name step_N.WHY, or step_N.WHY2 and so on, under which nothing looks for it."""
+    names = (f"{path.name}.{why}{n}" for n in itertools.chain([""], itertools.count(2)))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(aside)
     return aside
 
@@ -362,11 +351,3 @@ def _same_names(path: Path, there: Iterable[str], wanted: Iterable[str]) -> None
     if set(there) != set(wanted):
         missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
         raise CheckpointError(f"{path} holds another model: missing {missing[:3]}, unexpected {extra[:3]}")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

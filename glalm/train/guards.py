@@ -120,8 +120,8 @@ class UpdateGuard:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run must know: to be saved, and loaded in place."""
-        counts = {"passed": self.passed, "not_finite": self.not_finite, "spikes": self.spikes}
-        return {f"guard.{name}": t for name, t in {"norms": self.norms, **counts}.items()}
+        names = ("norms", "passed", "not_finite", "spikes", "in_a_row", "since")
+        return {f"guard.{name}": getattr(self, name) for name in names}
 
     def _judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether to skip: bool, a scalar on the device."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from glalm.data.files import sync
 from glalm.strict import ConfigError
 from glalm.train.together import place, together
 
@@ -78,11 +79,7 @@ def check_filesystem(folder: Path) -> None:
     try:
         probe.mkdir()
         (probe / "file").write_bytes(b"whole")
-        handle = os.open(probe, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(probe)
         probe.rename(renamed)
         if probe.exists() or (renamed / "file").read_bytes() != b"whole":
             raise OSError("a renamed directory is not what it was")

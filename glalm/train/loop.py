@@ -1,7 +1,8 @@
 """The training loop: from a RunConfig to a folder of checkpoints and metrics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ from glalm.train.lock import held
 from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
 from glalm.train.report import Meter, SourceTokens, finite, report_start, training_row
-from glalm.train.resume import find_origin, restore
+from glalm.train.resume import find_origin, provenance, restore
 from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
 from glalm.train.step import on_device, update
@@ -71,6 +72,7 @@ def fit(
     """`train`, in a directory that is this run's alone."""
     record = open_run(config, training.tokens)
     origin = find_origin(config, record["identity"])
+    said = partial(cursor, config, record, config.train.resume_from or (origin and provenance(origin)))
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
     start, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
@@ -79,7 +81,7 @@ def fit(
 
     with (
         Metrics(config.folder, config, record["id"], start, accelerator.is_main_process, unwritten) as metrics,
-        Saver(config.folder / "checkpoints", config.train.checkpoint, metrics.say) as saver,
+        Saver(config.folder / "checkpoints", config.train.checkpoint, metrics.say, watchdog.alive) as saver,
         Profiler(config, accelerator.device, accelerator.process_index, start) as profiler,
     ):
         report_start(metrics, config, model, training, start, accelerator)
@@ -104,16 +106,19 @@ def fit(
                 row |= training_row(accelerator, loss, grad_norm, lr, step, meter)
                 row |= guard.check(sources.order, config.folder, accelerator.is_main_process)
                 row |= sources.until(step) | saver.row() | metrics.row()
-            row |= examined(step)
-            if row:
-                metrics.log({"step": step, **row})
-                if saving:  # after its row, which it keeps if the disk does not: resuming can drop rows, not make them
-                    saver.save(step, model, optimizers, cursor(config, record, row, metrics), guard.tensors())
-                meter.restart(step)
-            if stopping and not last:
+            if stopping and not last:  # saved before it is examined, for which whoever stops it may not wait
+                state = said(row, [*metrics.unwritten, {"step": step, **row}])
+                saver.save(step, model, optimizers, state, guard.tensors())
                 saver.finish()
+                metrics.log({"step": step, **row, **examined(step)}, durable=True)
                 metrics.say(f"stopped: {saver.newest} is saved; the same command goes on from there")
                 return stopping
+            row |= examined(step)
+            if row:
+                metrics.log({"step": step, **row}, durable=saving)
+                if saving:  # after its row, which it keeps if the disk does not: resuming can drop rows, not make them
+                    saver.save(step, model, optimizers, said(row, metrics.unwritten), guard.tensors())
+                meter.restart(step)
             watchdog.beat(f"waiting for the data of step {step + 1}")
         saver.finish()
         metrics.say(f"trained to step {config.steps}: {saver.newest}")
@@ -134,10 +139,12 @@ def examine(
     and `finite`."""
     row, last = {}, step == config.steps
     if last or step % config.train.eval_every == 0:
-        row |= validate(accelerator, wrapped, validation, config)
+        watchdog.beat("validating")
+        row |= validate(accelerator, wrapped, validation, config, watchdog.alive)
     if evaluate is not None and (last or step % config.during.every == 0):
+        watchdog.beat("evaluating")
         precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        row |= evaluate(model, precision, lambda _: watchdog.beat("evaluating"))
+        row |= evaluate(model, precision, watchdog.alive)
     return finite(row)
 
 
@@ -169,21 +176,18 @@ def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelera
         workers=config.data.workers,
         pin=accelerator.device.type == "cuda",
     )
-    for index, batch in stream:
-        if index == config.steps:
-            return
+    for index, batch in islice(stream, config.steps - start):  # no batch beyond the last step's is read
         yield index + 1, on_device(batch, accelerator)
 
 
-def cursor(config: RunConfig, record: dict, row: dict, metrics: Metrics) -> dict:
+def cursor(config: RunConfig, record: dict, resumed_from: str | None, row: dict, unwritten: Iterable[dict]) -> dict:
     """What a checkpoint says of the run, beside its tensors. The order of the data is a function of seed and step."""
     return {
         "tokens": row["tokens"],
-        "seed": config.seed,
         "run": record["id"],  # the tracker's too
         "identity": record["identity"],
-        "resumed_from": config.train.resume_from,
+        "resumed_from": resumed_from,
         "versions": record["versions"],
         "val_loss": row.get("val_loss"),
-        "unwritten": list(metrics.unwritten),
+        "unwritten": list(unwritten),
     }

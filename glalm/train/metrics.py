@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from glalm.config import RunConfig
-from glalm.data.files import reopened, replacing
+from glalm.data.files import reopened, replacing, synced
 
 MOST_UNWRITTEN = 10_000  # rows, some megabytes
 
@@ -91,12 +91,13 @@ class Metrics:
         if self.active:
             self._bar.update(self._task, completed=step)
 
-    def log(self, row: dict) -> None:
-        """row: {"step": int, name: number}; written at once, so that a killed run keeps its record."""
+    def log(self, row: dict, durable: bool = False) -> None:
+        """row: {"step": int, name: number}; written at once, so that a killed run keeps its record. durable: and on the
+        disk, so that a machine without power does, before a checkpoint is there after which it is not made again."""
         if not self.active:
             return
         self.unwritten.append(row)
-        self._write()
+        self._write(durable)
         shown = "  ".join(form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None)
         self._bar.update(self._task, completed=row["step"], shown=shown)
         if self._bar.disable or "val_loss" in row:
@@ -108,13 +109,15 @@ class Metrics:
         """For the metrics themselves: nothing while all is well."""
         return {"failed_writes": self.failures} if self.failures else {}
 
-    def _write(self) -> None:
+    def _write(self, durable: bool = True) -> None:
         lines = _lines(self.unwritten)
         try:
             # What a write that failed has left in the file is cut off; a file that someone has moved away begins anew.
             size = min(self._size, self._path.stat().st_size if self._path.exists() else 0)
             with reopened(self._path, size) as file:
                 file.write(lines)
+                if durable:
+                    synced(file)
         except OSError as error:
             self.failures += 1
             if len(self.unwritten) == 1:  # the first of a row of failures

@@ -12,6 +12,7 @@ from glalm import config as configs
 from glalm.config import RunConfig
 from glalm.strict import ConfigError, require, unknown
 from glalm.train import checkpoint
+from glalm.train.checkpoint import CheckpointError
 from glalm.train.together import place, together
 
 
@@ -20,10 +21,11 @@ def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> 
 
     What config.train.allow_changes names may differ.
     """
-    allowed = config.train.allow_changes
-    for key in allowed:
-        if key not in saved.keys() | now.keys():
-            raise ConfigError(f"train.allow_changes: {unknown(key, now)}")
+    keys, allowed = saved.keys() | now.keys(), set()
+    for name in config.train.allow_changes:  # data.weights: every source's
+        named = {key for key in keys if key == name or key.startswith(f"{name}.")}
+        require(bool(named), f"train.allow_changes: {unknown(name, now)}")
+        allowed |= named
     changes = configs.compare(*({k: v for k, v in identity.items() if k not in allowed} for identity in (saved, now)))
     if changes:
         keys = ",".join(change.partition(":")[0] for change in changes)
@@ -44,9 +46,13 @@ def find_origin(config: RunConfig, identity: Mapping) -> Path | None:
     """
     saves, wanted = config.folder / "checkpoints", config.train.resume_from
     path = checkpoint.newest_whole(saves, say=_warn)
-    explicit = bool(wanted) and (path is None or checkpoint.read_state(path).get("resumed_from") != wanted)
+    explicit = bool(wanted) and (path is None or provenance(path) != wanted)
     if explicit:
         path = Path(wanted)
+        try:
+            checkpoint.find(path.parent, path.name)
+        except CheckpointError as error:
+            raise ConfigError(f"train.resume_from={wanted}: {error}") from error
         together(lambda: checkpoint.verify(path, *place()))
         check_same(config, checkpoint.read_state(path).get("identity", {}), identity, path)
     if path is None:
@@ -56,6 +62,11 @@ def find_origin(config: RunConfig, identity: Mapping) -> Path | None:
     if explicit:
         together(lambda: _set_newer_aside(saves, step) if place()[0] == 0 else None)
     return path
+
+
+def provenance(path: Path) -> str | None:
+    """The train.resume_from that a checkpoint's run began with."""
+    return checkpoint.read_state(path).get("resumed_from")
 
 
 def restore(

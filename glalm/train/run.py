@@ -17,7 +17,7 @@ from glalm.train.environment import environment
 from glalm.train.resume import check_same
 from glalm.train.together import place, together
 
-DATA = "data.json"  # in the run's folder: the manifest of the data as it was when the run began
+TOKENS = "data tokens"  # of training: a set may grow, and keeps its fingerprint
 
 
 def open_data(config: RunConfig) -> tuple[Windows, Windows]:
@@ -45,8 +45,15 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
 
 
 def _manifest(config: RunConfig) -> dict:
-    record = config.folder / DATA
-    return json.loads(record.read_text()) if record.exists() else read_manifest(Path(config.data.path))
+    """Of the data as the run's own record has it; else that of the run it goes on from, of the same set; else now."""
+    if config.data_record.exists():
+        return json.loads(config.data_record.read_text())
+    now, origin = read_manifest(Path(config.data.path)), config.train.resume_from
+    record = Path(origin).parent.parent / config.data_record.name if origin else None
+    if record and record.exists() and TOKENS not in config.train.allow_changes:
+        then = json.loads(record.read_text())
+        return then if then["fingerprint"] == now["fingerprint"] else now
+    return now
 
 
 def open_run(config: RunConfig, data: TokenSet) -> dict:
@@ -61,7 +68,7 @@ def open_run(config: RunConfig, data: TokenSet) -> dict:
 
 def _open_run(config: RunConfig, data: TokenSet) -> dict:
     record = config.folder / "run.json"
-    identity = configs.identity(config) | {"data fingerprint": data.fingerprint}
+    identity = configs.identity(config) | {"data fingerprint": data.fingerprint, TOKENS: data.num_tokens}
     run_id = uuid.uuid4().hex[:12]
     if record.exists():
         saved = json.loads(record.read_text())
@@ -82,7 +89,7 @@ def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:
 
     def write() -> None:
         write_json(config.folder / "run.json", content, indent=1)
-        if not (config.folder / DATA).exists():  # which shards the run reads, now and when it is resumed
-            write_json(config.folder / DATA, data.manifest)
+        if not config.data_record.exists():  # which shards the run reads, now and when it is resumed
+            write_json(config.data_record, data.manifest)
 
     together(lambda: write() if place()[0] == 0 else None)

@@ -23,7 +23,8 @@ SLOWEST_WRITE = timedelta(hours=2)
 
 
 class Saver:
-    """Saves into `folder` as `config` says. Every process of the run has one and calls it alike.
+    """Saves into `folder` as `config` says. Every process of the run has one and calls it alike. `alive` is called
+    again and again while a call waits for a save, for as long as one may take (SLOWEST_WRITE).
 
     Asynchronous: `save` copies this process's share to host memory, queued on the current stream between one step and
     the next, so that it waits for no kernel, and leaves the rest to a thread. One save is in flight at a time; the
@@ -35,8 +36,14 @@ class Saver:
     at the end, for what is in flight.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
-        self.folder, self.config, self.say = folder, config, say
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None] = print,
+        alive: Callable[[], object] = lambda: None,
+    ):
+        self.folder, self.config, self.say, self.alive = folder, config, say, alive
         self.failures, self.stalled = 0, 0.0
         self._in_a_row: list[str] = []
         self._thread: threading.Thread | None = None
@@ -50,9 +57,7 @@ class Saver:
         """After the first update, when all that will be saved exists: page-locks the host memory for it beside the
         training, which would else keep the first save waiting for a second or more."""
         if self.config.asynchronous and torch.cuda.is_available():
-            made, device = checkpoint.contents(0, model, optimizers, {}, extra), torch.cuda.current_device()
-            self._thread = threading.Thread(target=self._reserve, args=(made, device), name="glalm-checkpoint")
-            self._thread.start()
+            self._start(self._reserve, checkpoint.contents(0, model, optimizers, {}, extra))
 
     def save(self, step: int, model, optimizers, state: Mapping, extra: Mapping[str, Tensor] | None = None) -> None:
         """See checkpoint.contents. Raises CheckpointError when this many saves before it failed: MOST_FAILURES."""
@@ -60,11 +65,9 @@ class Saver:
         self._join()
         made = checkpoint.contents(step, model, optimizers, state, extra)
         copied = self._copied(step, made) if self.config.asynchronous else None
+        self._start(self._write, step, *(copied or (made, lambda: None)))
         if copied is None:
-            self._write(step, made, lambda: None)
-        else:
-            self._thread = threading.Thread(target=self._write, args=(step, *copied), name="glalm-checkpoint")
-            self._thread.start()
+            self._wait()
         self.stalled += time.perf_counter() - begun
 
     def row(self) -> dict[str, int]:
@@ -91,13 +94,33 @@ class Saver:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        self._wait()
+
+    def _start(self, work: Callable, *args) -> None:
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+        def run() -> None:
+            if device is not None:  # a thread begins with the first, of which every process would take memory
+                torch.cuda.set_device(device)
+            work(*args)
+
+        self._thread = threading.Thread(target=run, name="glalm-checkpoint")
+        try:
+            self._thread.start()
+        except RuntimeError:  # no memory, not even for a thread
+            self._thread = None
+            run()
+
+    def _wait(self) -> None:
+        begun = time.monotonic()
+        while self.busy:
+            self._thread.join(1.0)
+            if time.monotonic() - begun < SLOWEST_WRITE.total_seconds():
+                self.alive()
+        self._thread = None
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._wait()
         if len(self._in_a_row) >= MOST_FAILURES:
             raise CheckpointError(
                 f"{MOST_FAILURES} checkpoints in a row could not be saved; the newest is "
@@ -144,8 +167,7 @@ class Saver:
     def _on_host(self, name: str, piece: Piece) -> Piece:
         return replace(piece, local=self._memory(name, piece.local).copy_(piece.local, non_blocking=True))
 
-    def _reserve(self, made: Contents, device: int) -> None:
-        torch.cuda.set_device(device)  # a thread begins with the first, of which every process would take memory
+    def _reserve(self, made: Contents) -> None:
         with suppress(RuntimeError):  # no such memory: `save` tries again, and says so
             for pieces in made.pieces.values():
                 for name, piece in pieces.items():

@@ -1,6 +1,7 @@
 """The loss on text that is never trained on."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +14,13 @@ from glalm.train.step import model_inputs, on_device
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfig) -> dict[str, float]:
-    """Mean cross-entropy (nats a token) and perplexity over train.eval_sequences validation windows, evenly spaced."""
+def validate(
+    accelerator: Accelerator, model, windows: Windows, config: RunConfig, alive: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Mean cross-entropy (nats a token) and perplexity over train.eval_sequences validation windows, evenly spaced.
+
+    alive: called after every batch.
+    """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     micro_batch, _ = config.accumulation(world)
@@ -25,6 +31,7 @@ def validate(accelerator: Accelerator, model, windows: Windows, config: RunConfi
             loss = model(**model_inputs(batch), use_cache=False).loss
         scored = (batch["labels"] != IGNORE).sum()
         total += torch.stack([loss * scored, scored])
+        alive()
     reshard(model)
     loss, tokens = accelerator.reduce(total, "sum").tolist()
     return {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700.0))}

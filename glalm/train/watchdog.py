@@ -15,12 +15,14 @@ from glalm.train.together import together
 
 EXIT = 70  # the exit code of the processes that are ended here
 VERDICT = "verdict"
+BEGINNING = {"alive": 0, "beats": 0, "signs": 0, "where": "starting", "failed": None, "done": False}
 
 
 class Watchdog:
-    """Each process calls `beat` as it comes to a new part of its work; a thread of each tells rank 0 of it.
+    """Each process calls `beat` as it comes to a new part of its work, all of them alike, and `alive` in the midst of
+    one, as often as it likes; a thread of each tells rank 0 of it.
 
-    A process that does not call it for `seconds`, or one whose thread is silent (it was killed, or its machine has
+    A process that calls neither for `seconds`, or one whose thread is silent (it was killed, or its machine has
     gone), or that left the context by an exception: rank 0 says so to all, and each ends at once, with exit code EXIT,
     even when it waits in a collective. When several stand still, those that came least far are named: the others wait
     for them. When rank 0 is the one, the others notice that its store is gone or stands still.
@@ -32,7 +34,7 @@ class Watchdog:
         self.tick = min(tick, self.seconds / 10)
         self.silence = max(10 * self.tick, min(self.seconds, 60.0))  # a thread may be kept waiting by a busy machine
         here = f"process {os.getpid()} on {socket.gethostname()}"
-        self._status = {"alive": 0, "beats": 0, "where": "starting", "here": here, "failed": None, "done": False}
+        self._status = {**BEGINNING, "here": here}
         self._seen: dict[int, tuple[dict, float, float]] = {}  # status, when it last was alive, when it last beat
         self._failed_at: float | None = None
         self._over = threading.Event()
@@ -44,6 +46,10 @@ class Watchdog:
     def beat(self, where: str) -> None:
         """where: what this process does from here on, as in "rank 1 hangs: WHERE"."""
         self._status |= {"beats": self._status["beats"] + 1, "where": where}
+
+    def alive(self, *_) -> None:
+        """It goes on. No beat: processes are told apart by how many of these they have made."""
+        self._status["signs"] += 1
 
     def __enter__(self) -> "Watchdog":
         for thread in self._threads:
@@ -111,7 +117,7 @@ class Watchdog:
         if others and self._store.check(others):
             statuses = map(json.loads, self._store.multi_get(others))
         else:  # not all of them have begun
-            statuses = ({**self._status, "alive": 0, "beats": 0, "done": False, "failed": None} for _ in others)
+            statuses = ({**BEGINNING, "here": self._status["here"]} for _ in others)
         for rank, status in zip(others, statuses, strict=True):
             self._note(int(rank), status)
         verdict = self._failure() or self._stands_still(self._seen)
@@ -128,7 +134,8 @@ class Watchdog:
         now = time.monotonic()
         before, alive, beat = self._seen.get(rank, (None, now, now))
         alive = alive if before and before["alive"] == status["alive"] else now
-        beat = beat if before and before["beats"] == status["beats"] else now
+        moved = before is None or any(before[name] != status[name] for name in ("beats", "signs"))
+        beat = now if moved else beat
         self._seen[rank] = (dict(status), alive, beat)
 
     def _failure(self) -> str | None:

@@ -149,6 +149,9 @@ def test_a_failure_after_a_restart_is_a_warning_too(evaluating, change, monkeypa
     with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
         train(evaluating, during(evaluating))
     assert (evaluating.folder / "checkpoints/step_6").is_dir()
+    fork = {"name": "fork", "train.resume_from": str(evaluating.folder / "checkpoints/step_2")}
+    with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
+        train(change(evaluating, **fork), during(change(evaluating, **fork)))
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_step(evaluating, change):

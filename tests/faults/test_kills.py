@@ -21,9 +21,9 @@ STAGES = [
     ("in the middle of a file", tensors, "_content", None, 150, 2),
     ("before the second file", tensors, "write", r"step_4.*training", 1, 2),
     ("before the files are read back", checkpoint, "_compare", r"step_4.*model", 1, 2),
-    ("before the manifest", checkpoint, "_fsync", r"step_4.*manifest", 1, 2),
+    ("before the manifest", checkpoint, "sync", r"step_4.*manifest", 1, 2),
     ("before the rename", os, "rename", r"\.step_4\.tmp", 1, 2),
-    ("after the rename, before the folder is synced", checkpoint, "_fsync", r"checkpoints$", 2, 4),
+    ("after the rename, before the folder is synced", checkpoint, "sync", r"checkpoints$", 2, 4),
     ("before the old one is removed", checkpoint, "_remove", r"step_2$", 1, 6),
     ("while the old one is removed", shutil, "rmtree", r"\.step_2\.tmp$", 2, 6),
 ]

@@ -25,6 +25,10 @@ from glalm.train.saver import Saver
 from glalm.train.watchdog import EXIT
 
 
+def save(folder, step: int, *contents):
+    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
+
+
 def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:
     return wait(start(function, *args, config, log=log, world=world, launched=True), 90)
 
@@ -213,7 +217,7 @@ def drawing(folder: str, config: RunConfig) -> int:
     rank = Accelerator().process_index
     rng.reseed(0, 0, rank)
     model = GLALMForCausalLM(GLALMConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2))
-    path = checkpoint.save(Path(folder) / "saves", 3, model, [], {})
+    path = save(Path(folder) / "saves", 3, model, [], {})
 
     def draw():
         return [torch.rand(2).tolist(), random.random(), np.random.rand()]
@@ -258,5 +262,5 @@ def passing_on(saved: str, folder: str, config: RunConfig) -> int:
     torch.manual_seed(accelerator.process_index)  # nothing of it may be right by chance
     model, _, optimizers = loop.build(dataclasses.replace(config, seed=99), accelerator)
     checkpoint.load(Path(saved), model, optimizers)
-    checkpoint.save(Path(folder), 7, model, optimizers, {})
+    save(Path(folder), 7, model, optimizers, {})
     return 0

@@ -19,7 +19,7 @@ from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.strict import ConfigError, RunError
-from glalm.train import checkpoint, loop, step, tensors
+from glalm.train import checkpoint, loop, step, tensors, validate
 from glalm.train.guards import BadSteps
 from glalm.train.loop import train
 
@@ -145,6 +145,85 @@ def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_pa
     assert checkpoint.newest_whole(config.folder / "checkpoints").name == "step_2"
     assert train(config) == 0
     assert_same(unbroken, config.folder)
+
+
+def slow(part: str, seconds: float, config: RunConfig) -> int:
+    """A run in which every file of a checkpoint, or every batch of validation, takes `seconds`."""
+
+    def late(*args):
+        time.sleep(seconds)
+        return real(*args)
+
+    if part == "saving":
+        real, tensors.write = tensors.write, late
+    else:
+        real, validate.on_device = validate.on_device, late
+    return train(config)
+
+
+@pytest.mark.parametrize(("part", "asynchronous"), [("saving", True), ("saving", False), ("validating", True)])
+def test_what_takes_longer_than_a_hang_but_goes_on_is_none(run_config, change, unbroken, tmp_path, part, asynchronous):
+    slowly = {"train.guard.hang_seconds": 2.0, "train.checkpoint.asynchronous": asynchronous}
+    config = change(run_config, **slowly, **{"train.checkpoint.every": 6})
+    seconds = 1.5 if part == "saving" else 0.6
+    assert wait(start(slow, part, seconds, config, log=tmp_path / "log")) == [0], text(tmp_path / "log")
+    assert_same(unbroken, config.folder)
+
+
+def test_bad_updates_in_a_row_are_counted_across_a_resume(run_config, change, monkeypatch):
+    config = change(run_config, **{"train.guard.bad_steps": 4, "train.steps": 9, "train.checkpoint.every": 1})
+    poison(monkeypatch, {3, 4, 5, 6}, loss=math.nan)
+    monkeypatch.setattr(step, "accumulate", stopped(step.accumulate, at=4))
+    assert train(config) == signal.SIGTERM
+    with pytest.raises(BadSteps, match="in 4 updates in a row, steps 3 to 6"):
+        train(config)
+
+
+def stopped(real, at: int):
+    """`real`, and this process sent SIGTERM in its at-th call."""
+    calls = []
+
+    def call(*args):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    return call
+
+
+def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, change, unbroken, monkeypatch):
+    """Who stops a run for a time limit cannot wait for it. Its numbers are not lost."""
+    there = []
+
+    def evaluate(model, precision, alive):
+        there.append({path.name for path in run_config.folder.glob("checkpoints/*")})
+        return {"seen": 1.0}
+
+    config = change(run_config, **{"during.every": 3})
+    monkeypatch.setattr(loop, "update", stopped(loop.update, at=3))
+    assert train(config, evaluate) == signal.SIGTERM
+    assert "step_3" in there[-1]
+    assert train(config, evaluate) == 0
+    found = rows(config.folder)
+    assert [row["step"] for row in found if "seen" in row] == [0, 3, 6]
+    assert [{k: v for k, v in row.items() if k != "seen"} for row in found] == rows(unbroken)
+
+
+def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
+    monkeypatch.setattr(loop, "batches", unread_ahead(loop.batches, run_config.steps))
+    assert train(run_config) == 0
+
+
+def unread_ahead(real, steps: int):
+    """Batches of which none beyond the last may be asked for."""
+
+    def batches(*args, **options):
+        for index, batch in real(*args, **options):
+            assert index < steps, "read too much"
+            yield index, batch
+
+    return batches
 
 
 def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_path):

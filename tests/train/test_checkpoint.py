@@ -35,14 +35,18 @@ def trained(seed: int = 0, steps: int = 2, tied: bool = False, name: str = "adam
     return model, found
 
 
+def save(folder, step: int, *contents):
+    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
+
+
 def saved(folder, step: int, state: dict | None = None):
-    return checkpoint.save(folder, step, *trained(), state or {})
+    return save(folder, step, *trained(), state or {})
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_bit_equal(tmp_path, tied):
     model, [optimizer] = trained(tied=tied)
-    path = checkpoint.save(tmp_path, 7, model, [optimizer], {"tokens": 99})
+    path = save(tmp_path, 7, model, [optimizer], {"tokens": 99})
     other, [other_optimizer] = trained(seed=1, steps=0, tied=tied)
     assert checkpoint.load(path, other, [other_optimizer]) == {"step": 7, "processes": 1, "tokens": 99}
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -82,7 +86,7 @@ def test_a_save_that_breaks_leaves_the_last_one(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_fsync", full_disk)
+    monkeypatch.setattr(checkpoint, "sync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 2)
     assert list(tmp_path.iterdir()) == [first]
@@ -107,21 +111,22 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     path = saved(tmp_path, 1)
     [(before, wanted)] = renamed
     assert before == wanted and len(wanted) == 1 + len(list(path.iterdir())) == 6
-    assert synced == [str(tmp_path)]
+    assert synced == [str(tmp_path), str(tmp_path.parent)]
 
 
 def test_the_extra_that_does_not_fit_is_left_alone(tmp_path):
     """As the norms of another train.guard.spike_window, or what an older checkpoint has not."""
-    path = checkpoint.save(tmp_path, 1, *trained(), {}, {"a": torch.arange(3.0), "b": torch.ones(2)})
+    path = save(tmp_path, 1, *trained(), {}, {"a": torch.arange(3.0), "b": torch.ones(2)})
     extra = {"a": torch.zeros(3), "b": torch.full((4,), 7.0), "c": torch.full((1,), 7.0)}
     checkpoint.load(path, *trained(), extra)
     assert [t.tolist() for t in extra.values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
 
 
-def test_the_same_step_is_set_aside_again(tmp_path):
-    for n in (1, 2):
-        aside = checkpoint.set_aside(saved(tmp_path, 5, {"n": n}), "damaged")
-    assert [p.name for p in tmp_path.iterdir()] == ["step_5.damaged"] and checkpoint.read_state(aside)["n"] == 2
+def test_what_is_set_aside_again_leaves_what_was_before(tmp_path):
+    asides = [checkpoint.set_aside(saved(tmp_path, 5, {"n": n}), "damaged") for n in (1, 2, 3)]
+    assert [p.name for p in asides] == ["step_5.damaged", "step_5.damaged2", "step_5.damaged3"]
+    assert [checkpoint.read_state(p)["n"] for p in asides] == [1, 2, 3]
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_latest_find_and_clean(tmp_path):
@@ -204,7 +209,7 @@ def test_any_slices_make_up_any_other(tmp_path_factory, cuts, wanted):
 
 def test_muons_state_goes_the_same_way(tmp_path):
     model, found = trained(name="muon")
-    path = checkpoint.save(tmp_path, 1, model, found, {})
+    path = save(tmp_path, 1, model, found, {})
     other, others = trained(seed=1, steps=0, name="muon")
     checkpoint.load(path, other, others)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):

@@ -102,6 +102,7 @@ def test_mesh(given, world, local, mesh):
     [
         ({"replicate": 2, "shard": 4}, r"needs 8 processes, one a GPU, but 4 run"),
         ({"shard": 8}, r"parallel.shard=8 does not divide the 4 processes that run; write one of 1, 2, 4, or start"),
+        ({"replicate": 8}, r"parallel.replicate=8 times parallel.shard=1 needs 8 processes"),
         ({"replicate": 3}, r"parallel.replicate=3 times parallel.shard=1 needs 3 processes"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -43,6 +44,17 @@ def test_brackets_are_text(folder, run_config, capsys):
     with Metrics(folder, run_config, "id", 0, active=True) as metrics:
         metrics.say(said)
     assert capsys.readouterr().err == said + "\n"
+
+
+def test_the_rows_before_a_checkpoint_are_on_the_disk(folder, run_config, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    with Metrics(folder, run_config, "id", 0, active=True) as metrics:
+        synced.clear()
+        metrics.log({"step": 1})
+        assert synced == []
+        metrics.log({"step": 2}, durable=True)
+        assert synced == [str(folder / "metrics.jsonl")]
 
 
 def test_other_processes_write_nothing(folder, run_config):

@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaTokenizer
 
 from glalm.data.files import read_jsonl
+from glalm.data.prepare import prepare
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError
 from glalm.train import checkpoint
-from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train
 from glalm.train.resume import restore
+
+
+def save(folder, step: int, *contents):
+    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
 
 
 def names(config) -> set[str]:
@@ -61,8 +67,9 @@ def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, change, capfd):
 
 
 def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
-    with pytest.raises(CheckpointError, match=r"nowhere/manifest\.json is missing"):
-        train(change(trained, name="fork", **{"train.resume_from": "nowhere"}))
+    missing = str(trained.folder / "checkpoints" / "step_5")
+    with pytest.raises(ConfigError, match=r"resume_from=.*/step_5: no checkpoint step_5 .*there: step_2, step_4"):
+        train(change(trained, name="fork", **{"train.resume_from": missing}))
     source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
     with pytest.raises(ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n"):
         train(change(trained, name="other", **source, **{"optim.lr": 0.02}))
@@ -104,10 +111,31 @@ def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights_again(tr
     assert all(torch.equal(t, last(tuned)[n]) for n, t in before.items())
 
 
+@pytest.mark.parametrize("folder", ["a checkpoint", "an export", "transformers", "bare"])
+def test_first_weights_of_another_tokenizer_are_refused(folder, trained, change, token_folder, tmp_path):
+    source = trained.folder / "checkpoints" / "step_6"
+    if folder != "a checkpoint":
+        source = shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    if folder == "an export":
+        shutil.copy(token_folder / "tokenizer.model", source)
+    if folder == "transformers":
+        LlamaTokenizer.from_pretrained(token_folder).save_pretrained(source)
+    prepare([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    begun = change(trained, name="begun", **{"train.init_from": str(source)})
+    other = change(begun, name="other", **{"data.path": str(tmp_path / "other")})
+    if folder == "bare":  # says nothing of it
+        assert train(other) == 0
+        return
+    with pytest.raises(ConfigError, match=r"was trained with another tokenizer than data\.path="):
+        train(other)
+    if folder != "transformers":
+        assert train(begun) == 0
+
+
 def test_what_a_checkpoint_says_of_its_run(trained):
     state = json.loads((trained.folder / "checkpoints" / "step_6" / "state.json").read_text())
     record = json.loads((trained.folder / "run.json").read_text())
-    assert (state["step"], state["tokens"], state["processes"], state["seed"]) == (6, 6 * 64, 1, trained.seed)
+    assert (state["step"], state["tokens"], state["processes"]) == (6, 6 * 64, 1)
     assert state["run"] == record["id"] and state["identity"] == record["identity"]
     assert state["versions"]["torch"] == torch.__version__
     assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
@@ -115,7 +143,7 @@ def test_what_a_checkpoint_says_of_its_run(trained):
 
 def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path, run_config):
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
-    path = checkpoint.save(tmp_path, 4, model, [], {"run": "its id", "unwritten": [{"step": 3}]})
+    path = save(tmp_path, 4, model, [], {"run": "its id", "unwritten": [{"step": 3}]})
     drawn = torch.rand(3)
     assert restore(path, run_config, "its id", model, [], {}) == (4, [{"step": 3}])
     assert torch.equal(torch.rand(3), drawn)  # the generators are as they were
@@ -149,3 +177,33 @@ def test_the_best_is_kept(trained, change, monkeypatch):
     assert names(config) == {"step_4", "step_8"}
     with pytest.raises(ConfigError, match=r"multiple of train\.eval_every=3"):
         change(config, **{"train.eval_every": 3})
+
+
+def test_a_fork_reads_what_its_origin_read_of_a_set_that_has_grown(trained, change, tmp_path):
+    folder = shutil.copytree(trained.data.path, tmp_path / "set")
+    config = change(trained, name="first", **{"data.path": str(folder)})
+    assert train(config) == 0
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"text": "alpha omega " * n}) + "\n" for n in range(40, 90))
+    )
+    prepare([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
+    origin = config.folder / "checkpoints" / "step_4"
+    fork = change(config, name="fork", **{"train.resume_from": str(origin)})
+    assert train(fork) == 0
+    assert all(torch.equal(t, last(fork)[n]) for n, t in last(config).items())
+
+    (config.folder / "data.json").unlink()  # as of a checkpoint that was moved away from its run
+    with pytest.raises(ConfigError, match=r"data tokens: [\d]+ -> [\d]+"):
+        train(change(fork, name="another"))
+    allowed = {"train.allow_changes": ["data tokens"]}
+    assert train(change(fork, name="grown", **allowed)) == 0
+    assert any(not torch.equal(t, last(change(fork, name="grown"))[n]) for n, t in last(config).items())
+
+
+def test_where_a_run_came_from_outlasts_a_start_without_it(trained, change, capfd):
+    source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
+    fork = change(trained, name="fork", **{"train.checkpoint.every": 1, "train.allow_changes": ["train.steps"]})
+    assert train(change(fork, **source)) == 0
+    assert train(change(fork, **{"train.steps": 8})) == 0
+    assert train(change(fork, **source, **{"train.steps": 9})) == 0
+    assert "resuming after step 8" in capfd.readouterr().err and steps(fork) == [5, 6, 7, 8, 9]

@@ -11,8 +11,9 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from transformers import GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from glalm.config import RunConfig
 from glalm.data.shards import read_manifest
@@ -20,7 +21,6 @@ from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import RunError, build
 from glalm.train import checkpoint
-from glalm.train.run import DATA
 
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
 
@@ -39,8 +39,9 @@ def main() -> None:
 
 
 def export(run: Path, name: str, out: Path) -> None:
-    """Raises CheckpointError when the checkpoint is missing or damaged, RunError when `out` exists or the data that the
-    run was trained on has another tokenizer now, FileNotFoundError when it is gone."""
+    """Makes `out`, or nothing. Raises CheckpointError when the checkpoint is missing or damaged, RunError when `out`
+    exists, when the data that the run was trained on has another tokenizer now or one that transformers reads
+    otherwise, FileNotFoundError when it is gone."""
     if out.exists():
         raise RunError(f"{out} exists; choose another --out")
     path = checkpoint.find(run / "checkpoints", name)
@@ -50,34 +51,46 @@ def export(run: Path, name: str, out: Path) -> None:
     state = checkpoint.load(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
     ours = Tokenizer(tokenizer)
-    if ours.fingerprint != json.loads((run / DATA).read_text())["tokenizer"]["fingerprint"]:
+    if ours.fingerprint != json.loads((run / "data.json").read_text())["tokenizer"]["fingerprint"]:
         raise RunError(
             f"{config.data.path} has another tokenizer now than {run} was trained with; prepare it with that"
         )
+    theirs = transformers_tokenizer(tokenizer, ours)
     model.config.bos_token_id, model.config.eos_token_id = ours.bos_id, ours.eos_id
+    # For evaluators. Not as max_position_embeddings, which generate() would take for a limit.
+    model.config.train_length, model.config.boundaries = config.data.seq_len, config.data.boundaries
     model.generation_config = GenerationConfig(
         bos_token_id=ours.bos_id, eos_token_id=ours.eos_id, pad_token_id=ours.eos_id, do_sample=True, temperature=0.8
     )
-    model.save_pretrained(out)
-    export_tokenizer(tokenizer, ours, out)
-    (out / "README.md").write_text(card(run, path, record, config, model, state))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        model.save_pretrained(folder)
+        theirs.save_pretrained(folder)
+        if tokenizer.is_file():
+            shutil.copy(tokenizer, folder)
+        (folder / "README.md").write_text(card(run, path, record, config, model, state))
+        folder.rename(out)
 
 
-def export_tokenizer(path: Path, ours: Tokenizer, out: Path) -> None:
+def transformers_tokenizer(path: Path, ours: Tokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers has it; RunError if it gives other ids than those that the model was trained on."""
-    if path.is_dir():
-        shutil.copytree(path, out, dirs_exist_ok=True)
-        return
-    shutil.copy(path, out / "tokenizer.model")
+    theirs = AutoTokenizer.from_pretrained(path) if path.is_dir() else llama_tokenizer(path, ours)
+    if theirs.pad_token is None:
+        theirs.pad_token = theirs.convert_ids_to_tokens(ours.eos_id)
+    return theirs
+
+
+def llama_tokenizer(path: Path, ours: Tokenizer) -> LlamaTokenizer:
     for adds_space in (False, True):  # SentencePiece models differ in it, and transformers does not ask them
         theirs = LlamaTokenizer.from_pretrained(
-            out, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(ours.before)
+            path.parent, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(ours.before)
         )
         if same_ids(ours, theirs):
-            theirs.save_pretrained(out)
-            return
+            return theirs
     raise RunError(
-        f"transformers reads {path} to other ids than SentencePiece: the export has its tokenizer.model only"
+        f"transformers reads {path} to other ids than SentencePiece, so nothing was exported: it takes every model for "
+        "byte-pair encoding (scripts/train_tokenizer.py --type bpe), and a run on a unigram one has no export"
     )
 
 

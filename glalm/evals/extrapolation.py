@@ -48,7 +48,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     )
     subject.need_length(c.max_length if "carried" in c.contexts else train_length, "extrapolation.max_length")
     require(
-        c.text == "documents" or subject.run is None or subject.run.data.boundaries == "concatenate",
+        c.text == "documents" or subject.boundaries == "concatenate",
         "extrapolation.text=stream reads on from document to document, which a model trained with "
         "data.boundaries=reset never did; write extrapolation.text=documents",
     )

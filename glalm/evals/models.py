@@ -37,9 +37,9 @@ class Subject:
     """A model as evaluators see it: ready on its device, in evaluation mode, whatever made it.
 
     start: the ids that a document begins with, as the model was trained, (bos,) or (); None: those that preparation
-    with the tokenizer puts there. train_length: tokens, where it is known. max_length: tokens, where the model cannot
-    read more (learned positions), else None. run: the config of the run that it is a checkpoint of. folder: where eval/
-    and plots/ go.
+    with the tokenizer puts there. train_length: tokens, where it is known. boundaries: data.boundaries in training;
+    None: the run's. max_length: tokens, where the model cannot read more (learned positions), else None. run: the
+    config of the run that it is a checkpoint of. folder: where eval/ and plots/ go.
     """
 
     model: PreTrainedModel
@@ -47,6 +47,7 @@ class Subject:
     tokenizer: Tokenizer | None = None
     start: tuple[int, ...] | None = None
     train_length: int | None = None
+    boundaries: str | None = None
     max_length: int | None = None
     checksum: str = ""
     precision: str = "fp32"
@@ -54,11 +55,14 @@ class Subject:
     folder: Path = Path()
     data_fingerprint: str | None = None  # of the data that the run was trained on
     tokenizer_fingerprint: str | None = None  # of the tokenizer that it was trained with, where that is on record
+    data_manifest: dict | None = None  # of that data as it was then
 
     def __post_init__(self):
         model = self.model
         if self.start is None:
             self.start = tuple(self.tokenizer.before) if self.tokenizer else ()
+        if self.boundaries is None:
+            self.boundaries = self.run.data.boundaries if self.run else "concatenate"
         self.device: torch.device = model.device
         self.parameters: int = sum(p.numel() for p in model.parameters())
         self.ours = isinstance(model, GLALMForCausalLM)
@@ -231,7 +235,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     """A checkpoint of training, also away from its run's folder. Raises CheckpointError where a checksum differs."""
     path = path.resolve()
     folder = path.parent.parent
-    record = read_json(folder / "run.json")
+    record, data = read_json(folder / "run.json"), read_json(folder / "data.json") or {}
     run = build(RunConfig, record["config"]) if record else None
     checkpoint.verify(path)
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
@@ -246,7 +250,8 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
         run=run,
         folder=Path(config.out) if config.out else folder if run else Path(config.runs_dir) / path.name,
         data_fingerprint=record["identity"]["data fingerprint"] if record else None,
-        tokenizer_fingerprint=((read_json(folder / "data.json") or {}).get("tokenizer") or {}).get("fingerprint"),
+        tokenizer_fingerprint=(data.get("tokenizer") or {}).get("fingerprint"),
+        data_manifest=data,
     )
 
 
@@ -267,7 +272,8 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         raise ConfigError(f"{where}: transformers cannot load {path}: {error}") from error
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
     require(not wrong, f"{where}: the weights in {path} are not those of its config.json: {wrong}")
-    tokenizer = folder_tokenizer(path)
+    tokenizer = folder_tokenizer(path, kind == GLALMConfig.model_type)
+    others_length = getattr(model.config, "max_position_embeddings", None)
     name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
     folder = Path(config.out) if config.out else Path(config.runs_dir) / name.replace("/", "--")
     require(
@@ -279,7 +285,8 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         name=name,
         tokenizer=tokenizer,
         start=document_start(path, tokenizer, kind == GLALMConfig.model_type),
-        train_length=config.train_length or getattr(model.config, "max_position_embeddings", None),
+        train_length=config.train_length or getattr(model.config, "train_length", others_length),
+        boundaries=getattr(model.config, "boundaries", None),
         max_length=learned_positions(model),
         checksum=checksum_of([path / "config.json", *files]),  # other settings make another model of the same weights
         precision=precision,
@@ -342,9 +349,11 @@ def run_tokenizer(config: EvalConfig, run: RunConfig | None) -> Tokenizer | None
         return Tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
 
 
-def folder_tokenizer(path: Path) -> Tokenizer | None:
+def folder_tokenizer(path: Path, ours: bool) -> Tokenizer | None:
+    """Of our exports the SentencePiece model that data was prepared with, beside which is transformers' form of it."""
+    original = path / "tokenizer.model"
     with suppress(FileNotFoundError, ValueError, KeyError):
-        return Tokenizer(path)
+        return Tokenizer(original if ours and original.is_file() else path)
 
 
 def document_start(path: Path, tokenizer: Tokenizer | None, ours: bool) -> tuple[int, ...] | None:
@@ -363,7 +372,9 @@ def open_split(config: EvalConfig, subject: Subject, split: str) -> TokenSet:
     folder = config.data_path or (subject.run.data.path if subject.run else None)
     require(folder is not None, f"{subject.name} is no run's checkpoint: write data_path=, a folder of prepared data")
     try:
-        tokens = TokenSet(folder, split)
+        now, then = read_manifest(Path(folder)), subject.data_manifest or {}
+        same = all(now[key] == then.get(key) for key in ("fingerprint", "tokenizer"))
+        tokens = TokenSet(folder, split, then if same else None)  # what has been added to it since is left out
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
     require(

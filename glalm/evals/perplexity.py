@@ -24,9 +24,8 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     length = subject.need_train_length("perplexity")
     subject.need_length(length, "train_length")
     tokens = open_split(config, subject, "validation")
-    boundaries = subject.run.data.boundaries if subject.run else "concatenate"
     try:
-        windows = Windows(tokens, length, reset=boundaries == "reset")
+        windows = Windows(tokens, length, reset=subject.boundaries == "reset")
     except ValueError as error:
         raise ConfigError(f"evals=[perplexity]: {error}") from error
     return Job(
@@ -35,7 +34,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
             "data_fingerprint": tokens.fingerprint,
             "split": tokens.split,
             "seq_len": length,
-            "boundaries": boundaries,
+            "boundaries": subject.boundaries,
         },
         run=lambda work: perplexity(subject, windows, config.batch_size, work),
         total=len(windows) * length,

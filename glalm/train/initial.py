@@ -1,6 +1,8 @@
 """The weights that a new run starts from: random ones, or those of train.init_from."""
 
 import dataclasses
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -8,15 +10,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from glalm.config import ModelConfig, RunConfig, compare
 from glalm.config.identity import flatten
+from glalm.data.shards import read_manifest
+from glalm.data.tokenizer import Tokenizer
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import ConfigError, require
+from glalm.train import checkpoint
 
 
 def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
     """The model of config.model, the same on every process, on the CPU.
 
     A run that does not begin `anew` but from a checkpoint does not look at train.init_from again. Raises ConfigError
-    when there is no model in that folder, or another one than config.model.
+    when there is no model in that folder, another one than config.model, or one of another tokenizer than the data's.
     """
     torch.manual_seed(config.seed)
     shape, folder = GLALMConfig(**dataclasses.asdict(config.model)), config.train.init_from
@@ -35,7 +40,28 @@ def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
     if differences := compare(there, here):
         lines = "\n  ".join(differences)
         raise ConfigError(f"train.init_from={folder} holds another model than model.*:\n  {lines}")
+    known, data = tokenizers(Path(folder)), read_manifest(Path(config.data.path))
+    require(
+        not known or data["tokenizer"]["fingerprint"] in known,
+        f"train.init_from={folder} was trained with another tokenizer than data.path={config.data.path} was prepared "
+        "with; prepare the data with the model's (scripts/prepare_data.py --tokenizer), or where the two give the same "
+        "ids, take the model's out of its folder",
+    )
     return model
+
+
+def tokenizers(folder: Path) -> set[str]:
+    """The fingerprints of the tokenizer of the model in `folder`, as far as it is on record: its run's, where it is a
+    checkpoint, else the folder's own. An export has two: the SentencePiece model's and transformers' form of it."""
+    record = folder.resolve().parent.parent / "data.json"
+    if (folder / checkpoint.MANIFEST).is_file() and record.is_file():
+        return {json.loads(record.read_text())["tokenizer"]["fingerprint"]}
+    found = set()
+    for path, file in ((folder / "tokenizer.model", "tokenizer.model"), (folder, "tokenizer.json")):
+        if (folder / file).is_file():
+            with suppress(ValueError):  # one that no data can be prepared with
+                found.add(Tokenizer(path).fingerprint)
+    return found
 
 
 def fields(config: ModelConfig) -> dict:

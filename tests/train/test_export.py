@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -5,9 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+from glalm.config import EvalConfig
+from glalm.data.prepare import prepare
 from glalm.data.tokenizer import Tokenizer
+from glalm.data.vocabulary import train_sentencepiece
+from glalm.evals import perplexity
+from glalm.evals.job import Work
+from glalm.evals.models import open_subject
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.strict import RunError
 from glalm.train import checkpoint
@@ -45,6 +52,60 @@ def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
     assert "chance" not in card and "word_perplexity" not in card
     assert "384 (6 steps of 64)" in card and "seed | 1" in card
     assert not [p for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+    texts = ["alpha beta", "gamma"]
+    generate = pipeline("text-generation", model=str(out))
+    more = {"do_sample": False, "max_new_tokens": 3}
+    assert generate(texts, batch_size=2, **more) == [generate(text, **more) for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "transformers"])
+def test_an_export_is_evaluated_as_its_run_is(kind, run_config, change, token_folder, tmp_path):
+    data = token_folder
+    if kind == "transformers":
+        AutoTokenizer.from_pretrained(exported(run_config, tmp_path / "first")).save_pretrained(tmp_path / "tokenizer")
+        data, tokenizer = tmp_path / "data", str(tmp_path / "tokenizer")
+        prepare([token_folder.parent / "words.jsonl"], data, tokenizer=tokenizer, progress=False)
+    run = change(run_config, name="reset", **{"data.boundaries": "reset", "data.path": str(data)})
+    out = exported(run, tmp_path / "out")
+    found = []
+    for checkpoint_, more in (("latest", {}), (str(out), {"data_path": str(data)})):
+        config = EvalConfig(name=run.name, runs_dir=run.runs_dir, checkpoint=checkpoint_, **more)
+        subject = open_subject(config, torch.device("cpu"))
+        job = perplexity.job(subject, config)
+        found.append((subject.tokenizer.fingerprint, subject.start, job.settings, job.run(Work())))
+    assert found[0] == found[1] and found[0][2]["boundaries"] == "reset"
+
+
+def exported(config, out: Path) -> Path:
+    assert train(config) == 0
+    export_hf.export(config.folder, "latest", out)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_generation_goes_on_beyond_the_training_length(run_config, tmp_path):
+    out = exported(run_config, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.full((1, 30), 7)  # of a run on 16 tokens
+    assert model.generate(ids, attention_mask=ids.ne(0), eos_token_id=None).shape == (1, 50)
+
+
+def test_a_tokenizer_that_transformers_misreads_leaves_nothing(run_config, change, token_folder, tmp_path):
+    english = [Path(module.__file__).read_text() for module in (argparse, perplexity)]
+    train_sentencepiece(english, tmp_path / "unigram.model", 400, model_type="unigram")
+    data = tmp_path / "data"
+    prepare([token_folder.parent / "words.jsonl"], data, tokenizer=str(tmp_path / "unigram.model"), progress=False)
+    with pytest.raises(RunError, match=r"nothing was exported.*--type bpe"):
+        exported(change(run_config, **{"data.path": str(data), "model.vocab_size": 400}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(run_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
+        broken.setattr(export_hf, "card", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        exported(run_config, tmp_path / "to" / "out")
+    assert not list((tmp_path / "to").iterdir())
+    export_hf.export(run_config.folder, "latest", tmp_path / "to" / "out")
 
 
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run_config, tmp_path):

@@ -108,7 +108,7 @@ def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMFor
         "architecture": f"{config.model.num_hidden_layers} layers, width {config.model.hidden_size}, "
         f"{config.model.num_heads} heads, vocabulary {config.model.vocab_size:,}",
         "training tokens": f"{state['tokens']:,} ({state['step']:,} steps of {config.tokens_per_step:,})",
-        "data": config.data.path,
+        "data": Path(config.data.path).name,
         "sequence length": config.data.seq_len,
         "optimiser": f"{optim.name}, {optim.schedule} schedule, peak {optim.lr:g}, floor {optim.min_lr:g}, "
         f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
@@ -128,7 +128,9 @@ def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMFor
     ]
     lines += ["```", "", "## Recipe", "", "| | |", "|-|-|", *(f"| {k} | {v} |" for k, v in recipe.items())]
     lines += ["", "## Scores", "", *(scores(run, path) or ["None were measured for this checkpoint."])]
-    lines += ["", "## Config", "", "```json", json.dumps(record["config"], indent=1), "```", ""]
+    shown = {k: v for k, v in record["config"].items() if k != "runs_dir"}
+    shown |= {"data": shown["data"] | {"path": Path(config.data.path).name}}  # not where they lie on this machine
+    lines += ["", "## Config", "", "```json", json.dumps(shown, indent=1), "```", ""]
     return "\n".join(lines)
 
 

@@ -48,6 +48,7 @@ def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
     assert torch.equal(loaded.eval()(ids).logits, trained.eval()(ids).logits)
     assert GenerationConfig.from_pretrained(out).eos_token_id == ours.eos_id == 2
     card = (out / "README.md").read_text()
+    assert str(Path(run_config.data.path).parent) not in card and run_config.runs_dir not in card
     assert [line for line in card.splitlines() if "/acc" in line] == ["| zero_shot | lambada_openai/acc | 0.125 |"]
     assert "chance" not in card and "word_perplexity" not in card
     assert "384 (6 steps of 64)" in card and "seed | 1" in card

@@ -209,7 +209,8 @@ def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int
 def tune(B: int, T: int, K: int, V: int) -> None:
     """Every kernel by itself over its candidates; the best of each is kept for those after it."""
     widths = [v for v in (64, 128, 256) if v <= V]
-    scans = [{"BV": v, "PARTS": p, "PREFETCH": f} for v, p, f in itertools.product(widths, (1, 4), (False, True))]
+    plain = [{"BV": v, "PARTS": p, "PREFETCH": False} for v, p in itertools.product(widths, (1, 4))]
+    scans = plain + [tile | {"PREFETCH": True} for tile in plain]
     square = [{"BK": 64, "BV": 64, "PREFETCH": f} for f in (False, True)]
     q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
     do, o = torch.randn_like(v), torch.empty_like(v)
@@ -217,7 +218,7 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
     candidates = {
         "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
-        "forward": (scans, lambda: plan.scan(kept, v, None, None, out=o)),
+        "forward": (plain, lambda: plan.scan(kept, v, None, None, out=o)),
         "states": (scans, lambda: plan.scan(kept, v, None, None, states=states)),
         "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
         "dscores": ([{"BV": 64}], lambda: plan.dscores(do)),
@@ -226,7 +227,7 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     for kernel, (tiles, call) in candidates.items():
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3), (None, 168, 128)):
-            if warps == 8 and (limit or tiles is not scans):
+            if warps == 8 and (limit or "PARTS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
             launch = configs.Launch(tile, warps, stages, limit)
             plan.config = plan.config._replace(**{kernel: launch})

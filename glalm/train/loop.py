@@ -110,8 +110,8 @@ def fit(
                 state = said(row, [*metrics.unwritten, {"step": step, **row}])
                 saver.save(step, model, optimizers, state, guard.tensors())
                 saver.finish()
-                metrics.log({"step": step, **row, **examined(step)}, durable=True)
                 metrics.say(f"stopped: {saver.newest} is saved; the same command goes on from there")
+                metrics.log({"step": step, **row, **examined(step)}, durable=True)
                 return stopping
             row |= examined(step)
             if row:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
-from glalm.config import RunConfig
+from glalm.config import DATA_RECORD, RunConfig
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.model import GLALMConfig, GLALMForCausalLM
@@ -51,7 +51,7 @@ def export(run: Path, name: str, out: Path) -> None:
     state = checkpoint.load(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
     ours = Tokenizer(tokenizer)
-    if ours.fingerprint != json.loads((run / "data.json").read_text())["tokenizer"]["fingerprint"]:
+    if ours.fingerprint != json.loads((run / DATA_RECORD).read_text())["tokenizer"]["fingerprint"]:
         raise RunError(
             f"{config.data.path} has another tokenizer now than {run} was trained with; prepare it with that"
         )

@@ -19,9 +19,10 @@ from glalm.config.identity import MAY_CHANGE, compare, flatten, identity
 from glalm.config.model import MIXERS, ModelConfig
 from glalm.config.parallel import ParallelConfig
 from glalm.config.reliability import CheckpointConfig, GuardConfig
-from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrackConfig, TrainConfig
+from glalm.config.run import DATA_RECORD, DataConfig, OptimConfig, RunConfig, TrackConfig, TrainConfig
 
 __all__ = [
+    "DATA_RECORD",
     "EVALUATORS",
     "MAY_CHANGE",
     "MIXERS",

@@ -12,6 +12,8 @@ from glalm.config.parallel import ParallelConfig
 from glalm.config.reliability import CheckpointConfig, GuardConfig
 from glalm.strict import divisors, require
 
+DATA_RECORD = "data.json"  # in a run's folder
+
 
 @dataclass
 class DataConfig:
@@ -249,4 +251,4 @@ class RunConfig:
     @property
     def data_record(self) -> Path:
         """The manifest of the data as it was when the run began, which it keeps to."""
-        return self.folder / "data.json"
+        return self.folder / DATA_RECORD

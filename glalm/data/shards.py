@@ -176,6 +176,14 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
     return manifest
 
 
+def manifest_then(folder: Path, then: dict | None) -> dict:
+    """`then`, the manifest that a run has on record, where `folder` still is that set, whatever was added to it since;
+    else the one there is now. Raises as read_manifest."""
+    now = read_manifest(folder)
+    same = then is not None and all(now[key] == then.get(key) for key in ("fingerprint", "tokenizer"))
+    return then if same else now
+
+
 def left_over(tokens: int, length: int) -> int:
     """How many tokens at the end of a stream fill no window (see glalm.data.loader.Windows) of `length`."""
     return (tokens - 1) % length if tokens > length else tokens

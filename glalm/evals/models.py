@@ -17,9 +17,9 @@ from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from glalm.config import EvalConfig, RunConfig
+from glalm.config import DATA_RECORD, EvalConfig, RunConfig
 from glalm.data.files import sha256
-from glalm.data.shards import TokenSet, read_manifest
+from glalm.data.shards import TokenSet, manifest_then, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.results import read_json
 from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache, interop
@@ -235,7 +235,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     """A checkpoint of training, also away from its run's folder. Raises CheckpointError where a checksum differs."""
     path = path.resolve()
     folder = path.parent.parent
-    record, data = read_json(folder / "run.json"), read_json(folder / "data.json") or {}
+    record, data = read_json(folder / "run.json"), read_json(folder / DATA_RECORD) or {}
     run = build(RunConfig, record["config"]) if record else None
     checkpoint.verify(path)
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
@@ -372,9 +372,7 @@ def open_split(config: EvalConfig, subject: Subject, split: str) -> TokenSet:
     folder = config.data_path or (subject.run.data.path if subject.run else None)
     require(folder is not None, f"{subject.name} is no run's checkpoint: write data_path=, a folder of prepared data")
     try:
-        now, then = read_manifest(Path(folder)), subject.data_manifest or {}
-        same = all(now[key] == then.get(key) for key in ("fingerprint", "tokenizer"))
-        tokens = TokenSet(folder, split, then if same else None)  # what has been added to it since is left out
+        tokens = TokenSet(folder, split, manifest_then(Path(folder), subject.data_manifest))
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
     require(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from glalm.config import ModelConfig, RunConfig, compare
+from glalm.config import DATA_RECORD, ModelConfig, RunConfig, compare
 from glalm.config.identity import flatten
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
 def tokenizers(folder: Path) -> set[str]:
     """The fingerprints of the tokenizer of the model in `folder`, as far as it is on record: its run's, where it is a
     checkpoint, else the folder's own. An export has two: the SentencePiece model's and transformers' form of it."""
-    record = folder.resolve().parent.parent / "data.json"
+    record = folder.resolve().parent.parent / DATA_RECORD
     if (folder / checkpoint.MANIFEST).is_file() and record.is_file():
         return {json.loads(record.read_text())["tokenizer"]["fingerprint"]}
     found = set()

@@ -6,11 +6,11 @@ import uuid
 from pathlib import Path
 
 from glalm import config as configs
-from glalm.config import RunConfig
+from glalm.config import DATA_RECORD, RunConfig
 from glalm.data.files import write_json
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
-from glalm.data.shards import TokenSet, read_manifest
+from glalm.data.shards import TokenSet, manifest_then
 from glalm.strict import ConfigError, require
 from glalm.train import checkpoint
 from glalm.train.environment import environment
@@ -48,12 +48,10 @@ def _manifest(config: RunConfig) -> dict:
     """Of the data as the run's own record has it; else that of the run it goes on from, of the same set; else now."""
     if config.data_record.exists():
         return json.loads(config.data_record.read_text())
-    now, origin = read_manifest(Path(config.data.path)), config.train.resume_from
-    record = Path(origin).parent.parent / config.data_record.name if origin else None
-    if record and record.exists() and TOKENS not in config.train.allow_changes:
-        then = json.loads(record.read_text())
-        return then if then["fingerprint"] == now["fingerprint"] else now
-    return now
+    origin = config.train.resume_from if TOKENS not in config.train.allow_changes else None
+    record = Path(origin).parent.parent / DATA_RECORD if origin else None
+    then = json.loads(record.read_text()) if record and record.exists() else None
+    return manifest_then(Path(config.data.path), then)
 
 
 def open_run(config: RunConfig, data: TokenSet) -> dict:

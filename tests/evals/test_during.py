@@ -10,9 +10,12 @@ import torch
 
 from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
 from glalm.data.files import read_jsonl
+from glalm.data.prepare import prepare
+from glalm.data.shards import TokenSet
 from glalm.evals import during as module
-from glalm.evals.during import copy_of, during
+from glalm.evals.during import as_subject, copy_of, during
 from glalm.evals.job import Job
+from glalm.evals.models import open_checkpoint, open_split
 from glalm.evals.randomness import undisturbed
 from glalm.evals.run import evaluate
 from glalm.model import GLALMConfig, GLALMForCausalLM
@@ -60,6 +63,22 @@ def test_what_is_found_is_what_eval_finds_afterwards(evaluating):
     assert {key: value for key, value in row.items() if key.startswith("extrapolation/")} == pytest.approx(
         found, rel=1e-6
     )
+
+
+def test_what_a_set_has_got_since_the_run_began_is_left_out(run_config, change, tmp_path):
+    """In training and by eval.py: the numbers of one run are all of one text."""
+    folder = shutil.copytree(run_config.data.path, tmp_path / "set")
+    config = change(run_config, **{"data.path": str(folder)})
+    train(config)
+    before = TokenSet(folder, "validation").num_documents
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": "alpha omega " * n}) + "\n" for n in range(999)))
+    prepare([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
+    assert TokenSet(folder, "validation").num_documents > before
+    settings = EvalConfig(name=config.name, runs_dir=config.runs_dir, data_path=str(folder))
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    afterwards = open_checkpoint(settings, config.folder / "checkpoints/step_6", torch.device("cpu"), "fp32")
+    for subject in (as_subject(model, "fp32", config, settings), afterwards):
+        assert open_split(settings, subject, "validation").num_documents == before
 
 
 def test_evaluators_are_given_what_the_config_says(run_config, change, monkeypatch):

@@ -54,3 +54,10 @@ def test_chunks_are_the_recurrence_too(carried):
     decay, update, h = torch.rand(2, 38, 3, 4), torch.randn(2, 38, 3, 4), torch.randn(2, 3, 4) if carried else None
     found = states(decay.as_subclass(Elsewhere), update, h)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), states(decay, update, h))
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 2, 5]])
+def test_bounds_that_are_none_are_refused(bounds):
+    x, dt, A, B = torch.ones(1, 5, 2), torch.ones(1, 5, 2), -torch.ones(2, 3), torch.ones(1, 5, 3)
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected to rise from 0 to T = 5"):
+        selective_scan(x, dt, A, B, B, cu_seqlens=torch.tensor(bounds))

@@ -69,8 +69,8 @@ def scan_kernel(
         mask = (t < rows)[:, None] & (vv < V)[None, :]
         if PREFETCH:  # noqa: SIM102 (known when compiling)
             if i + 1 < end:
-                row, rows = chunk_rows(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
-                prefetch_tile(w + row * H * V + h * V + block * BV, H * V, rows, V - block * BV, C, BV)
+                ahead, there = chunk_rows(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
+                prefetch_tile(w + ahead * H * V + h * V + block * BV, H * V, there, V - block * BV, C, BV)
         w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
         y_tile = y.load([rc, 0])
         if not HEAD:

@@ -216,17 +216,19 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     do, o = torch.randn_like(v), torch.empty_like(v)
     plan = gla.Plan(q, k, v, g, K**-0.5, None, None)
     kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
+    segments = plan.segments(reverse=False)
+    starts = plan.new_state(segments)
     candidates = {
         "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
         "forward": (plain, lambda: plan.scan(kept, v, None, None, out=o)),
         "states": (scans, lambda: plan.scan(kept, v, None, None, states=states)),
+        "starts": (plain, lambda: plan.find_starts(starts, segments, kept, v, None, None, False)),
         "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
-        "dscores": ([{"BV": 64}], lambda: plan.dscores(do)),
         "gradients": (square, lambda: plan.gradients(kept, do, states, dstates)),
     }
     for kernel, (tiles, call) in candidates.items():
         found = []
-        for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3), (None, 168, 128)):
+        for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
             if warps == 8 and (limit or "PARTS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
             launch = configs.Launch(tile, warps, stages, limit)

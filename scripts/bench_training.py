@@ -163,7 +163,7 @@ KINDS = {  # of kernels by their names: the first that fits
     "copies": r"^Mem(cpy|set)",
     "loss, without its matmuls": r"cross_entropy|nll_loss|log_softmax",
     "attention": r"flash|fmha|sdpa|attention",
-    "recurrent kernels": r"(prepare|scan|join|dscores|gradients|recurrent)(_head)?_kernel|^chunk_|fused_recurrent",
+    "recurrent kernels": r"(prepare|scan|join|gradients|recurrent)(_head)?_kernel|^chunk_|fused_recurrent",
     "optimiser and clipping": r"multi_tensor|[Ff]used[Aa]dam|lpnorm|foreach",
     "matmuls": r"gemm|cutlass|nvjet|cublas|xmma|splitK|triton_tem_",
     "norms and elementwise": r"^triton_|elementwise|norm|reduce|layer_|swiglu|gate|embedding|index|cat|scatter|gather",

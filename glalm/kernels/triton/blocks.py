@@ -207,13 +207,18 @@ def signs(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def exact_dot(a, x, PARTS: tl.constexpr):
-    """a x on tensor cores for a small-integer bfloat16 matrix a: float32 x is cut into PARTS bfloat16 parts.
+def exact_dot(a, b, PARTS: tl.constexpr):
+    """a b on tensor cores, where one is a small-integer bfloat16 matrix: the other, float32, is cut into PARTS bfloat16
+    parts.
 
     One part is exact for what was a bfloat16, three for any float32.
     """
-    acc = tl.zeros(x.shape, tl.float32)
+    acc = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
     for _ in tl.static_range(PARTS - 1):
-        high, x = split(x)
-        acc = dot(a, high.to(tl.bfloat16), acc, "ieee")
-    return dot(a, x.to(tl.bfloat16), acc, "ieee")
+        if a.dtype == tl.float32:
+            part, a = split(a)
+            acc = dot(part.to(tl.bfloat16), b, acc, "ieee")
+        else:
+            part, b = split(b)
+            acc = dot(a, part.to(tl.bfloat16), acc, "ieee")
+    return dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, "ieee")

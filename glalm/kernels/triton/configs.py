@@ -29,9 +29,10 @@ class Config(NamedTuple):
     prepare_exact: Launch  # the same for the chunks that need the exact path
     forward: Launch  # the scan that makes o
     states: Launch  # the scan that makes states only
+    starts: Launch  # the scan that finds the states which a long sequence's segments start from
     reverse: Launch  # the scan that makes dv and the states' gradients
-    dscores: Launch
     gradients: Launch
+    gradients_fixed: Launch  # the same where no gate has a gradient: its loads take more shared memory, so fewer stages
     gradients_exact: Launch
 
 
@@ -41,10 +42,6 @@ def _prepare(BK: int, warps: int, stages: int, registers: int | None = None) -> 
 
 def _scan(BV: int, PARTS: int, warps: int, stages: int, registers: int | None = None, PREFETCH: bool = False) -> Launch:
     return Launch({"BV": BV, "PARTS": PARTS, "PREFETCH": PREFETCH}, warps, stages, registers)
-
-
-def _dscores(BV: int, warps: int, stages: int) -> Launch:
-    return Launch({"BV": BV}, warps, stages)
 
 
 def _gradients(BK: int, BV: int, warps: int, stages: int, PREFETCH: bool = False) -> Launch:
@@ -58,9 +55,10 @@ TABLE: dict[tuple[int, int, int], Config] = {
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(128, 1, 8, 2),
         states=_scan(64, 1, 4, 1, PREFETCH=True),
+        starts=_scan(64, 1, 4, 2, 168),
         reverse=_scan(128, 4, 8, 2, PREFETCH=True),
-        dscores=_dscores(64, 4, 3),
-        gradients=_gradients(64, 64, 4, 3),
+        gradients=_gradients(64, 64, 4, 4),
+        gradients_fixed=_gradients(64, 64, 4, 3),
         gradients_exact=_gradients(64, 64, 4, 1),
     ),
     (9, 128, 256): Config(
@@ -68,9 +66,10 @@ TABLE: dict[tuple[int, int, int], Config] = {
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(64, 1, 4, 2),
         states=_scan(64, 1, 4, 1, PREFETCH=True),
+        starts=_scan(64, 1, 4, 2),
         reverse=_scan(256, 4, 8, 2, PREFETCH=True),
-        dscores=_dscores(64, 4, 3),
-        gradients=_gradients(64, 64, 4, 3),
+        gradients=_gradients(64, 64, 4, 4),
+        gradients_fixed=_gradients(64, 64, 4, 3),
         gradients_exact=_gradients(64, 64, 4, 1),
     ),
     (9, 64, 64): Config(
@@ -78,9 +77,10 @@ TABLE: dict[tuple[int, int, int], Config] = {
         prepare_exact=_prepare(64, 4, 1),
         forward=_scan(64, 1, 4, 1),
         states=_scan(64, 1, 4, 2),
+        starts=_scan(64, 1, 4, 3),
         reverse=_scan(64, 1, 4, 1, 128),  # four programs to a multiprocessor: with three, 512 heads take two turns
-        dscores=_dscores(64, 4, 1),
         gradients=_gradients(64, 64, 4, 1, PREFETCH=True),
+        gradients_fixed=_gradients(64, 64, 4, 1, PREFETCH=True),
         gradients_exact=_gradients(64, 64, 4, 1),
     ),
 }
@@ -91,17 +91,15 @@ def rule(KP: int, VP: int, bits: int) -> Config:
     if bits == 16 and min(KP, VP) >= 64:
         wide = KP <= 256
         scan = _scan(64 if wide else 32, max(1, KP // 64) if wide else 1, 4, 2 if KP <= 128 else 1)
-        gradients = _gradients(64, 64, 4, 3 if VP > 64 else 1, PREFETCH=VP == 64)
         prepare = _prepare(64, 4, 2, 168) if KP > 64 else _prepare(64, 4, 1, 128)
-        return Config(
-            prepare, _prepare(64, 4, 1), scan, scan, scan,
-            _dscores(64, 4, 3 if VP > 64 else 1), gradients, _gradients(64, 64, 4, 1),
-        )  # fmt: skip
+        gradients = _gradients(64, 64, 4, 3 if VP > 64 else 1, PREFETCH=VP == 64)
+        prepare_exact, gradients_exact = _prepare(64, 4, 1), _gradients(64, 64, 4, 1)
+        return Config(prepare, prepare_exact, scan, scan, scan, scan, gradients, gradients, gradients_exact)
     # wgmma (tiles of 64 rows and four warps or more) reads past a program's shared memory in Triton 3.6 when the
     # tiles are narrower than 64: stay below one or the other.
     scan = _scan(max(16, min(32, VP, 8192 // KP)), 1, 4, 1)
-    prepare, gradients = _prepare(min(KP, 32), 2, 1), _gradients(min(KP, 16), min(VP, 32), 2, 1)
-    return Config(prepare, prepare, scan, scan, scan, _dscores(min(VP, 32), 2, 1), gradients, gradients)
+    prepare, gradients = _prepare(min(KP, 32), 2, 1), _gradients(16, 16, 2, 1)
+    return Config(prepare, prepare, scan, scan, scan, scan, gradients, gradients, gradients)
 
 
 def config_for(device: torch.device, KP: int, VP: int, bits: int) -> Config:

@@ -8,7 +8,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from glalm.kernels.gates import has_gradient
 from glalm.kernels.triton.blocks import CHUNK, Chunks, signs
 from glalm.kernels.triton.configs import Config, Launch, config_for
-from glalm.kernels.triton.dscores import dscores_kernel
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
 from glalm.kernels.triton.kept import Kept, operands, padded, per_head, segment_count, shapes
@@ -159,7 +158,7 @@ class Plan:
     def find_starts(self, starts: Tensor, segments: int, kept: Kept, w: Tensor, initial, final, reverse: bool) -> None:
         """The state that each segment starts from, and the last one's end: each by itself from zero, then in turn."""
         decay = self.empty(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
-        self.scan_segments(segments, self.config.states, kept, w, None, starts, None, None, reverse, decay)
+        self.scan_segments(segments, self.config.starts, kept, w, None, starts, None, None, reverse, decay)
         bk, bv = min(self.KP, 32), min(self.VP, 64)
         constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=bk, BV=bv, REVERSE=reverse)
         programs = self.chunks.sequences * self.H * (self.KP // bk) * (self.VP // bv)
@@ -189,8 +188,7 @@ class Plan:
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=bv, C=CHUNK, PARTS=parts,
             A_PARTS=kept.scores.shape[1], HEAD=self.per_head, REVERSE=reverse, PRECISION=self.precision,
-            # Not where starts are found: with the registers for it fewer programs fit on a multiprocessor at once.
-            PREFETCH=config.tile["PREFETCH"] and states is not None,
+            PREFETCH=config.tile["PREFETCH"],
         )  # fmt: skip
         blocks = triton.cdiv(self.V if states is None else self.VP, bv)
         programs = self.chunks.sequences * self.H * segments * blocks
@@ -205,19 +203,21 @@ class Plan:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
         first = self.q, self.k, self.g, self.v, do, signs(self.q.device)
-        middle = self.dscores(do), states, dstates, dq, dk
+        middle = states, dstates, dq, dk
         last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
         common = dict(
-            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, **self.config.gradients.tile, C=CHUNK,
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=CHUNK,
             LOGITS=self.logits, GATE_PARTS=self.gate_parts, PRECISION=self.precision,
         )  # fmt: skip
         if self.per_head:
-            blocks = self.KP // common["BK"]
-            dg = None if not has_gradient(self.g) else self.empty(blocks, *self.g.shape, dtype=torch.float32)
+            wanted = has_gradient(self.g)
+            config = self.config.gradients if wanted else self.config.gradients_fixed
+            blocks = self.KP // config.tile["BK"]
+            dg = self.empty(blocks, *self.g.shape, dtype=torch.float32) if wanted else None
             args = *first, kept.decay, *middle, dg, *last, self.B * self.T
-            common["FIXED"] = self.fixed
-            launch(gradients_head_kernel, self.tiles * blocks, args, common, self.config.gradients.options)
-            return dq, dk, None if dg is None else dg.sum(0).to(self.g.dtype)
+            constants = {**common, **config.tile, "FIXED": self.fixed}
+            launch(gradients_head_kernel, self.tiles * blocks, args, constants, config.options)
+            return dq, dk, dg.sum(0).to(self.g.dtype) if wanted else None
         dg = torch.empty_like(self.g)
         sum_parts = 2 if self.dtype == torch.bfloat16 else 3
         for exact, config in ((False, self.config.gradients), (True, self.config.gradients_exact)):
@@ -226,15 +226,3 @@ class Plan:
             constants = {**common, **config.tile, "SUM_PARTS": sum_parts, "EXACT": exact, "EACH": each}
             launch(gradients_kernel, triton.cdiv(items, each), args, constants, config.options)
         return dq, dk, dg
-
-    def dscores(self, do: Tensor) -> Tensor | None:
-        """None where one program of gradients_kernel sees all of K and may as well compute dA itself."""
-        if self.config.gradients.tile["BK"] == self.config.gradients_exact.tile["BK"] == self.KP:
-            return None
-        dscores, config = self.empty(self.tiles, 2, CHUNK, CHUNK), self.config.dscores
-        args = do, self.v, dscores, *self.chunks.table, self.chunks.sequences, self.T
-        constants = dict(
-            H=self.H, V=self.V, VP=self.VP, BV=config.tile["BV"], C=CHUNK, PRECISION=self.precision
-        )  # fmt: skip
-        launch(dscores_kernel, self.tiles, args, constants, config.options)
-        return dscores

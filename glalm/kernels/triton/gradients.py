@@ -38,13 +38,13 @@ from glalm.kernels.triton.prepare import clamped_exponents, exponents, load_gate
 
 @triton.jit
 def through_states(
-    v, do, dscores, states, dstates, tile, row, rows, h, k0,
+    v, do, states, dstates, tile, row, rows, h, k0,
     H: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass over V: do S^T and v dS^T [C, BK], dA = mask(do v^T) [C, C] in two parts, sum_v S dS [BK].
 
-    S and dS as the scans stored them. Where dscores is given, dA is read.
+    S and dS as the scans stored them.
     """
     states += tile * VP * KP + k0
     dstates += tile * VP * KP + k0
@@ -60,28 +60,22 @@ def through_states(
         v_tile = load_tile(v + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
         dx = dot(do_tile, S, dx, PRECISION)
         dy = dot(v_tile, dS, dy, PRECISION)
-        if dscores is None:
-            dA = dot(do_tile, tl.trans(v_tile), dA, PRECISION)
+        dA = dot(do_tile, tl.trans(v_tile), dA, PRECISION)
         products += S.to(tl.float32) * dS.to(tl.float32)
-    if dscores is None:
-        t = tl.arange(0, C)
-        dA_high, dA_low = parts_of(tl.where(t[:, None] >= t[None, :], dA, 0), states.dtype.element_ty)
-    else:
-        dA_high = load_tile(dscores + tile * 2 * C * C, C, C, C, C, C)
-        dA_low = load_tile(dscores + (tile * 2 + 1) * C * C, C, C, C, C, C)
+    t = tl.arange(0, C)
+    dA_high, dA_low = parts_of(tl.where(t[:, None] >= t[None, :], dA, 0), states.dtype.element_ty)
     return dx, dy, dA_high, dA_low, tl.sum(products, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "T", "items"])
 def gradients_kernel(
-    q, k, g, v, do, signs, exact, dscores, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
+    q, k, g, v, do, signs, exact, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
     N, T, items,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr,
     SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, EXACT: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """One program: EACH items, an item being BK channels of one chunk of one head, over all of V. dscores is None to
-    have dA computed here.
+    """One program: EACH items, an item being BK channels of one chunk of one head, over all of V.
 
     With EXACT it takes the chunks marked `exact` and leaves the others, without EXACT the reverse: two kernels from
     one text, so that the pairwise path costs the usual one no registers.
@@ -107,7 +101,7 @@ def gradients_kernel(
                 prefetch_tile(k + p, H * K, rows, width, C, BK)
                 prefetch_tile(q + p, H * K, rows, width, C, BK)
             dx, dy, dA_high, dA_low, across = through_states(
-                v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
+                v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
             )
             gate = load_gates(g + p, H * K, rows, width, inverse, C, BK, LOGITS)
             sign = load_tile(signs, C, C, C, C, C)

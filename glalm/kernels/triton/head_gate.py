@@ -60,7 +60,7 @@ def decays(
     before = tl.cumsum(gate, 0)
     after = tl.cumsum(later, 0, reverse=True)
     up_to = tl.load(signs + C * C + t[None, :] * C + t[:, None])  # 1 on and below the diagonal
-    between = exact_dot(up_to, tl.where(t[:, None] > t[None, :], gate[:, None], 0), PARTS)
+    between = exact_dot(tl.where(t[:, None] > t[None, :], later[None, :], 0), up_to, PARTS)
     return exp2(before * LOG2E), exp2(after * LOG2E), exp2(between * LOG2E), exp2(tl.sum(gate, 0) * LOG2E)
 
 
@@ -105,13 +105,13 @@ def prepare_head_kernel(
 
 @triton.jit(do_not_specialize=["N", "T", "tokens"])
 def gradients_head_kernel(
-    q, k, g, v, do, signs, decay, dscores, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
+    q, k, g, v, do, signs, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
     N, T, tokens,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BK channels of one chunk of one head, over all of V. dscores is None to have dA computed here.
+    """One program: BK channels of one chunk of one head, over all of V.
 
     dg: float32 [KP / BK, tokens, H], the part of every block of channels; None where g is, or FIXED.
     """
@@ -129,7 +129,7 @@ def gradients_head_kernel(
         prefetch_tile(q + p, H * K, rows, K - k0, C, BK)
     t = tl.arange(0, C)
     dx, dy, dA_high, dA_low, across = through_states(
-        v, do, dscores, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
+        v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
     )
     dA = (dA_high.to(tl.float32) + dA_low.to(tl.float32)) * scale
     dx *= scale

@@ -1,8 +1,8 @@
 """Multi-query associative recall (Zoology, arXiv 2312.04927): python scripts/mqar.py [KEY=VALUE ...]
 
 Trains a small model for every mixer, length, width and learning rate, until one rate solves it: FOLDER/eval/*.json,
-one a model, and the figure FOLDER/plots/mqar.png and .svg. The same command again trains what is missing. For example,
-in minutes on two cores:
+one a model, and the figure FOLDER/plots/mqar.png and .svg. The same command again trains what is missing, and goes on
+after the last epoch of what was interrupted. For example, in minutes on two cores:
 
     python scripts/mqar.py mixers=[attention,gla] lengths=[64] pairs=[4] widths=[64] learning_rates=[3e-3] \
         vocab_size=512 train_examples=20000 test_examples=1000 epochs=8 batch_size=128
@@ -10,7 +10,6 @@ in minutes on two cores:
 and on one GPU, many models at once: python scripts/mqar.py workers=12
 """
 
-import dataclasses
 import itertools
 import sys
 from collections import deque
@@ -20,22 +19,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import torch
 from hydra.core.config_store import ConfigStore
 
 from glalm.cli import hydra_entry
 from glalm.config.mqar import MQARConfig
+from glalm.evals import mqar
 from glalm.evals.plot import plot_mqar
 from glalm.evals.results import read_json, write_json
 from glalm.strict import ConfigError, RunError, defaults
-
-# No model depends on these.
-SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 
 
 def main(config: MQARConfig) -> int:
     folder = Path(config.folder)
     need_writable(folder)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in SWEEP}
+    settings = mqar.settings(config)
     trained = {job: result for job in sweep(config) if (result := trained_before(path_of(folder, *job), settings))}
     missing = [job for job in sweep(config) if job not in trained and not solved(config, job, trained)]
     more = f"at most {len(missing)} to train, {config.workers} at once"
@@ -49,6 +47,7 @@ def main(config: MQARConfig) -> int:
             continue
         trained[job] = result = future.result()
         write_json(path, {"evaluator": "mqar", "settings": settings, "results": result})
+        partial_of(path).unlink(missing_ok=True)
         score = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s"
         print(f"{n}/{len(missing)} {path.stem}: {score}", flush=True)
     there = [path_of(folder, *job) for job in sweep(config) if job in trained]
@@ -105,6 +104,11 @@ def path_of(folder: Path, mixer: str, length: int, pairs: int, width: int, lr: f
     return folder / "eval" / f"{mixer}_{length}x{pairs}_d{width}_lr{lr:g}.json"
 
 
+def partial_of(path: Path) -> Path:
+    """Of a model that is being trained: folder/partial/*.pt for folder/eval/*.json."""
+    return path.parents[1] / "partial" / f"{path.stem}.pt"
+
+
 def need_writable(folder: Path) -> None:
     """ConfigError where results could not be written: before any model is trained."""
     try:
@@ -123,17 +127,14 @@ def trained_before(path: Path, settings: dict) -> dict | None:
 
 def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: int, width: int, lr: float) -> dict:
     """One model, in a process of the pool: on the GPUs in turn, else on a core."""
-    import torch
-
-    from glalm.evals import mqar
-
     torch.set_num_threads(1)  # the models share the cores
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
     what = {"mixer": mixer, "length": length, "pairs": pairs, "width": width, "lr": lr}
-    return what | mqar.train(config, mixer, length, pairs, width, lr, device)
+    partial = partial_of(path_of(Path(config.folder), mixer, length, pairs, width, lr))
+    return what | mqar.train(config, mixer, length, pairs, width, lr, device, partial)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,20 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.config.mqar import MQARConfig
+from glalm.data.files import replacing
 from glalm.evals.randomness import seeded
 from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import has_bf16
 
 ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
+SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids
 
 
@@ -81,14 +84,28 @@ def distinct(weights: Tensor, count: int, picks: int, generator: torch.Generator
     return torch.cat(rows)
 
 
-def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, lr: float, device: torch.device) -> dict:
+def settings(config: MQARConfig) -> dict:
+    """What every model of the sweep depends on."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SWEEP}
+
+
+def train(
+    config: MQARConfig,
+    mixer: str,
+    length: int,
+    pairs: int,
+    width: int,
+    lr: float,
+    device: torch.device,
+    partial: Path | None = None,
+) -> dict:
     """Trains one model and returns its `accuracy` on the test examples, of all queries, after its last epoch, the
     `epochs` that it took, `seconds`, `parameters`, and the accuracy after each epoch as `history`.
 
     AdamW, the learning rate falling to 0 by a cosine over all epochs; training ends early at config.stop_at. The same
-    arguments give the same result on the same device.
+    arguments give the same result on the same device. After every epoch all that it needs to go on is saved to the file
+    `partial`; what is there of the same settings, it goes on from.
     """
-    begun = time.perf_counter()
     generator = torch.Generator(device).manual_seed(config.seed)
     task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
     training = examples(config.train_examples, length, pairs, generator, **task)
@@ -110,15 +127,16 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
         optimizer.zero_grad(set_to_none=True)
 
     step = captured(step, batch_size, device) if captures else step
-    history = []
-    for _ in range(config.epochs):
+    state = Progress(settings(config), generator, {"model": model, "optimizer": optimizer, "schedule": schedule})
+    history, before = state.load(partial, device)
+    begun = time.perf_counter() - before
+    while len(history) < config.epochs and max(history, default=0.0) < config.stop_at:
         order = torch.randperm(len(training), generator=generator, device=device)
         for rows in order.split(batch_size):
             step(training[rows])
             schedule.step()
         history.append(accuracy(model, test, batch_size))
-        if history[-1] >= config.stop_at:
-            break
+        state.save(partial, history, time.perf_counter() - begun)
     return {
         "accuracy": history[-1],
         "epochs": len(history),
@@ -126,6 +144,35 @@ def train(config: MQARConfig, mixer: str, length: int, pairs: int, width: int, l
         "parameters": sum(p.numel() for p in model.parameters()),
         "history": history,
     }
+
+
+@dataclass
+class Progress:
+    """A training's whole state, in a file: a model of many epochs that is interrupted need not begin anew."""
+
+    settings: dict
+    generator: torch.Generator
+    parts: dict  # by name, each with state_dict
+
+    def save(self, path: Path | None, history: list[float], seconds: float) -> None:
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "generator": self.generator.get_state()}
+        with replacing(path) as file:
+            torch.save(state | {"history": history, "seconds": seconds}, file)
+
+    def load(self, path: Path | None, device: torch.device) -> tuple[list[float], float]:
+        """The accuracies after the epochs that were trained, and their seconds: none where there is no such file, or
+        one of other settings."""
+        saved = torch.load(path, map_location=device) if path is not None and path.exists() else {"settings": None}
+        if saved["settings"] != self.settings:
+            return [], 0.0
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.generator.set_state(saved["generator"].cpu())
+        return saved["history"], saved["seconds"]
 
 
 def captured(step: Callable[[Examples], None], size: int, device: torch.device) -> Callable[[Examples], None]:

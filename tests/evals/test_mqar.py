@@ -91,6 +91,31 @@ def test_the_task_is_learnt():
     assert result["history"][-1] == result["accuracy"]
 
 
+def test_an_interrupted_model_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, train_examples=200, epochs=4, stop_at=2.0)
+    job, partial = ("gla", 16, 2, 32, 1e-2, torch.device("cpu")), tmp_path / "partial/x.pt"
+    whole, measured, accuracy = mqar.train(config, *job), [], mqar.accuracy
+
+    def killed_in_the_third_epoch(*given):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(accuracy(*given))
+        return measured[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mqar, "accuracy", killed_in_the_third_epoch)
+        mqar.train(config, *job, partial)
+    models, build = [], mqar.build
+    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
+    resumed = mqar.train(config, *job, partial)
+    assert measured == whole["history"][:2] and resumed["history"] == whole["history"]
+    mqar.train(config, *job)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+    changed = mqar.train(dataclasses.replace(config, seed=2, epochs=1), *job, partial)  # not what is in the file
+    assert changed["epochs"] == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "mixer", ["attention", "linear", "gla", "gla+attention", "regla", "retention", "mamba", "mamba2", "deltanet"]
@@ -152,6 +177,7 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp
     result = json.loads(files[0].read_text())["results"]
     assert (result["mixer"], result["length"], result["pairs"], result["width"]) == ("gla", 16, 2, 16)
     assert (tmp_path / "plots/mqar.svg").is_file()
+    assert not any((tmp_path / "partial").iterdir())
     files[1].unlink()
     sweep.main(config)
     assert "1 models are there, at most 1 to train" in capsys.readouterr().out

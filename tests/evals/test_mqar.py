@@ -91,9 +91,12 @@ def test_the_task_is_learnt():
     assert result["history"][-1] == result["accuracy"]
 
 
-def test_an_interrupted_model_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    config = dataclasses.replace(SMALL, train_examples=200, epochs=4, stop_at=2.0)
-    job, partial = ("gla", 16, 2, 32, 1e-2, torch.device("cpu")), tmp_path / "partial/x.pt"
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, train_examples=320, epochs=4, stop_at=2.0)
+    job, partial = ("gla", 16, 2, 32, 1e-2, torch.device(device)), tmp_path / "partial/x.pt"
+    models, build = [], mqar.build
+    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
     whole, measured, accuracy = mqar.train(config, *job), [], mqar.accuracy
 
     def killed_in_the_third_epoch(*given):
@@ -105,13 +108,13 @@ def test_an_interrupted_model_goes_on_as_if_it_had_not_been(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(mqar, "accuracy", killed_in_the_third_epoch)
         mqar.train(config, *job, partial)
-    models, build = [], mqar.build
-    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
     resumed = mqar.train(config, *job, partial)
-    assert measured == whole["history"][:2] and resumed["history"] == whole["history"]
-    mqar.train(config, *job)
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a, b)
+    assert measured == resumed["history"][:2] and len(resumed["history"]) == 4
+    models.append(build(config, "gla", 32, torch.device(device)))
+    trained, _, went_on, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    if device == "cpu":
+        assert torch.equal(trained, went_on) and resumed["history"] == whole["history"]
+    assert (trained - went_on).norm() < 0.1 * (trained - first).norm()  # a GPU's gathers add up in any order
     changed = mqar.train(dataclasses.replace(config, seed=2, epochs=1), *job, partial)  # not what is in the file
     assert changed["epochs"] == 1
 

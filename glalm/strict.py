@@ -34,6 +34,12 @@ def build(cls: type, tree: dict, where: str = ""):
     return cls(**{key: _convert(hints[key], value, join(where, key)) for key, value in tree.items()})
 
 
+def convert(instance, cls: type, where: str) -> None:
+    """Makes the fields that `instance` has of `cls` what they are declared to be; ConfigError where one is not."""
+    for name, hint in typing.get_type_hints(cls).items():
+        setattr(instance, name, _convert(hint, getattr(instance, name), join(where, name)))
+
+
 def defaults(cls: type) -> dict:
     """The tree of a dataclass's keys and defaults, as `build` takes it."""
     tree = {}
@@ -91,7 +97,7 @@ def _convert(hint, value, where: str):
     """`value` as type `hint`, or a ConfigError. Types change only between numbers of one value, and list to tuple."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return value if isinstance(value, hint) else build(hint, value, where)
     if origin is Literal:
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         hint_text = f"; did you mean {near[0]}?" if near else ""

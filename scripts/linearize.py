@@ -11,6 +11,7 @@ data with it (scripts/prepare_data.py --tokenizer OUT). docs/linearize.md has th
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from glalm.data.loader import Windows, batches
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.model.linearize import MIXERS, distil, linearize
-from glalm.strict import ConfigError, require
+from glalm.strict import ConfigError, RunError, require
 from glalm.train.initial import fields
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llama", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--gguf", help="the GGUF file in LLAMA to read instead of safetensors")
     parser.add_argument("--mixer", choices=MIXERS, default="gla")
     parser.add_argument("--softmax-layers", type=int, nargs="*", default=[], metavar="LAYER", help="from 0")
@@ -39,18 +40,18 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3, help="of --distil (1e-3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --distil")
     args = parser.parse_args()
     try:
         run(args)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, RunError, OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunError) else 2
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
-    require(not args.distil or args.data is not None, "--distil needs --data, a prepared set")
+    check(args)
     source = {"gguf_file": args.gguf} if args.gguf else {"use_safetensors": True}
     llama, info = LlamaForCausalLM.from_pretrained(
         args.llama, dtype=torch.float32, local_files_only=True, output_loading_info=True, **source
@@ -68,13 +69,37 @@ def run(args: argparse.Namespace) -> None:
     print(f"  python train.py --config-dir {args.out}/configs model=linearized train.init_from={args.out} ...")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ConfigError for what can be told before the Llama, which may take minutes, is loaded."""
+    require(not args.out.exists(), f"{args.out} exists; choose another OUT")
+    for name, least in (("distil", 0), ("batch_size", 1), ("seq_len", 1)):
+        value = getattr(args, name)
+        require(value >= least, f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.distil:
+        require(args.data is not None, "--distil needs --data, a prepared set")
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of them
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"--device {args.device} cannot be used here ({why}); write cpu, or cuda") from error
+
+
 def fit(model, llama: LlamaForCausalLM, args: argparse.Namespace) -> None:
     llama.to(args.device, torch.bfloat16 if args.device != "cpu" else torch.float32)
     model.to(args.device)
     for step, loss in enumerate(distil(model, llama, token_batches(args, llama.vocab_size), args.lr), 1):
+        require_finite(math.isfinite(loss), f"step {step}: the loss is {loss}", args)
         if step % max(1, args.distil // 20) == 0 or step == 1:
             print(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}", flush=True)
     model.cpu()
+    with torch.no_grad():  # no loss has seen the last update
+        logits = model(torch.arange(min(16, llama.vocab_size))[None]).logits
+    require_finite(bool(logits.isfinite().all()), f"the logits after step {args.distil} are not finite", args)
+
+
+def require_finite(condition: bool, what: str, args: argparse.Namespace) -> None:
+    if not condition:
+        raise RunError(f"{what}: the distillation diverged, nothing was written; choose a lower --lr than {args.lr:g}")
 
 
 def token_batches(args: argparse.Namespace, vocab_size: int) -> Iterator[LongTensor]:

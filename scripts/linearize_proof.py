@@ -61,7 +61,8 @@ def as_llama(run: Path, out: Path) -> None:
 def convert(args: argparse.Namespace, variant: str, distil: int) -> Path:
     out = args.folder / f"converted-{variant}-{distil}"
     options = ["--distil", distil, "--data", args.data, "--batch-size", 16, "--seq-len", 256] if distil else []
-    python("scripts/linearize.py", args.folder / "as_llama", out, *VARIANTS[variant], *options)
+    if not out.exists():  # which linearize.py refuses
+        python("scripts/linearize.py", args.folder / "as_llama", out, *VARIANTS[variant], *options)
     return out
 
 

@@ -116,8 +116,11 @@ def test_valid_command_lines_pass():
         ({"model": {"tie_word_embeddings": 1}}, "must be true or false"),
         ({"model": {"hidden_size": 100, "num_heads": 3}}, "model.num_heads=3 does not divide"),
         ({"model": {"vocab_size": 0}}, "model.vocab_size must be positive"),
-        ({"model": {"mixer": "mamba2", "mamba2": {"groups": 0}}}, "model.mamba2.groups must be positive, not 0"),
-        ({"model": {"expand_k": -1}}, "model.expand_k must be positive, not -1.0"),
+        (
+            {"model": {"mixer": "mamba2", "mamba2": {"groups": 0}}},
+            "model.mamba2.groups must be positive and finite, not 0",
+        ),
+        ({"model": {"expand_k": -1}}, "model.expand_k must be positive and finite, not -1.0"),
         ({"optim": {"eps": 0}}, "optim.eps must be positive, not 0"),
         ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay must not be negative, not -0.1"),
         ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size must be positive, not 0"),
@@ -221,3 +224,20 @@ def test_weights_of_sources_are_a_mapping_of_the_users():
     ]:
         with pytest.raises(ConfigError, match=re.escape(message)):
             build(RunConfig, {"data": tree})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", "100", "model.vocab_size='100' must be an integer"),
+        ("num_hidden_layers", 2.5, "model.num_hidden_layers=2.5 must be an integer"),
+        ("mixer", None, "model.mixer=None must be text"),
+        ("layers", [1], r"model.layers\[0\]=1 must be text"),
+        ("gla", None, "model.gla must be a mapping"),
+        ("tie_word_embeddings", "no", "model.tie_word_embeddings='no' must be true or false"),
+        ("gate_logit_normalizer", float("inf"), "model.gate_logit_normalizer must be positive and finite, not inf"),
+    ],
+)
+def test_a_models_values_are_of_their_types_wherever_they_come_from(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{field: value})

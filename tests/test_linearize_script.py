@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,50 @@ def test_converted_fitted_and_trained_on(llama, token_folder, tmp_path):
     assert missing.returncode == 2 and "train.init_from=" in missing.stderr
 
 
-def test_distillation_needs_data(llama, tmp_path):
-    made = run("scripts/linearize.py", llama, tmp_path / "out", "--distil", 3)
-    assert made.returncode == 2 and "--distil needs --data" in made.stderr
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """The script in this process: from its arguments to its exit code and what it says on stderr."""
+    spec = spec_from_file_location("linearize_script", ROOT / "scripts/linearize.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["linearize.py", *map(str, arguments)])
+        return module.main(), capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--distil", 3], "--distil needs --data"),
+        (["--distil", -2, "--data", "set"], "--distil -2 must be at least 0"),
+        (["--distil", 1, "--data", "set", "--batch-size", 0], "--batch-size 0 must be at least 1"),
+        (["--distil", 1, "--data", "set", "--seq-len", 0], "--seq-len 0 must be at least 1"),
+        (["--distil", 1, "--data", "set", "--device", "foo"], "--device foo cannot be used here"),
+        (["--distil", 1, "--data", "set", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_llama_is_loaded(script, tmp_path, options, message):
+    code, said = script(tmp_path / "no-llama", tmp_path / "out", *options)
+    assert code == 2 and said.startswith(f"ConfigError: {message}")
+
+
+def test_nothing_is_overwritten(script, llama):
+    before = {file: file.read_bytes() for file in llama.iterdir()}
+    code, said = script(llama, llama)
+    assert code == 2 and f"{llama} exists; choose another OUT" in said
+    assert {file: file.read_bytes() for file in llama.iterdir()} == before
+    assert f"{llama} exists" in script(llama / "no-llama", llama)[1]  # nor is anything loaded first
+
+
+@pytest.mark.parametrize("steps, what", [(6, "step 2: the loss is nan"), (1, "the logits after step 1 are not finite")])
+def test_a_distillation_that_diverged_is_not_written(script, llama, token_folder, tmp_path, steps, what):
+    options = ["--data", token_folder, "--batch-size", 2, "--seq-len", 16, "--lr", 1e30, "--device", "cpu"]
+    code, said = script(llama, tmp_path / "out", "--distil", steps, *options)
+    assert code == 1 and f"RunError: {what}" in said and "--lr than 1e+30" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_of_a_larger_vocabulary_is_refused(token_folder, tmp_path):

@@ -1,13 +1,12 @@
 """The model's config: the skeleton's, and one small dataclass of options for each mixer."""
 
-import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from glalm.strict import build, divisors, require
+from glalm.strict import convert, divisors, require
 
 # The token mixers by name, and where each is defined: imported only when a model is made of it. GLA is the default.
 MIXERS = {
@@ -128,14 +127,12 @@ class ModelConfig:
     deltanet: DeltaNetConfig = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self):
-        for f in dataclasses.fields(ModelConfig):  # a config.json has mappings here
-            if dataclasses.is_dataclass(f.type) and isinstance(value := getattr(self, f.name), dict):
-                setattr(self, f.name, build(f.type, value, f"model.{f.name}"))
+        convert(self, ModelConfig, "model")  # a config.json may have anything, and mappings for dataclasses
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * 8 / 3 / 256)
         for name in POSITIVE:
             value = attrgetter(name)(self)
-            require(value is None or value > 0, f"model.{name} must be positive, not {value}")
+            require(value is None or 0 < value < math.inf, f"model.{name} must be positive and finite, not {value}")
         require(self.intermediate_size >= 0, "model.intermediate_size must be positive, or 0 for no SwiGLU")
         for name, expand in (("expand_k", self.expand_k), ("expand_v", self.expand_v)):
             width = self.hidden_size * expand

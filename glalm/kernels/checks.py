@@ -48,6 +48,8 @@ def check_normalizer(gate_logit_normalizer: float | None) -> None:
 
 
 def check_packing(cu_seqlens: Tensor, B: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: expected a tensor, got a {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import LongTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 FORMAT = "glalm state cache"
 
@@ -32,6 +32,20 @@ class StateCache:
         """The cache of the chosen beams, beam_idx: [B]. In place, as transformers' beam search expects."""
         self.states = [tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), s) for s in self.states]
         return self
+
+    def check(self, layers: int, sequences: int) -> None:
+        """ValueError unless it is empty, or of as many layers and sequences."""
+        if self.states and len(self.states) != layers:
+            raise ValueError(
+                f"past_key_values has states of {len(self.states)} layers, and the model {layers} layers: it is "
+                "another model's"
+            )
+        for leaf in tree_leaves(self.states):
+            if len(leaf) != sequences:
+                raise ValueError(
+                    f"past_key_values has states of {len(leaf)} sequences, and the input {sequences}; to continue one "
+                    f"several times, past_key_values.reorder_cache(torch.zeros({sequences}, dtype=torch.long))"
+                )
 
     def save(self, path: str | os.PathLike) -> None:
         """One safetensors file: tensor "i" or, of a tuple, "i.0", "i.1", ... is layer i's state."""

@@ -46,8 +46,9 @@ class Decoder:
     ) -> LongTensor:
         """As transformers calls it: [B, T] prompts, left-padded where attention_mask is 0, to [B, T + new] tokens."""
         self.check(model, generation_config)
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds: a Decoder reads input_ids alone; leave custom_generate out")
+        for name in ("inputs_embeds", "cu_seqlens", "position_ids"):
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"{name}: a Decoder reads whole sequences of input_ids; leave custom_generate out")
         mask, past = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         logits, cache = prefill(model, input_ids, mask, past, self.prefill_chunk)
         step = self.step_from(cache)

@@ -104,7 +104,13 @@ def hybrid_in(kind: str, attn: dict | list, depth: int) -> dict:
     """Our fields for their `attn`: which layers are softmax attention, and of what kind."""
     specs = attn if isinstance(attn, list) else [attn]
     require(len(specs) == 1, f"config.json's attn has {len(specs)} kinds of attention; one model here has one kind")
+    wanted = isinstance(specs[0], dict) and {"layers", "num_heads"} <= specs[0].keys()
+    require(wanted, f"config.json's attn is {json.dumps(attn)}; it must be a mapping with layers and num_heads")
     spec = {"num_kv_heads": None, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0} | specs[0]
+    outside = not isinstance(spec["layers"], list) or [layer for layer in spec["layers"] if layer not in range(depth)]
+    require(
+        not outside, f"config.json's attn.layers is {json.dumps(spec['layers'])}; it must list layers 0 to {depth - 1}"
+    )
     check(not spec["qkv_bias"], kind, "attn.qkv_bias", True, False)
     return {
         "layers": ["attention" if layer in spec["layers"] else MIXER[kind] for layer in range(depth)],
@@ -204,8 +210,12 @@ def weights_out(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
 def export(model, folder: str | Path) -> None:
     """Writes a GLALMForCausalLM as flash-linear-attention's model: config.json, generation_config.json and weights.
 
-    Raises ConfigError where that library has no such model.
+    Raises ConfigError where that library has no such model, nor for one that peft has wrapped: merge_and_unload() it.
     """
+    require(
+        not hasattr(model, "merge_and_unload"),
+        "export: the model is wrapped by peft; export what model.merge_and_unload() gives",
+    )
     tree, folder = config_out(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}, Path(folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

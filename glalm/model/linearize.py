@@ -108,9 +108,11 @@ def distil(
     batches: token ids [B, T], a step of Adam each. Layers do not see each other: no error adds up on the way through.
     Before the first step each head norm is scaled so that the outputs are of the attention's size: after a norm they
     are several times larger. Yields each step's loss: the squared error over the target's variance, a mean over the
-    layers. Runs in the teacher's dtype by autocast, with the student's weights in float32.
+    layers. Runs in the teacher's dtype by autocast, with the student's weights in float32. Raises ConfigError when
+    every layer is softmax attention.
     """
     mixers = {i: b.attn for i, b in enumerate(student.model.layers) if student.config.layer_mixers()[i] != "attention"}
+    require(len(mixers) > 0, "softmax_layers names every layer: there is none to distil; keep fewer, or do not distil")
     optimizer = torch.optim.AdamW([p for m in mixers.values() for p in m.parameters()], lr=lr, weight_decay=0.0)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     hooks = [watch(teacher.model.layers[i].self_attn, seen, i) for i in mixers]

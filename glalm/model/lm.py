@@ -13,7 +13,7 @@ from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.config import GLALMConfig
 from glalm.model.loading import load
-from glalm.model.loss import IGNORE, linear_cross_entropy, token_losses
+from glalm.model.loss import IGNORE, head_cross_entropy, head_losses
 from glalm.model.norm import RMSNorm
 from glalm.model.packing import boundaries
 from glalm.model.precision import matmul_dtype
@@ -97,13 +97,14 @@ class GLALMModel(GLALMPreTrainedModel):
         if cu_seqlens is not None:
             check_packing(cu_seqlens, len(x))
             check_values(None, x, cu_seqlens)
-        padding = None if attention_mask is None else attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+        padding = None if attention_mask is None else (attention_mask[:, -x.shape[1] :, None] != 0).to(x.dtype)
         past = StateCache() if past_key_values is None else past_key_values
         if not isinstance(past, StateCache):
             raise ValueError(
                 f"past_key_values is a {type(past).__name__}, not a StateCache; peft's prefix tuning learns keys and "
                 "values, which this model has no place for: take LoRA or prompt tuning"
             )
+        past.check(len(self.layers), len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
         states, hidden = [], []
         for layer, state in zip(self.layers, past.states or [None] * len(self.layers), strict=True):
             hidden += [x] if output_hidden_states else []
@@ -167,6 +168,10 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             what = f"takes no {', '.join(more)}" if more else "gives no attention weights"
             raise TypeError(f"{type(self).__name__} {what}")
         if position_ids is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != given.shape[1]:
+                shape = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+                raise ValueError(f"position_ids: expected a tensor of {given.shape[1]} positions a row, got {shape}")
             packed = boundaries(position_ids, attention_mask, past_key_values, cu_seqlens)
             cu_seqlens = cu_seqlens if packed is None else packed
         out = self.model(
@@ -179,14 +184,20 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             cu_seqlens,
         )
         hidden, loss, logits = out.last_hidden_state, None, None
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and given.shape != hidden.shape[:2]:
+                raise ValueError(f"{name}: expected {list(hidden.shape[:2])}, as the input is, got {list(given.shape)}")
         if labels is not None and shift_labels is None:
             shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
             if cu_seqlens is not None:  # the first token of a sequence is not the next one of another
                 shift_labels[:, cu_seqlens[1:] - 1] = IGNORE
         if shift_labels is not None:
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, z_loss)
+            loss = head_cross_entropy(self.lm_head, hidden, shift_labels, z_loss)
             if num_items_in_batch is not None:
-                loss = loss * (shift_labels != IGNORE).sum() / num_items_in_batch
+                items = torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0 where the batch's labels are all IGNORE
+                loss = loss * (shift_labels != IGNORE).sum() / items
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: expected the number of last logits, 0 for all, got {logits_to_keep}")
         if shift_labels is None or (labels is not None and not self.training):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -200,7 +211,7 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, StateCache]:
         """Cross-entropy in nats of each target [B, T] given the tokens up to it, and the state to go on from."""
         out = self.model(input_ids, past_key_values=past_key_values, use_cache=True)
-        return token_losses(out.last_hidden_state, self.lm_head.weight, targets), out.past_key_values
+        return head_losses(self.lm_head, out.last_hidden_state, targets), out.past_key_values
 
     def prepare_inputs_for_generation(
         self,

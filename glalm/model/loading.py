@@ -59,6 +59,10 @@ def weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
                 f"{where} is a checkpoint of which several processes wrote a part each; make whole files of it: "
                 f"python scripts/export_hf.py RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER"
             )
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{where} holds a peft adapter, not a model; peft.AutoPeftModelForCausalLM.from_pretrained loads it"
+            )
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         found = f"only {', '.join(pickles)}: pickles, which can run any code and are not read" if pickles else "none"
         raise ValueError(

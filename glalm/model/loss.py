@@ -2,16 +2,42 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
-from glalm.kernels.precision import wide_dtype
+from glalm.kernels.precision import at_least_float32, wide_dtype
 from glalm.model.precision import matmul_dtype
 
 # Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
 # chunks of a tenth of this size would cost as much in that as the softmax itself.
 CHUNK_ELEMENTS = 2**27
+
+
+def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """linear_cross_entropy by the head's weight; of a head that is more than its weight, from all its logits."""
+    if is_plain(head):
+        return linear_cross_entropy(hidden, head.weight, targets, z_loss)
+    logits = at_least_float32(head(hidden)).flatten(0, -2)
+    targets = targets.flatten().to(logits.device)
+    scored = targets != IGNORE
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    loss = loss + z_loss * logits.logsumexp(-1)[scored].square().sum()
+    return loss / scored.sum().clamp(min=1)
+
+
+def head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """token_losses by the head's weight, or from its logits, as head_cross_entropy."""
+    if is_plain(head):
+        return token_losses(hidden, head.weight, targets)
+    logits = at_least_float32(head(hidden))
+    return F.cross_entropy(logits.mT, targets.to(logits.device), ignore_index=IGNORE, reduction="none")
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether the head is its weight alone: peft puts adapters in its place, and accelerate's hooks bring the weight
+    only while the head is called."""
+    return type(head) is nn.Linear and not hasattr(head, "_hf_hook")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm, and with a gate."""
+"""RMSNorm, with a gate, and of parts."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +9,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class GroupedRMSNorm(nn.RMSNorm):
+    """RMSNorm of each of `groups` equal parts of the last axis by itself; the weight is for all of the axis."""
+
+    def __init__(self, size: int, groups: int, eps: float):
+        super().__init__(size, eps=eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
 
 
 class GatedRMSNorm(RMSNorm):

@@ -118,6 +118,8 @@ def test_what_it_does_not_serve_is_refused(tiny, tokens):
             model.generate(ids, custom_generate=Decoder(model), **GREEDY | option)
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 9, 32).double(), custom_generate=Decoder(model), **GREEDY)
+    with pytest.raises(ValueError, match="cu_seqlens: a Decoder reads whole sequences"):
+        model.generate(ids, cu_seqlens=torch.tensor([0, 4, 9]), custom_generate=Decoder(model), **GREEDY)
     with pytest.raises(ValueError, match="made for another model"):
         model.generate(ids, custom_generate=Decoder(tiny(seed=1)), **GREEDY)
     with pytest.raises(ValueError, match="prefill_chunk"):

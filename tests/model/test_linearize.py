@@ -86,6 +86,12 @@ def test_distillation_brings_the_outputs_near_the_attentions(llama, tokens, mixe
     assert not original.model.layers[0].self_attn._forward_hooks
 
 
+def test_with_every_layer_kept_there_is_nothing_to_distil(llama, tokens):
+    original = llama()
+    with pytest.raises(ConfigError, match="softmax_layers"):
+        next(distil(linearize(original, softmax_layers=[0, 1, 2]), original, [tokens(2, 8)]))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

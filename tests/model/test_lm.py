@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from glalm.config import ModelConfig
 from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache
@@ -107,6 +108,38 @@ def test_loss_is_the_cross_entropy_of_the_logits_in_both_label_conventions(tiny,
     torch.testing.assert_close((out.loss, out.logits), (expected.float(), logits))
 
 
+def test_a_batch_without_labels_adds_nothing(tiny, tokens):
+    model, ids = tiny(), tokens(2, 12)
+    model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss.backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mixer", ["gla", "attention", "mamba2"])
+def test_any_mask_but_zero_is_one(mixer, tiny, tokens):
+    """Masks that number packed or padded segments, and float ones, as transformers takes them."""
+    model, ids = tiny(mixer=mixer, mamba2={"state_size": 16, "head_dim": 8}), tokens(2, 12)
+    mask = torch.tensor([[0] * 3 + [1] * 9, [0] * 5 + [1] * 7])
+    expected = model(ids, attention_mask=mask).logits
+    for other in (3 * mask, -mask, mask * torch.arange(1, 13), mask.float() / 2):
+        assert torch.equal(model(ids, attention_mask=other).logits, expected)
+
+
+def test_a_head_that_is_more_than_its_weight_is_called(tiny, tokens):
+    """As an adapter of peft in its place: the loss, and scores, are those of the logits."""
+    model, ids = tiny(), tokens(2, 12)
+    weight, targets = model.lm_head.weight, ids.roll(-1, 1)
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
+    model.lm_head[1].forward = lambda logits: logits + 0.1 * (logits @ torch.eye(50, dtype=torch.float64).roll(1, 0))
+    logits, z = model(ids).logits, 0.3
+    out = model.train()(ids, shift_labels=targets, z_loss=z)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) + z * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert weight.grad.norm() > 0
+    losses, _ = model.score(ids, targets)
+    torch.testing.assert_close(losses, F.cross_entropy(logits.mT, targets, reduction="none"))
+
+
 def test_a_state_comes_out_where_it_is_used(tiny, tokens):
     """As transformers has it: in evaluation, in training only when asked for."""
     model, ids = tiny(), tokens(2, 9)
@@ -174,6 +207,13 @@ def test_config_is_the_run_configs():
         assert getattr(config, f.name) == getattr(expected, f.name), f.name
 
 
+IDS = torch.ones(2, 5, dtype=torch.int64)
+
+
+def cache_of(tiny) -> StateCache:
+    return tiny()(IDS[:1], use_cache=True).past_key_values
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -184,6 +224,16 @@ def test_config_is_the_run_configs():
         (
             lambda tiny: tiny()(torch.ones(2, 5).long(), attention_mask=torch.ones(2, 4)),
             r"attention_mask: expected \[B, T\] with B = 2 and T >= 5, as the input is, got \[2, 4\]",
+        ),
+        (lambda tiny: tiny()(IDS, labels=IDS.view(5, 2)), r"^labels: expected \[2, 5\], as the input is, got \[5, 2\]"),
+        (lambda tiny: tiny()(IDS, shift_labels=IDS[:, :4]), r"^shift_labels: expected \[2, 5\]"),
+        (lambda tiny: tiny()(IDS, position_ids=IDS[:, :4]), r"position_ids: expected a tensor of 5 .*, got \[2, 4\]"),
+        (lambda tiny: tiny()(IDS[:1], cu_seqlens=[0, 2, 5]), "cu_seqlens: expected a tensor, got a list"),
+        (lambda tiny: tiny()(IDS, logits_to_keep=-2), "logits_to_keep: expected .*, got -2"),
+        (lambda tiny: tiny()(IDS, past_key_values=cache_of(tiny)), "states of 1 sequences, and the input 2"),
+        (
+            lambda tiny: tiny(num_hidden_layers=3)(IDS[:1], past_key_values=cache_of(tiny)),
+            "states of 2 layers, and the model 3 layers",
         ),
     ],
 )

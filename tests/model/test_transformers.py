@@ -128,7 +128,11 @@ def test_a_runs_tokenizer_serves_transformers(token_folder, tmp_path):
         assert theirs.decode(ours.encode(text)) == text
 
 
-@pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
+MAMBA = {"mixer": "mamba"}
+MAMBA2 = {"mixer": "mamba2", "mamba2": {"state_size": 16, "head_dim": 8}}
+
+
+@pytest.mark.parametrize("choice", [{}, HYBRID, MAMBA, MAMBA2], ids=str)
 def test_device_maps(choice, saved, tokens, tmp_path):
     model, folder = saved(**choice)
     expected = model(tokens(1, 9)).logits
@@ -139,6 +143,8 @@ def test_device_maps(choice, saved, tokens, tmp_path):
         folder, device_map=places | {"lm_head": "disk"}, offload_folder=tmp_path / "offload"
     )
     torch.testing.assert_close(split(tokens(1, 9)).logits, expected)
+    ids = tokens(2, 9)
+    torch.testing.assert_close(split(ids, labels=ids).loss, model(ids, labels=ids).loss)
 
 
 def test_loading_in_half_precision(saved, tokens, tmp_path):

@@ -42,6 +42,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, State | None]:
         if cu_seqlens is not None and (return_state or state is not None):
             rows, live = unpack(x, cu_seqlens)  # sequences with caches of different lengths
+            live = live if padding is None else live * unpack(padding, cu_seqlens)[0]
             y, state = self(rows, state=state, return_state=return_state, padding=live)
             return repack(y, cu_seqlens), state
         B, T, _ = x.shape

@@ -62,22 +62,22 @@ class Mamba(nn.Module):
         if padding is not None:
             x = x * padding.to(x.dtype)  # the convolution has a bias
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
-        dt, A = F.linear(dt, self.dt_proj.weight), -at_least_float32(self.A_log).exp()
+        dt, A = self.dt_proj(dt), -at_least_float32(self.A_log).exp()
         if serves(x, h, cu_seqlens) and fast_scan() is not None:
+            bias = self.dt_proj.bias.float()  # apart, as it wants all else in the dtype of x
             o, h = fast_scan()(
-                *(s.mT for s in (x, dt)),
+                *(s.mT for s in (x, (dt - bias).to(x.dtype))),
                 A,
                 *(s.mT for s in (b, c)),
                 D=self.D.float(),
                 z=z.mT,
-                delta_bias=self.dt_proj.bias.float(),
+                delta_bias=bias,
                 delta_softplus=True,
                 return_last_state=True,
             )
             o = o.mT
         else:
-            dt = F.softplus(at_least_float32(dt) + self.dt_proj.bias)
-            o, h = selective_scan(x, dt, A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
+            o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
             o = (o + x * self.D) * F.silu(z)
         # A copy: both scans give a view that keeps the states of all tokens.
         return self.out_proj(o.to(z.dtype)), (h.clone(), conv_state) if return_state else None
@@ -88,7 +88,11 @@ class Mamba(nn.Module):
 
 
 class TimeStep(nn.Linear):
-    """The low-rank dt's second half: dt = softplus(weight u + bias), with the paper's initial steps."""
+    """The low-rank dt's second half: dt = softplus(weight u + bias), with the paper's initial steps. The sum, which the
+    bias dominates, is in float32."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return at_least_float32(F.linear(u, self.weight)) + self.bias
 
     def initialise(self) -> None:
         nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)

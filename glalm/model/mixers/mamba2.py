@@ -9,6 +9,7 @@ from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
 from glalm.kernels.precision import at_least_float32
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
+from glalm.model.norm import GroupedRMSNorm
 from glalm.model.short_conv import ShortConv
 from glalm.model.time_step import initialise_time_step
 
@@ -29,14 +30,13 @@ class Mamba2(nn.Module):
         o, d = config.mamba2, config.hidden_size
         self.inner, self.head_dim, self.groups, self.K = o.expand * d, o.head_dim, o.groups, o.state_size
         self.num_heads = self.inner // o.head_dim
-        self.eps = config.norm_eps
         channels = self.inner + 2 * self.groups * self.K
         self.in_proj = nn.Linear(d, self.inner + channels + self.num_heads, bias=False)
         self.conv1d = ShortConv(channels, o.conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = nn.RMSNorm(self.inner, eps=config.norm_eps)
+        self.norm = GroupedRMSNorm(self.inner, self.groups, eps=config.norm_eps)
         self.out_proj = nn.Linear(self.inner, d, bias=False)
 
     def initialise(self) -> None:
@@ -74,8 +74,7 @@ class Mamba2(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
-        o = F.rms_norm(o.unflatten(-1, (self.groups, -1)), (self.inner // self.groups,), eps=self.eps).flatten(-2)
-        return self.out_proj((o * self.norm.weight).to(z.dtype)), (S, conv_state) if return_state else None
+        return self.out_proj(self.norm(o).to(z.dtype)), (S, conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
         return self.conv1d.flops() + chunkwise(self.num_heads, self.K, self.head_dim, T)

@@ -80,7 +80,7 @@ def test_a_window_sees_its_keys_behind_segments_of_unequal_length(tiny, tokens):
         ({"num_heads": 3}, "model.attention.num_heads=3 does not cut model.hidden_size=32"),
         ({"num_heads": 32}, "heads of an even number"),
         ({"num_heads": 4, "num_kv_heads": 3}, "model.attention.num_kv_heads=3 does not divide the 4 query heads"),
-        ({"num_heads": 4, "num_kv_heads": 0}, "model.attention.num_kv_heads must be positive, not 0"),
+        ({"num_heads": 4, "num_kv_heads": 0}, "model.attention.num_kv_heads must be positive and finite, not 0"),
         ({"window": 0}, "model.attention.window must be positive or null, not 0"),
         ({"windw": 4}, "unknown key model.attention.windw; did you mean model.attention.window?"),
     ],

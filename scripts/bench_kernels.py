@@ -31,6 +31,7 @@ from triton.testing import do_bench
 from glalm import kernels
 from glalm.kernels import chunk_gla
 from glalm.kernels.triton import configs, gla
+from glalm.kernels.triton.kept import Kept
 
 SHAPES = {  # B, T, H, K, V and the attention heads of the same width
     "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
@@ -214,33 +215,44 @@ def tune(B: int, T: int, K: int, V: int) -> None:
     square = [{"BK": 64, "BV": 64, "PREFETCH": f} for f in (False, True)]
     q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
     do, o = torch.randn_like(v), torch.empty_like(v)
-    plan = gla.Plan(q, k, v, g, K**-0.5, None, None)
+    plan, fixed = (gla.Plan(q, k, v, gate, K**-0.5, None, None) for gate in (g, None))
     kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
-    segments = plan.segments(reverse=False)
-    starts = plan.new_state(segments)
+    new_state = functools.cache(plan.new_state)
+
+    def started() -> Kept:
+        """kept, with a place for the starts of as many segments as the forward scan of the moment cuts."""
+        return kept._replace(starts=new_state(plan.segments(reverse=False)))
+
+    def find_starts() -> None:
+        segments = plan.segments(reverse=False)
+        plan.find_starts(new_state(segments), segments, kept, v, None, None, False)
+
     candidates = {
         "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
-        "forward": (plain, lambda: plan.scan(kept, v, None, None, out=o)),
-        "states": (scans, lambda: plan.scan(kept, v, None, None, states=states)),
-        "starts": (plain, lambda: plan.find_starts(starts, segments, kept, v, None, None, False)),
+        "forward": (plain, lambda: plan.scan(started(), v, None, None, out=o)),
+        "states": (scans, lambda: plan.scan(started(), v, None, None, states=states)),
+        "starts": (plain, find_starts),
         "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
         "gradients": (square, lambda: plan.gradients(kept, do, states, dstates)),
+        "gradients_fixed": (square, lambda: fixed.gradients(kept, do, states, dstates)),
     }
     for kernel, (tiles, call) in candidates.items():
+        if kernel == "starts" and plan.segments(reverse=False) == 1:
+            continue
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
             if warps == 8 and (limit or "PARTS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
             launch = configs.Launch(tile, warps, stages, limit)
-            plan.config = plan.config._replace(**{kernel: launch})
+            plan.config = fixed.config = plan.config._replace(**{kernel: launch})
             try:
                 call()
                 found.append((do_bench(call, return_mode="median"), launch))
             except OutOfResources as error:
                 print(f"{kernel} {launch}: {error}")
         ms, best = min(found, key=lambda x: x[0])
-        plan.config = plan.config._replace(**{kernel: best})
-        print(f"B{B} T{T} {kernel:10s} {ms:.3f} ms  {best}", flush=True)
+        plan.config = fixed.config = plan.config._replace(**{kernel: best})
+        print(f"B{B} T{T} {kernel:15s} {ms:.3f} ms  {best}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and on one GPU, many models at once: python scripts/mqar.py workers=12
 """
 
 import itertools
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -19,12 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import torch
 from hydra.core.config_store import ConfigStore
 
 from glalm.cli import hydra_entry
 from glalm.config.mqar import MQARConfig
-from glalm.evals import mqar
+from glalm.data.workers import bind_to_parent
 from glalm.evals.plot import plot_mqar
 from glalm.evals.results import read_json, write_json
 from glalm.strict import ConfigError, RunError, defaults
@@ -33,7 +33,14 @@ from glalm.strict import ConfigError, RunError, defaults
 def main(config: MQARConfig) -> int:
     folder = Path(config.folder)
     need_writable(folder)
-    settings = mqar.settings(config)
+    from glalm.train.lock import sole_run  # with torch, for which a config that is wrong need not wait
+
+    with sole_run(folder):
+        return run(config, folder)
+
+
+def run(config: MQARConfig, folder: Path) -> int:
+    settings = config.settings()
     trained = {job: result for job in sweep(config) if (result := trained_before(path_of(folder, *job), settings))}
     missing = [job for job in sweep(config) if job not in trained and not solved(config, job, trained)]
     more = f"at most {len(missing)} to train, {config.workers} at once"
@@ -74,14 +81,18 @@ def train_all(config: MQARConfig, jobs: list[tuple], trained: dict[tuple, dict])
     """Each job as it ends, and its future. One whose model another learning rate has taught by then is left out: the
     best rate counts. The caller adds results to `trained`."""
     waiting, running = deque(enumerate(jobs)), {}
-    with ProcessPoolExecutor(config.workers, get_context("spawn")) as pool:
-        while waiting or running:
-            while waiting and len(running) < config.workers:
-                number, job = waiting.popleft()
-                if not solved(config, job, trained):
-                    running[submitted(pool, train_one, config, number, *job)] = job
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future
+    with ProcessPoolExecutor(config.workers, get_context("spawn"), bind_to_parent) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < config.workers:
+                    number, job = waiting.popleft()
+                    if not solved(config, job, trained):
+                        running[submitted(pool, train_one, config, number, *job)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future
+        except KeyboardInterrupt:  # to leave the pool would be to wait for all models in training
+            print("interrupted; the same command goes on after each model's last epoch", file=sys.stderr, flush=True)
+            os._exit(130)
 
 
 def submitted(pool: Executor, *call) -> Future:
@@ -112,7 +123,7 @@ def partial_of(path: Path) -> Path:
 def need_writable(folder: Path) -> None:
     """ConfigError where results could not be written: before any model is trained."""
     try:
-        for part in ("eval", "plots"):
+        for part in ("eval", "partial", "plots"):
             (folder / part).mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder / part).close()
     except OSError as error:
@@ -127,6 +138,10 @@ def trained_before(path: Path, settings: dict) -> dict | None:
 
 def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: int, width: int, lr: float) -> dict:
     """One model, in a process of the pool: on the GPUs in turn, else on a core."""
+    import torch
+
+    from glalm.evals import mqar
+
     torch.set_num_threads(1)  # the models share the cores
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")

@@ -1,10 +1,14 @@
 """The config of the recall experiment, `python scripts/mqar.py`."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from glalm.config.model import MIXERS, ModelConfig
 from glalm.strict import require
+
+# No model depends on these.
+SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 
 
 @dataclass
@@ -24,7 +28,8 @@ class MQARConfig:
     at every length, width and learning rate. The defaults are its settings, but for the mixers.
     """
 
-    folder: str = "runs/mqar"  # one JSON a trained model, in eval/; the same command again trains only what is missing
+    # One JSON a trained model, in eval/, and what is in training, in partial/: the same command again goes on.
+    folder: str = "runs/mqar"
     # One for both layers, or one each: gla+attention.
     mixers: list[str] = field(default_factory=lambda: ["attention", "gla", "mamba", "retention", "deltanet"])
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
@@ -70,3 +75,7 @@ class MQARConfig:
             require(len(getattr(self, name)) > 0, f"{name} is empty")
         for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+
+    def settings(self) -> dict:
+        """What every model of the sweep depends on."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in SWEEP}

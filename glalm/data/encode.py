@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from glalm.data.records import BadDocument, Record, document, is_blank, size_of
 from glalm.data.tokenizer import Tokenizer
+from glalm.data.workers import bind_to_parent
 
 HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}
 AHEAD = 2**23  # bytes of records a worker that are under way at once
@@ -144,11 +143,10 @@ def encode_in_order(blocks: Iterable[Block], recipe: Recipe, workers: int) -> It
 
 
 def _start_worker(recipe: Recipe) -> None:
-    """Runs first in each worker process: one thread of its own, no Ctrl-C, and no life after its parent's."""
+    """Runs first in each worker process: one thread of its own, and see bind_to_parent."""
     global _encode_block
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    bind_to_parent()
     _encode_block = recipe.encoder()
 
 

@@ -22,7 +22,6 @@ from glalm.model import GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import has_bf16
 
 ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
-SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids
 
 
@@ -84,11 +83,6 @@ def distinct(weights: Tensor, count: int, picks: int, generator: torch.Generator
     return torch.cat(rows)
 
 
-def settings(config: MQARConfig) -> dict:
-    """What every model of the sweep depends on."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SWEEP}
-
-
 def train(
     config: MQARConfig,
     mixer: str,
@@ -104,8 +98,9 @@ def train(
 
     AdamW, the learning rate falling to 0 by a cosine over all epochs; training ends early at config.stop_at. The same
     arguments give the same result on the same device. After every epoch all that it needs to go on is saved to the file
-    `partial`; what is there of the same settings, it goes on from.
+    `partial`; from what is there of the same arguments it goes on.
     """
+    begun = time.perf_counter()
     generator = torch.Generator(device).manual_seed(config.seed)
     task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
     training = examples(config.train_examples, length, pairs, generator, **task)
@@ -127,10 +122,11 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
     step = captured(step, batch_size, device) if captures else step
-    state = Progress(settings(config), generator, {"model": model, "optimizer": optimizer, "schedule": schedule})
+    job = config.settings() | {"job": [mixer, length, pairs, width, lr], "device": device.type, "captures": captures}
+    state = Progress(job, generator, {"model": model, "optimizer": optimizer, "schedule": schedule})
     history, before = state.load(partial, device)
-    begun = time.perf_counter() - before
-    while len(history) < config.epochs and max(history, default=0.0) < config.stop_at:
+    begun -= before
+    while len(history) < config.epochs and not (history and history[-1] >= config.stop_at):
         order = torch.randperm(len(training), generator=generator, device=device)
         for rows in order.split(batch_size):
             step(training[rows])
@@ -150,7 +146,7 @@ def train(
 class Progress:
     """A training's whole state, in a file: a model of many epochs that is interrupted need not begin anew."""
 
-    settings: dict
+    job: dict  # all that it depends on
     generator: torch.Generator
     parts: dict  # by name, each with state_dict
 
@@ -159,15 +155,20 @@ class Progress:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"settings": self.settings, "generator": self.generator.get_state()}
+        state |= {"job": self.job, "generator": self.generator.get_state()}
         with replacing(path) as file:
             torch.save(state | {"history": history, "seconds": seconds}, file)
 
     def load(self, path: Path | None, device: torch.device) -> tuple[list[float], float]:
         """The accuracies after the epochs that were trained, and their seconds: none where there is no such file, or
-        one of other settings."""
-        saved = torch.load(path, map_location=device) if path is not None and path.exists() else {"settings": None}
-        if saved["settings"] != self.settings:
+        one of another job. ValueError, naming it, when it is damaged."""
+        if path is None or not path.exists():
+            return [], 0.0
+        try:
+            saved = torch.load(path, map_location=device)
+        except Exception as error:  # torch raises many kinds
+            raise ValueError(f"{path} is damaged; remove it ({type(error).__name__}: {error})") from error
+        if saved.get("job") != self.job:
             return [], 0.0
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])

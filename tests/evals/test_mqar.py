@@ -1,6 +1,10 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,6 +18,9 @@ from glalm.config.mqar import MQARConfig, RecallModel
 from glalm.evals import mqar
 from glalm.evals.mqar import Examples, examples
 from glalm.strict import ConfigError, RunError
+from glalm.train.lock import sole_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def draw(count: int = 300, length: int = 64, pairs: int = 8, seed: int = 0, **task) -> Examples:
@@ -108,15 +115,40 @@ def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(mqar, "accuracy", killed_in_the_third_epoch)
         mqar.train(config, *job, partial)
+    monkeypatch.setattr(mqar, "accuracy", lambda *given: measured.append(0) or accuracy(*given))
     resumed = mqar.train(config, *job, partial)
+    assert measured[2:] == [0, 0]  # two epochs, not more
+    measured = measured[:2]
     assert measured == resumed["history"][:2] and len(resumed["history"]) == 4
     models.append(build(config, "gla", 32, torch.device(device)))
     trained, _, went_on, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     if device == "cpu":
         assert torch.equal(trained, went_on) and resumed["history"] == whole["history"]
     assert (trained - went_on).norm() < 0.1 * (trained - first).norm()  # a GPU's gathers add up in any order
-    changed = mqar.train(dataclasses.replace(config, seed=2, epochs=1), *job, partial)  # not what is in the file
-    assert changed["epochs"] == 1
+
+
+def test_a_partial_model_is_gone_on_from_only_by_its_own_arguments(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, train_examples=64, epochs=2, stop_at=2.0)
+    job, cpu, partial = ["gla", 16, 2, 32, 1e-2], torch.device("cpu"), tmp_path / "partial/x.pt"
+    first = mqar.train(config, *job, cpu, partial)
+    monkeypatch.setattr(mqar, "accuracy", lambda *_: 0.5)  # so that an epoch more can be told
+    assert mqar.train(config, *job, cpu, partial)["history"] == first["history"]  # complete: nothing is trained
+    for other, changed in (
+        ({"seed": 2}, job),
+        ({"epochs": 1}, job),
+        ({}, [*job[:-1], 1e-3]),
+        ({}, ["linear", *job[1:]]),
+    ):
+        copy = tmp_path / "copy.pt"
+        copy.write_bytes(partial.read_bytes())
+        assert 0.5 in mqar.train(dataclasses.replace(config, **other), *changed, cpu, copy)["history"]
+    solved = mqar.train(dataclasses.replace(config, stop_at=0.5), *job, cpu, tmp_path / "solved.pt")
+    assert solved["history"] == [0.5]
+    monkeypatch.setattr(mqar, "accuracy", lambda *_: pytest.fail("it was solved"))
+    assert mqar.train(dataclasses.replace(config, stop_at=0.5), *job, cpu, tmp_path / "solved.pt")["history"] == [0.5]
+    partial.write_bytes(partial.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged; remove it"):
+        mqar.train(config, *job, cpu, partial)
 
 
 @pytest.mark.gpu
@@ -163,14 +195,14 @@ def test_accuracy_counts_queries():
 
 @pytest.fixture
 def sweep():
-    spec = spec_from_file_location("sweep", Path(__file__).parents[2] / "scripts/mqar.py")
+    spec = spec_from_file_location("sweep", ROOT / "scripts/mqar.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     config = dataclasses.replace(
         SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2], train_examples=64, epochs=1
     )
@@ -199,7 +231,7 @@ def test_what_one_learning_rate_solves_is_not_trained_at_the_others(sweep, tmp_p
         what = {"mixer": mixer, "length": length, "pairs": pairs, "width": width, "lr": lr}
         return what | {"accuracy": right, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": [right]}
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     monkeypatch.setattr(sweep, "train_one", train_one)
     rates = [1e-2, 1e-3, 1e-4]
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32, 64], learning_rates=rates)
@@ -217,13 +249,13 @@ def test_a_worker_that_is_killed_is_reported_for_every_model(sweep, tmp_path, mo
         def submit(self, *call):
             raise BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, context: Broken(workers))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: Broken(workers))
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2])
     with pytest.raises(RunError, match=r"2 models were not trained: .*d32.*terminated abruptly; .*d16"):
         sweep.main(config)
 
 
-@pytest.mark.parametrize("part", ["", "eval", "plots"])
+@pytest.mark.parametrize("part", ["", "eval", "partial", "plots"])
 def test_a_folder_that_cannot_be_written_is_named_before_training(part, sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
     (tmp_path / "out" / part).parent.mkdir(exist_ok=True)
@@ -256,3 +288,24 @@ def test_settings_that_cannot_be():
         MQARConfig(mixers=["hyena"])
     with pytest.raises(ConfigError, match=r"gla\+hyena is none of gla"):
         MQARConfig(mixers=["gla+hyena"])
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
+    with sole_run(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
+        sweep.main(dataclasses.replace(SMALL, folder=str(tmp_path)))
+
+
+SWEEP = ["mixers=[gla]", "lengths=[16]", "pairs=[2]", "widths=[16]", "learning_rates=[1e-3]", "vocab_size=64"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, code, tmp_path):
+    command = [sys.executable, "scripts/mqar.py", f"folder={tmp_path}", *SWEEP, "train_examples=640", "epochs=9999"]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not any(tmp_path.glob("partial/*.pt")) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == code
+        assert "Traceback" not in process.stderr.read()  # which ends when no process has it open
+    assert torch.load(next(tmp_path.glob("partial/*.pt")))["history"]

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreter import INTERPRETED, run_interpreted
+
+from glalm.kernels.triton.blocks import exact_dot
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 2e-5  # a few roundings of float32
@@ -206,3 +210,25 @@ def test_no_tokens():
     q, k, v = (torch.randn(1, 0, 2, 16) for _ in range(3))
     o, S, _ = gla.forward(q, k, v, q, 1.0, None, torch.ones(1, 2, 16, 16), True, None, False)
     assert o.shape == v.shape and torch.equal(S, torch.ones(1, 2, 16, 16))
+
+
+@triton.jit
+def product_kernel(a, b, out, PARTS: tl.constexpr):
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    tl.store(out + i * 64 + j, exact_dot(tl.load(a + i * 64 + j), tl.load(b + i * 64 + j), PARTS))
+
+
+@interpreted
+@pytest.mark.parametrize(("parts", "error"), [(1, 2**-7), (2, 2**-14), (3, 1e-7)])
+@pytest.mark.parametrize("left", [False, True])
+def test_exact_dot_is_as_exact_as_its_parts(left, parts, error):
+    ones, x, out = torch.ones(64, 64).tril().bfloat16(), torch.randn(64, 64), torch.empty(64, 64)
+
+    def worst(x: torch.Tensor) -> float:
+        a, b = (x, ones) if left else (ones, x)
+        product_kernel[(1,)](a, b, out, parts)
+        a, b = a.double(), b.double()
+        return ((out - a @ b).abs() / (a.abs() @ b.abs()).clamp(min=1e-3)).max().item()
+
+    assert worst(x) < error and (parts == 3 or worst(x) > error / 100)
+    assert worst(x.bfloat16().float()) < 1e-7  # one part holds all of what was a bfloat16

@@ -93,13 +93,26 @@ def rule(KP: int, VP: int, bits: int) -> Config:
         scan = _scan(64 if wide else 32, max(1, KP // 64) if wide else 1, 4, 2 if KP <= 128 else 1)
         prepare = _prepare(64, 4, 2, 168) if KP > 64 else _prepare(64, 4, 1, 128)
         gradients = _gradients(64, 64, 4, 3 if VP > 64 else 1, PREFETCH=VP == 64)
-        prepare_exact, gradients_exact = _prepare(64, 4, 1), _gradients(64, 64, 4, 1)
-        return Config(prepare, prepare_exact, scan, scan, scan, scan, gradients, gradients, gradients_exact)
+        return _alike(prepare, _prepare(64, 4, 1), scan, gradients, _gradients(64, 64, 4, 1))
     # wgmma (tiles of 64 rows and four warps or more) reads past a program's shared memory in Triton 3.6 when the
     # tiles are narrower than 64: stay below one or the other.
     scan = _scan(max(16, min(32, VP, 8192 // KP)), 1, 4, 1)
     prepare, gradients = _prepare(min(KP, 32), 2, 1), _gradients(16, 16, 2, 1)
-    return Config(prepare, prepare, scan, scan, scan, scan, gradients, gradients, gradients)
+    return _alike(prepare, prepare, scan, gradients, gradients)
+
+
+def _alike(prepare: Launch, prepare_exact: Launch, scan: Launch, gradients: Launch, gradients_exact: Launch) -> Config:
+    return Config(
+        prepare=prepare,
+        prepare_exact=prepare_exact,
+        forward=scan,
+        states=scan,
+        starts=scan,
+        reverse=scan,
+        gradients=gradients,
+        gradients_fixed=gradients,
+        gradients_exact=gradients_exact,
+    )
 
 
 def config_for(device: torch.device, KP: int, VP: int, bits: int) -> Config:

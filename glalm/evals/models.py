@@ -235,20 +235,24 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     """A checkpoint of training, also away from its run's folder. Raises CheckpointError where a checksum differs."""
     path = path.resolve()
     folder = path.parent.parent
-    record, data = read_json(folder / "run.json"), read_json(folder / DATA_RECORD) or {}
-    run = build(RunConfig, record["config"]) if record else None
     checkpoint.verify(path)
+    state, record = checkpoint.read_state(path), read_json(folder / "run.json")
+    if record and record["id"] != state["run"]:
+        record = None  # it was copied to where another run is
+    run = build(RunConfig, record["config"]) if record else None
+    data = (read_json(folder / DATA_RECORD) if record else None) or {}
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
     checkpoint.load(path, model, verified=True)
     return Subject(
         model=model.to(device).eval(),
         name=f"{folder.name}/{path.name}" if run else path.name,
         tokenizer=run_tokenizer(config, run),
-        train_length=config.train_length or (run.data.seq_len if run else None),
+        train_length=config.train_length or state["identity"]["data.seq_len"],
+        boundaries=state["identity"]["data.boundaries"],
         checksum=checkpoint.weights_sha256(path),
         precision=precision,
         run=run,
-        folder=Path(config.out) if config.out else folder if run else Path(config.runs_dir) / path.name,
+        folder=Path(config.out or folder) if run else results_folder(config, path.name),
         data_fingerprint=record["identity"]["data fingerprint"] if record else None,
         tokenizer_fingerprint=(data.get("tokenizer") or {}).get("fingerprint"),
         data_manifest=data,
@@ -275,11 +279,6 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     tokenizer = folder_tokenizer(path, kind == GLALMConfig.model_type)
     others_length = getattr(model.config, "max_position_embeddings", None)
     name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
-    folder = Path(config.out) if config.out else Path(config.runs_dir) / name.replace("/", "--")
-    require(
-        not (folder / "run.json").exists(),
-        f"{where}: {folder} holds a run of that name; write out=FOLDER for this model's results",
-    )
     return Subject(
         model=model.to(device).eval(),
         name=name,
@@ -290,9 +289,19 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         max_length=learned_positions(model),
         checksum=checksum_of([path / "config.json", *files]),  # other settings make another model of the same weights
         precision=precision,
-        folder=folder,
+        folder=results_folder(config, name),
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
     )
+
+
+def results_folder(config: EvalConfig, name: str) -> Path:
+    """Where results go of a model that is no run's. Raises ConfigError where that is a run's folder."""
+    folder = Path(config.out) if config.out else Path(config.runs_dir) / name.replace("/", "--")
+    require(
+        not (folder / "run.json").exists(),
+        f"checkpoint={config.checkpoint}: {folder} holds a run of that name; write out=FOLDER for this model's results",
+    )
+    return folder
 
 
 def download(name: str) -> Path:

@@ -1,12 +1,15 @@
 """The files of a run that evaluators write and that plots and reports read."""
 
 import json
+from bisect import bisect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from glalm.data import files
+
+NO_SCORES = ("samples", "num_fewshot", "version")  # numbers that glalm.evals.harness.metrics has beside a task's scores
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -39,7 +42,8 @@ def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
 
 def scores(metrics: dict) -> dict[str, float]:
     """What one of the harness's tasks measures, of all that is on record of it: less errors, counts and versions."""
-    return {k: value for k, value in metrics.items() if isinstance(value, float) and not k.endswith("_stderr")}
+    measured = {k: value for k, value in metrics.items() if k not in NO_SCORES and not k.endswith("_stderr")}
+    return {k: value for k, value in measured.items() if value is not None}
 
 
 def training_speed(rows: Iterable[dict]) -> float | None:
@@ -49,6 +53,15 @@ def training_speed(rows: Iterable[dict]) -> float | None:
 
 
 def tokens_of(rows: list[dict]) -> list[int]:
-    """Tokens trained on at each row. A row of a validation alone has its step only, so its tokens are inferred."""
-    per_step = next((row["tokens"] / row["step"] for row in rows if "tokens" in row), 0)
-    return [round(row["step"] * per_step) for row in rows]
+    """Tokens trained on at each row. A row of a validation alone has its step only: its tokens are inferred from the
+    rows around it, or the last two, as the batch may change in a run."""
+    known = sorted(({0: 0} | {row["step"]: row["tokens"] for row in rows if "tokens" in row}).items())
+
+    def inferred(step: int) -> int:
+        if len(known) == 1:
+            return 0
+        after = bisect(known, step, 1, len(known) - 1, key=lambda point: point[0])
+        (step_0, tokens_0), (step_1, tokens_1) = known[after - 1], known[after]
+        return round(tokens_0 + (step - step_0) * (tokens_1 - tokens_0) / (step_1 - step_0))
+
+    return [row["tokens"] if "tokens" in row else inferred(row["step"]) for row in rows]

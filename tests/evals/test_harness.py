@@ -344,9 +344,11 @@ def test_an_answer_longer_than_is_read_leaves_the_other_tasks(subject, data_dir)
     assert changed["missing"]["arc_easy"].startswith("harness.max_length=128 is less than the 141 tokens of an answer")
 
 
-def test_a_metric_by_a_filter_keeps_its_error():
+def test_a_metric_by_a_filter_keeps_its_error_and_is_the_only_score():
     found = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.25, "alias": "gsm8k"}
-    values = metrics_of("gsm8k", {"results": {"gsm8k": found}})
+    about = {"versions": {"gsm8k": 3.0}, "n-shot": {"gsm8k": 5}, "n-samples": {"gsm8k": {"effective": 1319}}}
+    values = metrics_of("gsm8k", {"results": {"gsm8k": found}, **about})
+    assert (values["version"], values["num_fewshot"], values["samples"]) == (3.0, 5, 1319)
     assert summary({"tasks": {"gsm8k": values}, "missing": {}}) == ["gsm8k: exact_match (strict-match) 0.5 ± 0.25"]
     assert numbers({"tasks": {"gsm8k": values}}) == {"gsm8k/exact_match (strict-match)": 0.5}
 

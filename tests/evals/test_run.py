@@ -147,10 +147,30 @@ def test_a_checkpoint_by_its_folder_is_that_of_its_run_also_from_elsewhere(run, 
     evaluate(wanted(run, name="unused", checkpoint=str(step), evals=["perplexity"], force=True))
     assert json.loads(by_name.read_text())["results"] == expected["results"]
     shutil.copytree(step, tmp_path / "moved")
-    changes = {"checkpoint": str(tmp_path / "moved"), "data_path": run.data.path, "train_length": 16}
+    changes = {"checkpoint": str(tmp_path / "moved"), "data_path": run.data.path}
     evaluate(wanted(run, evals=["perplexity"], **changes))
     moved = json.loads(by_path.read_text())
     assert (moved["run"], moved["checksum"], moved["results"]) == (None, expected["checksum"], expected["results"])
+
+
+def test_a_checkpoint_that_was_copied_into_another_run_keeps_its_own_settings(run, tmp_path):
+    steps = TrainConfig(steps=2, batch_size=2, checkpoint=CheckpointConfig(every=2))
+    other = dataclasses.replace(
+        run, name="other", data=DataConfig(run.data.path, 16, boundaries="reset"), train=steps, seed=1
+    )
+    train(other)
+    evaluate(wanted(other, evals=["perplexity"]))
+    expected, only = record(other, "perplexity"), {"evals": ["perplexity"], "data_path": run.data.path}
+    assert expected["settings"]["boundaries"] == "reset"
+    copy = shutil.copytree(other.folder / "checkpoints" / "step_2", run.folder / "backup" / "step_2")
+    evaluate(wanted(run, checkpoint=str(copy), **only))
+    copied = json.loads((tmp_path / "runs" / "step_2" / "eval" / "perplexity.json").read_text())
+    assert (copied["model"], copied["run"]) == ("step_2", None)
+    assert (copied["settings"], copied["results"]) == (expected["settings"], expected["results"])
+    assert not (run.folder / "eval").exists()
+    copy = shutil.copytree(copy, tmp_path / run.name)  # whose results would be those of the run of that name
+    with pytest.raises(ConfigError, match="tiny holds a run of that name; write out=FOLDER"):
+        evaluate(wanted(run, checkpoint=str(copy), **only))
 
 
 def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):

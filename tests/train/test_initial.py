@@ -1,0 +1,19 @@
+import shutil
+
+from glalm.data.prepare import prepare
+from glalm.train.initial import tokenizers
+from glalm.train.loop import train
+
+
+def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(run_config, change, token_folder, tmp_path):
+    first = change(run_config, name="first", **{"train.steps": 2})
+    prepare([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    second = change(first, name="second", **{"data.path": str(tmp_path / "other")})
+    assert train(first) == train(second) == 0
+    path = first.folder / "checkpoints" / "step_2"
+    [own] = tokenizers(path)
+    [others] = tokenizers(second.folder / "checkpoints" / "step_2")
+    assert own != others
+    copy = shutil.copytree(path, second.folder / "backup" / "step_2")
+    assert tokenizers(copy) == set()  # which nothing there says
+    assert tokenizers(shutil.copytree(path, first.folder / "backup" / "step_2")) == {own}

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from glalm.data.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
-from glalm.data.files import explaining_full_disk, locked, write_json
+from glalm.data.files import explaining_full_disk, locked, read_jsonl, write_json
 from glalm.data.progress import PreparationBar
 from glalm.data.records import BadDocument, document, is_blank
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, left_over, read_manifest
@@ -70,13 +70,13 @@ def prepare(
         and count it by reason. Empty documents are always left out and counted.
     workers: processes that tokenise (None: all cores).
     add: append what of `sources` is not in the set yet, with the settings and the tokenizer that the set has. There
-        must be one.
+        must be one, and no input that is in it may have changed.
 
     The same call again goes on where it was interrupted, or returns at once when the set is complete: input files
     count as the same by name, size and time of change, or else by name, size and sha256. Raises ValueError if `out`
-    holds a set that was prepared otherwise, or an unfinished one of which an input has changed, unless `overwrite`
-    (then it is always written anew, once a document of each input was read and the tokenizer is there), or other
-    files; and if an input changes while it is read.
+    holds a set that was prepared otherwise, or one of which an input has changed, unless `overwrite` (then it is always
+    written anew, once a document of each input was read and the tokenizer is there), or other files; and if an input
+    changes while it is read.
     """
     _check(held_out, shard_tokens, on_error, workers)
     if add and overwrite:
@@ -191,12 +191,11 @@ def _unfinished(out: Path, settings: dict | None, inputs: list[Input]) -> dict:
 
 
 def _read_whole(out: Path) -> dict[tuple[str, str], str | None]:
-    """{(source, name): sha256} of the inputs of which all is in an unfinished set."""
+    """{(source, name): sha256} of the inputs of which all is in an unfinished set, or in the one that it adds to."""
     if not (commit := last_commit(out)):
         return {}
     lines = (out / "inputs.jsonl").read_bytes()[: commit["logs"]["inputs.jsonl"]].splitlines()
-    mine = lines[len(lines) - commit["cursor"][0] :]  # the ones before are of the set that is added to
-    return {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, mine)}
+    return {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, lines)}
 
 
 def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: PreparationBar) -> dict | None:
@@ -206,6 +205,13 @@ def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: Prepar
     """
     manifest = {split: TokenSet(out, split) for split in SPLITS}["train"].manifest
     new = _not_in(out, inputs, bar)
+    there = {(row["source"], row["name"]) for row in read_jsonl(out / "inputs.jsonl")}
+    if i := next((i for i in new if (i.source, i.name) in there), None):
+        raise ValueError(
+            f"{i} is not what {out} has as {i.name!r} of the source {i.source!r}: if it has changed, prepare the set "
+            "anew (overwrite=True, --overwrite), or documents of it would be there twice; if it is another file, or "
+            "holds only what is new, give it another name (NAME=PATH)"
+        )
     changed = _difference(manifest["settings"], settings) + (["sources"] if new and settings else [])
     if changed:
         raise ValueError(
@@ -220,7 +226,7 @@ def _addition(out: Path, settings: dict | None, inputs: list[Input], bar: Prepar
 
 def _not_in(out: Path, inputs: list[Input], bar: PreparationBar) -> list[Input]:
     """Those of `inputs` whose content a complete set lacks."""
-    known = [json.loads(line) for line in (out / "inputs.jsonl").read_bytes().splitlines()]
+    known = read_jsonl(out / "inputs.jsonl")
     by_key = {(i["source"], i["name"], i["bytes"]): i for i in known}
     by_content = {i["sha256"]: i["name"] for i in known}
     sizes = {i["bytes"] for i in known}

@@ -24,7 +24,7 @@ from glalm.train.lock import held
 from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
 from glalm.train.report import Meter, SourceTokens, finite, report_start, training_row
-from glalm.train.resume import find_origin, provenance, restore
+from glalm.train.resume import find_origin, named, provenance, restore
 from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
 from glalm.train.step import on_device, update
@@ -71,8 +71,8 @@ def fit(
 ) -> int:
     """`train`, in a directory that is this run's alone."""
     record = open_run(config, training.tokens)
-    origin = find_origin(config, record["identity"])
-    said = partial(cursor, config, record, config.train.resume_from or (origin and provenance(origin)))
+    origin = find_origin(config, record)
+    said = partial(cursor, config, record, named(config) or (origin and provenance(origin)))
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
     start, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())

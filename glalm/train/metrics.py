@@ -51,10 +51,10 @@ class Metrics:
             return
         self._path = folder / "metrics.jsonl"
         # A run that starts anew makes its row of step 0 again, too.
-        before = _read(self._path) if start_step and self._path.exists() else []
-        rows = {row["step"]: row for row in (*unwritten, *before) if row["step"] <= start_step}
+        before = rows(self._path) if start_step else []
+        kept = {row["step"]: row for row in (*unwritten, *before) if row["step"] <= start_step}
         with replacing(self._path) as file:
-            self._size = file.write(_lines(rows[step] for step in sorted(rows)))
+            self._size = file.write(_lines(kept[step] for step in sorted(kept)))
         self._wandb = _start_wandb(folder, config, run_id)
         # Without markup: what stands in brackets in an error's text is not for the console.
         self._console = Console(file=Unfailing(sys.stderr), markup=False)
@@ -161,9 +161,9 @@ class Unfailing:
             self._stream.flush()
 
 
-def _read(path: Path) -> Iterator[dict]:
-    """The rows of a file, less those that a crash of the machine has cut short or left as zeros."""
-    for line in path.read_bytes().split(b"\n"):
+def rows(path: Path) -> Iterator[dict]:
+    """The rows of a file, if it is there, less those that a crash of the machine has cut short or left as zeros."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError):
             yield json.loads(line)
 

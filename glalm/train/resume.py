@@ -1,5 +1,6 @@
 """Where a run goes on from: its own newest checkpoint, or one that is named."""
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,35 +38,51 @@ def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> 
         )
 
 
-def find_origin(config: RunConfig, identity: Mapping) -> Path | None:
-    """The checkpoint that the run goes on from, every file of it verified; None when it begins anew.
+def find_origin(config: RunConfig, record: Mapping) -> Path | None:
+    """The checkpoint that the run with the content `record` of run.json goes on from, every file of it verified; None
+    when it begins anew.
 
-    That is its newest whole one; or train.resume_from, which must be whole, and of a run with the same identity. An
-    explicit one is taken once: the checkpoints after it say that they come from it, and the same command goes on from
-    them. Newer ones that do not are set aside. Raises ConfigError where it is of a step beyond the run's last.
+    That is its newest whole one; or train.resume_from, which must be whole. An explicit one is taken once: the
+    checkpoints after it say that they come from it, and the same command goes on from them. Newer ones that do not are
+    set aside. Raises ConfigError where it is of a step beyond the run's last, or of another run with another identity;
+    and where an explicit one lies outside the folder of a run that has checkpoints of its own.
     """
-    saves, wanted = config.folder / "checkpoints", config.train.resume_from
+    saves, wanted = config.folder / "checkpoints", named(config)
     path = checkpoint.newest_whole(saves, say=_warn)
     explicit = bool(wanted) and (path is None or provenance(path) != wanted)
     if explicit:
+        inside = Path(wanted).parent == saves.resolve()
+        require(
+            inside or path is None,
+            f"{config.folder} holds a run that does not come from train.resume_from={wanted}; to begin another one "
+            "there, choose another name=...; to go on with this one, leave out train.resume_from",
+        )
         path = Path(wanted)
         try:
             checkpoint.find(path.parent, path.name)
         except CheckpointError as error:
             raise ConfigError(f"train.resume_from={wanted}: {error}") from error
         together(lambda: checkpoint.verify(path, *place()))
-        check_same(config, checkpoint.read_state(path).get("identity", {}), identity, path)
     if path is None:
         return None
-    step = checkpoint.read_state(path)["step"]
+    state = checkpoint.read_state(path)
+    step = state["step"]
+    # Of the run's own, run.json has the identity, and what was allowed to change since; a copied one may be any's.
+    if explicit or state.get("run") != record["id"]:
+        check_same(config, state.get("identity", {}), record["identity"], path)
     require(step <= config.steps, f"{path} is beyond the run's last step, {config.steps}; write a larger train.steps")
     if explicit:
-        together(lambda: _set_newer_aside(saves, step) if place()[0] == 0 else None)
+        together(lambda: _supersede(config.folder, step, inside) if place()[0] == 0 else None)
     return path
 
 
+def named(config: RunConfig) -> str | None:
+    """train.resume_from, the same however it is spelled."""
+    return config.train.resume_from and os.path.realpath(config.train.resume_from)
+
+
 def provenance(path: Path) -> str | None:
-    """The train.resume_from that a checkpoint's run began with."""
+    """The train.resume_from, by its real path, that a checkpoint's run began with."""
     return checkpoint.read_state(path).get("resumed_from")
 
 
@@ -88,9 +105,12 @@ def restore(
     return state["step"], state["unwritten"] if state["run"] == run_id else []
 
 
-def _set_newer_aside(saves: Path, step: int) -> None:
-    for newer in checkpoint.after(saves, step):
+def _supersede(folder: Path, step: int, own: bool) -> None:
+    """Makes room in a run's folder for what comes after `step`, of its own or of another run."""
+    for newer in checkpoint.after(folder / "checkpoints", step):
         _warn(f"{newer} is set aside as {checkpoint.set_aside(newer, 'superseded').name}")
+    if not own:  # rows before `step` would be of a start that came to no checkpoint
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def _warn(message: str) -> None:

@@ -14,6 +14,7 @@ from glalm.data.shards import TokenSet, manifest_then
 from glalm.strict import ConfigError, require
 from glalm.train import checkpoint
 from glalm.train.environment import environment
+from glalm.train.metrics import rows
 from glalm.train.resume import check_same
 from glalm.train.together import place, together
 
@@ -46,10 +47,10 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
 
 def _manifest(config: RunConfig) -> dict:
     """Of the data as the run's own record has it; else that of the run it goes on from, of the same set; else now."""
-    if config.data_record.exists():
+    if config.data_record.exists() and has_begun(config.folder):
         return json.loads(config.data_record.read_text())
     origin = config.train.resume_from if TOKENS not in config.train.allow_changes else None
-    record = Path(origin).parent.parent / DATA_RECORD if origin else None
+    record = Path(origin).absolute().parent.parent / DATA_RECORD if origin else None
     then = json.loads(record.read_text()) if record and record.exists() else None
     return manifest_then(Path(config.data.path), then)
 
@@ -58,7 +59,7 @@ def open_run(config: RunConfig, data: TokenSet) -> dict:
     """The content of run.json, made by the first process for all: the run's id, the same ever after, its identity, and
     so on. Removes what an interrupted save left.
 
-    Raises ConfigError when the directory holds a run of another identity.
+    Raises ConfigError when the directory holds a run of another identity that has begun.
     """
     [content, *_] = together(lambda: _open_run(config, data) if place()[0] == 0 else None)
     return content
@@ -71,7 +72,8 @@ def _open_run(config: RunConfig, data: TokenSet) -> dict:
     if record.exists():
         saved = json.loads(record.read_text())
         run_id = saved["id"]
-        check_same(config, saved["identity"], identity, config.folder)
+        if has_begun(config.folder):
+            check_same(config, saved["identity"], identity, config.folder)
     checkpoint.clean(config.folder / "checkpoints")
     return {
         "id": run_id,
@@ -81,13 +83,18 @@ def _open_run(config: RunConfig, data: TokenSet) -> dict:
     }
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether there is a step's row or a checkpoint in a run's folder. Else its records are of a start that was refused
+    at step 0, or stopped soon after, and the config may still be corrected."""
+    return any(row["step"] for row in rows(folder / "metrics.jsonl")) or any(folder.glob("checkpoints/step_*"))
+
+
 def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:
     """Writes run.json, and pins the data: once nothing can refuse the run any more, or what was refused would be the
     run's config from then on."""
 
     def write() -> None:
         write_json(config.folder / "run.json", content, indent=1)
-        if not config.data_record.exists():  # which shards the run reads, now and when it is resumed
-            write_json(config.data_record, data.manifest)
+        write_json(config.data_record, data.manifest)  # which shards the run reads, now and when it is resumed
 
     together(lambda: write() if place()[0] == 0 else None)

@@ -135,7 +135,7 @@ def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
     corpus_2 = tmp_path / "corpus" / "texts.jsonl"
     corpus_2.parent.mkdir()
     corpus_2.write_bytes(corpus.read_bytes().replace(b"import", b"IMPORT", 1))
-    with pytest.raises(ValueError, match="different sources"):
+    with pytest.raises(ValueError, match=r"is not what .* has as 'texts\.jsonl' of the source 'corpus'"):
         prepare([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
     prepare([corpus_2], tmp_path / "set", overwrite=True, **SMALL)
     prepare([corpus_2], tmp_path / "fresh", **SMALL)
@@ -290,8 +290,9 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
         TokenSet(out, "train", old)
 
 
-def test_a_file_that_was_changed_is_new_whenever_that_was(texts, prepared, tmp_path):
-    """Of the same size, and before the set was complete; a file that only was touched is not."""
+def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, tmp_path):
+    """Of the same size, and before the set was complete; a file that only was touched is not. What is new of it goes in
+    under another name."""
     source, out = tmp_path / "in", tmp_path / "set"
     source.mkdir()
     for i in range(3):
@@ -302,11 +303,28 @@ def test_a_file_that_was_changed_is_new_whenever_that_was(texts, prepared, tmp_p
     (source / "0.txt").write_text(texts[0].swapcase())
     for name in ("0.txt", "1.txt"):
         os.utime(source / name, ns=(begun - 1, begun - 1))
-    with pytest.raises(ValueError, match="different sources"):
-        prepare([source], out, **given)
+    before = contents(out)
+    for add in (False, True):
+        with pytest.raises(ValueError, match=r"0\.txt is not what .*set has as '0\.txt' of the source 'in': "):
+            prepare([source], out, **given, add=add)
+    assert contents(out) == before
     for _ in range(2):
-        manifest = prepare([source], out, add=True, progress=False)
-        assert manifest["books"]["in"] == {"read": 4, "written": 4, "skipped": {}}
+        manifest = prepare([f"later={source}"], out, add=True, progress=False)
+        assert [manifest["books"][name]["written"] for name in ("in", "later")] == [3, 1]
+
+
+def test_a_file_that_has_grown_is_not_added(texts, prepared, tmp_path):
+    """Its documents would be there twice."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "set"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:50]))
+    given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
+    before = prepare([path], out, **given)
+    with path.open("a") as file:
+        file.write(json.dumps({"text": texts[50]}) + "\n")
+    with pytest.raises(ValueError, match=r"in\.jsonl is not what .*--overwrite.*NAME=PATH"):
+        prepare([path], out, add=True, progress=False)
+    assert read_manifest(out) == before
+    assert prepare([path], out, overwrite=True, **given)["books"][tmp_path.name]["written"] == 51
 
 
 def test_a_set_without_the_times_of_its_inputs_knows_them(corpus, prepared, tmp_path):

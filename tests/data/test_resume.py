@@ -254,19 +254,6 @@ def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, s
     assert contents(tmp_path / "set") == unbroken
 
 
-def test_an_input_that_was_touched_as_it_was_added_is_not_taken_for_the_older_one(copied, settings, tmp_path):
-    """The sha256 of the older one, of the same name and size, does not vouch for it."""
-    path, old = copied / "a.jsonl", (copied / "a.jsonl").read_text()
-    prepare([copied], tmp_path / "set", **settings)
-    path.write_text(old.replace("return", "RETURN"))
-    (copied / "c.jsonl").write_text('{"text": "c", "meta": {"set": "x"}}\n')
-    adding = {"add": True, "on_error": "skip", "progress": False}
-    interrupted(0, [copied], tmp_path / "set", **adding)
-    path.write_text(old)
-    with pytest.raises(ValueError, match=rf"{path} has changed since"):
-        prepare([copied], tmp_path / "set", **adding)
-
-
 def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tmp_path, monkeypatch):
     path, count = copied / "b.jsonl", writer.SetWriter.count
 

@@ -66,6 +66,70 @@ def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, change, capfd):
     assert "resuming after step 6" in capfd.readouterr().err
 
 
+def test_a_copied_checkpoint_must_fit(trained, change):
+    """Without the run.json of the run that it is of, and beside another's."""
+    copy, wrong = change(trained, name="copy"), {"optim.lr": 0.02, "seed": 5}
+    for _ in range(2):
+        shutil.copytree(trained.folder / "checkpoints" / "step_4", copy.folder / "checkpoints" / "step_4")
+        with pytest.raises(
+            ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n  seed"
+        ):
+            train(change(copy, **wrong))
+        assert not (copy.folder / "run.json").exists()
+        assert train(change(copy, **wrong, **{"train.allow_changes": ["optim.lr", "seed"]})) == 0
+        assert steps(copy) == [5, 6]
+        shutil.rmtree(copy.folder)
+    assert train(change(copy, **wrong)) == 0
+    shutil.rmtree(copy.folder / "checkpoints")
+    shutil.copytree(trained.folder / "checkpoints" / "step_4", copy.folder / "checkpoints" / "step_4")
+    with pytest.raises(ConfigError, match=r"step_4 holds a run with another config"):
+        train(change(copy, **wrong))
+
+
+def test_an_explicit_checkpoint_is_the_same_however_it_is_spelled(trained, change, capfd, monkeypatch):
+    source = trained.folder / "checkpoints" / "step_2"
+    monkeypatch.chdir(trained.folder)
+    (trained.folder / "link").symlink_to(trained.folder.parent)
+    for spelled in ("checkpoints/step_2", f"{source}/", f"{source}", "link/tiny/checkpoints/../checkpoints/step_2"):
+        assert train(change(trained, **{"train.resume_from": spelled})) == 0
+    said = capfd.readouterr().err
+    assert said.count("resuming after step 2") == 1 and said.count("resuming after step 6") == 3
+    assert not (trained.folder / "checkpoints" / "step_6.superseded2").exists()
+
+
+def test_no_fork_takes_the_place_of_another_run(trained, change):
+    other, source = change(trained, name="other"), trained.folder / "checkpoints" / "step_4"
+    assert train(other) == 0
+    fork = change(other, **{"train.resume_from": str(source)})
+    with pytest.raises(
+        ConfigError, match=r"other holds a run that does not come from train.resume_from=.*name=\.\.\.;"
+    ):
+        train(fork)
+    assert names(other) == {"step_2", "step_4", "step_6"} and steps(other) == list(range(7))
+    shutil.rmtree(other.folder / "checkpoints")  # stopped before it came to one
+    assert train(fork) == 0
+    assert steps(other) == [5, 6]
+
+
+def test_what_is_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
+    """The config and, as none of it is read yet, the data."""
+
+    def refuse(*_):
+        raise ConfigError("no room for a needle")
+
+    prepare([trained.data.path + "/../words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    first = change(trained, name="first", **{"train.eval_every": 1})
+    with pytest.raises(ConfigError, match="no room for a needle"):
+        train(first, refuse)
+    corrected = change(first, **{"data.seq_len": 32, "data.path": str(tmp_path / "other")})
+    assert train(corrected) == 0
+    assert json.loads(corrected.data_record.read_text())["tokenizer"]["vocab_size"] == 280
+    shutil.rmtree(corrected.folder / "checkpoints")  # one step's row is enough of a run
+    (corrected.folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.5}\n{"st')
+    with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 16"):
+        train(change(corrected, **{"data.seq_len": 16}))
+
+
 def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
     missing = str(trained.folder / "checkpoints" / "step_5")
     with pytest.raises(ConfigError, match=r"resume_from=.*/step_5: no checkpoint step_5 .*there: step_2, step_4"):

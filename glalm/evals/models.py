@@ -236,9 +236,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     path = path.resolve()
     folder = path.parent.parent
     checkpoint.verify(path)
-    state, record = checkpoint.read_state(path), read_json(folder / "run.json")
-    if record and record["id"] != state["run"]:
-        record = None  # it was copied to where another run is
+    state, record = checkpoint.read_state(path), checkpoint.record(path)
     run = build(RunConfig, record["config"]) if record else None
     data = (read_json(folder / DATA_RECORD) if record else None) or {}
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))

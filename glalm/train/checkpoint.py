@@ -201,6 +201,14 @@ def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
 
 
+def record(path: Path) -> dict | None:
+    """run.json of the run whose checkpoint this is; None where it has been copied away, or to where another run is."""
+    path = path.resolve()
+    file = path.parent.parent / "run.json"
+    found = json.loads(file.read_text()) if file.is_file() else None
+    return found if found is not None and found["id"] == read_state(path)["run"] else None
+
+
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     """Raises CheckpointError naming the first file that is missing or differs from its checksum.
 

@@ -53,21 +53,15 @@ def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
 def tokenizers(folder: Path) -> set[str]:
     """The fingerprints of the tokenizer of the model in `folder`, as far as it is on record: its run's, where it is a
     checkpoint, else the folder's own. An export has two: the SentencePiece model's and transformers' form of it."""
-    run = folder.resolve().parent.parent
-    if (folder / checkpoint.MANIFEST).is_file() and (run / DATA_RECORD).is_file() and is_of(run, folder):
-        return {json.loads((run / DATA_RECORD).read_text())["tokenizer"]["fingerprint"]}
+    data = folder.resolve().parent.parent / DATA_RECORD
+    if (folder / checkpoint.MANIFEST).is_file() and data.is_file() and checkpoint.record(folder):
+        return {json.loads(data.read_text())["tokenizer"]["fingerprint"]}
     found = set()
     for path, file in ((folder / "tokenizer.model", "tokenizer.model"), (folder, "tokenizer.json")):
         if (folder / file).is_file():
             with suppress(ValueError):  # one that no data can be prepared with
                 found.add(Tokenizer(path).fingerprint)
     return found
-
-
-def is_of(run: Path, path: Path) -> bool:
-    """Whether a checkpoint is one of the run in the folder `run`, not copied to where another one is."""
-    record = run / "run.json"
-    return record.is_file() and json.loads(record.read_text())["id"] == checkpoint.read_state(path)["run"]
 
 
 def fields(config: ModelConfig) -> dict:

@@ -75,7 +75,7 @@ def fit(
     said = partial(cursor, config, record, named(config) or (origin and provenance(origin)))
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
-    start, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
+    start, tokens, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
     record_run(config, record, training.tokens)
     examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
 
@@ -88,7 +88,7 @@ def fit(
         if start == 0:
             metrics.log({"step": 0, **examined(0)})
         sources = SourceTokens(config, training, start)
-        meter = Meter(config, accelerator.device, accelerator.num_processes, start)
+        meter = Meter(config, accelerator.device, accelerator.num_processes, start, tokens)
         for step, batch in meter.waiting(steps(config, training, start, accelerator)):
             lr = optim.learning_rate(step, config)
             watchdog.beat(f"in step {step}")

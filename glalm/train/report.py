@@ -25,8 +25,10 @@ class Meter:
     where activation checkpointing's second forward does not count; None where the peak is not known.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, world: int, step: int):
+    def __init__(self, config: RunConfig, device: torch.device, world: int, step: int, tokens: int):
+        """step, tokens: that the run has behind it."""
         self.tokens_per_step, self.device, self.world = config.tokens_per_step, device, world
+        self.before = tokens - step * self.tokens_per_step  # not 0 where the batch was another
         peak = peak_flops(device)
         self.utilisation = peak and cost(config.model, config.data.seq_len).training / peak  # a token/s
         self.restart(step)
@@ -53,7 +55,7 @@ class Meter:
         steps, seconds = step - self.step, time.perf_counter() - self.time
         each = steps * self.tokens_per_step / seconds / self.world
         row = {
-            "tokens": step * self.tokens_per_step,
+            "tokens": self.before + step * self.tokens_per_step,
             "tokens_per_second": each * self.world,
             "tokens_per_second_per_gpu": each,
             "mfu": self.utilisation and each * self.utilisation,

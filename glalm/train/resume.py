@@ -93,16 +93,16 @@ def restore(
     model: PreTrainedModel,
     optimizers: Iterable[Optimizer],
     extra: Mapping[str, torch.Tensor],
-) -> tuple[int, list[dict]]:
+) -> tuple[int, int, list[dict]]:
     """Loads a verified checkpoint, if there is one, into all of these, in place, and this process's generators.
 
-    Returns its step, or 0, and those metrics of the run `run_id` that were not on the disk when it was made.
+    Returns its step and tokens, or 0, and those metrics of the run `run_id` that were not on the disk when it was made.
     """
     if origin is None:
-        return 0, []
+        return 0, 0, []
     state = checkpoint.load(origin, model, optimizers, extra, verified=True)
     checkpoint.load_generators(origin, config.seed)
-    return state["step"], state["unwritten"] if state["run"] == run_id else []
+    return state["step"], state["tokens"], state["unwritten"] if state["run"] == run_id else []
 
 
 def _supersede(folder: Path, step: int, own: bool) -> None:

@@ -15,7 +15,7 @@ def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(report, "peak_flops", lambda device: 1e9)
-    meter = Meter(run_config, torch.device("cpu"), world=2, step=10)
+    meter = Meter(run_config, torch.device("cpu"), world=2, step=10, tokens=100)
 
     def stream():
         for _ in range(4):
@@ -25,7 +25,7 @@ def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
     for _ in meter.waiting(stream()):
         now[0] += 1.75
     row = meter.row(14)
-    assert row["tokens"] == 14 * 4 * 16  # batch 4, length 16
+    assert row["tokens"] == 100 + 4 * 4 * 16  # batch 4, length 16
     assert row["tokens_per_second"] == pytest.approx(4 * 4 * 16 / 8)
     assert row["tokens_per_second_per_gpu"] == pytest.approx(4 * 4 * 16 / 8 / 2)
     assert row["data_wait_seconds"] == pytest.approx(0.25)
@@ -46,7 +46,7 @@ def test_peaks_by_name(name, tera):
 
 def test_an_unknown_device_has_no_peak(run_config):
     assert peak_flops("NVIDIA L400") is None and peak_flops("x86_64") is None
-    meter = Meter(run_config, torch.device("cpu"), world=1, step=0)
+    meter = Meter(run_config, torch.device("cpu"), world=1, step=0, tokens=0)
     assert meter.utilisation is None and meter.row(1)["mfu"] is None
 
 

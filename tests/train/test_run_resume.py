@@ -207,11 +207,11 @@ def test_what_a_checkpoint_says_of_its_run(trained):
 
 def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path, run_config):
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
-    path = save(tmp_path, 4, model, [], {"run": "its id", "unwritten": [{"step": 3}]})
+    path = save(tmp_path, 4, model, [], {"run": "its id", "tokens": 9, "unwritten": [{"step": 3}]})
     drawn = torch.rand(3)
-    assert restore(path, run_config, "its id", model, [], {}) == (4, [{"step": 3}])
+    assert restore(path, run_config, "its id", model, [], {}) == (4, 9, [{"step": 3}])
     assert torch.equal(torch.rand(3), drawn)  # the generators are as they were
-    assert restore(path, run_config, "a fork's id", model, [], {}) == (4, [])
+    assert restore(path, run_config, "a fork's id", model, [], {}) == (4, 9, [])
 
 
 def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):
@@ -271,3 +271,13 @@ def test_where_a_run_came_from_outlasts_a_start_without_it(trained, change, capf
     assert train(change(fork, **{"train.steps": 8})) == 0
     assert train(change(fork, **source, **{"train.steps": 9})) == 0
     assert "resuming after step 8" in capfd.readouterr().err and steps(fork) == [5, 6, 7, 8, 9]
+
+
+def test_tokens_are_those_that_were_trained_on_when_the_batch_changes(trained, change):
+    keys = ["train.steps", "train.batch_size"]
+    more = change(trained, **{"train.steps": 8, "train.batch_size": 8, "train.allow_changes": keys})
+    assert train(more) == 0
+    found = {row["step"]: row["tokens"] for row in read_jsonl(more.folder / "metrics.jsonl") if "tokens" in row}
+    assert (found[6], found[7], found[8]) == (6 * 64, 6 * 64 + 128, 6 * 64 + 256)
+    assert train(change(more, **{"train.steps": 9})) == 0  # and through a resume
+    assert read_jsonl(more.folder / "metrics.jsonl")[-1]["tokens"] == 6 * 64 + 3 * 128

@@ -88,3 +88,13 @@ def test_a_window_sees_its_keys_behind_segments_of_unequal_length(tiny, tokens):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         GLALMConfig(hidden_size=32, num_heads=2, mixer="attention", attention=options)
+
+
+@pytest.mark.parametrize("choice", [{"mixer": "attention"}, {"layers": "gla+attention"}], ids=str)
+def test_padding_within_packed_sequences_is_not_seen_with_a_cache_either(choice, tiny, tokens):
+    model, ids, bounds = tiny(**choice), tokens(1, 10), torch.tensor([0, 4, 10])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    alone = model(ids[:, 6:]).logits
+    for use_cache in (False, True):
+        packed = model(ids, attention_mask=mask, cu_seqlens=bounds, use_cache=use_cache).logits[:, 6:]
+        torch.testing.assert_close(packed, alone)

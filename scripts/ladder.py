@@ -106,6 +106,8 @@ def main() -> int:
     overrides = [a for a in args.arguments if "=" in a]
     names = [a for a in args.arguments if "=" not in a] or [*MIXERS, "hybrid"]
     try:
+        refuse(overrides, {"name": "NAME", "runs_dir": "--folder", "seed": "--seeds"})
+        refuse(args.eval, dict.fromkeys(("name", "runs_dir", "out", "checkpoint"), "the run that is evaluated"))
         check_overrides(args.eval, EvalConfig, [p.name for p in CONFIGS.iterdir() if p.is_dir()])
         runs = [plan(name, seed, args, overrides) for seed in range(1, args.seeds + 1) for name in names]
     except ConfigError as error:
@@ -124,12 +126,27 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = sorted(p.stem.removeprefix("ladder_") for p in (CONFIGS / "experiment").glob("ladder_*.yaml"))
     parser.add_argument("--size", choices=sizes, default="tiny", help="of the presets and the budget (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each, with the seeds 1 to N (1)")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs on each visible GPU, or CPU (1)")
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="runs of each, with the seeds 1 to N (1)"
+    )
+    parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs on each visible GPU, or CPU (1)")
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"), help="where the runs go (%(default)s)")
     parser.add_argument("--eval", action="append", default=[], metavar="KEY=VALUE", help="as for eval.py; repeatable")
     parser.add_argument("arguments", nargs="*", metavar="NAME | KEY=VALUE")
     return parser.parse_intermixed_args()
+
+
+def refuse(overrides: list[str], set_by: dict[str, str]) -> None:
+    """ConfigError where one of them is the ladder's own to set: its table would be of other runs than it says."""
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        require(key not in set_by, f"{key}=... is set for each run, by {set_by.get(key)}")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def plan(choice: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> Run:

@@ -25,6 +25,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="its suffix does not matter")
     args = parser.parse_args()
     out = args.out or args.folders[0].resolve().parent / "plots" / args.figure
+    if len({folder.resolve() for folder in args.folders}) < len(args.folders):
+        parser.error("a FOLDER is given twice")
     labels = names(args.folders)
     try:
         if args.figure == "training":
@@ -34,7 +36,7 @@ def main() -> int:
             draw, evaluator = FIGURES[args.figure]
             files = (plot.existing(folder / "eval" / f"{evaluator}.json", evaluator) for folder in args.folders)
             paths = draw([file | {"model": name} for file, name in zip(files, labels, strict=True)], out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path in paths:

@@ -33,7 +33,7 @@ def main() -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as file:
             file.write(content)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.print(f"wrote {target}", highlight=False, markup=False, soft_wrap=True)

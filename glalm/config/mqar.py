@@ -73,6 +73,10 @@ class MQARConfig:
             )
         for name in ("mixers", "lengths", "widths", "learning_rates"):
             require(len(getattr(self, name)) > 0, f"{name} is empty")
+        shapes, rates = list(zip(self.lengths, self.pairs, strict=True)), [f"{lr:g}" for lr in self.learning_rates]
+        axes = {"mixers": self.mixers, "lengths, pairs": shapes, "widths": self.widths, "learning_rates": rates}
+        for name, values in axes.items():  # which a model's files are called by
+            require(len(set(values)) == len(values), f"{name}: {values} has one twice")
         for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
 

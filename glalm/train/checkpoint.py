@@ -258,7 +258,8 @@ def latest(folder: Path) -> Path | None:
 def find(folder: Path, name: str) -> Path:
     """The checkpoint called `latest` or `step_N`; CheckpointError listing what there is when it does not exist."""
     path = latest(folder) if name == "latest" else folder / name
-    if path is None or not path.is_dir():
+    inside = Path(name).name == name and name.strip(".")  # not a path that leads elsewhere
+    if path is None or not inside or not path.is_dir():
         there = ", ".join(p.name for p in _steps(folder).values()) or "none"
         raise CheckpointError(f"no checkpoint {name} in {folder} (there: {there})")
     return path

@@ -59,7 +59,7 @@ def find_origin(config: RunConfig, record: Mapping) -> Path | None:
         )
         path = Path(wanted)
         try:
-            checkpoint.find(path.parent, path.name)
+            path = checkpoint.find(path.parent, path.name)
         except CheckpointError as error:
             raise ConfigError(f"train.resume_from={wanted}: {error}") from error
         together(lambda: checkpoint.verify(path, *place()))

@@ -15,7 +15,7 @@ from glalm.strict import ConfigError, require
 from glalm.train import checkpoint
 from glalm.train.environment import environment
 from glalm.train.metrics import rows
-from glalm.train.resume import check_same
+from glalm.train.resume import check_same, named
 from glalm.train.together import place, together
 
 TOKENS = "data tokens"  # of training: a set may grow, and keeps its fingerprint
@@ -49,8 +49,8 @@ def _manifest(config: RunConfig) -> dict:
     """Of the data as the run's own record has it; else that of the run it goes on from, of the same set; else now."""
     if config.data_record.exists() and has_begun(config.folder):
         return json.loads(config.data_record.read_text())
-    origin = config.train.resume_from if TOKENS not in config.train.allow_changes else None
-    record = Path(origin).absolute().parent.parent / DATA_RECORD if origin else None
+    origin = named(config) if TOKENS not in config.train.allow_changes else None
+    record = Path(origin).parent.parent / DATA_RECORD if origin else None
     then = json.loads(record.read_text()) if record and record.exists() else None
     return manifest_then(Path(config.data.path), then)
 

@@ -309,3 +309,11 @@ def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, cod
         assert process.wait(timeout=30) == code
         assert "Traceback" not in process.stderr.read()  # which ends when no process has it open
     assert torch.load(next(tmp_path.glob("partial/*.pt")))["history"]
+
+
+@pytest.mark.parametrize(
+    "twice", [{"widths": [64, 64]}, {"learning_rates": [1e-3, 1.0000001e-3]}, {"mixers": ["gla", "gla"]}]
+)
+def test_no_two_models_have_one_file(twice):
+    with pytest.raises(ConfigError, match=f"{next(iter(twice))}: .* has one twice"):
+        MQARConfig(**twice)

@@ -124,6 +124,9 @@ def test_means_over_seeds_are_of_nats(module, tmp_path):
         (["glaa"], "glaa is none of the presets: attention, deltanet"),
         (["train.stpes=3"], "did you mean train.steps?"),
         (["--eval", "extrapolation.buckets=3"], "did you mean extrapolation.bucket?"),
+        (["seed=3"], "seed=... is set for each run, by --seeds"),
+        (["runs_dir=x"], "runs_dir=... is set for each run, by --folder"),
+        (["--eval", "out=x"], "out=... is set for each run"),
         (["gla_12_segments"], "is no multiple of data.seq_len=1536"),
     ],
 )

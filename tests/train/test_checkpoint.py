@@ -139,6 +139,9 @@ def test_latest_find_and_clean(tmp_path):
     assert checkpoint.find(tmp_path, "step_9").name == "step_9"
     with pytest.raises(CheckpointError, match=r"no checkpoint step_3 .*there: step_2, step_9, step_10"):
         checkpoint.find(tmp_path, "step_3")
+    for elsewhere in ("../" + tmp_path.name + "/step_9", "..", "."):
+        with pytest.raises(CheckpointError, match=r"no checkpoint .* in"):
+            checkpoint.find(tmp_path, elsewhere)
     checkpoint.clean(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_12.damaged", "step_2", "step_9"]
 

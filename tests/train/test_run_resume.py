@@ -256,6 +256,10 @@ def test_a_fork_reads_what_its_origin_read_of_a_set_that_has_grown(trained, chan
     assert train(fork) == 0
     assert all(torch.equal(t, last(fork)[n]) for n, t in last(config).items())
 
+    link = config.folder.parent / "link"
+    link.symlink_to(origin.resolve())
+    assert train(change(fork, name="linked", **{"train.resume_from": str(link)})) == 0
+
     (config.folder / "data.json").unlink()  # as of a checkpoint that was moved away from its run
     with pytest.raises(ConfigError, match=r"data tokens: [\d]+ -> [\d]+"):
         train(change(fork, name="another"))

@@ -25,8 +25,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="its suffix does not matter")
     args = parser.parse_args()
     out = args.out or args.folders[0].resolve().parent / "plots" / args.figure
-    if len({folder.resolve() for folder in args.folders}) < len(args.folders):
-        parser.error("a FOLDER is given twice")
     labels = names(args.folders)
     try:
         if args.figure == "training":

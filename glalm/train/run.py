@@ -86,7 +86,7 @@ def _open_run(config: RunConfig, data: TokenSet) -> dict:
 def has_begun(folder: Path) -> bool:
     """Whether there is a step's row or a checkpoint in a run's folder. Else its records are of a start that was refused
     at step 0, or stopped soon after, and the config may still be corrected."""
-    return any(row["step"] for row in rows(folder / "metrics.jsonl")) or any(folder.glob("checkpoints/step_*"))
+    return any(folder.glob("checkpoints/step_*")) or any(row["step"] for row in rows(folder / "metrics.jsonl"))
 
 
 def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:

@@ -3,8 +3,8 @@
 import atexit
 
 from glalm.cli import hydra_entry
-from glalm.config import RunConfig
-from glalm.strict import ConfigError
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError
 
 
 def main(config: RunConfig) -> int:
@@ -14,7 +14,7 @@ def main(config: RunConfig) -> int:
 
     evaluate = None
     if config.during.evals:
-        from glalm.evals.during import during
+        from glalm.evals.in_training import during
 
         evaluate = during(config)
     try:

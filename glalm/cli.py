@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from glalm.config import EvalConfig, RunConfig
-from glalm.strict import ConfigError, RunError, build, check_overrides, defaults, require
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, RunError, build, check_overrides, defaults, require
+from glalm.evals.options import EvalConfig
 
 # torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
 # else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as

@@ -3,7 +3,7 @@
 Also of a checkpoint that several processes wrote a part of each, which from_pretrained does not read itself.
 
 python scripts/export_hf.py runs/demo --out exported/demo
-python -c "import glalm; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/demo')"
+python -c "import glalm.hf; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/demo')"
 """
 
 import argparse
@@ -15,11 +15,12 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
-from glalm.config import DATA_RECORD, RunConfig
+from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.strict import RunError, build
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import RunError, build
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint
 
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
@@ -35,7 +36,7 @@ def main() -> None:
         export(args.run, args.checkpoint, args.out)
     except (RunError, OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm`")
+    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm.hf`")
 
 
 def export(run: Path, name: str, out: Path) -> None:
@@ -119,7 +120,7 @@ def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMFor
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [glalm]", "---", ""]
     lines += [f"# {config.name}", "", "A causal language model, pretrained with glalm.", "", "```python"]
     lines += [
-        "import glalm  # registers the architecture",
+        "import glalm.hf  # registers the architecture",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
     ]
     lines += [

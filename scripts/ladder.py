@@ -35,11 +35,13 @@ from rich.console import Console
 from rich.table import Table
 
 from glalm.cli import CONFIGS
-from glalm.config import MIXERS, EvalConfig, RunConfig
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, build, check_overrides, require
+from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.results import read_json, read_metrics, training_speed, write_json
+from glalm.evals.result_files import read_json, read_metrics, training_speed, write_json
+from glalm.model.config import MIXERS
 from glalm.model.flops import cost
-from glalm.strict import ConfigError, build, check_overrides, require
 
 ABLATIONS = {
     "gla_scalar_gate": ["model.gla.gate=scalar"],

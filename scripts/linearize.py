@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 from torch import LongTensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from glalm.compat.linearize import MIXERS, distil, linearize
+from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, batches
 from glalm.data.shards import TokenSet, read_manifest
-from glalm.model.linearize import MIXERS, distil, linearize
-from glalm.strict import ConfigError, RunError, require
 from glalm.train.initial import fields
 
 

@@ -23,11 +23,11 @@ from tempfile import TemporaryFile
 from hydra.core.config_store import ConfigStore
 
 from glalm.cli import hydra_entry
-from glalm.config.mqar import MQARConfig
-from glalm.data.workers import bind_to_parent
+from glalm.config.strict import ConfigError, RunError, defaults
 from glalm.evals.plot import plot_mqar
-from glalm.evals.results import read_json, write_json
-from glalm.strict import ConfigError, RunError, defaults
+from glalm.evals.result_files import read_json, write_json
+from glalm.prepare.workers import bind_to_parent
+from glalm.studies.mqar_config import MQARConfig
 
 
 def main(config: MQARConfig) -> int:
@@ -140,7 +140,7 @@ def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: i
     """One model, in a process of the pool: on the GPUs in turn, else on a core."""
     import torch
 
-    from glalm.evals import mqar
+    from glalm.studies import mqar
 
     torch.set_num_threads(1)  # the models share the cores
     gpus = torch.cuda.device_count()

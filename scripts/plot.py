@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from glalm.evals import plot
-from glalm.evals.page import names
+from glalm.evals.html_report import names
 
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),

@@ -1,13 +1,13 @@
-"""Turn text into token shards: glalm/data/prepare.py says how, glalm/data/shards.py what is written."""
+"""Turn text into token shards: glalm/prepare/pipeline.py says how, glalm/data/shards.py what is written."""
 
 import argparse
 import sys
 import time
 
-from glalm.data.inspect import inspect
-from glalm.data.prepare import HELD_OUT, in_words, prepare
-from glalm.data.records import SUFFIXES
 from glalm.data.shards import SPLITS
+from glalm.prepare.inspection import inspect
+from glalm.prepare.pipeline import HELD_OUT, in_words, prepare
+from glalm.prepare.records import SUFFIXES
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from glalm.data.files import replacing
-from glalm.evals.page import page
+from glalm.evals.html_report import page
 from glalm.evals.report import report
 
 

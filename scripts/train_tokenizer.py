@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from glalm.data.prepare import HELD_OUT, training_texts
-from glalm.data.progress import PreparationBar
-from glalm.data.sources import left_out, source
-from glalm.data.vocabulary import train_sentencepiece
+from glalm.prepare.pipeline import HELD_OUT, training_texts
+from glalm.prepare.progress import PreparationBar
+from glalm.prepare.sources import left_out, source
+from glalm.prepare.vocabulary import train_sentencepiece
 
 
 def main() -> int:

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.reliability import CheckpointConfig
+from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.model.config import ModelConfig
 
 
 def pytest_collection_modifyitems(items):
@@ -19,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
     """A small prepared set: 200 documents of a made-up language in which each word predicts the next."""
-    from glalm.data.prepare import prepare
+    from glalm.prepare.pipeline import prepare
 
     random = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_decoding.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "bench_decoding.py"
 
 
 def test_every_model_has_its_rows(tmp_path):

@@ -96,7 +96,7 @@ def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
 
 def test_a_file_of_configs_that_is_no_yaml_is_named(tmp_path, monkeypatch):
     from glalm import cli
-    from glalm.strict import ConfigError
+    from glalm.config.strict import ConfigError
 
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("model:\n  layers: [gla, attention\nseed: 1\n")

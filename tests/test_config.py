@@ -8,17 +8,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import glalm.cli  # noqa: F401 (registers the defaults)
-from glalm.config import (
-    EvalConfig,
-    ExtrapolationConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    compare,
-    identity,
-)
-from glalm.strict import ConfigError, build, check_overrides, defaults
+from glalm.config.identity import compare, identity
+from glalm.config.run import OptimConfig, RunConfig, TrainConfig
+from glalm.config.strict import ConfigError, build, check_overrides, defaults
+from glalm.evals.options import EvalConfig, ExtrapolationConfig
+from glalm.model.config import ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

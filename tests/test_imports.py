@@ -6,18 +6,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "glalm"
+CORE = {"config", "data", "kernels", "model", "hf", "train"}
+CORE = {"config", "data", "kernels", "model", "hf", "train"}
 ALLOWED = {
-    "strict": set(),
-    "config": {"strict"},
-    "cli": {"config", "strict"},
+    "config": {"model.config", "evals.options"},
+    "cli": {"config", "evals.options"},
     "kernels": set(),
-    "data": {"config"},
-    "model": {"config", "kernels", "strict"},
-    "train": {"config", "data", "model", "strict"},
-    "evals": {"config", "data", "model", "strict", "train.checkpoint"},
+    "data": {"config.strict"},
+    "prepare": {"config.strict", "data"},
+    "model": {"config.strict", "kernels", "compat.fla"},
+    "hf": {"config.strict", "model", "compat.fla"},
+    "train": {"config", "data", "hf", "model"},
+    "generation": CORE,
+    "compat": CORE,
+    "evals": {*CORE, "generation", "compat"},
+    "studies": {*CORE, "evals"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}
-PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.page", "evals.published"), NO_MODEL)
+PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.html_report", "evals.published"), NO_MODEL)
 
 
 def imports(path: Path) -> set[str]:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from glalm.config.run import RunConfig
-from glalm.strict import join
+from glalm.config.strict import join
 
 # What a resumed run may change: where things lie, how often it reports, how the work is split over the hardware.
 MAY_CHANGE = (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from glalm.strict import divisors, require
+from glalm.config.strict import divisors, require
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glalm.strict import require
+from glalm.config.strict import require
 
 
 @dataclass

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from glalm.config.evals import DuringConfig
-from glalm.config.model import ModelConfig
 from glalm.config.parallel import ParallelConfig
 from glalm.config.reliability import CheckpointConfig, GuardConfig
-from glalm.strict import divisors, require
+from glalm.config.strict import divisors, require
+from glalm.evals.options import DuringConfig
+from glalm.model.config import ModelConfig
 
 DATA_RECORD = "data.json"  # in a run's folder
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glalm.data.blocks import BLOCK, CheckedArray
+from glalm.data.checksums import BLOCK, CheckedArray
 from glalm.data.files import sha256
 
 FORMAT = "glalm-tokens"

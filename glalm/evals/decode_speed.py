@@ -13,12 +13,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from glalm.config import EvalConfig
-from glalm.evals.job import Job, Work
-from glalm.evals.models import Subject, state_bytes
+from glalm.config.strict import require
+from glalm.evals.eval_model import Subject, state_bytes
+from glalm.evals.evaluator import Job, Work
+from glalm.evals.options import EvalConfig
 from glalm.evals.plot import bytes_of, plot_decoding
-from glalm.model.decode import Decoder
-from glalm.strict import require
+from glalm.generation.cuda_graph import Decoder
 
 LENGTHS = (1, 2, 4, 8, 16)  # training lengths
 SEGMENT = 2048  # tokens read at once on the way to a length

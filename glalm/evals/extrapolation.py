@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glalm.config import EvalConfig
+from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
-from glalm.evals.job import Job, Work
-from glalm.evals.models import Subject, open_split
+from glalm.evals.eval_model import Subject, open_split
+from glalm.evals.evaluator import Job, Work
+from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarise
 from glalm.evals.plot import plot_extrapolation, plot_ratios
 from glalm.model.loss import IGNORE
-from glalm.strict import ConfigError, RunError, require
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:

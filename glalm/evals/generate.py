@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 
-from glalm.config import EvalConfig, GenerateConfig
-from glalm.evals.job import Job, Work
-from glalm.evals.models import Subject
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Job, Work
+from glalm.evals.options import EvalConfig, GenerateConfig
 from glalm.evals.randomness import seeded
 
 

@@ -20,17 +20,16 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 from transformers import StoppingCriteria
 
-from glalm.config import EvalConfig
-from glalm.config.evals import HarnessConfig
+from glalm.config.strict import ConfigError, require
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import local_tasks
-from glalm.evals.job import Job, Work
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Job, Work
 from glalm.evals.likelihood import Answer, batches, carried, log_likelihoods, padded
-from glalm.evals.models import Subject
+from glalm.evals.options import EvalConfig, HarnessConfig
 from glalm.evals.published import PAPER, RECALL, paper_table
 from glalm.evals.randomness import seeded
-from glalm.evals.results import scores
-from glalm.strict import ConfigError, require
+from glalm.evals.result_files import scores
 
 # Standard errors are resampled here, not in processes that the harness forks: these would inherit train.py's handler of
 # SIGTERM, by which the harness ends them, and go on waiting, and it for them.

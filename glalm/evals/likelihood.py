@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import LongTensor, Tensor
 
-from glalm.evals.models import Subject
+from glalm.evals.eval_model import Subject
 from glalm.model.loss import IGNORE
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the likeliest

@@ -22,8 +22,8 @@ from lm_eval.tasks.fda import task as fda
 from lm_eval.tasks.squad_completion import task as squad
 from lm_eval.tasks.swde import task as swde
 
+from glalm.config.strict import ConfigError
 from glalm.data.files import sha256
-from glalm.strict import ConfigError
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.config import EvalConfig
+from glalm.config.strict import require
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
-from glalm.evals.job import Job, Work
+from glalm.evals.eval_model import Subject, open_split
+from glalm.evals.evaluator import Job, Work
 from glalm.evals.likelihood import padded, within_states
-from glalm.evals.models import Subject, open_split
+from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_needle
 from glalm.model.loss import IGNORE
-from glalm.strict import require
 
 NEEDLE = "\nThe secret number of the {key} is {value}. Remember it.\n"
 QUESTION = "\nAs was said, the secret number of the {key} is"

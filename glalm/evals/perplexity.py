@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glalm.config import EvalConfig
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Batch, Windows, packed
-from glalm.evals.job import Job, Work
-from glalm.evals.models import Subject, open_split
+from glalm.evals.eval_model import Subject, open_split
+from glalm.evals.evaluator import Job, Work
+from glalm.evals.options import EvalConfig
 from glalm.model.loss import IGNORE, token_losses
-from glalm.strict import ConfigError, RunError
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
 from glalm.data.files import replacing
-from glalm.evals.results import read_json, read_metrics, tokens_of
+from glalm.evals.result_files import read_json, read_metrics, tokens_of
 
 Result = dict | str | Path
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glalm.evals.results import read_json, read_metrics, tokens_of, training_speed
+from glalm.evals.result_files import read_json, read_metrics, tokens_of, training_speed
 
 Row = tuple[str, str | None, str, str]  # what, its value or None when it is missing, its file, the command to make it
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glalm.kernels import torch_chunk
+from glalm.kernels import chunked
 from glalm.kernels.checks import check_inputs, check_normalizer, check_values
 from glalm.kernels.gates import channels, gate_gradient, has_gradient, log_gate
 from glalm.kernels.library import operator
@@ -148,7 +148,7 @@ def chunk_forward(
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = channels(log_gate(g, normalizer), q)
-            o, final_state = torch_chunk.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
+            o, final_state = chunked.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
     return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(6)))
 
 
@@ -160,7 +160,7 @@ def chunk_forward_fake(
     final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     kept = [((0,), q.dtype)] * 6
     if keep and has_kernel(q):
-        from glalm.kernels.triton.kept import shapes
+        from glalm.kernels.triton.saved import shapes
 
         kept = shapes(q, v, g, cu_seqlens, low=True)
     return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)
@@ -188,7 +188,7 @@ def chunk_backward(
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = channels(log_gate(g, normalizer), q)
-            dq, dk, dv, dg, dinitial = torch_chunk.backward(
+            dq, dk, dv, dg, dinitial = chunked.backward(
                 q, k, v, gates, scale, initial_state, cu_seqlens, do, dfinal_state
             )
             dg = gate_gradient(dg, g, normalizer)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from glalm.config import ModelConfig
+from glalm.model.config import ModelConfig
 
 CHUNK = 64  # tokens a chunk of the chunkwise kernels
 
@@ -22,7 +22,8 @@ class Cost(NamedTuple):
 
 def cost(config: ModelConfig, T: int) -> Cost:
     """Of the model of that shape on sequences of T tokens."""
-    from glalm.model import GLALMConfig, GLALMForCausalLM
+    from glalm.model.decoder import GLALMForCausalLM
+    from glalm.model.hf_config import GLALMConfig
 
     if not isinstance(config, GLALMConfig):
         config = GLALMConfig(**vars(config))

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from glalm.model import interop
-from glalm.model.config import GLALMConfig
+from glalm.compat import fla
+from glalm.model.hf_config import GLALMConfig
 
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")  # where and how to look
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -22,7 +22,7 @@ READ_OTHERWISE = {"state_dict", "gguf_file", "variant"}  # arguments that name t
 def load(read: Callable, where: str | os.PathLike | None, *args, **kwargs) -> nn.Module:
     """A model by `read`, transformers' from_pretrained of its class, whose arguments these are.
 
-    Beyond what that does, it reads the checkpoints of glalm.model.interop, and raises ValueError where it would go on
+    Beyond what that does, it reads the checkpoints of glalm.compat.fla, and raises ValueError where it would go on
     with weights that are not those of the model: a file that is no safetensors file or is cut short, weights that are
     missing, unknown or of another shape. With ignore_mismatched_sizes=True what fits is loaded, with a warning; with
     output_loading_info=True what is missing or unknown is in the report that is returned.
@@ -38,7 +38,7 @@ def load(read: Callable, where: str | os.PathLike | None, *args, **kwargs) -> nn
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         tree, _ = PreTrainedConfig.get_config_dict(where, **hub)
         files = weight_files(where, hub)
-        if tree.get("model_type") in interop.FORMATS:
+        if tree.get("model_type") in fla.FORMATS:
             model, info = read_converted(read, where, files, hub, *args, **kwargs)
         else:
             model, info = read(where, *args, **kwargs)
@@ -91,7 +91,7 @@ def read_converted(read: Callable, where, files: list[str], hub: dict, *args, **
     weights = {name: tensor for path in files for name, tensor in load_file(path).items()}
     if cached_file(where, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(where, **hub))
-    model, info = read(None, *args, config=config, state_dict=interop.weights_in(weights, config), **kwargs)
+    model, info = read(None, *args, config=config, state_dict=fla.weights_in(weights, config), **kwargs)
     model.config.name_or_path = model.name_or_path = str(where)
     return model, info
 

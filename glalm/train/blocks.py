@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from glalm.config import TrainConfig
-from glalm.model import GLALMForCausalLM
+from glalm.config.run import TrainConfig
 from glalm.model.block import Block
+from glalm.model.decoder import GLALMForCausalLM
 
 # Costly to make again, and small beside what elementwise operations would keep.
 aten = torch.ops.aten

@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
+from glalm.config.strict import RunError
 from glalm.data.files import sha256, sync
-from glalm.strict import RunError
 from glalm.train import rng, tensors
+from glalm.train.collectives import gather_or_raise, rank_and_world_size
 from glalm.train.tensors import Piece
-from glalm.train.together import place, together
 
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 
@@ -63,7 +63,7 @@ def contents(
 
     state: any JSON. extra: more tensors, the same on all processes. Every process must call this alike.
     """
-    rank, world = place()
+    rank, world = rank_and_world_size()
     parameters = dict(model.named_parameters())
     training = {
         f"optim.{key}.{name}": tensor
@@ -92,7 +92,7 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
     they agree; gloo's. When one of them fails, all of them raise, and nothing is left.
     """
     target, partial = folder / f"step_{step}", folder / f".step_{step}.tmp"
-    first = place()[0] == 0
+    first = rank_and_world_size()[0] == 0
 
     def begin() -> bool:
         if first and not target.exists():
@@ -121,9 +121,9 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
             sync(folder.parent)  # in which `folder` may be new
 
     try:
-        if not any(together(begin, group)):
-            parts = together(write_parts, group)
-            together(finish, group)
+        if not any(gather_or_raise(begin, group)):
+            parts = gather_or_raise(write_parts, group)
+            gather_or_raise(finish, group)
     except Exception:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -186,7 +186,7 @@ def load_generators(path: Path, seed: int) -> None:
 
     Where it was written by another number of processes they are seeded from (seed, step, rank) instead.
     """
-    rank, world = place()
+    rank, world = rank_and_world_size()
     state = read_state(path)
     if state["processes"] != world:
         return rng.reseed(seed, state["step"], rank)
@@ -225,10 +225,10 @@ def newest_whole(
 
     Each of them verifies a part of the files; the damaged ones that they find on the way are set aside, and told of.
     """
-    rank, world = place()
-    [candidates, *_] = together(lambda: [str(p) for p in reversed(_steps(folder).values())], group)
+    rank, world = rank_and_world_size()
+    [candidates, *_] = gather_or_raise(lambda: [str(p) for p in reversed(_steps(folder).values())], group)
     for path in map(Path, candidates):
-        found = [damage for damage in together(lambda path=path: _damage(path, rank, world), group) if damage]
+        found = [damage for damage in gather_or_raise(lambda path=path: _damage(path, rank, world), group) if damage]
         if not found:
             return path
         if rank == 0:

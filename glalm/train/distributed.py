@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from glalm.config import ParallelConfig, RunConfig
+from glalm.config.parallel import ParallelConfig
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, require
 from glalm.model.precision import has_bf16
-from glalm.strict import ConfigError, require
 
 # What an Accelerate config file or a flag of `accelerate launch` may set that this loop does itself, otherwise.
 FOREIGN = {

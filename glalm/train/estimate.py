@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glalm.config import ModelConfig, RunConfig, TrainConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.config.run import RunConfig, TrainConfig
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import cost
+from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
 from glalm.train.blocks import prepare_blocks

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from glalm.config import RunConfig
-from glalm.model import GLALMForCausalLM
-from glalm.strict import ConfigError, require
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, require
+from glalm.model.decoder import GLALMForCausalLM
 
 CAPABILITY = (8, 9)
 SMALLEST = 512  # features: of a smaller product the casts are too large a part

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from glalm.config import GuardConfig
+from glalm.config.reliability import GuardConfig
+from glalm.config.strict import RunError
 from glalm.data.files import write_json
 from glalm.data.order import Order
-from glalm.strict import RunError
-from glalm.train.together import place
+from glalm.train.collectives import rank_and_world_size
 
 TWICE = 1.0  # seconds: some send what is meant once twice, as GNU timeout does, to a process and to its group
 SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it, and a kill would leave it so
@@ -47,7 +47,7 @@ class StopSignal:
                 os.kill(os.getpid(), signum)
             return
         self.received, self._at = signum, time.monotonic()
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             shown = SHOW_CURSOR if os.isatty(2) else b""
             with suppress(OSError):  # not print(), in whose midst this may be
                 os.write(2, shown + b"stopping after this step, with a checkpoint; a second signal ends it without\n")
@@ -126,7 +126,7 @@ class UpdateGuard:
     def _judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether to skip: bool, a scalar on the device."""
         finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
-        if place()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             distributed.all_reduce(finite, distributed.ReduceOp.MIN)
         finite = finite > 0
         spike = torch.zeros_like(finite)

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from glalm.config import DATA_RECORD, ModelConfig, RunConfig, compare
-from glalm.config.identity import flatten
+from glalm.config.identity import compare, flatten
+from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.strict import ConfigError, require
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError, require
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from glalm.config.strict import ConfigError
 from glalm.data.files import sync
-from glalm.strict import ConfigError
-from glalm.train.together import place, together
+from glalm.train.collectives import gather_or_raise, rank_and_world_size
 
 LOCK = ".lock"
 
@@ -25,7 +25,7 @@ def held(folder: Path) -> Iterator[None]:
     """
 
     def claim() -> None:
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(sole_run(folder))
@@ -36,8 +36,8 @@ def held(folder: Path) -> Iterator[None]:
             check_filesystem(folder)
 
     with ExitStack() as stack:
-        together(claim)
-        together(lambda: check_shared(folder))
+        gather_or_raise(claim)
+        gather_or_raise(lambda: check_shared(folder))
         yield
 
 

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from glalm.config import RunConfig
-from glalm.data.blocks import DamagedFile
+from glalm.config.run import RunConfig
+from glalm.config.strict import RunError
+from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Windows, batches
-from glalm.model import GLALMForCausalLM
-from glalm.strict import RunError
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import distributed, float8, optim
 from glalm.train.blocks import prepare_blocks
+from glalm.train.collectives import rank_and_world_size
 from glalm.train.distributed import any_process
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.guards import StopSignal, UpdateGuard
@@ -28,7 +29,6 @@ from glalm.train.resume import find_origin, named, provenance, restore
 from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
 from glalm.train.step import on_device, update
-from glalm.train.together import place
 from glalm.train.validate import validate
 from glalm.train.watchdog import Watchdog
 
@@ -51,7 +51,11 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     if config.train.float8:
         float8.check(config, accelerator)
     data = open_data(config)
-    with StopSignal() as stop, held(config.folder), Watchdog(config.train.guard.hang_seconds, *place()) as watchdog:
+    with (
+        StopSignal() as stop,
+        held(config.folder),
+        Watchdog(config.train.guard.hang_seconds, *rank_and_world_size()) as watchdog,
+    ):
         try:
             return fit(config, accelerator, *data, stop, watchdog, evaluate)
         except torch.OutOfMemoryError as error:

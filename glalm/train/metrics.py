@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.data.files import reopened, replacing, synced
 
 MOST_UNWRITTEN = 10_000  # rows, some megabytes

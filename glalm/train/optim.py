@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from glalm.config import OptimConfig, RunConfig
+from glalm.config.run import OptimConfig, RunConfig
 
 
 def optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -3,8 +3,8 @@
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from glalm.config import RunConfig
-from glalm.strict import require
+from glalm.config.run import RunConfig
+from glalm.config.strict import require
 
 
 class Profiler:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.model.flops import cost

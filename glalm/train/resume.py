@@ -9,12 +9,12 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from glalm import config as configs
-from glalm.config import RunConfig
-from glalm.strict import ConfigError, require, unknown
+from glalm.config import identity as run_identity
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, require, unknown
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
-from glalm.train.together import place, together
+from glalm.train.collectives import gather_or_raise, rank_and_world_size
 
 
 def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> None:
@@ -27,7 +27,9 @@ def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> 
         named = {key for key in keys if key == name or key.startswith(f"{name}.")}
         require(bool(named), f"train.allow_changes: {unknown(name, now)}")
         allowed |= named
-    changes = configs.compare(*({k: v for k, v in identity.items() if k not in allowed} for identity in (saved, now)))
+    changes = run_identity.compare(
+        *({k: v for k, v in identity.items() if k not in allowed} for identity in (saved, now))
+    )
     if changes:
         keys = ",".join(change.partition(":")[0] for change in changes)
         raise ConfigError(
@@ -62,7 +64,7 @@ def find_origin(config: RunConfig, record: Mapping) -> Path | None:
             path = checkpoint.find(path.parent, path.name)
         except CheckpointError as error:
             raise ConfigError(f"train.resume_from={wanted}: {error}") from error
-        together(lambda: checkpoint.verify(path, *place()))
+        gather_or_raise(lambda: checkpoint.verify(path, *rank_and_world_size()))
     if path is None:
         return None
     state = checkpoint.read_state(path)
@@ -72,7 +74,7 @@ def find_origin(config: RunConfig, record: Mapping) -> Path | None:
         check_same(config, state.get("identity", {}), record["identity"], path)
     require(step <= config.steps, f"{path} is beyond the run's last step, {config.steps}; write a larger train.steps")
     if explicit:
-        together(lambda: _supersede(config.folder, step, inside) if place()[0] == 0 else None)
+        gather_or_raise(lambda: _supersede(config.folder, step, inside) if rank_and_world_size()[0] == 0 else None)
     return path
 
 

@@ -5,18 +5,18 @@ import json
 import uuid
 from pathlib import Path
 
-from glalm import config as configs
-from glalm.config import DATA_RECORD, RunConfig
+from glalm.config import identity as run_identity
+from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.strict import ConfigError, require
 from glalm.data.files import write_json
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
 from glalm.data.shards import TokenSet, manifest_then
-from glalm.strict import ConfigError, require
 from glalm.train import checkpoint
+from glalm.train.collectives import gather_or_raise, rank_and_world_size
 from glalm.train.environment import environment
 from glalm.train.metrics import rows
 from glalm.train.resume import check_same, named
-from glalm.train.together import place, together
 
 TOKENS = "data tokens"  # of training: a set may grow, and keeps its fingerprint
 
@@ -29,7 +29,7 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     reset = config.data.boundaries == "reset"
     try:
         # The first process's, for all: the set may have grown between two processes' looks.
-        [manifest, *_] = together(lambda: _manifest(config) if place()[0] == 0 else None)
+        [manifest, *_] = gather_or_raise(lambda: _manifest(config) if rank_and_world_size()[0] == 0 else None)
         sets = [TokenSet(config.data.path, split, manifest) for split in ("train", "validation")]
         training, validation = (Windows(s, config.data.seq_len, reset) for s in sets)
         if config.data.weights is not None:
@@ -61,13 +61,13 @@ def open_run(config: RunConfig, data: TokenSet) -> dict:
 
     Raises ConfigError when the directory holds a run of another identity that has begun.
     """
-    [content, *_] = together(lambda: _open_run(config, data) if place()[0] == 0 else None)
+    [content, *_] = gather_or_raise(lambda: _open_run(config, data) if rank_and_world_size()[0] == 0 else None)
     return content
 
 
 def _open_run(config: RunConfig, data: TokenSet) -> dict:
     record = config.folder / "run.json"
-    identity = configs.identity(config) | {"data fingerprint": data.fingerprint, TOKENS: data.num_tokens}
+    identity = run_identity.identity(config) | {"data fingerprint": data.fingerprint, TOKENS: data.num_tokens}
     run_id = uuid.uuid4().hex[:12]
     if record.exists():
         saved = json.loads(record.read_text())
@@ -97,4 +97,4 @@ def record_run(config: RunConfig, content: dict, data: TokenSet) -> None:
         write_json(config.folder / "run.json", content, indent=1)
         write_json(config.data_record, data.manifest)  # which shards the run reads, now and when it is resumed
 
-    together(lambda: write() if place()[0] == 0 else None)
+    gather_or_raise(lambda: write() if rank_and_world_size()[0] == 0 else None)

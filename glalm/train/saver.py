@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from glalm.config import CheckpointConfig
+from glalm.config.reliability import CheckpointConfig
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError, Contents
+from glalm.train.collectives import rank_and_world_size
 from glalm.train.tensors import Piece
-from glalm.train.together import place
 
 MOST_FAILURES = 3  # saves that fail in a row before the run is stopped
 SLOWEST_WRITE = timedelta(hours=2)
@@ -49,7 +49,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._host: dict[str, Tensor] = {}  # copied into again and again: page-locking memory takes as long as writing
         self._group = None
-        if place()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             # Of its own: the thread's messages must not mix with those of the steps that go on meanwhile.
             self._group = distributed.new_group(backend="gloo", timeout=SLOWEST_WRITE)
 
@@ -136,11 +136,11 @@ class Saver:
         except Exception as error:  # in a thread there is nobody to raise it to
             self.failures += 1
             self._in_a_row.append(str(error))
-            if place()[0] == 0:
+            if rank_and_world_size()[0] == 0:
                 self.say(f"warning: step {step} is not saved: {error}; the checkpoints before it are as they were")
 
     def _prune(self) -> None:
-        if place()[0] != 0:
+        if rank_and_world_size()[0] != 0:
             return
         try:
             checkpoint.prune(self.folder, self.config.keep_last, self.config.keep_every, self.config.keep_best)
@@ -154,7 +154,7 @@ class Saver:
         except RuntimeError as error:  # torch's, of an allocation that failed
             self._host.clear()  # a part of it is of no use, and others may need it
             first_line = str(error).partition("\n")[0]  # the others tell how to look for bugs
-            said = f"rank {place()[0]} has no host memory for a copy of step {step}: {first_line}"
+            said = f"rank {rank_and_world_size()[0]} has no host memory for a copy of step {step}: {first_line}"
             with suppress(OSError):  # not `say`: it is the first process's alone
                 print(f"warning: {said}; training waits until it is saved", file=sys.stderr, flush=True)
             return None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.data.loader import Batch, packed
 from glalm.model.cache import StateCache
 from glalm.model.loss import IGNORE

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.data.loader import Windows, sequential
 from glalm.model.loss import IGNORE
 from glalm.train.distributed import reshard

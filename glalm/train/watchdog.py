@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from torch import distributed
 
-from glalm.train.together import together
+from glalm.train.collectives import gather_or_raise
 
 EXIT = 70  # the exit code of the processes that are ended here
 VERDICT = "verdict"
@@ -72,7 +72,7 @@ class Watchdog:
         given = {"world_size": None, "timeout": timedelta(seconds=self.silence), "wait_for_workers": False}
         if self.rank == 0:
             store = distributed.TCPStore(host, 0, is_master=True, **given)
-        [port, *_] = together(lambda: store.port if self.rank == 0 else None)
+        [port, *_] = gather_or_raise(lambda: store.port if self.rank == 0 else None)
         return store if self.rank == 0 else distributed.TCPStore(host, port, is_master=False, **given)
 
     # ---------------------------------------------------------------------------------------------------- the thread

@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import settings
 
-from glalm.data.prepare import prepare
+from glalm.prepare.pipeline import prepare
 
 settings.register_profile("no_deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no_deadline")

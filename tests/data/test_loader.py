@@ -8,8 +8,8 @@ import torch
 
 from glalm.data.loader import IGNORED, Windows, batches, packed, read_ahead, sequential
 from glalm.data.order import Order
-from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
+from glalm.prepare.pipeline import prepare
 
 T = 16
 

@@ -12,13 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from glalm.data import prepare as prepare_module
-from glalm.data.inspect import inspect
-from glalm.data.prepare import prepare, split_of
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
-from glalm.data.sources import stdlib
 from glalm.data.tokenizer import Tokenizer
-from glalm.data.vocabulary import train_sentencepiece
+from glalm.prepare import pipeline as prepare_module
+from glalm.prepare.inspection import inspect
+from glalm.prepare.pipeline import prepare, split_of
+from glalm.prepare.sources import stdlib
+from glalm.prepare.vocabulary import train_sentencepiece
 
 SMALL = {"vocab_size": 400, "progress": False}
 
@@ -216,7 +216,7 @@ def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, p
     given = {"tokenizer": str(prepared / "tokenizer.model"), "source_field": "of", "progress": False}
     shares = {"held_out": {"validation": 0.3, "test": 0.3}}
     script = (
-        "import resource\nfrom glalm.data.prepare import prepare\n"
+        "import resource\nfrom glalm.prepare.pipeline import prepare\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
         f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'set')!r}, **{given | shares!r})"
     )

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from glalm.data import records
-from glalm.data.records import BadDocument, Broken, PlainText, document, read_file, read_rows, size_of
+from glalm.prepare import records
+from glalm.prepare.records import BadDocument, Broken, PlainText, document, read_file, read_rows, size_of
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]

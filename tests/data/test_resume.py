@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from byte_tokenizer import ByteTokenizer
 
-from glalm.data import encode, files, writer
-from glalm.data import prepare as prepare_module
-from glalm.data.prepare import prepare
+from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
+from glalm.prepare import encode, writer
+from glalm.prepare import pipeline as prepare_module
+from glalm.prepare.pipeline import prepare
 
 ROOT = Path(__file__).parents[2]
 PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
@@ -312,7 +313,7 @@ def killed_at_removal(moment, monkeypatch, *args, **kwargs):
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = (
-        "import os, signal, time\nfrom glalm.data.encode import *\nfrom glalm.data.encode import _start_worker\n"
+        "import os, signal, time\nfrom glalm.prepare.encode import *\nfrom glalm.prepare.encode import _start_worker\n"
         "class Sleepy:\n    def encoder(self): return lambda block: (print(os.getpid(), flush=True), time.sleep(60))\n"
         "if __name__ == '__main__':\n"
         "    blocks = [Block(0, 'x', i, [b'x'], 1, 1, False) for i in range(2)]\n"
@@ -356,7 +357,7 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbr
 def test_a_small_real_limit_on_file_sizes(sources, settings, tmp_path):
     """The system itself refuses to write on: the process ends with an error, and goes on when it may."""
     script = (
-        "import resource, signal, sys\nfrom glalm.data.prepare import prepare\n"
+        "import resource, signal, sys\nfrom glalm.prepare.pipeline import prepare\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, -1))\n"
         f"prepare([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=1, **{settings!r})"
     )
@@ -415,7 +416,7 @@ def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
     """The most memory that preparing 20 times as much takes is the same, but for noise."""
     script = (
-        "import sys, resource\nfrom glalm.data import encode\nfrom glalm.data.prepare import prepare\n"
+        "import sys, resource\nfrom glalm.data import encode\nfrom glalm.prepare.pipeline import prepare\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
         "from byte_tokenizer import ByteTokenizer\nencode.Tokenizer = ByteTokenizer\n"
         f"prepare([sys.argv[1]], sys.argv[1] + '.set', tokenizer={str(prepared / 'tokenizer.model')!r}, "

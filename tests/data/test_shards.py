@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glalm.data.blocks import BLOCK, CheckedArray, DamagedFile, block_sums
-from glalm.data.prepare import prepare, split_of
+from glalm.data.checksums import BLOCK, CheckedArray, DamagedFile, block_sums
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.pipeline import prepare, split_of
 
 
 @pytest.fixture(scope="module")

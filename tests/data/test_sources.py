@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glalm.data.sources import File, hub, local, source, stdlib
+from glalm.prepare.sources import File, hub, local, source, stdlib
 
 
 def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):

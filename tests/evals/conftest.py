@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny import llama
 
-from glalm.config import DecodeSpeedConfig, EvalConfig
+from glalm.config.strict import ConfigError
 from glalm.evals import decode_speed
-from glalm.evals.job import Work
-from glalm.evals.models import Subject, state_bytes
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.evals.eval_model import Subject, state_bytes
+from glalm.evals.evaluator import Work
+from glalm.evals.options import DecodeSpeedConfig, EvalConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

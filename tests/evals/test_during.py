@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.config import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
+from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
-from glalm.evals import during as module
-from glalm.evals.during import as_subject, copy_of, during
-from glalm.evals.job import Job
-from glalm.evals.models import open_checkpoint, open_split
+from glalm.evals import in_training as module
+from glalm.evals.eval_model import open_checkpoint, open_split
+from glalm.evals.evaluator import Job
+from glalm.evals.in_training import as_subject, copy_of, during
+from glalm.evals.options import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
 from glalm.evals.randomness import undisturbed
-from glalm.evals.run import evaluate
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.evals.runner import evaluate
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
+from glalm.prepare.pipeline import prepare
 from glalm.train.loop import train
 
 CHEAP = DuringConfig(

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MambaConfig, MambaForCausalLM
 
-from glalm.config import EvalConfig, ExtrapolationConfig
+from glalm.config.strict import ConfigError, RunError
 from glalm.evals import extrapolation as module
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Work
 from glalm.evals.extrapolation import (
     blocks,
     bucket_edges,
@@ -25,10 +27,9 @@ from glalm.evals.extrapolation import (
     reach,
     spans,
 )
-from glalm.evals.job import Work
-from glalm.evals.models import Subject
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError, RunError
+from glalm.evals.options import EvalConfig, ExtrapolationConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 T = 8
 EDGES = bucket_edges(T, 96)

@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from glalm.config import EvalConfig, GenerateConfig
+from glalm.config.strict import ConfigError
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Work
 from glalm.evals.generate import job
 from glalm.evals.generate import samples as sampled
-from glalm.evals.job import Work
-from glalm.evals.models import Subject
-from glalm.strict import ConfigError
+from glalm.evals.options import EvalConfig, GenerateConfig
 
 
 class Numbers:

@@ -18,14 +18,13 @@ from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from glalm.config import EvalConfig
-from glalm.config.evals import HarnessConfig
+from glalm.config.strict import ConfigError
 from glalm.evals import local_tasks
+from glalm.evals.eval_model import Subject, open_subject
+from glalm.evals.evaluator import Work
 from glalm.evals.harness import PAPER, HarnessLM, numbers, paper_table, recall, set_fewshot, summary, zero_shot
 from glalm.evals.harness import metrics as metrics_of
-from glalm.evals.job import Work
-from glalm.evals.models import Subject, open_subject
-from glalm.strict import ConfigError
+from glalm.evals.options import EvalConfig, HarnessConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 

@@ -5,10 +5,11 @@ import tiny
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from glalm.config.strict import ConfigError
+from glalm.evals.eval_model import Subject
 from glalm.evals.likelihood import batches, carried, log_likelihoods, score_shared
-from glalm.evals.models import Subject
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

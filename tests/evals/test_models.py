@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from glalm.config import EvalConfig
+from glalm.config.strict import ConfigError
 from glalm.data.loader import Windows
-from glalm.data.prepare import prepare
-from glalm.evals.job import Work
-from glalm.evals.models import Subject, learned_positions, open_split, open_subject
+from glalm.evals.eval_model import Subject, learned_positions, open_split, open_subject
+from glalm.evals.evaluator import Work
+from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import IGNORE
-from glalm.strict import ConfigError
+from glalm.prepare.pipeline import prepare
 
 CPU = torch.device("cpu")
 
@@ -140,7 +141,7 @@ def test_what_is_no_model(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network\nmore")
 
-    monkeypatch.setattr("glalm.evals.models.snapshot_download", offline)
+    monkeypatch.setattr("glalm.evals.eval_model.snapshot_download", offline)
     with pytest.raises(ConfigError, match=r"someone/a-model: no such folder, and no model of that name .*no network\)"):
         open_subject(wanted("someone/a-model", tmp_path), CPU)
     with pytest.raises(ConfigError, match=r"has no config\.json"):

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from glalm.config.model import GLAConfig
-from glalm.config.mqar import MQARConfig, RecallModel
-from glalm.evals import mqar
-from glalm.evals.mqar import Examples, examples
-from glalm.strict import ConfigError, RunError
+from glalm.config.strict import ConfigError, RunError
+from glalm.model.config import GLAConfig
+from glalm.studies import mqar
+from glalm.studies.mqar import Examples, examples
+from glalm.studies.mqar_config import MQARConfig, RecallModel
 from glalm.train.lock import sole_run
 
 ROOT = Path(__file__).parents[2]

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from tiny import llama
 
-from glalm.config import EvalConfig, NeedleConfig
+from glalm.config.strict import ConfigError
 from glalm.evals import needle
-from glalm.evals.job import Work
-from glalm.evals.models import Subject
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Work
 from glalm.evals.needle import Sample, Task
-from glalm.strict import ConfigError
+from glalm.evals.options import EvalConfig, NeedleConfig
 
 
 class Letters:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from glalm.evals.page import names, page
+from glalm.evals.html_report import names, page
 from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, ZERO_SHOT
 
 ROOT = Path(__file__).parents[2]

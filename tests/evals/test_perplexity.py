@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from tiny import llama
 
-from glalm.config import EvalConfig
+from glalm.config.strict import RunError
 from glalm.data.loader import Windows
 from glalm.evals import perplexity as module
-from glalm.evals.job import Work
-from glalm.evals.models import Subject
+from glalm.evals.eval_model import Subject
+from glalm.evals.evaluator import Work
+from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity, summarise
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import RunError
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 
 def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):

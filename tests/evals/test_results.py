@@ -1,4 +1,4 @@
-from glalm.evals.results import scores, tokens_of
+from glalm.evals.result_files import scores, tokens_of
 
 
 def test_scores_are_what_was_measured():

@@ -17,26 +17,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.config import (
-    EVALUATORS,
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    ExtrapolationConfig,
-    GenerateConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from glalm.config.reliability import CheckpointConfig
+from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
-from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
-from glalm.evals.job import Work
-from glalm.evals.models import run_tokenizer
-from glalm.evals.run import evaluate, processes
-from glalm.model import GLALMForCausalLM
-from glalm.strict import ConfigError, RunError
+from glalm.evals.eval_model import run_tokenizer
+from glalm.evals.evaluator import Work
+from glalm.evals.options import EVALUATORS, EvalConfig, ExtrapolationConfig, GenerateConfig
+from glalm.evals.runner import evaluate, processes
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.prepare.pipeline import prepare
 from glalm.train.loop import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -197,7 +189,7 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
     assert len(ran) == 3
     other = run_tokenizer(config, run)
     other.fingerprint = "another"
-    monkeypatch.setattr("glalm.evals.models.run_tokenizer", lambda *_: other)
+    monkeypatch.setattr("glalm.evals.eval_model.run_tokenizer", lambda *_: other)
     evaluate(dataclasses.replace(config, checkpoint="step_2"))
     assert len(ran) == 4
 
@@ -250,7 +242,7 @@ def test_one_that_fails_leaves_its_memory(run, monkeypatch):
 
 
 def test_what_is_missing_is_told_and_tried_again(run, capsys, monkeypatch):
-    from glalm.evals.job import Job
+    from glalm.evals.evaluator import Job
 
     there, ran = {}, []
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from glalm.strict import ConfigError, RunError
+from glalm.config.strict import ConfigError, RunError
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["glalm.train.loop", "processes"])

@@ -21,8 +21,10 @@ import numpy as np
 from processes import start, text, until, wait
 from sameness import assert_same, rows
 
-from glalm.config import CheckpointConfig, DataConfig, GuardConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from glalm.data.prepare import prepare
+from glalm.config.reliability import CheckpointConfig, GuardConfig
+from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.model.config import ModelConfig
+from glalm.prepare.pipeline import prepare
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT

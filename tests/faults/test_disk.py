@@ -12,8 +12,8 @@ import pytest
 from processes import start, wait
 from sameness import assert_same, rows
 
-from glalm.config import RunConfig
-from glalm.strict import ConfigError, RunError
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop, tensors
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.loop import train

@@ -9,7 +9,7 @@ import pytest
 from processes import start, text, until, wait
 from sameness import assert_same, rows
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.train import checkpoint, tensors
 from glalm.train.loop import train
 

@@ -17,7 +17,7 @@ from processes import start, text, wait
 from sameness import rows, weights
 from test_steps import poison, signalled
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
 from glalm.data import loader
 from glalm.train import checkpoint, loop, rng, tensors
 from glalm.train.loop import train
@@ -212,7 +212,8 @@ def drawing(folder: str, config: RunConfig) -> int:
     """Each rank draws from every generator, saves, draws, loads, and draws the same again; not so another rank."""
     from accelerate import Accelerator
 
-    from glalm.model import GLALMConfig, GLALMForCausalLM
+    from glalm.model.decoder import GLALMForCausalLM
+    from glalm.model.hf_config import GLALMConfig
 
     rank = Accelerator().process_index
     rng.reseed(0, 0, rank)
@@ -226,13 +227,13 @@ def drawing(folder: str, config: RunConfig) -> int:
     draw()
     checkpoint.load_generators(path, seed=1)
     assert draw() == first
-    from glalm.train.together import together
+    from glalm.train.collectives import gather_or_raise
 
-    a, b = together(lambda: first)
+    a, b = gather_or_raise(lambda: first)
     assert all(x != y for x, y in zip(a, b, strict=True))
     state = json.loads((path / "state.json").read_text())
-    together(lambda: None)  # all have read it
-    together(lambda: rank or (path / "state.json").write_text(json.dumps({**state, "processes": 3})))
+    gather_or_raise(lambda: None)  # all have read it
+    gather_or_raise(lambda: rank or (path / "state.json").write_text(json.dumps({**state, "processes": 3})))
     checkpoint.load_generators(path, seed=1)  # of another number of processes: from (seed, step, rank)
     again = draw()
     rng.reseed(1, 3, rank)

@@ -14,11 +14,11 @@ import torch
 from processes import start, text, until, wait
 from sameness import assert_same, rows, weights
 
-from glalm.config import RunConfig
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop, step, tensors, validate
 from glalm.train.guards import BadSteps
 from glalm.train.loop import train

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its kernels compute float32 in TF32 otherwise: 1e-3, not 1e-4
-fla = pytest.importorskip("fla.models", reason="needs flash-linear-attention")
+fla_models = pytest.importorskip("fla.models", reason="needs flash-linear-attention")
 
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
-from glalm.model import GLALMConfig, GLALMForCausalLM, interop  # noqa: E402
+from glalm.compat import fla  # noqa: E402
+from glalm.model.decoder import GLALMForCausalLM  # noqa: E402
+from glalm.model.hf_config import GLALMConfig  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,25 +22,33 @@ LENGTHS = (1, 63, 64, 65, 2048)
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 512, "intermediate_size": 384}
 SHAPE |= {"fuse_cross_entropy": False}
 THEIRS = {
-    "gla": (fla.GLAConfig, fla.GLAForCausalLM, {"num_heads": 2}),
-    "gla, fuse_norm=False": (fla.GLAConfig, fla.GLAForCausalLM, {"num_heads": 2, "fuse_norm": False}),
+    "gla": (fla_models.GLAConfig, fla_models.GLAForCausalLM, {"num_heads": 2}),
+    "gla, fuse_norm=False": (fla_models.GLAConfig, fla_models.GLAForCausalLM, {"num_heads": 2, "fuse_norm": False}),
     "gla, convolution, clamp, grouped": (
-        fla.GLAConfig,
-        fla.GLAForCausalLM,
+        fla_models.GLAConfig,
+        fla_models.GLAForCausalLM,
         {"num_heads": 4, "use_short_conv": True, "clamp_min": -0.05, "num_kv_heads": 2, "tie_word_embeddings": True},
     ),
-    "gla, no output gate": (fla.GLAConfig, fla.GLAForCausalLM, {"num_heads": 2, "use_output_gate": False}),
+    "gla, no output gate": (
+        fla_models.GLAConfig,
+        fla_models.GLAForCausalLM,
+        {"num_heads": 2, "use_output_gate": False},
+    ),
     "gla + attention": (
-        fla.GLAConfig,
-        fla.GLAForCausalLM,
+        fla_models.GLAConfig,
+        fla_models.GLAForCausalLM,
         {"num_heads": 2, "attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 100}},
     ),
-    "retnet": (fla.RetNetConfig, fla.RetNetForCausalLM, {"num_heads": 4}),
-    "retnet, fuse_norm=False": (fla.RetNetConfig, fla.RetNetForCausalLM, {"num_heads": 4, "fuse_norm": False}),
-    "transformer": (fla.TransformerConfig, fla.TransformerForCausalLM, {"num_heads": 4}),
+    "retnet": (fla_models.RetNetConfig, fla_models.RetNetForCausalLM, {"num_heads": 4}),
+    "retnet, fuse_norm=False": (
+        fla_models.RetNetConfig,
+        fla_models.RetNetForCausalLM,
+        {"num_heads": 4, "fuse_norm": False},
+    ),
+    "transformer": (fla_models.TransformerConfig, fla_models.TransformerForCausalLM, {"num_heads": 4}),
     "transformer, grouped, window": (
-        fla.TransformerConfig,
-        fla.TransformerForCausalLM,
+        fla_models.TransformerConfig,
+        fla_models.TransformerForCausalLM,
         {"num_heads": 4, "num_kv_heads": 2, "window_size": 50, "rope_theta": 5e5},
     ),
 }
@@ -140,8 +150,8 @@ def test_theirs_load_here(name, tmp_path):
 def test_ours_load_there(name, tmp_path):
     shape = {k: v for k, v in SHAPE.items() if k != "fuse_cross_entropy"}
     ours = stirred(lambda: GLALMForCausalLM(GLALMConfig(**shape, **OURS[name])))
-    interop.export(ours, tmp_path)
-    cls = getattr(fla, interop.config_out(ours.config)["architectures"][0])
+    fla.export(ours, tmp_path)
+    cls = getattr(fla_models, fla.config_out(ours.config)["architectures"][0])
     theirs, report = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert_same(ours, theirs.to(DEVICE).eval())

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.triton import configs, gla
+from glalm.kernels.triton import gla, launch_configs
 
 SHARED, REGISTERS, WARPS = 227 * 1024, 65536, 64  # of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -81,10 +81,12 @@ def name_of(kernel, constants: dict, args: tuple) -> str:
     return kernel.__name__.split("_")[0]
 
 
-def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> configs.Launch:
+def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> launch_configs.Launch:
     """The table's, for that kernel."""
     fixed = name == "gradients" and gate in ("fixed", "none")
-    return getattr(configs.TABLE[9, *sizes], name + ("_exact" if constants.get("EXACT") else "_fixed" if fixed else ""))
+    return getattr(
+        launch_configs.TABLE[9, *sizes], name + ("_exact" if constants.get("EXACT") else "_fixed" if fixed else "")
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -93,7 +95,7 @@ def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> 
 )
 @pytest.mark.parametrize("sizes", PROGRAMS, ids=str)
 def test_as_many_programs_fit_as_the_table_counts_on(sizes, gate, T, launches):
-    assert (9, *sizes) in configs.TABLE
+    assert (9, *sizes) in launch_configs.TABLE
     run(*sizes, gate, T)
     names = set()
     for kernel, args, constants, options in launches:

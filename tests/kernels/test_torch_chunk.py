@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glalm.kernels import chunk_gla, torch_chunk
+from glalm.kernels import chunk_gla, chunked
 
 INF = float("inf")
 
@@ -52,13 +52,13 @@ def ways(monkeypatch):
     taken = set()
 
     def spied(name):
-        way = getattr(torch_chunk, name)
+        way = getattr(chunked, name)
 
         def spy(q, *rest):
             taken.add((name, q.shape[1]))
             return way(q, *rest)
 
-        monkeypatch.setattr(torch_chunk, name, spy)
+        monkeypatch.setattr(chunked, name, spy)
 
     spied("mild_block")
     spied("halved_block")
@@ -68,8 +68,8 @@ def ways(monkeypatch):
 @pytest.mark.parametrize(
     ("sum_of_half", "expected"),
     [
-        (0.999 * torch_chunk.MILD, {("mild_block", 64)}),
-        (1.001 * torch_chunk.MILD, {("halved_block", 64), ("mild_block", 32)}),
+        (0.999 * chunked.MILD, {("mild_block", 64)}),
+        (1.001 * chunked.MILD, {("halved_block", 64), ("mild_block", 32)}),
     ],
     ids=["below", "above"],
 )
@@ -95,7 +95,7 @@ def test_every_way_in_one_call(draw, assert_true, ways):
 
 def test_the_largest_mild_gates_overflow_nothing(draw, assert_true):
     args = draw(B=1, T=64)
-    args["g"][:] = -0.99 * torch_chunk.MILD / 32
+    args["g"][:] = -0.99 * chunked.MILD / 32
     for n in "qk":
         args[n] *= 1e8
     assert_true(chunk_gla, args, 1e-5)  # what 32 roundings of a sum near 20 leave of float32
@@ -117,8 +117,8 @@ def test_memory_is_linear_in_time(draw, gates):
         args = draw(B=1, T=T, gates=gates)
         inputs = [args[n] for n in "qkvg"]
         with LargestTensor() as seen:
-            torch_chunk.forward(*inputs, 1.0, None, True, None)
-            torch_chunk.backward(*inputs, 1.0, None, None, args["v"], None)
+            chunked.forward(*inputs, 1.0, None, True, None)
+            chunked.backward(*inputs, 1.0, None, None, args["v"], None)
         return seen.numel
 
     assert largest(1024) <= 4 * largest(256) + 1024

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from interpreter import INTERPRETED, run_interpreted
 
-from glalm.kernels.triton.blocks import exact_dot
+from glalm.kernels.triton.tiles import exact_dot
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 2e-5  # a few roundings of float32
@@ -27,9 +27,9 @@ def check(limit, *shape, **options):
 
 def in_segments(count, monkeypatch):
     """Has every sequence cut into so many."""
-    from glalm.kernels.triton import gla, kept
+    from glalm.kernels.triton import gla, saved
 
-    for module in (gla, kept):
+    for module in (gla, saved):
         monkeypatch.setattr(module, "segment_count", lambda *_: count)
 
 
@@ -152,8 +152,8 @@ def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeyp
     def run():
         results = []
         for gate in (g, g[..., 0], None):
-            o, final, kept = gla.forward(q, k, v, gate, 0.25, None, None, True, bounds, True)
-            results += [o, final, *gla.backward(q, k, v, gate, 0.25, None, None, bounds, kept, do, None)]
+            o, final, saved_tensors = gla.forward(q, k, v, gate, 0.25, None, None, True, bounds, True)
+            results += [o, final, *gla.backward(q, k, v, gate, 0.25, None, None, bounds, saved_tensors, do, None)]
         return [x for x in results if x is not None]
 
     def poisoned(empty):
@@ -180,8 +180,8 @@ def test_memory_layout_of_states_and_bounds_does_not_matter(segments, monkeypatc
 
     def run(S, dS, bounds):
         args = q, k, v, -g.abs(), 1, None, S
-        o, final, kept = gla.forward(*args, True, bounds, True)
-        return o, final, *gla.backward(*args, bounds, kept, v, dS)
+        o, final, saved_tensors = gla.forward(*args, True, bounds, True)
+        return o, final, *gla.backward(*args, bounds, saved_tensors, v, dS)
 
     strided = S.mT.contiguous().mT, torch.ones(()).expand_as(dS), torch.tensor([0, -1, 70])[::2]
     assert all(torch.equal(a, b) for a, b in zip(run(S, dS, bounds), run(*strided), strict=True))

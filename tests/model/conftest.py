@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import test_mixers
 import yaml
 
-from glalm.config import MIXERS, ModelConfig
+from glalm.config.strict import build
+from glalm.model.config import MIXERS, ModelConfig
 from glalm.model.flops import cost
-from glalm.strict import build
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "mixers.md").read_text(), re.DOTALL)

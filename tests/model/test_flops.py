@@ -12,11 +12,12 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glalm.config import MIXERS, ModelConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.config.strict import build
+from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import cost, forward_flops
+from glalm.model.hf_config import GLALMConfig
 from glalm.model.short_conv import ShortConv
-from glalm.strict import build
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from test_mixers import CHOICES
 from transformers.generation.streamers import BaseStreamer
 
-from glalm.model import StateCache
-from glalm.model.decode import Decoder
+from glalm.generation.cuda_graph import Decoder
+from glalm.model.cache import StateCache
 
 every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": -1}

@@ -5,8 +5,8 @@ import torch
 from test_generation import GREEDY, SAMPLED, left_padded
 from test_mixers import CHOICES
 
-from glalm.model import decode
-from glalm.model.decode import Decoder
+from glalm.generation import cuda_graph
+from glalm.generation.cuda_graph import Decoder
 
 every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 
@@ -52,7 +52,7 @@ def test_a_given_state_is_continued_and_left_as_it_was(tiny, tokens):
 
 @pytest.mark.parametrize("check", [1, 3, 16])
 def test_rows_that_ended_are_padded_and_cut(tiny, tokens, monkeypatch, check):
-    monkeypatch.setattr(decode, "CHECK", check)
+    monkeypatch.setattr(cuda_graph, "CHECK", check)
     model, ids = tiny(), tokens(3, 9)
     free = model.generate(ids, **GREEDY)[:, 9:]
     ends = free[[0, 1, 2], [0, 2, 4]].tolist()
@@ -105,7 +105,7 @@ def test_steps_keep_no_cast_copies_of_the_weights(tiny, tokens):
     """Autocast's cache would: a graph captured with its copies reads freed memory once autocast ends."""
     model, ids = tiny().float(), tokens(1, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cache = decode.prefill(model, ids, None, None, 99)[1]
+        cache = cuda_graph.prefill(model, ids, None, None, 99)[1]
         before = Decoder(model).step_from(cache)(ids[:, :1])
         model.lm_head.weight.mul_(2)
         assert torch.equal(Decoder(model).step_from(cache)(ids[:, :1]), 2 * before)
@@ -138,7 +138,7 @@ def test_captured_steps_compute_what_plain_ones_do(choice, tiny, tokens):
         assert torch.equal(model.generate(**inputs, custom_generate=decoder, **settings), expected)
     assert (decoder.step.graph is None) == decoder.step.growing
     model.bfloat16()
-    step = Decoder(model).step_from(cache := decode.prefill(model, inputs["input_ids"], None, None, 64)[1])
+    step = Decoder(model).step_from(cache := cuda_graph.prefill(model, inputs["input_ids"], None, None, 64)[1])
     for t in range(5):
         out = model(tokens(2, 1, seed=t).cuda(), past_key_values=cache, use_cache=True)
         cache = out.past_key_values

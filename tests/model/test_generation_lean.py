@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.model import lean
+from glalm.generation import fused_decode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
@@ -49,7 +49,7 @@ def check_matvec(device: str) -> None:
 
 
 def check_step(device: str) -> None:
-    from glalm.kernels.triton.step import gla_step
+    from glalm.kernels.triton.decode_step import gla_step
 
     for H, K, V, R in ((2, 24, 40, 5), (4, 64, 128, 16)):
         q, k, v, low, weight, bias = (
@@ -80,14 +80,14 @@ def test_a_kernel_on_the_gpu(check):
 @torch.no_grad()
 def test_is_the_models_step(tiny, tokens):
     model = tiny().float()
-    assert lean.serves(model)
+    assert fused_decode.serves(model)
     cache = model(tokens(1, 20), use_cache=True).past_key_values
     states = [S.clone() for S in cache.states]
     for t in range(3):
         token = tokens(1, 1, seed=t)
         out = model(token, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits = lean.next_logits(model, token, states)
+        logits = fused_decode.next_logits(model, token, states)
         torch.testing.assert_close(logits, out.logits[:, -1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(states, cache.states, rtol=1e-3, atol=1e-4)
 
@@ -109,7 +109,7 @@ def test_is_the_models_step(tiny, tokens):
     ids=str,
 )
 def test_serves_the_papers_model_alone(tiny, changes):
-    assert not lean.serves(tiny(**changes).float())
+    assert not fused_decode.serves(tiny(**changes).float())
 
 
 def test_serves_no_adapted_layers(tiny):
@@ -117,10 +117,10 @@ def test_serves_no_adapted_layers(tiny):
         pass
 
     model = tiny()
-    assert not lean.serves(model)  # in float64
-    assert lean.serves(model.float())
+    assert not fused_decode.serves(model)  # in float64
+    assert fused_decode.serves(model.float())
     model.model.layers[0].attn.q_proj = Adapted(32, 16, bias=False)
-    assert not lean.serves(model)
+    assert not fused_decode.serves(model)
 
 
 def test_serves_no_hooked_layers(tiny):
@@ -128,17 +128,17 @@ def test_serves_no_hooked_layers(tiny):
     layer = model.model.layers[1].mlp.up_proj
     for hook in (layer.register_forward_hook, layer.register_forward_pre_hook):
         handle = hook(lambda *args: None)
-        assert not lean.serves(model)
+        assert not fused_decode.serves(model)
         handle.remove()
-        assert lean.serves(model)
+        assert fused_decode.serves(model)
     layer.forward = layer.forward  # as accelerate does it
-    assert not lean.serves(model)
+    assert not fused_decode.serves(model)
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_captured_it_is_the_models_step_in_bf16(tiny, tokens):
-    from glalm.model.decode import Decoder, prefill
+    from glalm.generation.cuda_graph import Decoder, prefill
 
     model = tiny(hidden_size=256, num_heads=4, intermediate_size=700).cuda()
     ids = tokens(1, 40).cuda()

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import glalm
-from glalm.model import GLALMConfig, GLALMForCausalLM, interop
+import glalm.hf
+from glalm.compat import fla
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 48, "num_heads": 4}
 BASE |= {"norm_eps": 1e-5, "architectures": ["GLAForCausalLM"], "dtype": "float64", "max_position_embeddings": 2048}
@@ -219,7 +221,7 @@ def test_what_was_loaded_is_saved_as_ours(name, published, tmp_path):
 def test_exported_it_is_theirs_again(name, published, tokens, tmp_path):
     """The weights come back under fuse_norm=True's names, and config.json says the same model."""
     folder, weights = published(**THEIRS[name])
-    interop.export(GLALMForCausalLM.from_pretrained(folder), tmp_path / "out")
+    fla.export(GLALMForCausalLM.from_pretrained(folder), tmp_path / "out")
     tree, out = (
         json.loads((tmp_path / "out" / "config.json").read_text()),
         load_file(tmp_path / "out" / "model.safetensors"),
@@ -235,7 +237,7 @@ def test_exported_it_is_theirs_again(name, published, tokens, tmp_path):
 
 
 def test_the_exported_dtype_is_the_weights(tiny, tmp_path):
-    interop.export(tiny().bfloat16(), tmp_path)
+    fla.export(tiny().bfloat16(), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -325,7 +327,7 @@ def test_what_ours_cannot_be_is_named(tree, message, published):
 )
 def test_what_theirs_cannot_be_is_named(options, message, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
-        interop.export(tiny(**options), tmp_path)
+        fla.export(tiny(**options), tmp_path)
     assert [*tmp_path.iterdir()] == []
 
 

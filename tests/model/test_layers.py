@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from glalm.config import ModelConfig
-from glalm.strict import ConfigError, build
+from glalm.config.strict import ConfigError, build
+from glalm.model.config import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from glalm.model.linearize import distil, is_new, linearize
-from glalm.strict import ConfigError
+from glalm.compat.linearize import distil, is_new, linearize
+from glalm.config.strict import ConfigError
 
 
 @pytest.fixture

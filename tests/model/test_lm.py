@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from glalm.config import ModelConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM, StateCache
+from glalm.model.cache import StateCache
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 
 def gla_by_hand(weights: dict, config: GLALMConfig, input_ids: torch.Tensor) -> torch.Tensor:

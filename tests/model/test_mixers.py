@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.config import MIXERS, ModelConfig
-from glalm.model import GLALMForCausalLM
+from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
 
 CHOICES = {
     "gla": {},

@@ -28,10 +28,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import glalm
-from glalm.config.model import GLAConfig
+import glalm.hf
+from glalm.compat import fla
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
-from glalm.model import GLALMConfig, GLALMForCausalLM, GLALMModel, interop
+from glalm.model.config import GLAConfig
+from glalm.model.decoder import GLALMForCausalLM, GLALMModel
+from glalm.model.hf_config import GLALMConfig
 
 HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
 
@@ -67,7 +69,7 @@ print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "glalm.model.lm", done.stderr
+    assert done.stdout.strip() == "glalm.model.decoder", done.stderr
 
 
 def test_so_does_importing_it_after_transformers(monkeypatch):
@@ -79,7 +81,7 @@ def test_so_does_importing_it_after_transformers(monkeypatch):
         "transformer": glalm.ConfigOnDemand,
         "retnet": "another library's",
     }
-    assert set(glalm.MODEL_TYPES) == {"glalm", *interop.FORMATS}
+    assert set(glalm.MODEL_TYPES) == {"glalm", *fla.FORMATS}
 
 
 def test_auto_classes(saved, tokens):

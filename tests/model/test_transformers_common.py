@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-from glalm.model import GLALMConfig, GLALMForCausalLM, GLALMModel
+from glalm.model.decoder import GLALMForCausalLM, GLALMModel
+from glalm.model.hf_config import GLALMConfig
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
 if SOURCE is None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_training.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_training.py"
 
 
 @pytest.fixture(scope="module")

@@ -33,5 +33,5 @@ def test_a_command_beside_an_installed_package_says_how_to_install(installed, tm
 
 
 def test_the_installed_package_has_models_and_operators(installed, tmp_path):
-    done = installed("-c", "import glalm, glalm.kernels, glalm.model, glalm.evals.run; print(glalm.__file__)")
+    done = installed("-c", "import glalm.hf, glalm.kernels, glalm.model, glalm.evals.runner; print(glalm.__file__)")
     assert done.stdout == f"{tmp_path / 'glalm' / '__init__.py'}\n", done.stderr

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from glalm.config import RunConfig
-from glalm.strict import build
+from glalm.config.run import RunConfig
+from glalm.config.strict import build
 from glalm.train import distributed, loop
 from glalm.train.distributed import any_process
 from glalm.train.guards import UpdateGuard

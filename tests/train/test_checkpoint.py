@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from glalm.config import OptimConfig
+from glalm.config.run import OptimConfig
 from glalm.data.files import sha256
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint, tensors
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.optim import optimizers

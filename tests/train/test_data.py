@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.data.loader import IGNORED, Windows, packed
 from glalm.data.order import Order
-from glalm.data.prepare import prepare
 from glalm.data.shards import TokenSet
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
+from glalm.prepare.pipeline import prepare
 from glalm.train import loop
 from glalm.train.step import model_inputs
 

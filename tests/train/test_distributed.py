@@ -11,10 +11,12 @@ import pytest
 import torch
 from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 
-from glalm.config import ParallelConfig, RunConfig
+from glalm.config.parallel import ParallelConfig
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError, build
 from glalm.data.files import read_jsonl
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError, build
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import distributed, loop, step
 from glalm.train.distributed import check_devices, keeps_float32, refuse_foreign_settings
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from glalm.config import ModelConfig, OptimConfig, TrainConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.config.run import OptimConfig, TrainConfig
+from glalm.config.strict import ConfigError
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import cost
-from glalm.strict import ConfigError
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import estimate
 from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
 from glalm.train.optim import optimizers

@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from glalm.config import EvalConfig
-from glalm.data.prepare import prepare
+from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
-from glalm.data.vocabulary import train_sentencepiece
 from glalm.evals import perplexity
-from glalm.evals.job import Work
-from glalm.evals.models import open_subject
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import RunError
+from glalm.evals.eval_model import open_subject
+from glalm.evals.evaluator import Work
+from glalm.evals.options import EvalConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
+from glalm.prepare.pipeline import prepare
+from glalm.prepare.vocabulary import train_sentencepiece
 from glalm.train import checkpoint
 from glalm.train.loop import train
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from glalm.config import ModelConfig, TrainConfig
+from glalm.config.run import TrainConfig
+from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import float8
 from glalm.train.blocks import prepare_blocks
 from glalm.train.loop import train

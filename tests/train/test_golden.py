@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glalm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.model.config import ModelConfig
 from glalm.train import distributed, loop, optim
 from glalm.train.guards import UpdateGuard
 from glalm.train.step import update

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_checkpoint import trained
 
-from glalm.config import CheckpointConfig, GuardConfig
+from glalm.config.reliability import CheckpointConfig, GuardConfig
+from glalm.config.strict import ConfigError
 from glalm.data.order import Order
-from glalm.strict import ConfigError
 from glalm.train import checkpoint
 from glalm.train.guards import SIGNALS, BadSteps, StopSignal, UpdateGuard
 from glalm.train.lock import check_filesystem, sole_run

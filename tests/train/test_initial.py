@@ -1,6 +1,6 @@
 import shutil
 
-from glalm.data.prepare import prepare
+from glalm.prepare.pipeline import prepare
 from glalm.train.initial import tokenizers
 from glalm.train.loop import train
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.files import read_jsonl
-from glalm.strict import ConfigError, RunError
 from glalm.train import checkpoint, loop
 from glalm.train.distributed import choose_precision, start
 from glalm.train.guards import BadSteps

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from glalm.config import MIXERS, ModelConfig, TrainConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.config.run import TrainConfig
 from glalm.model.block import Block
+from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import blocks
 from glalm.train.blocks import prepare_blocks
 from glalm.train.loop import train

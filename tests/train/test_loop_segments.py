@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from glalm.config import RunConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.config.run import RunConfig
+from glalm.config.strict import ConfigError
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import distributed
 from glalm.train.step import accumulate
 

@@ -6,8 +6,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from glalm.config import OptimConfig, RunConfig, TrainConfig
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.config.run import OptimConfig, RunConfig, TrainConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 from glalm.train.optim import learning_rate, optimizers, set_learning_rate
 
 TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from glalm.config import OptimConfig
+from glalm.config.run import OptimConfig
 from glalm.data.files import read_jsonl
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
-from glalm.model import GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import loop
 
 

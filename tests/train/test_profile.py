@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from glalm.strict import ConfigError
+from glalm.config.strict import ConfigError
 from glalm.train.profile import Profiler
 
 

@@ -4,8 +4,9 @@ import time
 import pytest
 import torch
 
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import forward_flops
+from glalm.model.hf_config import GLALMConfig
 from glalm.train import report
 from glalm.train.environment import environment, git_state, peak_flops
 from glalm.train.report import Meter

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaTokenizer
 
+from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.data.prepare import prepare
-from glalm.model import GLALMConfig, GLALMForCausalLM
-from glalm.strict import ConfigError
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
+from glalm.prepare.pipeline import prepare
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.resume import restore

@@ -6,14 +6,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glalm.kernels.gates import has_gradient
-from glalm.kernels.triton.blocks import CHUNK, Chunks, signs
-from glalm.kernels.triton.configs import Config, Launch, config_for
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
-from glalm.kernels.triton.kept import Kept, operands, padded, per_head, segment_count, shapes
 from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.prepare import prepare_kernel
+from glalm.kernels.triton.launch_configs import Config, Launch, config_for
+from glalm.kernels.triton.rescale import prepare_kernel
+from glalm.kernels.triton.saved import Kept, operands, padded, per_head, segment_count, shapes
 from glalm.kernels.triton.scan import join_kernel, scan_kernel
+from glalm.kernels.triton.tiles import CHUNK, Chunks, signs
 
 EXACT_EACH = 4  # tiles to a program that looks whether there is one for the exact path: mostly it only looks
 

@@ -18,7 +18,8 @@ q_hat, k_hat and dA are used in two parts, nearly unrounded, and the same number
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.blocks import (
+from glalm.kernels.triton.rescale import clamped_exponents, exponents, load_gates
+from glalm.kernels.triton.tiles import (
     FLOOR,
     any_marked,
     chunk_rows,
@@ -33,7 +34,6 @@ from glalm.kernels.triton.blocks import (
     prefetch_tile,
     store_tile,
 )
-from glalm.kernels.triton.prepare import clamped_exponents, exponents, load_gates
 
 
 @triton.jit

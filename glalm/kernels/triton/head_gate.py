@@ -16,7 +16,8 @@ with S and dS the states at the chunk's start and of its end (see scan.py), and 
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.blocks import (
+from glalm.kernels.triton.gradients import through_states
+from glalm.kernels.triton.tiles import (
     FLOOR,
     LOG2E,
     chunk_rows,
@@ -32,7 +33,6 @@ from glalm.kernels.triton.blocks import (
     store_tile,
     two_part_dot,
 )
-from glalm.kernels.triton.gradients import through_states
 
 
 @triton.jit

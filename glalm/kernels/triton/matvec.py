@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from glalm.kernels.triton.configs import architecture
-from glalm.kernels.triton.kept import padded
 from glalm.kernels.triton.launch import launch
+from glalm.kernels.triton.launch_configs import architecture
+from glalm.kernels.triton.saved import padded
 
 TILE = 8192  # weights of one matrix a program holds
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glalm.kernels.triton.kept import padded
 from glalm.kernels.triton.launch import launch
+from glalm.kernels.triton.saved import padded
 
 TILE = 4096  # numbers of the state a program holds: 32 a thread, and programs enough for a batch of one
 

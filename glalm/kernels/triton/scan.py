@@ -15,7 +15,7 @@ One program holds S^T [BV, K] of one head in float32 registers, so that S^T is t
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.blocks import chunk_rows, dot, prefetch_tile, sequence_chunks
+from glalm.kernels.triton.tiles import chunk_rows, dot, prefetch_tile, sequence_chunks
 
 
 @triton.jit(do_not_specialize=["N", "T", "segments"])

@@ -1,4 +1,4 @@
-"""The token mixers, by the name that `model.mixer` or `model.layers` chooses (glalm.config.MIXERS).
+"""The token mixers, by the name that `model.mixer` or `model.layers` chooses (glalm.model.config.MIXERS).
 
 A mixer is an nn.Module made from a GLALMConfig with
 
@@ -19,7 +19,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from glalm.config import MIXERS
+from glalm.model.config import MIXERS
 
 
 def mixer(name: str, config) -> nn.Module:

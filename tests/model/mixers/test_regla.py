@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import elu, relu
 
-from glalm.model import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
 
 
 def regla(w, x, config):

@@ -1,0 +1,278 @@
+"""Time chunk_gla beside torch's causal attention and, where it is installed, flash-linear-attention; on one GPU.
+
+    python benchmarks/bench_kernels.py                       the table of docs/performance.md, in Markdown
+    python benchmarks/bench_kernels.py --gates              every gate of the family, and logits fused or not
+    python benchmarks/bench_kernels.py --figure speed.png   tokens a second against the length, and speed.json
+    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch_configs.py
+
+Times are medians in ms, each call with a cold L2 cache. Without --graph they are the GPU's from a call's beginning to
+its end, its waits for the host included: where Python and launches take longer than the kernels, the host is measured.
+With --graph the same call, gradients included, is captured in a CUDA graph, and its replays are timed: the kernels and
+the short gaps between them alone. "-": the call failed, or cannot be captured; stderr has the reason. Peak is the
+memory above the inputs, in MiB, over one forward and backward, never in a graph.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from glalm import kernels
+from glalm.kernels import chunk_gla
+from glalm.kernels.triton import gla, launch_configs
+from glalm.kernels.triton.saved import Kept
+
+SHAPES = {  # B, T, H, K, V and the attention heads of the same width
+    "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
+    "1.3B layer B1 T16384": (1, 16384, 4, 256, 512, 16, 128),
+    "340M layer B32 T2048": (32, 2048, 4, 128, 256, 16, 64),
+    "340M layer B2 T32768": (2, 32768, 4, 128, 256, 16, 64),
+    "D64 B32 T1024": (32, 1024, 16, 64, 64, 16, 64),
+    "D64 B32 T4096": (32, 4096, 16, 64, 64, 16, 64),
+    "D64 B32 T16384": (32, 16384, 16, 64, 64, 16, 64),
+}
+
+
+def attention(backend: SDPBackend) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return call
+
+
+def operators() -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
+    """Name, whether it takes gates, and the call."""
+    yield "glalm", True, lambda *inputs: chunk_gla(*inputs)[0]
+    try:
+        from fla.ops.gla import chunk_gla as peer
+
+        yield "fla", True, lambda *inputs: peer(*inputs)[0]
+    except ImportError:
+        pass
+    yield "FlashAttention-2", False, attention(SDPBackend.FLASH_ATTENTION)
+    yield "cuDNN", False, attention(SDPBackend.CUDNN_ATTENTION)
+
+
+@functools.cache
+def generator() -> torch.Generator:
+    """Not torch's own, which a capture that failed leaves unusable."""
+    return torch.Generator("cuda")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(), device="cuda", dtype=torch.bfloat16)
+
+
+def random_inputs(B: int, T: int, H: int, K: int, V: int) -> list[Tensor]:
+    q, k, v, x = (random(B, T, H, n) for n in (K, K, V, K))
+    return [y.detach().requires_grad_() for y in (q, k, v, F.logsigmoid(x) / 16)]
+
+
+def attempt(measure: Callable[..., float], *arguments) -> float | None:
+    """None, and the reason on stderr, where it fails: the others are measured all the same."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def shown(figure: float | None, digits: int = 3) -> str:
+    return "-" if figure is None else f"{figure:.{digits}f}"
+
+
+def median(call: Callable[[], object], leaves: list[Tensor], graph: bool) -> float:
+    """ms of a call that leaves gradients in `leaves`."""
+    clear(leaves)
+    return do_bench(captured(call, leaves) if graph else call, grad_to_none=leaves, return_mode="median")
+
+
+def captured(call: Callable[[], object], leaves: list[Tensor]) -> Callable[[], None]:
+    """The call as one CUDA graph. What it makes, the gradients too, lies in the graph's memory."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # which a capture that fails does not leave by itself
+        call()  # kernels are compiled and libraries set up, which a capture forbids
+        clear(leaves)  # a gradient that is there would be added to
+        with torch.cuda.graph(graph, stream=side):
+            call()
+    return graph.replay
+
+
+def clear(leaves: list[Tensor]) -> None:
+    for x in leaves:
+        x.grad = None
+
+
+def peak(call: Callable[[], object], leaves: list[Tensor]) -> float:
+    """MiB above what there is before."""
+    call()
+    clear(leaves)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(call: Callable[..., Tensor], inputs: list[Tensor], graph: bool) -> tuple[float | None, ...]:
+    """Median ms of the forward and of both passes, and the peak in MiB."""
+    do = random(*inputs[2].shape)  # of v, as the output
+
+    def both() -> None:
+        call(*inputs).backward(do)
+
+    forward = torch.no_grad()(lambda: call(*inputs))
+    return (
+        attempt(median, forward, inputs, graph),
+        attempt(median, both, inputs, graph),
+        attempt(peak, both, inputs),
+    )
+
+
+def table(shapes: dict[str, tuple[int, ...]], graph: bool) -> dict[str, dict[str, tuple[float | None, ...]]]:
+    rows = {}
+    for name, (B, T, H, K, V, heads, width) in shapes.items():
+        rows[name] = {}
+        for operator, gated, call in operators():
+            if gated:
+                inputs = random_inputs(B, T, H, K, V)
+            else:
+                inputs = [random(B, heads, T, width).requires_grad_() for _ in range(3)]
+            rows[name][operator] = measure(call, inputs, graph)
+            torch.cuda.empty_cache()
+        cells = (f"{shown(f)} / {shown(b)} ms, {shown(p, 0)} MiB" for f, b, p in rows[name].values())
+        if len(rows) == 1:
+            print(f"| forward / both, peak | {' | '.join(rows[name])} |\n|{'-|' * (len(rows[name]) + 1)}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return rows
+
+
+def gates(B: int, T: int, H: int, K: int, V: int, graph: bool) -> None:
+    """Forward and both, ms, for every gate."""
+    q, k, v, g = random_inputs(B, T, H, K, V)
+    x = random(*g.shape).requires_grad_()
+    head, head_x = (y.detach()[..., 0].contiguous().requires_grad_() for y in (g, x))
+    fused = {"gate_logit_normalizer": 16.0}
+    cases = {
+        "a gate a channel, bf16": lambda: chunk_gla(q, k, v, g),
+        "its logits, fused": lambda: chunk_gla(q, k, v, x, **fused),
+        "its logits, fp32 outside": lambda: chunk_gla(q, k, v, F.logsigmoid(x.float()) / 16),
+        "a gate a head, bf16": lambda: kernels.chunk_simple_gla(q, k, v, head),
+        "its logits": lambda: kernels.chunk_simple_gla(q, k, v, head_x, **fused),
+        "fixed decay (RetNet)": lambda: kernels.chunk_retention(q, k, v),
+        "no gate": lambda: kernels.chunk_linear_attn(q, k, v),
+    }
+    do, leaves = random(*v.shape), [q, k, v, g, x, head, head_x]
+    for name, call in cases.items():
+        forward = attempt(median, torch.no_grad()(call), leaves, graph)
+        both = attempt(median, lambda c=call: c()[0].backward(do), leaves, graph)
+        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {shown(forward)} / {shown(both)} |", flush=True)
+
+
+def figure(path: str, graph: bool) -> None:
+    """Tokens a second against the length, batch times length constant."""
+    lengths = [1024 * 2**i for i in range(6)]
+    rows = table({f"T{T}": (2**17 // T, T, 16, 64, 64, 16, 64) for T in lengths}, graph)
+    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))  # ms forward, ms of both passes, MiB
+    draw(rows, lengths, path)
+
+
+def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.figure(figsize=(6, 4))
+    for operator in next(iter(rows.values())):
+        speeds = [2**17 / (rows[f"T{T}"][operator][1] or math.nan) / 1e3 for T in lengths]
+        plt.loglog(lengths, speeds, "o-", base=2, label=operator)
+    plt.xticks(lengths, [f"{T // 1024}K" for T in lengths])
+    plt.yticks(speeds := [2**i for i in range(6)], map(str, speeds))
+    plt.grid(alpha=0.3)
+    plt.xlabel("length (tokens)")
+    plt.ylabel("million tokens a second, both passes")
+    plt.title("16 heads of 64, 131,072 tokens a batch", fontsize="medium")
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(path, dpi=150)
+
+
+def tune(B: int, T: int, K: int, V: int) -> None:
+    """Every kernel by itself over its candidates; the best of each is kept for those after it."""
+    widths = [v for v in (64, 128, 256) if v <= V]
+    plain = [{"BV": v, "PARTS": p, "PREFETCH": False} for v, p in itertools.product(widths, (1, 4))]
+    scans = plain + [tile | {"PREFETCH": True} for tile in plain]
+    square = [{"BK": 64, "BV": 64, "PREFETCH": f} for f in (False, True)]
+    q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
+    do, o = torch.randn_like(v), torch.empty_like(v)
+    plan, fixed = (gla.Plan(q, k, v, gate, K**-0.5, None, None) for gate in (g, None))
+    kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
+    new_state = functools.cache(plan.new_state)
+
+    def started() -> Kept:
+        """kept, with a place for the starts of as many segments as the forward scan of the moment cuts."""
+        return kept._replace(starts=new_state(plan.segments(reverse=False)))
+
+    def find_starts() -> None:
+        segments = plan.segments(reverse=False)
+        plan.find_starts(new_state(segments), segments, kept, v, None, None, False)
+
+    candidates = {
+        "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
+        "forward": (plain, lambda: plan.scan(started(), v, None, None, out=o)),
+        "states": (scans, lambda: plan.scan(started(), v, None, None, states=states)),
+        "starts": (plain, find_starts),
+        "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
+        "gradients": (square, lambda: plan.gradients(kept, do, states, dstates)),
+        "gradients_fixed": (square, lambda: fixed.gradients(kept, do, states, dstates)),
+    }
+    for kernel, (tiles, call) in candidates.items():
+        if kernel == "starts" and plan.segments(reverse=False) == 1:
+            continue
+        found = []
+        for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
+            if warps == 8 and (limit or "PARTS" not in tile):
+                continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
+            launch = launch_configs.Launch(tile, warps, stages, limit)
+            plan.config = fixed.config = plan.config._replace(**{kernel: launch})
+            try:
+                call()
+                found.append((do_bench(call, return_mode="median"), launch))
+            except OutOfResources as error:
+                print(f"{kernel} {launch}: {error}")
+        ms, best = min(found, key=lambda x: x[0])
+        plan.config = fixed.config = plan.config._replace(**{kernel: best})
+        print(f"B{B} T{T} {kernel:15s} {ms:.3f} ms  {best}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", metavar="PNG")
+    parser.add_argument("--gates", action="store_true")
+    parser.add_argument("--tune", nargs=2, type=int, metavar=("K", "V"))
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs; not with --tune")
+    arguments = parser.parse_args()
+    if arguments.graph and arguments.tune:
+        parser.error("--tune times single kernels, without --graph")
+    if not torch.cuda.is_available():
+        parser.error("the kernels are timed on a CUDA device, and there is none")
+    if arguments.tune:
+        for B, T in ((32, 2048), (2, 32768)):  # many heads, and few
+            tune(B, T, *arguments.tune)
+    elif arguments.gates:
+        for name in ("1.3B layer B8 T2048", "340M layer B32 T2048", "D64 B32 T1024"):
+            gates(*SHAPES[name][:5], arguments.graph)
+    elif arguments.figure:
+        figure(arguments.figure, arguments.graph)
+    else:
+        table(SHAPES, arguments.graph)

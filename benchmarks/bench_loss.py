@@ -1,0 +1,103 @@
+"""Time the head's cross-entropy, forward and backward: ours at several chunk sizes beside torch's and Liger's.
+
+    python benchmarks/bench_loss.py                  65,536 tokens x 32,000 words x width 1,024, and 16,384 at 2,048
+    python benchmarks/bench_loss.py --tiny           on a CPU, in a second
+
+Median ms, TFLOP/s of the three matmuls, and the peak of memory above the inputs, in MiB; bfloat16 hidden states and a
+float32 weight under bfloat16 autocast. What is not installed is left out.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glalm.model import loss as ours
+
+SHAPES = {"340M 32 x 2048": (65536, 1024, 32000), "1.3B 8 x 2048": (16384, 2048, 32000)}
+TINY = {"tiny": (256, 32, 100)}
+CUDA = torch.cuda.is_available()
+
+
+def chunked(elements: int) -> Callable[..., Tensor]:
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+        ours.CHUNK_ELEMENTS = elements
+        return ours.linear_cross_entropy(hidden, weight, targets, z_loss)
+
+    return call
+
+
+def losses() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    for power in (25, 26, 27, 28):
+        yield f"glalm, 2^{power} logits a chunk", chunked(2**power)
+    yield "glalm, z-loss", lambda *inputs: chunked(2**27)(*inputs, 1e-4)
+    yield "whole logits", lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t)
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        yield "torch", lambda h, w, t: F.linear_cross_entropy(h, w.to(h.dtype), t, options=options)
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        yield "Liger", lambda h, w, t: liger(w.to(h.dtype), h, t)
+    except ImportError:
+        pass
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Median ms of a few calls."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=50, rep=300, return_mode="median")
+
+
+def measure(loss: Callable[..., Tensor], tokens: int, width: int, words: int) -> tuple[float, float, float]:
+    """ms, peak MiB, loss."""
+    device = "cuda" if CUDA else "cpu"
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(words, width, device=device) * 0.02).requires_grad_()
+    targets = torch.randint(words, (tokens,), device=device)
+
+    def call() -> Tensor:
+        hidden.grad = weight.grad = None
+        with torch.autocast(device, torch.bfloat16):
+            value = loss(hidden, weight, targets)
+        value.backward()
+        return value
+
+    value = call().item()
+    if not CUDA:
+        return float("nan"), float("nan"), value
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return timed(call), peak, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    shapes = TINY if parser.parse_args().tiny else SHAPES
+    if not CUDA and shapes is SHAPES:
+        parser.error("there is no CUDA device to time these on; --tiny runs without")
+    for shape, (tokens, width, words) in shapes.items():
+        print(f"| {shape} | ms | TFLOP/s | peak MiB | loss |\n|-|-|-|-|-|")
+        for name, loss in losses():
+            try:
+                ms, peak, value = measure(loss, tokens, width, words)
+            except torch.OutOfMemoryError:
+                print(f"| {name} | out of memory |")
+                continue
+            rate = 6 * tokens * width * words / ms / 1e9
+            print(f"| {name} | {ms:.2f} | {rate:.0f} | {peak:.0f} | {value:.4f} |", flush=True)
+            if CUDA:
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

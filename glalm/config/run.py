@@ -41,7 +41,7 @@ def one_of(where: str, config, first: str, second: str) -> None:
     require(one is not None or two is not None, f"write {where}.{first}=N or {where}.{second}=N: both are null")
 
 
-def _given(config, where: str, *names: str) -> str:
+def format_set_key(config, where: str, *names: str) -> str:
     """The key of `names` that is given, as "key=value"."""
     name = next(n for n in names if getattr(config, n) is not None)
     return f"{where}.{name}={getattr(config, name)}"
@@ -178,8 +178,8 @@ class RunConfig:
         )
         require(
             self.warmup_steps <= self.steps,
-            f"{_given(self.optim, 'optim', 'warmup_steps', 'warmup_tokens')} is longer than "
-            f"{_given(self.train, 'train', 'steps', 'tokens')}",
+            f"{format_set_key(self.optim, 'optim', 'warmup_steps', 'warmup_tokens')} is longer than "
+            f"{format_set_key(self.train, 'train', 'steps', 'tokens')}",
         )
         self._check_segments()
 
@@ -232,7 +232,7 @@ class RunConfig:
 
         The first is the largest that divides a process's share and is at most train.micro_batch_size.
         """
-        given = _given(self.train, "train", "batch_size", "batch_tokens")
+        given = format_set_key(self.train, "train", "batch_size", "batch_tokens")
         require(
             self.batch_size % world == 0,
             f"{given} is {self.batch_size} sequences, which do not divide over {world} processes; write a multiple of "

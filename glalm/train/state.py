@@ -1,0 +1,159 @@
+"""The two values that training hands on: how a step's batch is divided, and everything that a step changes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from glalm.config.run import RunConfig, format_set_key
+from glalm.config.strict import require
+from glalm.train import rng
+from glalm.train.guards import UpdateGuard
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the processes of a run divide the batch of one optimizer step.
+
+    A process takes `local_batch` sequences of the global batch, runs them as `accumulation` micro-batches of
+    `micro_batch` sequences, and each micro-batch as `segments` consecutive pieces of `segment_length` tokens.
+    """
+
+    global_batch: int  # sequences per optimizer step, over all processes
+    seq_len: int  # tokens per sequence
+    data_parallel: int  # groups of processes that read different sequences
+    context_parallel: int  # processes that share the tokens of one sequence
+    micro_batch: int  # sequences per forward pass
+    accumulation: int  # micro-batches per process and optimizer step
+    segments: int  # pieces of a sequence that are backpropagated one after the other (truncated BPTT)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, world_size: int) -> "BatchPlan":
+        """Divide the batch of `config` over `world_size` processes.
+
+        The micro-batch is the largest divisor of a process's share that is at most train.micro_batch_size.
+
+        Raises:
+            ConfigError: The batch size is not a multiple of the number of processes.
+        """
+        batch = config.batch_size
+        require(
+            batch % world_size == 0,
+            f"{format_set_key(config.train, 'train', 'batch_size', 'batch_tokens')} is {batch} sequences, which cannot be "
+            f"divided evenly over {world_size} processes. Choose a multiple of {world_size}, or start a number of "
+            f"processes that divides {batch}.",
+        )
+        share = batch // world_size
+        limit = min(share, config.train.micro_batch_size or share)
+        micro_batch = next(size for size in range(limit, 0, -1) if share % size == 0)
+        return cls(
+            global_batch=batch,
+            seq_len=config.data.seq_len,
+            data_parallel=world_size,
+            context_parallel=1,
+            micro_batch=micro_batch,
+            accumulation=share // micro_batch,
+            segments=config.data.seq_len // (config.train.segment_length or config.data.seq_len),
+        )
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a sequence in one forward pass."""
+        return self.seq_len // self.segments
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+
+@dataclass
+class TrainState:
+    """Everything that an optimizer step changes, and all of it that a checkpoint holds.
+
+    `Trainer.step` changes it. glalm.train.checkpoint saves what `state_dict` returns.
+    """
+
+    model: PreTrainedModel
+    optimizers: list[Optimizer]
+    guard: UpdateGuard | None = None
+    step: int = 0  # optimizer steps taken, skipped ones included
+    tokens: int = 0  # tokens trained on, over all processes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and live tensors, not copies.
+
+        Returns:
+            {"step": int, "tokens": int,
+             "model": {parameter name: Tensor},
+             "training": {"optim.<key>.<parameter name>": Tensor, "guard.<name>": Tensor},
+             "random_states": {generator: uint8 Tensor}, of this process alone}.
+            Parameters and the optimizer's moments may be DTensors.
+        """
+        parameters = dict(self.model.named_parameters())
+        training = {}
+        for name, parameter in parameters.items():
+            for optimizer in self.optimizers:
+                for key, tensor in sorted(optimizer.state.get(parameter, {}).items()):
+                    training[f"optim.{key}.{name}"] = tensor
+        if self.guard is not None:
+            training |= self.guard.tensors()
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "model": parameters,
+            "training": training,
+            "random_states": rng.states(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Set this state to `saved`, a dict of the form that `state_dict` returns.
+
+        A tensor that already is the live one, because it was read in place, is not copied. A group of tensors, or a
+        tensor of a group, that `saved` lacks keeps its value.
+        """
+        self.step = saved["step"]
+        self.tokens = saved["tokens"]
+        live = self.state_dict()
+        for group in ("model", "training"):
+            for name, tensor in saved.get(group, {}).items():
+                if live[group][name] is not tensor:
+                    live[group][name].copy_(tensor)
+        if "random_states" in saved:
+            rng.restore(saved["random_states"])
+
+    def allocate_optimizer_state(self, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Create the optimizers' state tensors, which do not exist before the first step, so they can be read in place.
+
+        Args:
+            stored: {"optim.<key>.<parameter name>": (global shape, dtype)}. Other names are ignored.
+
+        Raises:
+            KeyError: A tensor belongs to a parameter that is not trained now. The argument is the parameter's name.
+        """
+        parameters = dict(self.model.named_parameters())
+        owners: dict[int, tuple[Optimizer, dict]] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                owners |= {id(parameter): (optimizer, group) for parameter in group["params"]}
+        for full_name, (shape, dtype) in stored.items():
+            if not full_name.startswith("optim."):
+                continue
+            _, key, name = full_name.split(".", 2)
+            if name not in parameters or id(parameters[name]) not in owners:
+                raise KeyError(name)
+            parameter = parameters[name]
+            optimizer, group = owners[id(parameter)]
+            optimizer.state[parameter][key] = _empty_state(parameter, group, shape, dtype)
+
+
+def _empty_state(parameter: Tensor, group: dict, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    # A step count. Fused and capturable optimizers keep it on the parameter's device, others on the CPU.
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")

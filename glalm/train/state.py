@@ -41,11 +41,11 @@ class BatchPlan:
             ConfigError: The batch size is not a multiple of the number of processes.
         """
         batch = config.batch_size
+        key = format_set_key(config.train, "train", "batch_size", "batch_tokens")
         require(
             batch % world_size == 0,
-            f"{format_set_key(config.train, 'train', 'batch_size', 'batch_tokens')} is {batch} sequences, which cannot be "
-            f"divided evenly over {world_size} processes. Choose a multiple of {world_size}, or start a number of "
-            f"processes that divides {batch}.",
+            f"{key} is {batch} sequences, which cannot be divided evenly over {world_size} processes. Choose a "
+            f"multiple of {world_size}, or start a number of processes that divides {batch}.",
         )
         share = batch // world_size
         limit = min(share, config.train.micro_batch_size or share)

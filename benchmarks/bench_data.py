@@ -93,9 +93,9 @@ def bench_load(args: argparse.Namespace) -> None:
             windows.reset = reset
             for workers in args.workers:
                 rate = load_rate(windows, args, workers)
-                boundaries = "reset" if reset else "concatenate"
+                boundaries = "reset_state" if reset else "ignore"
                 print(
-                    f"boundaries={boundaries:<12} workers={workers}  {rate / 1e6:8.1f}M tokens/s   "
+                    f"document_boundaries={boundaries:<12} workers={workers}  {rate / 1e6:8.1f}M tokens/s   "
                     f"{rate / NEEDED:6.1f} x the {NEEDED / 1e6}M wanted"
                 )
 

@@ -59,7 +59,7 @@ def export(run: Path, name: str, out: Path) -> None:
     theirs = transformers_tokenizer(tokenizer, ours)
     model.config.bos_token_id, model.config.eos_token_id = ours.bos_id, ours.eos_id
     # For evaluators. Not as max_position_embeddings, which generate() would take for a limit.
-    model.config.train_length, model.config.boundaries = config.data.seq_len, config.data.boundaries
+    model.config.train_length, model.config.document_boundaries = config.data.seq_len, config.data.document_boundaries
     model.generation_config = GenerationConfig(
         bos_token_id=ours.bos_id, eos_token_id=ours.eos_id, pad_token_id=ours.eos_id, do_sample=True, temperature=0.8
     )

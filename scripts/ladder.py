@@ -50,7 +50,7 @@ ABLATIONS = {
     "gla_1_head": ["model.num_heads=1"],  # the paper's model has 4
     "gla_8_heads": ["model.num_heads=8"],
     "gla_12_segments": [
-        "train.segment_length={length}",
+        "train.tbptt_length={length}",
         "data.seq_len={window}",
         "train.batch_size=null",
         "train.batch_tokens={tokens}",
@@ -166,7 +166,7 @@ def plan(choice: str, seed: int, args: argparse.Namespace, overrides: list[str])
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train += [override.format(**sizes) for override in ABLATIONS.get(choice, [])]
     config = composed(train)
-    length = config.train.segment_length or config.data.seq_len
+    length = config.train.tbptt_length or config.data.seq_len
     evaluate = [*where[:2], "evals=[perplexity,extrapolation]", f"train_length={length}"]
     evaluate += [f"extrapolation.max_length={10 * length}", "extrapolation.contexts=[carried]", *args.eval]
     return Run(choice, config, train, evaluate)

@@ -40,8 +40,8 @@ def test_experiments_are_the_papers(experiment):
     assert config.name == experiment and config.model.mixer == experiment.split("_")[0]
     optim = config.optim
     assert (optim.lr, optim.min_lr, optim.weight_decay, optim.grad_clip) == (3e-4, 3e-5, 0.01, 1.0)
-    assert (optim.name, optim.schedule, config.data.seq_len, config.data.boundaries) == (
-        "adamw", "cosine", 2048, "concatenate"
+    assert (optim.name, optim.schedule, config.data.seq_len, config.data.document_boundaries) == (
+        "adamw", "cosine", 2048, "ignore"
     )  # fmt: skip
     for world in (1, 2, 8, 64, 256):
         micro, times = config.accumulation(world)
@@ -213,7 +213,7 @@ def test_weights_of_sources_are_a_mapping_of_the_users():
     for tree, message in [
         ({"weights": [0.5]}, "data.weights=[0.5] must be a mapping: data.weights={a: 1, b: 2}"),
         ({"weights": {"books": "much"}}, "data.weights.books='much' must be a number"),
-        ({"boundaries": "rest"}, "did you mean reset?"),
+        ({"document_boundaries": "reset"}, "did you mean reset_state?"),
         ({"workers": 0}, "data.workers must be positive"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(message)):

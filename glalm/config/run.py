@@ -22,7 +22,7 @@ class DataConfig:
     weights: dict[str, float] | None = None  # share of each source in the training tokens; null: as much as it has
     # At a document's start, go on from the state of the text before it (the paper's way), or from an empty one, with
     # the token before unscored.
-    boundaries: Literal["concatenate", "reset"] = "concatenate"
+    document_boundaries: Literal["ignore", "reset_state"] = "ignore"
     workers: int = 2  # threads a process that read ahead
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences a process holds at once, at most; null: no accumulation
     # Backpropagation through so many tokens at a time: each window of data.seq_len is run as segments of this length,
     # the state handed on and the gradient cut (the GLA paper's 8K and 24K models). null: through the whole window.
-    segment_length: int | None = None
+    tbptt_length: int | None = None
     # What of a block its backward makes again: nothing; what is elementwise (in compiled blocks, fused with its use);
     # all but the results of matrix products and kernels; everything.
     activation_checkpointing: Literal["none", "elementwise", "selective", "full"] = "elementwise"
@@ -184,22 +184,22 @@ class RunConfig:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        length, window = self.train.segment_length, self.data.seq_len
+        length, window = self.train.tbptt_length, self.data.seq_len
         if length is None:
             return
         require(
             length > 0 and window % length == 0,
-            f"train.segment_length={length} does not divide data.seq_len={window}; {divisors(window)}",
+            f"train.tbptt_length={length} does not divide data.seq_len={window}; {divisors(window)}",
         )
         require(
-            self.data.boundaries == "concatenate",
-            "train.segment_length hands the state on, data.boundaries=reset drops it; write one of "
-            "train.segment_length=null, data.boundaries=concatenate",
+            self.data.document_boundaries == "ignore",
+            "train.tbptt_length hands the state on, data.document_boundaries=reset_state drops it; write one of "
+            "train.tbptt_length=null, data.document_boundaries=ignore",
         )
         require(
             "attention" not in self.model.layer_mixers() or self.model.attention.window is not None,
-            f"train.segment_length={length}: attention without a window has no state of fixed size to hand on; write "
-            "model.attention.window=N or train.segment_length=null",
+            f"train.tbptt_length={length}: attention without a window has no state of fixed size to hand on; write "
+            "model.attention.window=N or train.tbptt_length=null",
         )
 
     @property

@@ -41,9 +41,9 @@ class Subject:
     """A model as evaluators see it: ready on its device, in evaluation mode, whatever made it.
 
     start: the ids that a document begins with, as the model was trained, (bos,) or (); None: those that preparation
-    with the tokenizer puts there. train_length: tokens, where it is known. boundaries: data.boundaries in training;
-    None: the run's. max_length: tokens, where the model cannot read more (learned positions), else None. run: the
-    config of the run that it is a checkpoint of. folder: where eval/ and plots/ go.
+    with the tokenizer puts there. train_length: tokens, where it is known. document_boundaries:
+    data.document_boundaries in training; None: the run's. max_length: tokens, where the model cannot read more (learned
+    positions), else None. run: the config of the run that it is a checkpoint of. folder: where eval/ and plots/ go.
     """
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class Subject:
     tokenizer: Tokenizer | None = None
     start: tuple[int, ...] | None = None
     train_length: int | None = None
-    boundaries: str | None = None
+    document_boundaries: str | None = None
     max_length: int | None = None
     checksum: str = ""
     precision: str = "fp32"
@@ -65,8 +65,8 @@ class Subject:
         model = self.model
         if self.start is None:
             self.start = tuple(self.tokenizer.before) if self.tokenizer else ()
-        if self.boundaries is None:
-            self.boundaries = self.run.data.boundaries if self.run else "concatenate"
+        if self.document_boundaries is None:
+            self.document_boundaries = self.run.data.document_boundaries if self.run else "ignore"
         self.device: torch.device = model.device
         self.parameters: int = sum(p.numel() for p in model.parameters())
         self.ours = isinstance(model, GLALMForCausalLM)
@@ -250,7 +250,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
         name=f"{folder.name}/{path.name}" if run else path.name,
         tokenizer=run_tokenizer(config, run),
         train_length=config.train_length or state["identity"]["data.seq_len"],
-        boundaries=state["identity"]["data.boundaries"],
+        document_boundaries=state["identity"]["data.document_boundaries"],
         checksum=checkpoint.weights_sha256(path),
         precision=precision,
         run=run,
@@ -287,7 +287,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         tokenizer=tokenizer,
         start=document_start(path, tokenizer, kind == GLALMConfig.model_type),
         train_length=config.train_length or getattr(model.config, "train_length", others_length),
-        boundaries=getattr(model.config, "boundaries", None),
+        document_boundaries=getattr(model.config, "document_boundaries", None),
         max_length=learned_positions(model),
         checksum=checksum_of([path / "config.json", *files]),  # other settings make another model of the same weights
         precision=precision,

@@ -48,9 +48,9 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     )
     subject.need_length(c.max_length if "carried" in c.contexts else train_length, "extrapolation.max_length")
     require(
-        c.text == "documents" or subject.boundaries == "concatenate",
+        c.text == "documents" or subject.document_boundaries == "ignore",
         "extrapolation.text=stream reads on from document to document, which a model trained with "
-        "data.boundaries=reset never did; write extrapolation.text=documents",
+        "data.document_boundaries=reset_state never did; write extrapolation.text=documents",
     )
     tokens = open_split(config, subject, c.split)
     edges = bucket_edges(train_length, c.max_length, c.bucket)

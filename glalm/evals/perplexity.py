@@ -1,7 +1,7 @@
 """Perplexity of a token stream in windows of the training length, each read from a fresh state.
 
-A model that was trained with data.boundaries=reset reads them as in training: from a fresh state at every document's
-start too, the token before it without a target.
+A model that was trained with data.document_boundaries=reset_state reads them as in training: from a fresh state at
+every document's start too, the token before it without a target.
 """
 
 import math
@@ -25,7 +25,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     subject.need_length(length, "train_length")
     tokens = open_split(config, subject, "validation")
     try:
-        windows = Windows(tokens, length, reset=subject.boundaries == "reset")
+        windows = Windows(tokens, length, reset=subject.document_boundaries == "reset_state")
     except ValueError as error:
         raise ConfigError(f"evals=[perplexity]: {error}") from error
     return Job(
@@ -34,7 +34,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
             "data_fingerprint": tokens.fingerprint,
             "split": tokens.split,
             "seq_len": length,
-            "boundaries": subject.boundaries,
+            "document_boundaries": subject.document_boundaries,
         },
         run=lambda work: perplexity(subject, windows, config.batch_size, work),
         total=len(windows) * length,

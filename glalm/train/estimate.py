@@ -79,7 +79,7 @@ def memory(config: RunConfig, world: int, local_world: int, bf16: bool, compiled
     batch or the mesh does not fit `world`.
     """
     micro, times = config.accumulation(world)
-    segment = config.train.segment_length or config.data.seq_len
+    segment = config.train.tbptt_length or config.data.seq_len
     tokens, accumulates = micro * segment, times * config.data.seq_len > segment
     size, mode = sizes(config), config.parallel.mode
     _, shard = config.parallel.mesh(world, local_world)
@@ -220,7 +220,7 @@ def too_large(parts: dict[str, int], device: Device) -> Iterator[str]:
 
 REMEDIES = (
     "Write a smaller train.micro_batch_size (the batch stays the same), train.activation_checkpointing=full, "
-    "train.segment_length, or with several GPUs parallel=fsdp2"
+    "train.tbptt_length, or with several GPUs parallel=fsdp2"
 )
 
 

@@ -32,11 +32,11 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
         + "; write train.float8=false",
     )
     micro_batch, _ = config.accumulation(accelerator.num_processes)
-    tokens = micro_batch * (config.train.segment_length or config.data.seq_len)
+    tokens = micro_batch * (config.train.tbptt_length or config.data.seq_len)
     require(
         tokens % MULTIPLE == 0,
         f"train.float8=true: a process has {tokens} tokens at once, no multiple of {MULTIPLE}; write such a "
-        "train.micro_batch_size, data.seq_len or train.segment_length, or train.float8=false",
+        "train.micro_batch_size, data.seq_len or train.tbptt_length, or train.float8=false",
     )
 
 

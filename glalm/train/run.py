@@ -26,7 +26,7 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
 
     Of a set that is still being prepared or added to, they are what was complete when the run began.
     """
-    reset = config.data.boundaries == "reset"
+    reset = config.data.document_boundaries == "reset_state"
     try:
         # The first process's, for all: the set may have grown between two processes' looks.
         [manifest, *_] = gather_or_raise(lambda: _manifest(config) if rank_and_world_size()[0] == 0 else None)

@@ -57,7 +57,7 @@ class BatchPlan:
             context_parallel=1,
             micro_batch=micro_batch,
             accumulation=share // micro_batch,
-            segments=config.data.seq_len // (config.train.segment_length or config.data.seq_len),
+            segments=config.data.seq_len // (config.train.tbptt_length or config.data.seq_len),
         )
 
     @property

@@ -40,7 +40,7 @@ def update(
 def accumulate(accelerator: Accelerator, model: nn.Module, batch: Batch, config: RunConfig) -> Tensor:
     """Adds the batch's gradient to the parameters', micro-batch by micro-batch, and each of these segment by segment.
 
-    Between segments (train.segment_length) the state is handed on and the gradient cut: truncated backpropagation
+    Between segments (train.tbptt_length) the state is handed on and the gradient cut: truncated backpropagation
     through time, with the memory of one segment. Returns the loss as `update` does.
     """
     micro_batch, _ = config.accumulation(accelerator.num_processes)
@@ -49,7 +49,7 @@ def accumulate(accelerator: Accelerator, model: nn.Module, batch: Batch, config:
     model.train()
     total = torch.zeros((), device=accelerator.device)
     for micro, part in zip(micros, parts, strict=True):
-        segments, state = cut(micro, config.train.segment_length or config.data.seq_len, dim=1), None
+        segments, state = cut(micro, config.train.tbptt_length or config.data.seq_len, dim=1), None
         for segment in segments:
             # Gradients are summed over processes once a step.
             with summing(model, micro is micros[-1] and segment is segments[-1]):

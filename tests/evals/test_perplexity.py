@@ -55,7 +55,7 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
     split.fingerprint = "f"
     borders = np.cumsum([0, 7, 20, 1, 15, 30])
     split.document_starts = lambda start, stop: borders[(borders >= start) & (borders < stop)]
-    run = SimpleNamespace(data=SimpleNamespace(boundaries="reset"))
+    run = SimpleNamespace(data=SimpleNamespace(document_boundaries="reset_state"))
     monkeypatch.setattr(module, "open_split", lambda config, subject, name: split)
     job = module.job(Subject(model, train_length=12, run=run), EvalConfig(batch_size=4))
 
@@ -73,7 +73,7 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
     result = job.run(Work())
     assert result["tokens"] == sum(tokens) < 72
     assert result["nats_per_token"] == pytest.approx(sum(nats) / sum(tokens), abs=1e-5)
-    assert job.settings["boundaries"] == "reset"
+    assert job.settings["document_boundaries"] == "reset_state"
 
 
 def test_one_window_has_no_standard_error(model, stream):

@@ -148,12 +148,12 @@ def test_a_checkpoint_by_its_folder_is_that_of_its_run_also_from_elsewhere(run, 
 def test_a_checkpoint_that_was_copied_into_another_run_keeps_its_own_settings(run, tmp_path):
     steps = TrainConfig(steps=2, batch_size=2, checkpoint=CheckpointConfig(every=2))
     other = dataclasses.replace(
-        run, name="other", data=DataConfig(run.data.path, 16, boundaries="reset"), train=steps, seed=1
+        run, name="other", data=DataConfig(run.data.path, 16, document_boundaries="reset_state"), train=steps, seed=1
     )
     train(other)
     evaluate(wanted(other, evals=["perplexity"]))
     expected, only = record(other, "perplexity"), {"evals": ["perplexity"], "data_path": run.data.path}
-    assert expected["settings"]["boundaries"] == "reset"
+    assert expected["settings"]["document_boundaries"] == "reset_state"
     copy = shutil.copytree(other.folder / "checkpoints" / "step_2", run.folder / "backup" / "step_2")
     evaluate(wanted(run, checkpoint=str(copy), **only))
     copied = json.loads((tmp_path / "runs" / "step_2" / "eval" / "perplexity.json").read_text())

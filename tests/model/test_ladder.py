@@ -66,7 +66,7 @@ def test_what_is_missing_is_run_and_all_is_in_the_table(ladder, tiny, tmp_path, 
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
     run = json.loads((tmp_path / "out" / "gla_12_segments-1" / "run.json").read_text())["config"]
-    assert (run["train"]["segment_length"], run["data"]["seq_len"]) == (8, 96)
+    assert (run["train"]["tbptt_length"], run["data"]["seq_len"]) == (8, 96)
     read = json.loads((tmp_path / "out" / "gla_12_segments-1" / "eval" / "extrapolation.json").read_text())
     assert read["results"]["train_length"] == 8  # the segments', so that all are read alike
 

@@ -40,8 +40,8 @@ MODES = {
     "hsdp 2 x 1, accumulating": {"parallel.mode": "hsdp", "parallel.shard": 1, "train.micro_batch_size": 1},
 }
 KINDS = {
-    "reset": {"data.boundaries": "reset", "data.seq_len": 64},
-    "segments": {"train.segment_length": 8},
+    "reset": {"data.document_boundaries": "reset_state", "data.seq_len": 64},
+    "segments": {"train.tbptt_length": 8},
     "bf16": {"train.precision": "bf16"},
     "rounded": {"parallel.reduce_dtype": "bf16"},  # which one process does not need
 }

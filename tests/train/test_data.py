@@ -78,9 +78,9 @@ def test_reset_equals_separate_documents(two_sources):
 
 def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change, two_sources):
     short = {"data.weights": {"long": 0.0, "short": 1.0}}  # so that micro-batches differ in how much they score
-    config = change(run_config, **{"data.path": str(two_sources), "data.boundaries": "reset"}, **short)
+    config = change(run_config, **{"data.path": str(two_sources), "data.document_boundaries": "reset_state"}, **short)
     whole = change(config, name="whole", **{"train.micro_batch_size": 4})
-    plain = change(config, name="plain", **{"data.boundaries": "concatenate"})
+    plain = change(config, name="plain", **{"data.document_boundaries": "ignore"})
     for run in (config, whole, plain):
         assert loop.train(run) == 0
     for a, b in zip(rows(config)[:3], rows(whole)[:3], strict=True):

@@ -67,7 +67,7 @@ def test_fsdp2_on_one_process_is_the_plain_run(config, change):
 
 def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeypatch):
     """With the last segment of the last micro-batch: until then FSDP2's shards have no gradient."""
-    given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.segment_length": 8}
+    given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.tbptt_length": 8}
     config, seen = change(config, **given), []
     accelerator = distributed.start(config)
     model, wrapped, _ = loop.build(config, accelerator)

@@ -98,7 +98,7 @@ def test_shares(run_config, change):
     assert four["gathered"] == 4 * (root + 2 * size.largest) + 4 * (root + 2 * size.largest)
     accumulating = change(run_config, **{"parallel.mode": "fsdp2", "train.batch_size": 8, "train.micro_batch_size": 1})
     assert memory(accumulating, 4, 4, False, False)["gathered"] == 4 * (root + 2 * size.largest) + 4 * size.total
-    segments = change(run_config, **{"train.segment_length": 4})
+    segments = change(run_config, **{"train.tbptt_length": 4})
     assert memory(segments, 1, 1, False, False)["activations"] * 4 == pytest.approx(one["activations"], rel=1e-6)
 
 

@@ -67,7 +67,7 @@ def test_an_export_is_evaluated_as_its_run_is(kind, run_config, change, token_fo
         AutoTokenizer.from_pretrained(exported(run_config, tmp_path / "first")).save_pretrained(tmp_path / "tokenizer")
         data, tokenizer = tmp_path / "data", str(tmp_path / "tokenizer")
         prepare([token_folder.parent / "words.jsonl"], data, tokenizer=tokenizer, progress=False)
-    run = change(run_config, name="reset", **{"data.boundaries": "reset", "data.path": str(data)})
+    run = change(run_config, name="reset", **{"data.document_boundaries": "reset_state", "data.path": str(data)})
     out = exported(run, tmp_path / "out")
     found = []
     for checkpoint_, more in (("latest", {}), (str(out), {"data_path": str(data)})):
@@ -75,7 +75,7 @@ def test_an_export_is_evaluated_as_its_run_is(kind, run_config, change, token_fo
         subject = open_subject(config, torch.device("cpu"))
         job = perplexity.job(subject, config)
         found.append((subject.tokenizer.fingerprint, subject.start, job.settings, job.run(Work())))
-    assert found[0] == found[1] and found[0][2]["boundaries"] == "reset"
+    assert found[0] == found[1] and found[0][2]["document_boundaries"] == "reset_state"
 
 
 def exported(config, out: Path) -> Path:

@@ -19,7 +19,7 @@ MIXERS = ["gla", "linear", "retention", "regla", "mamba", "mamba2", "deltanet", 
 @pytest.fixture
 def segmented(run_config, change):
     def make(layers: str = "gla", **more) -> RunConfig:
-        given = {"data.seq_len": T, "train.segment_length": SEGMENT, "train.batch_size": ROWS, "model.layers": layers}
+        given = {"data.seq_len": T, "train.tbptt_length": SEGMENT, "train.batch_size": ROWS, "model.layers": layers}
         return change(run_config, **{"model.attention.window": 6, "train.micro_batch_size": 2, **given, **more})
 
     return make
@@ -49,7 +49,7 @@ def trained(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("layers", MIXERS)
 def test_losses_are_those_of_the_whole_window(segmented, layers):
     loss, _ = trained(segmented(layers))
-    whole, _ = trained(segmented(layers, **{"train.segment_length": None}))
+    whole, _ = trained(segmented(layers, **{"train.tbptt_length": None}))
     assert loss == pytest.approx(whole, rel=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_each_segment_from_its_given_state(segmented, lay
 
 def test_the_cut_is_a_cut(segmented):
     _, cut = trained(segmented())
-    _, whole = trained(segmented(**{"train.segment_length": None}))
+    _, whole = trained(segmented(**{"train.tbptt_length": None}))
     name = "model.layers.0.attn.k_proj.weight"
     assert (cut[name] - whole[name]).norm() > 0.01 * whole[name].norm()
 
@@ -104,9 +104,9 @@ def test_memory_is_that_of_a_segment(segmented, monkeypatch):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"train.segment_length": 7}, r"train.segment_length=7 does not divide data.seq_len=32; write one of 1, 2, 4"),
-        ({"data.boundaries": "reset"}, "data.boundaries=reset drops it"),
-        ({"model.attention.window": None}, "write model.attention.window=N or train.segment_length=null"),
+        ({"train.tbptt_length": 7}, r"train.tbptt_length=7 does not divide data.seq_len=32; write one of 1, 2, 4"),
+        ({"data.document_boundaries": "reset_state"}, "data.document_boundaries=reset_state drops it"),
+        ({"model.attention.window": None}, "write model.attention.window=N or train.tbptt_length=null"),
     ],
 )
 def test_what_makes_no_sense_is_refused(segmented, more, message):

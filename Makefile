@@ -1,13 +1,16 @@
-# make demo   from nothing to a trained model, its scores and its plot (a few minutes on two CPU cores)
-# make test   all tests          make lint   ruff          make clean   everything made here but data and runs
+# make demo        train a small model from nothing, evaluate it and write a report (about five minutes on two CPU cores)
+# make test        the fast tests (under 10 minutes on two CPU cores)
+# make test-slow   the tests that are long, real or rare, a soak test and the demo (under 35 minutes)
+# make lint        ruff
+# make clean       remove what make and the tests created, but not data/ and runs/
 
-# The first of these that is Python 3.11 or 3.12; `make PYTHON=/path/to/python demo` chooses another.
+# Use the first of these that is Python 3.11 or 3.12. `make PYTHON=/path/to/python demo` chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
 	$(RUN) scripts/prepare_data.py --out data/demo stdlib
@@ -16,7 +19,11 @@ demo: .venv/installed
 	$(RUN) scripts/report.py runs/demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow
+	OMP_NUM_THREADS=1 $(RUN) tests/faults/soak.py --minutes 5
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

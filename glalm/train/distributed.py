@@ -210,13 +210,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def any_process(flag: int) -> int:
-    """The highest of all processes' flags, so that all leave the loop at the same step and for the same reason. On the
-    host: the GPU's queue of work goes on."""
-    if not dist.is_initialized():
-        return flag
-    raised = torch.tensor(flag)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return int(raised)

@@ -16,8 +16,7 @@ from glalm.data.loader import Windows, batches
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import distributed, float8, optim
 from glalm.train.blocks import prepare_blocks
-from glalm.train.collectives import rank_and_world_size
-from glalm.train.distributed import any_process
+from glalm.train.collectives import max_over_processes, rank_and_world_size
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.initial import initial_model
@@ -103,7 +102,7 @@ def fit(
                 saver.prepare(model, optimizers, guard.tensors())
             metrics.advance(step)
             last = step == config.steps
-            stopping = any_process(stop.received or 0)
+            stopping = max_over_processes(stop.received or 0)
             saving = last or stopping or step % config.train.checkpoint.every == 0
             row = {}
             if saving or step % config.train.log_every == 0:

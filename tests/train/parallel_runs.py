@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from glalm.config.run import RunConfig
 from glalm.config.strict import build
 from glalm.train import distributed, loop
-from glalm.train.distributed import any_process
+from glalm.train.collectives import max_over_processes
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import learning_rate
 from glalm.train.run import open_data
@@ -65,7 +65,9 @@ def run(config: RunConfig) -> dict:
         norms.append(norm.item())
         if step == config.steps:
             val_loss = validate(accelerator, wrapped, validation, config)["val_loss"]
-    assert any_process(accelerator.process_index == accelerator.num_processes - 1) and not any_process(False)
+    assert max_over_processes(accelerator.process_index == accelerator.num_processes - 1) and not max_over_processes(
+        False
+    )
     trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     assert trained == set(model.parameters())  # what is read, or saved, is not what FSDP2 gathered to validate with
     weights = {n: p.detach() for n, p in model.named_parameters()}

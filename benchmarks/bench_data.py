@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from glalm.data.checksums import block_sums
-from glalm.data.files import sha256
-from glalm.data.loader import Windows, batches
+from glalm.data.files import file_sha256
+from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.pipeline import prepare
-from glalm.prepare.records import document
-from glalm.prepare.sources import source
+from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.records import extract_document
+from glalm.prepare.sources import open_source
 
 NEEDED = 50 * 250_000  # tokens a second: 50 times what a 340M model takes on one H200
 
@@ -46,8 +46,8 @@ def main() -> None:
 def bench_prepare(args: argparse.Namespace) -> None:
     """CPU seconds of everything (reading, unpacking, JSON, hashing, tokenising, writing) against those of the
     tokenizer's own batch encoding of the same documents, one thread; the best of each, measured in turns."""
-    inputs = [i for spec in args.files for i in source(spec).inputs]
-    texts = [document(r, "text", None)[0] for i in inputs for rs, _ in i.read(["text"]) for r in rs if r]
+    inputs = [i for spec in args.files for i in open_source(spec).inputs]
+    texts = [extract_document(r, "text", None)[0] for i in inputs for rs, _ in i.read(["text"]) for r in rs if r]
     encode = bare_encoder(Tokenizer(args.tokenizer))
     bare, ours, wall = [], [], []
     for _ in range(args.repeat):
@@ -57,7 +57,7 @@ def bench_prepare(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             start, clock = cpu_seconds(), time.perf_counter()
             given = {"tokenizer": args.tokenizer, "workers": args.workers, "progress": False}
-            manifest = prepare(args.files, Path(folder) / "set", **given)
+            manifest = prepare_data(args.files, Path(folder) / "set", **given)
             ours.append(cpu_seconds() - start)
             wall.append(time.perf_counter() - clock)
     written = sum(entry["tokens"] for entry in manifest["splits"].values())
@@ -90,7 +90,7 @@ def bench_load(args: argparse.Namespace) -> None:
         for what in ("first reading, blocks checked", "second reading"):
             print(f"{what:<30} workers=1  {read_all(windows) / 1e6:8.1f}M tokens/s")
         for reset in (False, True):
-            windows.reset = reset
+            windows.reset_state = reset
             for workers in args.workers:
                 rate = load_rate(windows, args, workers)
                 boundaries = "reset_state" if reset else "ignore"
@@ -109,7 +109,7 @@ def read_all(windows: Windows) -> float:
 
 
 def load_rate(windows: Windows, args: argparse.Namespace, workers: int) -> float:
-    stream = batches(windows, seed=0, batch_size=args.batch_size, workers=workers)
+    stream = training_batches(windows, seed=0, batch_size=args.batch_size, workers=workers)
     next(stream)
     steps, start = 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
@@ -134,7 +134,7 @@ def made_up_set(folder: Path, tokens: int, shard: int = 2**26) -> TokenSet:
         np.save(paths[1], np.append(np.arange(0, size, 1000), size))
         paths.append(folder / f"train/{number:05d}.crc32")
         np.concatenate([block_sums(p) for p in paths[:2]]).tofile(paths[2])
-        files = [{"file": f"train/{p.name}", "bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths]
+        files = [{"file": f"train/{p.name}", "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths]
         counts = {"documents": len(range(0, size, 1000)), "tokens": size, "text_bytes": 0}
         shards.append({**counts, "files": dict(zip(("tokens", "documents", "checksums"), files, strict=True))})
     sums = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "text_bytes")}

@@ -85,7 +85,7 @@ def transformers_tokenizer(path: Path, ours: Tokenizer) -> PreTrainedTokenizerBa
 def llama_tokenizer(path: Path, ours: Tokenizer) -> LlamaTokenizer:
     for adds_space in (False, True):  # SentencePiece models differ in it, and transformers does not ask them
         theirs = LlamaTokenizer.from_pretrained(
-            path.parent, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(ours.before)
+            path.parent, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(ours.bos_ids)
         )
         if same_ids(ours, theirs):
             return theirs

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from glalm.compat.linearize import MIXERS, distil, linearize
 from glalm.config.strict import ConfigError, RunError, require
-from glalm.data.loader import Windows, batches
+from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.train.initial import fields
 
@@ -110,7 +110,7 @@ def token_batches(args: argparse.Namespace, vocab_size: int) -> Iterator[LongTen
         "with that model's tokenizer (scripts/prepare_data.py --tokenizer)",
     )
     windows = Windows(tokens, args.seq_len)
-    stream = batches(windows, seed=0, batch_size=args.batch_size)
+    stream = training_batches(windows, seed=0, batch_size=args.batch_size)
     for _ in range(args.distil):
         yield next(stream)[1]["input_ids"].to(args.device)
 

@@ -5,8 +5,8 @@ import sys
 import time
 
 from glalm.data.shards import SPLITS
-from glalm.prepare.inspection import inspect
-from glalm.prepare.pipeline import HELD_OUT, in_words, prepare
+from glalm.prepare.inspection import inspect_set
+from glalm.prepare.pipeline import HELD_OUT, format_counts, prepare_data
 from glalm.prepare.records import SUFFIXES
 
 EXAMPLES = """\
@@ -44,7 +44,7 @@ def show() -> int:
     parser.add_argument("path", metavar="PATH", help="the set's folder; lengths.png is written into it")
     parser.add_argument("--quick", action="store_true", help="do not read every file to check its sha256")
     args = parser.parse_args(sys.argv[2:])
-    return inspect(args.path, verify=not args.quick)
+    return inspect_set(args.path, verify=not args.quick)
 
 
 def make() -> int:
@@ -53,7 +53,7 @@ def make() -> int:
     given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     shares = {split: given.pop(split, share) for split, share in HELD_OUT.items()}
     more = {name: getattr(args, name) for name in ("on_error", "workers", "add", "overwrite")}
-    manifest = prepare(args.sources, args.out, held_out=shares, **given, **more)
+    manifest = prepare_data(args.sources, args.out, held_out=shares, **given, **more)
     summarise(args.out, manifest, time.perf_counter() - start)
     return 0
 
@@ -109,7 +109,7 @@ def summarise(folder: str, manifest: dict, seconds: float) -> None:
         ratio = entry["text_bytes"] / max(entry["tokens"], 1)
         shards = sum(len(source["shards"]) for source in entry["sources"].values())
         print(f"{split:<12}{entry['documents']:>14,}{entry['tokens']:>18,}{ratio:>13.2f}{shards:>8,}")
-    print("\n".join(in_words(manifest["books"])))
+    print("\n".join(format_counts(manifest["books"])))
     tokenizer = manifest["tokenizer"]
     if not tokenizer["round_trips"]:
         print("note: this tokenizer does not give every text back as it was: it normalises")

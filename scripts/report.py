@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from glalm.data.files import replacing
+from glalm.data.files import atomic_write
 from glalm.evals.html_report import page
 from glalm.evals.report import report
 
@@ -31,7 +31,7 @@ def main() -> int:
         target = args.html or above / "report.html"
         content = page(args.folders).encode()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as file:
+        with atomic_write(target) as file:
             file.write(content)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glalm.prepare.pipeline import HELD_OUT, training_texts
 from glalm.prepare.progress import PreparationBar
-from glalm.prepare.sources import left_out, source
+from glalm.prepare.sources import describe_skipped_files, open_source
 from glalm.prepare.vocabulary import train_sentencepiece
 
 
@@ -25,12 +25,12 @@ def main() -> int:
         parser.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help="as there (%(default)s)")
     args = parser.parse_args()
     try:
-        sources = [source(spec) for spec in args.sources]
+        sources = [open_source(spec) for spec in args.sources]
         inputs = [i for s in sources for i in s.inputs]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         held_out = {split: getattr(args, split) for split in HELD_OUT}
         with PreparationBar() as bar:
-            if said := left_out(sources):
+            if said := describe_skipped_files(sources):
                 bar.say(said)
             bar.start("reading", sum(i.size for i in inputs))
             texts = training_texts(inputs, held_out, args.text_field, bar)

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
     """A small prepared set: 200 documents of a made-up language in which each word predicts the next."""
-    from glalm.prepare.pipeline import prepare
+    from glalm.prepare.pipeline import prepare_data
 
     random = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -32,7 +32,7 @@ def token_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "words.jsonl").write_text("".join(json.dumps({"text": document(i)}) + "\n" for i in range(200)))
-    prepare([folder / "words.jsonl"], folder / "words", vocab_size=300, progress=False)
+    prepare_data([folder / "words.jsonl"], folder / "words", vocab_size=300, progress=False)
     return folder / "words"
 
 

@@ -12,16 +12,16 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when it is complete and on disk."""
-    with open(beside(path), "wb") as file:
+    with open(temporary_path(path), "wb") as file:
         yield file
-        publish(file, path)
+        rename_into_place(file, path)
 
 
 def write_json(path: Path, content: Any, **options) -> None:
     """Whole or not at all. options: json.dumps'."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, **options).encode())
 
 
@@ -30,15 +30,15 @@ def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
-def publish(file: IO[bytes], path: Path) -> None:
+def rename_into_place(file: IO[bytes], path: Path) -> None:
     """Close `file`, and give it the name `path`: all of it is on disk, then its name is."""
-    synced(file)
+    flush_to_disk(file)
     file.close()
     os.replace(file.name, path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Put on disk what is in a file, or which names are in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -47,11 +47,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def reopened(path: Path, size: int) -> IO[bytes]:
+def reopen_truncated(path: Path, size: int) -> IO[bytes]:
     """The file `path`, cut back to its first `size` bytes, to be written on; new if size is 0.
 
     ValueError if it has fewer: they were on disk once, and are lost.
@@ -68,20 +68,20 @@ def reopened(path: Path, size: int) -> IO[bytes]:
     return file
 
 
-def synced(file: IO[bytes]) -> int:
+def flush_to_disk(file: IO[bytes]) -> int:
     """The size of `file`, all of which is on disk."""
     file.flush()
     os.fsync(file.fileno())
     return file.tell()
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds `folder` against other processes; ValueError if one has it. A process that dies lets go."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -94,7 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explaining_full_disk(folder: Path) -> Iterator[None]:
+def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from glalm.data.order import Order, rank_slice
-from glalm.data.shards import TokenSet, left_over
+from glalm.data.shards import TokenSet, count_leftover_tokens
 
 Batch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
@@ -25,20 +25,20 @@ class Windows:
 
     Window i of a source holds the T + 1 tokens from i * T on; its last is the next window's first, so that every
     token but the first of the stream is a target exactly once. The `dropped_tokens` at the ends fill no window.
-    by_source: {source: its number of windows}, in the order in which they are numbered.
-    reset: batches say where documents start, to begin there from an empty state, and no label lies in another
+    source_windows: {source: its number of windows}, in the order in which they are numbered.
+    reset_state: batches say where documents start, to begin there from an empty state, and no label lies in another
     document than its input.
     Raises ValueError if no source has T + 1 tokens.
     """
 
-    def __init__(self, tokens: TokenSet, length: int, reset: bool = False):
+    def __init__(self, tokens: TokenSet, length: int, reset_state: bool = False):
         if length < 1:
             raise ValueError(f"length={length} must be at least 1")
-        self.tokens, self.length, self.reset = tokens, length, reset
+        self.tokens, self.length, self.reset_state = tokens, length, reset_state
         counts = tokens.source_tokens
-        self.by_source = {source: max(count - 1, 0) // length for source, count in counts.items()}
-        self.dropped_tokens = sum(left_over(count, length) for count in counts.values())
-        self._ends = np.cumsum([0, *self.by_source.values()])  # of each source, in windows
+        self.source_windows = {source: max(count - 1, 0) // length for source, count in counts.items()}
+        self.dropped_tokens = sum(count_leftover_tokens(count, length) for count in counts.values())
+        self._ends = np.cumsum([0, *self.source_windows.values()])  # of each source, in windows
         self._begins = np.cumsum([0, *counts.values()])  # of each source, in tokens
         if not len(self):
             unfinished = "" if tokens.is_complete else " so far: it is still being prepared"
@@ -54,19 +54,19 @@ class Windows:
     def __getitem__(self, i: int) -> np.ndarray:
         """Window i: [T + 1] token ids in the set's dtype."""
         start = self._start(i)
-        return self.tokens.tokens(start, start + self.length + 1)
+        return self.tokens.read_tokens(start, start + self.length + 1)
 
-    def batch(self, ids: np.ndarray) -> Batch:
+    def load_batch(self, ids: np.ndarray) -> Batch:
         """input_ids and labels, int64 [len(ids), T]; labels[:, t] is the token after input_ids[:, t].
 
-        With `reset` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are IGNORED
+        With `reset_state` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are IGNORED
         where the next token is in another document.
         """
         rows = np.empty((len(ids), self.length + 1), dtype=np.int64)
         for row, i in zip(rows, ids, strict=True):
             row[:] = self[i]
         batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:].copy()}
-        if self.reset:
+        if self.reset_state:
             starts = np.zeros(rows.shape, dtype=bool)
             for row, start in zip(starts, map(self._start, ids), strict=True):
                 row[self.tokens.document_starts(start, start + self.length + 1) - start] = True
@@ -83,7 +83,7 @@ class Windows:
         return int(self._begins[source] + (i - self._ends[source]) * self.length)
 
 
-def packed(batch: Batch) -> Batch:
+def pack_documents(batch: Batch) -> Batch:
     """A batch whose rows are one, [1, n * T], with cu_seqlens, int64 [documents + 1], in place of starts."""
     starts = batch["starts"].flatten()
     cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
@@ -91,42 +91,42 @@ def packed(batch: Batch) -> Batch:
     return {**rows, "cu_seqlens": cu_seqlens.to(rows["input_ids"].device, non_blocking=True)}
 
 
-def batches(
+def training_batches(
     windows: Windows,
     *,
     seed: int,
     batch_size: int,
     start_step: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     weights: Mapping[str, float] | None = None,
     workers: int = 1,
     pin: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
-    """Training batches without end, from `start_step` on: (step, what Windows.batch gives for n windows).
+    """Training batches without end, from `start_step` on: (step, what Windows.load_batch gives for n windows).
 
-    batch_size: windows of one optimiser step over all ranks, of which this one gets n = batch_size / world. Labels
+    batch_size: windows of one optimiser step over all ranks, of which this one gets n = batch_size / world_size. Labels
     are shifted already: the loss compares logits[:, t] with labels[:, t]. To resume, start at the next step; there
     is no other state. weights: of the sources, see Order. workers: threads that read ahead; what they read does not
     depend on their number. pin: into page-locked memory, from which a GPU copies while it computes.
-    Raises ValueError if batch_size is not a multiple of world, or weights are not the sources'.
+    Raises ValueError if batch_size is not a multiple of world_size, or weights are not the sources'.
     """
-    order = Order(seed, batch_size, windows.by_source, weights)
-    rank_slice(order.ids(start_step), rank, world)  # raises here, not at next()
+    order = Order(seed, batch_size, windows.source_windows, weights)
+    rank_slice(order.window_ids(start_step), rank, world_size)  # raises here, not at next()
 
     def read(step: int) -> tuple[int, Batch]:
-        batch = windows.batch(rank_slice(order.ids(step), rank, world))
+        batch = windows.load_batch(rank_slice(order.window_ids(step), rank, world_size))
         return step, {name: x.pin_memory() for name, x in batch.items()} if pin else batch
 
     return read_ahead(read, itertools.count(start_step), workers)
 
 
-def sequential(
-    windows: Windows, batch_size: int, *, rank: int = 0, world: int = 1, limit: int | None = None
+def sequential_batches(
+    windows: Windows, batch_size: int, *, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[Batch]:
     """All windows once, in order, or `limit` of them, evenly spaced: for validation.
 
-    batch_size: windows of one batch of one rank; the ranks share batch_size * world neighbours at a time.
+    batch_size: windows of one batch of one rank; the ranks share batch_size * world_size neighbours at a time.
     All ranks get the same number of batches, of the same shapes. The last batch may be smaller. Where it does
     not divide among the ranks, the rows that are short repeat a window with all labels IGNORED: weigh each
     loss by its number of other labels, which on the last ranks may be none.
@@ -134,16 +134,16 @@ def sequential(
     count = len(windows) if limit is None else min(limit, len(windows))
     if batch_size < 1 or count < 1:
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
-    rank_slice(np.arange(world), rank, world)
+    rank_slice(np.arange(world_size), rank, world_size)
 
     def read(start: int) -> Batch:
-        left = min(batch_size * world, count - start)
-        places = rank_slice(start + np.arange(-(-left // world) * world), rank, world)
-        batch = windows.batch(places.clip(max=count - 1) * len(windows) // count)
+        left = min(batch_size * world_size, count - start)
+        places = rank_slice(start + np.arange(-(-left // world_size) * world_size), rank, world_size)
+        batch = windows.load_batch(places.clip(max=count - 1) * len(windows) // count)
         batch["labels"][torch.from_numpy(places >= count)] = IGNORED
         return batch
 
-    return read_ahead(read, range(0, count, batch_size * world))
+    return read_ahead(read, range(0, count, batch_size * world_size))
 
 
 def read_ahead(

@@ -38,13 +38,13 @@ class Order:
         if self.weights is not None:
             check_weights(self.weights, self.windows)
 
-    def ids(self, step: int) -> np.ndarray:
+    def window_ids(self, step: int) -> np.ndarray:
         """Global window ids of one optimiser step: int64 [batch_size]."""
         if step < 0:
             raise ValueError(f"step={step} must be at least 0")
         return self._at(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
 
-    def counts(self, start: int, stop: int) -> dict[str, int]:
+    def count_windows(self, start: int, stop: int) -> dict[str, int]:
         """How many windows of each source the steps [start, stop) read.
 
         With weights in O(1); without, in the time of listing what is read of the first epoch and of the last.
@@ -72,7 +72,7 @@ class Order:
         """How many of the first `places` of a mixture each source has: every cycle deals out the same counts."""
         counts = self._cycle_counts()
         cycles, rest = divmod(places, CYCLE)
-        sources, _ = deal(self.seed, cycles, counts)
+        sources, _ = assign_sources(self.seed, cycles, counts)
         return cycles * np.array(counts) + np.bincount(sources[:rest], minlength=len(counts))
 
     def _cycle_counts(self) -> tuple[int, ...]:
@@ -80,27 +80,27 @@ class Order:
 
     def _at(self, places: np.ndarray) -> np.ndarray:
         if self.weights is None:
-            return shuffled(places, sum(self.windows.values()), self.seed)
-        sources, numbers = mixed(places, self.seed, self._cycle_counts())
+            return shuffled_ids(places, sum(self.windows.values()), self.seed)
+        sources, numbers = mix_sources(places, self.seed, self._cycle_counts())
         ids, first = np.empty_like(places), 0
         for i, (name, size) in enumerate(self.windows.items()):
             here = sources == i
-            ids[here] = first + shuffled(numbers[here], size, f"{self.seed}/{name}") if here.any() else 0
+            ids[here] = first + shuffled_ids(numbers[here], size, f"{self.seed}/{name}") if here.any() else 0
             first += size
         return ids
 
 
-def shuffled(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:
+def shuffled_ids(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:
     """What stands at each of `places` (int64, rising) of an endless row of permutations of range(n), one an epoch."""
     epochs, places = np.divmod(places, n)
     ids = np.empty(len(places), dtype=np.int64)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        ids[here] = permute(places[here], n, round_keys(seed, epoch))
+        ids[here] = permute_indices(places[here], n, round_keys(seed, epoch))
     return ids
 
 
-def mixed(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def mix_sources(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Which source has each of the neighbouring `places`, and the how-manieth of that source it is (from 0 on).
 
     counts: how many of each cycle's CYCLE places every source has; each cycle deals them out in an order of its own.
@@ -109,16 +109,16 @@ def mixed(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.nd
     cycles, within = np.divmod(places, CYCLE)
     for cycle in range(int(cycles[0]), int(cycles[-1]) + 1):
         here = cycles == cycle
-        dealt, ranks = deal(seed, cycle, counts)
+        dealt, ranks = assign_sources(seed, cycle, counts)
         sources[here], numbers[here] = dealt[within[here]], ranks[within[here]]
     numbers += cycles * np.array(counts)[sources]
     return sources, numbers
 
 
 @lru_cache(maxsize=4)
-def deal(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def assign_sources(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The source of each place of a cycle, and how many places of the cycle that source had before it."""
-    cells = permute(np.arange(CYCLE), CYCLE, round_keys(f"{seed}/mixture", cycle))
+    cells = permute_indices(np.arange(CYCLE), CYCLE, round_keys(f"{seed}/mixture", cycle))
     sources = np.searchsorted(np.cumsum(counts), cells, side="right")
     ranks = np.empty(CYCLE, dtype=np.int64)
     for i, count in enumerate(counts):
@@ -148,13 +148,13 @@ def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> N
         raise ValueError(f"weights.{empty[0]}={weights[empty[0]]}: this source has too few tokens for one window")
 
 
-def rank_slice(ids: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """The contiguous share of `ids` that belongs to `rank` of `world`; ValueError if it is not 1 / world."""
-    if not 0 <= rank < world:
-        raise ValueError(f"rank={rank} is not one of world={world} ranks")
-    if len(ids) % world:
-        raise ValueError(f"batch_size={len(ids)} is not a multiple of world={world}: change one of them")
-    share = len(ids) // world
+def rank_slice(ids: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The contiguous share of `ids` that belongs to `rank` of `world_size`; ValueError if it is not 1 / world_size."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks")
+    if len(ids) % world_size:
+        raise ValueError(f"batch_size={len(ids)} is not a multiple of world_size={world_size}: change one of them")
+    share = len(ids) // world_size
     return ids[rank * share : (rank + 1) * share]
 
 
@@ -163,7 +163,7 @@ def round_keys(seed: int | str, epoch: int) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
 
 
-def permute(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def permute_indices(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Where a keyed permutation of range(n) sends each of `places`: int64, same shape, in O(1) memory.
 
     A Feistel network on a x b cells, a * b >= n, with addition modulo a and b in place of xor, and cycle

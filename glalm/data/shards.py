@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from glalm.data.checksums import BLOCK, CheckedArray
-from glalm.data.files import sha256
+from glalm.data.files import file_sha256
 
 FORMAT = "glalm-tokens"
 VERSION = 3
@@ -75,7 +75,7 @@ class TokenSet:
         if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
             raise ValueError(f"{self.folder / MANIFEST}: the shards of {split} do not add up; {_advice(self.folder)}")
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream: [stop - start]; a read-only view where one shard holds them all."""
         parts = [self._shards[i].read(a, b) for i, a, b in self._in_shards(start, stop)]
         if not parts:
@@ -91,7 +91,7 @@ class TokenSet:
             found.append(borders[first:last] + self._first_token[i])
         return np.concatenate(found)
 
-    def document(self, i: int) -> np.ndarray:
+    def read_document(self, i: int) -> np.ndarray:
         """Tokens of document i, its frame included."""
         if not 0 <= i < self.num_documents:
             raise ValueError(f"document {i}: {self.split} has documents [0, {self.num_documents})")
@@ -104,11 +104,11 @@ class TokenSet:
         """int64 [num_documents]: tokens of each document, its frame included."""
         return np.concatenate([np.empty(0, np.int64), *(np.diff(b.read(0, len(b))) for b in self._borders)])
 
-    def verify(self) -> None:
+    def verify_checksums(self) -> None:
         """Read the tokenizer and every file of the split; ValueError for the first with another sha256."""
         for file in [*self.manifest["tokenizer"]["files"], *self._files]:
             path = _find(self.folder, file["file"])
-            if sha256(path) != file["sha256"]:
+            if file_sha256(path) != file["sha256"]:
                 raise ValueError(f"{path}: damaged, its sha256 is not that of the manifest; {_advice(self.folder)}")
 
     def _in_shards(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -176,7 +176,7 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
     return manifest
 
 
-def manifest_then(folder: Path, then: dict | None) -> dict:
+def pinned_manifest(folder: Path, then: dict | None) -> dict:
     """`then`, the manifest that a run has on record, where `folder` still is that set, whatever was added to it since;
     else the one there is now. Raises as read_manifest."""
     now = read_manifest(folder)
@@ -184,7 +184,7 @@ def manifest_then(folder: Path, then: dict | None) -> dict:
     return then if same else now
 
 
-def left_over(tokens: int, length: int) -> int:
+def count_leftover_tokens(tokens: int, length: int) -> int:
     """How many tokens at the end of a stream fill no window (see glalm.data.loader.Windows) of `length`."""
     return (tokens - 1) % length if tokens > length else tokens
 

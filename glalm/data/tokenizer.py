@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from glalm.data.files import replacing
+from glalm.data.files import atomic_write
 
 SPACE_MARK = "\u2581"  # SentencePiece spells a space with this character
 MISTRAL_V1 = "mistral-v1"
@@ -42,8 +42,8 @@ class Tokenizer:
         bos, eos = self._codec.bos_id, self._codec.eos_id
         if eos is None:
             raise ValueError(f"{name}: defines no token for the end of a document (eos); use a tokenizer that does")
-        self.before: list[int] = [] if bos in (None, eos) else [bos]
-        self.after: list[int] = [eos]
+        self.bos_ids: list[int] = [] if bos in (None, eos) else [bos]
+        self.eos_ids: list[int] = [eos]
         self.bos_id: int = eos if bos is None else bos
         self.eos_id: int = eos
         self.round_trips: bool = self.decode(self.encode(PROBE)) == PROBE
@@ -51,9 +51,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, unframed; text that looks like a special token is text. Lone surrogates raise
         UnicodeEncodeError."""
-        return self.encode_ids(text).tolist()
+        return self.encode_array(text).tolist()
 
-    def encode_ids(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
         """The same as an array: int32 [tokens]."""
         return self._codec.encode(text)
 
@@ -155,7 +155,7 @@ class _SentencePiece:
         return self._sp.decode(ids)
 
     def save(self, folder: Path) -> str:
-        with replacing(folder / "tokenizer.model") as file:
+        with atomic_write(folder / "tokenizer.model") as file:
             file.write(self._model)
         return "tokenizer.model"
 

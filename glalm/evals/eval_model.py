@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build, require
-from glalm.data.files import sha256
-from glalm.data.shards import TokenSet, manifest_then, read_manifest
+from glalm.data.files import file_sha256
+from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig
 from glalm.evals.result_files import read_json
@@ -64,7 +64,7 @@ class Subject:
     def __post_init__(self):
         model = self.model
         if self.start is None:
-            self.start = tuple(self.tokenizer.before) if self.tokenizer else ()
+            self.start = tuple(self.tokenizer.bos_ids) if self.tokenizer else ()
         if self.document_boundaries is None:
             self.document_boundaries = self.run.data.document_boundaries if self.run else "ignore"
         self.device: torch.device = model.device
@@ -328,7 +328,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 def checksum_of(files: list[Path]) -> str:
     """The sha256 of the files' sha256s."""
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -383,7 +383,7 @@ def open_split(config: EvalConfig, subject: Subject, split: str) -> TokenSet:
     folder = config.data_path or (subject.run.data.path if subject.run else None)
     require(folder is not None, f"{subject.name} is no run's checkpoint: write data_path=, a folder of prepared data")
     try:
-        tokens = TokenSet(folder, split, manifest_then(Path(folder), subject.data_manifest))
+        tokens = TokenSet(folder, split, pinned_manifest(Path(folder), subject.data_manifest))
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
     require(

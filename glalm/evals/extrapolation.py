@@ -245,7 +245,7 @@ def furthest_documents(tokens: TokenSet, edges: list[int], count: int | None) ->
             f"{edges[1] + 1} tokens that fill one bucket (the longest have {longest}); write a smaller "
             "extrapolation.bucket, or prepare longer documents"
         )
-    return [tokens.document(i) for i in chosen]
+    return [tokens.read_document(i) for i in chosen]
 
 
 def blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:

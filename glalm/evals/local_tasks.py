@@ -23,7 +23,7 @@ from lm_eval.tasks.squad_completion import task as squad
 from lm_eval.tasks.swde import task as swde
 
 from glalm.config.strict import ConfigError
-from glalm.data.files import sha256
+from glalm.data.files import file_sha256
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -66,7 +66,7 @@ def checksums(data_dir: Path, task: str) -> dict[str, str]:
     tag of tasks, of all files."""
     files = [path for paths in find_files(data_dir, task).values() for path in paths]
     files = files or [path for path in sorted(data_dir.rglob("*")) if path.suffix in SUFFIXES]
-    return {str(path.relative_to(data_dir)): sha256(path) for path in files}
+    return {str(path.relative_to(data_dir)): file_sha256(path) for path in files}
 
 
 CUSTOM = f"custom_dataset: !function {__name__}.load"

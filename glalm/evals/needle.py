@@ -100,7 +100,7 @@ def metrics(results: dict) -> dict[str, float]:
 
 def filler(tokens: TokenSet, tokenizer: Tokenizer) -> np.ndarray:
     """The beginning of a split's text, without the tokens that begin and end documents."""
-    ids = tokens.tokens(0, min(tokens.num_tokens, HAY))
+    ids = tokens.read_tokens(0, min(tokens.num_tokens, HAY))
     return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glalm.config.strict import ConfigError, RunError
-from glalm.data.loader import Batch, Windows, packed
+from glalm.data.loader import Batch, Windows, pack_documents
 from glalm.evals.eval_model import Subject, open_split
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
@@ -25,7 +25,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
     subject.need_length(length, "train_length")
     tokens = open_split(config, subject, "validation")
     try:
-        windows = Windows(tokens, length, reset=subject.document_boundaries == "reset_state")
+        windows = Windows(tokens, length, reset_state=subject.document_boundaries == "reset_state")
     except ValueError as error:
         raise ConfigError(f"evals=[perplexity]: {error}") from error
     return Job(
@@ -51,7 +51,7 @@ def perplexity(subject: Subject, windows: Windows, batch_size: int, work: Work) 
     """
     found = []
     for start in work.mine(range(0, len(windows), batch_size)):
-        batch = windows.batch(np.arange(start, min(start + batch_size, len(windows))))
+        batch = windows.load_batch(np.arange(start, min(start + batch_size, len(windows))))
         scored = (batch["labels"] != IGNORE).sum(1)
         nats = window_losses(subject, batch).double().view(len(scored), -1).sum(1).cpu()
         found.append(torch.stack([nats / scored.clamp(min=1), scored], 1).tolist())
@@ -66,7 +66,7 @@ def window_losses(subject: Subject, batch: Batch) -> Tensor:
     """Nats of every token; where the batch says where documents start, of its rows end to end, in one row."""
     if "starts" not in batch:
         return subject.score(batch["input_ids"].to(subject.device), batch["labels"].to(subject.device))[0]
-    row = {name: x.to(subject.device) for name, x in packed(batch).items()}
+    row = {name: x.to(subject.device) for name, x in pack_documents(batch).items()}
     with torch.no_grad():
         features = subject.model.model(row["input_ids"], cu_seqlens=row["cu_seqlens"], use_cache=False)
     return token_losses(features.last_hidden_state, subject.model.lm_head.weight, row["labels"])

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
-from glalm.data.files import replacing
+from glalm.data.files import atomic_write
 from glalm.evals.result_files import read_json, read_metrics, tokens_of
 
 Result = dict | str | Path
@@ -363,7 +363,7 @@ def _save(figure: Figure, path: str | Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in paths:
-        with replacing(file) as content:
+        with atomic_write(file) as content:
             kind = file.suffix[1:]
             figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return paths

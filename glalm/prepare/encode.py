@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.records import BadDocument, Record, document, is_blank, size_of
+from glalm.prepare.records import BadDocument, Record, extract_document, is_blank, size_of
 from glalm.prepare.workers import bind_to_parent
 
 HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}
@@ -57,7 +57,7 @@ class Recipe:
 
     def encoder(self) -> Callable[[Block], Encoded]:
         tokenizer = Tokenizer(self.tokenizer)
-        before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.before, tokenizer.after))
+        before, after = (np.array(ids, dtype=np.int32) for ids in (tokenizer.bos_ids, tokenizer.eos_ids))
 
         def encode(block: Block) -> Encoded:
             parts, documents, skipped = [], [], []
@@ -65,11 +65,11 @@ class Recipe:
                 if is_blank(record):
                     continue
                 try:
-                    text, source = document(record, self.text_field, self.source_field)
+                    text, source = extract_document(record, self.text_field, self.source_field)
                 except BadDocument as bad:
                     skipped.append((number, *bad.args))
                     continue
-                ids = tokenizer.encode_ids(text)
+                ids = tokenizer.encode_array(text)
                 parts += (before, ids, after)
                 data = text.encode()
                 tokens = len(before) + len(ids) + len(after)

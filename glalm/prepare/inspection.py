@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from glalm.data.files import sha256
+from glalm.data.files import file_sha256
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ SAMPLE = 300  # characters
 PLOT = "lengths.png"
 
 
-def inspect(folder: str | os.PathLike, verify: bool = True) -> int:
+def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
     """Prints what is in the set and writes lengths.png into it. Returns 0, or 1 when the books do not balance.
 
     verify: read every file and compare its sha256. Raises ValueError for the first that is damaged.
@@ -32,9 +32,9 @@ def inspect(folder: str | os.PathLike, verify: bool = True) -> int:
     _sample(sets["train"], tokenizer, console)
     if verify:
         for tokens in sets.values():
-            tokens.verify()
+            tokens.verify_checksums()
         for log in manifest["logs"].values():
-            if sha256(folder / log["file"]) != log["sha256"]:
+            if file_sha256(folder / log["file"]) != log["sha256"]:
                 raise ValueError(f"{folder / log['file']}: damaged, its sha256 is not that of the manifest")
         console.print("every file has the sha256 that the manifest says")
     return 0 if balanced else 1
@@ -90,7 +90,7 @@ def _sample(tokens: TokenSet, tokenizer: Tokenizer, console: Console) -> None:
     if not tokens.num_documents:
         return
     middle = tokens.num_documents // 2
-    ids = tokens.document(middle)
+    ids = tokens.read_document(middle)
     console.rule(f"document {middle} of {tokens.split}, from its {len(ids):,} tokens", style="dim")
     console.print(tokenizer.decode(ids[:SAMPLE].tolist())[:SAMPLE], markup=False)
     console.print(f"ids: {' '.join(map(str, ids[:12].tolist()))} ... {' '.join(map(str, ids[-3:].tolist()))}")

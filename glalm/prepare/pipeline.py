@@ -15,13 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from glalm.data.files import explaining_full_disk, locked, read_jsonl, write_json
-from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, left_over, read_manifest
+from glalm.data.files import explain_full_disk, lock_folder, read_jsonl, write_json
+from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, count_leftover_tokens, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
 from glalm.prepare.progress import PreparationBar
-from glalm.prepare.records import BadDocument, document, is_blank
-from glalm.prepare.sources import File, HubShard, Source, left_out, source
+from glalm.prepare.records import BadDocument, extract_document, is_blank
+from glalm.prepare.sources import File, HubShard, Source, describe_skipped_files, open_source
 from glalm.prepare.vocabulary import train_sentencepiece
 from glalm.prepare.writer import JOURNAL, LOGS, SetWriter, describe, last_commit, state_of
 
@@ -39,7 +39,7 @@ OUR_FILES = re.compile(
 Input = File | HubShard
 
 
-def prepare(
+def prepare_data(
     sources: Iterable[Source | str | os.PathLike],
     out: str | os.PathLike,
     *,
@@ -84,7 +84,7 @@ def prepare(
     out = Path(out)
     if out.is_file():
         raise ValueError(f"{out} is a file: name the folder (out, --out) to write the set into")
-    sources = [source(s) for s in sources]
+    sources = [open_source(s) for s in sources]
     inputs = _inputs(sources, out.resolve())
     opened = Tokenizer(tokenizer) if tokenizer else None  # now, because it may lie in `out`
     settings = {
@@ -95,8 +95,8 @@ def prepare(
         "source_field": source_field,
     }
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out), explaining_full_disk(out), PreparationBar(progress) as bar:
-        if said := left_out(sources, out.resolve()):
+    with lock_folder(out), explain_full_disk(out), PreparationBar(progress) as bar:
+        if said := describe_skipped_files(sources, out.resolve()):
             bar.say(said)
         if overwrite or (not add and _has_older_format(out, bar)):
             plan = _beginning(out, settings, inputs, opened, on_error, bar)
@@ -260,7 +260,7 @@ def _try(inputs: list[Input], settings: dict, on_error: str) -> None:
         records = (record for some, _ in i.read(_fields(settings)) for record in some)
         for number, record in enumerate(records, start=1):
             try:
-                document(record, settings["text_field"], settings["source_field"])
+                extract_document(record, settings["text_field"], settings["source_field"])
                 found = True
                 break
             except BadDocument as bad:
@@ -299,7 +299,7 @@ def training_texts(
         for records, position in i.read([text_field]):
             for number, record in enumerate(records, start=seen + 1):
                 try:
-                    text, _ = document(record, text_field, None)
+                    text, _ = extract_document(record, text_field, None)
                 except BadDocument as bad:
                     reason, detail = bad.args
                     if not (first_bad or is_blank(record) or reason == "empty"):
@@ -340,7 +340,7 @@ def _carry_out(plan: dict, given: list[Input], out: Path, on_error: str, workers
             committed = time.monotonic()
     if not any(book["written"] for book in writer.books.values()):
         _clear(out)
-        said = "; ".join(in_words(writer.books))
+        said = "; ".join(format_counts(writer.books))
         raise ValueError(f"no text in {inputs[0].source}: all documents are empty or left out ({said})")
     writer.finish()
     writer.commit()
@@ -384,7 +384,7 @@ def _write_manifest(out: Path, plan: dict, writer: SetWriter, complete: bool) ->
     splits = writer.splits()
     for entry in splits.values():
         counts = [source["tokens"] for source in entry["sources"].values()]
-        entry["left_over"] = {str(T): sum(left_over(n, T) for n in counts) for T in LEFT_OVER_LENGTHS}
+        entry["left_over"] = {str(T): sum(count_leftover_tokens(n, T) for n in counts) for T in LEFT_OVER_LENGTHS}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -435,7 +435,7 @@ def _fields(settings: dict) -> list[str]:
     return [settings[key] for key in ("text_field", "source_field") if settings[key]]
 
 
-def in_words(books: dict) -> list[str]:
+def format_counts(books: dict) -> list[str]:
     """A line for each source."""
     return [
         f"{source}: {book['read']:,} documents read, {book['written']:,} written"
@@ -469,8 +469,17 @@ def _written(plan: dict, out: Path) -> dict:
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
     name = tokenizer.save(out)
     paths = sorted((out / name).iterdir()) if (out / name).is_dir() else [out / name]
-    keys = ("fingerprint", "vocab_size", "bos_id", "eos_id", "before", "after", "round_trips")
-    return {"name": name, **{k: getattr(tokenizer, k) for k in keys}, "files": [describe(p, out) for p in paths]}
+    return {
+        "name": name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "before": tokenizer.bos_ids,
+        "after": tokenizer.eos_ids,
+        "round_trips": tokenizer.round_trips,
+        "files": [describe(path, out) for path in paths],
+    }
 
 
 def _set_files(out: Path) -> list[Path]:

@@ -45,7 +45,7 @@ class PlainText:
 Record = bytes | PlainText | dict[str, Any] | Broken
 
 
-def document(record: Record, text_field: str, source_field: str | None) -> tuple[str, str | None]:
+def extract_document(record: Record, text_field: str, source_field: str | None) -> tuple[str, str | None]:
     """The text of a record, and what `source_field` says of its origin (None without one). Raises BadDocument."""
     if isinstance(record, Broken):
         raise BadDocument(record.reason, record.detail)

@@ -60,7 +60,7 @@ class File:
         return read_file(self.path, fields)
 
     def sha256(self) -> str:
-        return files.sha256(self.path)
+        return files.file_sha256(self.path)
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class Source:
 
     name: str
     inputs: tuple[File | HubShard, ...]
-    left_out: tuple[Path, ...] = ()
+    skipped_files: tuple[Path, ...] = ()
 
 
-def source(spec: str | os.PathLike | Source) -> Source:
+def open_source(spec: str | os.PathLike | Source) -> Source:
     """The source that the command line calls `spec`: [NAME=] one of
 
     stdlib                                the standard library of the running interpreter
@@ -121,11 +121,11 @@ def source(spec: str | os.PathLike | Source) -> Source:
     if not Path(rest).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", rest)):
         name, rest = match.groups()
     if rest == "stdlib":
-        return stdlib(name=name or "stdlib")
-    return hub(rest[3:], name) if rest.startswith("hf:") else local(rest, name)
+        return stdlib_source(name=name or "stdlib")
+    return hub_source(rest[3:], name) if rest.startswith("hf:") else local_source(rest, name)
 
 
-def stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> Source:
+def stdlib_source(root: str | os.PathLike | None = None, name: str = "stdlib") -> Source:
     """The running interpreter's standard library: its .py files in the order of their paths, without tests.
 
     Some 700 documents and 12 MB; the longest have hundreds of thousands of characters. Files that were
@@ -145,7 +145,7 @@ def stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> Sourc
     return Source(name, tuple(found))
 
 
-def local(path: str | os.PathLike, name: str = "") -> Source:
+def local_source(path: str | os.PathLike, name: str = "") -> Source:
     """A file, or the files of a folder and its subfolders that end in one of SUFFIXES (or .TXT), less hidden ones.
 
     Raises FileNotFoundError if `path` does not exist, ValueError if it holds no file of those kinds.
@@ -164,7 +164,7 @@ def local(path: str | os.PathLike, name: str = "") -> Source:
     return Source(name, tuple(File(name, folder, file) for file in found), tuple(folder / file for file in other))
 
 
-def hub(spec: str, name: str = "") -> Source:
+def hub_source(spec: str, name: str = "") -> Source:
     """A data set streamed through `datasets`: spec is DATASET[:CONFIG[:SPLIT]][@REVISION], the split being train."""
     from datasets import load_dataset  # seconds to import
 
@@ -178,9 +178,9 @@ def hub(spec: str, name: str = "") -> Source:
     return Source(name, tuple(HubShard(name, spec, dataset, i) for i in range(dataset.num_shards)))
 
 
-def left_out(sources: Iterable[Source], less: Path | None = None) -> str:
+def describe_skipped_files(sources: Iterable[Source], less: Path | None = None) -> str:
     """In words, by ending, the files that are not read, but for those in the folder `less`; "" if there are none."""
-    paths = [path for s in sources for path in s.left_out if less not in path.resolve().parents]
+    paths = [path for s in sources for path in s.skipped_files if less not in path.resolve().parents]
     counts = Counter(path.suffix.lower() or "no ending" for path in paths).most_common()
     said = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
     return f"files of other kinds than {', '.join(SUFFIXES)} are left out: {said}" if counts else ""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import sentencepiece
 
-from glalm.data.files import replacing
+from glalm.data.files import atomic_write
 from glalm.data.tokenizer import Tokenizer
 
 
@@ -60,7 +60,7 @@ def train_sentencepiece(
         # Less the source line and the condition that failed, and advice on an option of its own.
         reason = str(error).rpartition("] ")[2].partition(" Increase vocab_size or")[0]
         raise ValueError(f"vocab_size={vocab_size} does not suit these texts: {reason}") from error
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(model.getvalue())
     return Tokenizer(path)
 

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from glalm.data.checksums import block_sums
-from glalm.data.files import beside, publish, reopened, replacing, sha256, synced, write_json
+from glalm.data.files import (
+    atomic_write,
+    file_sha256,
+    flush_to_disk,
+    rename_into_place,
+    reopen_truncated,
+    temporary_path,
+    write_json,
+)
 from glalm.data.shards import SPLITS
 
 JOURNAL = ".journal.json"
@@ -48,7 +56,7 @@ class ShardWriter:
             self.finish_shard()
         if not self.open:
             self.open = dict.fromkeys(COUNTS, 0)
-            self._files = [reopened(beside(path), 0) for path in self._paths()]
+            self._files = [reopen_truncated(temporary_path(path), 0) for path in self._paths()]
             for file, dtype, length in self._headers():
                 _write_header(file, dtype, length)
             self._files[1].write(np.int64(0))
@@ -62,7 +70,7 @@ class ShardWriter:
         """Put on disk what was written, and return the state to go on from."""
         if self.open:
             for file in self._files:
-                synced(file)
+                flush_to_disk(file)
         return {"shards": list(self.shards), "open": self.open and dict(self.open)}
 
     def finish_shard(self) -> None:
@@ -72,10 +80,10 @@ class ShardWriter:
         for (file, dtype, length), path in zip(self._headers(), self._paths(), strict=True):
             file.seek(0)
             _write_header(file, dtype, length)
-            publish(file, path)
+            rename_into_place(file, path)
         tokens, documents = self._paths()
         checksums = tokens.with_suffix(".crc32")
-        with replacing(checksums) as file:
+        with atomic_write(checksums) as file:
             file.write(np.concatenate([block_sums(tokens), block_sums(documents)]).tobytes())
         files = {"tokens": tokens, "documents": documents, "checksums": checksums}
         entries = {name: describe(path, self.root) for name, path in files.items()}
@@ -94,15 +102,15 @@ class ShardWriter:
         open_paths = self._paths() if self.open else ()
         for path in open_paths:
             if path.exists():  # it was finished after the commit
-                path.rename(beside(path))
+                path.rename(temporary_path(path))
         kept = {self.root / file["file"] for shard in self.shards for file in shard["files"].values()}
-        kept |= {beside(path) for path in open_paths}
+        kept |= {temporary_path(path) for path in open_paths}
         for path in set(self.folder.iterdir()) - kept:
             path.unlink()
         if self.open:
             tokens, documents = self.open["tokens"], self.open["documents"]
             sizes = (HEADER + tokens * self.dtype.itemsize, HEADER + (documents + 1) * 8)
-            self._files = [reopened(beside(p), size) for p, size in zip(open_paths, sizes, strict=True)]
+            self._files = [reopen_truncated(temporary_path(p), size) for p, size in zip(open_paths, sizes, strict=True)]
 
 
 class SetWriter:
@@ -120,7 +128,7 @@ class SetWriter:
         self.cursor: list[int] = state["cursor"]  # the input that is read now, and the records of it that are done
         self.books: dict[str, dict] = state["books"]  # of each source: documents read, written, skipped by reason
         self.current: dict[str, int] = state["current"]  # the same of the input that is read now
-        self._logs = {name: reopened(out / name, state["logs"].get(name, 0)) for name in LOGS}
+        self._logs = {name: reopen_truncated(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._folders: dict[str, str] = {}
         for split in SPLITS:
@@ -159,7 +167,7 @@ class SetWriter:
         splits: dict[str, dict] = {split: {} for split in SPLITS}
         for (split, source), writer in self._writers.items():
             splits[split][source] = writer.commit()
-        logs = {name: synced(file) for name, file in self._logs.items()}
+        logs = {name: flush_to_disk(file) for name, file in self._logs.items()}
         state = {"cursor": self.cursor, "books": self.books, "current": self.current, "logs": logs, "splits": splits}
         write_json(self.out / JOURNAL, state)
 
@@ -209,7 +217,7 @@ def folder_name(source: str) -> str:
 
 
 def describe(path: Path, root: Path) -> dict[str, Any]:
-    return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _sums(entries) -> dict[str, int]:

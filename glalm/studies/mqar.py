@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.data.files import replacing
+from glalm.data.files import atomic_write
 from glalm.evals.randomness import seeded
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
@@ -157,7 +157,7 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"job": self.job, "generator": self.generator.get_state()}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             torch.save(state | {"history": history, "seconds": seconds}, file)
 
     def load(self, path: Path | None, device: torch.device) -> tuple[list[float], float]:

@@ -29,7 +29,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from glalm.config.strict import RunError
-from glalm.data.files import sha256, sync
+from glalm.data.files import file_sha256, fsync_path
 from glalm.train import rng, tensors
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
 from glalm.train.tensors import Piece
@@ -104,8 +104,8 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
         files = {name: tensors.write(partial / name, pieces) for name, pieces in made.pieces.items()}
         for name, text in made.texts.items() if first else ():
             (partial / name).write_text(text)
-            sync(partial / name)
-            files[name] = {"sha256": sha256(partial / name), "bytes": (partial / name).stat().st_size}
+            fsync_path(partial / name)
+            files[name] = {"sha256": file_sha256(partial / name), "bytes": (partial / name).stat().st_size}
         for name, entry in files.items():
             _compare(partial / name, entry, "what was written to it")
         return files
@@ -114,11 +114,11 @@ def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGro
         if first:
             files = {name: entry for part in parts for name, entry in part.items()}
             (partial / MANIFEST).write_text(json.dumps({"format": 2, "files": dict(sorted(files.items()))}, indent=1))
-            sync(partial / MANIFEST)
-            sync(partial)
+            fsync_path(partial / MANIFEST)
+            fsync_path(partial)
             partial.rename(target)
-            sync(folder)
-            sync(folder.parent)  # in which `folder` may be new
+            fsync_path(folder)
+            fsync_path(folder.parent)  # in which `folder` may be new
 
     try:
         if not any(gather_or_raise(begin, group)):
@@ -304,7 +304,7 @@ def _manifest(path: Path) -> dict[str, dict]:
 def _compare(file: Path, entry: dict, what: str) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
-    if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+    if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
         raise CheckpointError(f"{file} is damaged: it differs from {what}")
 
 

@@ -111,7 +111,7 @@ class UpdateGuard:
         steps = range(since, since + self.config.bad_steps)
         path = folder / f"bad_steps_{since}.json"
         if writes:
-            write_json(path, {"steps": {str(s): order.ids(s - 1).tolist() for s in steps}}, indent=1)
+            write_json(path, {"steps": {str(s): order.window_ids(s - 1).tolist() for s in steps}}, indent=1)
         raise BadSteps(
             f"the loss or the gradient was not finite, or spiked, in {len(steps)} updates in a row, steps {since} to "
             f"{steps[-1]}: none of them was made. {path} names their samples. Lower optim.lr, or raise "

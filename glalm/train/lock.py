@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from glalm.config.strict import ConfigError
-from glalm.data.files import sync
+from glalm.data.files import fsync_path
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
 
 LOCK = ".lock"
@@ -79,7 +79,7 @@ def check_filesystem(folder: Path) -> None:
     try:
         probe.mkdir()
         (probe / "file").write_bytes(b"whole")
-        sync(probe)
+        fsync_path(probe)
         probe.rename(renamed)
         if probe.exists() or (renamed / "file").read_bytes() != b"whole":
             raise OSError("a renamed directory is not what it was")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
-from glalm.data.loader import Windows, batches
+from glalm.data.loader import Windows, training_batches
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import distributed, float8, optim
 from glalm.train.blocks import prepare_blocks
@@ -168,13 +168,13 @@ def build(
 
 def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelerator) -> Iterator[tuple[int, dict]]:
     """(step, this process's share of its batch) from the step after `start` to the last."""
-    stream = batches(
+    stream = training_batches(
         windows,
         seed=config.seed,
         batch_size=config.batch_size,
         start_step=start,
         rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        world_size=accelerator.num_processes,
         weights=config.data.weights,
         workers=config.data.workers,
         pin=accelerator.device.type == "cuda",

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from glalm.config.run import RunConfig
-from glalm.data.files import reopened, replacing, synced
+from glalm.data.files import atomic_write, flush_to_disk, reopen_truncated
 
 MOST_UNWRITTEN = 10_000  # rows, some megabytes
 
@@ -53,7 +53,7 @@ class Metrics:
         # A run that starts anew makes its row of step 0 again, too.
         before = rows(self._path) if start_step else []
         kept = {row["step"]: row for row in (*unwritten, *before) if row["step"] <= start_step}
-        with replacing(self._path) as file:
+        with atomic_write(self._path) as file:
             self._size = file.write(_lines(kept[step] for step in sorted(kept)))
         self._wandb = _start_wandb(folder, config, run_id)
         # Without markup: what stands in brackets in an error's text is not for the console.
@@ -114,10 +114,10 @@ class Metrics:
         try:
             # What a write that failed has left in the file is cut off; a file that someone has moved away begins anew.
             size = min(self._size, self._path.stat().st_size if self._path.exists() else 0)
-            with reopened(self._path, size) as file:
+            with reopen_truncated(self._path, size) as file:
                 file.write(lines)
                 if durable:
-                    synced(file)
+                    flush_to_disk(file)
         except OSError as error:
             self.failures += 1
             if len(self.unwritten) == 1:  # the first of a row of failures

@@ -101,13 +101,13 @@ class SourceTokens:
     """Tokens of each source that a run has read so far. It only goes forward."""
 
     def __init__(self, config: RunConfig, windows: Windows, start: int):
-        self.order = Order(config.seed, config.batch_size, windows.by_source, config.data.weights)
+        self.order = Order(config.seed, config.batch_size, windows.source_windows, config.data.weights)
         self.length, self.step = windows.length, start
-        self.counts = self.order.counts(0, start) if len(windows.by_source) > 1 else {}
+        self.counts = self.order.count_windows(0, start) if len(windows.source_windows) > 1 else {}
 
     def until(self, step: int) -> dict[str, int]:
         """{"tokens/SOURCE": read in the steps up to `step`}; empty where there is one source."""
         if self.counts:
-            more = self.order.counts(self.step, step)
+            more = self.order.count_windows(self.step, step)
             self.step, self.counts = step, {name: n + more[name] for name, n in self.counts.items()}
         return {f"tokens/{name}": n * self.length for name, n in self.counts.items()}

@@ -11,7 +11,7 @@ from glalm.config.strict import ConfigError, require
 from glalm.data.files import write_json
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
-from glalm.data.shards import TokenSet, manifest_then
+from glalm.data.shards import TokenSet, pinned_manifest
 from glalm.train import checkpoint
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
 from glalm.train.environment import environment
@@ -33,7 +33,7 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
         sets = [TokenSet(config.data.path, split, manifest) for split in ("train", "validation")]
         training, validation = (Windows(s, config.data.seq_len, reset) for s in sets)
         if config.data.weights is not None:
-            check_weights(config.data.weights, training.by_source)
+            check_weights(config.data.weights, training.source_windows)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.path={config.data.path}: {error}") from error
     vocabulary = training.tokens.vocab_size
@@ -52,7 +52,7 @@ def _manifest(config: RunConfig) -> dict:
     origin = named(config) if TOKENS not in config.train.allow_changes else None
     record = Path(origin).parent.parent / DATA_RECORD if origin else None
     then = json.loads(record.read_text()) if record and record.exists() else None
-    return manifest_then(Path(config.data.path), then)
+    return pinned_manifest(Path(config.data.path), then)
 
 
 def open_run(config: RunConfig, data: TokenSet) -> dict:

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from glalm.config.run import RunConfig
-from glalm.data.loader import Batch, packed
+from glalm.data.loader import Batch, pack_documents
 from glalm.model.cache import StateCache
 from glalm.model.loss import IGNORE
 from glalm.train.distributed import gradient_norm, summing
@@ -85,7 +85,7 @@ def on_device(batch: Batch, accelerator: Accelerator) -> Batch:
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What the model is called with: rows, or where documents begin anew, one row of packed documents."""
-    batch = packed(batch) if "starts" in batch else batch
+    batch = pack_documents(batch) if "starts" in batch else batch
     names = {"labels": "shift_labels"}
     inputs = {names.get(name, name): x for name, x in batch.items()}
     if "cu_seqlens" in inputs:  # whose length is another every time: one compiled graph for all

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from glalm.config.run import RunConfig
-from glalm.data.loader import Windows, sequential
+from glalm.data.loader import Windows, sequential_batches
 from glalm.model.loss import IGNORE
 from glalm.train.distributed import reshard
 from glalm.train.step import model_inputs, on_device
@@ -25,7 +25,9 @@ def validate(
     rank, world = accelerator.process_index, accelerator.num_processes
     micro_batch, _ = config.accumulation(world)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # nats, targets
-    for batch in sequential(windows, micro_batch, rank=rank, world=world, limit=config.train.eval_sequences):
+    for batch in sequential_batches(
+        windows, micro_batch, rank=rank, world_size=world, limit=config.train.eval_sequences
+    ):
         batch = on_device(batch, accelerator)
         with accelerator.autocast():
             loss = model(**model_inputs(batch), use_cache=False).loss

@@ -7,7 +7,7 @@ class ByteTokenizer:
     """A token a byte."""
 
     def __init__(self, name):
-        self.vocab_size, self.before, self.after = 300, [1], [2]
+        self.vocab_size, self.bos_ids, self.eos_ids = 300, [1], [2]
 
-    def encode_ids(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)

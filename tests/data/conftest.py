@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import settings
 
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 
 settings.register_profile("no_deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no_deadline")
@@ -37,7 +37,7 @@ def corpus(texts, tmp_path_factory):
 def prepared(corpus, tmp_path_factory):
     """A small set, its streams in several shards. To be read, not changed."""
     out = tmp_path_factory.mktemp("prepared") / "set"
-    prepare([corpus], out, vocab_size=400, shard_tokens=1000, progress=False)
+    prepare_data([corpus], out, vocab_size=400, shard_tokens=1000, progress=False)
     return out
 
 

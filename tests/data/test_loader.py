@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.data.loader import IGNORED, Windows, batches, packed, read_ahead, sequential
+from glalm.data.loader import IGNORED, Windows, pack_documents, read_ahead, sequential_batches, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 
 T = 16
 
@@ -22,11 +22,11 @@ def windows(prepared):
 @pytest.fixture
 def stream(prepared):
     tokens = TokenSet(prepared, "train")
-    return np.concatenate([tokens.document(i) for i in range(tokens.num_documents)]).astype(np.int64)
+    return np.concatenate([tokens.read_document(i) for i in range(tokens.num_documents)]).astype(np.int64)
 
 
 def take(n, **arguments):
-    return list(itertools.islice(batches(**arguments), n))
+    return list(itertools.islice(training_batches(**arguments), n))
 
 
 def test_every_token_but_the_first_is_a_target_once(windows, stream):
@@ -60,7 +60,7 @@ def test_too_few_tokens_are_refused(prepared, stream):
 def test_batches_are_the_windows_of_the_order_with_labels_shifted(windows, stream):
     order = Order(3, 8, {"all": len(windows)})
     for step, batch in take(5, windows=windows, seed=3, batch_size=8):
-        rows = np.stack([stream[i * T : i * T + T + 1] for i in order.ids(step)])
+        rows = np.stack([stream[i * T : i * T + T + 1] for i in order.window_ids(step)])
         assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
         assert batch["input_ids"].is_contiguous() and batch["labels"].is_contiguous()
         assert batch["input_ids"].tolist() == rows[:, :-1].tolist()
@@ -79,7 +79,7 @@ def test_resuming_at_a_step_gives_what_would_have_come(windows):
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_make_up_the_same_step(windows, world):
     whole = take(3, windows=windows, seed=1, batch_size=8)
-    ranks = [take(3, windows=windows, seed=1, batch_size=8, rank=r, world=world) for r in range(world)]
+    ranks = [take(3, windows=windows, seed=1, batch_size=8, rank=r, world_size=world) for r in range(world)]
     for step, batch in whole:
         for key in batch:
             parts = [b[key] for rank in ranks for s, b in rank if s == step]
@@ -89,25 +89,27 @@ def test_ranks_make_up_the_same_step(windows, world):
 
 def test_wrong_sizes_are_refused_before_the_first_batch(windows):
     for wrong, message in [
-        ({"batch_size": 6, "world": 4}, "batch_size=6 is not a multiple of world=4"),
+        ({"batch_size": 6, "world_size": 4}, "batch_size=6 is not a multiple of world_size=4"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 8, "rank": 2, "world": 2}, "rank=2"),
+        ({"batch_size": 8, "rank": 2, "world_size": 2}, "rank=2"),
         ({"batch_size": 8, "start_step": -1}, "step=-1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            batches(windows, seed=0, **wrong)
+            training_batches(windows, seed=0, **wrong)
     with pytest.raises(ValueError, match="batch_size=0"):
-        sequential(windows, 0)
+        sequential_batches(windows, 0)
     with pytest.raises(ValueError, match="limit=0"):
-        sequential(windows, 2, limit=0)
+        sequential_batches(windows, 2, limit=0)
     with pytest.raises(ValueError, match="rank=2"):
-        sequential(windows, 2, rank=2, world=2)
+        sequential_batches(windows, 2, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(("batch_size", "limit"), [(4, None), (7, None), (1000, None), (4, 1), (3, 50), (3, 10**6)])
 def test_sequential_has_windows_once_in_order_evenly_spaced_in_equal_shapes(windows, stream, world, batch_size, limit):
-    ranks = [list(sequential(windows, batch_size, rank=rank, world=world, limit=limit)) for rank in range(world)]
+    ranks = [
+        list(sequential_batches(windows, batch_size, rank=rank, world_size=world, limit=limit)) for rank in range(world)
+    ]
     assert len({tuple(b["labels"].shape for b in rank) for rank in ranks}) == 1
     assert all(len(b["labels"]) <= batch_size for b in ranks[0])
     inputs, labels = (
@@ -129,13 +131,13 @@ def readers():
 
 def test_the_thread_ends_with_the_generator(windows):
     before = len(readers())
-    items = batches(windows, seed=0, batch_size=4)
+    items = training_batches(windows, seed=0, batch_size=4)
     assert len(readers()) == before  # none before it is asked for
     next(items)
     assert len(readers()) == before + 1
     items.close()
     assert len(readers()) == before
-    list(sequential(windows, 8))
+    list(sequential_batches(windows, 8))
     assert len(readers()) == before
 
 
@@ -168,14 +170,14 @@ def test_the_number_of_workers_does_not_change_what_is_read(windows):
 
 
 def test_as_many_workers_read_at_once_as_are_given(windows, monkeypatch):
-    batch, calls, together = Windows.batch, itertools.count(), threading.Barrier(3)
+    batch, calls, together = Windows.load_batch, itertools.count(), threading.Barrier(3)
 
     def meeting(self, ids):
         if next(calls) < 3:
             together.wait(20)  # raises unless three are here
         return batch(self, ids)
 
-    monkeypatch.setattr(Windows, "batch", meeting)
+    monkeypatch.setattr(Windows, "load_batch", meeting)
     assert [step for step, _ in take(5, windows=windows, seed=1, batch_size=4, workers=3)] == list(range(5))
 
 
@@ -201,7 +203,7 @@ def mixed_set(texts, tmp_path_factory):
         for i, text in enumerate(part):
             (root / name / f"{i:02d}.txt").write_text(text)
     held_out = {"validation": 0.1}
-    prepare(
+    prepare_data(
         [root / "short", root / "long"],
         root / "set",
         vocab_size=400,
@@ -215,15 +217,15 @@ def mixed_set(texts, tmp_path_factory):
 def test_windows_of_several_sources_cross_no_border(mixed_set):
     tokens = TokenSet(mixed_set, "train")
     windows = Windows(tokens, T)
-    assert list(windows.by_source) == ["long", "short"]
+    assert list(windows.source_windows) == ["long", "short"]
     begin = first = dropped = 0
     for name, count in tokens.source_tokens.items():
-        stream = tokens.tokens(begin, begin + count)
-        for i in range(windows.by_source[name]):
+        stream = tokens.read_tokens(begin, begin + count)
+        for i in range(windows.source_windows[name]):
             assert windows[first + i].tolist() == stream[i * T : i * T + T + 1].tolist()
-        covered = windows.by_source[name] * T + 1
+        covered = windows.source_windows[name] * T + 1
         assert 0 <= count - covered < T  # the last window is there
-        begin, first, dropped = begin + count, first + windows.by_source[name], dropped + count - covered
+        begin, first, dropped = begin + count, first + windows.source_windows[name], dropped + count - covered
     assert (first, dropped) == (len(windows), windows.dropped_tokens)
     manifest = json.loads((mixed_set / "manifest.json").read_text())
     assert manifest["splits"]["train"]["left_over"]["256"] == Windows(tokens, 256).dropped_tokens
@@ -232,8 +234,8 @@ def test_windows_of_several_sources_cross_no_border(mixed_set):
 def test_weights_reach_the_batches(mixed_set):
     windows = Windows(TokenSet(mixed_set, "train"), T)
     weights = {"short": 1.0, "long": 0.0}
-    last = windows.tokens.tokens(windows.tokens.source_tokens["long"], windows.tokens.num_tokens)
-    rows = {tuple(last[i * T : (i + 1) * T].tolist()) for i in range(windows.by_source["short"])}
+    last = windows.tokens.read_tokens(windows.tokens.source_tokens["long"], windows.tokens.num_tokens)
+    rows = {tuple(last[i * T : (i + 1) * T].tolist()) for i in range(windows.source_windows["short"])}
     seen = {
         tuple(r.tolist())
         for _, b in take(60, windows=windows, seed=0, batch_size=8, weights=weights)
@@ -241,14 +243,14 @@ def test_weights_reach_the_batches(mixed_set):
     }
     assert seen <= rows and len(seen) == min(len(rows), 480)
     with pytest.raises(ValueError, match="must name each source"):
-        batches(windows, seed=0, batch_size=8, weights={"short": 1.0})
+        training_batches(windows, seed=0, batch_size=8, weights={"short": 1.0})
 
 
 def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
     tokens = TokenSet(mixed_set, "train")
-    plain, reset = Windows(tokens, T), Windows(tokens, T, reset=True)
+    plain, reset = Windows(tokens, T), Windows(tokens, T, reset_state=True)
     ids = np.arange(len(plain))
-    a, b = plain.batch(ids), reset.batch(ids)
+    a, b = plain.load_batch(ids), reset.load_batch(ids)
     assert torch.equal(a["input_ids"], b["input_ids"]) and "starts" not in a
     begins = a["input_ids"] == tokens.bos_id  # each document is framed by bos and eos
     begins[:, 0] = True
@@ -258,8 +260,8 @@ def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
 
 
 def test_packed_rows(mixed_set):
-    batch = Windows(TokenSet(mixed_set, "train"), T, reset=True).batch(np.arange(5))
-    row = packed(batch)
+    batch = Windows(TokenSet(mixed_set, "train"), T, reset_state=True).load_batch(np.arange(5))
+    row = pack_documents(batch)
     assert row["input_ids"].shape == row["labels"].shape == (1, 5 * T)
     bounds = row["cu_seqlens"].tolist()
     assert bounds[0] == 0 and bounds[-1] == 5 * T and {T, 2 * T, 3 * T, 4 * T} <= set(bounds)

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.data import order as module
-from glalm.data.order import CYCLE, Order, cycle_counts, permute, rank_slice, round_keys
+from glalm.data.order import CYCLE, Order, cycle_counts, permute_indices, rank_slice, round_keys
 
 seeds = st.integers(-(2**70), 2**70)
 
 
 def window_ids(seed, step, batch_size, num_windows):
     """A step's, of one source."""
-    return Order(seed, batch_size, {"all": num_windows}).ids(step)
+    return Order(seed, batch_size, {"all": num_windows}).window_ids(step)
 
 
 @given(seeds, st.integers(1, 700), st.integers(1, 50), st.integers(0, 5))
@@ -45,7 +45,7 @@ def test_any_number_of_ranks_reads_the_same_ids(seed, step, n, share):
 @given(seeds, st.integers(1, 2**40))
 def test_large_sets_need_no_memory_and_stay_one_to_one(seed, n):
     places = np.unique(np.linspace(0, n - 1, 500).astype(np.int64))
-    ids = permute(places, n, round_keys(seed, 0))
+    ids = permute_indices(places, n, round_keys(seed, 0))
     assert ids.min() >= 0 and ids.max() < n
     assert len(np.unique(ids)) == len(places)
 
@@ -70,7 +70,7 @@ def test_neighbours_are_scattered():
 @pytest.mark.parametrize("n", [2, 3, 5, 12, 30])
 def test_each_window_comes_first_equally_often(n):
     epochs = 200 * n
-    first = Counter(int(permute(np.array([0]), n, round_keys(7, e))[0]) for e in range(epochs))
+    first = Counter(int(permute_indices(np.array([0]), n, round_keys(7, e))[0]) for e in range(epochs))
     chi_square = sum((first[i] - 200) ** 2 / 200 for i in range(n))
     assert chi_square < n - 1 + 5 * (2 * (n - 1)) ** 0.5  # five standard deviations
 
@@ -86,19 +86,19 @@ def test_the_order_of_a_run_never_changes():
 def test_the_order_of_a_mixture_never_changes():
     # Computed as above; the second step is of the third cycle, many epochs into source a.
     windows, weights = {"a": 50, "b": 900}, {"a": 1, "b": 3}
-    assert Order(3, 8, windows, weights).ids(0).tolist() == [53, 14, 493, 24, 451, 841, 10, 898]
-    assert Order(3, 4, windows, weights).ids(700).tolist() == [181, 721, 29, 405]
+    assert Order(3, 8, windows, weights).window_ids(0).tolist() == [53, 14, 493, 24, 451, 841, 10, 898]
+    assert Order(3, 4, windows, weights).window_ids(700).tolist() == [181, 721, 29, 405]
 
 
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="step=-1 must be at least 0"):
-        Order(0, 8, {"all": 10}).ids(-1)
+        Order(0, 8, {"all": 10}).window_ids(-1)
     for batch_size, windows in ((0, 10), (8, 0)):
         with pytest.raises(ValueError, match=f"batch_size={batch_size} and windows={{'all': {windows}}} must be at"):
             Order(0, batch_size, {"all": windows})
-    with pytest.raises(ValueError, match="batch_size=10 is not a multiple of world=4"):
+    with pytest.raises(ValueError, match="batch_size=10 is not a multiple of world_size=4"):
         rank_slice(np.arange(10), 0, 4)
-    with pytest.raises(ValueError, match="rank=4 is not one of world=4"):
+    with pytest.raises(ValueError, match="rank=4 is not one of world_size=4"):
         rank_slice(np.arange(8), 4, 4)
 
 
@@ -117,7 +117,7 @@ def source_ids(order):
     """The windows of each source, in the order in which a run reads them, without end."""
     edges = np.cumsum([0, *order.windows.values()])
     for step in count():
-        for i in order.ids(step).tolist():
+        for i in order.window_ids(step).tolist():
             source = int(np.searchsorted(edges, i, side="right")) - 1
             yield source, i - int(edges[source])
 
@@ -131,7 +131,7 @@ def test_each_source_has_each_window_once_an_epoch_whatever_the_weights(order, d
     for step in range(min(60, 3 * sum(sizes) // order.batch_size + 1)):
         world = data.draw(st.sampled_from([1, 2, 4, 8])) if step < 10 else 8
         for rank in range(world):
-            for i in rank_slice(order.ids(step), rank, world).tolist():
+            for i in rank_slice(order.window_ids(step), rank, world).tolist():
                 source = int(np.searchsorted(edges, i, side="right")) - 1
                 seen[source].append(i - int(edges[source]))
     if order.weights is None:
@@ -155,7 +155,7 @@ def test_every_cycle_has_the_shares(weights, seed):
     windows = {str(i): 5000 for i in range(len(weights))}
     order = Order(seed, CYCLE, windows, dict(zip(windows, weights, strict=True)))
     for step in range(3):
-        assert list(order.counts(step, step + 1).values()) == list(counts)
+        assert list(order.count_windows(step, step + 1).values()) == list(counts)
 
 
 def test_places_left_over_go_to_the_largest_remainders():
@@ -166,22 +166,24 @@ def test_places_left_over_go_to_the_largest_remainders():
 
 def test_shares_hold_within_a_cycle_too():
     order = Order(0, 100, {"a": 10**6, "b": 10**6}, {"a": 3, "b": 1})
-    shares = [order.counts(step, step + 1)["a"] for step in range(50)]
+    shares = [order.count_windows(step, step + 1)["a"] for step in range(50)]
     assert np.mean(shares) == pytest.approx(75, abs=1) and np.std(shares) < 6  # 75 +- 4.3 of 100 by chance
 
 
 @given(orders(), st.integers(0, 20), st.integers(0, 20))
 def test_counts_are_of_the_ids(order, start, steps):
     expected = Counter(source for step in range(start, start + steps) for source in sources_of(order, step))
-    assert order.counts(start, start + steps) == {name: expected[i] for i, name in enumerate(order.windows)}
+    assert order.count_windows(start, start + steps) == {name: expected[i] for i, name in enumerate(order.windows)}
 
 
 @pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0, "c": 0.3}])
 def test_counts_of_many_steps_list_few_ids(weights, monkeypatch):
     """A run that resumes counts from its beginning on: whole epochs, and all of a mixture, are known without."""
     order, far, permuted = Order(3, 64, {"a": 501, "b": 33, "c": 77}, weights), 10**5, []
-    monkeypatch.setattr(module, "permute", lambda x, *args: permuted.append(len(x)) or permute(x, *args))
-    before, after = order.counts(0, far), order.counts(0, far + 20)
+    monkeypatch.setattr(
+        module, "permute_indices", lambda x, *args: permuted.append(len(x)) or permute_indices(x, *args)
+    )
+    before, after = order.count_windows(0, far), order.count_windows(0, far + 20)
     assert sum(permuted) < 4 * CYCLE
     assert sum(before.values()) == 64 * far
     read = Counter(source for step in range(far, far + 20) for source in sources_of(order, step))
@@ -189,13 +191,13 @@ def test_counts_of_many_steps_list_few_ids(weights, monkeypatch):
 
 
 def sources_of(order, step):
-    return np.searchsorted(np.cumsum(list(order.windows.values())), order.ids(step), side="right").tolist()
+    return np.searchsorted(np.cumsum(list(order.windows.values())), order.window_ids(step), side="right").tolist()
 
 
 @given(seeds, st.integers(1, 1000), st.integers(1, 8), st.integers(0, 100))
 def test_without_weights_the_sources_are_one(seed, n, batch_size, step):
     order = Order(seed, batch_size, {"a": n, "b": 3})
-    assert order.ids(step).tolist() == window_ids(seed, step, batch_size, n + 3).tolist()
+    assert order.window_ids(step).tolist() == window_ids(seed, step, batch_size, n + 3).tolist()
 
 
 def test_a_source_keeps_its_order_when_another_comes():
@@ -218,10 +220,10 @@ def test_weights_are_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             Order(0, 8, windows, weights)
-    Order(0, 8, windows, {"books": 1, "code": 0}).ids(0)
+    Order(0, 8, windows, {"books": 1, "code": 0}).window_ids(0)
 
 
 def test_an_order_of_a_trillion_tokens_is_found_at_once():
     order = Order(1, 512, {"a": 4 * 10**8, "b": 10**8}, {"a": 0.7, "b": 0.3})
-    ids = np.concatenate([order.ids(step) for step in range(2 * 10**6, 2 * 10**6 + 4)])
+    ids = np.concatenate([order.window_ids(step) for step in range(2 * 10**6, 2 * 10**6 + 4)])
     assert len(np.unique(ids)) == len(ids) and ids.max() < 5 * 10**8

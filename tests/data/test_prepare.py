@@ -15,9 +15,9 @@ import pytest
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare import pipeline as prepare_module
-from glalm.prepare.inspection import inspect
-from glalm.prepare.pipeline import prepare, split_of
-from glalm.prepare.sources import stdlib
+from glalm.prepare.inspection import inspect_set
+from glalm.prepare.pipeline import prepare_data, split_of
+from glalm.prepare.sources import stdlib_source
 from glalm.prepare.vocabulary import train_sentencepiece
 
 SMALL = {"vocab_size": 400, "progress": False}
@@ -106,51 +106,51 @@ def test_the_tokenizer_never_sees_held_out_text(prepared, texts, tmp_path):
 
 
 def test_the_same_call_again_changes_nothing(corpus, tmp_path, monkeypatch):
-    first = prepare([corpus], tmp_path / "a", **SMALL)
+    first = prepare_data([corpus], tmp_path / "a", **SMALL)
     before = contents(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_carry_out", None)  # it would fail if it tokenised again
-        assert prepare([corpus], tmp_path / "a", **SMALL) == first
+        assert prepare_data([corpus], tmp_path / "a", **SMALL) == first
         moved = tmp_path / "moved" / "corpus" / corpus.name
         moved.parent.mkdir(parents=True)
         moved.write_bytes(corpus.read_bytes())
-        assert prepare([moved], tmp_path / "a", **SMALL) == first
+        assert prepare_data([moved], tmp_path / "a", **SMALL) == first
     assert contents(tmp_path / "a") == before
-    prepare([corpus], tmp_path / "b", **SMALL)
+    prepare_data([corpus], tmp_path / "b", **SMALL)
     assert contents(tmp_path / "b") == before
 
 
 def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(corpus.read_bytes())
-    first = prepare([tmp_path], tmp_path / "set", **SMALL)
-    assert prepare([tmp_path], tmp_path / "set", **SMALL) == first
-    assert prepare([tmp_path], tmp_path / "set", add=True, progress=False) == first
+    first = prepare_data([tmp_path], tmp_path / "set", **SMALL)
+    assert prepare_data([tmp_path], tmp_path / "set", **SMALL) == first
+    assert prepare_data([tmp_path], tmp_path / "set", add=True, progress=False) == first
 
 
 def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
-    prepare([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
+    prepare_data([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
     for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
         with pytest.raises(ValueError, match=r"prepared otherwise \(different .*choose another folder"):
-            prepare([corpus], tmp_path / "set", **{"shard_tokens": 1000, **SMALL, **change})
+            prepare_data([corpus], tmp_path / "set", **{"shard_tokens": 1000, **SMALL, **change})
     corpus_2 = tmp_path / "corpus" / "texts.jsonl"
     corpus_2.parent.mkdir()
     corpus_2.write_bytes(corpus.read_bytes().replace(b"import", b"IMPORT", 1))
     with pytest.raises(ValueError, match=r"is not what .* has as 'texts\.jsonl' of the source 'corpus'"):
-        prepare([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
-    prepare([corpus_2], tmp_path / "set", overwrite=True, **SMALL)
-    prepare([corpus_2], tmp_path / "fresh", **SMALL)
+        prepare_data([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
+    prepare_data([corpus_2], tmp_path / "set", overwrite=True, **SMALL)
+    prepare_data([corpus_2], tmp_path / "fresh", **SMALL)
     left = contents(tmp_path / "set"), contents(tmp_path / "fresh")
     assert left[0] == left[1]  # of the old set's many shards none is left
 
 
 def test_a_damaged_set_is_not_taken_for_done_and_is_repaired_by_overwriting(corpus, tmp_path):
-    prepare([corpus], tmp_path / "set", **SMALL)
+    prepare_data([corpus], tmp_path / "set", **SMALL)
     before = contents(tmp_path / "set")
     shard = tmp_path / "set/test/corpus/00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"test/corpus/00000\.npy.*--overwrite"):
-        prepare([corpus], tmp_path / "set", **SMALL)
-    prepare([corpus], tmp_path / "set", overwrite=True, **SMALL)
+        prepare_data([corpus], tmp_path / "set", **SMALL)
+    prepare_data([corpus], tmp_path / "set", overwrite=True, **SMALL)
     assert contents(tmp_path / "set") == before
 
 
@@ -164,38 +164,38 @@ def test_a_folder_with_other_files_is_left_alone(corpus, tmp_path, name):
     before = contents(tmp_path / "set")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="not part of a prepared set"):
-            prepare([corpus], tmp_path / "set", overwrite=overwrite, **SMALL)
+            prepare_data([corpus], tmp_path / "set", overwrite=overwrite, **SMALL)
     assert contents(tmp_path / "set") == before
 
 
 def test_a_given_tokenizer_is_used_even_from_the_set_it_replaces(corpus, prepared, tmp_path):
     given = prepared / "tokenizer.model"
-    prepare([corpus], tmp_path / "set", tokenizer=given, progress=False)
-    prepare([corpus], tmp_path / "set", tokenizer=tmp_path / "set/tokenizer.model", overwrite=True, progress=False)
+    prepare_data([corpus], tmp_path / "set", tokenizer=given, progress=False)
+    prepare_data([corpus], tmp_path / "set", tokenizer=tmp_path / "set/tokenizer.model", overwrite=True, progress=False)
     assert (tmp_path / "set/tokenizer.model").read_bytes() == given.read_bytes()
 
 
 def test_a_large_vocabulary_takes_uint32(corpus, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "encode_ids", lambda self, text: np.array([70_000, len(text)]))
+    monkeypatch.setattr(Tokenizer, "encode_array", lambda self, text: np.array([70_000, len(text)]))
     opened = Tokenizer.__init__
     monkeypatch.setattr(
         Tokenizer, "__init__", lambda self, name: opened(self, name) or setattr(self, "vocab_size", 70_001)
     )
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [])
-    prepare([corpus], tmp_path / "set", tokenizer=prepared / "tokenizer.model", progress=False)
-    tokens = TokenSet(tmp_path / "set", "train").document(0)
+    prepare_data([corpus], tmp_path / "set", tokenizer=prepared / "tokenizer.model", progress=False)
+    tokens = TokenSet(tmp_path / "set", "train").read_document(0)
     assert tokens.dtype == np.uint32 and tokens[1] == 70_000
 
 
 def test_empty_documents_are_counted_not_written(tmp_path, prepared):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " "}\n{"text": ""}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
-    manifest = prepare([tmp_path / "a.jsonl"], tmp_path / "set", **given)
+    manifest = prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", **given)
     book = {"read": 3, "written": 1, "skipped": {"empty": 2}}
     assert (list(manifest["books"].values()), manifest["splits"]["train"]["documents"]) == ([book], 1)
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="all documents are empty"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
+        prepare_data([tmp_path / "a.jsonl"], tmp_path / "other", **given)
 
 
 def test_names_that_are_not_unicode_are_logged(tmp_path, prepared):
@@ -203,7 +203,7 @@ def test_names_that_are_not_unicode_are_logged(tmp_path, prepared):
     (tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"\\ud800": "x"}\n{"text": "y"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "on_error": "skip", "progress": False}
     for _ in range(2):  # the second time it knows the file
-        prepare([tmp_path / "in"], tmp_path / "set", **given)
+        prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     for log in ("inputs.jsonl", "skipped.jsonl"):
         [line] = (tmp_path / "set" / log).read_text().splitlines()
         assert json.loads(line)["name"] == os.fsdecode(b"caf\xe9.jsonl")
@@ -216,9 +216,9 @@ def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, p
     given = {"tokenizer": str(prepared / "tokenizer.model"), "source_field": "of", "progress": False}
     shares = {"held_out": {"validation": 0.3, "test": 0.3}}
     script = (
-        "import resource\nfrom glalm.prepare.pipeline import prepare\n"
+        "import resource\nfrom glalm.prepare.pipeline import prepare_data\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'set')!r}, **{given | shares!r})"
+        f"prepare_data([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'set')!r}, **{given | shares!r})"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
     assert len(TokenSet(tmp_path / "set", "train").source_tokens) == 256
@@ -232,15 +232,15 @@ def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
         ({"shard_tokens": 0}, "shard_tokens=0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            prepare([corpus], tmp_path / "set", **wrong)
+            prepare_data([corpus], tmp_path / "set", **wrong)
     with pytest.raises(ValueError, match="sources is empty"):
-        prepare([], tmp_path / "set")
+        prepare_data([], tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
 def test_command_line(tmp_path):
     root = Path(__file__).parents[2]
-    library = stdlib()
+    library = stdlib_source()
     mine = tmp_path / "mine"
     mine.mkdir()
     names = [i.name for i in library.inputs]
@@ -266,8 +266,8 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
         (tmp_path / "more" / f"{i}.txt").write_text(f"if more: return {i} " * 30)
     (tmp_path / "more" / "copy.jsonl").write_bytes(corpus.read_bytes())
     with pytest.raises(ValueError, match=r"different sources.*--add"):
-        prepare([corpus, tmp_path / "more"], out, vocab_size=400, shard_tokens=1000, progress=False)
-    manifest = prepare([corpus, tmp_path / "more"], out, add=True, progress=False)
+        prepare_data([corpus, tmp_path / "more"], out, vocab_size=400, shard_tokens=1000, progress=False)
+    manifest = prepare_data([corpus, tmp_path / "more"], out, add=True, progress=False)
     after = contents(out)
     assert {k: after[k] for k in before if "npy" in k} == {k: v for k, v in before.items() if "npy" in k}
     assert manifest["books"]["more"] == {"read": 20, "written": 20, "skipped": {}}  # not the copy of what was in
@@ -277,15 +277,15 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
     assert list(added.source_tokens) == ["corpus", "more"]
     assert added.source_tokens["corpus"] == TokenSet(prepared, "train").num_tokens
     for again in ([corpus], [tmp_path / "more"], [corpus, tmp_path / "more"]):
-        prepare(again, out, add=True, progress=False)
-        prepare(again, out, vocab_size=400, shard_tokens=1000, progress=False)  # all of it is in
+        prepare_data(again, out, add=True, progress=False)
+        prepare_data(again, out, vocab_size=400, shard_tokens=1000, progress=False)  # all of it is in
     assert contents(out) == after
     pinned = TokenSet(out, "train", old)  # what a run reads that began before
     assert (
-        pinned.tokens(0, pinned.num_tokens).tolist()
-        == TokenSet(prepared, "train").tokens(0, pinned.num_tokens).tolist()
+        pinned.read_tokens(0, pinned.num_tokens).tolist()
+        == TokenSet(prepared, "train").read_tokens(0, pinned.num_tokens).tolist()
     )
-    prepare([corpus], out, vocab_size=410, shard_tokens=1000, overwrite=True, progress=False)
+    prepare_data([corpus], out, vocab_size=410, shard_tokens=1000, overwrite=True, progress=False)
     with pytest.raises(ValueError, match="not what it was when the run began"):
         TokenSet(out, "train", old)
 
@@ -298,7 +298,7 @@ def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, t
     for i in range(3):
         (source / f"{i}.txt").write_text(texts[i])
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
-    prepare([source], out, **given)
+    prepare_data([source], out, **given)
     begun = (source / "0.txt").stat().st_mtime_ns
     (source / "0.txt").write_text(texts[0].swapcase())
     for name in ("0.txt", "1.txt"):
@@ -306,10 +306,10 @@ def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, t
     before = contents(out)
     for add in (False, True):
         with pytest.raises(ValueError, match=r"0\.txt is not what .*set has as '0\.txt' of the source 'in': "):
-            prepare([source], out, **given, add=add)
+            prepare_data([source], out, **given, add=add)
     assert contents(out) == before
     for _ in range(2):
-        manifest = prepare([f"later={source}"], out, add=True, progress=False)
+        manifest = prepare_data([f"later={source}"], out, add=True, progress=False)
         assert [manifest["books"][name]["written"] for name in ("in", "later")] == [3, 1]
 
 
@@ -318,13 +318,13 @@ def test_a_file_that_has_grown_is_not_added(texts, prepared, tmp_path):
     path, out = tmp_path / "in.jsonl", tmp_path / "set"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:50]))
     given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
-    before = prepare([path], out, **given)
+    before = prepare_data([path], out, **given)
     with path.open("a") as file:
         file.write(json.dumps({"text": texts[50]}) + "\n")
     with pytest.raises(ValueError, match=r"in\.jsonl is not what .*--overwrite.*NAME=PATH"):
-        prepare([path], out, add=True, progress=False)
+        prepare_data([path], out, add=True, progress=False)
     assert read_manifest(out) == before
-    assert prepare([path], out, overwrite=True, **given)["books"][tmp_path.name]["written"] == 51
+    assert prepare_data([path], out, overwrite=True, **given)["books"][tmp_path.name]["written"] == 51
 
 
 def test_a_set_without_the_times_of_its_inputs_knows_them(corpus, prepared, tmp_path):
@@ -333,7 +333,7 @@ def test_a_set_without_the_times_of_its_inputs_knows_them(corpus, prepared, tmp_
     del row["mtime_ns"]
     (out / "inputs.jsonl").write_text(json.dumps(row) + "\n")
     before = contents(out)
-    prepare([corpus], out, add=True, progress=False)
+    prepare_data([corpus], out, add=True, progress=False)
     assert contents(out) == before
 
 
@@ -347,14 +347,14 @@ def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path
         pytest.raises(ValueError, match=r"a\.jsonl:301: not JSON.*--on-error skip"),
     ):
         patch.setattr(prepare_module, "BLOCK", 10_000)
-        prepare([path], tmp_path / "set", commit_seconds=0, **given)
+        prepare_data([path], tmp_path / "set", commit_seconds=0, **given)
     early = TokenSet(tmp_path / "set", "train")
     assert not early.is_complete and early.num_documents > 100
-    stream = early.tokens(0, early.num_tokens).tolist()
-    manifest = prepare([path], tmp_path / "set", on_error="skip", **given)
+    stream = early.read_tokens(0, early.num_tokens).tolist()
+    manifest = prepare_data([path], tmp_path / "set", on_error="skip", **given)
     assert list(manifest["books"].values()) == [{"read": 301, "written": 300, "skipped": {"not JSON": 1}}]
     whole = TokenSet(tmp_path / "set", "train")
-    assert whole.is_complete and whole.tokens(0, early.num_tokens).tolist() == stream
+    assert whole.is_complete and whole.read_tokens(0, early.num_tokens).tolist() == stream
     assert TokenSet(tmp_path / "set", "train", early.manifest).num_tokens == early.num_tokens
 
 
@@ -364,9 +364,9 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
     (out / "train/00000.npy").write_bytes(b"old")
     (out / "manifest.json").write_text('{"format": "glalm-tokens", "version": 1}')
     with pytest.raises(ValueError, match="has format"):
-        prepare([corpus], out, vocab_size=400, add=True)
+        prepare_data([corpus], out, vocab_size=400, add=True)
     assert (out / "train/00000.npy").exists()
-    prepare([corpus], out, vocab_size=400)
+    prepare_data([corpus], out, vocab_size=400)
     assert "format 1 when it was prepared and have 3 now: preparing it anew" in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
 
@@ -376,11 +376,11 @@ def test_a_file_that_came_while_it_was_prepared_is_named(texts, prepared, tmp_pa
     (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": texts[0]}) + "\n{\n")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
     with pytest.raises(ValueError, match="not JSON"):
-        prepare([tmp_path / "in"], tmp_path / "set", **given)
+        prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": texts[1]}) + "\n")
-    assert prepare([tmp_path / "in"], tmp_path / "set", on_error="skip", **given)["books"]["in"]["written"] == 1
+    assert prepare_data([tmp_path / "in"], tmp_path / "set", on_error="skip", **given)["books"]["in"]["written"] == 1
     assert "1 inputs came after" in capsys.readouterr().err
-    assert prepare([tmp_path / "in"], tmp_path / "set", add=True)["books"]["in"]["written"] == 2
+    assert prepare_data([tmp_path / "in"], tmp_path / "set", add=True)["books"]["in"]["written"] == 2
     assert "came after" not in capsys.readouterr().err
 
 
@@ -395,11 +395,11 @@ def test_every_kind_of_source_gives_the_same_set(texts, prepared, tmp_path, kind
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = f"source=hf:{folder}" if kind == "hub" else folder
     given = {"tokenizer": prepared / "tokenizer.model", "text_field": "body.text", "source_field": "from"}
-    prepare([spec], tmp_path / "set", progress=False, **given)
+    prepare_data([spec], tmp_path / "set", progress=False, **given)
     for split in SPLITS:
         tokens, tokenizer = TokenSet(tmp_path / "set", split), Tokenizer(prepared / "tokenizer.model")
         mine = [t for name in (0, 1) for t in texts[name::2] if split_of(t) == split]
-        assert [tokenizer.decode(tokens.document(i)) for i in range(tokens.num_documents)] == mine
+        assert [tokenizer.decode(tokens.read_document(i)) for i in range(tokens.num_documents)] == mine
 
 
 def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepared, tmp_path):
@@ -407,16 +407,16 @@ def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepare
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
     with pytest.raises(ValueError, match=r"a\.parquet: has no column 'text' but body, id"):
-        prepare([tmp_path / "a.parquet"], tmp_path / "set", **given)
+        prepare_data([tmp_path / "a.parquet"], tmp_path / "set", **given)
     with pytest.raises(ValueError, match=r"all documents are empty or left out.*no field text"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "other", **given)
+        prepare_data([tmp_path / "a.jsonl"], tmp_path / "other", **given)
 
 
 def test_a_wrong_field_is_named_though_a_tokenizer_is_to_be_trained(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\n' * 3)
     for on_error in ("stop", "skip"):
         with pytest.raises(ValueError, match=r"to train a tokenizer on.*a\.jsonl:2: has no field 'text' but body"):
-            prepare([tmp_path / "a.jsonl"], tmp_path / "set", on_error=on_error, **SMALL)
+            prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", on_error=on_error, **SMALL)
 
 
 def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
@@ -428,8 +428,8 @@ def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
     for sources in (folders, [folders[0], folders[0] / "0.txt"]):
         with pytest.raises(ValueError, match=r"books/train/0\.txt and .* would both be '0\.txt' of the source 'train'"):
-            prepare(sources, tmp_path / "set", **given)
-    manifest = prepare([f"books={folders[0]}", f"code={folders[1]}"], tmp_path / "set", **given)
+            prepare_data(sources, tmp_path / "set", **given)
+    manifest = prepare_data([f"books={folders[0]}", f"code={folders[1]}"], tmp_path / "set", **given)
     assert {name: book["written"] for name, book in manifest["books"].items()} == {"books": 1, "code": 1}
 
 
@@ -451,7 +451,7 @@ def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on
         ([corpus], given | {"add": True}, "give one of them"),
     ]:
         with pytest.raises(ValueError, match=message):
-            prepare(sources, out, overwrite=True, on_error=on_error, progress=False, **options)
+            prepare_data(sources, out, overwrite=True, on_error=on_error, progress=False, **options)
         assert contents(out) == before
 
 
@@ -459,15 +459,15 @@ def test_a_table_without_rows_is_told_in_words(prepared, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
     with pytest.raises(ValueError, match=r"left out \(zero: 0 documents read, 0 written\)$"):
         given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
-        prepare([f"zero={tmp_path / 'zero.parquet'}"], tmp_path / "set", **given)
+        prepare_data([f"zero={tmp_path / 'zero.parquet'}"], tmp_path / "set", **given)
 
 
 def test_where_a_set_cannot_be_is_told(corpus, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file is a file: name the folder \(out, --out\)"):
-        prepare([corpus], tmp_path / "file", **SMALL)
+        prepare_data([corpus], tmp_path / "file", **SMALL)
     with pytest.raises(ValueError, match=r"all sources lie in .*corpus, the folder of the set"):
-        prepare([corpus], corpus.parent, **SMALL)
+        prepare_data([corpus], corpus.parent, **SMALL)
 
 
 def test_files_that_are_left_out_are_counted_by_ending(corpus, prepared, tmp_path, capsys):
@@ -476,32 +476,32 @@ def test_files_that_are_left_out_are_counted_by_ending(corpus, prepared, tmp_pat
         (tmp_path / "in" / name).write_text(f"text of {name}")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
     for _ in range(2):  # the second time, the set's own files are there
-        manifest = prepare([tmp_path / "in"], tmp_path / "in/set", **given)
+        manifest = prepare_data([tmp_path / "in"], tmp_path / "in/set", **given)
         assert manifest["books"]["in"]["written"] == 2
         assert "are left out: 2 .csv, 1 no ending\n" in capsys.readouterr().err
-    prepare([corpus], tmp_path / "other", **given)
+    prepare_data([corpus], tmp_path / "other", **given)
     assert "left out" not in capsys.readouterr().err
 
 
 def test_there_must_be_a_set_to_add_to(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"typo: no set to add to"):
-        prepare([corpus], tmp_path / "typo", add=True, **SMALL)
+        prepare_data([corpus], tmp_path / "typo", add=True, **SMALL)
 
 
 def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_face):
-    manifest = prepare([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)
+    manifest = prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)
     tokens = TokenSet(tmp_path / "set", "train")
     opened = Tokenizer(tokens.tokenizer_path)
     assert opened.fingerprint == manifest["tokenizer"]["fingerprint"] == Tokenizer(hugging_face).fingerprint
-    tokens.verify()
-    prepare([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # it knows its own
+    tokens.verify_checksums()
+    prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # it knows its own
     with pytest.raises(ValueError, match="different tokenizer"):
-        prepare([corpus], tmp_path / "set", vocab_size=400, progress=False)
+        prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False)
 
 
 def test_inspect(prepared, tmp_path, capsys):
     out = shutil.copytree(prepared, tmp_path / "set")
-    assert inspect(out) == 0
+    assert inspect_set(out) == 0
     shown = capsys.readouterr().out
     tokens = TokenSet(out, "train")
     assert (
@@ -509,16 +509,16 @@ def test_inspect(prepared, tmp_path, capsys):
     )
     assert "every file has the sha256" in shown
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    text = Tokenizer(tokens.tokenizer_path).decode(tokens.document(tokens.num_documents // 2))
+    text = Tokenizer(tokens.tokenizer_path).decode(tokens.read_document(tokens.num_documents // 2))
     assert text.split("\n")[0] in shown
     path = out / "train/corpus/00000.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"00000\.npy: damaged"):
-        inspect(out)
-    assert inspect(out, verify=False) == 0
+        inspect_set(out)
+    assert inspect_set(out, verify=False) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["books"]["corpus"]["written"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))
-    assert inspect(out, verify=False) == 1 and "DO NOT BALANCE" in capsys.readouterr().out
+    assert inspect_set(out, verify=False) == 1 and "DO NOT BALANCE" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from glalm.prepare import records
-from glalm.prepare.records import BadDocument, Broken, PlainText, document, read_file, read_rows, size_of
+from glalm.prepare.records import BadDocument, Broken, PlainText, extract_document, read_file, read_rows, size_of
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]
@@ -30,7 +30,7 @@ def read(path, columns=("text",), field="text"):
             if isinstance(record, bytes) and not record.strip():
                 continue
             try:
-                found.append((number, document(record, field, None)[0]))
+                found.append((number, extract_document(record, field, None)[0]))
             except BadDocument as bad:
                 found.append((number, bad.args[0]))
     return found
@@ -99,7 +99,7 @@ def test_text_files(tmp_path):
     assert read(tmp_path / "a.txt") == [(1, "not UTF-8")]
     [([record], _)] = read_file(tmp_path / "a.txt", [])
     with pytest.raises(BadDocument, match="line 2"):
-        document(record, "text", None)
+        extract_document(record, "text", None)
     (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf  \r\n\tx\n")
     assert read(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
 
@@ -122,15 +122,15 @@ def test_a_record_beyond_all_bounds_is_passed_over_without_holding_it(tmp_path, 
 
 def test_nested_fields_and_origins():
     row = {"content": {"body": "x"}, "meta": {"set": "books"}, "n": 1}
-    assert document(row, "content.body", "meta.set") == ("x", "books")
-    assert document(json.dumps(row).encode(), "content.body", "meta.set") == ("x", "books")
+    assert extract_document(row, "content.body", "meta.set") == ("x", "books")
+    assert extract_document(json.dumps(row).encode(), "content.body", "meta.set") == ("x", "books")
     flat = {"content.body": "y", "meta.set": "code"}
-    assert document(flat | row, "content.body", "meta.set") == ("y", "code")  # a name of its own goes first
-    assert document(json.dumps(flat).encode(), "content.body", "meta.set") == ("y", "code")
+    assert extract_document(flat | row, "content.body", "meta.set") == ("y", "code")  # a name of its own goes first
+    assert extract_document(json.dumps(flat).encode(), "content.body", "meta.set") == ("y", "code")
     with pytest.raises(BadDocument, match=r"no field meta\.name"):
-        document(row, "content.body", "meta.name")
+        extract_document(row, "content.body", "meta.name")
     with pytest.raises(BadDocument, match="not Unicode"):
-        document(b'{"text": "x", "set": "\\ud800"}', "text", "set")
+        extract_document(b'{"text": "x", "set": "\\ud800"}', "text", "set")
 
 
 def test_what_a_record_takes_is_counted_wherever_its_text_is():
@@ -172,7 +172,7 @@ def test_columns_with_a_dot_in_their_name(tmp_path, name):
     write_table(path, pyarrow.table({"m.text": ["own"], "m": [{"text": "nested", "set": "a"}], "n": [1]}))
     assert read(path, ["m.text"], "m.text") == [(1, "own")]
     [(record, *_)] = [some for some, _ in read_file(path, ["m.text", "m.set"]) if some]
-    assert document(record, "m.text", "m.set") == ("own", "a") and "n" not in record
+    assert extract_document(record, "m.text", "m.set") == ("own", "a") and "n" not in record
     with pytest.raises(ValueError, match=r"no column 'o\.text' but m\.text, m, n"):
         read(path, ["o.text"])
 
@@ -236,5 +236,5 @@ def test_rows_of_a_stream_come_some_at_a_time():
 
 def test_broken_records_keep_their_reason():
     with pytest.raises(BadDocument) as caught:
-        document(Broken("damaged file", "at byte 5"), "text", None)
+        extract_document(Broken("damaged file", "at byte 5"), "text", None)
     assert caught.value.args == ("damaged file", "at byte 5")

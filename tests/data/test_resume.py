@@ -20,7 +20,7 @@ from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
 from glalm.prepare import encode, writer
 from glalm.prepare import pipeline as prepare_module
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 
 ROOT = Path(__file__).parents[2]
 PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
@@ -62,7 +62,7 @@ def settings(prepared):
 @pytest.fixture(scope="module")
 def unbroken(sources, settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "set"
-    prepare([sources], out, workers=1, **settings)
+    prepare_data([sources], out, workers=1, **settings)
     return contents(out)
 
 
@@ -89,17 +89,18 @@ def test_any_number_of_workers_writes_the_same_bytes(sources, settings, unbroken
     monkeypatch.setattr(prepare_module, "SMALL", 1)
     monkeypatch.setattr(prepare_module, "BLOCK", 10_000)
     monkeypatch.setattr(encode, "AHEAD", 30_000)
-    prepare([sources], tmp_path / "set", workers=workers, **settings)
+    prepare_data([sources], tmp_path / "set", workers=workers, **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
 def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbroken, tmp_path):
     """kill -9 of a process with two workers, again and again; then one is left to finish."""
     script = (
-        "import sys, json; from glalm.data import prepare as p; p.SMALL, p.BLOCK = 1, 5_000; import time\n"
+        "import sys, json; from glalm.prepare import pipeline as p; p.SMALL, p.BLOCK = 1, 5_000; import time\n"
         "write = p._write; p._write = lambda *args: (time.sleep(0.01), write(*args))\n"
         "if __name__ == '__main__':\n"
-        f"    p.prepare([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, **{settings!r})"
+        f"    p.prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, "
+        f"**{settings!r})"
     )
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py")]
@@ -126,7 +127,9 @@ def cursor(out: Path) -> list[int] | None:
         return None
 
 
-@pytest.mark.parametrize("moment", ["publish", "replacing", "synced", "sync", "reopened"])
+@pytest.mark.parametrize(
+    "moment", ["rename_into_place", "atomic_write", "flush_to_disk", "fsync_path", "reopen_truncated"]
+)
 def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, tmp_path, monkeypatch, moment):
     """Stop before the n-th call of a primitive that changes the disk, for n over the whole work."""
 
@@ -150,7 +153,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
     for limit in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 10**9):  # noqa: B007 (counted reads it)
         total[0] = 0
         try:
-            prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+            prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
             break
         except Killed:
             deaths += 1
@@ -190,7 +193,7 @@ def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
-    prepare([sources], out, workers=1, commit_seconds=0, **settings)
+    prepare_data([sources], out, workers=1, commit_seconds=0, **settings)
     assert len(commits) > 5 and max(commits) == 2 + 2 * 9  # logs, and two files of each source in each split
     assert not renamed_in
 
@@ -211,7 +214,7 @@ def interrupted(blocks, *args, **kwargs):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(prepare_module, "_write", counted)
-        prepare(*args, workers=1, commit_seconds=0, **kwargs)
+        prepare_data(*args, workers=1, commit_seconds=0, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["train/x/.00000.npy.tmp", "test/y/.00000.docs.npy.tmp", "skipped.jsonl"])
@@ -223,10 +226,10 @@ def test_a_file_that_lost_what_was_committed_is_not_written_on(sources, settings
         os.truncate(path, there)
         for _ in range(2):
             with pytest.raises(ValueError, match=rf"{path}: {there} bytes are there and {size} were .*--overwrite"):
-                prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+                prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
     path.unlink()
     with pytest.raises(ValueError, match=f"{path}: 0 bytes are there"):
-        prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+        prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
 
 
 @pytest.fixture
@@ -242,16 +245,16 @@ def test_it_does_not_go_on_with_inputs_that_have_changed(copied, settings, tmp_p
     path = copied / f"{name}.jsonl"
     path.write_text(path.read_text().replace("return", "RETURN"))
     with pytest.raises(ValueError, match=rf"{path} has changed since .*set was begun.*--overwrite"):
-        prepare([copied], tmp_path / "set", **settings)
-    manifest = prepare([copied], tmp_path / "set", overwrite=True, **settings)
+        prepare_data([copied], tmp_path / "set", **settings)
+    manifest = prepare_data([copied], tmp_path / "set", overwrite=True, **settings)
     [row] = [r for r in files.read_jsonl(tmp_path / "set/inputs.jsonl") if r["name"] == path.name]
-    assert manifest["complete"] and row["sha256"] == files.sha256(path)
+    assert manifest["complete"] and row["sha256"] == files.file_sha256(path)
 
 
 def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, settings, unbroken, tmp_path):
     interrupted(1, [copied], tmp_path / "set", **settings)
     os.utime(copied / "a.jsonl")
-    prepare([copied], tmp_path / "set", **settings)
+    prepare_data([copied], tmp_path / "set", **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
@@ -265,16 +268,16 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tm
     with monkeypatch.context() as patch:
         patch.setattr(writer.SetWriter, "count", changing)
         with pytest.raises(ValueError, match=rf"{path} has changed since"):
-            prepare([copied], tmp_path / "set", workers=1, **settings)
+            prepare_data([copied], tmp_path / "set", workers=1, **settings)
     with pytest.raises(ValueError, match=rf"{path} has changed since"):
-        prepare([copied], tmp_path / "set", **settings)
+        prepare_data([copied], tmp_path / "set", **settings)
 
 
 @pytest.mark.parametrize("moment", [1, 2])
 def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbroken, tmp_path, monkeypatch, moment):
     killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)
     monkeypatch.setattr(writer.ShardWriter, "add", None)  # it would fail if it wrote again
-    prepare([sources], tmp_path / "set", workers=1, **settings)
+    prepare_data([sources], tmp_path / "set", workers=1, **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
@@ -285,10 +288,10 @@ def test_killed_as_it_is_overwritten_it_is_not_taken_up_again(
     monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(writer.SetWriter, "next_input", lambda self: 1 / 0)  # an interruption, after the first
-        prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+        prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
     killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", overwrite=True, workers=1, **settings)
-    prepare([sources], tmp_path / "set", workers=1, **settings)
-    TokenSet(tmp_path / "set", "train").verify()
+    prepare_data([sources], tmp_path / "set", workers=1, **settings)
+    TokenSet(tmp_path / "set", "train").verify_checksums()
     assert contents(tmp_path / "set") == unbroken
 
 
@@ -308,7 +311,7 @@ def killed_at_removal(moment, monkeypatch, *args, **kwargs):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "unlink", counted)
-        prepare(*args, **kwargs)
+        prepare_data(*args, **kwargs)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
@@ -348,40 +351,40 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbr
         for room in (0, 100, 700, 1300):
             left[0] = room
             with pytest.raises(OSError, match="disk is full; make room and run the same command again") as caught:
-                prepare([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
+                prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
             assert caught.value.errno == errno.ENOSPC
-    prepare([sources], tmp_path / "set", workers=1, **settings)
+    prepare_data([sources], tmp_path / "set", workers=1, **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
 def test_a_small_real_limit_on_file_sizes(sources, settings, tmp_path):
     """The system itself refuses to write on: the process ends with an error, and goes on when it may."""
     script = (
-        "import resource, signal, sys\nfrom glalm.prepare.pipeline import prepare\n"
+        "import resource, signal, sys\nfrom glalm.prepare.pipeline import prepare_data\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, -1))\n"
-        f"prepare([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=1, **{settings!r})"
+        f"prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=1, **{settings!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "File too large" in done.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    manifest = prepare([sources], tmp_path / "set", workers=1, **settings)
+    manifest = prepare_data([sources], tmp_path / "set", workers=1, **settings)
     assert manifest["complete"]
 
 
 def test_stopped_at_a_broken_document_it_goes_on_when_told_to_skip(sources, settings, unbroken, tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl:\d+: .*--on-error skip"):
-        prepare([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
-    prepare([sources], tmp_path / "set", workers=1, **settings)
+        prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
+    prepare_data([sources], tmp_path / "set", workers=1, **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
 def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings, tmp_path):
     with pytest.raises(ValueError, match=r"--on-error skip"):
-        prepare([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
+        prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
     with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
-        prepare([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
+        prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
     with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl, which is gone"):
-        prepare([sources / "b.jsonl"], tmp_path / "set", **settings)
+        prepare_data([sources / "b.jsonl"], tmp_path / "set", **settings)
     with pytest.raises(ValueError, match="so far: it is still being prepared"):
         from glalm.data.loader import Windows
 
@@ -396,8 +399,8 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
 
 def test_two_at_once_are_refused(sources, settings, tmp_path):
     (tmp_path / "set").mkdir()
-    with files.locked(tmp_path / "set"), pytest.raises(ValueError, match="another process is preparing this set"):
-        prepare([sources], tmp_path / "set", **settings)
+    with files.lock_folder(tmp_path / "set"), pytest.raises(ValueError, match="another process is preparing this set"):
+        prepare_data([sources], tmp_path / "set", **settings)
 
 
 def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
@@ -406,20 +409,20 @@ def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
     with open(tmp_path / "a.jsonl", "w") as file:
         file.write('{"text": "before"}\n{"text": "' + text + '"}\n{"text": "after"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "shard_tokens": 10**6, "progress": False}
-    prepare([tmp_path / "a.jsonl"], tmp_path / "set", workers=1, **given)
+    prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", workers=1, **given)
     tokens = TokenSet(tmp_path / "set", "train")
     assert sorted(tokens.document_lengths.tolist()) == [7, 8, 100 * 2**20 + 2]
-    assert bytes(tokens.document(1)[1:-1].astype(np.uint8)) == text.encode()
+    assert bytes(tokens.read_document(1)[1:-1].astype(np.uint8)) == text.encode()
     assert [len(s) for s in tokens._shards] == [8, 100 * 2**20 + 2, 7]
 
 
 def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
     """The most memory that preparing 20 times as much takes is the same, but for noise."""
     script = (
-        "import sys, resource\nfrom glalm.data import encode\nfrom glalm.prepare.pipeline import prepare\n"
+        "import sys, resource\nfrom glalm.prepare import encode\nfrom glalm.prepare.pipeline import prepare_data\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
         "from byte_tokenizer import ByteTokenizer\nencode.Tokenizer = ByteTokenizer\n"
-        f"prepare([sys.argv[1]], sys.argv[1] + '.set', tokenizer={str(prepared / 'tokenizer.model')!r}, "
+        f"prepare_data([sys.argv[1]], sys.argv[1] + '.set', tokenizer={str(prepared / 'tokenizer.model')!r}, "
         "workers=1, progress=False, commit_seconds=0.2, shard_tokens=10**7)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

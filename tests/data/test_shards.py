@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from glalm.data.checksums import BLOCK, CheckedArray, DamagedFile, block_sums
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.pipeline import prepare, split_of
+from glalm.prepare.pipeline import prepare_data, split_of
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_documents_and_counts(prepared, documents):
     assert tokens.num_documents == len(documents)
     assert tokens.num_tokens == sum(map(len, documents))
     assert tokens.document_lengths.tolist() == [len(d) for d in documents]
-    assert [tokens.document(i).tolist() for i in range(len(documents))] == documents
+    assert [tokens.read_document(i).tolist() for i in range(len(documents))] == documents
     assert (tokens.vocab_size, tokens.bos_id, tokens.eos_id) == (400, 1, 2)
     assert Tokenizer(tokens.tokenizer_path).fingerprint == tokens.tokenizer_fingerprint
 
@@ -42,37 +42,37 @@ def test_documents_and_counts(prepared, documents):
 def test_any_range_of_tokens_across_shards(prepared, stream, data):
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream)))
-    assert TokenSet(prepared, "train").tokens(start, stop).tolist() == stream[start:stop]
+    assert TokenSet(prepared, "train").read_tokens(start, stop).tolist() == stream[start:stop]
 
 
 def test_ranges_at_the_borders_of_shards(prepared, stream):
     tokens = TokenSet(prepared, "train")
     border = len(np.load(prepared / "train/corpus/00000.npy"))
     for start, stop in [(0, border), (border, border + 1), (border - 1, border + 1), (border, border)]:
-        assert tokens.tokens(start, stop).tolist() == stream[start:stop]
-    assert tokens.tokens(0, len(stream)).tolist() == stream
+        assert tokens.read_tokens(start, stop).tolist() == stream[start:stop]
+    assert tokens.read_tokens(0, len(stream)).tolist() == stream
 
 
 def test_out_of_range_is_an_error_not_a_shorter_answer(prepared):
     tokens = TokenSet(prepared, "train")
     for start, stop in [(-1, 5), (5, 4), (0, tokens.num_tokens + 1)]:
         with pytest.raises(ValueError, match="has tokens"):
-            tokens.tokens(start, stop)
+            tokens.read_tokens(start, stop)
     for i in (-1, tokens.num_documents):
         with pytest.raises(ValueError, match="has documents"):
-            tokens.document(i)
+            tokens.read_document(i)
 
 
 def test_tokens_cannot_be_changed_by_accident(prepared):
     with pytest.raises(ValueError, match="read-only"):
-        TokenSet(prepared, "train").tokens(0, 5)[0] = 3
+        TokenSet(prepared, "train").read_tokens(0, 5)[0] = 3
 
 
 def test_an_empty_split_can_be_opened(copy, corpus):
-    prepare([corpus], copy, vocab_size=400, held_out={"test": 0.1}, overwrite=True, progress=False)
+    prepare_data([corpus], copy, vocab_size=400, held_out={"test": 0.1}, overwrite=True, progress=False)
     tokens = TokenSet(copy, "validation")
     assert (tokens.num_tokens, tokens.num_documents, len(tokens.document_lengths)) == (0, 0, 0)
-    assert tokens.tokens(0, 0).tolist() == []
+    assert tokens.read_tokens(0, 0).tolist() == []
 
 
 def test_missing_files_are_named_with_what_to_run(copy):
@@ -149,14 +149,14 @@ def test_document_starts_across_shards(prepared, documents):
 
 @pytest.mark.parametrize("name", ["train/corpus/00001.npy", "train/corpus/00001.docs.npy", "tokenizer.model"])
 def test_verify_finds_one_flipped_bit(copy, name):
-    TokenSet(copy, "train").verify()
+    TokenSet(copy, "train").verify_checksums()
     data = bytearray((copy / name).read_bytes())
     data[-1] ^= 1
     (copy / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}: damaged"):
-        TokenSet(copy, "train").verify()
+        TokenSet(copy, "train").verify_checksums()
     if name.startswith("train"):
-        TokenSet(copy, "test").verify()
+        TokenSet(copy, "test").verify_checksums()
 
 
 @pytest.mark.parametrize("name", ["00001.npy", "00001.docs.npy"])
@@ -168,9 +168,9 @@ def test_a_flipped_bit_is_found_when_its_block_is_read_and_not_before(copy, name
     path.write_bytes(data)
     tokens = TokenSet(copy, "train")
     first = len(np.load(copy / "train/corpus/00000.npy"))
-    tokens.tokens(0, first)
+    tokens.read_tokens(0, first)
     with pytest.raises(DamagedFile, match=rf"{name}: damaged between byte 0 and {len(data)}"):
-        tokens.tokens(first, first + 500) if name == "00001.npy" else tokens.document_starts(first, first + 1)
+        tokens.read_tokens(first, first + 500) if name == "00001.npy" else tokens.document_starts(first, first + 1)
 
 
 def test_blocks_are_checked_one_by_one(tmp_path):

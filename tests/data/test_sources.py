@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from glalm.prepare.sources import File, hub, local, source, stdlib
+from glalm.prepare.sources import File, hub_source, local_source, open_source, stdlib_source
 
 
 def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
     for name in ("b.md", "a/z.py", "a/.hidden.py", ".git/c.txt", "a/c.bin", "C.JSONL", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = local(tmp_path)
+    found = local_source(tmp_path)
     assert [i.name for i in found.inputs] == ["C.JSONL", "a/z.py", "b.md", "d.parquet"]
-    assert found.left_out == (tmp_path / "a/c.bin",)
+    assert found.skipped_files == (tmp_path / "a/c.bin",)
 
 
 def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
@@ -24,7 +24,7 @@ def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
     (tmp_path / "corpus/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus/a/up").symlink_to(tmp_path / "corpus")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "corpus/link")
-    assert [i.name for i in local(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
+    assert [i.name for i in local_source(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
 
 
 def test_names(tmp_path):
@@ -38,27 +38,27 @@ def test_names(tmp_path):
         ("std=stdlib", "std"),
         ("stdlib", "stdlib"),
     ]:
-        assert {source(spec).name, source(spec).inputs[0].source} == {name}
+        assert {open_source(spec).name, open_source(spec).inputs[0].source} == {name}
     (tmp_path / "a=b.txt").write_text("x")
-    assert source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # a file that is there is no name
+    assert open_source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # a file that is there is no name
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        local(tmp_path / "absent")
+        local_source(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"ends in one of \.txt"):
-        local(tmp_path)
+        local_source(tmp_path)
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match=r"a\.tar.*must end in"):
-        local(tmp_path / "a.tar")
+        local_source(tmp_path / "a.tar")
     with pytest.raises(ValueError, match="standard library"):
-        stdlib(tmp_path)
+        stdlib_source(tmp_path)
     with pytest.raises(ValueError, match="`datasets` cannot open it"):
-        hub(str(tmp_path / "absent"))
+        hub_source(str(tmp_path / "absent"))
 
 
 def test_stdlib_is_the_library_without_tests():
-    library = source("stdlib")
+    library = open_source("stdlib")
     names = [i.name for i in library.inputs]
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py", "unittest/mock.py"} <= set(names)
@@ -71,7 +71,7 @@ def test_stdlib_is_the_library_without_tests():
 
 def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"meta.set": "a", "text": "x", "id": 1}) + "\n")
-    [found] = source(f"hf:{tmp_path}").inputs
+    [found] = open_source(f"hf:{tmp_path}").inputs
     assert [r for records, _ in found.read(["text", "meta.set"]) for r in records] == [{"meta.set": "a", "text": "x"}]
 
 
@@ -80,11 +80,11 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     for i in range(3):
         rows = [{"text": f"{i}.{j}", "meta": {"set": "a"}, "more": j} for j in range(5)]
         (tmp_path / f"part-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = source(f"wiki=hf:{tmp_path}")
+    found = open_source(f"wiki=hf:{tmp_path}")
     assert [i.source for i in found.inputs] == ["wiki"] * 3
     texts = [[r["text"] for records, _ in i.read(["text", "meta"]) for r in records] for i in found.inputs]
     assert texts == [[f"{i}.{j}" for j in range(5)] for i in range(3)]
     other = shutil.copytree(tmp_path, tmp_path / "other")  # a data set of as many files is another one
-    assert not {i.name for i in found.inputs} & {i.name for i in hub(str(other)).inputs}
+    assert not {i.name for i in found.inputs} & {i.name for i in hub_source(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size

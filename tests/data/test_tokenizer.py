@@ -160,7 +160,7 @@ def test_cut():
 def test_hugging_face(hugging_face, texts, tmp_path):
     tokenizer = Tokenizer(hugging_face)
     assert (tokenizer.vocab_size, tokenizer.round_trips) == (400, True)
-    assert (tokenizer.before, tokenizer.after) == ([], [tokenizer.eos_id]) and tokenizer.bos_id == tokenizer.eos_id
+    assert (tokenizer.bos_ids, tokenizer.eos_ids) == ([], [tokenizer.eos_id]) and tokenizer.bos_id == tokenizer.eos_id
     for text in [*texts, "", "<|end|> is text <s></s>", "".join(texts) * 20]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text  # beyond the length limit, too

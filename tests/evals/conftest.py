@@ -40,10 +40,10 @@ class Stream:
         self.source_tokens = {"memory": self.num_tokens}
         self.document_lengths = np.array([len(d) for d in documents])
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
         return self.stream[start:stop]
 
-    def document(self, i: int) -> np.ndarray:
+    def read_document(self, i: int) -> np.ndarray:
         return self.documents[i]
 
 

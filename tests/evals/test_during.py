@@ -20,7 +20,7 @@ from glalm.evals.randomness import undisturbed
 from glalm.evals.runner import evaluate
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train.loop import train
 
 CHEAP = DuringConfig(
@@ -73,7 +73,7 @@ def test_what_a_set_has_got_since_the_run_began_is_left_out(run_config, change, 
     train(config)
     before = TokenSet(folder, "validation").num_documents
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": "alpha omega " * n}) + "\n" for n in range(999)))
-    prepare([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
+    prepare_data([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
     assert TokenSet(folder, "validation").num_documents > before
     settings = EvalConfig(name=config.name, runs_dir=config.runs_dir, data_path=str(folder))
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
@@ -101,7 +101,7 @@ def test_evaluators_are_given_what_the_config_says(run_config, change, monkeypat
     assert given == {name: getattr(options, name) for name in given}
     assert (settings.seed, settings.data_path) == (7, config.data.path)
     assert (subject.precision, subject.train_length, subject.run) == ("bf16", 16, config)
-    assert subject.tokenizer.vocab_size <= 320 and subject.start == tuple(subject.tokenizer.before) != ()
+    assert subject.tokenizer.vocab_size <= 320 and subject.start == tuple(subject.tokenizer.bos_ids) != ()
 
 
 def test_random_states_are_kept():

@@ -18,7 +18,7 @@ from glalm.evals.perplexity import perplexity
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import IGNORE
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_perplexity_of_a_transformers_model_is_transformers_own(tmp_path):
     text.mkdir()
     for i in range(8):
         (text / f"{i}.txt").write_text(" ".join(words.choice(["alpha", "beta", "gamma"], 60)))
-    prepare([text], tmp_path / "data", tokenizer=str(folder), held_out={"validation": 0.5}, progress=False)
+    prepare_data([text], tmp_path / "data", tokenizer=str(folder), held_out={"validation": 0.5}, progress=False)
 
     config = wanted(folder, tmp_path, data_path=str(tmp_path / "data"))
     subject = open_subject(config, CPU)

@@ -28,7 +28,7 @@ from glalm.evals.options import EVALUATORS, EvalConfig, ExtrapolationConfig, Gen
 from glalm.evals.runner import evaluate, processes
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train.loop import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +43,7 @@ def data(tmp_path_factory) -> Path:
         text = " ".join(words.choice(("alpha", "beta", "gamma", "delta")) for _ in range(60 if i % 2 else 300))
         (source / f"{i}.txt").write_text(text)
     held_out = {"validation": 0.3, "test": 0.4}
-    prepare([source], folder, vocab_size=300, held_out=held_out, progress=False)
+    prepare_data([source], folder, vocab_size=300, held_out=held_out, progress=False)
     return folder
 
 

@@ -24,7 +24,7 @@ from sameness import assert_same, rows
 from glalm.config.reliability import CheckpointConfig, GuardConfig
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.watchdog import EXIT
@@ -77,7 +77,7 @@ def config(folder: Path, name: str) -> RunConfig:
     if not data.exists():
         words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta", "epsilon"], (200, 100))
         (folder / "words.jsonl").write_text("".join(json.dumps({"text": " ".join(row)}) + "\n" for row in words))
-        prepare([folder / "words.jsonl"], data, vocab_size=300, progress=False)
+        prepare_data([folder / "words.jsonl"], data, vocab_size=300, progress=False)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48, "gate_low_rank_dim": 4}
     return RunConfig(
         name=name,

@@ -165,7 +165,7 @@ def struck(what: str, rank: int, config: RunConfig) -> int:
                 os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
             return real(*args)
 
-        def batch(self, ids, real=loader.Windows.batch):
+        def batch(self, ids, real=loader.Windows.load_batch):
             if "loader" in what:
                 calls.append(1)
                 if len(calls) == 7:
@@ -174,7 +174,9 @@ def struck(what: str, rank: int, config: RunConfig) -> int:
                     time.sleep(60)
             return real(self, ids)
 
-        loop.update, loader.Windows.batch = (real, batch) if "loader" in what else (update, loader.Windows.batch)
+        loop.update, loader.Windows.load_batch = (
+            (real, batch) if "loader" in what else (update, loader.Windows.load_batch)
+        )
     return train(config)
 
 

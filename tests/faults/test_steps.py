@@ -65,9 +65,9 @@ def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, cha
     with pytest.raises(BadSteps, match=r"in 3 updates in a row, steps 3 to 5: none of them was made.*bad_steps_3.json"):
         train(config)
     windows = Windows(TokenSet(token_folder, "train"), 16)
-    order = Order(config.seed, 4, windows.by_source)
+    order = Order(config.seed, 4, windows.source_windows)
     dump = json.loads((config.folder / "bad_steps_3.json").read_text())["steps"]
-    assert dump == {str(s): order.ids(s - 1).tolist() for s in (3, 4, 5)}
+    assert dump == {str(s): order.window_ids(s - 1).tolist() for s in (3, 4, 5)}
     monkeypatch.undo()
     assert train(config) == 0  # nothing of it was saved
 
@@ -211,7 +211,7 @@ def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, 
 
 
 def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
-    monkeypatch.setattr(loop, "batches", unread_ahead(loop.batches, run_config.steps))
+    monkeypatch.setattr(loop, "training_batches", unread_ahead(loop.training_batches, run_config.steps))
     assert train(run_config) == 0
 
 

@@ -126,7 +126,7 @@ def test_a_runs_tokenizer_serves_transformers(token_folder, tmp_path):
     made.save_pretrained(tmp_path)
     ours, theirs = OurTokenizer(token_folder / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("alpha beta gamma", " two  spaces ", "a\n\nb ☃ Ü 1,234", ""):
-        assert theirs(text).input_ids == [*ours.before, *ours.encode(text)]
+        assert theirs(text).input_ids == [*ours.bos_ids, *ours.encode(text)]
         assert theirs.decode(ours.encode(text)) == text
 
 

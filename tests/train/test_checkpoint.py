@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from glalm.config.run import OptimConfig
-from glalm.data.files import sha256
+from glalm.data.files import file_sha256
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint, tensors
@@ -87,7 +87,7 @@ def test_a_save_that_breaks_leaves_the_last_one(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full_disk)
+    monkeypatch.setattr(checkpoint, "fsync_path", full_disk)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 2)
     assert list(tmp_path.iterdir()) == [first]
@@ -174,7 +174,7 @@ def test_the_written_file_is_what_safetensors_reads(tmp_path):
     entry = tensors.write(tmp_path / "all.safetensors", tensors.share(made, 0, 1))
     assert entry == {
         "bytes": (tmp_path / "all.safetensors").stat().st_size,
-        "sha256": sha256(tmp_path / "all.safetensors"),
+        "sha256": file_sha256(tmp_path / "all.safetensors"),
     }
     found = load_file(tmp_path / "all.safetensors")
     assert found.keys() == made.keys()

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.data.loader import IGNORED, Windows, packed
+from glalm.data.loader import IGNORED, Windows, pack_documents
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train import loop
 from glalm.train.step import model_inputs
 
@@ -28,7 +28,7 @@ def two_sources(token_folder, tmp_path_factory):
         lines = [json.dumps({"text": f"alpha {i} " + "beta gamma " * (words + i % 7)}) for i in range(60)]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
     given = {"tokenizer": token_folder / "tokenizer.model", "shard_tokens": 2000, "progress": False}
-    prepare([f"{name}={root / name}.jsonl" for name in ("long", "short")], root / "set", **given)
+    prepare_data([f"{name}={root / name}.jsonl" for name in ("long", "short")], root / "set", **given)
     return root / "set"
 
 
@@ -50,15 +50,15 @@ def tiny_model() -> GLALMForCausalLM:
 
 def test_reset_equals_separate_documents(two_sources):
     """Logits, loss and gradients of packed windows against each document's part, run by itself."""
-    windows = Windows(TokenSet(two_sources, "train"), 48, reset=True)
-    batch = windows.batch([0, 5, *range(len(windows) - 4, len(windows))])  # of both sources
+    windows = Windows(TokenSet(two_sources, "train"), 48, reset_state=True)
+    batch = windows.load_batch([0, 5, *range(len(windows) - 4, len(windows))])  # of both sources
     model = tiny_model()
     loss = model(**model_inputs(batch)).loss
     loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    bounds = packed(batch)["cu_seqlens"].tolist()
+    bounds = pack_documents(batch)["cu_seqlens"].tolist()
     ids, labels = (batch[name].flatten() for name in ("input_ids", "labels"))
     assert len(bounds) > 6 + 4  # documents do begin within the windows
     nats, targets = 0, 0
@@ -120,8 +120,8 @@ def test_what_is_trained_on_follows_seed_and_weights(run_config, change, two_sou
     monkeypatch.setattr(loop, "update", seen)
     assert loop.train(config) == 0
     windows = Windows(TokenSet(two_sources, "train"), 16)
-    order = Order(5, 4, windows.by_source, config.data.weights)
-    expected = [windows.batch(order.ids(step))["input_ids"] for step in range(6)]
+    order = Order(5, 4, windows.source_windows, config.data.weights)
+    expected = [windows.load_batch(order.window_ids(step))["input_ids"] for step in range(6)]
     assert torch.equal(torch.stack(batches), torch.stack(expected))
 
 
@@ -140,11 +140,11 @@ def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sour
         with pytest.raises(ZeroDivisionError):
             loop.train(config)
     (tmp_path / "more.txt").write_text("delta epsilon " * 3000)
-    prepare([tmp_path / "more.txt"], growing, add=True, progress=False)
+    prepare_data([tmp_path / "more.txt"], growing, add=True, progress=False)
     assert TokenSet(growing, "train").num_tokens > TokenSet(two_sources, "train").num_tokens
     assert loop.train(config) == loop.train(steady) == 0
     assert all(torch.equal(t, weights(steady)[n]) for n, t in weights(config).items())
-    prepare([tmp_path / "more.txt"], growing, vocab_size=300, overwrite=True, progress=False)
+    prepare_data([tmp_path / "more.txt"], growing, vocab_size=300, overwrite=True, progress=False)
     with pytest.raises(ConfigError, match="prepared anew"):
         loop.train(config)
 

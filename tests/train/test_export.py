@@ -16,7 +16,7 @@ from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.vocabulary import train_sentencepiece
 from glalm.train import checkpoint
 from glalm.train.loop import train
@@ -44,8 +44,8 @@ def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
     ours, theirs = Tokenizer(token_folder / "tokenizer.model"), AutoTokenizer.from_pretrained(out)
     text = "alpha beta  gamma (delta) é"
     assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
-    assert theirs(text)["input_ids"][:1] == ours.before and theirs.decode(ours.encode(text)) == text
-    ids = torch.tensor([ours.before + ours.encode(text)])
+    assert theirs(text)["input_ids"][:1] == ours.bos_ids and theirs.decode(ours.encode(text)) == text
+    ids = torch.tensor([ours.bos_ids + ours.encode(text)])
     assert torch.equal(loaded.eval()(ids).logits, trained.eval()(ids).logits)
     assert GenerationConfig.from_pretrained(out).eos_token_id == ours.eos_id == 2
     card = (out / "README.md").read_text()
@@ -66,7 +66,7 @@ def test_an_export_is_evaluated_as_its_run_is(kind, run_config, change, token_fo
     if kind == "transformers":
         AutoTokenizer.from_pretrained(exported(run_config, tmp_path / "first")).save_pretrained(tmp_path / "tokenizer")
         data, tokenizer = tmp_path / "data", str(tmp_path / "tokenizer")
-        prepare([token_folder.parent / "words.jsonl"], data, tokenizer=tokenizer, progress=False)
+        prepare_data([token_folder.parent / "words.jsonl"], data, tokenizer=tokenizer, progress=False)
     run = change(run_config, name="reset", **{"data.document_boundaries": "reset_state", "data.path": str(data)})
     out = exported(run, tmp_path / "out")
     found = []
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_transformers_misreads_leaves_nothing(run_config, chang
     english = [Path(module.__file__).read_text() for module in (argparse, perplexity)]
     train_sentencepiece(english, tmp_path / "unigram.model", 400, model_type="unigram")
     data = tmp_path / "data"
-    prepare([token_folder.parent / "words.jsonl"], data, tokenizer=str(tmp_path / "unigram.model"), progress=False)
+    prepare_data([token_folder.parent / "words.jsonl"], data, tokenizer=str(tmp_path / "unigram.model"), progress=False)
     with pytest.raises(RunError, match=r"nothing was exported.*--type bpe"):
         exported(change(run_config, **{"data.path": str(data), "model.vocab_size": 400}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,13 @@
 import shutil
 
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train.initial import tokenizers
 from glalm.train.loop import train
 
 
 def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(run_config, change, token_folder, tmp_path):
     first = change(run_config, name="first", **{"train.steps": 2})
-    prepare([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    prepare_data([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
     second = change(first, name="second", **{"data.path": str(tmp_path / "other")})
     assert train(first) == train(second) == 0
     path = first.folder / "checkpoints" / "step_2"

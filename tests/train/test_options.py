@@ -42,7 +42,7 @@ def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
     config = change(run_config, **{"train.eval_sequences": 3, "train.steps": 2, "train.eval_every": 2})
     assert loop.train(config) == 0
     windows = Windows(TokenSet(config.data.path, "validation"), 16)
-    batch = windows.batch(np.arange(3) * len(windows) // 3)
+    batch = windows.load_batch(np.arange(3) * len(windows) // 3)
     model = GLALMForCausalLM.from_pretrained(config.folder / "checkpoints" / "step_2")
     expected = model(batch["input_ids"], shift_labels=batch["labels"]).loss.item()
     assert len(windows) > 3 and rows(config)[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.prepare.pipeline import prepare
+from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
 from glalm.train.loop import train
 from glalm.train.resume import restore
@@ -118,7 +118,7 @@ def test_what_is_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
     def refuse(*_):
         raise ConfigError("no room for a needle")
 
-    prepare([trained.data.path + "/../words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    prepare_data([trained.data.path + "/../words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
     first = change(trained, name="first", **{"train.eval_every": 1})
     with pytest.raises(ConfigError, match="no room for a needle"):
         train(first, refuse)
@@ -185,7 +185,7 @@ def test_first_weights_of_another_tokenizer_are_refused(folder, trained, change,
         shutil.copy(token_folder / "tokenizer.model", source)
     if folder == "transformers":
         LlamaTokenizer.from_pretrained(token_folder).save_pretrained(source)
-    prepare([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
+    prepare_data([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
     begun = change(trained, name="begun", **{"train.init_from": str(source)})
     other = change(begun, name="other", **{"data.path": str(tmp_path / "other")})
     if folder == "bare":  # says nothing of it
@@ -251,7 +251,7 @@ def test_a_fork_reads_what_its_origin_read_of_a_set_that_has_grown(trained, chan
     (tmp_path / "more.jsonl").write_text(
         "".join(json.dumps({"text": "alpha omega " * n}) + "\n" for n in range(40, 90))
     )
-    prepare([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
+    prepare_data([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
     origin = config.folder / "checkpoints" / "step_4"
     fork = change(config, name="fork", **{"train.resume_from": str(origin)})
     assert train(fork) == 0

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "glalm"
-CORE = {"config", "data", "kernels", "model", "hf", "train"}
-CORE = {"config", "data", "kernels", "model", "hf", "train"}
+CORE = {"config", "data", "kernels", "model", "hf", "train", "progress"}
 ALLOWED = {
     "config": {"model.config", "evals.options"},
     "cli": {"config", "evals.options"},
     "kernels": set(),
     "data": {"config.strict"},
-    "prepare": {"config.strict", "data"},
+    "progress": set(),
+    "prepare": {"config.strict", "data", "progress"},
     "model": {"config.strict", "kernels", "compat.fla"},
     "hf": {"config.strict", "model", "compat.fla"},
-    "train": {"config", "data", "hf", "model"},
+    "train": {"config", "data", "progress", "hf", "model"},
     "generation": CORE,
     "compat": CORE,
     "evals": {*CORE, "generation", "compat"},

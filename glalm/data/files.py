@@ -1,6 +1,5 @@
-"""Files that are whole or not there, and files that only grow and can be cut back."""
+"""Files that survive crashes: written atomically, flushed to disk, locked, and truncated back to a known size."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -13,33 +12,45 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when it is complete and on disk."""
+    """Open a temporary file that replaces `path` when the block ends, and only once all of it is on disk."""
     with open(temporary_path(path), "wb") as file:
         yield file
         rename_into_place(file, path)
 
 
 def write_json(path: Path, content: Any, **options) -> None:
-    """Whole or not at all. options: json.dumps'."""
+    """Write `content` to `path` atomically. `options` are those of json.dumps."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, **options).encode())
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a file that is written line by line, less a last one that a kill cut short."""
+    """Return the rows of a JSON Lines file. A last line without its newline was cut short by a kill, and is skipped."""
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
+def temporary_path(path: Path) -> Path:
+    """Return the hidden name beside `path` under which its content is written before it is complete."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def rename_into_place(file: IO[bytes], path: Path) -> None:
-    """Close `file`, and give it the name `path`: all of it is on disk, then its name is."""
+    """Close `file` and rename it to `path`. Its content reaches the disk before its name does."""
     flush_to_disk(file)
     file.close()
     os.replace(file.name, path)
     fsync_path(path.parent)
 
 
+def flush_to_disk(file: IO[bytes]) -> int:
+    """Write what is buffered for `file` to disk, and return the file's size in bytes."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
+
+
 def fsync_path(path: Path) -> None:
-    """Put on disk what is in a file, or which names are in a folder."""
+    """Flush the content of a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,58 +58,39 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def temporary_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def reopen_truncated(path: Path, size: int) -> IO[bytes]:
-    """The file `path`, cut back to its first `size` bytes, to be written on; new if size is 0.
+    """Open `path` to append after its first `size` bytes, and discard what follows them. Create it if `size` is 0.
 
-    ValueError if it has fewer: they were on disk once, and are lost.
+    Raises:
+        ValueError: The file is shorter than `size`, so bytes that were flushed to disk are lost.
     """
-    there = path.stat().st_size if path.exists() else 0
-    if there < size:
-        raise ValueError(
-            f"{path}: {there} bytes are there and {size} were committed: a write was lost, or not all of the set was "
-            "copied; prepare it anew (overwrite=True, --overwrite)"
-        )
-    file = open(path, "r+b" if size else "wb")  # noqa: SIM115 (it stays open)
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise ValueError(f"{path} has {found} bytes, but {size} were flushed to it: the file is damaged or incomplete")
+    file = open(path, "r+b" if size else "wb")  # noqa: SIM115 (the caller closes it)
     file.truncate(size)
     file.seek(size)
     return file
 
 
-def flush_to_disk(file: IO[bytes]) -> int:
-    """The size of `file`, all of which is on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
-
-
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as a hexadecimal string."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds `folder` against other processes; ValueError if one has it. A process that dies lets go."""
-    handle = os.open(folder, os.O_RDONLY)
+def try_lock(file: IO | int) -> bool:
+    """Lock an open file or folder against other processes. Return False if another process holds the lock.
+
+    The kernel releases the lock when `file` is closed or the process ends, however it ends, so no stale lock remains.
+    On NFS (Linux, version 3 with lockd, or version 4) the lock holds across machines, unless the mount has `nolock` or
+    `local_lock=flock`.
+
+    Raises:
+        OSError: The filesystem supports no locks.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is preparing this set; wait for it or end it") from None
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        advice = f"{folder}: the disk is full; make room and run the same command again, it goes on from here"
-        raise OSError(error.errno, advice) from error
+        return False
+    return True

@@ -4,18 +4,20 @@ What is written depends on the sources and the settings alone: not on the number
 work was killed and begun again.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from glalm.data.files import explain_full_disk, lock_folder, read_jsonl, write_json
+from glalm.data.files import read_jsonl, try_lock, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, count_leftover_tokens, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.encode import HELD_OUT, Block, Encoded, Recipe, blocks_of, encode_in_order, split_of
@@ -398,6 +400,30 @@ def _write_manifest(out: Path, plan: dict, writer: SetWriter, complete: bool) ->
 
 
 # ----------------------------------------------------------------------------------------------------------- details
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from preparing a set in `folder`. Raises ValueError if one already does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(handle):
+            raise ValueError(f"{folder}: another process is preparing this set. Wait until it ends, or stop it.")
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Say in the error of a full disk that the same command resumes the preparation."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = f"{folder}: the disk is full. Free some space and run the same command again; it resumes from here."
+        raise OSError(error.errno, advice) from error
 
 
 def _check(held_out: Mapping[str, float], shard_tokens: int, on_error: str, workers: int | None) -> None:

@@ -10,7 +10,7 @@ import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class ShardWriter:
             self.finish_shard()
         if not self.open:
             self.open = dict.fromkeys(COUNTS, 0)
-            self._files = [reopen_truncated(temporary_path(path), 0) for path in self._paths()]
+            self._files = [_reopen(temporary_path(path), 0) for path in self._paths()]
             for file, dtype, length in self._headers():
                 _write_header(file, dtype, length)
             self._files[1].write(np.int64(0))
@@ -110,7 +110,7 @@ class ShardWriter:
         if self.open:
             tokens, documents = self.open["tokens"], self.open["documents"]
             sizes = (HEADER + tokens * self.dtype.itemsize, HEADER + (documents + 1) * 8)
-            self._files = [reopen_truncated(temporary_path(p), size) for p, size in zip(open_paths, sizes, strict=True)]
+            self._files = [_reopen(temporary_path(p), size) for p, size in zip(open_paths, sizes, strict=True)]
 
 
 class SetWriter:
@@ -128,7 +128,7 @@ class SetWriter:
         self.cursor: list[int] = state["cursor"]  # the input that is read now, and the records of it that are done
         self.books: dict[str, dict] = state["books"]  # of each source: documents read, written, skipped by reason
         self.current: dict[str, int] = state["current"]  # the same of the input that is read now
-        self._logs = {name: reopen_truncated(out / name, state["logs"].get(name, 0)) for name in LOGS}
+        self._logs = {name: _reopen(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._folders: dict[str, str] = {}
         for split in SPLITS:
@@ -210,6 +210,13 @@ def state_of(manifest: dict) -> dict:
     }
     logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
     return {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+
+
+def _reopen(path: Path, size: int) -> IO[bytes]:
+    try:
+        return reopen_truncated(path, size)
+    except ValueError as error:
+        raise ValueError(f"{error}. To prepare the set again from its sources, use --overwrite.") from error
 
 
 def folder_name(source: str) -> str:

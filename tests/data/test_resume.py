@@ -225,10 +225,10 @@ def test_a_file_that_lost_what_was_committed_is_not_written_on(sources, settings
     for there in (size - 1, 0):
         os.truncate(path, there)
         for _ in range(2):
-            with pytest.raises(ValueError, match=rf"{path}: {there} bytes are there and {size} were .*--overwrite"):
+            with pytest.raises(ValueError, match=rf"{path} has {there} bytes, but {size} were .*--overwrite"):
                 prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
     path.unlink()
-    with pytest.raises(ValueError, match=f"{path}: 0 bytes are there"):
+    with pytest.raises(ValueError, match=f"{path} has 0 bytes"):
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
 
 
@@ -350,7 +350,9 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbr
         patch.setattr(writer.ShardWriter, "add", full)
         for room in (0, 100, 700, 1300):
             left[0] = room
-            with pytest.raises(OSError, match="disk is full; make room and run the same command again") as caught:
+            with pytest.raises(
+                OSError, match=r"disk is full\. Free some space and run the same command again"
+            ) as caught:
                 prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
             assert caught.value.errno == errno.ENOSPC
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
@@ -399,7 +401,10 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
 
 def test_two_at_once_are_refused(sources, settings, tmp_path):
     (tmp_path / "set").mkdir()
-    with files.lock_folder(tmp_path / "set"), pytest.raises(ValueError, match="another process is preparing this set"):
+    with (
+        prepare_module.lock_folder(tmp_path / "set"),
+        pytest.raises(ValueError, match="another process is preparing this set"),
+    ):
         prepare_data([sources], tmp_path / "set", **settings)
 
 

@@ -1,0 +1,92 @@
+"""The progress bar and console of every command: preparation, training and evaluation."""
+
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class IgnoreOSErrors:
+    """A text stream that drops what it cannot write.
+
+    A closed terminal, or a log file on a full disk, must not stop a run: the console is only a view of its record.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+class ProgressBar:
+    """A progress bar on stderr, and the console on which messages appear above it. Use it as a context manager.
+
+    The bar is only drawn on a terminal. Messages are always printed, unless `quiet`.
+
+    Args:
+        quiet: Show neither the bar nor any message, as on all ranks but the first.
+    """
+
+    def __init__(self, quiet: bool = False):
+        # Markup is off, because an error's text may contain brackets.
+        self.console = Console(
+            file=IgnoreOSErrors(sys.stderr), quiet=quiet, markup=False, highlight=False, soft_wrap=True
+        )
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._task = None
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the bar is drawn, so that a caller need not print its status as well."""
+        return not self._progress.disable
+
+    @property
+    def completed(self) -> float:
+        """Units of the current task that are done."""
+        return self._progress.tasks[-1].completed
+
+    @property
+    def speed(self) -> float:
+        """Units of the current task that were done per second since it started."""
+        task = self._progress.tasks[-1]
+        return (task.completed - task.fields["first"]) / task.elapsed if task.elapsed else 0.0
+
+    def start_task(self, description: str, total: float, completed: float = 0) -> None:
+        """Add a bar for a task of `total` units, of which an interrupted run may have `completed` some already."""
+        self._task = self._progress.add_task(description, total=total, completed=completed, first=completed, status="")
+
+    def update(self, completed: float | None = None, advance: float | None = None, status: str | None = None) -> None:
+        """Move the current task's bar to `completed` units, or by `advance` units, and show `status` beside it."""
+        fields = {} if status is None else {"status": status}
+        self._progress.update(self._task, completed=completed, advance=advance, **fields)
+
+    def log(self, message: str) -> None:
+        """Print a message above the bar."""
+        self.console.print(message)

@@ -3,20 +3,20 @@
 import atexit
 
 from glalm.cli import hydra_entry
-from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError
+from glalm.evals.options import TrainingRun
 
 
-def main(config: RunConfig) -> int:
+def main(config: TrainingRun) -> int:
     # after the config is checked: torch takes seconds to import
     from glalm.train.distributed import leave
     from glalm.train.loop import train
 
     evaluate = None
-    if config.during.evals:
-        from glalm.evals.in_training import during
+    if config.train_evals.evals:
+        from glalm.evals.in_training import make_evaluator
 
-        evaluate = during(config)
+        evaluate = make_evaluator(config)
     try:
         signum = train(config, evaluate)
     except ConfigError:  # of all processes, before a collective of their GPUs, for whose end one could wait for another
@@ -27,4 +27,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    hydra_entry(main, RunConfig, "train")
+    hydra_entry(main, TrainingRun, "train")

@@ -26,15 +26,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from glalm.cli import CONFIGS
+from glalm.cli import compose_config
 from glalm.config.run import RunConfig
-from glalm.config.strict import build
+from glalm.evals.options import TrainingRun
 from glalm.model.flops import cost
 from glalm.train import distributed, loop, optim
 from glalm.train.environment import environment, peak_flops
@@ -57,9 +55,8 @@ CUDA = torch.cuda.is_available()
 
 def run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
     batch = [f"data.seq_len={row.T}", f"train.batch_size={row.batch * WORLD}", f"train.micro_batch_size={row.batch}"]
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        tree = compose("train", [f"model={mixer}_{row.size}", "optim=adamw", *batch, "train.steps=1000", *changes])
-    return build(RunConfig, OmegaConf.to_container(tree, resolve=True))
+    model = f"model={mixer}_{row.size}"
+    return compose_config(TrainingRun, "train", [model, "optim=adamw", *batch, "train.steps=1000", *changes])
 
 
 # -------------------------------------------------------------------------------------------------------- the models

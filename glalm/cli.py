@@ -8,14 +8,13 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, RunError, build, check_overrides, defaults, require
-from glalm.evals.options import EvalConfig
 
 # torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
 # else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
@@ -26,9 +25,20 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 if not CONFIGS.is_dir():  # a wheel has the package alone
     raise ImportError(f"{CONFIGS} is missing: commands run from a clone, installed by `pip install -e .` there")
 
-# Every key with its default, so that --help shows it and the command line can set it, whether a file names it or not.
-for cls in (RunConfig, EvalConfig):
+
+def store_defaults(cls: type) -> None:
+    """Register the keys and defaults of `cls` with Hydra under its name, which configs/*.yaml list first.
+
+    With this, --help shows every key and the command line can set it, whether a file names it or not.
+    """
     ConfigStore.instance().store(cls.__name__, defaults(cls))
+
+
+def compose_config(cls: type, config_name: str, overrides: list[str]):
+    """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml."""
+    store_defaults(cls)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return build(cls, OmegaConf.to_container(compose(config_name, overrides), resolve=True))
 
 
 def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
@@ -39,6 +49,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     configs that cannot be run keep none of the others from it.
     """
     refused = []
+    store_defaults(cls)
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     def entry(tree: DictConfig) -> None:

@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
-from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.run import DATA_RECORD
 from glalm.config.strict import RunError, build
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
+from glalm.evals.options import TrainingRun
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint
@@ -47,7 +48,7 @@ def export(run: Path, name: str, out: Path) -> None:
         raise RunError(f"{out} exists; choose another --out")
     path = checkpoint.find(run / "checkpoints", name)
     record = json.loads((run / "run.json").read_text())
-    config = build(RunConfig, record["config"])
+    config = build(TrainingRun, record["config"])
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
     state = checkpoint.load(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
@@ -100,7 +101,7 @@ def same_ids(ours: Tokenizer, theirs: PreTrainedTokenizerBase) -> bool:
     return all(ours.encode(t) == theirs.encode(t, add_special_tokens=False) for t in texts)
 
 
-def card(run: Path, path: Path, record: dict, config: RunConfig, model: GLALMForCausalLM, state: dict) -> str:
+def card(run: Path, path: Path, record: dict, config: TrainingRun, model: GLALMForCausalLM, state: dict) -> str:
     """A model card: what it is, how to use it, the recipe, the scores."""
     parameters = sum(p.numel() for p in model.parameters())
     optim = config.optim

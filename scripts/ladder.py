@@ -28,16 +28,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from glalm.cli import CONFIGS
-from glalm.config.run import RunConfig
-from glalm.config.strict import ConfigError, build, check_overrides, require
-from glalm.evals.options import EvalConfig
+from glalm.cli import CONFIGS, compose_config
+from glalm.config.strict import ConfigError, check_overrides, require
+from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation, plot_losses
 from glalm.evals.result_files import read_json, read_metrics, training_speed, write_json
 from glalm.model.config import MIXERS
@@ -61,7 +58,7 @@ ABLATIONS = {
 @dataclass(frozen=True)
 class Run:
     choice: str
-    config: RunConfig
+    config: TrainingRun
     train: list[str]  # arguments of train.py
     evaluate: list[str]  # and of eval.py
 
@@ -158,23 +155,18 @@ def plan(choice: str, seed: int, args: argparse.Namespace, overrides: list[str])
         choice in presets or choice in ABLATIONS,
         f"{choice} is none of the presets: {', '.join(presets)}; nor of the ablations: {', '.join(ABLATIONS)}",
     )
-    check_overrides(overrides, RunConfig, [p.name for p in CONFIGS.iterdir() if p.is_dir()])
+    check_overrides(overrides, TrainingRun, [p.name for p in CONFIGS.iterdir() if p.is_dir()])
     preset = f"model={'gla' if choice in ABLATIONS else choice}_{args.size}"
     where = [f'name="{choice}-{seed}"', f'runs_dir="{args.folder}"', f"seed={seed}"]
     train = [f"experiment=ladder_{args.size}", preset, *where, *overrides]
-    config = composed(train)
+    config = compose_config(TrainingRun, "train", train)
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train += [override.format(**sizes) for override in ABLATIONS.get(choice, [])]
-    config = composed(train)
+    config = compose_config(TrainingRun, "train", train)
     length = config.train.tbptt_length or config.data.seq_len
     evaluate = [*where[:2], "evals=[perplexity,extrapolation]", f"train_length={length}"]
     evaluate += [f"extrapolation.max_length={10 * length}", "extrapolation.contexts=[carried]", *args.eval]
     return Run(choice, config, train, evaluate)
-
-
-def composed(overrides: list[str]) -> RunConfig:
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build(RunConfig, OmegaConf.to_container(compose("train", overrides), resolve=True))
 
 
 # --------------------------------------------------------------------------------------------------------- running

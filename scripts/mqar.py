@@ -20,10 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from hydra.core.config_store import ConfigStore
-
 from glalm.cli import hydra_entry
-from glalm.config.strict import ConfigError, RunError, defaults
+from glalm.config.strict import ConfigError, RunError
 from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import read_json, write_json
 from glalm.prepare.workers import bind_to_parent
@@ -153,5 +151,4 @@ def train_one(config: MQARConfig, number: int, mixer: str, length: int, pairs: i
 
 
 if __name__ == "__main__":
-    ConfigStore.instance().store("MQARConfig", defaults(MQARConfig))
     hydra_entry(main, MQARConfig, "mqar")

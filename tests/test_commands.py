@@ -27,7 +27,8 @@ def test_from_text_to_report(tmp_path):
     model = ["model.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32"]
     where = [f'name="{name}"', f"runs_dir={tmp_path}"]
     train = ["data.seq_len=32", "train.steps=6", "train.batch_size=8", "train.eval_every=6", "optim.warmup_steps=2"]
-    train += ["during.evals=[extrapolation]", "during.extrapolation.max_length=320", "during.extrapolation.split=train"]
+    evals = ["evals=[extrapolation]", "extrapolation.max_length=320", "extrapolation.split=train"]
+    train += [f"train_evals.{option}" for option in evals]
     text = run("train.py", *where, f'data.path="{data}"', *model, *train)
     assert "extrapolation/10x" in (tmp_path / name / "metrics.jsonl").read_text()
     assert "step 6/6" in text and "val perplexity" in text

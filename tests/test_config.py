@@ -7,19 +7,18 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import glalm.cli  # noqa: F401 (registers the defaults)
+from glalm.cli import compose_config, store_defaults
 from glalm.config.identity import compare, identity
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig
 from glalm.config.strict import ConfigError, build, check_overrides, defaults
-from glalm.evals.options import EvalConfig, ExtrapolationConfig
+from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
 from glalm.model.config import ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def composed(*overrides: str, config: str = "train", cls: type = RunConfig):
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build(cls, OmegaConf.to_container(compose(config, list(overrides)), resolve=True))
+def composed(*overrides: str, config: str = "train", cls: type = TrainingRun):
+    return compose_config(cls, config, list(overrides))
 
 
 @pytest.mark.parametrize("group", ["model", "data", "optim", "train", "track"])
@@ -60,11 +59,12 @@ def test_an_experiment_takes_changes():
     assert (config.name, config.model.mixer, config.train.log_every, config.steps) == ("other", "mamba2", 3, 28611)
 
 
-@pytest.mark.parametrize("config, cls", [("train", RunConfig), ("eval", EvalConfig)])
+@pytest.mark.parametrize("config, cls", [("train", TrainingRun), ("eval", EvalConfig)])
 def test_every_key_can_be_set(config, cls):
     def paths(tree, where=""):
         return [p for k, v in tree.items() for p in (paths(v, f"{where}{k}.") if isinstance(v, dict) else [where + k])]
 
+    store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
         for path in paths(defaults(cls)):
             check_overrides([f"{path}=null"], cls, [])
@@ -194,6 +194,19 @@ def test_identity_leaves_out_what_may_change():
     assert identity(one) == identity(two)
     three = dataclasses.replace(one, optim=OptimConfig(lr=1e-3))
     assert compare(identity(one), identity(three)) == ["optim.lr: 0.0003 -> 0.001"]
+    assert identity(TrainingRun(train_evals=TrainEvalsConfig(every=3))) == identity(one)
+
+
+def test_evaluators_of_a_training_run_are_checked_strictly():
+    for tree, message in [
+        ({"evry": 3}, "unknown key train_evals.evry; did you mean train_evals.every?"),
+        ({"every": "often"}, "train_evals.every='often' must be an integer"),
+        ({"evals": ["genreate"]}, "train_evals.evals: no evaluator is called genreate; did you mean generate?"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            build(TrainingRun, {"train_evals": tree})
+    with pytest.raises(ConfigError, match=re.escape("did you mean train_evals.every?")):
+        check_overrides(["train_evals.evry=3"], TrainingRun, [])
 
 
 def test_infinite_clip_is_a_number():

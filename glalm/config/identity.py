@@ -14,7 +14,6 @@ MAY_CHANGE = (
     "data.path",
     "data.workers",
     "track",
-    "during",
     "parallel",
     "train.micro_batch_size",
     "train.precision",
@@ -46,8 +45,12 @@ def flatten(tree: dict, where: str = "") -> dict[str, Any]:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The flat part of a config that decides what is learnt: resuming with another value would be another run."""
-    flat = flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    """The flat part of a config that decides what is learnt: resuming with another value would be another run.
+
+    Fields that a subclass of RunConfig adds, such as evaluators, decide nothing of it.
+    """
+    tree = {field.name: dataclasses.asdict(config)[field.name] for field in dataclasses.fields(RunConfig)}
+    flat = flatten(json.loads(json.dumps(tree)))
     return {k: v for k, v in flat.items() if not any(k == m or k.startswith(m + ".") for m in MAY_CHANGE)}
 
 

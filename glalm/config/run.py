@@ -9,7 +9,6 @@ from typing import Literal
 from glalm.config.parallel import ParallelConfig
 from glalm.config.reliability import CheckpointConfig, GuardConfig
 from glalm.config.strict import divisors, require
-from glalm.evals.options import DuringConfig
 from glalm.model.config import ModelConfig
 
 DATA_RECORD = "data.json"  # in a run's folder
@@ -162,7 +161,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
-    during: DuringConfig = field(default_factory=DuringConfig)
 
     def __post_init__(self):
         require(

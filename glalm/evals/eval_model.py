@@ -23,7 +23,7 @@ from glalm.config.strict import ConfigError, build, require
 from glalm.data.files import file_sha256
 from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.evals.options import EvalConfig
+from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
 from glalm.model.cache import StateCache
 from glalm.model.decoder import GLALMForCausalLM
@@ -241,7 +241,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     folder = path.parent.parent
     checkpoint.verify(path)
     state, record = checkpoint.read_state(path), checkpoint.record(path)
-    run = build(RunConfig, record["config"]) if record else None
+    run = build(TrainingRun, record["config"]) if record else None
     data = (read_json(folder / DATA_RECORD) if record else None) or {}
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
     checkpoint.load(path, model, verified=True)

@@ -92,7 +92,7 @@ class Job:
     unit: str = "tokens"
     # Of what eval/NAME.json holds, and a folder to draw into: the paths of the figures.
     plots: Callable[[dict, Path], list[Path]] = lambda record, folder: []
-    # Of the results: the few numbers that a run's metrics (see during.py) and an export's card have.
+    # Of the results: the few numbers that a run's metrics (see in_training.py) and an export's card have.
     metrics: Callable[[Any], dict[str, float | None]] = lambda results: {}
 
 

@@ -273,7 +273,7 @@ def recipe(runs: list[Run]) -> list[str]:
     if not configs:
         return []
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
-    keys = [k for k in keys if k not in ("name", "runs_dir") and not k.startswith("during.")]
+    keys = [k for k in keys if k not in ("name", "runs_dir") and not k.startswith("train_evals.")]
     differs = {k for k in keys if len({repr(config.get(k)) for config in configs.values()}) > 1}
     rows = [
         [k, *(str(config.get(k, DASH)) for config in configs.values())]

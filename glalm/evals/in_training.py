@@ -1,7 +1,7 @@
-"""Evaluators that run while a model is trained: what they find are metrics, and training goes on as if nothing was.
+"""Run evaluators while a model trains, without any effect on the training.
 
-They read a copy of the model, whole on every process whatever the training shards, so that nothing that training has
-(its weights, compiled blocks, gradients) is touched; and what they draw at random is drawn from states of their own.
+The evaluators read a copy of the model, so that its weights, compiled blocks and gradients are untouched, and the
+states of the random number generators are restored: a run with evaluators ends with the same weights as one without.
 """
 
 import copy
@@ -12,66 +12,69 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.evals.eval_model import Subject, run_tokenizer
 from glalm.evals.evaluator import Work, lacking
-from glalm.evals.options import EvalConfig
+from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.randomness import undisturbed
 from glalm.evals.result_files import read_json
 from glalm.evals.runner import make_job
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import checkpoint
+from glalm.train.loop import Evaluate
 
-Evaluate = Callable[[GLALMForCausalLM, str, Callable[[int], object]], dict[str, float]]
 
+def make_evaluator(config: TrainingRun) -> Evaluate:
+    """Return the function by which the training loop runs `config.train_evals`.
 
-def during(config: RunConfig) -> Evaluate:
-    """evaluate(model, precision, alive) -> {"extrapolation/2x": 1.02, ...}: config.during.evals on the model as it is.
-
-    All processes of a run call it, and share the work. `alive` is called again and again meanwhile. Raises what an
-    evaluator raises the first time; later, or where a checkpoint is gone on from, so that a run has hours behind it, a
-    failure is a warning.
+    It evaluates every `train_evals.every` steps and after the last step, and returns metrics such as
+    {"extrapolation/2x": 1.02}. An evaluator that fails before it has succeeded once raises, so that a wrong setting
+    stops a run at its start. Later, or in a resumed run, hours of training are at stake: a failure is only a warning.
     """
-    c = config.during
+    options = config.train_evals
     resumed = config.train.resume_from or checkpoint.latest(config.folder / "checkpoints")
-    proven = set(c.evals if resumed else ())
+    already_succeeded = set(options.evals if resumed else ())
     settings = EvalConfig(
         name=config.name,
         runs_dir=config.runs_dir,
         data_path=config.data.path,
-        data_dir=c.data_dir,
+        data_dir=options.data_dir,
         seed=config.seed,
-        batch_size=c.batch_size,
-        evals=c.evals,
-        extrapolation=c.extrapolation,
-        needle=c.needle,
-        harness=c.harness,
+        batch_size=options.batch_size,
+        evals=options.evals,
+        extrapolation=options.extrapolation,
+        needle=options.needle,
+        harness=options.harness,
     )
 
-    def evaluate(model: GLALMForCausalLM, precision: str, alive: Callable[[int], object]) -> dict[str, float]:
-        found = {}
+    def evaluate(
+        model: GLALMForCausalLM, step: int, precision: str, heartbeat: Callable[[int], object]
+    ) -> dict[str, float]:
+        if step % options.every != 0 and step != config.steps:
+            return {}
+        metrics = {}
         with undisturbed(model.device):
             subject = as_subject(model, precision, config, settings)
-            for name in c.evals:
+            for name in options.evals:
                 try:
-                    numbers = run_one(name, subject, settings, alive)
+                    found = run_one(name, subject, settings, heartbeat)
                 except Exception as error:
-                    if name not in proven:
+                    if name not in already_succeeded:
                         raise
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)
                     continue
-                proven.add(name)
-                found |= {f"{name}/{key}": value for key, value in numbers.items() if value is not None}
-        return found
+                already_succeeded.add(name)
+                metrics |= {f"{name}/{key}": value for key, value in found.items() if value is not None}
+        return metrics
 
     return evaluate
 
 
-def run_one(name: str, subject: Subject, settings: EvalConfig, alive: Callable[[int], object]) -> dict[str, float]:
+def run_one(name: str, subject: Subject, settings: EvalConfig, heartbeat: Callable[[int], object]) -> dict[str, float]:
+    """Return the metrics of one evaluator. All ranks call it; when it fails on one of them, it raises on all."""
     here = distributed.is_initialized()
     work = Work(distributed.get_rank(), distributed.get_world_size()) if here else Work()
-    work.advance = alive
+    work.advance = heartbeat
     try:
         job = make_job(name, subject, settings)
         with subject.autocast():
@@ -85,7 +88,8 @@ def run_one(name: str, subject: Subject, settings: EvalConfig, alive: Callable[[
     return job.metrics(results)
 
 
-def as_subject(model: GLALMForCausalLM, precision: str, config: RunConfig, settings: EvalConfig) -> Subject:
+def as_subject(model: GLALMForCausalLM, precision: str, config: TrainingRun, settings: EvalConfig) -> Subject:
+    """Return a copy of `model` as evaluators see it."""
     return Subject(
         model=copy_of(model),
         name=config.name,
@@ -100,8 +104,8 @@ def as_subject(model: GLALMForCausalLM, precision: str, config: RunConfig, setti
 
 @torch.no_grad()
 def copy_of(model: GLALMForCausalLM) -> GLALMForCausalLM:
-    """The model with its parameters whole, on its device, in evaluation mode. Sharded, all processes must call it."""
-    with model.device:  # where drawing its initial weights takes no time
+    """Return a copy of the model in evaluation mode, on its device. All ranks call it where parameters are sharded."""
+    with model.device:  # The initial weights, which are overwritten below, are drawn faster on a GPU.
         twin = GLALMForCausalLM(copy.deepcopy(model.config))
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from glalm.config.run import RunConfig
 from glalm.config.strict import require
 
 # The evaluators by name, and the function(subject, config) that makes the Job of each: imported only when asked for.
@@ -129,9 +130,11 @@ def check_evaluators(key: str, names: list[str]) -> None:
 
 
 @dataclass
-class DuringConfig:
-    """Evaluators that train.py runs as it trains, before the first step, every so many, and after the last. What they
-    find are metrics; the text that they read is of data.path."""
+class TrainEvalsConfig:
+    """Evaluators that train.py runs before the first step, every `every` steps and after the last one.
+
+    Their results are logged as metrics of the run. They read the text of data.path.
+    """
 
     evals: list[str] = field(default_factory=list)  # as of eval.py: cheap ones, or made cheap by the keys below
     every: int = 1000  # steps
@@ -142,9 +145,16 @@ class DuringConfig:
     harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self):
-        check_evaluators("during.evals", self.evals)
-        require(self.every > 0, f"during.every must be positive, not {self.every}")
-        require(self.batch_size > 0, f"during.batch_size must be positive, not {self.batch_size}")
+        check_evaluators("train_evals.evals", self.evals)
+        require(self.every > 0, f"train_evals.every must be positive, not {self.every}")
+        require(self.batch_size > 0, f"train_evals.batch_size must be positive, not {self.batch_size}")
+
+
+@dataclass
+class TrainingRun(RunConfig):
+    """Everything `python train.py` does: the training run, and the evaluators that run as it trains."""
+
+    train_evals: TrainEvalsConfig = field(default_factory=TrainEvalsConfig)
 
 
 @dataclass

@@ -31,14 +31,13 @@ from glalm.train.step import on_device, update
 from glalm.train.validate import validate
 from glalm.train.watchdog import Watchdog
 
-Evaluate = Callable[[GLALMForCausalLM, str, Callable[[int], object]], dict[str, float]]
+# evaluate(model, step, precision, heartbeat) -> metrics. All ranks call it after every step and before the first one.
+# It returns {} where it does not evaluate, calls `heartbeat` while it works, and leaves the model as it was.
+Evaluate = Callable[[GLALMForCausalLM, int, str, Callable[[int], object]], dict[str, float]]
 
 
 def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     """Trains, or resumes, the run `config.name` to its last step. Returns the signal that stopped it early, or 0.
-
-    evaluate(model, precision, alive) -> metrics is called every config.during.every steps, by all processes; it calls
-    `alive` again and again, and leaves the model as it was.
 
     Raises ConfigError before any work when the config, the data and the run directory do not fit each other; RunError
     when the run cannot go on: damaged data, too little memory, BadSteps in a row, a CheckpointError.
@@ -144,10 +143,10 @@ def examine(
     if last or step % config.train.eval_every == 0:
         watchdog.beat("validating")
         row |= validate(accelerator, wrapped, validation, config, watchdog.alive)
-    if evaluate is not None and (last or step % config.during.every == 0):
+    if evaluate is not None:
         watchdog.beat("evaluating")
         precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        row |= evaluate(model, precision, watchdog.alive)
+        row |= evaluate(model, step, precision, watchdog.alive)
     return finite(row)
 
 

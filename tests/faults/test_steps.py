@@ -196,11 +196,13 @@ def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, 
     """Who stops a run for a time limit cannot wait for it. Its numbers are not lost."""
     there = []
 
-    def evaluate(model, precision, alive):
+    def evaluate(model, step, precision, heartbeat):
+        if step % 3:
+            return {}
         there.append({path.name for path in run_config.folder.glob("checkpoints/*")})
         return {"seen": 1.0}
 
-    config = change(run_config, **{"during.every": 3})
+    config = change(run_config)
     monkeypatch.setattr(loop, "update", stopped(loop.update, at=3))
     assert train(config, evaluate) == signal.SIGTERM
     assert "step_3" in there[-1]

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from glalm.cli import compose_config
+from glalm.evals.options import TrainingRun
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
 
 
@@ -90,12 +93,13 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
 
 def test_what_is_done_is_done_by_its_config(module, tmp_path):
     where = ["experiment=ladder_tiny", "name=gla-1", f"runs_dir={tmp_path}"]
-    run = module.Run("gla", module.composed(where), where, [])
+    run = module.Run("gla", compose_config(TrainingRun, "train", where), where, [])
     assert not run.done
     run.config.folder.mkdir()
     module.write_json(run.config.folder / "ladder.json", run.mark)
     assert run.done
-    edited = module.composed([*where, "train.steps=300"])  # as by a change of configs/experiment/ladder_tiny.yaml
+    # As by a change of configs/experiment/ladder_tiny.yaml.
+    edited = compose_config(TrainingRun, "train", [*where, "train.steps=300"])
     assert not module.Run("gla", edited, where, []).done
 
 
@@ -103,7 +107,7 @@ def test_means_over_seeds_are_of_nats(module, tmp_path):
     runs = []
     for seed, nats in ((1, 3.0), (2, 4.0)):
         where = ["experiment=ladder_tiny", f"name=gla-{seed}", f"runs_dir={tmp_path}", f"seed={seed}"]
-        runs.append(run := module.Run("gla", module.composed(where), where, []))
+        runs.append(run := module.Run("gla", compose_config(TrainingRun, "train", where), where, []))
         found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
         module.write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
         context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import warnings
 
@@ -14,8 +15,15 @@ from glalm.data.shards import TokenSet
 from glalm.evals import in_training as module
 from glalm.evals.eval_model import open_checkpoint, open_split
 from glalm.evals.evaluator import Job
-from glalm.evals.in_training import as_subject, copy_of, during
-from glalm.evals.options import DuringConfig, EvalConfig, ExtrapolationConfig, HarnessConfig, NeedleConfig
+from glalm.evals.in_training import as_subject, copy_of, make_evaluator
+from glalm.evals.options import (
+    EvalConfig,
+    ExtrapolationConfig,
+    HarnessConfig,
+    NeedleConfig,
+    TrainEvalsConfig,
+    TrainingRun,
+)
 from glalm.evals.randomness import undisturbed
 from glalm.evals.runner import evaluate
 from glalm.model.decoder import GLALMForCausalLM
@@ -23,7 +31,7 @@ from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.loop import train
 
-CHEAP = DuringConfig(
+CHEAP = TrainEvalsConfig(
     evals=["extrapolation", "generate"],
     every=2,
     extrapolation=ExtrapolationConfig(max_length=160, documents=3, split="train"),
@@ -32,7 +40,9 @@ CHEAP = DuringConfig(
 
 @pytest.fixture
 def evaluating(run_config, change):
-    return change(run_config, during=CHEAP)
+    """run_config, with the evaluators of CHEAP."""
+    fields = {field.name: getattr(run_config, field.name) for field in dataclasses.fields(run_config)}
+    return TrainingRun(**fields, train_evals=CHEAP)
 
 
 def weights(config) -> bytes:
@@ -42,7 +52,7 @@ def weights(config) -> bytes:
 def test_training_is_the_same_with_and_without(run_config, evaluating, change):
     run_config = change(run_config, name="without")
     train(run_config)
-    train(evaluating, during(evaluating))
+    train(evaluating, make_evaluator(evaluating))
     assert weights(run_config) == weights(evaluating)
     rows = {row["step"]: row for row in read_jsonl(evaluating.folder / "metrics.jsonl")}
     plain = {row["step"]: row for row in read_jsonl(run_config.folder / "metrics.jsonl")}
@@ -53,7 +63,7 @@ def test_training_is_the_same_with_and_without(run_config, evaluating, change):
 
 
 def test_what_is_found_is_what_eval_finds_afterwards(evaluating):
-    train(evaluating, during(evaluating))
+    train(evaluating, make_evaluator(evaluating))
     row = read_jsonl(evaluating.folder / "metrics.jsonl")[-1]
     c = evaluating
     evaluate(EvalConfig(name=c.name, runs_dir=c.runs_dir, evals=["extrapolation"], extrapolation=CHEAP.extrapolation))
@@ -82,7 +92,7 @@ def test_what_a_set_has_got_since_the_run_began_is_left_out(run_config, change, 
         assert open_split(settings, subject, "validation").num_documents == before
 
 
-def test_evaluators_are_given_what_the_config_says(run_config, change, monkeypatch):
+def test_evaluators_are_given_what_the_config_says(evaluating, change, monkeypatch):
     seen = []
 
     def make_job(name, subject, settings):
@@ -93,9 +103,9 @@ def test_evaluators_are_given_what_the_config_says(run_config, change, monkeypat
     options = dataclasses.replace(
         CHEAP, evals=["generate"], batch_size=3, data_dir="tasks", needle=NeedleConfig(), harness=HarnessConfig(limit=5)
     )
-    config = change(run_config, during=options, seed=7)
+    config = change(evaluating, train_evals=options, seed=7)
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
-    assert during(config)(model, "bf16", int) == {}
+    assert make_evaluator(config)(model, 0, "bf16", int) == {}
     [(subject, settings)] = seen
     given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}
     assert given == {name: getattr(options, name) for name in given}
@@ -146,10 +156,10 @@ def test_a_failure_stops_at_once_or_never(evaluating, change, monkeypatch):
         return Job({}, run, 1, list, metrics=lambda r: {"n": r["n"], "none": None})
 
     monkeypatch.setattr(module, "make_job", lambda name, subject, config: fails_later(subject, config))
-    evaluating = change(evaluating, **{"during.evals": ["generate"]})
+    evaluating = change(evaluating, **{"train_evals.evals": ["generate"]})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(evaluating, during(evaluating))
+        train(evaluating, make_evaluator(evaluating))
     assert any("evaluator generate: MemoryError: no room" in str(w.message) for w in caught)
     rows = read_jsonl(evaluating.folder / "metrics.jsonl")
     assert [row["generate/n"] for row in rows if "generate/n" in row] == [1, 3, 4]
@@ -167,23 +177,24 @@ def test_a_failure_after_a_restart_is_a_warning_too(evaluating, change, monkeypa
 
     monkeypatch.setattr(module, "run_one", broken)
     with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
-        train(evaluating, during(evaluating))
+        train(evaluating, make_evaluator(evaluating))
     assert (evaluating.folder / "checkpoints/step_6").is_dir()
     fork = {"name": "fork", "train.resume_from": str(evaluating.folder / "checkpoints/step_2")}
     with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
-        train(change(evaluating, **fork), during(change(evaluating, **fork)))
+        train(change(evaluating, **fork), make_evaluator(change(evaluating, **fork)))
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_step(evaluating, change):
-    config = change(evaluating, **{"during.extrapolation.max_length": 3})
+    config = change(evaluating, **{"train_evals.extrapolation.max_length": 3})
     with pytest.raises(ConfigError, match="max_length=3 is under the training length 16"):
-        train(config, during(config))
+        train(config, make_evaluator(config))
     assert len(read_jsonl(config.folder / "metrics.jsonl")) == 0
 
 
 def test_settings():
-    with pytest.raises(ConfigError, match=r"during\.evals: no evaluator is called genreate; did you mean generate"):
-        DuringConfig(evals=["genreate"])
-    with pytest.raises(ConfigError, match=r"during\.every must be positive"):
-        DuringConfig(every=0)
-    assert DuringConfig(harness=HarnessConfig(limit=5)).harness.limit == 5
+    message = "train_evals.evals: no evaluator is called genreate; did you mean generate"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainEvalsConfig(evals=["genreate"])
+    with pytest.raises(ConfigError, match=r"train_evals\.every must be positive"):
+        TrainEvalsConfig(every=0)
+    assert TrainEvalsConfig(harness=HarnessConfig(limit=5)).harness.limit == 5

@@ -9,8 +9,8 @@ from glalm.evals.options import TrainingRun
 
 def main(config: TrainingRun) -> int:
     # after the config is checked: torch takes seconds to import
-    from glalm.train.distributed import leave
-    from glalm.train.loop import train
+    from glalm.train.parallel import leave_process_group
+    from glalm.train.trainer import train
 
     evaluate = None
     if config.train_evals.evals:
@@ -20,9 +20,9 @@ def main(config: TrainingRun) -> int:
     try:
         signum = train(config, evaluate)
     except ConfigError:  # of all processes, before a collective of their GPUs, for whose end one could wait for another
-        leave()
+        leave_process_group()
         raise
-    atexit.register(leave)  # not yet: --multirun's next run is of the same processes
+    atexit.register(leave_process_group)  # not yet: --multirun's next run is of the same processes
     return signum
 
 

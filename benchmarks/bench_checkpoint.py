@@ -21,7 +21,7 @@ from glalm.config.strict import build
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train.optim import optimizers
+from glalm.train.optim import build_optimizers
 from glalm.train.saver import Saver
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tree = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{args.model}.yaml"))
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(build(ModelConfig, tree)))).to(device)
-    found = optimizers(model, OptimConfig())
+    found = build_optimizers(model, OptimConfig())
     ids = torch.randint(model.config.vocab_size, tuple(args.batch), device=device)
 
     def step() -> None:

@@ -34,7 +34,7 @@ from glalm.cli import compose_config
 from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
 from glalm.model.flops import cost
-from glalm.train import distributed, loop, optim
+from glalm.train import optim, parallel, trainer
 from glalm.train.environment import environment, peak_flops
 from glalm.train.estimate import GIB, memory
 from glalm.train.guards import UpdateGuard
@@ -65,8 +65,8 @@ def run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
 def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
     """A run's config, and a call that makes one step of it on token ids [batch, T + 1] and returns the loss."""
     config = run_config(row, "gla", changes)
-    accelerator = distributed.start(config)
-    _, model, optimizers = loop.build(config, accelerator)
+    accelerator = parallel.start_processes(config)
+    _, model, optimizers = trainer.build(config, accelerator)
     guard, steps = UpdateGuard(config.train.guard, accelerator.device), iter(range(1, 1001))
 
     def step(ids: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def llama(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], T
 def plain_step(model: torch.nn.Module, config: RunConfig) -> Callable[[Tensor], Tensor]:
     device = torch.device("cuda" if CUDA else "cpu")
     model = model.to(device).train()
-    [optimizer] = optim.optimizers(model, config.optim)
+    [optimizer] = optim.build_optimizers(model, config.optim)
 
     def step(ids: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=CUDA):
@@ -141,7 +141,9 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB if CUDA else None
     result["loss"] = loss.item()
     if arguments.estimate and name == "glalm":
-        parts = memory(config, WORLD, distributed.local_world(), CUDA, config.train.compile in ("auto", True) and CUDA)
+        parts = memory(
+            config, WORLD, parallel.local_world_size(), CUDA, config.train.compile in ("auto", True) and CUDA
+        )
         result["estimate_gib"] = sum(parts.values()) / GIB
     if arguments.profile:
         result["profile"] = kinds(lambda: step(ids))

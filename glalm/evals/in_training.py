@@ -21,7 +21,7 @@ from glalm.evals.result_files import read_json
 from glalm.evals.runner import make_job
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import checkpoint
-from glalm.train.loop import Evaluate
+from glalm.train.trainer import Evaluate
 
 
 def make_evaluator(config: TrainingRun) -> Evaluate:

@@ -15,9 +15,9 @@ from glalm.model.flops import cost
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
-from glalm.train.blocks import prepare_blocks
+from glalm.train.compile import prepare_block_forwards
 from glalm.train.environment import peak_flops
-from glalm.train.optim import optimizers
+from glalm.train.optim import build_optimizers
 
 GIB = 2**30
 LENGTHS = (128, 256)  # tokens of the two traces by which a block's activations are measured
@@ -61,7 +61,7 @@ def sizes(config: RunConfig) -> Sizes:
     moments = {"Muon": 1, "AdamW": 2}
     kept = sum(
         moments[type(optimizer).__name__] * p.numel()
-        for optimizer in optimizers(model, config.optim)
+        for optimizer in build_optimizers(model, config.optim)
         for group in optimizer.param_groups
         for p in group["params"]
     )
@@ -130,7 +130,7 @@ def activations(model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, 
     traced = compiled or train.activation_checkpointing == "selective"  # whose cache autograd does not see
     config = dataclasses.asdict(model) | {"mixer": mixer, "layers": None, "num_hidden_layers": 1, "vocab_size": 8}
     shape = GLALMForCausalLM(GLALMConfig(**config))
-    prepare_blocks(shape, dataclasses.replace(train, compile=False), torch.device("cpu"))
+    prepare_block_forwards(shape, dataclasses.replace(train, compile=False), torch.device("cpu"))
     block = shape.model.layers[0]
     if traced:
         torch._dynamo.reset()  # or a graph that was cut by another setting is taken for this one's

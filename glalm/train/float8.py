@@ -15,7 +15,7 @@ SMALLEST = 512  # features: of a smaller product the casts are too large a part
 MULTIPLE = 16  # of which the sides of a float8 product must be
 
 
-def check(config: RunConfig, accelerator: Accelerator) -> None:
+def check_float8_support(config: RunConfig, accelerator: Accelerator) -> None:
     """Raises ConfigError where train.float8=true cannot be had: no torchao, no such GPU, an odd number of tokens."""
     try:
         import torchao.float8  # noqa: F401
@@ -40,7 +40,7 @@ def check(config: RunConfig, accelerator: Accelerator) -> None:
     )
 
 
-def convert(model: GLALMForCausalLM) -> None:
+def convert_to_float8(model: GLALMForCausalLM) -> None:
     """Makes the large linear layers of the blocks train in float8, in place. Before prepare_blocks and sharding.
 
     The products x W^T, dy W and dy^T x are of e4m3 x [.., in] and W [out, in] and e5m2 dy [.., out], each cast with one

@@ -8,7 +8,7 @@ from torch import nn
 from glalm.config.run import OptimConfig, RunConfig
 
 
-def optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Fused AdamW, or, with optim.name=muon, Muon (Jordan 2024) for the blocks' matrices and AdamW for all else.
 
     Weights of linear layers decay; embeddings, norms, biases and other parameters do not. Muon's update is scaled to

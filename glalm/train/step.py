@@ -10,9 +10,9 @@ from glalm.config.run import RunConfig
 from glalm.data.loader import Batch, pack_documents
 from glalm.model.cache import StateCache
 from glalm.model.loss import IGNORE
-from glalm.train.distributed import gradient_norm, summing
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import set_learning_rate
+from glalm.train.parallel import gradient_norm, no_sync_unless
 
 
 def update(
@@ -52,7 +52,7 @@ def accumulate(accelerator: Accelerator, model: nn.Module, batch: Batch, config:
         segments, state = cut(micro, config.train.tbptt_length or config.data.seq_len, dim=1), None
         for segment in segments:
             # Gradients are summed over processes once a step.
-            with summing(model, micro is micros[-1] and segment is segments[-1]):
+            with no_sync_unless(model, micro is micros[-1] and segment is segments[-1]):
                 with accelerator.autocast():
                     out = model(
                         **model_inputs(segment),

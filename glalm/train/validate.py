@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from glalm.config.run import RunConfig
 from glalm.data.loader import Windows, sequential_batches
 from glalm.model.loss import IGNORE
-from glalm.train.distributed import reshard
+from glalm.train.parallel import free_gathered_weights
 from glalm.train.step import model_inputs, on_device
 
 
@@ -34,6 +34,6 @@ def validate(
         scored = (batch["labels"] != IGNORE).sum()
         total += torch.stack([loss * scored, scored])
         alive()
-    reshard(model)
+    free_gathered_weights(model)
     loss, tokens = accelerator.reduce(total, "sum").tolist()
     return {"val_loss": loss / tokens, "val_perplexity": math.exp(min(loss / tokens, 700.0))}

@@ -29,7 +29,7 @@ from glalm.evals.runner import evaluate
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 CHEAP = TrainEvalsConfig(
     evals=["extrapolation", "generate"],

@@ -29,7 +29,7 @@ from glalm.evals.runner import evaluate, processes
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}

@@ -1,6 +1,6 @@
 import pytest
 
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 from glalm.config.strict import ConfigError, RunError
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["glalm.train.loop", "processes"])
+SERVER.set_forkserver_preload(["glalm.train.trainer", "processes"])
 
 
 def start(function: Callable, *args, log: Path, world: int = 1, launched: bool | None = None) -> list:

@@ -26,7 +26,7 @@ from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
-from glalm.train.loop import train
+from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
 STEPS = 60

@@ -14,9 +14,9 @@ from sameness import assert_same, rows
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, RunError
-from glalm.train import checkpoint, loop, tensors
+from glalm.train import checkpoint, tensors, trainer
 from glalm.train.checkpoint import CheckpointError
-from glalm.train.loop import train
+from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
 
@@ -84,7 +84,7 @@ def without(found: list[dict], *names: str) -> list[dict]:
 
 def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch):
     """Full from step 2 to 4, for metrics and checkpoints."""
-    real, calls, full = loop.update, [], largest_file((unbroken / "metrics.jsonl").stat().st_size // 4)
+    real, calls, full = trainer.update, [], largest_file((unbroken / "metrics.jsonl").stat().st_size // 4)
 
     def update(*args):
         calls.append(1)
@@ -94,7 +94,7 @@ def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch)
             full.__exit__(None, None, None)
         return real(*args)
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(trainer, "update", update)
     assert train(change(run_config, **{"train.checkpoint.asynchronous": False})) == 0
     last = rows(run_config.folder)[-1]
     assert last["failed_saves"] == 2 and 1 <= last["failed_writes"] <= 3
@@ -103,7 +103,7 @@ def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch)
 
 def without_room_for_metrics(config: RunConfig) -> int:
     """From step 3 on there is room for checkpoints alone; killed in step 6."""
-    update, save, calls, size = loop.update, loop.Saver.save, [], resource.RLIM_INFINITY
+    update, save, calls, size = trainer.update, trainer.Saver.save, [], resource.RLIM_INFINITY
 
     def limited(*args):
         nonlocal size
@@ -119,7 +119,7 @@ def without_room_for_metrics(config: RunConfig) -> int:
         with largest_file(resource.RLIM_INFINITY):
             save(*args)
 
-    loop.update, loop.Saver.save = limited, saved
+    trainer.update, trainer.Saver.save = limited, saved
     return train(config)
 
 
@@ -136,7 +136,7 @@ def deaf(hangs: bool, config: RunConfig) -> int:
     """What it prints goes to a full disk. In its second step it may stop for good."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-    real, calls = loop.update, []
+    real, calls = trainer.update, []
 
     def update(*args):
         calls.append(1)
@@ -144,7 +144,7 @@ def deaf(hangs: bool, config: RunConfig) -> int:
             time.sleep(60)
         return real(*args)
 
-    loop.update = update
+    trainer.update = update
     return train(config)
 
 

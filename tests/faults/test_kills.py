@@ -11,7 +11,7 @@ from sameness import assert_same, rows
 
 from glalm.config.run import RunConfig
 from glalm.train import checkpoint, tensors
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 # Each operation of a save on the disk; which of its calls to die at, in a run that saves at 2, 4 and 6 and keeps two;
 # and the newest whole checkpoint then.

@@ -19,9 +19,9 @@ from test_steps import poison, signalled
 
 from glalm.config.run import RunConfig
 from glalm.data import loader
-from glalm.train import checkpoint, loop, rng, tensors
-from glalm.train.loop import train
+from glalm.train import checkpoint, rng, tensors, trainer
 from glalm.train.saver import Saver
+from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
 
@@ -155,7 +155,7 @@ def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monke
 def struck(what: str, rank: int, config: RunConfig) -> int:
     """In its third step, one rank is killed, stopped, waits forever, raises, or its loader hangs or raises."""
     if int(os.environ["RANK"]) == rank:
-        real, calls = loop.update, []
+        real, calls = trainer.update, []
 
         def update(*args):
             calls.append(1)
@@ -174,7 +174,7 @@ def struck(what: str, rank: int, config: RunConfig) -> int:
                     time.sleep(60)
             return real(self, ids)
 
-        loop.update, loader.Windows.load_batch = (
+        trainer.update, loader.Windows.load_batch = (
             (real, batch) if "loader" in what else (update, loader.Windows.load_batch)
         )
     return train(config)
@@ -259,11 +259,11 @@ def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, cha
 
 
 def passing_on(saved: str, folder: str, config: RunConfig) -> int:
-    from glalm.train import distributed
+    from glalm.train import parallel
 
-    accelerator = distributed.start(config)
+    accelerator = parallel.start_processes(config)
     torch.manual_seed(accelerator.process_index)  # nothing of it may be right by chance
-    model, _, optimizers = loop.build(dataclasses.replace(config, seed=99), accelerator)
+    model, _, optimizers = trainer.build(dataclasses.replace(config, seed=99), accelerator)
     checkpoint.load(Path(saved), model, optimizers)
     save(Path(folder), 7, model, optimizers, {})
     return 0

@@ -19,9 +19,9 @@ from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.train import checkpoint, loop, step, tensors, validate
+from glalm.train import checkpoint, step, tensors, trainer, validate
 from glalm.train.guards import BadSteps
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 
 def poison(monkeypatch, steps: set[int], gradient=None, loss=None):
@@ -95,7 +95,7 @@ def test_the_norms_statistics_are_resumed(run_config, change, monkeypatch):
 
 
 def signalled(signum: int, at: int, config: RunConfig) -> int:
-    real, calls = loop.update, []
+    real, calls = trainer.update, []
 
     def update(*args):
         calls.append(1)
@@ -103,7 +103,7 @@ def signalled(signum: int, at: int, config: RunConfig) -> int:
             os.kill(os.getpid(), signum)
         return real(*args)
 
-    loop.update = update
+    trainer.update = update
     return train(config)
 
 
@@ -203,7 +203,7 @@ def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, 
         return {"seen": 1.0}
 
     config = change(run_config)
-    monkeypatch.setattr(loop, "update", stopped(loop.update, at=3))
+    monkeypatch.setattr(trainer, "update", stopped(trainer.update, at=3))
     assert train(config, evaluate) == signal.SIGTERM
     assert "step_3" in there[-1]
     assert train(config, evaluate) == 0
@@ -213,7 +213,7 @@ def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, 
 
 
 def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
-    monkeypatch.setattr(loop, "training_batches", unread_ahead(loop.training_batches, run_config.steps))
+    monkeypatch.setattr(trainer, "training_batches", unread_ahead(trainer.training_batches, run_config.steps))
     assert train(run_config) == 0
 
 
@@ -248,7 +248,7 @@ def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_pat
 
 def holding(config: RunConfig) -> int:
     """Trains, but for a wait in its second step."""
-    real, calls = loop.update, []
+    real, calls = trainer.update, []
 
     def update(*args):
         calls.append(1)
@@ -256,7 +256,7 @@ def holding(config: RunConfig) -> int:
             time.sleep(60)
         return real(*args)
 
-    loop.update = update
+    trainer.update = update
     return train(config)
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import build
-from glalm.train import distributed, loop
+from glalm.train import parallel, trainer
 from glalm.train.collectives import max_over_processes
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import learning_rate
@@ -54,11 +54,11 @@ def run(config: RunConfig) -> dict:
     Validates after the last step, as training does before it saves.
     """
     torch._dynamo.reset()
-    accelerator = distributed.start(config)
+    accelerator = parallel.start_processes(config)
     windows, validation = open_data(config)
-    model, wrapped, optimizers = loop.build(config, accelerator)
+    model, wrapped, optimizers = trainer.build(config, accelerator)
     guard, losses, norms, val_loss = UpdateGuard(config.train.guard, accelerator.device), [], [], None
-    for step, batch in loop.steps(config, windows, 0, accelerator):
+    for step, batch in trainer.steps(config, windows, 0, accelerator):
         lr = learning_rate(step, config)
         loss, norm = update(accelerator, wrapped, optimizers, batch, config, lr, step, guard)
         losses.append(accelerator.reduce(loss, "mean").item())
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     results = {name: run(build(RunConfig, tree)) for name, tree in trees.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[2])
-    distributed.leave()
+    parallel.leave_process_group()

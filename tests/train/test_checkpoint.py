@@ -17,7 +17,7 @@ from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint, tensors
 from glalm.train.checkpoint import CheckpointError
-from glalm.train.optim import optimizers
+from glalm.train.optim import build_optimizers
 
 
 def trained(seed: int = 0, steps: int = 2, tied: bool = False, name: str = "adamw"):
@@ -26,7 +26,7 @@ def trained(seed: int = 0, steps: int = 2, tied: bool = False, name: str = "adam
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8, tie_word_embeddings=tied
     )
     model = GLALMForCausalLM(config)
-    found = optimizers(model, OptimConfig(name=name))
+    found = build_optimizers(model, OptimConfig(name=name))
     for _ in range(steps):
         ids = torch.randint(30, (2, 8))
         model(ids, labels=ids).loss.backward()

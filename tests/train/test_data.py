@@ -16,7 +16,7 @@ from glalm.data.shards import TokenSet
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
-from glalm.train import loop
+from glalm.train import trainer
 from glalm.train.step import model_inputs
 
 
@@ -82,7 +82,7 @@ def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change,
     whole = change(config, name="whole", **{"train.micro_batch_size": 4})
     plain = change(config, name="plain", **{"data.document_boundaries": "ignore"})
     for run in (config, whole, plain):
-        assert loop.train(run) == 0
+        assert trainer.train(run) == 0
     for a, b in zip(rows(config)[:3], rows(whole)[:3], strict=True):
         for key in a.keys() & {"loss", "val_loss", "grad_norm"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4)
@@ -92,33 +92,33 @@ def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change,
 def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, two_sources, monkeypatch):
     shares = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}, "train.steps": 40}
     config = change(run_config, **shares, **{"train.eval_every": 40, "train.checkpoint.every": 10})
-    assert loop.train(config) == 0
+    assert trainer.train(config) == 0
     last = rows(config)[-1]
     assert last["tokens/long"] + last["tokens/short"] == last["tokens"] == 40 * 4 * 16
     assert last["tokens/short"] / last["tokens"] == pytest.approx(0.75, abs=0.1)
     assert all(row["data_wait_seconds"] >= 0 for row in rows(config)[1:])
 
-    again, update = change(config, name="again"), loop.update
+    again, update = change(config, name="again"), trainer.update
     with monkeypatch.context() as patch:
         calls = iter(range(100))
-        patch.setattr(loop, "update", lambda *a: update(*a) if next(calls) < 25 else 1 / 0)
+        patch.setattr(trainer, "update", lambda *a: update(*a) if next(calls) < 25 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            loop.train(again)
-    assert loop.train(again) == 0
+            trainer.train(again)
+    assert trainer.train(again) == 0
     assert rows(again)[-1]["tokens/short"] == last["tokens/short"]
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
 
 
 def test_what_is_trained_on_follows_seed_and_weights(run_config, change, two_sources, monkeypatch):
     given = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}}
-    config, batches, update = change(run_config, seed=5, **given), [], loop.update
+    config, batches, update = change(run_config, seed=5, **given), [], trainer.update
 
     def seen(*args):
         batches.append(args[3]["input_ids"])
         return update(*args)
 
-    monkeypatch.setattr(loop, "update", seen)
-    assert loop.train(config) == 0
+    monkeypatch.setattr(trainer, "update", seen)
+    assert trainer.train(config) == 0
     windows = Windows(TokenSet(two_sources, "train"), 16)
     order = Order(5, 4, windows.source_windows, config.data.weights)
     expected = [windows.load_batch(order.window_ids(step))["input_ids"] for step in range(6)]
@@ -126,7 +126,7 @@ def test_what_is_trained_on_follows_seed_and_weights(run_config, change, two_sou
 
 
 def test_one_source_has_no_counts_of_its_own(run_config):
-    loop.train(run_config)
+    trainer.train(run_config)
     assert not [key for key in rows(run_config)[-1] if key.startswith("tokens/")]
 
 
@@ -134,19 +134,19 @@ def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sour
     """Stopped, resumed after shards were added: the same weights as if nothing had happened."""
     growing = shutil.copytree(two_sources, tmp_path / "growing")
     config, steady = (change(run_config, name=path.name, **{"data.path": str(path)}) for path in (growing, two_sources))
-    update, calls = loop.update, iter(range(100))
+    update, calls = trainer.update, iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "update", lambda *a: update(*a) if next(calls) < 4 else 1 / 0)
+        patch.setattr(trainer, "update", lambda *a: update(*a) if next(calls) < 4 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            loop.train(config)
+            trainer.train(config)
     (tmp_path / "more.txt").write_text("delta epsilon " * 3000)
     prepare_data([tmp_path / "more.txt"], growing, add=True, progress=False)
     assert TokenSet(growing, "train").num_tokens > TokenSet(two_sources, "train").num_tokens
-    assert loop.train(config) == loop.train(steady) == 0
+    assert trainer.train(config) == trainer.train(steady) == 0
     assert all(torch.equal(t, weights(steady)[n]) for n, t in weights(config).items())
     prepare_data([tmp_path / "more.txt"], growing, vocab_size=300, overwrite=True, progress=False)
     with pytest.raises(ConfigError, match="prepared anew"):
-        loop.train(config)
+        trainer.train(config)
 
 
 @pytest.mark.parametrize(
@@ -155,5 +155,5 @@ def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sour
 )
 def test_weights_that_do_not_fit_are_refused(run_config, change, two_sources, given, message):
     with pytest.raises(ConfigError, match=message):
-        loop.train(change(run_config, **{"data.path": str(two_sources), "data.weights": given}))
+        trainer.train(change(run_config, **{"data.path": str(two_sources), "data.weights": given}))
     assert not run_config.folder.exists()

@@ -17,8 +17,8 @@ from glalm.config.strict import ConfigError, build
 from glalm.data.files import read_jsonl
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train import distributed, loop, step
-from glalm.train.distributed import check_devices, keeps_float32, refuse_foreign_settings
+from glalm.train import parallel, step, trainer
+from glalm.train.parallel import check_devices, has_fp32_parameters, refuse_launcher_settings
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {
@@ -69,12 +69,12 @@ def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeyp
     """With the last segment of the last micro-batch: until then FSDP2's shards have no gradient."""
     given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.tbptt_length": 8}
     config, seen = change(config, **given), []
-    accelerator = distributed.start(config)
-    model, wrapped, _ = loop.build(config, accelerator)
+    accelerator = parallel.start_processes(config)
+    model, wrapped, _ = trainer.build(config, accelerator)
 
     @contextmanager
     def watched(module, wanted):
-        with distributed.summing(module, wanted):
+        with parallel.no_sync_unless(module, wanted):
             yield
         seen.append([p.grad is not None for p in model.parameters()])
 
@@ -130,9 +130,9 @@ def test_mesh_sizes_belong_to_hsdp():
     ],
 )
 def test_what_accelerate_is_told_otherwise_is_refused(name, value, message):
-    refuse_foreign_settings({name: {"true": "false", "4": "1", "INDUCTOR": "no", "fp16": "bf16"}[value]})
+    refuse_launcher_settings({name: {"true": "false", "4": "1", "INDUCTOR": "no", "fp16": "bf16"}[value]})
     with pytest.raises(ConfigError, match=message):
-        refuse_foreign_settings({name: value})
+        refuse_launcher_settings({name: value})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_processes_without_a_gpu_of_their_own(environ, message):
 def test_mixers_with_parameters_of_their_own_are_gathered_in_float32(config):
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
     gla, mamba2 = model.model.layers
-    assert keeps_float32(mamba2) and not keeps_float32(gla)
+    assert has_fp32_parameters(mamba2) and not has_fp32_parameters(gla)
 
 
 LAUNCHERS = {
@@ -178,7 +178,7 @@ def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
     assert read_jsonl(tmp_path / "bf16" / "metrics.jsonl")[-1]["step"] == 4
     tree = json.loads((tmp_path / "fp32" / "run.json").read_text())["config"]
     tree |= {"name": "alone", "parallel": {"mode": "ddp"}}
-    loop.train(build(RunConfig, tree))
+    trainer.train(build(RunConfig, tree))
     pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("fp32", "alone"))
     for one, two in zip(alone, pair, strict=True):
         for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():

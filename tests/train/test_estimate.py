@@ -11,7 +11,7 @@ from glalm.model.flops import cost
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import estimate
 from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
-from glalm.train.optim import optimizers
+from glalm.train.optim import build_optimizers
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
 H200 = Device("NVIDIA H200", 140 * GIB, True)
@@ -29,7 +29,7 @@ def test_parameters_and_moments_are_exact(run_config, change, optimizer):
         optim=OptimConfig(name=optimizer, warmup_steps=1),
     )
     model = real(config)
-    made = optimizers(model, config.optim)
+    made = build_optimizers(model, config.optim)
     model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
     kept = 0
     for each in made:
@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_divide_is_refused(run_config, change):
 
 
 def test_a_dry_run_needs_no_data_and_leaves_nothing(run_config, change, capsys):
-    from glalm.train.loop import train
+    from glalm.train.trainer import train
 
     config = change(run_config, **{"train.dry_run": True, "train.assumed_gpus": 2, "data.path": "nowhere"})
     config.train.compile = False

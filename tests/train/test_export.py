@@ -19,7 +19,7 @@ from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.vocabulary import train_sentencepiece
 from glalm.train import checkpoint
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
 export_hf = pytest.importorskip("export_hf")

@@ -20,8 +20,8 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import float8
-from glalm.train.blocks import prepare_blocks
-from glalm.train.loop import train
+from glalm.train.compile import prepare_block_forwards
+from glalm.train.trainer import train
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 320, "hidden_size": 512, "num_heads": 2, "intermediate_size": 528, "gate_low_rank_dim": 16}
@@ -35,7 +35,7 @@ def emulated(monkeypatch):
     torchao = pytest.importorskip("torchao.float8")
     recipes = {"tensorwise": torchao.Float8LinearConfig(emulate=True)}
     monkeypatch.setattr(torchao.Float8LinearConfig, "from_recipe_name", staticmethod(recipes.__getitem__))
-    monkeypatch.setattr(float8, "check", lambda config, accelerator: None)
+    monkeypatch.setattr(float8, "check_float8_support", lambda config, accelerator: None)
 
 
 def gla(layers: int = 1, **shape) -> GLALMForCausalLM:
@@ -65,7 +65,7 @@ def test_only_the_large_layers_of_blocks_are_converted(emulated):
     model = gla(2)
     before = {name: p.clone() for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
-    float8.convert(model)
+    float8.convert_to_float8(model)
     blocks = {f"model.layers.{i}.{name}" for i in (0, 1) for name in LARGE}
     plain = {f"model.layers.{i}.{name}" for i in (0, 1) for name in SMALL} | {"lm_head"}
     assert kinds(model) == dict.fromkeys(blocks, "Float8Linear") | dict.fromkeys(plain, "Linear")
@@ -82,13 +82,13 @@ def test_layers_with_a_forward_of_their_own_or_odd_sides_stay(emulated):
     assert not float8.is_large(nn.Linear(512, 1023)) and not float8.is_large(nn.Linear(1016, 512))
     assert not float8.is_large(nn.Linear(2048, 496)) and not float8.is_large(nn.Embedding(512, 512))
     with pytest.raises(ConfigError, match="no linear layer of the blocks has 512 features or more"):
-        float8.convert(gla(hidden_size=256))
+        float8.convert_to_float8(gla(hidden_size=256))
 
 
 def test_a_step_is_near_the_plain_one_and_validation_is_the_plain_one(emulated):
     """One product is off by 4% forward and 6% backward, a layer's gradient by 13% (found; bfloat16's by 1%)."""
     plain, model = gla(), gla()
-    float8.convert(model)
+    float8.convert_to_float8(model)
     (loss, gradient), (loss8, gradient8) = step(plain), step(model)
     assert 0 < abs(loss8 - loss) < 0.02
     assert 0.05 < (gradient8 - gradient).norm() / gradient.norm() < 0.2
@@ -105,8 +105,8 @@ def test_compiled_blocks_share_a_graph_without_a_break(emulated, kept, monkeypat
     found = []
     for config in TrainConfig(compile=False), TrainConfig(compile=True, activation_checkpointing=kept):
         model = gla(3, initializer_range=0.006)
-        float8.convert(model)
-        prepare_blocks(model, config, CPU)
+        float8.convert_to_float8(model)
+        prepare_block_forwards(model, config, CPU)
         found.append(step(model))
         with torch.no_grad():
             model.eval()(**tokens(9))
@@ -147,28 +147,28 @@ def test_what_cannot_be_had_is_refused(run_config, change, monkeypatch):
     accelerator = SimpleNamespace(device=CPU, num_processes=1)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(ConfigError, match=r"pip install 'torchao>=0\.18', or write train\.float8=false"):
-        float8.check(config, accelerator)
+        float8.check_float8_support(config, accelerator)
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=SimpleNamespace()))
     monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace())
     with pytest.raises(ConfigError, match=r"capability 8\.9 or more .* and this is a CPU; write train\.float8=false"):
-        float8.check(config, accelerator)
+        float8.check_float8_support(config, accelerator)
 
     accelerator.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ConfigError, match=r"this is NVIDIA A100 of 8\.0"):
-        float8.check(config, accelerator)
+        float8.check_float8_support(config, accelerator)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    float8.check(config, accelerator)
+    float8.check_float8_support(config, accelerator)
     with pytest.raises(ConfigError, match="24 tokens at once, no multiple of 16"):
-        float8.check(change(config, **{"data.seq_len": 12}), accelerator)
+        float8.check_float8_support(change(config, **{"data.seq_len": 12}), accelerator)
 
 
 def test_refused_before_the_run_has_a_folder(run_config, change, monkeypatch):
     def refuse(config, accelerator):
         raise ConfigError("no float8")
 
-    monkeypatch.setattr(float8, "check", refuse)
+    monkeypatch.setattr(float8, "check_float8_support", refuse)
     with pytest.raises(ConfigError, match="no float8"):
         train(change(run_config, **{"train.float8": True}))
     assert not run_config.folder.exists()

@@ -16,7 +16,7 @@ import torch
 
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
-from glalm.train import distributed, loop, optim
+from glalm.train import optim, parallel, trainer
 from glalm.train.guards import UpdateGuard
 from glalm.train.step import update
 
@@ -47,8 +47,8 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 def curve() -> dict[str, list[float]]:
     run = config()
-    accelerator = distributed.start(run)
-    _, model, optimizers = loop.build(run, accelerator)
+    accelerator = parallel.start_processes(run)
+    _, model, optimizers = trainer.build(run, accelerator)
     guard, found = UpdateGuard(run.train.guard, accelerator.device), {"loss": [], "grad_norm": []}
     for step in range(1, STEPS + 1):
         rate = optim.learning_rate(step, run)

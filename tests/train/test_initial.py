@@ -2,7 +2,7 @@ import shutil
 
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.initial import tokenizers
-from glalm.train.loop import train
+from glalm.train.trainer import train
 
 
 def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(run_config, change, token_folder, tmp_path):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.files import read_jsonl
-from glalm.train import checkpoint, loop
-from glalm.train.distributed import choose_precision, start
+from glalm.train import checkpoint, trainer
 from glalm.train.guards import BadSteps
+from glalm.train.parallel import choose_precision, start_processes
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
@@ -32,7 +32,7 @@ def rows(config) -> list[dict]:
 
 def interrupt_after(monkeypatch, step: int):
     """A real SIGINT to this process during the given call of update."""
-    calls, update = [], loop.update
+    calls, update = [], trainer.update
 
     def interrupted(*args):
         calls.append(1)
@@ -40,7 +40,7 @@ def interrupt_after(monkeypatch, step: int):
             os.kill(os.getpid(), signal.SIGINT)
         return update(*args)
 
-    monkeypatch.setattr(loop, "update", interrupted)
+    monkeypatch.setattr(trainer, "update", interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def unbroken(tmp_path_factory):
 def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, monkeypatch, unbroken, stop):
     if not unbroken:
         whole = change(run_config, name="whole")
-        assert loop.train(whole) == 0
+        assert trainer.train(whole) == 0
         unbroken.update(tensors=finished(whole), rows=rows(whole))
     with monkeypatch.context() as patch:
         interrupt_after(patch, stop)
-        assert loop.train(run_config) == signal.SIGINT
+        assert trainer.train(run_config) == signal.SIGINT
     assert checkpoint.latest(run_config.folder / "checkpoints").name == f"step_{stop}"
-    assert loop.train(run_config) == 0
+    assert trainer.train(run_config) == 0
     got = finished(run_config)
     assert got.keys() == unbroken["tensors"].keys()
     for name, tensor in unbroken["tensors"].items():
@@ -70,7 +70,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, mon
 
 def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkeypatch):
     """An exception between checkpoints is as abrupt as a kill to the files: rows of lost steps are made again."""
-    update = loop.update
+    update = trainer.update
 
     def dies(*args, calls=[]):  # noqa: B006 (a counter)
         calls.append(1)
@@ -79,16 +79,16 @@ def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkey
         return update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "update", dies)
+        patch.setattr(trainer, "update", dies)
         with pytest.raises(RuntimeError, match="killed"):
-            loop.train(run_config)
+            trainer.train(run_config)
     assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3]
-    loop.train(run_config)
+    trainer.train(run_config)
     assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_run_leaves(run_config):
-    loop.train(run_config)
+    trainer.train(run_config)
     left = {p.name for p in run_config.folder.iterdir()}
     assert left == {"run.json", "data.json", "metrics.jsonl", "checkpoints", ".lock"}
     assert {p.name for p in (run_config.folder / "checkpoints").iterdir()} == {"step_4", "step_6"}
@@ -102,9 +102,9 @@ def test_what_a_run_leaves(run_config):
 
 
 def test_a_complete_run_is_left_alone(run_config):
-    loop.train(run_config)
+    trainer.train(run_config)
     before = finished(run_config), rows(run_config)
-    assert loop.train(run_config) == 0
+    assert trainer.train(run_config) == 0
     assert all(torch.equal(before[0][n], t) for n, t in finished(run_config).items())
     assert rows(run_config) == before[1]
 
@@ -112,7 +112,7 @@ def test_a_complete_run_is_left_alone(run_config):
 def test_accumulation_gives_the_same_run(run_config, change):
     whole = change(run_config, name="whole", **{"train.micro_batch_size": 4})
     for config in (run_config, whole):
-        loop.train(config)
+        trainer.train(config)
     for a, b in zip(rows(run_config), rows(whole), strict=True):
         for key in a.keys() - TIMES:
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
@@ -122,20 +122,20 @@ def test_out_of_memory_says_what_to_change(run_config, monkeypatch):
     def update(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(trainer, "update", update)
     with pytest.raises(RunError, match=r"the estimate was .* smaller train.micro_batch_size"):
-        loop.train(run_config)
+        trainer.train(run_config)
 
 
 def test_a_changed_config_is_refused_with_the_difference(run_config, change):
-    loop.train(change(run_config, **{"train.steps": 2}))
+    trainer.train(change(run_config, **{"train.steps": 2}))
     with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.02\n.*train.steps: 2 -> 6\n.*choose another name"):
-        loop.train(change(run_config, **{"optim.lr": 0.02}))
+        trainer.train(change(run_config, **{"optim.lr": 0.02}))
 
 
 def test_what_may_change_does(run_config, change):
-    loop.train(run_config)
-    loop.train(change(run_config, **{"train.log_every": 5, "train.micro_batch_size": 4, "track.project": "other"}))
+    trainer.train(run_config)
+    trainer.train(change(run_config, **{"train.log_every": 5, "train.micro_batch_size": 4, "track.project": "other"}))
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,19 @@ def test_what_may_change_does(run_config, change):
 )
 def test_data_that_does_not_fit_is_refused_before_any_work(run_config, change, changes, message):
     with pytest.raises(ConfigError, match=message):
-        loop.train(change(run_config, **changes))
+        trainer.train(change(run_config, **changes))
     assert not run_config.folder.exists()
 
 
 def test_what_is_refused_before_the_first_step_leaves_no_trace(run_config, change):
     """The same name then takes what is right."""
     with pytest.raises(ConfigError, match=r"train.init_from=nowhere is no folder with a model.safetensors"):
-        loop.train(change(run_config, **{"train.init_from": "nowhere"}))
-    assert loop.train(run_config) == 0
+        trainer.train(change(run_config, **{"train.init_from": "nowhere"}))
+    assert trainer.train(run_config) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, monkeypatch):
-    update = loop.update
+    update = trainer.update
 
     def poisoned(accelerator, model, *args, calls=[]):  # noqa: B006 (a counter)
         calls.append(1)
@@ -168,9 +168,9 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, mo
             next(iter(model.parameters())).data.fill_(math.nan)
         return update(accelerator, model, *args)
 
-    monkeypatch.setattr(loop, "update", poisoned)
+    monkeypatch.setattr(trainer, "update", poisoned)
     with pytest.raises(BadSteps, match=r"in 1 updates in a row, steps 4 to 4"):
-        loop.train(change(run_config, **{"train.guard.bad_steps": 1}))
+        trainer.train(change(run_config, **{"train.guard.bad_steps": 1}))
     assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_2"
 
 
@@ -206,10 +206,10 @@ def test_precision():
 def test_each_run_of_a_process_has_its_own_precision(run_config, change):
     """As those of a sweep."""
     given = [change(run_config, **{"train.precision": precision}) for precision in ("fp32", "bf16", "fp32")]
-    assert [start(config).mixed_precision for config in given] == ["no", "bf16", "no"]
+    assert [start_processes(config).mixed_precision for config in given] == ["no", "bf16", "no"]
 
 
 def test_float32_is_ieee(run_config):
     torch.set_float32_matmul_precision("high")
-    start(run_config)
+    start_processes(run_config)
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32

@@ -12,10 +12,10 @@ from glalm.model.block import Block
 from glalm.model.config import MIXERS, ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train import blocks
-from glalm.train.blocks import prepare_blocks
-from glalm.train.loop import train
+from glalm.train import compile
+from glalm.train.compile import prepare_block_forwards
 from glalm.train.step import detached, model_inputs
+from glalm.train.trainer import train
 
 CPU = torch.device("cpu")
 KEPT = ["none", "selective", "full"]
@@ -26,7 +26,7 @@ def tiny(layers: str, **train) -> GLALMForCausalLM:
     shape = {"vocab_size": 320, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
     config = ModelConfig(layers=layers, initializer_range=0.2, **shape)
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config))).train()
-    prepare_blocks(model, TrainConfig(**train), CPU)
+    prepare_block_forwards(model, TrainConfig(**train), CPU)
     return model
 
 
@@ -100,7 +100,7 @@ def test_steps_after_a_validation_are_training(run_config, monkeypatch):
         calls.append(block)
         return Block.forward(block, x, **mixing)
 
-    monkeypatch.setitem(blocks.RECOMPUTING, run_config.train.activation_checkpointing, counted)
+    monkeypatch.setitem(compile.RECOMPUTING, run_config.train.activation_checkpointing, counted)
     assert train(run_config) == 0
     assert len(calls) == 6 * 2 * 2  # steps, micro-batches, layers
 

@@ -9,7 +9,7 @@ from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train import distributed
+from glalm.train import parallel
 from glalm.train.step import accumulate
 
 T, SEGMENT, ROWS = 32, 8, 4
@@ -42,7 +42,7 @@ def model_of(config: RunConfig) -> GLALMForCausalLM:
 def trained(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and gradients of one step."""
     model = model_of(config)
-    loss = accumulate(distributed.start(config), model, batch(), config)
+    loss = accumulate(parallel.start_processes(config), model, batch(), config)
     return loss.item(), {n: p.grad for n, p in model.named_parameters()}
 
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train.optim import learning_rate, optimizers, set_learning_rate
+from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 
 TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
 
@@ -51,7 +51,7 @@ def test_schedule_without_warmup_and_all_warmup():
 
 
 def test_every_group_gets_the_rate():
-    made = optimizers(GLALMForCausalLM(GLALMConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
+    made = build_optimizers(GLALMForCausalLM(GLALMConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
     set_learning_rate(made, 0.25)
     groups = [group for optimizer in made for group in optimizer.param_groups]
     assert [(g["lr"], g["initial_lr"]) for g in groups] == [(0.25, 0.5)] * 3
@@ -61,7 +61,7 @@ def test_every_group_gets_the_rate():
 @pytest.mark.parametrize("tied", [False, True])
 def test_who_decays_and_who_is_orthogonalised(name, tied):
     model = GLALMForCausalLM(GLALMConfig(**TINY, tie_word_embeddings=tied))
-    made = optimizers(model, OptimConfig(name=name, weight_decay=0.5))
+    made = build_optimizers(model, OptimConfig(name=name, weight_decay=0.5))
     found = {
         id(p): (type(optimizer).__name__, group["weight_decay"])
         for optimizer in made
@@ -80,7 +80,7 @@ def test_one_step_is_adamws():
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()
     config = OptimConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, lr=0.01, min_lr=0.01)
-    [optimizer] = optimizers(model, config)
+    [optimizer] = build_optimizers(model, config)
     model.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -0.1]])
     optimizer.step()
     expected = before * (1 - 0.01 * 0.1) - 0.01 * model.weight.grad.sign()
@@ -91,7 +91,7 @@ def test_adamws_moments_are_the_configs():
     """Loshchilov and Hutter's two steps, with betas and an eps that are nobody's defaults."""
     model = torch.nn.Linear(3, 2)
     config = OptimConfig(weight_decay=0.1, betas=(0.5, 0.75), eps=0.1, lr=0.01, min_lr=0.01)
-    [optimizer] = optimizers(model, config)
+    [optimizer] = build_optimizers(model, config)
     expected, m, s = model.weight.detach().double(), 0.0, 0.0
     for t in (1, 2):
         g = torch.randn(2, 3, generator=torch.Generator().manual_seed(t))
@@ -115,7 +115,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 def test_two_steps_are_muons():
     model = GLALMForCausalLM(GLALMConfig(**TINY))
     w = model.model.layers[0].mlp.down_proj.weight
-    [muon, _] = optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.5, lr=0.01, min_lr=0.01))
+    [muon, _] = build_optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.5, lr=0.01, min_lr=0.01))
     expected, momentum = w.detach().double(), 0.0
     for seed in range(2):
         w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
@@ -141,7 +141,7 @@ def muon_on_shards(rank: int, folder: str) -> None:
         q.grad = torch.distributed.tensor.distribute_tensor(p.grad, mesh, q.placements)
     before = [p.detach().clone() for p in whole.parameters()]
     for model in (whole, sharded):
-        for optimizer in optimizers(model, OptimConfig(name="muon", lr=0.1, min_lr=0.1)):
+        for optimizer in build_optimizers(model, OptimConfig(name="muon", lr=0.1, min_lr=0.1)):
             optimizer.step()
     for p, q, old in zip(whole.parameters(), sharded.parameters(), before, strict=True):
         assert (p - q.full_tensor()).norm() < 0.05 * (p - old).norm()

@@ -10,7 +10,7 @@ from glalm.data.files import read_jsonl
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.train import loop
+from glalm.train import trainer
 
 
 def rows(config) -> list[dict]:
@@ -27,7 +27,7 @@ def test_muon_wsd_lengths_in_tokens_and_a_profile(run_config, change):
         optim=OptimConfig(**optim, lr=1e-2, min_lr=1e-3, warmup_steps=None, warmup_tokens=128),
         **{"train.profile_steps": (2, 3)},
     )
-    assert loop.train(config) == 0
+    assert trainer.train(config) == 0
     found = rows(config)
     assert [row["lr"] for row in found] == pytest.approx([5.5e-3, 1e-2, 1e-2, 7e-3, 4e-3, 1e-3])
     assert found[-1]["loss"] < found[0]["loss"] - 0.2 and found[-1]["tokens"] == 6 * 64
@@ -40,7 +40,7 @@ def test_muon_wsd_lengths_in_tokens_and_a_profile(run_config, change):
 def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
     """Evenly spaced, in two batches of unequal size."""
     config = change(run_config, **{"train.eval_sequences": 3, "train.steps": 2, "train.eval_every": 2})
-    assert loop.train(config) == 0
+    assert trainer.train(config) == 0
     windows = Windows(TokenSet(config.data.path, "validation"), 16)
     batch = windows.load_batch(np.arange(3) * len(windows) // 3)
     model = GLALMForCausalLM.from_pretrained(config.folder / "checkpoints" / "step_2")
@@ -50,7 +50,7 @@ def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
 
 def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, change):
     config = change(run_config, **{"train.steps": 5, "train.checkpoint.every": 3, "train.log_every": 3})
-    assert loop.train(config) == 0
+    assert trainer.train(config) == 0
     found = read_jsonl(config.folder / "metrics.jsonl")
     assert [row["step"] for row in found if "val_loss" in row] == [0, 3, 5]
     assert [row["step"] for row in found if "loss" in row] == [3, 5]
@@ -58,21 +58,21 @@ def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, ch
 
 
 def test_speed_is_of_the_steps_since_the_row_before(run_config, change, monkeypatch):
-    steps, row = [], loop.training_row
+    steps, row = [], trainer.training_row
 
     def counted(accelerator, loss, grad_norm, lr, step, meter):
         steps.append(step - meter.step)
         return row(accelerator, loss, grad_norm, lr, step, meter)
 
-    monkeypatch.setattr(loop, "training_row", counted)
-    assert loop.train(change(run_config, **{"train.log_every": 2, "train.eval_every": 6})) == 0
+    monkeypatch.setattr(trainer, "training_row", counted)
+    assert trainer.train(change(run_config, **{"train.log_every": 2, "train.eval_every": 6})) == 0
     assert steps == [2, 2, 2]
 
 
 def test_z_loss_is_trained_with_but_not_validated(run_config, change):
-    loop.train(run_config)
+    trainer.train(run_config)
     penalised = change(run_config, name="penalised", **{"train.z_loss": 0.1})
-    loop.train(penalised)
+    trainer.train(penalised)
     one, two = rows(run_config)[0], rows(penalised)[0]
     assert two["loss"] > one["loss"] + 2  # logsumexp of 320 equal logits is 5.8, its square 33
     first = [read_jsonl(c.folder / "metrics.jsonl")[0]["val_loss"] for c in (run_config, penalised)]

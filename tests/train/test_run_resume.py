@@ -16,8 +16,8 @@ from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
-from glalm.train.loop import train
 from glalm.train.resume import restore
+from glalm.train.trainer import train
 
 
 def save(folder, step: int, *contents):
@@ -217,10 +217,10 @@ def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path, 
 
 def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):
     """Of the metrics, which are JSON, and of what is best: the checkpoint of it goes as any other."""
-    from glalm.train import loop
+    from glalm.train import trainer
 
     losses = iter([9.0, math.nan, 3.0, 4.0])
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val_loss": next(losses), "val_perplexity": 1.0})
+    monkeypatch.setattr(trainer, "validate", lambda *a, **k: {"val_loss": next(losses), "val_perplexity": 1.0})
     keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1}
     config = change(run_config, **keep)
     assert train(config) == 0
@@ -232,10 +232,10 @@ def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, 
 
 
 def test_the_best_is_kept(trained, change, monkeypatch):
-    from glalm.train import loop
+    from glalm.train import trainer
 
     losses = iter([9.0, 5.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val_loss": next(losses)})
+    monkeypatch.setattr(trainer, "validate", lambda *a, **k: {"val_loss": next(losses)})
     keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1, "train.steps": 8}
     config = change(trained, name="best", **keep)
     assert train(config) == 0

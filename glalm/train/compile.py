@@ -29,7 +29,7 @@ KERNELS = {"glalm", "torch_attn"}  # the namespaces of ours, and of torch's atte
 VARIANTS = 32  # compiled forms of a block: mixers x fresh or carried state x shapes
 
 
-def prepare_blocks(model: GLALMForCausalLM, config: TrainConfig, device: torch.device) -> None:
+def prepare_block_forwards(model: GLALMForCausalLM, config: TrainConfig, device: torch.device) -> None:
     """Replaces each block's forward by the one that the config asks for. Before the model is sharded or wrapped.
 
     Only forward, not the module: parameters keep their names, and FSDP2's hooks stay outside what is compiled and

@@ -39,26 +39,26 @@ MATMUL = {"fp32": "highest", "bf16": "high"}  # float32 matmuls: exact, or in TF
 REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def start(config: RunConfig) -> Accelerator:
+def start_processes(config: RunConfig) -> Accelerator:
     """Joins the processes that the launcher started, and makes this one's device and precision ready.
 
     Raises ConfigError when the launcher's settings, the processes or the devices do not fit the config.
     """
-    refuse_foreign_settings(os.environ)
+    refuse_launcher_settings(os.environ)
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if not cpu:
         check_devices(os.environ, torch.cuda.device_count())
     precision = choose_precision(config.train.precision, cpu)
-    join(config.parallel, cpu)
+    join_process_group(config.parallel, cpu)
     torch.set_float32_matmul_precision(MATMUL[precision])
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     AcceleratorState._reset_state()  # of the sweep's run before, whose precision may be another
     accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision], cpu=cpu)
-    config.parallel.mesh(accelerator.num_processes, local_world())
+    config.parallel.mesh(accelerator.num_processes, local_world_size())
     return accelerator
 
 
-def refuse_foreign_settings(environ: dict[str, str]) -> None:
+def refuse_launcher_settings(environ: dict[str, str]) -> None:
     """Raises ConfigError where Accelerate was told to do otherwise than the config says."""
     for name, what in FOREIGN.items():
         require(
@@ -105,7 +105,7 @@ def choose_precision(wanted: str, cpu: bool = False) -> str:
     return wanted
 
 
-def join(config: ParallelConfig, cpu: bool) -> None:
+def join_process_group(config: ParallelConfig, cpu: bool) -> None:
     """The process group: NCCL for tensors on GPUs, gloo for those on the host, which wait for no GPU."""
     launched = "WORLD_SIZE" in os.environ
     if dist.is_initialized() or not (launched or config.mode != "ddp"):
@@ -118,16 +118,16 @@ def join(config: ParallelConfig, cpu: bool) -> None:
         **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
     )
     if cpu:  # gloo's threads, left running, abort one process in six as it exits; NCCL's end might wait for the others
-        atexit.register(leave)
+        atexit.register(leave_process_group)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Ends the process group of a run that ended well."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def local_world() -> int:
+def local_world_size() -> int:
     """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size() if dist.is_initialized() else 1))
 
@@ -135,9 +135,9 @@ def local_world() -> int:
 # ------------------------------------------------------------------------------------------------- sharing a model
 
 
-def distribute(model: nn.Module, config: RunConfig, accelerator: Accelerator) -> nn.Module:
+def parallelize_model(model: nn.Module, config: RunConfig, accelerator: Accelerator) -> nn.Module:
     """The module to train with: `model`, sharded in place, or wrapped. Optimisers are made after it."""
-    replicate, shard = config.parallel.mesh(accelerator.num_processes, local_world())
+    replicate, shard = config.parallel.mesh(accelerator.num_processes, local_world_size())
     if config.parallel.mode != "ddp":
         return sharded(model, replicate, shard, config.parallel, accelerator)
     if accelerator.num_processes == 1:
@@ -172,20 +172,20 @@ def sharded(
     halve = accelerator.mixed_precision == "bf16"
     common = {"reduce_dtype": REDUCE[parallel.reduce_dtype], "cast_forward_inputs": False}
     for block in model.model.layers:
-        dtype = torch.bfloat16 if halve and not keeps_float32(block) else None
+        dtype = torch.bfloat16 if halve and not has_fp32_parameters(block) else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, **common)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard)
     # The root's last part, the head, is what the backward begins with.
     return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**common), reshard_after_forward=False)
 
 
-def keeps_float32(block: nn.Module) -> bool:
+def has_fp32_parameters(block: nn.Module) -> bool:
     """Whether a module of the block computes in float32 with parameters of its own, such as Mamba's A and dt's bias."""
     return any(name.rpartition(".")[2] not in ("weight", "bias") for name, _ in block.named_parameters())
 
 
 @contextmanager
-def summing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def no_sync_unless(model: nn.Module, wanted: bool) -> Iterator[None]:
     """In here, a forward and its backward sum the gradients over processes only if `wanted`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
@@ -203,7 +203,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def reshard(model: nn.Module) -> None:
+def free_gathered_weights(model: nn.Module) -> None:
     """After forwards without a backward: only a backward frees the gathered weights of the root, and of blocks with
     parallel.reshard=false, and until then model.parameters() are these and not the shards that are trained and saved.
     """

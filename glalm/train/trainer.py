@@ -14,9 +14,9 @@ from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Windows, training_batches
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.train import distributed, float8, optim
-from glalm.train.blocks import prepare_blocks
+from glalm.train import float8, optim, parallel
 from glalm.train.collectives import max_over_processes, rank_and_world_size
+from glalm.train.compile import prepare_block_forwards
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.initial import initial_model
@@ -44,10 +44,10 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     """
     if config.train.dry_run:
         return dry_run(config)
-    accelerator = distributed.start(config)
+    accelerator = parallel.start_processes(config)
     config.accumulation(accelerator.num_processes)  # raises here where the batch does not divide
     if config.train.float8:
-        float8.check(config, accelerator)
+        float8.check_float8_support(config, accelerator)
     data = open_data(config)
     with (
         StopSignal() as stop,
@@ -159,10 +159,10 @@ def build(
     """
     model = initial_model(config, anew).to(accelerator.device)
     if config.train.float8:
-        float8.convert(model)
-    prepare_blocks(model, config.train, accelerator.device)
-    wrapped = distributed.distribute(model, config, accelerator)
-    return model, wrapped, optim.optimizers(model, config.optim)
+        float8.convert_to_float8(model)
+    prepare_block_forwards(model, config.train, accelerator.device)
+    wrapped = parallel.parallelize_model(model, config, accelerator)
+    return model, wrapped, optim.build_optimizers(model, config.optim)
 
 
 def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelerator) -> Iterator[tuple[int, dict]]:

@@ -165,7 +165,7 @@ def plan(choice: str, seed: int, args: argparse.Namespace, overrides: list[str])
     config = compose_config(TrainingRun, "train", train)
     length = config.train.tbptt_length or config.data.seq_len
     evaluate = [*where[:2], "evals=[perplexity,extrapolation]", f"train_length={length}"]
-    evaluate += [f"extrapolation.max_length={10 * length}", "extrapolation.contexts=[carried]", *args.eval]
+    evaluate += [f"extrapolation.max_length={10 * length}", "extrapolation.contexts=[stateful]", *args.eval]
     return Run(choice, config, train, evaluate)
 
 

@@ -39,7 +39,7 @@ def test_from_text_to_report(tmp_path):
     folder = tmp_path / name
     assert {p.name for p in (folder / "eval").iterdir()} == {"perplexity.json", "extrapolation.json", "generate.json"}
     result = json.loads((folder / "eval" / "extrapolation.json").read_text())
-    assert result["results"]["contexts"]["carried"]["ratios"]["10"]["documents"] == 4
+    assert result["results"]["contexts"]["stateful"]["ratios"]["10"]["documents"] == 4
     assert (folder / "plots" / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
 
     text = run("scripts/report.py", str(folder))

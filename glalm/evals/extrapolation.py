@@ -2,13 +2,13 @@
 
 Text is read in segments of the training length. What a token may see of the text before it is the `context`:
 
-    carried   all of it, by the state that each segment leaves to the next. A recurrent state has one size, so memory
-              does not depend on how far is read; softmax attention's keys and values grow with it.
-    sliding   a window of the training length that moves by half of it: each token sees the half window before its
-              segment or more, whatever the model. Twice the work.
-    reset     what its own segment holds: the state is emptied every training length.
+    stateful        all of it, by the state that each segment leaves to the next. A recurrent state has one size, so
+                    memory does not depend on how far is read; softmax attention's keys and values grow with it.
+    sliding_window  a window of the training length that moves by half of it: each token sees the half window before
+                    its segment or more, whatever the model. Twice the work.
+    reset           what its own segment holds: the state is emptied every training length.
 
-The numbers differ. Carried is what a model reaches at that length; the others are what it would reach without its
+The numbers differ. Stateful is what a model reaches at that length; the others are what it would reach without its
 long memory, at the same positions of the same text, which may be easier or harder further in whatever the model.
 """
 
@@ -46,7 +46,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         f"extrapolation.bucket={c.bucket} does not divide the training length {train_length}, at which a bucket has to "
         "end for others to be compared with it; write a divisor of it, or null for a half",
     )
-    subject.need_length(c.max_length if "carried" in c.contexts else train_length, "extrapolation.max_length")
+    subject.need_length(c.max_length if "stateful" in c.contexts else train_length, "extrapolation.max_length")
     require(
         c.text == "documents" or subject.document_boundaries == "ignore",
         "extrapolation.text=stream reads on from document to document, which a model trained with "
@@ -60,7 +60,7 @@ def job(subject: Subject, config: EvalConfig) -> Job:
         nats = {}
         for context in c.contexts:
             # A model that cannot go on from a state reads a text whole.
-            whole = context == "carried" and not subject.can_resume
+            whole = context == "stateful" and not subject.can_resume
             segment = edges[-1] if whole else train_length
             nats[context] = position_losses(subject, texts, edges, segment, context, config.batch_size, work)
         return extrapolation(nats, edges, train_length)
@@ -107,8 +107,8 @@ def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) 
     over the texts that fill it, and counts of these `documents` and their `tokens`. A bucket that no text fills has
     counts of 0 and None for the rest. `ratios` {"2": ..., "4": ...}: the bucket at n training lengths over that at
     one, `ratio` with `low` and `high` one standard error away, of the `documents` that fill both: the errors are those
-    of paired differences. With the contexts carried and reset, `carried_over_reset` has the ratios of these two at the
-    same position: below 1 where the carried state helps.
+    of paired differences. With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at
+    the same position: below 1 where the carried state helps.
 
     Warns when the edges end before ten training lengths.
     """
@@ -126,9 +126,9 @@ def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) 
             "buckets": [bucket(x[:, i], a, b) for i, (a, b) in enumerate(pairwise(edges))],
             "ratios": {str(n): ratio(x[:, i] - x[:, first]) for n, i in at.items()},
         }
-    if {"carried", "reset"} <= nats.keys():
-        gained = nats["carried"] - nats["reset"]
-        result["carried_over_reset"] = {str(n): ratio(gained[:, i]) for n, i in at.items()}
+    if {"stateful", "reset"} <= nats.keys():
+        gained = nats["stateful"] - nats["reset"]
+        result["stateful_over_reset"] = {str(n): ratio(gained[:, i]) for n, i in at.items()}
     return result
 
 
@@ -189,7 +189,7 @@ def batch_losses(
     for begin, scored, stop in spans(max(ends), segment, context):
         rows, live = segment_rows(texts, ends, begin, scored, stop)
         inputs, targets = rows[:, :-1].to(model.device), rows[:, 1:].masked_fill(~live, IGNORE).to(model.device)
-        losses, state = model.score(inputs, targets, state if context == "carried" else None)
+        losses, state = model.score(inputs, targets, state if context == "stateful" else None)
         buckets = np.searchsorted(edges, np.arange(begin, stop), side="right") - 1
         total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())
         advance(int(live.sum()))
@@ -205,7 +205,7 @@ def batch_losses(
 
 def spans(length: int, segment: int, context: str) -> Iterator[tuple[int, int, int]]:
     """(begin, scored, stop): the model reads inputs [begin, stop), and of their targets those from `scored` count."""
-    if context != "sliding":
+    if context != "sliding_window":
         yield from ((a, a, min(a + segment, length)) for a in range(0, length, segment))
         return
     yield 0, 0, min(segment, length)

@@ -65,8 +65,8 @@ def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Jo
         f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}",
     )
     require(
-        not options.carry or (subject.can_resume and subject.max_length is None),
-        f"harness.carry: {subject.name} cannot read on from a state without end; write harness.carry=false",
+        not options.stateful or (subject.can_resume and subject.max_length is None),
+        f"harness.stateful: {subject.name} cannot read on from a state without end; write harness.stateful=false",
     )
     require(data_dir is None or Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
     settings = dataclasses.asdict(options) | {
@@ -225,7 +225,7 @@ class HarnessLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         documents = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        if self.options.carry:
+        if self.options.stateful:
             mine = self.work.mine(documents)
             return self.work.gather(
                 carried(self.subject, mine, self.prefix_token_id, self.max_length, self.batch_tokens)

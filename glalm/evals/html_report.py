@@ -138,7 +138,7 @@ def validation_perplexity(run: Run, result: dict | None) -> str:
 
 
 def furthest(extrapolation: dict | None) -> str | None:
-    carried = extrapolation and extrapolation["results"]["contexts"].get("carried")
+    carried = extrapolation and extrapolation["results"]["contexts"].get("stateful")
     ratios = carried["ratios"] if carried else {}
     return next((f"{r['ratio']:.3f} at {n}×" for n, r in reversed(ratios.items()) if r["documents"]), None)
 
@@ -327,7 +327,7 @@ def unlike_published(run: Run) -> str:
     found = {}
     for evaluator in ZERO_SHOT_EVALUATORS:
         settings = (run.result(evaluator) or {}).get("settings", {})
-        found |= {f"harness.{key}": settings[key] for key in ("limit", "num_fewshot", "carry") if settings.get(key)}
+        found |= {f"harness.{key}": settings[key] for key in ("limit", "num_fewshot", "stateful") if settings.get(key)}
         if any(path.startswith("wikitext2/") for path in settings.get("data", {}).get("wikitext", ())):
             found["Wiki ppl"] = "of the tokenised text, whose rare words are <unk>"
     return ", ".join(f"{key}={value}" if "." in key else f"{key} {value}" for key, value in found.items())

@@ -20,6 +20,10 @@ EVALUATORS = {
     "recall": "glalm.evals.harness:recall",
 }
 
+# How much of the text before it a token sees: all of it, because the state is handed from segment to segment; a sliding
+# window of the training length; or the text since the last multiple of the training length.
+Context = Literal["stateful", "sliding_window", "reset"]
+
 
 @dataclass
 class ExtrapolationConfig:
@@ -30,9 +34,7 @@ class ExtrapolationConfig:
     text: Literal["documents", "stream"] = "documents"  # from documents' starts; or blocks of the text end to end
     documents: int | None = 32  # documents (those that fill most buckets), or blocks, at most; null: all
     split: Literal["train", "validation", "test"] = "test"
-    # What a token sees of the text before it: all, by the state carried on; a sliding window of the training length;
-    # or what there is since the last multiple of that length. One curve each, the first drawn solid.
-    contexts: list[Literal["carried", "sliding", "reset"]] = field(default_factory=lambda: ["carried", "reset"])
+    contexts: list[Context] = field(default_factory=lambda: ["stateful", "reset"])  # one curve each, the first solid
 
     def __post_init__(self):
         for name in ("max_length", "bucket", "documents"):
@@ -40,7 +42,7 @@ class ExtrapolationConfig:
             require(value is None or value > 0, f"extrapolation.{name} must be positive, not {value}")
         require(
             len(self.contexts) > 0 and len(self.contexts) == len(set(self.contexts)),
-            f"extrapolation.contexts={self.contexts} must name one context or more, each once; write [carried,reset]",
+            f"extrapolation.contexts={self.contexts} must name one context or more, each once; write [stateful,reset]",
         )
         require(
             self.bucket is None or self.bucket <= self.max_length,
@@ -108,7 +110,7 @@ class HarnessConfig:
     num_fewshot: int | None = None  # examples before each question; null: as each task has it, which is mostly 0
     limit: int | None = None  # the first so many questions of each task; null: all
     max_length: int | None = None  # tokens read at once, the earliest dropped; null: the training length, or 2048
-    carry: bool = False  # wikitext and its like: a document's state goes on from one max_length to the next
+    stateful: bool = False  # wikitext and its like: a document's state goes on from one max_length to the next
     batch_tokens: int | None = None  # tokens read at once, padding included; null: 65536 on a GPU, 2048 elsewhere
 
     def __post_init__(self):

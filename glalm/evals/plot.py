@@ -53,8 +53,8 @@ WIDTH, HEIGHT = STYLE["figure.figsize"]
 GREY = "#555555"
 ABOVE = 4  # entries of a legend that stand above the axes
 OTHER_CONTEXTS = {  # the line of a context that is not a figure's first, and what it is
-    "carried": ("-.", "state carried"),
-    "sliding": ("--", "window of the training length"),
+    "stateful": ("-.", "state carried"),
+    "sliding_window": ("--", "window of the training length"),
     "reset": (":", "state reset every training length"),
 }
 
@@ -267,8 +267,8 @@ def _style(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _label(result: dict, context: str = "carried") -> str:
-    where = "" if context == "carried" else f", {OTHER_CONTEXTS[context][1]}"
+def _label(result: dict, context: str = "stateful") -> str:
+    where = "" if context == "stateful" else f", {OTHER_CONTEXTS[context][1]}"
     return f"{result['model']} ({quantity(result['parameters'])} parameters){where}"
 
 

@@ -80,7 +80,7 @@ def extrapolation_rows(result: dict | None, evaluate: str) -> list[Row]:
         value = _with_band(**ratios[str(n)]) if str(n) in ratios else None
         longer = f"{evaluate} extrapolation.max_length={n * train_length}"
         rows.append((f"perplexity at {n}x / 1x", value, source, longer))
-    for n, gained in [*reached(results.get("carried_over_reset", {})).items()][-1:]:
+    for n, gained in [*reached(results.get("stateful_over_reset", {})).items()][-1:]:
         rows.append((f"state carried / reset at {n}x", f"{gained['ratio']:.3f}", source, evaluate))
     return rows
 

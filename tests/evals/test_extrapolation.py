@@ -58,7 +58,7 @@ def truth(texts, true_losses):
     return np.stack([by_bucket(true_losses(text)[:96]) for text in texts])
 
 
-def read(model, texts, context="carried", segment=T, batch_size=3, advance=int) -> torch.Tensor:
+def read(model, texts, context="stateful", segment=T, batch_size=3, advance=int) -> torch.Tensor:
     return position_losses(Subject(model), texts, EDGES, segment, context, batch_size, working(advance))
 
 
@@ -101,10 +101,10 @@ def test_sliding_sees_half_a_window_or_more_before_each_token(model, texts, true
         return np.concatenate([true_losses(text[: T + 1]), *later])[:96]
 
     expected = np.stack([by_bucket(windows(text)) for text in texts])
-    np.testing.assert_allclose(read(model, texts, "sliding"), expected, atol=1e-5)
+    np.testing.assert_allclose(read(model, texts, "sliding_window"), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("context", ["carried", "sliding", "reset"])
+@pytest.mark.parametrize("context", ["stateful", "sliding_window", "reset"])
 @pytest.mark.parametrize("length, segment", [(23, 8), (8, 8), (3, 8), (64, 7), (5, 1)])
 def test_every_position_is_scored_once(context, length, segment):
     scored = [p for _, first, stop in spans(length, segment, context) for p in range(first, stop)]
@@ -115,13 +115,13 @@ def test_every_position_is_scored_once(context, length, segment):
 def test_counts_sum_to_the_tokens_read(model, texts):
     done = []
     nats = read(model, texts, advance=done.append)
-    buckets = extrapolation({"carried": nats}, EDGES, T)["contexts"]["carried"]["buckets"]
+    buckets = extrapolation({"stateful": nats}, EDGES, T)["contexts"]["stateful"]["buckets"]
     assert [b["documents"] for b in buckets] == [4] * 12 + [3] * 12
     assert sum(b["tokens"] for b in buckets) == sum(done) == 3 * 96 + 48
 
 
 def test_a_bucket_is_a_mean_over_the_documents_that_fill_it(model, texts, truth):
-    buckets = extrapolation({"carried": read(model, texts)}, EDGES, T)["contexts"]["carried"]["buckets"]
+    buckets = extrapolation({"stateful": read(model, texts)}, EDGES, T)["contexts"]["stateful"]["buckets"]
     assert [(b["start"], b["end"]) for b in buckets] == [(4 * i, 4 * i + 4) for i in range(24)]
     np.testing.assert_allclose([b["nats_per_token"] for b in buckets], np.nanmean(truth, 0), atol=1e-5)
     np.testing.assert_allclose([b["perplexity"] for b in buckets], np.exp(np.nanmean(truth, 0)), rtol=1e-5)
@@ -130,8 +130,8 @@ def test_a_bucket_is_a_mean_over_the_documents_that_fill_it(model, texts, truth)
 
 
 def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
-    result = extrapolation({n: read(model, texts, n) for n in ("carried", "reset")}, EDGES, T)
-    ratios = result["contexts"]["carried"]["ratios"]
+    result = extrapolation({n: read(model, texts, n) for n in ("stateful", "reset")}, EDGES, T)
+    ratios = result["contexts"]["stateful"]["ratios"]
     assert [*ratios] == ["2", "4", "8", "10", "12"]
     for n, r in ratios.items():
         change = truth[:, 2 * int(n) - 1] - truth[:, 1]  # the buckets ending at n T and at T
@@ -143,11 +143,11 @@ def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
         assert r["high"] == pytest.approx(math.exp(change.mean() + error), rel=1e-3)
     reset = read(model, texts, "reset").numpy()
     gain = math.exp(np.nanmean(truth[:, 7] - reset[:, 7]))
-    assert result["carried_over_reset"]["4"]["ratio"] == pytest.approx(gain, rel=1e-4)
+    assert result["stateful_over_reset"]["4"]["ratio"] == pytest.approx(gain, rel=1e-4)
 
 
 def test_a_bucket_that_no_document_fills_is_reported_empty(model, texts):
-    result = extrapolation({"carried": read(model, texts[1:2])}, EDGES, T)["contexts"]["carried"]
+    result = extrapolation({"stateful": read(model, texts[1:2])}, EDGES, T)["contexts"]["stateful"]
     assert len(result["buckets"]) == 24
     empty = result["buckets"][12]
     assert (empty["documents"], empty["tokens"]) == (0, 0)
@@ -179,7 +179,7 @@ def test_processes_share_the_batches(model, texts, truth, batch_size):
     for work, counts in zip(works, done, strict=True):
         work.advance = counts.append
     with ThreadPoolExecutor(2) as pool:
-        read_share = partial(position_losses, Subject(model), texts, EDGES, T, "carried", batch_size)
+        read_share = partial(position_losses, Subject(model), texts, EDGES, T, "stateful", batch_size)
         found = list(pool.map(read_share, works))
     for nats in found:
         np.testing.assert_allclose(nats, truth, atol=1e-5)
@@ -193,7 +193,7 @@ def test_what_was_read_before_a_restart_is_not_read_again(model, texts, truth, t
         work.advance = advance
         work.keep_parts(tmp_path / "parts.json", {})
         try:
-            nats = position_losses(Subject(model), texts, EDGES, T, "carried", 2, work)
+            nats = position_losses(Subject(model), texts, EDGES, T, "stateful", 2, work)
         except ZeroDivisionError:
             counts.clear()
     np.testing.assert_allclose(nats, truth, atol=1e-5)
@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_length(model, stream):
 
     def largest(length: int) -> int:
         with LargestTensor() as seen:
-            position_losses(Subject(model), [text], bucket_edges(32, length), 32, "carried", 1, Work())
+            position_losses(Subject(model), [text], bucket_edges(32, length), 32, "stateful", 1, Work())
         return seen.numel
 
     assert largest(4800) < 1.2 * largest(320) < 4800
@@ -223,9 +223,9 @@ def test_memory_does_not_grow_with_the_length(model, stream):
 
 def test_less_than_ten_lengths_is_allowed_with_a_warning(model, texts):
     edges = bucket_edges(T, 79)
-    nats = position_losses(Subject(model), texts[:1], edges, T, "carried", 1, Work())
+    nats = position_losses(Subject(model), texts[:1], edges, T, "stateful", 1, Work())
     with pytest.warns(UserWarning, match="extrapolation.max_length=80"):
-        result = extrapolation({"carried": nats}, edges, T)["contexts"]["carried"]
+        result = extrapolation({"stateful": nats}, edges, T)["contexts"]["stateful"]
     assert result["buckets"][-1]["end"] == 76  # the last, incomplete bucket is left out
     assert [*result["ratios"]] == ["2", "4", "8", "9"]
 
@@ -291,12 +291,12 @@ def config(**settings) -> EvalConfig:
 
 
 def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth):
-    job = module.job(Subject(model, train_length=T), config(contexts=["reset", "carried"], max_length=160))
+    job = module.job(Subject(model, train_length=T), config(contexts=["reset", "stateful"], max_length=160))
     done = []
     results = job.run(working(done.append))
-    assert [*results["contexts"]] == ["reset", "carried"]
+    assert [*results["contexts"]] == ["reset", "stateful"]
     assert job.total == sum(done) == 2 * (96 + 48 + 96 + 136)
-    found = [b["nats_per_token"] for b in results["contexts"]["carried"]["buckets"]]
+    found = [b["nats_per_token"] for b in results["contexts"]["stateful"]["buckets"]]
     np.testing.assert_allclose(found[:24], np.nanmean(truth, 0), atol=1e-5)
     assert "no document fills the 6 buckets from position 136 on" in job.summary(results)
     assert job.settings["train_length"] == T and job.settings["max_length"] == 160
@@ -307,7 +307,7 @@ def test_a_model_that_cannot_go_on_from_a_state_reads_carried_text_whole(texts, 
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
     mamba = MambaForCausalLM(MambaConfig(**shape)).eval()
-    results = module.job(Subject(mamba, train_length=T), config(contexts=["carried", "reset"])).run(Work())
+    results = module.job(Subject(mamba, train_length=T), config(contexts=["stateful", "reset"])).run(Work())
     ids = torch.tensor(np.stack([x[:97] for x in texts if len(x) >= 97]).astype(np.int64))
     log_p = mamba(ids[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
     expected = -log_p.view(3, 24, 4).mean((0, 2))[12:]  # the buckets that these three alone fill
@@ -326,8 +326,8 @@ def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):
             losses[0] = math.nan if read > 48 else 1  # of one document
             return losses.masked_fill(targets == -100, 0), read
 
-    with pytest.raises(RunError, match=r"context carried: .* after 48 on .* extrapolation\.max_length=48 reads"):
-        position_losses(Overflows(), texts, EDGES, T, "carried", 2, Work())
+    with pytest.raises(RunError, match=r"context stateful: .* after 48 on .* extrapolation\.max_length=48 reads"):
+        position_losses(Overflows(), texts, EDGES, T, "stateful", 2, Work())
 
 
 def test_demands(model, split):
@@ -342,11 +342,11 @@ def test_demands(model, split):
     limited = Subject(model, train_length=T, max_length=64)
     with pytest.raises(ConfigError, match=r"extrapolation\.max_length: model has learned positions for 64"):
         module.job(limited, config())
-    module.job(limited, config(contexts=["sliding", "reset"]))  # which read the training length alone
+    module.job(limited, config(contexts=["sliding_window", "reset"]))  # which read the training length alone
 
 
 def test_settings():
     with pytest.raises(ConfigError, match=r"extrapolation\.bucket=100 is longer"):
         config(bucket=100)
     with pytest.raises(ConfigError, match="each once"):
-        config(contexts=["carried", "carried"])
+        config(contexts=["stateful", "stateful"])

@@ -86,7 +86,7 @@ def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(subject, tmp
     theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=3)
     expected = theirs.loglikelihood_rolling(requests, True)
     assert harness_lm(subject, batch_tokens=100).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-6)
-    carried = harness_lm(subject, batch_tokens=100, carry=True).loglikelihood_rolling(requests)
+    carried = harness_lm(subject, batch_tokens=100, stateful=True).loglikelihood_rolling(requests)
     assert carried[0] == pytest.approx(expected[0], rel=1e-5)  # shorter than 64
     assert carried[1] != pytest.approx(expected[1], rel=1e-3)
     whole = harness_lm(subject, max_length=10_000).loglikelihood_rolling(requests)
@@ -172,7 +172,7 @@ def test_processes_share_the_requests(subject, monkeypatch):
         return count(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(Subject, "read", counted)
-    for options in ({}, {"carry": True}):
+    for options in ({}, {"stateful": True}):
         alone = harness_lm(subject, batch_tokens=100, **options)
         expected = {kind: getattr(alone, kind)(instances(kind, arguments)) for kind, arguments in asked.items()}
         board, barrier, found = [None, None], threading.Barrier(2, timeout=30), [None, None]
@@ -367,8 +367,9 @@ def test_bad_settings(subject, data_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"harness\.max_length: model has learned positions for 100 tokens"):
         bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=100)
         found(bounded, data_dir, ["arc_easy"])
-    with pytest.raises(ConfigError, match=r"harness\.carry: model cannot read on from a state without end"):
-        found(Subject(subject.model, tokenizer=subject.tokenizer, max_length=200), data_dir, ["wikitext"], carry=True)
+    with pytest.raises(ConfigError, match=r"harness\.stateful: model cannot read on from a state without end"):
+        bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=200)
+        found(bounded, data_dir, ["wikitext"], stateful=True)
     with pytest.raises(ConfigError, match="the tokenizer has 259 tokens, model only 200"):
         found(Subject(tiny.llama(vocab_size=200), tokenizer=subject.tokenizer), data_dir, ["arc_easy"])
 

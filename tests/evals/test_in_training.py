@@ -68,7 +68,7 @@ def test_what_is_found_is_what_eval_finds_afterwards(evaluating):
     c = evaluating
     evaluate(EvalConfig(name=c.name, runs_dir=c.runs_dir, evals=["extrapolation"], extrapolation=CHEAP.extrapolation))
     results = json.loads((c.folder / "eval/extrapolation.json").read_text())["results"]
-    ratios = results["contexts"]["carried"]["ratios"]
+    ratios = results["contexts"]["stateful"]["ratios"]
     found = {f"extrapolation/{n}x": r["ratio"] for n, r in ratios.items()}
     assert len(found) == 4
     assert {key: value for key, value in row.items() if key.startswith("extrapolation/")} == pytest.approx(

@@ -73,7 +73,7 @@ def ratio(value: float | None) -> dict:
 EXTRAPOLATION = {
     "train_length": 128,
     "contexts": {
-        "carried": {
+        "stateful": {
             "buckets": [bucket(128, 20.0), bucket(256, 18.0), bucket(384, None)],
             "ratios": {"2": ratio(0.9), "3": ratio(None)},
         }
@@ -135,7 +135,7 @@ def test_what_an_older_checkpoint_reached_is_said_to_be_its(run):
 
 
 def test_far_over_near_is_of_the_carried_state(run):
-    reset = EXTRAPOLATION | {"contexts": {"reset": EXTRAPOLATION["contexts"]["carried"]}}
+    reset = EXTRAPOLATION | {"contexts": {"reset": EXTRAPOLATION["contexts"]["stateful"]}}
     write(run, "extrapolation", reset)
     assert Page(page([run])).row("demo")[6] == "–"
 
@@ -189,12 +189,17 @@ def test_zero_shot_stands_beside_the_published_rows(run):
 
 def test_scores_of_other_settings_than_the_papers_say_so(run):
     tasks = {"wikitext": {"word_perplexity": 9.0}}
-    plain = {"limit": None, "num_fewshot": None, "carry": False, "data": {"wikitext": "hub"}}
+    plain = {"limit": None, "num_fewshot": None, "stateful": False, "data": {"wikitext": "hub"}}
     write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=plain)
     assert "unlike the paper" not in Page(page([run])).text
-    other = {"limit": 100, "num_fewshot": None, "carry": True, "data": {"wikitext": {"wikitext2/test.txt": "c0ffee"}}}
+    other = {
+        "limit": 100,
+        "num_fewshot": None,
+        "stateful": True,
+        "data": {"wikitext": {"wikitext2/test.txt": "c0ffee"}},
+    }
     write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=other)
-    said = "demo, unlike the paper: harness.limit=100, harness.carry=True, Wiki ppl of the tokenised text"
+    said = "demo, unlike the paper: harness.limit=100, harness.stateful=True, Wiki ppl of the tokenised text"
     assert said in Page(page([run])).text
 
 

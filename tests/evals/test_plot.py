@@ -39,7 +39,7 @@ def result(name: str = "demo", train_length: int = 256, times: int = 16, error: 
     carried = [bucket((i + 1) * train_length // 2, x, error) for i, x in enumerate(nats)]
     reset = [b | {"perplexity": b["perplexity"] + 0.5} for b in carried]
     ratios = {str(n): ratio(n) for n in (2, 4, 8, 10, 16)}
-    contexts = {"carried": {"buckets": carried, "ratios": ratios}, "reset": {"buckets": reset, "ratios": ratios}}
+    contexts = {"stateful": {"buckets": carried, "ratios": ratios}, "reset": {"buckets": reset, "ratios": ratios}}
     return {
         "model": name,
         "parameters": 1_234_567,
@@ -68,10 +68,10 @@ def lines_in(ax, style: str) -> list:
 
 def test_the_curve_its_band_and_the_training_length(figures):
     demo = result()
-    demo["results"]["contexts"]["carried"]["buckets"].append({"end": 2**20, **EMPTY})
+    demo["results"]["contexts"]["stateful"]["buckets"].append({"end": 2**20, **EMPTY})
     plot_extrapolation([demo], "x.png")
     ax = figures[0].axes[0]
-    buckets = demo["results"]["contexts"]["carried"]["buckets"][:-1]  # the empty one is not drawn
+    buckets = demo["results"]["contexts"]["stateful"]["buckets"][:-1]  # the empty one is not drawn
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [b["end"] for b in buckets])
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [b["perplexity"] for b in buckets])
     [reset] = lines_in(ax, ":")
@@ -104,14 +104,14 @@ def test_runs_of_several_training_lengths_are_marked_each(figures):
 
 def test_a_run_that_diverges_does_not_flatten_the_others(figures):
     worse = result("worse")
-    worse["results"]["contexts"]["carried"]["buckets"][-1]["perplexity"] = 1e4
+    worse["results"]["contexts"]["stateful"]["buckets"][-1]["perplexity"] = 1e4
     plot_extrapolation([result(), worse], "x.png")
     assert figures[0].axes[0].get_yscale() == "log"
 
 
 def test_perplexities_that_differ_much_have_plain_labels(figures):
     worse = result("worse")
-    worse["results"]["contexts"]["carried"]["buckets"][-1]["perplexity"] = 90.0
+    worse["results"]["contexts"]["stateful"]["buckets"][-1]["perplexity"] = 90.0
     plot_extrapolation([result(), worse], "x.png")
     ax = figures[0].axes[0]
     figures[0].draw_without_rendering()
@@ -152,7 +152,7 @@ def test_many_doublings_have_few_labels(figures):
 
 def test_a_model_with_another_first_context_says_so(figures):
     reset_only = result()
-    del reset_only["results"]["contexts"]["carried"]
+    del reset_only["results"]["contexts"]["stateful"]
     plot_extrapolation([reset_only], "x.png")
     [text] = figures[0].legends[0].get_texts()
     plot_ratios([reset_only], "x.png")
@@ -162,8 +162,8 @@ def test_a_model_with_another_first_context_says_so(figures):
 
 def test_a_single_point_is_seen(monkeypatch):
     short = result()
-    context = short["results"]["contexts"]["carried"]
-    short["results"]["contexts"] = {"carried": {"buckets": context["buckets"][:1], "ratios": {}}}
+    context = short["results"]["contexts"]["stateful"]
+    short["results"]["contexts"] = {"stateful": {"buckets": context["buckets"][:1], "ratios": {}}}
     drawn = []
 
     def pixels(figure, path):
@@ -179,7 +179,7 @@ def test_a_single_point_is_seen(monkeypatch):
 
 def test_ratios_to_the_training_length(figures):
     short = result("short")
-    ratios = short["results"]["contexts"]["carried"]["ratios"]
+    ratios = short["results"]["contexts"]["stateful"]["ratios"]
     ratios["16"] = {"ratio": None, "low": None, "high": None, "documents": 0}
     ratios["10"] |= {"low": None, "high": None, "documents": 1}
     plot_ratios([result(), short], "x.png")

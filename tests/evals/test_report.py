@@ -26,7 +26,7 @@ EXTRAPOLATION = {
     "results": {
         "train_length": 256,
         "contexts": {
-            "carried": {
+            "stateful": {
                 "ratios": {
                     "2": ratio(0.95, 0.94, 0.96),
                     "4": ratio(0.9, 0.8, 1),
@@ -37,7 +37,7 @@ EXTRAPOLATION = {
                 }
             }
         },
-        "carried_over_reset": {"10": ratio(0.99), "16": ratio(0.875), "20": ratio(None, documents=0)},
+        "stateful_over_reset": {"10": ratio(0.99), "16": ratio(0.875), "20": ratio(None, documents=0)},
     },
 }
 
@@ -106,7 +106,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run):
 
 
 def test_ten_training_lengths_that_were_not_read_are_asked_for(run):
-    short = {"contexts": {"carried": {"ratios": {"2": ratio(0.9), "3": ratio(0.9)}}}, "train_length": 256}
+    short = {"contexts": {"stateful": {"ratios": {"2": ratio(0.9), "3": ratio(0.9)}}}, "train_length": 256}
     (run / "eval" / "extrapolation.json").write_text(json.dumps(EXTRAPOLATION | {"results": short}))
     command = "python eval.py name=demo evals=[extrapolation] extrapolation.max_length=2560"
     assert ["perplexity at 10x / 1x", "missing", command] in printed(run)

@@ -111,7 +111,7 @@ def test_means_over_seeds_are_of_nats(module, tmp_path):
         found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
         module.write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
         context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}
-        found = {"contexts": {"carried": context}}
+        found = {"contexts": {"stateful": context}}
         module.write_json(run.config.folder / "eval" / "extrapolation.json", {"results": found})
         rows = [{"step": i, "loss": 1.0, "tokens_per_second": 10.0 * seed + i} for i in (1, 2, 3)]
         (run.config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

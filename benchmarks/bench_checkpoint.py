@@ -15,9 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from glalm.cli import CONFIGS
-from glalm.config.reliability import CheckpointConfig
-from glalm.config.run import OptimConfig
-from glalm.config.strict import build
+from glalm.config.run import CheckpointConfig, OptimConfig
+from glalm.config.strict import build_dataclass
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
@@ -37,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tree = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{args.model}.yaml"))
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(build(ModelConfig, tree)))).to(device)
+    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(build_dataclass(ModelConfig, tree)))).to(device)
     found = build_optimizers(model, OptimConfig())
     ids = torch.randint(model.config.vocab_size, tuple(args.batch), device=device)
 

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from glalm.config.strict import ConfigError, RunError, build, check_overrides, defaults, require
+from glalm.config.strict import ConfigError, RunError, build_dataclass, check_overrides, default_tree, require
 
 # torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
 # else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
@@ -31,14 +31,14 @@ def store_defaults(cls: type) -> None:
 
     With this, --help shows every key and the command line can set it, whether a file names it or not.
     """
-    ConfigStore.instance().store(cls.__name__, defaults(cls))
+    ConfigStore.instance().store(cls.__name__, default_tree(cls))
 
 
 def compose_config(cls: type, config_name: str, overrides: list[str]):
     """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml."""
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build(cls, OmegaConf.to_container(compose(config_name, overrides), resolve=True))
+        return build_dataclass(cls, OmegaConf.to_container(compose(config_name, overrides), resolve=True))
 
 
 def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
@@ -55,7 +55,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     def entry(tree: DictConfig) -> None:
         def run() -> int:
             try:
-                return main(build(cls, OmegaConf.to_container(tree, resolve=True)))
+                return main(build_dataclass(cls, OmegaConf.to_container(tree, resolve=True)))
             except ConfigError as error:
                 if HydraConfig.get().mode is not RunMode.MULTIRUN or int(os.environ.get("WORLD_SIZE", 1)) > 1:
                     raise

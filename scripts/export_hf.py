@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from glalm.config.run import DATA_RECORD
-from glalm.config.strict import RunError, build
+from glalm.config.strict import RunError, build_dataclass
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.evals.options import TrainingRun
@@ -48,7 +48,7 @@ def export(run: Path, name: str, out: Path) -> None:
         raise RunError(f"{out} exists; choose another --out")
     path = checkpoint.find(run / "checkpoints", name)
     record = json.loads((run / "run.json").read_text())
-    config = build(TrainingRun, record["config"])
+    config = build_dataclass(TrainingRun, record["config"])
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
     state = checkpoint.load(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.config.reliability import CheckpointConfig
-from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 
 

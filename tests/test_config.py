@@ -8,11 +8,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from glalm.cli import compose_config, store_defaults
-from glalm.config.identity import compare, identity
-from glalm.config.run import OptimConfig, RunConfig, TrainConfig
-from glalm.config.strict import ConfigError, build, check_overrides, defaults
+from glalm.config.run import OptimConfig, RunConfig, TrainConfig, describe_differences, run_identity
+from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
 from glalm.model.config import ModelConfig
+from glalm.train.state import BatchPlan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -43,8 +43,8 @@ def test_experiments_are_the_papers(experiment):
         "adamw", "cosine", 2048, "ignore"
     )  # fmt: skip
     for world in (1, 2, 8, 64, 256):
-        micro, times = config.accumulation(world)
-        assert micro * times * world * 2048 == batch
+        plan = BatchPlan.from_config(config, world)
+        assert plan.micro_batch * plan.accumulation * world * 2048 == batch == plan.tokens_per_step
 
 
 def test_the_ladders_budgets():
@@ -66,7 +66,7 @@ def test_every_key_can_be_set(config, cls):
 
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        for path in paths(defaults(cls)):
+        for path in paths(default_tree(cls)):
             check_overrides([f"{path}=null"], cls, [])
             assert OmegaConf.select(compose(config, [f"{path}=null"]), path) is None
 
@@ -129,7 +129,7 @@ def test_valid_command_lines_pass():
 )
 def test_bad_values_say_what_to_write(tree, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        build(RunConfig, tree)
+        build_dataclass(RunConfig, tree)
 
 
 def test_the_papers_length_generalisation_by_name():
@@ -143,58 +143,63 @@ def test_swiglu_width_is_the_papers():
     assert widths == [2816, 5632]
 
 
-def test_accumulation_shares_the_batch():
-    config = RunConfig(train=TrainConfig(batch_size=32, micro_batch_size=4))
-    assert [config.accumulation(world) for world in (1, 2, 8)] == [(4, 8), (4, 4), (4, 1)]
-    assert config.accumulation(16) == (2, 1) and config.accumulation(32) == (1, 1)  # at most
-    assert RunConfig(train=TrainConfig(batch_size=32)).accumulation(2) == (16, 1)
-    assert RunConfig(train=TrainConfig(batch_size=30, micro_batch_size=4)).accumulation(2) == (3, 5)
-    with pytest.raises(ConfigError, match="is 32 sequences, which do not divide over 3 processes; write a multiple"):
-        config.accumulation(3)
+def test_the_batch_is_divided_over_processes_and_micro_batches():
+    def divide(world_size: int, **train) -> tuple[int, int]:
+        plan = BatchPlan.from_config(RunConfig(train=TrainConfig(**train)), world_size)
+        assert (plan.data_parallel, plan.context_parallel, plan.segments) == (world_size, 1, 1)
+        return plan.micro_batch, plan.accumulation
+
+    sizes = {"batch_size": 32, "micro_batch_size": 4}
+    assert [divide(world_size, **sizes) for world_size in (1, 2, 8)] == [(4, 8), (4, 4), (4, 1)]
+    assert divide(16, **sizes) == (2, 1) and divide(32, **sizes) == (1, 1)
+    assert divide(2, batch_size=32) == (16, 1)
+    assert divide(2, batch_size=30, micro_batch_size=4) == (3, 5)
+    with pytest.raises(ConfigError, match="is 32 sequences, which cannot be divided evenly over 3 processes"):
+        divide(3, **sizes)
 
 
 def test_lengths_in_tokens():
     """The GLA paper's 340M model: 15B tokens in batches of 0.5M, warm-up over 0.5B."""
     tokens = {"steps": None, "tokens": 15e9, "batch_size": None, "batch_tokens": 2**19}
     tree = {"data": {"seq_len": 2048}, "optim": {"warmup_steps": None, "warmup_tokens": 5e8}, "train": tokens}
-    config = build(RunConfig, tree)
+    config = build_dataclass(RunConfig, tree)
     assert (config.batch_size, config.steps, config.warmup_steps) == (256, 28611, 954)
     assert config.tokens_per_step * (config.steps - 1) < 15e9 <= config.tokens_per_step * config.steps
-    longer = build(RunConfig, tree | {"data": {"seq_len": 32768}})
+    longer = build_dataclass(RunConfig, tree | {"data": {"seq_len": 32768}})
     assert (longer.batch_size, longer.steps, longer.warmup_steps) == (16, 28611, 954)
 
 
 @pytest.mark.parametrize(
     "tree, message",
     [
-        ({"train": {"tokens": 10}}, "train.steps=1000 and train.tokens=10 say the same thing twice; write train.steps"),
-        ({"train": {"batch_size": None}}, "write train.batch_size=N or train.batch_tokens=N: both are null"),
+        ({"train": {"tokens": 10}}, "train.steps=1000 and train.tokens=10 are alternatives; set train.steps"),
+        ({"train": {"batch_size": None}}, "set train.batch_size=N or train.batch_tokens=N: both are null"),
         ({"optim": {"warmup_tokens": 10}}, "optim.warmup_steps=100 and optim.warmup_tokens=10"),
         (
             {"train": {"batch_size": None, "batch_tokens": 1000}, "data": {"seq_len": 256}},
-            "train.batch_tokens=1000 is no multiple of data.seq_len=256; write train.batch_tokens=1024",
+            "train.batch_tokens=1000 is not a multiple of data.seq_len=256; set train.batch_tokens=1024",
         ),
         (
             {"optim": {"warmup_steps": None, "warmup_tokens": 1e9}},
             "optim.warmup_tokens=1000000000 is longer than train.steps=1000",
         ),
-        ({"train": {"memory_snapshot": True}}, "write train.profile_steps=[3,4]"),
+        ({"train": {"memory_snapshot": True}}, "set train.profile_steps=[3,4]"),
         ({"train": {"profile_steps": [5, 4]}}, "train.profile_steps=[5,4] must be two steps in order"),
         ({"train": {"tokens": 1.5, "steps": None}}, "train.tokens=1.5 must be an integer"),
     ],
 )
 def test_lengths_that_do_not_fit(tree, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        build(RunConfig, tree)
+        build_dataclass(RunConfig, tree)
 
 
 def test_identity_leaves_out_what_may_change():
     one = RunConfig()
     two = dataclasses.replace(one, name="other", train=dataclasses.replace(one.train, log_every=1))
-    assert identity(one) == identity(two)
+    assert run_identity(one) == run_identity(two)
     three = dataclasses.replace(one, optim=OptimConfig(lr=1e-3))
-    assert compare(identity(one), identity(three)) == ["optim.lr: 0.0003 -> 0.001"]
-    assert identity(TrainingRun(train_evals=TrainEvalsConfig(every=3))) == identity(one)
+    assert describe_differences(run_identity(one), run_identity(three)) == ["optim.lr: 0.0003 -> 0.001"]
+    assert run_identity(TrainingRun(train_evals=TrainEvalsConfig(every=3))) == run_identity(one)
 
 
 def test_evaluators_of_a_training_run_are_checked_strictly():
@@ -204,18 +209,18 @@ def test_evaluators_of_a_training_run_are_checked_strictly():
         ({"evals": ["genreate"]}, "train_evals.evals: no evaluator is called genreate; did you mean generate?"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(message)):
-            build(TrainingRun, {"train_evals": tree})
+            build_dataclass(TrainingRun, {"train_evals": tree})
     with pytest.raises(ConfigError, match=re.escape("did you mean train_evals.every?")):
         check_overrides(["train_evals.evry=3"], TrainingRun, [])
 
 
 def test_infinite_clip_is_a_number():
-    assert build(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
+    assert build_dataclass(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
 
 
 def test_home_is_spelled_out(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    config = build(RunConfig, {"runs_dir": "~/runs", "data": {"path": "~/my data"}})
+    config = build_dataclass(RunConfig, {"runs_dir": "~/runs", "data": {"path": "~/my data"}})
     assert (config.runs_dir, config.data.path) == ("/home/ada/runs", "/home/ada/my data")
 
 
@@ -230,7 +235,7 @@ def test_weights_of_sources_are_a_mapping_of_the_users():
         ({"workers": 0}, "data.workers must be positive"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(message)):
-            build(RunConfig, {"data": tree})
+            build_dataclass(RunConfig, {"data": tree})
 
 
 @pytest.mark.parametrize(

@@ -1,148 +1,240 @@
-"""The config of a training run: its data, optimiser, loop and tracker."""
+"""The configuration of a training run, and which part of it decides what is learned.
 
+Every dataclass is a level of the config tree, and its comments document the keys. Checks raise ConfigError.
+"""
+
+import dataclasses
+import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from glalm.config.parallel import ParallelConfig
-from glalm.config.reliability import CheckpointConfig, GuardConfig
-from glalm.config.strict import divisors, require
+from glalm.config.strict import describe_divisors, flatten_tree, require, require_positive
 from glalm.model.config import ModelConfig
 
-DATA_RECORD = "data.json"  # in a run's folder
+DATA_RECORD = "data.json"  # The manifest of the data, in a run's folder.
+
+# Keys that a resumed run may change: paths, reporting, and how the work is divided over the hardware. All others decide
+# what is learned.
+MAY_CHANGE = (
+    "name",
+    "runs_dir",
+    "data.path",
+    "data.workers",
+    "track",
+    "parallel",
+    "train.micro_batch_size",
+    "train.precision",
+    "train.float8",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.eval_every",
+    "train.eval_sequences",
+    "train.checkpoint",
+    "train.guard.bad_steps",
+    "train.guard.hang_seconds",
+    "train.resume_from",
+    "train.allow_changes",
+    "train.log_every",
+    "train.profile_steps",
+    "train.memory_snapshot",
+    "train.dry_run",
+    "train.assumed_mfu",
+    "train.assumed_gpus",
+)
 
 
 @dataclass
 class DataConfig:
-    path: str = "data/demo"  # a folder made by scripts/prepare_data.py
-    seq_len: int = 256  # T: tokens a training sequence
-    weights: dict[str, float] | None = None  # share of each source in the training tokens; null: as much as it has
-    # At a document's start, go on from the state of the text before it (the paper's way), or from an empty one, with
-    # the token before unscored.
+    path: str = "data/demo"  # a folder written by scripts/prepare_data.py
+    seq_len: int = 256  # T: tokens of a training sequence
+    weights: dict[str, float] | None = None  # share of each source in the training tokens; null: its share of the data
+    # ignore: the state runs on from one document into the next within a sequence, as in the GLA paper. reset_state:
+    # each document starts from an empty state, and the token before it has no target.
     document_boundaries: Literal["ignore", "reset_state"] = "ignore"
-    workers: int = 2  # threads a process that read ahead
+    workers: int = 2  # threads per process that read ahead
 
     def __post_init__(self):
-        require(self.seq_len > 0, f"data.seq_len must be positive, not {self.seq_len}")
-        require(self.workers > 0, f"data.workers must be positive, not {self.workers}")
-
-
-def one_of(where: str, config, first: str, second: str) -> None:
-    """Exactly one of two keys of a config is to be given."""
-    one, two = getattr(config, first), getattr(config, second)
-    require(
-        one is None or two is None,
-        f"{where}.{first}={one} and {where}.{second}={two} say the same thing twice; write {where}.{first}=null or "
-        f"{where}.{second}=null",
-    )
-    require(one is not None or two is not None, f"write {where}.{first}=N or {where}.{second}=N: both are null")
-
-
-def format_set_key(config, where: str, *names: str) -> str:
-    """The key of `names` that is given, as "key=value"."""
-    name = next(n for n in names if getattr(config, n) is not None)
-    return f"{where}.{name}={getattr(config, name)}"
+        require_positive(self, "data", "seq_len", "workers")
 
 
 @dataclass
 class OptimConfig:
-    """The optimiser, and its learning rate: a linear warm-up from min_lr to lr, then the schedule."""
+    """The optimizer and its learning rate: a linear warm-up from min_lr to lr, then the schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
-    lr: float = 3e-4  # the peak
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all other parameters
+    lr: float = 3e-4  # peak
     min_lr: float = 3e-5  # at the start, and at the last step unless the schedule is constant
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then a decay at the end
-    decay_fraction: float = 0.2  # of all steps: wsd's decay
-    decay_shape: Literal["sqrt", "linear"] = "sqrt"  # wsd's: 1 - sqrt(x) or 1 - x
+    decay_fraction: float = 0.2  # of all steps, for the decay of wsd
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"  # of wsd's decay: 1 - sqrt(x) or 1 - x
     warmup_steps: int | None = 100
     warmup_tokens: int | None = None  # instead of warmup_steps
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
-    eps: float = 1e-8  # AdamW's
-    momentum: float = 0.95  # Muon's
-    weight_decay: float = 0.01  # on matrices only: not on norms, biases or embeddings
-    grad_clip: float = 1.0  # largest global norm of the gradient
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    eps: float = 1e-8  # AdamW
+    momentum: float = 0.95  # Muon
+    weight_decay: float = 0.01  # for matrices only, not for norms, biases or embeddings
+    grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
 
     def __post_init__(self):
         require(
             0 <= self.min_lr <= self.lr,
             f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}",
         )
-        one_of("optim", self, "warmup_steps", "warmup_tokens")
+        require_exactly_one(self, "optim", "warmup_steps", "warmup_tokens")
         for name in ("warmup_steps", "warmup_tokens"):
             require((getattr(self, name) or 0) >= 0, f"optim.{name} must not be negative")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
-        require(self.grad_clip > 0, "optim.grad_clip must be positive (inf: no clipping)")
-        require(self.eps > 0, f"optim.eps must be positive, not {self.eps}")
+        require_positive(self, "optim", "grad_clip", "eps")
         require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}")
-        require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes of a run share its model."""
+
+    # ddp: every process holds the model and gradients are averaged. fsdp2: weights, gradients and optimizer states are
+    # sharded over all processes. hsdp: they are sharded over groups of `shard` processes, each group holding one copy.
+    mode: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
+    shard: int | None = None  # hsdp: processes per copy; null: those of one machine
+    replicate: int | None = None  # hsdp: copies; null: all processes / shard
+    # The dtype of the collectives that average gradients. The results are float32. bf16 halves the traffic; under fsdp2
+    # and hsdp, micro-batches are then accumulated in bf16, too.
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    reshard: bool = True  # free a block's gathered weights after its forward pass; false: after its backward pass
+    timeout_minutes: float = 30.0  # a collective that waits longer ends the run
+
+    def __post_init__(self):
+        require_positive(self, "parallel", "shard", "replicate", "timeout_minutes")
+        require(
+            self.mode == "hsdp" or (self.shard is None and self.replicate is None),
+            f"parallel.shard and parallel.replicate are options of parallel=hsdp, not of {self.mode}",
+        )
+
+    def mesh(self, world_size: int, local_world_size: int) -> tuple[int, int]:
+        """Return (copies of the model, processes per copy) for `world_size` processes, `local_world_size` per machine.
+
+        Raises:
+            ConfigError: The product is not the number of processes.
+        """
+        if self.mode == "ddp":
+            return world_size, 1
+        if self.mode == "fsdp2":
+            return 1, world_size
+        shard = self.shard
+        if shard is None:
+            shard = max(1, world_size // self.replicate) if self.replicate else local_world_size
+        require(
+            world_size % shard == 0,
+            f"parallel.shard={shard} does not divide the number of processes, {world_size}; "
+            f"{describe_divisors(world_size)}, or start a multiple of {shard} processes",
+        )
+        replicate = self.replicate or world_size // shard
+        require(
+            replicate * shard == world_size,
+            f"parallel.replicate={replicate} times parallel.shard={shard} needs {replicate * shard} processes, one per "
+            f"GPU, but there are {world_size}; start that many, or set parallel.replicate=null",
+        )
+        return replicate, shard
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run saves checkpoints, besides after the last step and when a signal stops it, and which it keeps."""
+
+    every: int = 250  # steps
+    keep_last: int = 2
+    keep_every: int | None = None  # steps: checkpoints at multiples are never removed
+    keep_best: int = 0  # as many with the lowest validation loss are not removed either
+    asynchronous: bool = True  # copy to host memory, and write in a background thread while training continues
+
+    def __post_init__(self):
+        require_positive(self, "train.checkpoint", "every", "keep_last", "keep_every")
+        require(self.keep_best >= 0, f"train.checkpoint.keep_best must not be negative, not {self.keep_best}")
+
+
+@dataclass
+class GuardConfig:
+    """What protects a run from bad updates and hangs; see docs/reliability.md."""
+
+    bad_steps: int = 5  # abort after this many consecutive skipped updates
+    # Skip an update whose gradient norm is more than this many standard deviations above the mean of the last
+    # `spike_window` updates' norms (6 is usual); null: never.
+    spike_factor: float | None = None
+    spike_window: int = 128
+    hang_seconds: float | None = 1800.0  # a process without progress for this long ends the run; null: never
+
+    def __post_init__(self):
+        require_positive(self, "train.guard", "bad_steps", "spike_factor", "hang_seconds")
+        require(self.spike_window > 1, f"train.guard.spike_window must be at least 2, not {self.spike_window}")
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = 1000  # optimiser steps
-    tokens: int | None = None  # instead of steps: as many as make up these, the last one whole
-    batch_size: int | None = 32  # sequences a step, over all processes and accumulation
+    steps: int | None = 1000  # optimizer steps
+    tokens: int | None = None  # instead of steps, rounded up to a full step
+    batch_size: int | None = 32  # sequences per optimizer step, over all processes and micro-batches
     batch_tokens: int | None = None  # instead of batch_size
-    micro_batch_size: int | None = None  # sequences a process holds at once, at most; null: no accumulation
-    # Backpropagation through so many tokens at a time: each window of data.seq_len is run as segments of this length,
-    # the state handed on and the gradient cut (the GLA paper's 8K and 24K models). null: through the whole window.
+    micro_batch_size: int | None = None  # most sequences per forward pass; null: no gradient accumulation
+    # Truncated backpropagation through time: each sequence of data.seq_len tokens runs as segments of this length. The
+    # state is carried from segment to segment, the gradient is not (the GLA paper's 8K and 24K models). null: the
+    # gradient flows through the whole sequence.
     tbptt_length: int | None = None
-    # What of a block its backward makes again: nothing; what is elementwise (in compiled blocks, fused with its use);
-    # all but the results of matrix products and kernels; everything.
+    # What of a block the backward pass recomputes: nothing; elementwise operations (in compiled blocks, fused into
+    # their use); everything but matrix products and kernels; everything.
     activation_checkpointing: Literal["none", "elementwise", "selective", "full"] = "elementwise"
-    compile: Literal["auto", True, False] = "auto"  # the blocks, by torch.compile; auto: on GPUs
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU has it, else fp32
-    # Training's large matrix products in float8 (torchao, glalm/train/float8.py), on GPUs that have it; all else, and
-    # validation, in bf16.
+    compile: Literal["auto", True, False] = "auto"  # compile the blocks by torch.compile; auto: on GPUs
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU supports it, else fp32
+    # Compute the large matrix products of training in float8 (torchao, glalm/train/float8.py), on GPUs that support it.
+    # Everything else, and validation, stays in bf16.
     float8: bool = False
-    eval_every: int = 250  # steps between validations; one is always made before the first step and after the last
-    eval_sequences: int = 128  # validation sequences each time
+    eval_every: int = 250  # steps between validations; the first and the last step are always validated
+    eval_sequences: int = 128  # sequences per validation
     log_every: int = 10
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    init_from: str | None = None  # a folder of save_pretrained: a new run starts from its weights; null: random ones
-    resume_from: str | None = None  # a checkpoint's folder to begin with, once; null: the run's own newest, if any
-    allow_changes: list[str] = field(default_factory=list)  # keys that a resumed run may change all the same
-    z_loss: float = 0.0  # times the mean of logsumexp(logits)^2, added to the loss in training
-    profile_steps: tuple[int, int] | None = None  # [first, last]: a chrome trace of these steps in the run's folder
-    memory_snapshot: bool = False  # of the profiled steps (CUDA), for pytorch.org/memory_viz
-    dry_run: bool = False  # print what the run would need, and end
-    assumed_mfu: float = 0.4  # of the dry run's estimate of time
-    assumed_gpus: int | None = None  # of the dry run; null: as many as there are processes
+    init_from: str | None = None  # a folder of save_pretrained with the initial weights; null: random weights
+    resume_from: str | None = None  # a checkpoint to start from, once; null: the run's own newest, if any
+    allow_changes: list[str] = field(default_factory=list)  # keys that a resumed run may change in spite of the check
+    z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in the training loss
+    profile_steps: tuple[int, int] | None = None  # [first, last]: write a Chrome trace of these steps
+    memory_snapshot: bool = False  # of the profiled steps, on CUDA, for pytorch.org/memory_viz
+    dry_run: bool = False  # print what the run would need, and exit
+    assumed_mfu: float = 0.4  # for the dry run's estimate of time
+    assumed_gpus: int | None = None  # for the dry run; null: the number of processes
 
     def __post_init__(self):
-        one_of("train", self, "steps", "tokens")
-        one_of("train", self, "batch_size", "batch_tokens")
-        positive = ("steps", "tokens", "batch_size", "batch_tokens", "micro_batch_size", "eval_every")
-        for name in (*positive, "assumed_gpus", "eval_sequences", "log_every"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"train.{name} must be positive, not {value}")
+        require_exactly_one(self, "train", "steps", "tokens")
+        require_exactly_one(self, "train", "batch_size", "batch_tokens")
+        require_positive(self, "train", "steps", "tokens", "batch_size", "batch_tokens", "micro_batch_size")
+        require_positive(self, "train", "eval_every", "eval_sequences", "log_every", "assumed_gpus")
         require(
             not self.checkpoint.keep_best or self.checkpoint.every % self.eval_every == 0,
-            f"train.checkpoint.keep_best={self.checkpoint.keep_best} needs a validation with each checkpoint; write a "
-            f"train.checkpoint.every that is a multiple of train.eval_every={self.eval_every}",
+            f"train.checkpoint.keep_best={self.checkpoint.keep_best} needs a validation at each checkpoint; set "
+            f"train.checkpoint.every to a multiple of train.eval_every={self.eval_every}",
         )
         require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
         require(0 < self.assumed_mfu <= 1, f"train.assumed_mfu must lie in (0, 1], not {self.assumed_mfu}")
         require(
             not self.float8 or self.precision != "fp32",
-            f"train.float8=true is an option of training in bf16, not in train.precision={self.precision}; write "
-            "train.precision=bf16 or train.float8=false",
+            f"train.float8=true needs bf16 training, but train.precision={self.precision}; set train.precision=bf16 or "
+            "train.float8=false",
         )
         first, last = self.profile_steps or (1, 1)
         require(0 < first <= last, f"train.profile_steps=[{first},{last}] must be two steps in order: [10,12]")
         require(
             self.profile_steps is not None or not self.memory_snapshot,
-            "train.memory_snapshot=true records the steps of train.profile_steps; write train.profile_steps=[3,4]",
+            "train.memory_snapshot=true records the steps of train.profile_steps; set train.profile_steps=[3,4]",
         )
 
 
 @dataclass
 class TrackConfig:
-    """metrics.jsonl is always written; this adds Weights & Biases as a view of it."""
+    """Where to log metrics in addition to metrics.jsonl, which is always written."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "glalm"
@@ -150,7 +242,7 @@ class TrackConfig:
 
 @dataclass
 class RunConfig:
-    """Everything `python train.py` does. The run lives in runs_dir/name; starting the same name again resumes it."""
+    """Everything about a training run. It lives in runs_dir/name; starting the same name again resumes it."""
 
     name: str = "demo"
     runs_dir: str = "runs"
@@ -171,7 +263,7 @@ class RunConfig:
         tokens = self.train.batch_tokens
         require(
             tokens is None or tokens % self.data.seq_len == 0,
-            f"train.batch_tokens={tokens} is no multiple of data.seq_len={self.data.seq_len}; write "
+            f"train.batch_tokens={tokens} is not a multiple of data.seq_len={self.data.seq_len}; set "
             f"train.batch_tokens={self.data.seq_len * max(1, round((tokens or 0) / self.data.seq_len))}",
         )
         require(
@@ -179,30 +271,29 @@ class RunConfig:
             f"{format_set_key(self.optim, 'optim', 'warmup_steps', 'warmup_tokens')} is longer than "
             f"{format_set_key(self.train, 'train', 'steps', 'tokens')}",
         )
-        self._check_segments()
+        if self.train.tbptt_length is not None:
+            self._check_tbptt(self.train.tbptt_length)
 
-    def _check_segments(self) -> None:
-        length, window = self.train.tbptt_length, self.data.seq_len
-        if length is None:
-            return
+    def _check_tbptt(self, length: int) -> None:
         require(
-            length > 0 and window % length == 0,
-            f"train.tbptt_length={length} does not divide data.seq_len={window}; {divisors(window)}",
+            length > 0 and self.data.seq_len % length == 0,
+            f"train.tbptt_length={length} does not divide data.seq_len={self.data.seq_len}; "
+            f"{describe_divisors(self.data.seq_len)}",
         )
         require(
             self.data.document_boundaries == "ignore",
-            "train.tbptt_length hands the state on, data.document_boundaries=reset_state drops it; write one of "
-            "train.tbptt_length=null, data.document_boundaries=ignore",
+            "train.tbptt_length carries the state on, but data.document_boundaries=reset_state drops it; set "
+            "train.tbptt_length=null or data.document_boundaries=ignore",
         )
         require(
             "attention" not in self.model.layer_mixers() or self.model.attention.window is not None,
-            f"train.tbptt_length={length}: attention without a window has no state of fixed size to hand on; write "
+            f"train.tbptt_length={length}: attention without a window has no state of fixed size to carry on; set "
             "model.attention.window=N or train.tbptt_length=null",
         )
 
     @property
     def batch_size(self) -> int:
-        """Sequences a step, over all processes and accumulation."""
+        """Sequences per optimizer step, over all processes and micro-batches."""
         train = self.train
         return train.batch_size if train.batch_size is not None else train.batch_tokens // self.data.seq_len
 
@@ -212,35 +303,15 @@ class RunConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         train = self.train
         return train.steps if train.steps is not None else math.ceil(train.tokens / self.tokens_per_step)
 
     @property
     def warmup_steps(self) -> int:
-        optim = self.optim
-        return (
-            optim.warmup_steps
-            if optim.warmup_steps is not None
-            else math.ceil(optim.warmup_tokens / self.tokens_per_step)
-        )
-
-    def accumulation(self, world: int) -> tuple[int, int]:
-        """How `world` processes share a step: (sequences a process holds at once, times it accumulates).
-
-        The first is the largest that divides a process's share and is at most train.micro_batch_size.
-        """
-        given = format_set_key(self.train, "train", "batch_size", "batch_tokens")
-        require(
-            self.batch_size % world == 0,
-            f"{given} is {self.batch_size} sequences, which do not divide over {world} processes; write a multiple of "
-            f"{world}, or start a number of processes that divides {self.batch_size}",
-        )
-        share = self.batch_size // world
-        times = next(
-            n for n in range(1, share + 1) if share % n == 0 and share // n <= (self.train.micro_batch_size or share)
-        )
-        return share // times, times
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        return math.ceil(self.optim.warmup_tokens / self.tokens_per_step)
 
     @property
     def folder(self) -> Path:
@@ -248,5 +319,44 @@ class RunConfig:
 
     @property
     def data_record(self) -> Path:
-        """The manifest of the data as it was when the run began, which it keeps to."""
+        """The manifest of the data as it was when the run started. The run reads no data that is added later."""
         return self.folder / DATA_RECORD
+
+
+def require_exactly_one(config, where: str, first: str, second: str) -> None:
+    """Raise ConfigError unless exactly one of two alternative keys of `config` is set."""
+    one, other = getattr(config, first), getattr(config, second)
+    require(
+        one is None or other is None,
+        f"{where}.{first}={one} and {where}.{second}={other} are alternatives; set {where}.{first}=null or "
+        f"{where}.{second}=null",
+    )
+    require(one is not None or other is not None, f"set {where}.{first}=N or {where}.{second}=N: both are null")
+
+
+def format_set_key(config, where: str, *names: str) -> str:
+    """Return the first of the keys `names` that is not null, as "where.name=value"."""
+    name = next(name for name in names if getattr(config, name) is not None)
+    return f"{where}.{name}={getattr(config, name)}"
+
+
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Return {dotted key: value} of everything in `config` that decides what is learned.
+
+    Resuming with another identity would be another run. Keys that a subclass of RunConfig adds, such as evaluators,
+    are not part of it, and neither is MAY_CHANGE.
+    """
+    tree = dataclasses.asdict(config)
+    own = {key.name: tree[key.name] for key in dataclasses.fields(RunConfig)}
+    flat = flatten_tree(json.loads(json.dumps(own)))  # As it is read back from JSON, where tuples are lists.
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+    }
+
+
+def describe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return a line "key: saved -> current" for each key in which two identities differ."""
+    keys = [key for key in sorted(saved | current) if saved.get(key) != current.get(key)]
+    return [f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in keys]

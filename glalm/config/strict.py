@@ -1,145 +1,203 @@
-"""Dataclasses from trees of plain values: what is unknown or ill-typed is an error that says what to write."""
+"""Build dataclasses from plain trees, such as YAML files, and refuse unknown keys and values of a wrong type.
+
+pydantic would be the usual library, but a pydantic dataclass loses its checks without a warning when transformers'
+config classes inherit from it.
+"""
 
 import dataclasses
 import difflib
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run. The message names the key and what to write instead."""
+    """The config cannot be run. The message names the key and what to set instead."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that the message says in full: the command line shows no traceback."""
+    """The run cannot continue. The message says everything, so the command line shows no traceback."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition`."""
     if not condition:
         raise ConfigError(message)
 
 
-def build(cls: type, tree: dict, where: str = ""):
-    """A dataclass from a tree of plain dicts, lists and scalars. Missing keys take the dataclass's default.
+def require_positive(config, where: str, *names: str) -> None:
+    """Raise ConfigError unless each of the fields `names` of `config` is positive or None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{where}.{name} must be positive, not {value}")
 
-    Raises ConfigError at an unknown key (with the nearest valid one) or a value of another type than the field's.
+
+def build_dataclass(cls: type, tree: dict, where: str = ""):
+    """Return a `cls` with the values of a tree of dicts, lists and scalars.
+
+    Args:
+        cls: A dataclass, whose fields may be dataclasses.
+        tree: Keys that it lacks take the field's default.
+        where: The dotted path of the tree in the whole config, for messages.
+
+    Raises:
+        ConfigError: A key is unknown, and the message names the nearest valid one; or a value has a wrong type.
     """
     require(isinstance(tree, dict), f"{where or 'the config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
     for key in tree:
-        require(key in hints, unknown(key, hints, where))
-    return cls(**{key: _convert(hints[key], value, join(where, key)) for key, value in tree.items()})
+        require(key in hints, describe_unknown_key(key, hints, where))
+    return cls(**{key: _convert_value(hints[key], value, join_key(where, key)) for key, value in tree.items()})
 
 
-def convert(instance, cls: type, where: str) -> None:
-    """Makes the fields that `instance` has of `cls` what they are declared to be; ConfigError where one is not."""
+def convert_fields(instance, cls: type, where: str) -> None:
+    """Convert the fields of `cls` that `instance` has to their declared types, in place, or raise ConfigError.
+
+    For classes that are not built by `build_dataclass`, such as transformers' configs.
+    """
     for name, hint in typing.get_type_hints(cls).items():
-        setattr(instance, name, _convert(hint, getattr(instance, name), join(where, name)))
+        setattr(instance, name, _convert_value(hint, getattr(instance, name), join_key(where, name)))
 
 
-def defaults(cls: type) -> dict:
-    """The tree of a dataclass's keys and defaults, as `build` takes it."""
+def default_tree(cls: type) -> dict:
+    """Return the keys and default values of a dataclass as a tree that `build_dataclass` accepts."""
     tree = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            tree[f.name] = defaults(f.type)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            tree[field.name] = default_tree(field.type)
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = field.default_factory()
         else:
-            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            tree[f.name] = list(value) if isinstance(value, tuple) else value
+            tree[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
     return tree
 
 
-def check_overrides(args: list[str], cls: type, groups: list[str]) -> None:
-    """Checks the keys of a command line (`a.b=c`) before Hydra sees them, since its own error names no neighbour.
+def flatten_tree(tree: dict, where: str = "") -> dict[str, Any]:
+    """Return a nested dict as {"a.b": value}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten_tree(value, join_key(where, key)) if isinstance(value, dict) else {join_key(where, key): value}
+    return flat
 
-    `groups` are the config groups (`model=...` chooses a file there). Raises ConfigError at the first unknown key.
+
+def join_key(where: str, key) -> str:
+    """Return the dotted path of a key."""
+    return f"{where}.{key}" if where else str(key)
+
+
+def check_overrides(args: Iterable[str], cls: type, groups: list[str]) -> None:
+    """Check the keys of a command line before Hydra does, because Hydra's own error suggests no valid key.
+
+    Args:
+        args: Such as `train.steps=3`. Flags, and keys of Hydra itself, are skipped.
+        cls: The dataclass of the whole config.
+        groups: The config groups; `model=NAME` chooses a file of the group "model".
+
+    Raises:
+        ConfigError: A key is unknown.
     """
     for arg in args:
         key, equals, _ = arg.partition("=")
         key = key.lstrip("+~").partition("@")[0]
-        if not equals or key.startswith("-") or key.split(".")[0].split("/")[0] == "hydra" or key in groups:
-            continue
-        level, where = cls, ""
-        for part in key.split("."):
-            hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
-            known = hints | dict.fromkeys(groups) if not where else hints
-            deeper = [] if where else [path for path in paths(cls) if path.endswith(f".{part}")]
-            require(part in known, unknown(part, known, where, deeper))
-            level, where = hints.get(part), join(where, part)
-            if dict in map(typing.get_origin, (level, *typing.get_args(level))):
-                break  # whose keys are the user's
+        is_hydra_key = key.split(".")[0].split("/")[0] == "hydra"
+        if equals and not key.startswith("-") and not is_hydra_key and key not in groups:
+            _check_key(key, cls, groups)
 
 
-def paths(cls: type, where: str = "") -> Iterator[str]:
-    """The dotted paths of all keys of a dataclass and of those in it."""
+def _check_key(key: str, cls: type, groups: list[str]) -> None:
+    level, where = cls, ""
+    for part in key.split("."):
+        hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
+        known = hints
+        matches_elsewhere = []
+        if not where:
+            known = hints | dict.fromkeys(groups)
+            matches_elsewhere = [path for path in iterate_key_paths(cls) if path.endswith(f".{part}")]
+        require(part in known, describe_unknown_key(part, known, where, matches_elsewhere))
+        level, where = hints.get(part), join_key(where, part)
+        if dict in map(typing.get_origin, (level, *typing.get_args(level))):
+            return  # The user chooses the keys of a dict.
+
+
+def iterate_key_paths(cls: type, where: str = "") -> Iterator[str]:
+    """Yield the dotted paths of all keys of a dataclass, nested ones included."""
     for name, hint in typing.get_type_hints(cls).items():
-        yield join(where, name)
+        yield join_key(where, name)
         if dataclasses.is_dataclass(hint):
-            yield from paths(hint, join(where, name))
+            yield from iterate_key_paths(hint, join_key(where, name))
 
 
-def unknown(key: str, known, where: str = "", deeper: Sequence[str] = ()) -> str:
-    """What is wrong with a key that is not among `known`, and where it is to be found, or else the nearest that is."""
-    near = deeper or [join(where, n) for n in difflib.get_close_matches(str(key), [*known], n=1, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(known) or 'none'}"
-    return f"unknown key {join(where, key)}; {hint}"
+def describe_unknown_key(key: str, known: Iterable[str], where: str = "", elsewhere: Sequence[str] = ()) -> str:
+    """Return an error message for a key that is not in `known`.
+
+    It suggests the key's paths `elsewhere` in the config if there are any, or else the most similar known key.
+    """
+    known = [*known]
+    suggestions = elsewhere or [
+        join_key(where, name) for name in difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    ]
+    hint = f"did you mean {' or '.join(suggestions)}?" if suggestions else f"valid keys: {', '.join(known) or 'none'}"
+    return f"unknown key {join_key(where, key)}; {hint}"
 
 
-def join(where: str, key) -> str:
-    """The dotted path of a key."""
-    return f"{where}.{key}" if where else str(key)
+def describe_divisors(number: int) -> str:
+    """Return advice for a value that should divide `number`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0 and (number < 64 or d <= 64)]
+    return "set it to one of " + ", ".join(map(str, divisors))
 
 
-def _convert(hint, value, where: str):
-    """`value` as type `hint`, or a ConfigError. Types change only between numbers of one value, and list to tuple."""
+def _convert_value(hint, value, where: str):
+    """Return `value` as the type `hint`.
+
+    Types only change where no information is lost: between numbers of equal value, text of a number to a float, and
+    a list to a tuple.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
+        return value if isinstance(value, hint) else build_dataclass(hint, value, where)
     if origin is Literal:
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        hint_text = f"; did you mean {near[0]}?" if near else ""
-        require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{hint_text}")
+        matches = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+        suggestion = f"; did you mean {matches[0]}?" if matches else ""
+        require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{suggestion}")
         return value
     if origin is types.UnionType:
         if value is None and type(None) in args:
             return None
-        kinds = [a for a in args if a is not type(None)]
-        fits = (a for a in kinds if isinstance(value, typing.get_origin(a) or a))
-        return _convert(next(fits, kinds[0]), value, where)
+        kinds = [arg for arg in args if arg is not type(None)]
+        matching = (kind for kind in kinds if isinstance(value, typing.get_origin(kind) or kind))
+        return _convert_value(next(matching, kinds[0]), value, where)
     if origin is dict:
         require(isinstance(value, dict), f"{where}={value!r} must be a mapping: {where}={{a: 1, b: 2}}")
-        return {str(k): _convert(args[1], v, join(where, k)) for k, v in value.items()}
+        return {str(key): _convert_value(args[1], item, join_key(where, key)) for key, item in value.items()}
     if origin is list:
         require(isinstance(value, list), f"{where}={value!r} must be a list: {where}=[a,b]")
-        return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [_convert_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is tuple:
-        ok = isinstance(value, (list, tuple)) and len(value) == len(args)
-        require(ok, f"{where}={value!r} must be a list of {len(args)} values")
-        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        fits = isinstance(value, (list, tuple)) and len(value) == len(args)
+        require(fits, f"{where}={value!r} must be a list of {len(args)} values")
+        return tuple(_convert_value(arg, value[i], f"{where}[{i}]") for i, arg in enumerate(args))
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_scalar(hint: type, value, where: str):
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text.
         try:
             return float(value)
         except ValueError:
             pass
-    if hint is int and isinstance(value, float) and value.is_integer():  # and 15e9 as a float
+    if hint is int and isinstance(value, float) and value.is_integer():  # YAML reads 15e9 as a float.
         return int(value)
-    ok = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    require(ok, f"{where}={value!r} must be {_spell(hint)}, not {_spell(type(value))}")
-    # A home that the shell left as it is, or a file has.
+    fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    require(fits, f"{where}={value!r} must be {_describe_type(hint)}, not {_describe_type(type(value))}")
+    # Expand "~" here, because neither Hydra nor YAML does.
     return os.path.expanduser(value) if hint is str and value.startswith("~/") else value
 
 
-def _spell(hint) -> str:
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(hint, f"a {hint.__name__}")
-
-
-def divisors(n: float) -> str:
-    """What to write instead of a number that does not divide `n`."""
-    n = int(n)
-    return "write one of " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and (n < 64 or d <= 64))
+def _describe_type(hint: type) -> str:
+    return TYPE_NAMES.get(hint, f"a {hint.__name__}")

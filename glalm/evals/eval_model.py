@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
-from glalm.config.strict import ConfigError, build, require
+from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
 from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
 from glalm.data.tokenizer import Tokenizer
@@ -241,7 +241,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     folder = path.parent.parent
     checkpoint.verify(path)
     state, record = checkpoint.read_state(path), checkpoint.record(path)
-    run = build(TrainingRun, record["config"]) if record else None
+    run = build_dataclass(TrainingRun, record["config"]) if record else None
     data = (read_json(folder / DATA_RECORD) if record else None) or {}
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
     checkpoint.load(path, model, verified=True)

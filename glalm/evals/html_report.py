@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
-from glalm.config.identity import flatten
+from glalm.config.strict import flatten_tree
 from glalm.evals import plot
 from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, our_row, paper_table
 from glalm.evals.result_files import read_json, read_metrics, scores, tokens_of, training_speed
@@ -269,7 +269,7 @@ def samples(runs: list[Run]) -> list[str]:
 
 def recipe(runs: list[Run]) -> list[str]:
     """The configs of training, the keys that differ first and marked."""
-    configs = {r.name: flatten(r.record["config"]) for r in runs if "config" in r.record}
+    configs = {r.name: flatten_tree(r.record["config"]) for r in runs if "config" in r.record}
     if not configs:
         return []
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from glalm.config.strict import convert, divisors, require
+from glalm.config.strict import convert_fields, describe_divisors, require
 
 # The token mixers by name, and where each is defined: imported only when a model is made of it. GLA is the default.
 MIXERS = {
@@ -127,7 +127,7 @@ class ModelConfig:
     deltanet: DeltaNetConfig = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self):
-        convert(self, ModelConfig, "model")  # a config.json may have anything, and mappings for dataclasses
+        convert_fields(self, ModelConfig, "model")  # a config.json may have anything, and mappings for dataclasses
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(self.hidden_size * 8 / 3 / 256)
         for name in POSITIVE:
@@ -139,20 +139,21 @@ class ModelConfig:
             require(
                 math.isclose(width, round(width)) and round(width) % self.num_heads == 0,
                 f"model.num_heads={self.num_heads} does not divide the width model.hidden_size * model.{name} = "
-                f"{width:g}; {divisors(round(width))}",
+                f"{width:g}; {describe_divisors(round(width))}",
             )
         require(
             "retention" not in self.layer_mixers() or self.key_dim % (2 * self.num_heads) == 0,
             f"model.num_heads={self.num_heads} does not cut the width model.hidden_size * model.expand_k = "
             f"{self.key_dim} into heads of an even number of channels, which retention's positions turn in pairs; "
-            f"{divisors(self.key_dim // 2)}",
+            f"{describe_divisors(self.key_dim // 2)}",
         )
         if "attention" in self.layer_mixers():
             self._check_attention()
         kv = self.gla.num_kv_heads
         require(
             kv is None or (kv > 0 and self.num_heads % kv == 0),
-            f"model.gla.num_kv_heads={kv} does not divide model.num_heads={self.num_heads}; {divisors(self.num_heads)}",
+            f"model.gla.num_kv_heads={kv} does not divide model.num_heads={self.num_heads}; "
+            f"{describe_divisors(self.num_heads)}",
         )
         for name in ("gla", "deltanet"):
             taps = getattr(self, name).short_conv
@@ -198,11 +199,12 @@ class ModelConfig:
         require(
             self.hidden_size % (2 * heads) == 0,
             f"model.attention.num_heads={heads} does not cut model.hidden_size={self.hidden_size} into heads of an "
-            f"even number of channels; {divisors(self.hidden_size // 2)}",
+            f"even number of channels; {describe_divisors(self.hidden_size // 2)}",
         )
         require(
             heads % kv_heads == 0,
-            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; {divisors(heads)}",
+            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; "
+            f"{describe_divisors(heads)}",
         )
         window = self.attention.window
         require(window is None or window > 0, f"model.attention.window must be positive or null, not {window}")

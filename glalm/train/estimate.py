@@ -18,6 +18,7 @@ from glalm.model.precision import has_bf16
 from glalm.train.compile import prepare_block_forwards
 from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
+from glalm.train.state import BatchPlan
 
 GIB = 2**30
 LENGTHS = (128, 256)  # tokens of the two traces by which a block's activations are measured
@@ -78,9 +79,8 @@ def memory(config: RunConfig, world: int, local_world: int, bf16: bool, compiled
     The parts do not all peak at the same moment, and kernels' workspaces are left out. Raises ConfigError where the
     batch or the mesh does not fit `world`.
     """
-    micro, times = config.accumulation(world)
-    segment = config.train.tbptt_length or config.data.seq_len
-    tokens, accumulates = micro * segment, times * config.data.seq_len > segment
+    plan = BatchPlan.from_config(config, world)
+    tokens, accumulates = plan.micro_batch * plan.segment_length, plan.accumulation * plan.segments > 1
     size, mode = sizes(config), config.parallel.mode
     _, shard = config.parallel.mesh(world, local_world)
     parts = {
@@ -172,7 +172,7 @@ def dry_run(config: RunConfig) -> int:
 
 
 def lines(config: RunConfig, world: int, device: Device) -> Iterator[str]:
-    micro, times = config.accumulation(world)
+    plan = BatchPlan.from_config(config, world)
     size, flops = sizes(config), cost(config.model, config.data.seq_len).training
     tokens = config.steps * config.tokens_per_step
     embedded = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_word_embeddings else 2)
@@ -180,7 +180,7 @@ def lines(config: RunConfig, world: int, device: Device) -> Iterator[str]:
     yield f"operations    {flops / 1e9:.2f} GFLOP a token, forward and backward, at length {config.data.seq_len}"
     yield (
         f"batch         {config.batch_size} x {config.data.seq_len} = {config.tokens_per_step:,} tokens: {world} x "
-        f"{device.name}, each {times} x {micro} sequences, {config.parallel.mode}"
+        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences, {config.parallel.mode}"
     )
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
     saved = 4 * (size.total + size.moments)

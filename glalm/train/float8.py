@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, require
 from glalm.model.decoder import GLALMForCausalLM
+from glalm.train.state import BatchPlan
 
 CAPABILITY = (8, 9)
 SMALLEST = 512  # features: of a smaller product the casts are too large a part
@@ -31,8 +32,8 @@ def check_float8_support(config: RunConfig, accelerator: Accelerator) -> None:
         + (f"{torch.cuda.get_device_name()} of {found[0]}.{found[1]}" if cuda else "a CPU")
         + "; write train.float8=false",
     )
-    micro_batch, _ = config.accumulation(accelerator.num_processes)
-    tokens = micro_batch * (config.train.tbptt_length or config.data.seq_len)
+    plan = BatchPlan.from_config(config, accelerator.num_processes)
+    tokens = plan.micro_batch * plan.segment_length
     require(
         tokens % MULTIPLE == 0,
         f"train.float8=true: a process has {tokens} tokens at once, no multiple of {MULTIPLE}; write such a "

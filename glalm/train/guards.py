@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from glalm.config.reliability import GuardConfig
+from glalm.config.run import GuardConfig
 from glalm.config.strict import RunError
 from glalm.data.files import write_json
 from glalm.data.order import Order

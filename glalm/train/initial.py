@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from glalm.config.identity import compare, flatten
-from glalm.config.run import DATA_RECORD, RunConfig
-from glalm.config.strict import ConfigError, require
+from glalm.config.run import DATA_RECORD, RunConfig, describe_differences
+from glalm.config.strict import ConfigError, flatten_tree, require
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.model.config import ModelConfig
@@ -38,8 +37,8 @@ def initial_model(config: RunConfig, anew: bool) -> GLALMForCausalLM:
         model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.init_from={folder}: {error}") from error
-    there, here = (flatten({"model": fields(c)}) for c in (model.config, shape))
-    if differences := compare(there, here):
+    there, here = (flatten_tree({"model": fields(c)}) for c in (model.config, shape))
+    if differences := describe_differences(there, here):
         lines = "\n  ".join(differences)
         raise ConfigError(f"train.init_from={folder} holds another model than model.*:\n  {lines}")
     known, data = tokenizers(Path(folder)), read_manifest(Path(config.data.path))

@@ -9,9 +9,8 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from glalm.config import identity as run_identity
-from glalm.config.run import RunConfig
-from glalm.config.strict import ConfigError, require, unknown
+from glalm.config.run import RunConfig, describe_differences
+from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
@@ -25,9 +24,9 @@ def check_same(config: RunConfig, saved: Mapping, now: Mapping, where: Path) -> 
     keys, allowed = saved.keys() | now.keys(), set()
     for name in config.train.allow_changes:  # data.weights: every source's
         named = {key for key in keys if key == name or key.startswith(f"{name}.")}
-        require(bool(named), f"train.allow_changes: {unknown(name, now)}")
+        require(bool(named), f"train.allow_changes: {describe_unknown_key(name, now)}")
         allowed |= named
-    changes = run_identity.compare(
+    changes = describe_differences(
         *({k: v for k, v in identity.items() if k not in allowed} for identity in (saved, now))
     )
     if changes:

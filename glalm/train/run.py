@@ -5,8 +5,7 @@ import json
 import uuid
 from pathlib import Path
 
-from glalm.config import identity as run_identity
-from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.run import DATA_RECORD, RunConfig, run_identity
 from glalm.config.strict import ConfigError, require
 from glalm.data.files import write_json
 from glalm.data.loader import Windows
@@ -67,7 +66,7 @@ def open_run(config: RunConfig, data: TokenSet) -> dict:
 
 def _open_run(config: RunConfig, data: TokenSet) -> dict:
     record = config.folder / "run.json"
-    identity = run_identity.identity(config) | {"data fingerprint": data.fingerprint, TOKENS: data.num_tokens}
+    identity = run_identity(config) | {"data fingerprint": data.fingerprint, TOKENS: data.num_tokens}
     run_id = uuid.uuid4().hex[:12]
     if record.exists():
         saved = json.loads(record.read_text())

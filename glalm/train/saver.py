@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from glalm.config.reliability import CheckpointConfig
+from glalm.config.run import CheckpointConfig
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError, Contents
 from glalm.train.collectives import rank_and_world_size

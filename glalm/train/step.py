@@ -13,6 +13,7 @@ from glalm.model.loss import IGNORE
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import set_learning_rate
 from glalm.train.parallel import gradient_norm, no_sync_unless
+from glalm.train.state import BatchPlan
 
 
 def update(
@@ -43,16 +44,16 @@ def accumulate(accelerator: Accelerator, model: nn.Module, batch: Batch, config:
     Between segments (train.tbptt_length) the state is handed on and the gradient cut: truncated backpropagation
     through time, with the memory of one segment. Returns the loss as `update` does.
     """
-    micro_batch, _ = config.accumulation(accelerator.num_processes)
-    micros = cut(batch, micro_batch, dim=0)
+    plan = BatchPlan.from_config(config, accelerator.num_processes)
+    micros = cut(batch, plan.micro_batch, dim=0)
     parts = scored_parts(accelerator, micros)
     model.train()
     total = torch.zeros((), device=accelerator.device)
     for micro, part in zip(micros, parts, strict=True):
-        segments, state = cut(micro, config.train.tbptt_length or config.data.seq_len, dim=1), None
+        segments, state = cut(micro, plan.segment_length, dim=1), None
         for segment in segments:
             # Gradients are summed over processes once a step.
-            with no_sync_unless(model, micro is micros[-1] and segment is segments[-1]):
+            with no_sync_unless(micro is micros[-1] and segment is segments[-1], model):
                 with accelerator.autocast():
                     out = model(
                         **model_inputs(segment),

@@ -27,6 +27,7 @@ from glalm.train.report import Meter, SourceTokens, finite, report_start, traini
 from glalm.train.resume import find_origin, named, provenance, restore
 from glalm.train.run import open_data, open_run, record_run
 from glalm.train.saver import Saver
+from glalm.train.state import BatchPlan
 from glalm.train.step import on_device, update
 from glalm.train.validate import validate
 from glalm.train.watchdog import Watchdog
@@ -45,7 +46,7 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     if config.train.dry_run:
         return dry_run(config)
     accelerator = parallel.start_processes(config)
-    config.accumulation(accelerator.num_processes)  # raises here where the batch does not divide
+    BatchPlan.from_config(config, accelerator.num_processes)  # Raises if the batch cannot be divided.
     if config.train.float8:
         float8.check_float8_support(config, accelerator)
     data = open_data(config)

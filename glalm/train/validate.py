@@ -10,6 +10,7 @@ from glalm.config.run import RunConfig
 from glalm.data.loader import Windows, sequential_batches
 from glalm.model.loss import IGNORE
 from glalm.train.parallel import free_gathered_weights
+from glalm.train.state import BatchPlan
 from glalm.train.step import model_inputs, on_device
 
 
@@ -23,7 +24,7 @@ def validate(
     """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    micro_batch, _ = config.accumulation(world)
+    micro_batch = BatchPlan.from_config(config, world).micro_batch
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # nats, targets
     for batch in sequential_batches(
         windows, micro_batch, rank=rank, world_size=world, limit=config.train.eval_sequences

@@ -17,8 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.config.reliability import CheckpointConfig
-from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet

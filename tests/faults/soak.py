@@ -21,8 +21,7 @@ import numpy as np
 from processes import start, text, until, wait
 from sameness import assert_same, rows
 
-from glalm.config.reliability import CheckpointConfig, GuardConfig
-from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.run import CheckpointConfig, DataConfig, GuardConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint

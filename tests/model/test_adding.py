@@ -11,7 +11,7 @@ import pytest
 import test_mixers
 import yaml
 
-from glalm.config.strict import build
+from glalm.config.strict import build_dataclass
 from glalm.model.config import MIXERS, ModelConfig
 from glalm.model.flops import cost
 
@@ -36,8 +36,8 @@ def test_it_takes_less_than_60_lines():
 
 
 def test_the_config_is_of_its_size(followed):
-    gla = build(ModelConfig, yaml.safe_load((ROOT / "configs/model/gla_tiny.yaml").read_text()))
-    parameters = cost(build(ModelConfig, followed["config"]), 256).parameters
+    gla = build_dataclass(ModelConfig, yaml.safe_load((ROOT / "configs/model/gla_tiny.yaml").read_text()))
+    parameters = cost(build_dataclass(ModelConfig, followed["config"]), 256).parameters
     assert parameters == pytest.approx(cost(gla, 256).parameters, rel=0.01)
 
 

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glalm.config.strict import build
+from glalm.config.strict import build_dataclass
 from glalm.model.config import MIXERS, ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import cost, forward_flops
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def preset(name: str, **changes) -> ModelConfig:
-    return build(ModelConfig, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes)
+    return build_dataclass(ModelConfig, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes)
 
 
 def chunk_gla_flops(q_shape, k_shape, v_shape, *_, **__) -> int:

@@ -131,7 +131,7 @@ def test_means_over_seeds_are_of_nats(module, tmp_path):
         (["seed=3"], "seed=... is set for each run, by --seeds"),
         (["runs_dir=x"], "runs_dir=... is set for each run, by --folder"),
         (["--eval", "out=x"], "out=... is set for each run"),
-        (["gla_12_segments"], "is no multiple of data.seq_len=1536"),
+        (["gla_12_segments"], "is not a multiple of data.seq_len=1536"),
     ],
 )
 def test_what_is_wrong_is_named(ladder, arguments, message, capsys):

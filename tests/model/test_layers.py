@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from glalm.config.strict import ConfigError, build
+from glalm.config.strict import ConfigError, build_dataclass
 from glalm.model.config import ModelConfig
 
 
@@ -19,7 +19,7 @@ from glalm.model.config import ModelConfig
     ],
 )
 def test_the_pattern_is_repeated_to_the_depth(layers, expected):
-    config = build(ModelConfig, {"layers": layers, "num_hidden_layers": 5})
+    config = build_dataclass(ModelConfig, {"layers": layers, "num_hidden_layers": 5})
     assert config.layer_mixers() == expected.split()
 
 
@@ -64,4 +64,4 @@ def test_a_width_that_floats_cannot_write_is_the_whole_number_that_is_meant(d, e
 )
 def test_what_is_wrong_is_named(tree, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        build(ModelConfig, tree)
+        build_dataclass(ModelConfig, tree)

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from glalm.config.run import RunConfig
-from glalm.config.strict import build
+from glalm.config.strict import build_dataclass
 from glalm.train import parallel, trainer
 from glalm.train.collectives import max_over_processes
 from glalm.train.guards import UpdateGuard
@@ -112,7 +112,7 @@ def compare(config, change, tmp_path, variants: dict[str, dict], tolerance: floa
 
 if __name__ == "__main__":
     trees = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run(build(RunConfig, tree)) for name, tree in trees.items()}
+    results = {name: run(build_dataclass(RunConfig, tree)) for name, tree in trees.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[2])
     parallel.leave_process_group()

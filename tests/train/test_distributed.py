@@ -11,9 +11,8 @@ import pytest
 import torch
 from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 
-from glalm.config.parallel import ParallelConfig
-from glalm.config.run import RunConfig
-from glalm.config.strict import ConfigError, build
+from glalm.config.run import ParallelConfig, RunConfig
+from glalm.config.strict import ConfigError, build_dataclass
 from glalm.data.files import read_jsonl
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
@@ -73,12 +72,12 @@ def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeyp
     model, wrapped, _ = trainer.build(config, accelerator)
 
     @contextmanager
-    def watched(module, wanted):
-        with parallel.no_sync_unless(module, wanted):
+    def watched(sync, module):
+        with parallel.no_sync_unless(sync, module):
             yield
         seen.append([p.grad is not None for p in model.parameters()])
 
-    monkeypatch.setattr(step, "summing", watched)
+    monkeypatch.setattr(step, "no_sync_unless", watched)
     ids = torch.ones(8, 16, dtype=torch.int64)
     step.accumulate(accelerator, wrapped, {"input_ids": ids, "labels": ids}, config)
     assert [any(s) for s in seen] == [False, False, False, True] and all(seen[-1])
@@ -102,8 +101,11 @@ def test_mesh(given, world, local, mesh):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"replicate": 2, "shard": 4}, r"needs 8 processes, one a GPU, but 4 run"),
-        ({"shard": 8}, r"parallel.shard=8 does not divide the 4 processes that run; write one of 1, 2, 4, or start"),
+        ({"replicate": 2, "shard": 4}, r"needs 8 processes, one per GPU, but there are 4"),
+        (
+            {"shard": 8},
+            r"parallel.shard=8 does not divide the number of processes, 4; set it to one of 1, 2, 4, or start",
+        ),
         ({"replicate": 8}, r"parallel.replicate=8 times parallel.shard=1 needs 8 processes"),
         ({"replicate": 3}, r"parallel.replicate=3 times parallel.shard=1 needs 3 processes"),
     ],
@@ -114,19 +116,19 @@ def test_processes_that_do_not_make_up_the_mesh(given, message):
 
 
 def test_mesh_sizes_belong_to_hsdp():
-    with pytest.raises(ConfigError, match="belong to parallel=hsdp, not to fsdp2"):
+    with pytest.raises(ConfigError, match="are options of parallel=hsdp, not of fsdp2"):
         ParallelConfig(mode="fsdp2", shard=2)
 
 
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("ACCELERATE_USE_FSDP", "true", "write parallel=fsdp2"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "write parallel=fsdp2"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "write parallel=ddp"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "write train.micro_batch_size=N"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "write train.compile=true"),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "write train.precision=bf16"),
+        ("ACCELERATE_USE_FSDP", "true", "Use parallel=fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "Use parallel=fsdp2"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "Use parallel=ddp"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "Use train.micro_batch_size=N"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "Use train.compile=true"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "Use train.precision=bf16"),
     ],
 )
 def test_what_accelerate_is_told_otherwise_is_refused(name, value, message):
@@ -178,7 +180,7 @@ def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
     assert read_jsonl(tmp_path / "bf16" / "metrics.jsonl")[-1]["step"] == 4
     tree = json.loads((tmp_path / "fp32" / "run.json").read_text())["config"]
     tree |= {"name": "alone", "parallel": {"mode": "ddp"}}
-    trainer.train(build(RunConfig, tree))
+    trainer.train(build_dataclass(RunConfig, tree))
     pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("fp32", "alone"))
     for one, two in zip(alone, pair, strict=True):
         for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():
@@ -188,4 +190,6 @@ def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
 def test_a_mesh_of_more_processes_than_run_ends_with_its_message():
     done = launched(["train.py", "parallel=hsdp", "parallel.shard=4"])
     assert done.returncode != 0
-    assert "ConfigError: parallel.shard=4 does not divide the 2 processes that run; write one of 1, 2" in done.stderr
+    assert (
+        "ConfigError: parallel.shard=4 does not divide the number of processes, 2; set it to one of 1, 2" in done.stderr
+    )

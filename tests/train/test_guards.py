@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_checkpoint import trained
 
-from glalm.config.reliability import CheckpointConfig, GuardConfig
+from glalm.config.run import CheckpointConfig, GuardConfig
 from glalm.config.strict import ConfigError
 from glalm.data.order import Order
 from glalm.train import checkpoint

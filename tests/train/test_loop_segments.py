@@ -104,9 +104,9 @@ def test_memory_is_that_of_a_segment(segmented, monkeypatch):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"train.tbptt_length": 7}, r"train.tbptt_length=7 does not divide data.seq_len=32; write one of 1, 2, 4"),
+        ({"train.tbptt_length": 7}, r"train.tbptt_length=7 does not divide data.seq_len=32; set it to one of 1, 2, 4"),
         ({"data.document_boundaries": "reset_state"}, "data.document_boundaries=reset_state drops it"),
-        ({"model.attention.window": None}, "write model.attention.window=N or train.tbptt_length=null"),
+        ({"model.attention.window": None}, "set model.attention.window=N or train.tbptt_length=null"),
     ],
 )
 def test_what_makes_no_sense_is_refused(segmented, more, message):

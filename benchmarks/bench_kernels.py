@@ -31,7 +31,7 @@ from triton.testing import do_bench
 from glalm import kernels
 from glalm.kernels import chunk_gla
 from glalm.kernels.triton import gla, launch_configs
-from glalm.kernels.triton.saved import Kept
+from glalm.kernels.triton.saved import SavedForBackward
 
 SHAPES = {  # B, T, H, K, V and the attention heads of the same width
     "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
@@ -208,50 +208,54 @@ def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int
 
 
 def tune(B: int, T: int, K: int, V: int) -> None:
-    """Every kernel by itself over its candidates; the best of each is kept for those after it."""
+    """Time each kernel alone with its candidate configurations. Later kernels run with the best of earlier ones."""
     widths = [v for v in (64, 128, 256) if v <= V]
-    plain = [{"BV": v, "PARTS": p, "PREFETCH": False} for v, p in itertools.product(widths, (1, 4))]
+    plain = [{"BV": v, "STORE_BANDS": p, "PREFETCH": False} for v, p in itertools.product(widths, (1, 4))]
     scans = plain + [tile | {"PREFETCH": True} for tile in plain]
     square = [{"BK": 64, "BV": 64, "PREFETCH": f} for f in (False, True)]
     q, k, v, g = (x.detach() for x in random_inputs(B, T, 4, K, V))
-    do, o = torch.randn_like(v), torch.empty_like(v)
-    plan, fixed = (gla.Plan(q, k, v, gate, K**-0.5, None, None) for gate in (g, None))
-    kept, states, dstates = plan.prepare(low=True), plan.new_states(), plan.new_states()
-    new_state = functools.cache(plan.new_state)
+    do = torch.randn_like(v)
+    o = torch.empty_like(v)
+    plan = gla.LaunchPlan(q, k, v, g, K**-0.5, None, None)
+    ungated = gla.LaunchPlan(q, k, v, None, K**-0.5, None, None)
+    saved = plan.rescale(with_residual=True)
+    states = plan.allocate_chunk_states()
+    dstates = plan.allocate_chunk_states()
+    allocate_state = functools.cache(plan.allocate_state)
 
-    def started() -> Kept:
-        """kept, with a place for the starts of as many segments as the forward scan of the moment cuts."""
-        return kept._replace(starts=new_state(plan.segments(reverse=False)))
+    def with_starts() -> SavedForBackward:
+        """Return `saved` with room for as many segment starts as the current forward configuration needs."""
+        return saved._replace(segment_starts=allocate_state(plan.count_segments(reverse=False)))
 
-    def find_starts() -> None:
-        segments = plan.segments(reverse=False)
-        plan.find_starts(new_state(segments), segments, kept, v, None, None, False)
+    def compute_starts() -> None:
+        segments = plan.count_segments(reverse=False)
+        plan.compute_segment_starts(allocate_state(segments), segments, saved, v, None, None, False)
 
     candidates = {
-        "prepare": ([{"BK": 64}], lambda: plan.prepare(low=True)),
-        "forward": (plain, lambda: plan.scan(started(), v, None, None, out=o)),
-        "states": (scans, lambda: plan.scan(started(), v, None, None, states=states)),
-        "starts": (plain, find_starts),
-        "reverse": (scans, lambda: plan.scan(kept, do, None, None, out=o, states=dstates, reverse=True)),
-        "gradients": (square, lambda: plan.gradients(kept, do, states, dstates)),
-        "gradients_fixed": (square, lambda: fixed.gradients(kept, do, states, dstates)),
+        "rescale": ([{"BK": 64}], lambda: plan.rescale(with_residual=True)),
+        "scan_forward": (plain, lambda: plan.scan(with_starts(), v, None, None, out=o)),
+        "scan_states": (scans, lambda: plan.scan(with_starts(), v, None, None, states=states)),
+        "scan_segment_starts": (plain, compute_starts),
+        "scan_backward": (scans, lambda: plan.scan(saved, do, None, None, out=o, states=dstates, reverse=True)),
+        "gradients": (square, lambda: plan.compute_gradients(saved, do, states, dstates)),
+        "gradients_fixed_gate": (square, lambda: ungated.compute_gradients(saved, do, states, dstates)),
     }
     for kernel, (tiles, call) in candidates.items():
-        if kernel == "starts" and plan.segments(reverse=False) == 1:
+        if kernel == "scan_segment_starts" and plan.count_segments(reverse=False) == 1:
             continue
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
-            if warps == 8 and (limit or "PARTS" not in tile):
+            if warps == 8 and (limit or "STORE_BANDS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
-            launch = launch_configs.Launch(tile, warps, stages, limit)
-            plan.config = fixed.config = plan.config._replace(**{kernel: launch})
+            launch = launch_configs.LaunchConfig(tile, warps, stages, limit)
+            plan.config = ungated.config = plan.config._replace(**{kernel: launch})
             try:
                 call()
                 found.append((do_bench(call, return_mode="median"), launch))
             except OutOfResources as error:
                 print(f"{kernel} {launch}: {error}")
         ms, best = min(found, key=lambda x: x[0])
-        plan.config = fixed.config = plan.config._replace(**{kernel: best})
+        plan.config = ungated.config = plan.config._replace(**{kernel: best})
         print(f"B{B} T{T} {kernel:15s} {ms:.3f} ms  {best}", flush=True)
 
 

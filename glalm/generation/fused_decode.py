@@ -50,13 +50,13 @@ def next_logits(model: GLALMForCausalLM, token: LongTensor, states: list[Tensor]
 
 
 def through(block: Block, x: Tensor, S: Tensor) -> Tensor:
-    from glalm.kernels.triton.decode_step import gla_step
+    from glalm.kernels.triton.decode_step import gla_decode_step
     from glalm.kernels.triton.matvec import matvec
 
     mlp, mixer = block.mlp, block.attn
     q, k, v, r, low = matvec(x, inputs(mixer), norm=block.attn_norm.weight, eps=block.attn_norm.eps)
     gate = mixer.gk_proj[1]
-    o = gla_step(q, k, v, low, gate.weight, gate.bias, mixer.gate_logit_normalizer, S)
+    o = gla_decode_step(q, k, v, low, gate.weight, gate.bias, mixer.gate_logit_normalizer, S)
     norm = mixer.g_norm_swish_gate
     [x] = matvec(o, [mixer.o_proj.weight], norm=norm.weight, eps=norm.eps, gate=r, residual=x)
     norm = block.mlp_norm

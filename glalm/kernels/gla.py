@@ -160,9 +160,9 @@ def chunk_forward_fake(
     final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     kept = [((0,), q.dtype)] * 6
     if keep and has_kernel(q):
-        from glalm.kernels.triton.saved import shapes
+        from glalm.kernels.triton.saved import saved_shapes
 
-        kept = shapes(q, v, g, cu_seqlens, low=True)
+        kept = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
     return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)
 
 
@@ -183,7 +183,7 @@ def chunk_backward(
         from glalm.kernels.triton import gla
 
         dq, dk, dv, dg, dinitial = gla.backward(
-            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.Kept(*kept), do, dfinal_state
+            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.SavedForBackward(*kept), do, dfinal_state
         )
     else:
         with torch.autocast(q.device.type, enabled=False):

@@ -25,12 +25,12 @@ def check(limit, *shape, **options):
     assert max(errors.values()) < limit, errors
 
 
-def in_segments(count, monkeypatch):
-    """Has every sequence cut into so many."""
+def cut_into_segments(count, monkeypatch):
+    """Cut every sequence into `count` segments."""
     from glalm.kernels.triton import gla, saved
 
     for module in (gla, saved):
-        monkeypatch.setattr(module, "segment_count", lambda *_: count)
+        monkeypatch.setattr(module, "count_segments", lambda *_: count)
 
 
 @interpreted
@@ -89,7 +89,7 @@ def test_large_heads_of_the_table():
 @interpreted
 @pytest.mark.parametrize("segments", [1, 3])  # the latter are more than any of these has chunks
 def test_packed_sequences(segments, monkeypatch):
-    in_segments(segments, monkeypatch)
+    cut_into_segments(segments, monkeypatch)
     check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
 
 
@@ -144,7 +144,7 @@ def test_boundary_of_the_fast_path():
 def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeypatch):
     from glalm.kernels.triton import gla
 
-    in_segments(segments, monkeypatch)
+    cut_into_segments(segments, monkeypatch)
     T, bounds = (bounds[-1], torch.tensor(bounds)) if bounds else (90, None)
     q, k, v, do = (torch.randn(1, T, H, n) for n in (K, K, V, V))
     g = -torch.rand(1, T, H, K)
@@ -174,7 +174,7 @@ def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeyp
 def test_memory_layout_of_states_and_bounds_does_not_matter(segments, monkeypatch):
     from glalm.kernels.triton import gla
 
-    in_segments(segments, monkeypatch)
+    cut_into_segments(segments, monkeypatch)
     q, k, v, g = (torch.randn(1, 70, 1, 16) for _ in range(4))
     S, dS, bounds = torch.randn(1, 1, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([0, 70])
 

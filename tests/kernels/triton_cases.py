@@ -46,8 +46,8 @@ def case(
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens, device=device)
 
-    o, S, kept = gla.forward(q, k, v, g, K**-0.5, logits, S0, True, cu_seqlens, True)
-    grads = gla.backward(q, k, v, g, K**-0.5, logits, S0, cu_seqlens, kept, do, dS)
+    o, S, saved = gla.forward(q, k, v, g, K**-0.5, logits, S0, True, cu_seqlens, True)
+    grads = gla.backward(q, k, v, g, K**-0.5, logits, S0, cu_seqlens, saved, do, dS)
     got = dict(zip(["o", "S", "dq", "dk", "dv", "dg", "dS0"], (o, S, *grads), strict=True))
 
     given = {"q": q, "k": k, "v": v, "g": g, "S0": S0}

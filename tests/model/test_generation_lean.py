@@ -49,7 +49,7 @@ def check_matvec(device: str) -> None:
 
 
 def check_step(device: str) -> None:
-    from glalm.kernels.triton.decode_step import gla_step
+    from glalm.kernels.triton.decode_step import gla_decode_step
 
     for H, K, V, R in ((2, 24, 40, 5), (4, 64, 128, 16)):
         q, k, v, low, weight, bias = (
@@ -59,7 +59,7 @@ def check_step(device: str) -> None:
         gate = (F.logsigmoid(weight @ low + bias) / 4).exp()
         expected = S * gate.view(H, K, 1) + k.view(H, K, 1) * v.view(H, 1, V)
         read = torch.einsum("hk,hkv->hv", q.view(H, K) * K**-0.5, expected[0])
-        o = gla_step(q, k, v, low, weight, bias, 4.0, S)
+        o = gla_decode_step(q, k, v, low, weight, bias, 4.0, S)
         torch.testing.assert_close(S, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(o, read.flatten(), rtol=1e-4, atol=1e-5)
 

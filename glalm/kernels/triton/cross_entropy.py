@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient in one launch: a row of logits is read from memory once and written once."""
+"""Cross-entropy and its gradient in one kernel, which reads each row of logits from memory once and writes it once."""
 
 import torch
 import triton
@@ -8,12 +8,13 @@ from torch import Tensor
 from glalm.kernels.triton.launch import launch
 
 IGNORE = tl.constexpr(-100)
-LOWEST = tl.constexpr(-1e38)  # finite, so that a lane without a column gives exp(0), and not inf - inf
+# Finite, so that a lane without a column computes exp(0) rather than exp(inf - inf).
+LOWEST = tl.constexpr(-1e38)
 BLOCK = 4096
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor:
-    """glalm.kernels.cross_entropy.cross_entropy_ on CUDA tensors."""
+    """Compute glalm.kernels.cross_entropy.cross_entropy_ on CUDA tensors."""
     N, V = logits.shape
     losses = torch.empty(N, device=logits.device, dtype=torch.float32)
     targets = targets.contiguous()
@@ -26,7 +27,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
 def cross_entropy_kernel(
     logits, targets, losses, z_loss, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    """One program: one token. The second reading of its row finds it in the L2 cache."""
+    """Process one token in each program. Its row is read twice, the second time from the L2 cache."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
@@ -40,7 +41,7 @@ def cross_entropy_kernel(
         return
     goal = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     highest, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):  # lane by lane: no reduction across threads until the end
+    for start in range(0, V, BLOCK):  # Each lane keeps its own maximum and sum; threads are reduced once, at the end.
         x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
         higher = tl.maximum(highest, x)
         total = total * tl.exp(highest - higher) + tl.exp(x - higher)

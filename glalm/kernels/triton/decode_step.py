@@ -1,7 +1,7 @@
-"""One token of one sequence through a layer's state, from the gates' low-rank projection on: decoding, as matvec.py.
+"""One decoding step of a GLA layer for a single sequence: the gate's up-projection, the state update and the output.
 
-The state is asked for before the kernel that makes q, k and v has ended (programmatic dependent launch): nothing but
-this kernel, a token ago, has written it.
+A program starts loading its part of the state before the kernel that computes q, k and v has ended (programmatic
+dependent launch). That is safe: only this kernel writes the state, and it last ran one token ago.
 """
 
 import torch
@@ -11,39 +11,46 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.matvec import dependent_launch
-from glalm.kernels.triton.recurrent import columns
-from glalm.kernels.triton.saved import padded
-from glalm.kernels.triton.tiles import log_gates
+from glalm.kernels.triton.matvec import supports_dependent_launch
+from glalm.kernels.triton.recurrent import columns_per_program
+from glalm.kernels.triton.saved import padded_head_size
+from glalm.kernels.triton.tiles import compute_log_gates
 
 
-def gla_step(
+def gla_decode_step(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, weight: Tensor, bias: Tensor, normalizer: float, state: Tensor
 ) -> Tensor:
-    """S = diag(exp(g)) S + k^T v and o = K^-1/2 q S for each head, with g = logsigmoid(weight low + bias) / normalizer.
+    """Update the state in place and return the output of one token, o [H * V], in v's dtype.
 
-    q, k: [H K]; v: [H V]; low: [R]; weight: [H K, R]; bias: [H K]; state: float32 [1, H, K, V], written over.
-    Returns o [H V] as v.
+    For each head: S = diag(exp(g)) S + k^T v and o = K^-1/2 q S, with g = logsigmoid(weight low + bias) / normalizer.
+
+    Args:
+        q, k: [H * K]
+        v: [H * V]
+        low: [R], the gate's down-projection of the token
+        weight, bias: [H * K, R] and [H * K], the gate's up-projection
+        state: float32 [1, H, K, V], overwritten
     """
     _, H, K, V = state.shape
-    KP = padded(K)
-    BV = columns(KP, V)
-    o, pdl = torch.empty_like(v), dependent_launch(v.device)
     R = len(low)
+    KP = padded_head_size(K)
+    BV = columns_per_program(KP, V)
+    o = torch.empty_like(v)
+    pdl = supports_dependent_launch(v.device)
     constants = dict(K=K, KP=KP, V=V, BV=BV, R=R, RP=triton.next_power_of_2(R), PDL=pdl)
     options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
     args = q, k, v, low, weight, bias, state, o, 1 / normalizer, K**-0.5
-    launch(step_kernel, H * triton.cdiv(V, BV), args, constants, options)
+    launch(gla_decode_step_kernel, H * triton.cdiv(V, BV), args, constants, options)
     return o
 
 
 @triton.jit
-def step_kernel(
-    q, k, v, low, weight, bias, state, o, inverse, scale,
+def gla_decode_step_kernel(
+    q, k, v, low, weight, bias, state, o, inv_normalizer, scale,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BV columns of one head's state."""
+    """Update BV columns of one head's state in each program."""
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     h = tl.program_id(0) // BLOCKS
     kk = tl.arange(0, KP)
@@ -59,7 +66,7 @@ def step_kernel(
         cuda.gdc_wait()
     z = tl.load(low + rr, mask=rr < R, other=0).to(tl.float32)
     x = tl.sum(w.to(tl.float32) * z[None, :], axis=1) + b
-    gate = tl.exp(log_gates(x, inverse, True))
+    gate = tl.exp(compute_log_gates(x, inv_normalizer, True))
     q_t = tl.load(q + h * K + kk, mask=kk < K, other=0).to(tl.float32) * scale
     k_t = tl.load(k + h * K + kk, mask=kk < K, other=0).to(tl.float32)
     v_t = tl.load(v + h * V + vv, mask=vv < V, other=0).to(tl.float32)

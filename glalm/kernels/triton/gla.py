@@ -1,4 +1,8 @@
-"""The operator: which kernels run, in which order, over which buffers."""
+"""chunk_gla on a GPU: which kernels run, in which order, over which buffers.
+
+Forward:   rescale -> scan (carries the state and computes o)
+Backward:  scan (recomputes the states) -> reverse scan (dv and the gradients of the states) -> gradients (dq, dk, dg)
+"""
 
 import torch
 import triton
@@ -7,15 +11,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glalm.kernels.gates import has_gradient
 from glalm.kernels.triton.gradients import gradients_kernel
-from glalm.kernels.triton.head_gate import gradients_head_kernel, prepare_head_kernel
+from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
 from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.launch_configs import Config, Launch, config_for
-from glalm.kernels.triton.rescale import prepare_kernel
-from glalm.kernels.triton.saved import Kept, operands, padded, per_head, segment_count, shapes
-from glalm.kernels.triton.scan import join_kernel, scan_kernel
-from glalm.kernels.triton.tiles import CHUNK, Chunks, signs
+from glalm.kernels.triton.launch_configs import LaunchConfig, config_for
+from glalm.kernels.triton.rescale import rescale_kernel
+from glalm.kernels.triton.saved import (
+    SavedForBackward,
+    count_segments,
+    has_gate_per_head,
+    operand_dtype,
+    padded_head_size,
+    saved_shapes,
+)
+from glalm.kernels.triton.scan import join_segments_kernel, scan_kernel
+from glalm.kernels.triton.tiles import CHUNK, Chunks, triangular_masks
 
-EXACT_EACH = 4  # tiles to a program that looks whether there is one for the exact path: mostly it only looks
+# A program of the pairwise path checks this many tiles, because it rarely finds one to work on.
+PAIRWISE_ITEMS = 4
 
 
 def forward(
@@ -28,17 +40,24 @@ def forward(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Kept | None]:
-    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H], [H] or None, logits where there is a normalizer;
-    states: float32 [N, H, K, V]. Returns o as v, the final state or None, and where `keep` what `backward` wants.
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor | None, SavedForBackward | None]:
+    """Compute the outputs, the final state if asked for, and what `backward` needs if asked for.
+
+    Args:
+        q, k: [B, T, H, K]
+        v: [B, T, H, V]
+        g: log gates (logits where `normalizer` is not None): [B, T, H, K], [B, T, H], [H], or None for no gate
+        initial_state: float32 [N, H, K, V] or None
+
+    Returns o, shaped like v; the final state, float32 [N, H, K, V], or None; and SavedForBackward or None.
     """
-    plan = Plan(q, k, v, g, scale, normalizer, cu_seqlens)
-    kept = plan.prepare(low=keep)
+    plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
+    saved = plan.rescale(with_residual=save_for_backward)
     o = torch.empty_like(plan.v)
-    final = plan.new_state() if output_final_state else None
-    plan.scan(kept, plan.v, initial_state, final, out=o)
-    return o, final, kept if keep else None
+    final_state = plan.allocate_state() if output_final_state else None
+    plan.scan(saved, plan.v, initial_state, final_state, out=o)
+    return o, final_state, saved if save_for_backward else None
 
 
 def backward(
@@ -50,30 +69,35 @@ def backward(
     normalizer: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    kept: Kept,
+    saved: SavedForBackward,
     do: Tensor,
     dfinal_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `forward`, from its inputs and `kept`: dq, dk, dv, dg or None, dinitial_state or None."""
-    plan = Plan(q, k, v, g, scale, normalizer, cu_seqlens)
+    """Return dq, dk, dv, dg (None without a gate or with a fixed one) and dinitial_state (None without one)."""
+    plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     do = do.contiguous()
     dv = torch.empty_like(plan.v)
-    dinitial = plan.new_state() if initial_state is not None else None
-    states, dstates = plan.new_states(), plan.new_states()
-    plan.scan(kept, plan.v, initial_state, None, states=states)
-    plan.scan(kept, do, dfinal_state, dinitial, out=dv, states=dstates, reverse=True)
-    dq, dk, dg = plan.gradients(kept, do, states, dstates)
-    return dq, dk, dv, dg, dinitial
+    dinitial_state = plan.allocate_state() if initial_state is not None else None
+    states = plan.allocate_chunk_states()
+    dstates = plan.allocate_chunk_states()
+    plan.scan(saved, plan.v, initial_state, None, states=states)
+    plan.scan(saved, do, dfinal_state, dinitial_state, out=dv, states=dstates, reverse=True)
+    dq, dk, dg = plan.compute_gradients(saved, do, states, dstates)
+    return dq, dk, dv, dg, dinitial_state
 
 
-def rows_of(x: Tensor, *block: int) -> TensorDescriptor:
-    """Blocks of a buffer seen as rows of its last dimension."""
+def describe_rows(x: Tensor, *block: int) -> TensorDescriptor:
+    """Return a descriptor of `x` seen as rows of its last dimension, read and written in blocks."""
     width = x.shape[-1]
     return TensorDescriptor(x, [x.numel() // width, width], [width, 1], list(block))
 
 
-class Plan:
-    """One call's sizes, chunks, precision and tile sizes, and the launches as methods."""
+class LaunchPlan:
+    """The sizes, precision and tile sizes of one call. Each method launches one stage.
+
+    H, K, V are the heads and their key and value sizes; KP and VP are K and V padded to powers of two. A tile is one
+    chunk of one head.
+    """
 
     def __init__(
         self,
@@ -85,53 +109,68 @@ class Plan:
         normalizer: float | None,
         cu_seqlens: Tensor | None,
     ):
-        self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
+        self.q = q.contiguous()
+        self.k = k.contiguous()
+        self.v = v.contiguous()
         self.g = None if g is None else g.contiguous()
-        self.per_head, self.fixed = per_head(g), g is not None and not has_gradient(g)
-        self.scale, self.logits = float(scale), normalizer is not None  # a kernel would be compiled for an integer
-        self.inverse = 1.0 / normalizer if self.logits else 1.0
+        self.gate_per_head = has_gate_per_head(g)
+        self.fixed_gate = g is not None and not has_gradient(g)
+        self.scale = float(scale)  # Triton would compile another kernel for the integer 1.
+        self.from_logits = normalizer is not None
+        self.inv_normalizer = 1.0 / normalizer if self.from_logits else 1.0
         self.B, self.T, self.H, self.K = q.shape
         self.V = v.shape[-1]
-        self.KP, self.VP = padded(self.K), padded(self.V)
-        self.chunks = Chunks.of(self.B, self.T, cu_seqlens)
+        self.KP = padded_head_size(self.K)
+        self.VP = padded_head_size(self.V)
+        self.chunks = Chunks.locate(self.B, self.T, cu_seqlens)
         self.tiles = self.chunks.count * self.H
-        self.dtype = operands(q)
-        precise = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        self.precision = "tf32x3" if precise else "tf32"
-        bits = None if g is None else g.dtype if not self.logits else torch.float32
-        self.gate_parts = 1 if bits == torch.bfloat16 else 2 if self.dtype == torch.bfloat16 else 3
-        self.config: Config = config_for(q.device, self.KP, self.VP, self.dtype.itemsize * 8)
+        self.dtype = operand_dtype(q)
+        exact_float32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        self.precision = "tf32x3" if exact_float32 else "tf32"
+        # The running sums of the gates are matmuls of this many bfloat16 parts (see exact_dot).
+        gate_dtype = None if g is None else torch.float32 if self.from_logits else g.dtype
+        self.gate_parts = 1 if gate_dtype == torch.bfloat16 else 2 if self.dtype == torch.bfloat16 else 3
+        self.config = config_for(q.device, self.KP, self.VP, self.dtype.itemsize * 8)
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def allocate(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.q.device, dtype=dtype or self.dtype)
 
-    def new_state(self, segments: int = 1) -> Tensor:
-        return self.empty(self.chunks.sequences * segments, self.H, self.K, self.V, dtype=torch.float32)
+    def allocate_state(self, segments: int = 1) -> Tensor:
+        """Return a buffer for one state of every segment of every sequence, float32 [N * segments, H, K, V]."""
+        return self.allocate(self.chunks.sequences * segments, self.H, self.K, self.V, dtype=torch.float32)
 
-    def new_states(self) -> Tensor:
-        return self.empty(self.tiles, self.VP, self.KP)
+    def allocate_chunk_states(self) -> Tensor:
+        """Return a buffer for the transposed state of every tile, [tiles, VP, KP]."""
+        return self.allocate(self.tiles, self.VP, self.KP)
 
-    def prepare(self, low: bool) -> Kept:
-        kept = Kept(*(self.empty(*n, dtype=d) for n, d in shapes(self.q, self.v, self.g, self.chunks.cu_seqlens, low)))
-        common = dict(
-            H=self.H, K=self.K, KP=self.KP, BK=self.config.prepare.tile["BK"], C=CHUNK, LOGITS=self.logits,
-            GATE_PARTS=self.gate_parts, PRECISION=self.precision, LOW=kept.scores.shape[1] == 2,
+    def rescale(self, with_residual: bool) -> SavedForBackward:
+        """Compute q_hat, k_hat, the gated scores and the chunks' decays.
+
+        With `with_residual`, also store what rounding the scores to bfloat16 took from them, for the backward pass.
+        """
+        shapes = saved_shapes(self.q, self.v, self.g, self.chunks.cu_seqlens, with_residual)
+        saved = SavedForBackward(*(self.allocate(*shape, dtype=dtype) for shape, dtype in shapes))
+        constants = dict(
+            H=self.H, K=self.K, KP=self.KP, BK=self.config.rescale.tile["BK"], C=CHUNK, FROM_LOGITS=self.from_logits,
+            GATE_PARTS=self.gate_parts, PRECISION=self.precision, WITH_RESIDUAL=saved.scores.shape[1] == 2,
         )  # fmt: skip
-        last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
-        if self.per_head:
-            args = self.q, self.k, self.g, signs(self.q.device), kept.q, kept.k, kept.scores, kept.decay, *last
-            launch(prepare_head_kernel, self.tiles, args, common | {"FIXED": self.fixed}, self.config.prepare.options)
-            return kept
-        args = self.q, self.k, self.g, signs(self.q.device), *kept[:5], *last, self.tiles
-        for exact, config in ((False, self.config.prepare), (True, self.config.prepare_exact)):
-            each = EXACT_EACH if exact else 1
-            constants = {**common, "BK": config.tile["BK"], "EXACT": exact, "EACH": each}
-            launch(prepare_kernel, triton.cdiv(self.tiles, each), args, constants, config.options)
-        return kept
+        inputs = self.q, self.k, self.g, triangular_masks(self.q.device)
+        outputs = saved.q_hat, saved.k_hat, saved.scores, saved.decay
+        sizes = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
+        if self.gate_per_head:
+            constants["FIXED_GATE"] = self.fixed_gate
+            launch(rescale_head_kernel, self.tiles, (*inputs, *outputs, *sizes), constants, self.config.rescale.options)
+            return saved
+        args = *inputs, *outputs, saved.pairwise_marks, *sizes, self.tiles
+        for pairwise, config in ((False, self.config.rescale), (True, self.config.rescale_pairwise)):
+            items = PAIRWISE_ITEMS if pairwise else 1
+            variant = {**constants, "BK": config.tile["BK"], "PAIRWISE": pairwise, "ITEMS": items}
+            launch(rescale_kernel, triton.cdiv(self.tiles, items), args, variant, config.options)
+        return saved
 
     def scan(
         self,
-        kept: Kept,
+        saved: SavedForBackward,
         w: Tensor,
         initial: Tensor | None,
         final: Tensor | None,
@@ -139,90 +178,131 @@ class Plan:
         states: Tensor | None = None,
         reverse: bool = False,
     ) -> None:
-        """Carry the state through every sequence; long ones are cut into segments when there is little else to do."""
-        if self.tiles == 0:  # no token: the state stays what it was
-            if final is not None:
-                final.zero_() if initial is None else final.copy_(initial)
+        """Carry the state through every sequence; see scan_kernel for the arguments.
+
+        When there are too few sequences and heads to fill the GPU, each sequence is cut into segments that run in
+        parallel. Their starting states are computed first.
+        """
+        if self.tiles == 0:
+            self._copy_state(initial, final)
             return
         initial = None if initial is None else initial.contiguous()
-        config = self.config.reverse if reverse else self.config.states if out is None else self.config.forward
-        segments = self.segments(reverse)
+        segments = self.count_segments(reverse)
+        config = self.config.scan_forward
+        if reverse:
+            config = self.config.scan_backward
+        elif out is None:
+            config = self.config.scan_states
         if segments == 1:
-            return self.scan_segments(1, config, kept, w, initial, final, out, states, reverse)
-        keeps = not reverse and self.chunks.cu_seqlens is None
-        starts = kept.starts if keeps else self.new_state(segments)
-        if not (keeps and out is None):  # the forward pass has made them
-            self.find_starts(starts, segments, kept, w, initial, final, reverse)
-        self.scan_segments(segments, config, kept, w, starts, None, out, states, reverse)
+            self.launch_scan(1, config, saved, w, initial, final, out, states, reverse)
+            return
+        # The forward pass saves the starting states of unpacked sequences, so that the backward pass need not find
+        # them again.
+        saves_starts = not reverse and self.chunks.cu_seqlens is None
+        starts = saved.segment_starts if saves_starts else self.allocate_state(segments)
+        already_computed = saves_starts and out is None
+        if not already_computed:
+            self.compute_segment_starts(starts, segments, saved, w, initial, final, reverse)
+        self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
 
-    def find_starts(self, starts: Tensor, segments: int, kept: Kept, w: Tensor, initial, final, reverse: bool) -> None:
-        """The state that each segment starts from, and the last one's end: each by itself from zero, then in turn."""
-        decay = self.empty(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
-        self.scan_segments(segments, self.config.starts, kept, w, None, starts, None, None, reverse, decay)
-        bk, bv = min(self.KP, 32), min(self.VP, 64)
-        constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=bk, BV=bv, REVERSE=reverse)
-        programs = self.chunks.sequences * self.H * (self.KP // bk) * (self.VP // bv)
-        launch(join_kernel, programs, (starts, decay, initial, final, segments), constants, {})
+    def _copy_state(self, initial: Tensor | None, final: Tensor | None) -> None:
+        """Without a token, the final state is the initial one."""
+        if final is None:
+            return
+        if initial is None:
+            final.zero_()
+        else:
+            final.copy_(initial)
 
-    def scan_segments(
-        self, segments: int, config: Launch, kept: Kept, w, initial, final, out, states, reverse: bool, decay=None
+    def compute_segment_starts(
+        self, starts: Tensor, segments: int, saved: SavedForBackward, w: Tensor, initial, final, reverse: bool
     ) -> None:
-        x, y = (kept.k, kept.q) if reverse else (kept.q, kept.k)
-        bv, parts = config.tile["BV"], config.tile["PARTS"]
+        """Fill `starts` with the state each segment begins with, and `final` with the last segment's end.
+
+        First every segment runs from a zero state, all in parallel; then join_segments_kernel chains the results.
+        """
+        segment_decay = self.allocate(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
+        config = self.config.scan_segment_starts
+        self.launch_scan(segments, config, saved, w, None, starts, None, None, reverse, segment_decay)
+        BK = min(self.KP, 32)
+        BV = min(self.VP, 64)
+        constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse)
+        programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
+        launch(join_segments_kernel, programs, (starts, segment_decay, initial, final, segments), constants, {})
+
+    def launch_scan(
+        self,
+        segments: int,
+        config: LaunchConfig,
+        saved: SavedForBackward,
+        w: Tensor,
+        initial: Tensor | None,
+        final: Tensor | None,
+        out: Tensor | None,
+        states: Tensor | None,
+        reverse: bool,
+        segment_decay: Tensor | None = None,
+    ) -> None:
+        x, y = (saved.k_hat, saved.q_hat) if reverse else (saved.q_hat, saved.k_hat)
+        BV = config.tile["BV"]
+        bands = config.tile["STORE_BANDS"]
         args = (
-            None if out is None else rows_of(x, CHUNK, self.KP),
-            rows_of(y, CHUNK, self.KP),
+            None if out is None else describe_rows(x, CHUNK, self.KP),
+            describe_rows(y, CHUNK, self.KP),
             w,
-            None if out is None else rows_of(kept.scores, CHUNK, CHUNK),
-            None if self.g is None else kept.decay,
+            None if out is None else describe_rows(saved.scores, CHUNK, CHUNK),
+            None if self.g is None else saved.decay,
             out,
-            None if states is None else rows_of(states, bv, self.KP // parts),
+            None if states is None else describe_rows(states, BV, self.KP // bands),
             initial,
             final,
-            decay,
-            *self.chunks.table,
+            segment_decay,
+            *self.chunks.device_tables,
             self.chunks.sequences,
             self.T,
             segments,
         )
         constants = dict(
-            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=bv, C=CHUNK, PARTS=parts,
-            A_PARTS=kept.scores.shape[1], HEAD=self.per_head, REVERSE=reverse, PRECISION=self.precision,
-            PREFETCH=config.tile["PREFETCH"],
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=BV, C=CHUNK, STORE_BANDS=bands,
+            SCORE_PARTS=saved.scores.shape[1], GATE_PER_HEAD=self.gate_per_head, REVERSE=reverse,
+            PRECISION=self.precision, PREFETCH=config.tile["PREFETCH"],
         )  # fmt: skip
-        blocks = triton.cdiv(self.V if states is None else self.VP, bv)
-        programs = self.chunks.sequences * self.H * segments * blocks
+        column_blocks = triton.cdiv(self.V if states is None else self.VP, BV)
+        programs = self.chunks.sequences * self.H * segments * column_blocks
         launch(scan_kernel, programs, args, constants, config.options)
 
-    def segments(self, reverse: bool) -> int:
-        config, N = self.config.reverse if reverse else self.config.forward, self.chunks.sequences
-        return segment_count(config, N, self.H, self.V, self.chunks.count, self.q.device)
+    def count_segments(self, reverse: bool) -> int:
+        config = self.config.scan_backward if reverse else self.config.scan_forward
+        return count_segments(config, self.chunks.sequences, self.H, self.V, self.chunks.count, self.q.device)
 
-    def gradients(
-        self, kept: Kept, do: Tensor, states: Tensor, dstates: Tensor
+    def compute_gradients(
+        self, saved: SavedForBackward, do: Tensor, states: Tensor, dstates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dq, dk = torch.empty_like(self.q), torch.empty_like(self.k)
-        first = self.q, self.k, self.g, self.v, do, signs(self.q.device)
-        middle = states, dstates, dq, dk
-        last = *self.chunks.table, self.scale, self.inverse, self.chunks.sequences, self.T
-        common = dict(
-            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=CHUNK,
-            LOGITS=self.logits, GATE_PARTS=self.gate_parts, PRECISION=self.precision,
+        """Compute dq, dk and dg from the states and their gradients, which the two scans stored."""
+        dq = torch.empty_like(self.q)
+        dk = torch.empty_like(self.k)
+        inputs = self.q, self.k, self.g, self.v, do, triangular_masks(self.q.device)
+        sizes = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
+        constants = dict(
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=CHUNK, FROM_LOGITS=self.from_logits,
+            GATE_PARTS=self.gate_parts, PRECISION=self.precision,
         )  # fmt: skip
-        if self.per_head:
-            wanted = has_gradient(self.g)
-            config = self.config.gradients if wanted else self.config.gradients_fixed
-            blocks = self.KP // config.tile["BK"]
-            dg = self.empty(blocks, *self.g.shape, dtype=torch.float32) if wanted else None
-            args = *first, kept.decay, *middle, dg, *last, self.B * self.T
-            constants = {**common, **config.tile, "FIXED": self.fixed}
-            launch(gradients_head_kernel, self.tiles * blocks, args, constants, config.options)
-            return dq, dk, dg.sum(0).to(self.g.dtype) if wanted else None
+        if self.gate_per_head:
+            wants_dg = has_gradient(self.g)
+            config = self.config.gradients if wants_dg else self.config.gradients_fixed_gate
+            key_blocks = self.KP // config.tile["BK"]
+            # Each block of key channels writes its share of dg; the shares are summed below.
+            dg = self.allocate(key_blocks, *self.g.shape, dtype=torch.float32) if wants_dg else None
+            args = *inputs, saved.decay, states, dstates, dq, dk, dg, *sizes, self.B * self.T
+            constants |= {**config.tile, "FIXED_GATE": self.fixed_gate}
+            launch(gradients_head_kernel, self.tiles * key_blocks, args, constants, config.options)
+            return dq, dk, dg.sum(0).to(self.g.dtype) if wants_dg else None
         dg = torch.empty_like(self.g)
-        sum_parts = 2 if self.dtype == torch.bfloat16 else 3
-        for exact, config in ((False, self.config.gradients), (True, self.config.gradients_exact)):
-            items, each = self.tiles * (self.KP // config.tile["BK"]), EXACT_EACH if exact else 1
-            args = *first, kept.exact, *middle, dg, *last, items
-            constants = {**common, **config.tile, "SUM_PARTS": sum_parts, "EXACT": exact, "EACH": each}
-            launch(gradients_kernel, triton.cdiv(items, each), args, constants, config.options)
+        constants["SUM_PARTS"] = 2 if self.dtype == torch.bfloat16 else 3
+        for pairwise, config in ((False, self.config.gradients), (True, self.config.gradients_pairwise)):
+            items = self.tiles * (self.KP // config.tile["BK"])
+            items_per_program = PAIRWISE_ITEMS if pairwise else 1
+            args = *inputs, saved.pairwise_marks, states, dstates, dq, dk, dg, *sizes, items
+            variant = {**constants, **config.tile, "PAIRWISE": pairwise, "ITEMS": items_per_program}
+            launch(gradients_kernel, triton.cdiv(items, items_per_program), args, variant, config.options)
         return dq, dk, dg

@@ -1,50 +1,50 @@
-"""dq, dk and dg of every chunk at once, from the stored states of both directions.
+"""Compute dq, dk and dg of every chunk in parallel, from the states and their gradients that the scans stored.
 
-With S_hat and dS_hat of a chunk (see prepare.py, scan.py) and dA = mask(do v^T):
+With S_hat and dS_hat of a chunk (see rescale.py and scan.py) and dA = mask(do v^T):
 
     dq_hat = do S_hat^T + dA k_hat,   dq_t = scale exp(b_t - total/2) dq_hat_t
     dk_hat = v dS_hat^T + dA^T q_hat, dk_t = exp(total/2 - b_t) dk_hat_t
 
-The gate's gradient needs no more than that (GLA, arXiv 2312.06635, section 4): a gate acts on every pair of a write
-before it and a read from it on, so with r_t = q_t dq_t - k_t dk_t, reads less writes,
+The gradient of the gate follows from these (GLA, arXiv 2312.06635, section 4). The gate at t acts on every pair of a
+write before t and a read at or after t. With r_t = q_t dq_t - k_t dk_t (reads minus writes),
 
-    dg_t = sum_{s >= t in the chunk} r_s + (pairs that end after the chunk),
-    pairs that end after the chunk = sum_v S_hat dS_hat + sum_s k_hat_s (v_s dS_hat^T).
+    dg_t = sum_{s >= t in the chunk} r_s + (pairs whose read lies after the chunk),
+    pairs whose read lies after the chunk = sum_v S_hat dS_hat + sum_s k_hat_s (v_s dS_hat^T).
 
-Pairs on one side of t cancel there, and what is left of their rounding errors is the error of dg. So inside the chunk
-q_hat, k_hat and dA are used in two parts, nearly unrounded, and the same numbers in both roles.
+In the sum of r, pairs on one side of t cancel, and only their rounding errors remain, which become the error of dg. So
+inside the chunk q_hat, k_hat and dA are used in two parts, nearly unrounded, and with the same values in dq and in dk.
 """
 
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.rescale import clamped_exponents, exponents, load_gates
+from glalm.kernels.triton.rescale import compute_clamped_exponents, compute_exponents, load_gates
 from glalm.kernels.triton.tiles import (
-    FLOOR,
+    MIN_LOG_GATE,
     any_marked,
-    chunk_rows,
-    dot,
+    compute_log_gates,
+    dot_add,
+    dot_add_both_split,
     exact_dot,
-    exp2,
-    gate_slope,
+    flushed_exp2,
+    gate_derivative,
     load_tile,
-    log_gates,
-    parts_of,
-    precise_dot,
+    locate_chunk,
     prefetch_tile,
+    round_in_two,
     store_tile,
 )
 
 
 @triton.jit
-def through_states(
+def contract_states(
     v, do, states, dstates, tile, row, rows, h, k0,
     H: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass over V: do S^T and v dS^T [C, BK], dA = mask(do v^T) [C, C] in two parts, sum_v S dS [BK].
+    """Return do S^T and v dS^T [C, BK], dA = mask(do v^T) [C, C] in two parts, and sum_v S dS [BK], in one pass over V.
 
-    S and dS as the scans stored them.
+    states and dstates hold S and dS as the scans stored them.
     """
     states += tile * VP * KP + k0
     dstates += tile * VP * KP + k0
@@ -58,40 +58,39 @@ def through_states(
         dS = load_tile(dstates + v0 * KP, KP, BV, BK, BV, BK)
         do_tile = load_tile(do + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
         v_tile = load_tile(v + w + v0, H * V, rows, V - v0, C, BV).to(S.dtype)
-        dx = dot(do_tile, S, dx, PRECISION)
-        dy = dot(v_tile, dS, dy, PRECISION)
-        dA = dot(do_tile, tl.trans(v_tile), dA, PRECISION)
+        dx = dot_add(do_tile, S, dx, PRECISION)
+        dy = dot_add(v_tile, dS, dy, PRECISION)
+        dA = dot_add(do_tile, tl.trans(v_tile), dA, PRECISION)
         products += S.to(tl.float32) * dS.to(tl.float32)
     t = tl.arange(0, C)
-    dA_high, dA_low = parts_of(tl.where(t[:, None] >= t[None, :], dA, 0), states.dtype.element_ty)
+    dA_high, dA_low = round_in_two(tl.where(t[:, None] >= t[None, :], dA, 0), states.dtype.element_ty)
     return dx, dy, dA_high, dA_low, tl.sum(products, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "T", "items"])
 def gradients_kernel(
-    q, k, g, v, do, signs, exact, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
-    N, T, items,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr,
-    SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, EXACT: tl.constexpr, EACH: tl.constexpr,
+    q, k, g, v, do, masks, pairwise_marks, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
+    inv_normalizer, N, T, items, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, SUM_PARTS:
+    tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, PAIRWISE: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """One program: EACH items, an item being BK channels of one chunk of one head, over all of V.
+    """Process ITEMS items in each program, an item being BK channels of one chunk of one head.
 
-    With EXACT it takes the chunks marked `exact` and leaves the others, without EXACT the reverse: two kernels from
-    one text, so that the pairwise path costs the usual one no registers.
+    The kernel is compiled twice: with PAIRWISE it processes the marked chunks, without it all others. As two kernels,
+    the fast path need not reserve the registers of the pairwise one.
     """
     BLOCKS: tl.constexpr = KP // BK
-    if EXACT:  # noqa: SIM102 (and would load first)
-        if not any_marked(exact, items, BLOCKS, EACH):
+    if PAIRWISE:  # noqa: SIM102 (`and` would load the marks in both kernels)
+        if not any_marked(pairwise_marks, items, BLOCKS, ITEMS):
             return
-    for i in range(EACH):
+    for i in range(ITEMS):
         item = tl.program_id(0) + i * tl.num_programs(0)
         tile = (tl.minimum(item, items - 1) // BLOCKS).to(tl.int64)
         k0 = item % BLOCKS * BK
         chunk, h = tile // H, tile % H
-        row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
-        marked = tl.load(exact + tile) != 0
-        if EXACT:
+        row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
+        marked = tl.load(pairwise_marks + tile) != 0
+        if PAIRWISE:
             rows = tl.where((item < items) & marked, rows, 0)
         if rows > 0:
             p = row * H * K + h * K + k0
@@ -100,57 +99,63 @@ def gradients_kernel(
                 prefetch_tile(g + p, H * K, rows, width, C, BK)
                 prefetch_tile(k + p, H * K, rows, width, C, BK)
                 prefetch_tile(q + p, H * K, rows, width, C, BK)
-            dx, dy, dA_high, dA_low, across = through_states(
+            dx, dy, dA_high, dA_low, state_products = contract_states(
                 v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
             )
-            gate = load_gates(g + p, H * K, rows, width, inverse, C, BK, LOGITS)
-            sign = load_tile(signs, C, C, C, C, C)
-            for_q = exponents(sign, gate, GATE_PARTS)
+            gate = load_gates(g + p, H * K, rows, width, inv_normalizer, C, BK, FROM_LOGITS)
+            sign = load_tile(masks, C, C, C, C, C)
+            for_q = compute_exponents(sign, gate, GATE_PARTS)
             for_k = -for_q
-            if EXACT:
-                for_q, for_k = clamped_exponents(sign, gate, GATE_PARTS)
-            y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * exp2(for_k)
-            across += tl.sum(y * dy, axis=0)
-            if not EXACT:
-                dx = precise_dot(dA_high, dA_low, y, dx, PRECISION)
-            x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * (exp2(for_q) * scale)
-            if not EXACT:
-                dy = precise_dot(tl.trans(dA_high), tl.trans(dA_low), x, dy, PRECISION)
+            if PAIRWISE:
+                for_q, for_k = compute_clamped_exponents(sign, gate, GATE_PARTS)
+            y = load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * flushed_exp2(for_k)
+            state_products += tl.sum(y * dy, axis=0)
+            if not PAIRWISE:
+                dx = dot_add_both_split(dA_high, dA_low, y, dx, PRECISION)
+            x = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * (flushed_exp2(for_q) * scale)
+            if not PAIRWISE:
+                dy = dot_add_both_split(tl.trans(dA_high), tl.trans(dA_low), x, dy, PRECISION)
             r = x * dx - y * dy
-            dy *= exp2(for_k)
-            dx *= exp2(for_q) * scale
-            if EXACT:
+            dy *= flushed_exp2(for_k)
+            dx *= flushed_exp2(for_q) * scale
+            if PAIRWISE:
                 dA = dA_high.to(tl.float32) + dA_low.to(tl.float32)
-                dx, dy = add_pairs(q + p, k + p, g + p, dx, dy, dA, scale, inverse, rows, width, H, K, BK, C, LOGITS)
+                dx, dy = add_pairwise_gradients(
+                    q + p, k + p, g + p, dx, dy, dA, scale, inv_normalizer, rows, width, H, K, BK, C, FROM_LOGITS
+                )
                 r = load_tile(q + p, H * K, rows, width, C, BK).to(tl.float32) * dx
                 r -= load_tile(k + p, H * K, rows, width, C, BK).to(tl.float32) * dy
-            else:  # not before: to wait for the mark first is 2% of the time
+            else:
+                # Marked chunks are dropped here, at the store: waiting for the mark earlier costs 2 % of the time.
                 rows = tl.where(marked, 0, rows)
             store_tile(dq + p, H * K, rows, width, dx)
             store_tile(dk + p, H * K, rows, width, dy)
-            sums = exact_dot(load_tile(signs + C * C, C, C, C, C, C), r, SUM_PARTS) + across[None, :]
-            if EXACT:  # below FLOOR nothing passes the gate
-                sums = tl.where(gate > FLOOR, sums, 0)
-            if LOGITS:
-                sums *= gate_slope(load_tile(g + p, H * K, rows, width, C, BK), inverse)
+            sums = exact_dot(load_tile(masks + C * C, C, C, C, C, C), r, SUM_PARTS) + state_products[None, :]
+            if PAIRWISE:  # A clamped gate has no gradient.
+                sums = tl.where(gate > MIN_LOG_GATE, sums, 0)
+            if FROM_LOGITS:
+                sums *= gate_derivative(load_tile(g + p, H * K, rows, width, C, BK), inv_normalizer)
             store_tile(dg + p, H * K, rows, width, sums)
 
 
 @triton.jit
-def add_pairs(
-    q, k, g, dx, dy, dA, scale, inverse, rows, width,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
+def add_pairwise_gradients(
+    q, k, g, dx, dy, dA, scale, inv_normalizer, rows, width,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk inside the chunk pair by pair, writes j from the last: sums of the gates between, never differences."""
+    """Add the gradients of pairs inside the chunk to dq (dx) and dk (dy), one write j at a time, from the last.
+
+    Only gates between the write and the read are summed, so no difference of large sums appears.
+    """
     t, c = tl.arange(0, C), tl.arange(0, BK)
     between = tl.zeros([C, BK], tl.float32)
-    later = tl.zeros([BK], tl.float32)
+    next_gate = tl.zeros([BK], tl.float32)  # log gates of token j + 1
     x = load_tile(q, H * K, rows, width, C, BK).to(tl.float32) * scale
     for back in range(0, rows):
         j = rows - 1 - back
         y = tl.load(k + j * H * K + c, mask=c < width, other=0).to(tl.float32)
-        between = tl.where(t[:, None] > j, between + later[None, :], 0)
-        later = log_gates(tl.load(g + j * H * K + c, mask=c < width, other=0), inverse, LOGITS)
+        between = tl.where(t[:, None] > j, between + next_gate[None, :], 0)
+        next_gate = compute_log_gates(tl.load(g + j * H * K + c, mask=c < width, other=0), inv_normalizer, FROM_LOGITS)
         column = tl.sum(tl.where(t[None, :] == j, dA, 0), axis=1)
         pair = column[:, None] * tl.exp(between)
         dx += pair * y[None, :] * scale

@@ -1,88 +1,100 @@
-"""One gate a head, the same for every token or not, or none: prepare.py and gradients.py where a chunk's decays are one
-number a pair of tokens.
+"""The counterparts of rescale.py and gradients.py for one gate a head (per token or fixed) or no gate.
 
-With b_t the running sum of the log gate and `total` its sum over the chunk,
+The decay between two tokens is one number for all channels. With b_t the running sum of the log gate and `total` its
+sum over the chunk,
 
     q_hat_t = scale q_t exp(b_t),   k_hat_t = k_t exp(total - b_t),   A_ij = scale q_i.k_j exp(b_i - b_j)  for i >= j
 
-and every exponent is a sum of gates, taken as such: nothing overflows, no chunk needs another path. The gradients are
+Every exponent is a sum of log gates and at most 0, so nothing overflows and no chunk needs a pairwise path. The
+gradients are
 
     dA' = scale mask(do v^T) exp(b_i - b_j)
     dq = scale exp(b) (do S^T) + dA' k,   dk = exp(total - b) (v dS^T) + dA'^T q
 
-with S and dS the states at the chunk's start and of its end (see scan.py), and the gate's as in gradients.py.
+with S the state at the chunk's start and dS the gradient of the state at its end (see scan.py). The gate's gradient
+is as in gradients.py.
 """
 
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.gradients import through_states
+from glalm.kernels.triton.gradients import contract_states
 from glalm.kernels.triton.tiles import (
-    FLOOR,
     LOG2E,
-    chunk_rows,
-    dot,
+    MIN_LOG_GATE,
+    compute_log_gates,
+    dot_add,
+    dot_add_left_split,
     exact_dot,
-    exp2,
-    gate_slope,
+    flushed_exp2,
+    gate_derivative,
     load_tile,
-    log_gates,
-    parts_of,
+    locate_chunk,
     prefetch_tile,
-    store_parts,
+    round_in_two,
+    store_in_parts,
     store_tile,
-    two_part_dot,
 )
 
 
 @triton.jit
-def load_head_gates(g, t, stride, rows, inverse, LOGITS: tl.constexpr):
-    """Log gates of the tokens t, [C], of one head; 0 outside of the chunk's rows."""
+def load_head_gates(g, t, stride, rows, inv_normalizer, FROM_LOGITS: tl.constexpr):
+    """Load the log gates [C] of tokens t of one head, with zeros outside the chunk's rows."""
     inside = (t >= 0) & (t < rows)
-    return tl.where(inside, log_gates(tl.load(g + t * stride, mask=inside, other=0), inverse, LOGITS), 0)
+    return tl.where(
+        inside, compute_log_gates(tl.load(g + t * stride, mask=inside, other=0), inv_normalizer, FROM_LOGITS), 0
+    )
 
 
 @triton.jit
-def decays(
-    g, signs, row, rows, h, inverse,
-    H: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr, PARTS: tl.constexpr, FIXED: tl.constexpr,
+def compute_decays(
+    g, masks, row, rows, h, inv_normalizer,
+    H: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, PARTS: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
-    """exp of the gates' sums up to and with t, [C], after t, [C], and after j up to and with i, [C, C]; and of
-    the sum of all. g: [B, T, H], or [H] where the gate is FIXED; row: the chunk's first token."""
+    """Return the decays of one chunk: before [C], after [C], between [C, C] and total.
+
+    before_t is the product of the gates up to token t, after_t that of the gates after t, between_ij that of the gates
+    after j up to i, and total that of all gates. g: [B, T, H], or [H] where FIXED_GATE; row: the chunk's first token.
+    """
     t = tl.arange(0, C)
-    if FIXED:
-        gate = log_gates(tl.load(g + h), inverse, LOGITS) * LOG2E
-        before, after = exp2((t + 1) * gate), exp2(tl.maximum(rows - 1 - t, 0) * gate)
-        return before, after, exp2(tl.maximum(t[:, None] - t[None, :], 0) * gate), exp2(rows * gate)
+    if FIXED_GATE:
+        gate = compute_log_gates(tl.load(g + h), inv_normalizer, FROM_LOGITS) * LOG2E
+        before, after = flushed_exp2((t + 1) * gate), flushed_exp2(tl.maximum(rows - 1 - t, 0) * gate)
+        return before, after, flushed_exp2(tl.maximum(t[:, None] - t[None, :], 0) * gate), flushed_exp2(rows * gate)
     g += row * H + h
-    gate = load_head_gates(g, t, H, rows, inverse, LOGITS)
-    later = load_head_gates(g, t + 1, H, rows, inverse, LOGITS)
+    gate = load_head_gates(g, t, H, rows, inv_normalizer, FROM_LOGITS)
+    later = load_head_gates(g, t + 1, H, rows, inv_normalizer, FROM_LOGITS)
     before = tl.cumsum(gate, 0)
     after = tl.cumsum(later, 0, reverse=True)
-    up_to = tl.load(signs + C * C + t[None, :] * C + t[:, None])  # 1 on and below the diagonal
+    up_to = tl.load(masks + C * C + t[None, :] * C + t[:, None])  # 1 on and below the diagonal
     between = exact_dot(tl.where(t[:, None] > t[None, :], later[None, :], 0), up_to, PARTS)
-    return exp2(before * LOG2E), exp2(after * LOG2E), exp2(between * LOG2E), exp2(tl.sum(gate, 0) * LOG2E)
+    return (
+        flushed_exp2(before * LOG2E),
+        flushed_exp2(after * LOG2E),
+        flushed_exp2(between * LOG2E),
+        flushed_exp2(tl.sum(gate, 0) * LOG2E),
+    )
 
 
 @triton.jit(do_not_specialize=["N", "T"])
-def prepare_head_kernel(
-    q, k, g, signs, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inverse, N, T,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr, FIXED: tl.constexpr,
+def rescale_head_kernel(
+    q, k, g, masks, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inv_normalizer, N, T,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, WITH_RESIDUAL: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of one head. g: [B, T, H], [H] where FIXED, or None.
+    """Rescale q and k and compute the gated scores, one chunk of one head in each program.
 
-    Writes what prepare_kernel does, and exp(total).
+    g: [B, T, H], [H] where FIXED_GATE, or None. Writes what rescale_kernel writes, with decay = exp(total) [tiles].
     """
     tile = tl.program_id(0).to(tl.int64)
     chunk, h = tile // H, tile % H
-    row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
+    row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
     t = tl.arange(0, C)
     if g is not None:
-        before, after, between, total = decays(
-            g, signs, row, rows, h, inverse, H, C, LOGITS, GATE_PARTS, FIXED
+        before, after, between, total = compute_decays(
+            g, masks, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
         )  # fmt: skip
         tl.store(decay + tile, total)
     A = tl.zeros([C, C], tl.float32)
@@ -90,7 +102,7 @@ def prepare_head_kernel(
         p = row * H * K + h * K + k0
         x = load_tile(q + p, H * K, rows, K - k0, C, BK)
         y = load_tile(k + p, H * K, rows, K - k0, C, BK)
-        A = dot(x, tl.trans(y), A, PRECISION)
+        A = dot_add(x, tl.trans(y), A, PRECISION)
         x_hat, y_hat = x.to(tl.float32) * scale, y.to(tl.float32)
         if g is not None:
             x_hat *= before[:, None]
@@ -100,27 +112,29 @@ def prepare_head_kernel(
     A *= scale
     if g is not None:
         A *= between
-    store_parts(scores + tile * (1 + LOW) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, LOW)
+    store_in_parts(
+        scores + tile * (1 + WITH_RESIDUAL) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, WITH_RESIDUAL
+    )
 
 
 @triton.jit(do_not_specialize=["N", "T", "tokens"])
 def gradients_head_kernel(
-    q, k, g, v, do, signs, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inverse,
+    q, k, g, v, do, masks, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inv_normalizer,
     N, T, tokens,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
+    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BK channels of one chunk of one head, over all of V.
+    """Compute dq, dk and dg for BK channels of one chunk of one head in each program.
 
-    dg: float32 [KP / BK, tokens, H], the part of every block of channels; None where g is, or FIXED.
+    dg: float32 [KP / BK, tokens, H], the share of each block of channels; None without a gate or where FIXED_GATE.
     """
     BLOCKS: tl.constexpr = KP // BK
     tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     k0 = block * BK
     chunk, h = tile // H, tile % H
-    row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
+    row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
     p = row * H * K + h * K + k0
@@ -128,31 +142,33 @@ def gradients_head_kernel(
         prefetch_tile(k + p, H * K, rows, K - k0, C, BK)
         prefetch_tile(q + p, H * K, rows, K - k0, C, BK)
     t = tl.arange(0, C)
-    dx, dy, dA_high, dA_low, across = through_states(
+    dx, dy, dA_high, dA_low, state_products = contract_states(
         v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
     )
     dA = (dA_high.to(tl.float32) + dA_low.to(tl.float32)) * scale
     dx *= scale
     if g is not None:
-        before, after, between, _ = decays(g, signs, row, rows, h, inverse, H, C, LOGITS, GATE_PARTS, FIXED)
+        before, after, between, _ = compute_decays(
+            g, masks, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
+        )
         dA *= between
         dx *= before[:, None]
         dy *= after[:, None]
-    dA_high, dA_low = parts_of(dA, states.dtype.element_ty)
+    dA_high, dA_low = round_in_two(dA, states.dtype.element_ty)
     x = load_tile(q + p, H * K, rows, K - k0, C, BK)
     y = load_tile(k + p, H * K, rows, K - k0, C, BK)
     x_operand, y_operand = x.to(states.dtype.element_ty), y.to(states.dtype.element_ty)
-    ended = tl.sum(y.to(tl.float32) * dy)
-    dx = two_part_dot(dA_high, dA_low, y_operand, dx, PRECISION)
-    dy = two_part_dot(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)
+    ended_products = tl.sum(y.to(tl.float32) * dy)
+    dx = dot_add_left_split(dA_high, dA_low, y_operand, dx, PRECISION)
+    dy = dot_add_left_split(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)
     store_tile(dq + p, H * K, rows, K - k0, dx)
     store_tile(dk + p, H * K, rows, K - k0, dy)
     if dg is not None:
         r = tl.sum(x.to(tl.float32) * dx - y.to(tl.float32) * dy, 1)
-        sums = tl.cumsum(r, 0, reverse=True) + tl.sum(across) * tl.load(decay + tile) + ended
-        gate = load_head_gates(g + row * H + h, t, H, rows, inverse, LOGITS)
-        sums = tl.where(gate > FLOOR, sums, 0)  # below FLOOR nothing passes the gate
+        sums = tl.cumsum(r, 0, reverse=True) + tl.sum(state_products) * tl.load(decay + tile) + ended_products
+        gate = load_head_gates(g + row * H + h, t, H, rows, inv_normalizer, FROM_LOGITS)
+        sums = tl.where(gate > MIN_LOG_GATE, sums, 0)  # A clamped gate has no gradient.
         at = (row + t) * H + h
-        if LOGITS:
-            sums *= gate_slope(tl.load(g + at, mask=t < rows, other=0), inverse)
+        if FROM_LOGITS:
+            sums *= gate_derivative(tl.load(g + at, mask=t < rows, other=0), inv_normalizer)
         tl.store(dg + block.to(tl.int64) * tokens * H + at, sums, mask=t < rows)

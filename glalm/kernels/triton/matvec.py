@@ -1,7 +1,7 @@
-"""A vector through matrices, and what is around it: decoding one sequence, where weights are all the traffic.
+"""Products of matrices with one vector, for decoding a single sequence, where reading the weights takes all the time.
 
-One program computes a few rows of one of up to five matrices. It asks for their weights first, then waits for the
-kernel that makes the vector (programmatic dependent launch): the memory is never idle between two launches.
+A program computes a few rows of one of up to five matrices. It starts loading their weights before the preceding kernel
+has finished the vector (programmatic dependent launch), so that the memory is never idle between two launches.
 """
 
 import torch
@@ -12,9 +12,9 @@ from triton.language.extra import cuda
 
 from glalm.kernels.triton.launch import launch
 from glalm.kernels.triton.launch_configs import architecture
-from glalm.kernels.triton.saved import padded
+from glalm.kernels.triton.saved import padded_head_size
 
-TILE = 8192  # weights of one matrix a program holds
+WEIGHTS_PER_PROGRAM = 8192  # of one matrix
 
 
 def matvec(
@@ -27,20 +27,27 @@ def matvec(
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> list[Tensor]:
-    """y_i = W_i f(x) for x [K] and W_i [N_i, K] of the same dtype, in which the results are, from float32 sums.
+    """Return y_i = W_i f(x) for each of up to five matrices, summed in float32, in x's dtype.
 
-    f: with norm [G], an RMSNorm over each G channels of x (all of them, or G and K powers of two); with gate [K], times
-    silu(gate). Of one matrix: + residual. swiglu: silu(W_0 f(x)) * (W_1 f(x)), one result.
+    Args:
+        x: [K]
+        weights: W_i [N_i, K], of x's dtype
+        norm: [G] weights of an RMSNorm over each G channels of x, the first part of f; G is K, or G and K are powers of
+            two
+        eps: of the RMSNorm
+        gate: [K]; f then multiplies by silu(gate)
+        residual: [N_0], added to the result of a single matrix
+        swiglu: return the one result silu(W_0 f(x)) * (W_1 f(x)) instead
     """
     K = len(x)
-    KP = padded(K)
-    rows = max(1, min(64, TILE // KP))
+    KP = padded_head_size(K)
+    rows = max(1, min(64, WEIGHTS_PER_PROGRAM // KP))
     sizes = [len(w) for w in weights[: 1 if swiglu else 5]]
     results = [torch.empty(N, device=x.device, dtype=x.dtype) for N in sizes]
     none = [None] * (5 - len(weights))
     args = x, norm, gate, *weights, *none, *results, *([None] * (5 - len(results))), residual, eps
     sizes += [0] * (5 - len(sizes))
-    pdl = dependent_launch(x.device)
+    pdl = supports_dependent_launch(x.device)
     constants = dict(
         K=K, KP=KP, G=KP if norm is None or len(norm) == K else len(norm), BN=rows, N0=sizes[0], N1=sizes[1],
         N2=sizes[2], N3=sizes[3], N4=sizes[4], SWIGLU=swiglu, PDL=pdl,
@@ -51,8 +58,8 @@ def matvec(
     return results
 
 
-def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one it waits for has ended."""
+def supports_dependent_launch(device: torch.device) -> bool:
+    """Return whether the device can start a kernel before the preceding one has ended."""
     return device.type == "cuda" and architecture(device) >= 9
 
 
@@ -73,8 +80,8 @@ def matvec_kernel(
     K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN rows of the matrix that its number falls to."""
-    E0: tl.constexpr = (N0 + BN - 1) // BN  # the first program beyond each matrix
+    """Compute BN rows of one matrix in each program. Programs are numbered through all matrices in order."""
+    E0: tl.constexpr = (N0 + BN - 1) // BN  # E_i is the first program beyond matrix i.
     E1: tl.constexpr = E0 + (N1 + BN - 1) // BN
     E2: tl.constexpr = E1 + (N2 + BN - 1) // BN
     E3: tl.constexpr = E2 + (N3 + BN - 1) // BN
@@ -99,7 +106,7 @@ def matvec_kernel(
     kk = tl.arange(0, KP)
     z = tl.load(x + kk, mask=kk < K, other=0).to(tl.float32)
     if norm is not None:
-        z = normalised(z, eps, K, KP, G) * tl.load(norm + kk % G, mask=kk < K, other=0).to(tl.float32)
+        z = normalize_groups(z, eps, K, KP, G) * tl.load(norm + kk % G, mask=kk < K, other=0).to(tl.float32)
     if gate is not None:
         r = tl.load(gate + kk, mask=kk < K, other=0).to(tl.float32)
         z *= r * tl.sigmoid(r)
@@ -122,8 +129,8 @@ def matvec_kernel(
 
 
 @triton.jit
-def normalised(z, eps, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr):
-    """z over its root mean square, in groups of G channels, or all K of them."""
+def normalize_groups(z, eps, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr):
+    """Divide z by its root mean square, over each group of G channels or over all K of them (G == KP)."""
     if G == KP:
         z = z * tl.rsqrt(tl.sum(z * z, axis=0) / K + eps)
     else:

@@ -1,4 +1,4 @@
-"""The recurrence token by token, each program a block of columns of one head's state: read once, written once."""
+"""The recurrence token by token, for decoding. Each state is read once and written once."""
 
 import torch
 import triton
@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.saved import padded
+from glalm.kernels.triton.saved import padded_head_size
 
-TILE = 4096  # numbers of the state a program holds: 32 a thread, and programs enough for a batch of one
+# A program holds this many numbers of a state: 32 for each thread, and enough programs for a batch of one.
+STATE_NUMBERS_PER_PROGRAM = 4096
 
 
 def forward(
@@ -21,16 +22,21 @@ def forward(
     final_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """q, k: [B, T, H, K]; v: [B, T, H, V]; g: [B, T, H, K], [B, T, H], [H] or None; states: float32 [N, H, K, V].
+    """Return o, shaped like v, and write the final states to `final_state` where it is not None.
 
-    Returns o as v and fills final_state, which is contiguous and may be initial_state.
+    Args:
+        q, k: [B, T, H, K]
+        v: [B, T, H, V]
+        g: log gates [B, T, H, K], [B, T, H], [H], or None
+        initial_state, final_state: float32 [N, H, K, V]; final_state is contiguous and may be initial_state itself
     """
-    given = q, k, v, g, initial_state, cu_seqlens
-    q, k, v, g, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in given)
-    (B, T, H, K), V = q.shape, v.shape[-1]
+    inputs = q, k, v, g, initial_state, cu_seqlens
+    q, k, v, g, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in inputs)
+    B, T, H, K = q.shape
+    V = v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    KP = padded(K)
-    BV = columns(KP, V)
+    KP = padded_head_size(K)
+    BV = columns_per_program(KP, V)
     o = torch.empty_like(v)
     gate = "none" if g is None else {4: "channel", 3: "head", 1: "fixed"}[g.dim()]
     args = q, k, v, g, o, initial_state, final_state, cu_seqlens, scale, T
@@ -39,9 +45,9 @@ def forward(
     return o
 
 
-def columns(KP: int, V: int) -> int:
-    """How many columns of a state a program holds."""
-    return max(4, min(64, TILE // KP, triton.next_power_of_2(V)))
+def columns_per_program(KP: int, V: int) -> int:
+    """Return how many columns of a state a program holds."""
+    return max(4, min(64, STATE_NUMBERS_PER_PROGRAM // KP, triton.next_power_of_2(V)))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,7 +55,10 @@ def recurrent_kernel(
     q, k, v, g, o, initial, final, cu_seqlens, scale, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BV columns of the state of one head of one sequence. initial and final may be None, or the same."""
+    """Update BV columns of one head's state through one sequence in each program.
+
+    initial and final may be None, or the same buffer.
+    """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     head = (tl.program_id(0) // BLOCKS).to(tl.int64)
     n, h = head // H, head % H

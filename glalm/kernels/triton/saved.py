@@ -1,4 +1,4 @@
-"""What the forward pass makes for both passes: every kernel after prepare.py and head_gate.py works on this."""
+"""What the forward pass of chunk_gla computes for the scan and saves for the backward pass."""
 
 from typing import NamedTuple
 
@@ -6,61 +6,79 @@ import torch
 import triton
 from torch import Tensor
 
-from glalm.kernels.triton.launch_configs import Launch, config_for, multiprocessors
-from glalm.kernels.triton.tiles import CHUNK, chunk_count
+from glalm.kernels.triton.launch_configs import LaunchConfig, config_for, multiprocessors
+from glalm.kernels.triton.tiles import CHUNK, count_chunks
 
 
-class Kept(NamedTuple):
-    """Indexed by tile, a chunk and a head. KP: K padded to a power of two."""
+class SavedForBackward(NamedTuple):
+    """Buffers indexed by tile (one chunk of one head). KP is K padded to a power of two.
 
-    q: Tensor  # q_hat [tiles, CHUNK, KP]
-    k: Tensor
-    scores: Tensor  # A [tiles, 1 or 2, CHUNK, CHUNK]; second, for the backward pass, what rounding took from it
-    decay: Tensor  # float32; one gate a key channel: half [tiles, KP]; one a head: exp(total) [tiles]
-    exact: Tensor  # int32 [tiles], one gate a key channel: whether the chunk takes the pairwise path
-    starts: Tensor  # float32 [B, segments, H, K, V], the states they start from; of one segment or packed ones none
+    With one gate a key channel, `decay` is exp(total / 2) for each channel of each tile (see rescale.py). With one gate
+    a head, it is exp(total) for each tile, and `pairwise_marks` is empty.
+    """
+
+    q_hat: Tensor  # [tiles, CHUNK, KP]
+    k_hat: Tensor  # [tiles, CHUNK, KP]
+    scores: Tensor  # [tiles, 1 or 2, CHUNK, CHUNK]; the second part is the residual of rounding the first to bfloat16
+    decay: Tensor  # float32 [tiles, KP] or [tiles]
+    pairwise_marks: Tensor  # int32 [tiles], 1 where the chunk takes the pairwise path
+    segment_starts: Tensor  # float32 [B, segments, H, K, V]; empty with one segment or packed sequences
 
 
-def shapes(
-    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, low: bool
-) -> list[tuple[tuple, torch.dtype]]:
-    """Shape and dtype of each, from shapes alone. low: keep A in two parts, where the second is not 0."""
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    chunks = chunk_count(B, T, cu_seqlens)
-    tiles, cut = chunks * H, 1
+def saved_shapes(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, with_residual: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each field of SavedForBackward, without reading a value.
+
+    With `with_residual`, bfloat16 scores have two parts; float32 scores need no second one.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    KP = padded_head_size(K)
+    dtype = operand_dtype(q)
+    chunks = count_chunks(B, T, cu_seqlens)
+    tiles = chunks * H
+    segments = 1
     if cu_seqlens is None:
-        config = config_for(q.device, padded(K), padded(V), operands(q).itemsize * 8)
-        cut = segment_count(config.forward, B, H, V, chunks, q.device)
-    KP, dtype, a_head = padded(K), operands(q), per_head(g)
+        config = config_for(q.device, KP, padded_head_size(V), dtype.itemsize * 8)
+        segments = count_segments(config.scan_forward, B, H, V, chunks, q.device)
+    score_parts = 2 if with_residual and dtype == torch.bfloat16 else 1
+    gate_per_head = has_gate_per_head(g)
     return [
         ((tiles, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),
-        ((tiles, 2 if low and dtype == torch.bfloat16 else 1, CHUNK, CHUNK), dtype),
-        ((tiles,) if a_head else (tiles, KP), torch.float32),
-        ((0,) if a_head else (tiles,), torch.int32),
-        ((0,) if cut == 1 else (B, cut, H, K, V), torch.float32),
+        ((tiles, score_parts, CHUNK, CHUNK), dtype),
+        ((tiles,) if gate_per_head else (tiles, KP), torch.float32),
+        ((0,) if gate_per_head else (tiles,), torch.int32),
+        ((0,) if segments == 1 else (B, segments, H, K, V), torch.float32),
     ]
 
 
-def segment_count(config: Launch, sequences: int, H: int, V: int, chunks: int, device: torch.device) -> int:
-    """What a scan cuts each sequence into: as many as give each multiprocessor eight warps, but none shorter than four
-    chunks on average."""
+def count_segments(config: LaunchConfig, sequences: int, H: int, V: int, chunks: int, device: torch.device) -> int:
+    """Return how many segments the scan cuts each sequence into.
+
+    Enough segments to give each multiprocessor eight warps, but at least four chunks a segment on average.
+    """
     programs = sequences * H * triton.cdiv(V, config.tile["BV"])
-    slots = multiprocessors(device) * max(1, 8 // config.warps)
-    return max(1, min(slots // max(1, programs), chunks // max(1, sequences) // 4))
+    programs_at_once = multiprocessors(device) * max(1, 8 // config.warps)
+    chunks_per_sequence = chunks // max(1, sequences)
+    return max(1, min(programs_at_once // max(1, programs), chunks_per_sequence // 4))
 
 
-def per_head(g: Tensor | None) -> bool:
-    """Whether the kernels of head_gate.py serve this gate: one a head, or none."""
+def has_gate_per_head(g: Tensor | None) -> bool:
+    """Return whether the kernels in head_gate.py serve this gate: one gate a head, or none."""
     return g is None or g.dim() < 4
 
 
-def operands(q: Tensor) -> torch.dtype:
-    """The dtype of the matmuls' operands. float16 has too few exponents for the rescaled ones, tf32 has its mantissa
-    and float32's exponents."""
+def operand_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of the matmuls' operands: bfloat16 for bfloat16 inputs, else float32.
+
+    float16 has too small a range for the rescaled operands. As float32 on tensor cores (tf32) they keep float16's
+    mantissa and gain float32's range.
+    """
     return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
-def padded(n: int) -> int:
-    """A head size as the kernels' tiles have it."""
+def padded_head_size(n: int) -> int:
+    """Return a head size rounded up to a power of two of at least 16, as the kernels' tiles need it."""
     return max(16, triton.next_power_of_2(n))

@@ -1,44 +1,51 @@
-"""The pass over the chunks of a sequence that carries the state on chip.
+"""The pass over the chunks of a sequence, which carries the state in registers.
 
-Forward in time (W = v, X = q_hat, Y = k_hat) it makes o and the states; backward in time (W = do, X = k_hat,
-Y = q_hat, A transposed) the same lines make dv and the gradients of the states:
+Forward in time (W = v, X = q_hat, Y = k_hat) it computes o and the states. Backward in time (W = do, X = k_hat, Y =
+q_hat, A transposed) the same lines compute dv and the gradients of the states. With one gate a key channel:
 
-    S_hat = half * S;  out = X S_hat + A W;  S = half * (S_hat + Y^T W)
+    S_hat = half_decay * S;  out = X S_hat + A W;  S = half_decay * (S_hat + Y^T W)
 
-That is for one gate a key channel. One gate a head needs no reference half way (see head_gate.py); then it is
+With one gate a head (see head_gate.py):
 
     out = X S + A W;  S = exp(total) S + Y^T W
 
-One program holds S^T [BV, K] of one head in float32 registers, so that S^T is the left operand of a matmul as it is.
+A program holds S^T [BV, KP] of one head in float32 registers, the layout in which S^T is the left operand of a matmul.
 """
 
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.tiles import chunk_rows, dot, prefetch_tile, sequence_chunks
+from glalm.kernels.triton.tiles import chunks_of_sequence, dot_add, locate_chunk, prefetch_tile
 
 
 @triton.jit(do_not_specialize=["N", "T", "segments"])
 def scan_kernel(
-    x, y, w, scores, shrink, out, states, initial, final, decay, cu_seqlens, offsets, owners, N, T, segments,
+    x, y, w, scores, decay, out, states, initial, final, segment_decay, cu_seqlens, offsets, owners, N, T, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PARTS: tl.constexpr, A_PARTS: tl.constexpr, HEAD: tl.constexpr,
+    C: tl.constexpr, STORE_BANDS: tl.constexpr, SCORE_PARTS: tl.constexpr, GATE_PER_HEAD: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One program: BV columns of one head's state, through one segment (a run of chunks) of one sequence.
+    """Carry BV columns of one head's state through one segment (a run of chunks) of one sequence in each program.
 
-    shrink: half [tiles, K], or with HEAD exp(total) [tiles], None where nothing is forgotten. A_PARTS: scores has A in
-    so many parts; the second is used backward in time, where the accuracy of dv hangs on it. x, y, scores and states
-    are tensor descriptors: the copy engine needs no registers for addresses, S takes them all.
-    out, states, initial, final and decay may be None. initial and final: float32 [N, segments, H, K, V];
-    decay: float32 [N, segments, H, KP], the factor by which the segment shrinks the state it starts from;
-    states: [chunks * H * VP, KP], S_hat^T of every chunk, all VP rows of it: gradients.py reads what pads V too.
+    Inputs:
+        x, y: [tiles, C, KP]; w: v or do, [B, T, H, V]
+        scores: A in SCORE_PARTS parts; the second part is used backward in time, where dv's accuracy depends on it
+        decay: half_decay [tiles, KP]; with GATE_PER_HEAD exp(total) [tiles]; None without a gate
+        initial: float32 [N, segments, H, K, V] or None for zeros
+    Outputs, each may be None:
+        out: [B, T, H, V]
+        states: [tiles * VP, KP], S_hat^T of every tile with its padding, which gradients.py reads too
+        final: float32 [N, segments, H, K, V]
+        segment_decay: float32 [N, segments, H, KP], the factor by which the segment multiplies its initial state
+
+    x, y, scores and states are tensor descriptors: the copy engine computes addresses without registers, and the state
+    needs them all.
     """
     BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
     pid = tl.program_id(0)
     block, head = pid % BLOCKS, (pid // BLOCKS).to(tl.int64)
     h, segment, n = head % H, (head // H) % segments, head // H // segments
-    first, count = sequence_chunks(n, T, offsets, C)
+    first, count = chunks_of_sequence(n, T, offsets, C)
     each = tl.cdiv(count, segments)
     begin = tl.minimum((segment * each).to(tl.int32), count)
     end = tl.minimum(begin + each, count)
@@ -57,71 +64,75 @@ def scan_kernel(
         at = (begin + end - 1 - i) if REVERSE else i
         chunk = (first + at).to(tl.int64)
         tile = chunk * H + h
-        row, rows = chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C)
+        row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
         rc = (tile * C).to(tl.int32)
-        if HEAD:
-            factor = 1.0 if shrink is None else tl.load(shrink + tile)
+        if GATE_PER_HEAD:
+            factor = 1.0 if decay is None else tl.load(decay + tile)
         else:
-            factor = tl.load(shrink + tile * KP + kk)
+            factor = tl.load(decay + tile * KP + kk)
             last = tile + (H if REVERSE else -H)
-            owed = tl.load(shrink + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
+            pending_decay = tl.load(decay + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
         p = (row + t)[:, None] * H * V + h * V + vv[None, :]
         mask = (t < rows)[:, None] & (vv < V)[None, :]
-        if PREFETCH:  # noqa: SIM102 (known when compiling)
+        if PREFETCH:  # noqa: SIM102 (a compile-time condition)
             if i + 1 < end:
-                ahead, there = chunk_rows(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
+                ahead, there = locate_chunk(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
                 prefetch_tile(w + ahead * H * V + h * V + block * BV, H * V, there, V - block * BV, C, BV)
         w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
         y_tile = y.load([rc, 0])
-        if not HEAD:
-            S *= (owed * factor)[None, :]
-        if decay is not None:
-            product *= factor if HEAD else factor * factor
+        if not GATE_PER_HEAD:
+            S *= (pending_decay * factor)[None, :]
+        if segment_decay is not None:
+            product *= factor if GATE_PER_HEAD else factor * factor
         S_hat = S.to(y.dtype)
         if states is not None:
-            store_rows(states, (tile * VP + block * BV).to(tl.int32), 0, S_hat, PARTS)
+            store_in_bands(states, (tile * VP + block * BV).to(tl.int32), 0, S_hat, STORE_BANDS)
         if out is not None:
             x_tile = x.load([rc, 0])
-            ra = rc * A_PARTS
+            ra = rc * SCORE_PARTS
             a = scores.load([ra, 0])
-            o = dot(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
-            o = dot(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
-            if REVERSE and A_PARTS == 2:
+            o = dot_add(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
+            o = dot_add(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
+            if REVERSE and SCORE_PARTS == 2:
                 a = scores.load([ra + C, 0])
-                o = dot(w_tile, a, o, PRECISION)
+                o = dot_add(w_tile, a, o, PRECISION)
             tl.store(out + p, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
-        if HEAD:
+        if GATE_PER_HEAD:
             S *= factor
-        S = dot(w_tile, y_tile, S, PRECISION)
+        S = dot_add(w_tile, y_tile, S, PRECISION)
 
     if final is not None:
-        if not HEAD:
+        if not GATE_PER_HEAD:
             last = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
-            S *= tl.load(shrink + last * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
+            S *= tl.load(decay + last * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
         tl.store(final + state, S, mask=inside)
-    if decay is not None:  # noqa: SIM102 (None is known when compiling, block is not)
+    if segment_decay is not None:  # noqa: SIM102 (a compile-time condition, unlike the next one)
         if block == 0:
-            tl.store(decay + ((n * segments + segment) * H + h) * KP + kk, product)
+            tl.store(segment_decay + ((n * segments + segment) * H + h) * KP + kk, product)
 
 
 @triton.jit
-def store_rows(descriptor, row, column, x, PARTS: tl.constexpr):
-    """Store x in PARTS bands of columns, so that one band's worth of shared memory is enough on the way."""
-    if PARTS == 1:
+def store_in_bands(descriptor, row, column, x, STORE_BANDS: tl.constexpr):
+    """Store x in STORE_BANDS bands of columns, so that shared memory holds one band at a time."""
+    if STORE_BANDS == 1:
         descriptor.store([row, column], x)
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-        store_rows(descriptor, row, column, left, PARTS // 2)
-        store_rows(descriptor, row, column + x.shape[1] // 2, right, PARTS // 2)
+        store_in_bands(descriptor, row, column, left, STORE_BANDS // 2)
+        store_in_bands(descriptor, row, column + x.shape[1] // 2, right, STORE_BANDS // 2)
 
 
 @triton.jit(do_not_specialize=["segments"])
-def join_kernel(
-    local, decay, initial, final, segments,
+def join_segments_kernel(
+    local, segment_decay, initial, final, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """From each segment's end state when started from zero, in place: the state that it really starts from."""
+    """Replace each segment's final state, computed from a zero initial state, by its true initial state.
+
+    local: float32 [N, segments, H, K, V], overwritten; segment_decay: float32 [N, segments, H, KP]. `final` receives
+    the state after the last segment. One program handles BK x BV numbers of one head's state.
+    """
     pid = tl.program_id(0)
     vv = pid % (VP // BV) * BV + tl.arange(0, BV)
     pid = pid // (VP // BV)
@@ -135,8 +146,8 @@ def join_kernel(
         S = tl.load(initial + head * K * V + p, mask=mask, other=0)
     for i in range(segments):
         s = (n * segments + (segments - 1 - i if REVERSE else i)) * H + h
-        ends = tl.load(local + s * K * V + p, mask=mask, other=0)
+        local_end = tl.load(local + s * K * V + p, mask=mask, other=0)
         tl.store(local + s * K * V + p, S, mask=mask)
-        S = S * tl.load(decay + s * KP + kk, mask=kk < K, other=0)[:, None] + ends
+        S = S * tl.load(segment_decay + s * KP + kk, mask=kk < K, other=0)[:, None] + local_end
     if final is not None:
         tl.store(final + head * K * V + p, S, mask=mask)

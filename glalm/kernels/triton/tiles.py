@@ -1,7 +1,7 @@
-"""What every kernel here shares: the chunk a program works on, matmuls in the right precision, running sums.
+"""Building blocks shared by the kernels: finding a chunk, loading and storing tiles, matmuls in the right precision.
 
-A chunk is CHUNK consecutive tokens of one sequence (fewer at its end). Chunks are numbered through all sequences in
-order; a tile that belongs to a chunk and a head is stored at index chunk * H + head.
+A chunk is CHUNK consecutive tokens of one sequence; the last chunk of a sequence may be shorter. Chunks are numbered
+through all sequences in order. The tile of a chunk and a head is stored at index chunk * H + head.
 """
 
 import functools
@@ -14,27 +14,28 @@ from torch import Tensor
 
 CHUNK = 64
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-104.0)  # exp(-104) is 0 in float32: a lower gate is the same gate, -inf included
+# exp(-104) is 0 in float32, so clamping log gates at -104 changes nothing and makes -inf finite.
+MIN_LOG_GATE = tl.constexpr(-104.0)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def chunk_count(B: int, T: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks in all; with cu_seqlens an upper bound, since its values are the device's alone."""
+def count_chunks(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of chunks. With cu_seqlens it is an upper bound, because its values are on the device."""
     return B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
 
 
 class Chunks(NamedTuple):
-    """Where the chunks are. Packed sequences (cu_seqlens) are looked up on the device: the host knows only a bound."""
+    """The chunks of a batch. For packed sequences, kernels look up a chunk's tokens in tables on the device."""
 
     sequences: int  # N
-    count: int  # see chunk_count
+    count: int  # number of chunks, or an upper bound (see count_chunks)
     cu_seqlens: Tensor | None = None  # [N + 1]
     offsets: Tensor | None = None  # [N + 1], first chunk of each sequence
-    owners: Tensor | None = None  # [count], sequence of each chunk; N where the bound was not reached
+    owners: Tensor | None = None  # [count], sequence of each chunk; N for chunks beyond the last
 
     @classmethod
-    def of(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "Chunks":
-        count = chunk_count(B, T, cu_seqlens)
+    def locate(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "Chunks":
+        count = count_chunks(B, T, cu_seqlens)
         if cu_seqlens is None:
             return cls(B, count)
         N = len(cu_seqlens) - 1
@@ -45,13 +46,13 @@ class Chunks(NamedTuple):
         return cls(N, count, cu_seqlens, offsets, owners)
 
     @property
-    def table(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def device_tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.cu_seqlens, self.offsets, self.owners
 
 
 @triton.jit
-def chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C: tl.constexpr):
-    """First row of a chunk among the B * T rows, and how many rows it has (0 for a chunk that does not exist)."""
+def locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C: tl.constexpr):
+    """Return the first of the chunk's rows among all B * T rows, and their number (0 if the chunk does not exist)."""
     if cu_seqlens is None:
         per = tl.cdiv(T, C)
         row = (chunk // per) * T + (chunk % per) * C
@@ -65,8 +66,8 @@ def chunk_rows(chunk, N, T, cu_seqlens, offsets, owners, C: tl.constexpr):
 
 
 @triton.jit
-def sequence_chunks(n, T, offsets, C: tl.constexpr):
-    """First chunk of sequence n, and how many it has."""
+def chunks_of_sequence(n, T, offsets, C: tl.constexpr):
+    """Return the first chunk of sequence n, and the sequence's number of chunks."""
     if offsets is None:
         count = tl.cdiv(T, C)
         first = n * count
@@ -78,20 +79,21 @@ def sequence_chunks(n, T, offsets, C: tl.constexpr):
 
 @triton.jit
 def load_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
-    """Tile [R, C] at x, zero from `rows` and `cols` on."""
+    """Load a tile [R, C] at x, with zeros from row `rows` and column `cols` on."""
     i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
     return tl.load(x + i * stride + j, mask=(i < rows) & (j < cols), other=0)
 
 
 @triton.jit
 def store_tile(x, stride, rows, cols, tile):
+    """Store the first `rows` rows and `cols` columns of a tile at x, in x's dtype."""
     i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     tl.store(x + i * stride + j, tile.to(x.dtype.element_ty), mask=(i < rows) & (j < cols))
 
 
 @triton.jit
 def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
-    """Has what load_tile would load brought into the L2 cache, and does not wait for it."""
+    """Start bringing the tile that load_tile would load into the L2 cache, without waiting for it."""
     if not _INTERPRETED:
         LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = (C + LINE - 1) // LINE
@@ -103,16 +105,19 @@ def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def any_marked(marks, count, BLOCKS: tl.constexpr, EACH: tl.constexpr):
-    """Whether there is work for a program that looks after items id, id + programs, ... of `count`, EACH in all, where
-    BLOCKS items in turn share a mark."""
-    items = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, EACH)
+def any_marked(marks, count, BLOCKS: tl.constexpr, ITEMS: tl.constexpr):
+    """Return whether any of this program's items is marked.
+
+    The program owns the items id, id + programs, id + 2 * programs, ... below `count`, ITEMS of them.
+    BLOCKS consecutive items share one mark.
+    """
+    items = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, ITEMS)
     return tl.max(tl.load(marks + items // BLOCKS, mask=items < count, other=0).to(tl.uint32), 0) != 0
 
 
 @triton.jit
-def exp2(x):
-    """2^x with denormal results flushed to 0: a third of the instructions of tl.exp2."""
+def flushed_exp2(x):
+    """Return 2^x with denormal results flushed to 0, in a third of the instructions of tl.exp2."""
     if _INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
@@ -121,104 +126,117 @@ def exp2(x):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b with a float32 accumulator; PRECISION matters to float32 operands only: "tf32", or "tf32x3",
-    three of these on tensor cores with nearly the error of IEEE float32."""
-    if _INTERPRETED:  # its matmul knows no bfloat16
+def dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a b in float32.
+
+    PRECISION concerns float32 operands only: "tf32", or "tf32x3", which is three tf32 products with nearly the error
+    of IEEE float32.
+    """
+    if _INTERPRETED:  # The interpreter's matmul does not support bfloat16.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def split(x):
-    """float32 x as its leading 8 bits, which a bfloat16 holds, and the rest."""
+def split_bfloat16(x):
+    """Return float32 x as its leading 8 bits, which fit a bfloat16 exactly, and the remainder."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return high, x - high
 
 
 @triton.jit
-def to_tf32(x):
-    """float32 x rounded to the 10 bits of a tf32, which the tensor cores would cut off instead."""
+def round_to_tf32(x):
+    """Round float32 x to tf32's 10 bits of mantissa; the tensor cores would truncate instead."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def precise_dot(a_high, a_low, x, acc, PRECISION: tl.constexpr):
-    """acc + a x for a in two parts (see split) and float32 x, to twice the bits of a bfloat16; a_low is unused else."""
+def dot_add_both_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
+    """Return acc + a x to twice the bits of a bfloat16, for a = a_high + a_low and float32 x.
+
+    If a_high is float32, a_low is ignored.
+    """
     if a_high.dtype == tl.bfloat16:
-        high, low = split(x)
+        high, low = split_bfloat16(x)
         high = high.to(tl.bfloat16)
-        acc = dot(a_high, high, acc, PRECISION)
-        acc = dot(a_high, low.to(tl.bfloat16), acc, PRECISION)
-        acc = dot(a_low, high, acc, PRECISION)
+        acc = dot_add(a_high, high, acc, PRECISION)
+        acc = dot_add(a_high, low.to(tl.bfloat16), acc, PRECISION)
+        acc = dot_add(a_low, high, acc, PRECISION)
     else:
-        acc = dot(a_high, x, acc, PRECISION)
+        acc = dot_add(a_high, x, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def two_part_dot(a_high, a_low, x, acc, PRECISION: tl.constexpr):
-    """acc + a x for a in two parts and an x that needs no more bits than it has; a_low is unused for float32."""
-    acc = dot(a_high, x, acc, PRECISION)
+def dot_add_left_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
+    """Return acc + a x for a = a_high + a_low and an x that its own dtype represents exactly.
+
+    If a_high is float32, a_low is ignored.
+    """
+    acc = dot_add(a_high, x, acc, PRECISION)
     if a_high.dtype == tl.bfloat16:
-        acc = dot(a_low, x, acc, PRECISION)
+        acc = dot_add(a_low, x, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def parts_of(x, dtype: tl.constexpr):
-    """float32 x as its rounding to dtype and what that took from it."""
+def round_in_two(x, dtype: tl.constexpr):
+    """Return float32 x rounded to `dtype`, and the rounding error in `dtype`."""
     high = x.to(dtype)
     return high, (x - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def log_gates(x, inverse, LOGITS: tl.constexpr):
-    """Natural log gates, at least FLOOR, from what was given: these, or logits of gates logsigmoid(x) * inverse."""
+def compute_log_gates(x, inv_normalizer, FROM_LOGITS: tl.constexpr):
+    """Return natural log gates of at least MIN_LOG_GATE.
+
+    x holds log gates or, with FROM_LOGITS, logits l of the log gate logsigmoid(l) * inv_normalizer.
+    """
     x = x.to(tl.float32)
-    if LOGITS:
-        x = (tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))) * inverse
-    return tl.maximum(x, FLOOR, tl.PropagateNan.ALL)  # NaN goes on, as through any arithmetic
+    if FROM_LOGITS:
+        x = (tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))) * inv_normalizer
+    return tl.maximum(x, MIN_LOG_GATE, tl.PropagateNan.ALL)
 
 
 @triton.jit
-def gate_slope(x, inverse):
-    """d log gate / d logit."""
-    return inverse / (1 + tl.exp(x.to(tl.float32)))
+def gate_derivative(x, inv_normalizer):
+    """Return the derivative of the log gate by its logit."""
+    return inv_normalizer / (1 + tl.exp(x.to(tl.float32)))
 
 
 @triton.jit
-def store_parts(x, tile, C: tl.constexpr, LOW: tl.constexpr):
-    """Store a tile [C, C] as its rounding to x's type and, where LOW, what that took from it, one after the other."""
-    high, low = parts_of(tile, x.dtype.element_ty)
+def store_in_parts(x, tile, C: tl.constexpr, WITH_RESIDUAL: tl.constexpr):
+    """Store a tile [C, C] rounded to x's dtype and, behind it, the rounding error where WITH_RESIDUAL."""
+    high, low = round_in_two(tile, x.dtype.element_ty)
     store_tile(x, C, C, C, high)
-    if LOW:
+    if WITH_RESIDUAL:
         store_tile(x + C * C, C, C, C, low)
 
 
 @functools.cache
-def signs(device: torch.device) -> Tensor:
-    """[2, CHUNK, CHUNK] bfloat16: 1 on and below the diagonal and -1 above; then 1 on and above it and 0 below.
+def triangular_masks(device: torch.device) -> Tensor:
+    """Return two matrices whose products with a tile are running sums over a chunk, bfloat16 [2, CHUNK, CHUNK].
 
-    Running sums over a chunk are matmuls with these; loading them costs less than making them in registers.
+    The first has 1 on and below the diagonal and -1 above it, the second 1 on and above the diagonal and 0 below it.
+    Loading them costs less than computing them in registers.
     """
-    below = torch.ones(CHUNK, CHUNK, device=device).tril()
-    return torch.stack([2 * below - 1, below.T]).bfloat16()
+    lower = torch.ones(CHUNK, CHUNK, device=device).tril()
+    return torch.stack([2 * lower - 1, lower.T]).bfloat16()
 
 
 @triton.jit
 def exact_dot(a, b, PARTS: tl.constexpr):
-    """a b on tensor cores, where one is a small-integer bfloat16 matrix: the other, float32, is cut into PARTS bfloat16
-    parts.
+    """Return a b computed on tensor cores, where one operand holds small integers in bfloat16.
 
-    One part is exact for what was a bfloat16, three for any float32.
+    The other operand is float32 and is split into PARTS bfloat16 parts: one part is exact if it holds bfloat16 values,
+    three parts are exact for any float32.
     """
     acc = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
     for _ in tl.static_range(PARTS - 1):
         if a.dtype == tl.float32:
-            part, a = split(a)
-            acc = dot(part.to(tl.bfloat16), b, acc, "ieee")
+            part, a = split_bfloat16(a)
+            acc = dot_add(part.to(tl.bfloat16), b, acc, "ieee")
         else:
-            part, b = split(b)
-            acc = dot(a, part.to(tl.bfloat16), acc, "ieee")
-    return dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, "ieee")
+            part, b = split_bfloat16(b)
+            acc = dot_add(a, part.to(tl.bfloat16), acc, "ieee")
+    return dot_add(a.to(tl.bfloat16), b.to(tl.bfloat16), acc, "ieee")

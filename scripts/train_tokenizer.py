@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from glalm.prepare.pipeline import HELD_OUT, training_texts
-from glalm.prepare.progress import PreparationBar
+from glalm.prepare.encode import HELD_OUT
 from glalm.prepare.sources import describe_skipped_files, open_source
-from glalm.prepare.vocabulary import train_sentencepiece
+from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
+from glalm.progress import ProgressBar
 
 
 def main() -> int:
@@ -29,11 +29,11 @@ def main() -> int:
         inputs = [i for s in sources for i in s.inputs]
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         held_out = {split: getattr(args, split) for split in HELD_OUT}
-        with PreparationBar() as bar:
-            if said := describe_skipped_files(sources):
-                bar.say(said)
-            bar.start("reading", sum(i.size for i in inputs))
-            texts = training_texts(inputs, held_out, args.text_field, bar)
+        with ProgressBar() as bar:
+            skipped = describe_skipped_files(sources)
+            if skipped:
+                bar.log(skipped)
+            texts = read_training_texts(inputs, held_out, args.text_field, bar)
             model = train_sentencepiece(
                 texts, args.out, args.vocab_size, model_type=args.type, max_bytes=args.sample_mb * 10**6
             )

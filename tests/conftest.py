@@ -1,12 +1,20 @@
 import dataclasses
 import json
+import keyword
+import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
+
+settings.register_profile("no_deadline", deadline=None)  # A busy machine must not fail a test.
+settings.load_profile("no_deadline")
+
+WORDS = [*keyword.kwlist, "(a, b):", "'quoted'", "# comment", "==", "2024", "äöü"]
 
 
 def pytest_collection_modifyitems(items):
@@ -22,11 +30,11 @@ def token_folder(tmp_path_factory):
     """A small prepared set: 200 documents of a made-up language in which each word predicts the next."""
     from glalm.prepare.pipeline import prepare_data
 
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
     def document(i: int) -> str:
-        start, length = random.integers(len(words)), random.integers(40, 120)
+        start, length = generator.integers(len(words)), generator.integers(40, 120)
         return " ".join(words[(start + j * (1 + i % 2)) % len(words)] for j in range(length))
 
     folder = tmp_path_factory.mktemp("data")
@@ -71,3 +79,55 @@ def change():
         return config
 
     return replaced
+
+
+def make_text(seed: float, lines: int) -> str:
+    """Return lines that look like Python, the same ones for a seed."""
+    rng = random.Random(seed)
+    return "".join(f"{'    ' * rng.randrange(4)}{' '.join(rng.choices(WORDS, k=5))}\n" for _ in range(lines))
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Texts of 60 documents of 1 to 60 lines."""
+    return [make_text(seed, lines=seed + 1) for seed in range(60)]
+
+
+@pytest.fixture(scope="session")
+def corpus(texts, tmp_path_factory):
+    """A .jsonl file of these texts."""
+    path = tmp_path_factory.mktemp("texts") / "corpus" / "texts.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory):
+    """A small prepared set, with several shards for each split. Tests read it and change only copies of it."""
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    from glalm.prepare.pipeline import prepare_data
+
+    prepare_data([corpus], out, vocab_size=400, shard_tokens=1000, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def hugging_face(texts, tmp_path_factory):
+    """The folder of a byte-level Hugging Face tokenizer with a length limit and special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>", "<s></s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    model.enable_truncation(16)
+    folder = tmp_path_factory.mktemp("hugging_face")
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>").save_pretrained(folder)
+    return folder

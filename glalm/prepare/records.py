@@ -1,8 +1,8 @@
-"""What is in a file: records, read in memory that does not grow with the file; and the document in a record.
+"""Read files into records, and turn a record into a document.
 
-Reading is done by one process and understanding by many, so a record is what is cheap to pass on: the bytes of a JSON
-line or of a text file, or the row of a table. What cannot be read is a record too, a Broken one, so that documents
-and failures are counted in one place.
+Files are read by one process, and records are parsed by many. So a record is what is cheap to send to another process:
+a JSON line or a text file as bytes, or a row of a table as a dict. What cannot be read becomes a `BadRecord`, so that
+documents and failures are counted in one place. Memory does not grow with the size of a file.
 """
 
 import gzip
@@ -15,204 +15,252 @@ from typing import IO, Any
 
 import zstandard
 
-TEXT = (".txt", ".md", ".py")  # one document a file
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # one document a line
-TABLES = (".parquet", ".arrow")  # one document a row
+TEXT = (".txt", ".md", ".py")  # one document per file
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # one document per line
+TABLES = (".parquet", ".arrow")  # one document per row
 SUFFIXES = (*TEXT, *JSONL, *TABLES)
-LARGEST = 2**30  # bytes of one record: a bound on memory, and no document is longer
-READ = 2**16  # bytes at once of a compressed file: repetitive text can be a thousand times as long
-ROWS = 256  # of a table at once
-NAME_ONE = "name one (--text-field, --source-field)"
+MAX_RECORD_BYTES = 2**30  # bounds memory
+ROWS_PER_BATCH = 256
+# The size of one read of a compressed file is small, because repetitive text can be a thousand times as long.
+COMPRESSED_READ_BYTES = 2**16
+NAME_A_FIELD = "name one of them with --text-field or --source-field"
 
 
 @dataclass(frozen=True)
-class Broken:
-    """What stands in a file where a record should. reason: by which it is counted."""
+class TextFile:
+    """The content of a text file, which is one document."""
 
+    data: bytes
+
+
+class BadRecord(Exception):
+    """A record without a document. `args` are a reason, by which such records are counted, and a detail."""
+
+
+Record = bytes | TextFile | dict[str, Any] | BadRecord
+Chunks = Iterator[tuple[list[Record], int]]  # some records, and the bytes of the file read so far
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document: its text, and its source if the record names one."""
+
+    text: str
+    source: str | None
+
+
+@dataclass(frozen=True)
+class SkippedRecord:
+    """A record without a document. `number` counts the records of its input from 1, so it is a JSON file's line."""
+
+    number: int
     reason: str
     detail: str
 
 
-class BadDocument(Exception):
-    """A record that gives no document; args: a reason, by which it is counted, and a detail."""
+def parse_records(
+    records: Iterable[Record], first: int, text_field: str, source_field: str | None
+) -> Iterator[Document | SkippedRecord]:
+    """Yield the document of each record, or the reason why it has none. Blank lines yield nothing.
+
+    Args:
+        records: Neighbouring records of one input.
+        first: The number of records that precede them in the input.
+        text_field, source_field: See `extract_document`.
+    """
+    for number, record in enumerate(records, start=first + 1):
+        if isinstance(record, bytes) and not record.strip():
+            continue
+        try:
+            yield extract_document(record, text_field, source_field)
+        except BadRecord as error:
+            yield SkippedRecord(number, *error.args)
 
 
-@dataclass(frozen=True)
-class PlainText:
-    data: bytes
+def extract_document(record: Record, text_field: str, source_field: str | None) -> Document:
+    """Return the document in a record.
+
+    Args:
+        record: A JSON line, a row of a table, or a text file, which has no fields.
+        text_field, source_field: The field's full name, or else a path into nested fields, separated by dots.
+
+    Raises:
+        BadRecord: The record could not be read, lacks a field, or has an empty text.
+    """
+    if isinstance(record, BadRecord):
+        raise record
+    row = {}
+    if isinstance(record, TextFile):
+        text = _decode_utf8(record.data)
+    else:
+        row = record if isinstance(record, dict) else _parse_json(record)
+        text = _get_field(row, text_field)
+    if not text:
+        raise BadRecord("empty", "the document is empty")
+    return Document(text, _get_field(row, source_field) if row and source_field else None)
 
 
-Record = bytes | PlainText | dict[str, Any] | Broken
+def estimate_bytes(value: Any) -> int:
+    """Return about how many bytes of memory a record, or a value in one, takes."""
+    if isinstance(value, dict):
+        return sum(map(estimate_bytes, value.values()))
+    if isinstance(value, list):
+        return sum(map(estimate_bytes, value))
+    if isinstance(value, TextFile):
+        return len(value.data)
+    return len(value) if isinstance(value, bytes | str) else 8
 
 
-def extract_document(record: Record, text_field: str, source_field: str | None) -> tuple[str, str | None]:
-    """The text of a record, and what `source_field` says of its origin (None without one). Raises BadDocument."""
-    if isinstance(record, Broken):
-        raise BadDocument(record.reason, record.detail)
-    if isinstance(record, PlainText):
-        return _not_empty(_decoded(record.data)), None
-    row = record if isinstance(record, dict) else _json(record)
-    return _not_empty(_field(row, text_field)), _field(row, source_field) if source_field else None
-
-
-def is_blank(record: Record) -> bool:
-    """An empty line is no document, and no failure to give one."""
-    return isinstance(record, bytes) and not record.strip()
-
-
-def size_of(record: Any) -> int:
-    """About how many bytes a record, or a value in one, takes."""
-    if isinstance(record, dict | list):
-        return sum(map(size_of, record.values() if isinstance(record, dict) else record))
-    if isinstance(record, PlainText):
-        return len(record.data)
-    return len(record) if isinstance(record, bytes | str) else 8
-
-
-def read_file(path: Path, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
-    """Records in order, some at a time, with the bytes of the file that were read by then. Tables: the columns in
-    which `fields` are."""
-    if path.name.lower().endswith(TABLES):
+def read_file(path: Path, fields: list[str]) -> Chunks:
+    """Yield the records of a file in order. Of a table, only the columns that hold `fields` are read."""
+    name = path.name.lower()
+    if name.endswith(TABLES):
         return _read_table(path, fields)
-    if path.name.lower().endswith(JSONL):
-        return _read_lines(path)
-    return _read_text(path)
+    return _read_lines(path) if name.endswith(JSONL) else _read_text(path)
 
 
-def read_rows(rows: Iterable[dict], size: int) -> Iterator[tuple[list[Record], int]]:
+def read_rows(rows: Iterable[dict], size: int) -> Chunks:
+    """Yield `rows` some at a time. `size` is the number of bytes read once all of them are."""
     records = []
     for row in rows:
         records.append(row)
-        if len(records) == ROWS:
+        if len(records) == ROWS_PER_BATCH:
             yield records, 0
             records = []
     yield records, size
 
 
-def columns_of(where: str, fields: list[str], found: list[str]) -> list[str]:
-    """Those of the columns `found` in which `fields` are: of just that name, or what its first part names."""
+def select_columns(where: str, fields: list[str], found: list[str]) -> list[str]:
+    """Return the columns among `found` that hold `fields`: the column of that name, or the first part of a path.
+
+    Raises:
+        ValueError: `where`, a file or data set, has no such column.
+    """
     columns = {field: field if field in found else field.split(".")[0] for field in fields}
-    if missing := [field for field, column in columns.items() if column not in found]:
-        raise ValueError(f"{where}: has no column {missing[0]!r} but {', '.join(found)}; {NAME_ONE}")
+    for field, column in columns.items():
+        if column not in found:
+            raise ValueError(f"{where} has no column {field!r}. It has {', '.join(found)}; {NAME_A_FIELD}.")
     return list(dict.fromkeys(columns.values()))
 
 
 # ------------------------------------------------------------------------------------------- from record to document
 
 
-def _json(line: bytes) -> dict:
+def _parse_json(line: bytes) -> dict:
     try:
-        row = json.loads(_decoded(line))
+        row = json.loads(_decode_utf8(line))
     except ValueError as error:
-        raise BadDocument("not JSON", f"not JSON: {error}") from error
+        raise BadRecord("not JSON", f"not JSON: {error}") from error
     except RecursionError as error:
-        raise BadDocument("not JSON", "not JSON that can be read: nested too deep") from error
+        raise BadRecord("not JSON", "not JSON: nested too deeply") from error
     if not isinstance(row, dict):
-        raise BadDocument("not an object", f"expected a JSON object, got {type(row).__name__}")
+        raise BadRecord("not an object", f"expected a JSON object, found {type(row).__name__}")
     return row
 
 
-def _field(row: dict, dotted: str) -> str:
+def _get_field(row: dict, field: str) -> str:
     value: Any = row
-    for key in [dotted] if dotted in row else dotted.split("."):
+    for key in [field] if field in row else field.split("."):
         if not isinstance(value, dict) or key not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise BadDocument(f"no field {dotted}", f"has no field {dotted!r} but {found or 'none'}; {NAME_ONE}")
+            raise BadRecord(f"no field {field}", f"no field {field!r}, only {found or 'none'}; {NAME_A_FIELD}")
         value = value[key]
     if not isinstance(value, str):
-        raise BadDocument(f"{dotted} is no text", f"field {dotted!r} is {type(value).__name__}, not text")
+        raise BadRecord(f"{field} is no text", f"field {field!r} is {type(value).__name__}, not text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell lone surrogates, which are no text
-        raise BadDocument("not Unicode", f"field {dotted!r} is not Unicode text ({error.reason})") from error
+    except UnicodeEncodeError as error:
+        # JSON can escape lone surrogates, which have no UTF-8 encoding.
+        raise BadRecord("not Unicode", f"field {field!r} is not Unicode text ({error.reason})") from error
     return value
 
 
-def _decoded(data: bytes) -> str:
+def _decode_utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise BadDocument("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start}, line {line})") from error
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise BadDocument("empty", "the document is empty")
-    return text
+        raise BadRecord("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start}, line {line})") from error
 
 
 # ------------------------------------------------------------------------------------------------ from file to record
 
 
-def _read_text(path: Path) -> Iterator[tuple[list[Record], int]]:
+def _read_text(path: Path) -> Chunks:
     size = path.stat().st_size
-    too_large = Broken("too large", f"a document of {size} bytes; the most is {LARGEST}")
-    yield [PlainText(path.read_bytes()) if size <= LARGEST else too_large], size
+    if size > MAX_RECORD_BYTES:
+        yield [_too_large("file", size)], size
+    else:
+        yield [TextFile(path.read_bytes())], size
 
 
-def _read_lines(path: Path) -> Iterator[tuple[list[Record], int]]:
-    unread = {".zst": _unzstd, ".gz": _ungzip}.get(path.suffix.lower(), _plain)
+def _too_large(kind: str, size: int) -> BadRecord:
+    return BadRecord("too large", f"a {kind} of {size} bytes; the limit is {MAX_RECORD_BYTES}")
+
+
+def _read_lines(path: Path) -> Chunks:
+    read_blocks = {".zst": _read_zstd, ".gz": _read_gzip}.get(path.suffix.lower(), _read_plain)
+    splitter = _LineSplitter()
     with open(path, "rb") as file:
-        lines = _Lines()
         try:
-            for block in unread(file):
-                yield lines.split(block), file.tell()
+            for block in read_blocks(file):
+                yield splitter.split(block), file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            yield [Broken("damaged file", f"the file is damaged or cut short from here on ({error})")], file.tell()
+            detail = f"the file is damaged or cut short from here on ({error})"
+            yield [BadRecord("damaged file", detail)], file.tell()
         else:
-            yield lines.rest(), file.tell()
+            yield [splitter.take_pending()], file.tell()
 
 
-class _Lines:
-    """Cuts blocks of bytes into lines; the start of a line waits here for its end."""
+class _LineSplitter:
+    """Split blocks of bytes into lines. The last line of a block is pending until its end is found in a later block."""
 
     def __init__(self):
-        self.parts: list[bytes] = []
-        self.size = 0
+        self._parts: list[bytes] = []
+        self._size = 0
 
     def split(self, block: bytes) -> list[Record]:
+        """Return the lines that end in this block."""
         first, *others = block.split(b"\n")
-        self._hold(first)
+        self._append(first)
         if not others:
             return []
-        *lines, last = others
-        lines = [*self.rest(), *lines]
-        self._hold(last)
+        lines = [self.take_pending(), *others[:-1]]
+        self._append(others[-1])
         return lines
 
-    def rest(self) -> list[Record]:
-        """The line that was waiting. A line is counted even when nothing is in it."""
-        line = b"".join(self.parts)
-        if self.size > LARGEST:
-            line = Broken("too large", f"a line of {self.size} bytes; the most is {LARGEST}")
-        self.parts, self.size = [], 0
-        return [line]
+    def take_pending(self) -> Record:
+        """Return the pending line, which may be empty, and begin another one."""
+        line = _too_large("line", self._size) if self._size > MAX_RECORD_BYTES else b"".join(self._parts)
+        self._parts = []
+        self._size = 0
+        return line
 
-    def _hold(self, part: bytes) -> None:
-        self.size += len(part)
-        if self.size > LARGEST:
-            self.parts = []
+    def _append(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size > MAX_RECORD_BYTES:
+            self._parts = []
         else:
-            self.parts.append(part)
+            self._parts.append(part)
 
 
-def _plain(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read1(2**20):  # gzip's read would drop what it has when it comes to damage
+def _read_plain(file: IO[bytes]) -> Iterator[bytes]:
+    # `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
+    while block := file.read1(2**20):
         yield block
 
 
-def _ungzip(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as unpacked:
-        yield from _plain(unpacked)
+def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as decompressed:
+        yield from _read_plain(decompressed)
 
 
-def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    # Not zstandard's stream_reader: it takes a file that was cut short for one that ends there.
+def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    # zstandard's stream_reader does not notice that a file is cut short, so we track the frames ourselves.
     frame = None
-    while data := file.read(READ):
+    while data := file.read(COMPRESSED_READ_BYTES):
         while data:
-            # By default windows of more than 128 MiB are refused; zstd --long=31 makes them of 2 GiB.
+            # By default windows of more than 128 MiB are refused, but `zstd --long=31` writes windows of 2 GiB.
             frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             yield frame.decompress(data)
             data = frame.unused_data
@@ -222,48 +270,40 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the compressed file ends too early")
 
 
-def _read_table(path: Path, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
+def _read_table(path: Path, fields: list[str]) -> Chunks:
     import pyarrow
 
-    size, done = path.stat().st_size, 0
+    read_batches = _read_parquet if path.suffix.lower() == ".parquet" else _read_arrow
+    size = path.stat().st_size
     try:
         with open(path, "rb") as file:
-            names, rows, read = (_parquet if path.suffix.lower() == ".parquet" else _arrow)(file)
-            batches = read(columns_of(str(path), fields, names))
-            for batch in batches:
-                done += len(batch)
-                yield _rows(batch), size * done // rows if rows else file.tell()
+            for batch, position in read_batches(file, path, fields):
+                yield _convert_rows(batch), position
     except (pyarrow.ArrowInvalid, EOFError, OSError) as error:
-        if getattr(error, "errno", None):  # the system's, of the disk; Arrow's own, of what it read, have none
+        # An error of the disk has a number; pyarrow's errors about the content of a file have none.
+        if getattr(error, "errno", None):
             raise
-        yield [Broken("damaged file", f"the file is damaged or cut short ({error})")], size
+        yield [BadRecord("damaged file", f"the file is damaged or cut short ({error})")], size
 
 
-def _rows(batch) -> list[Record]:
-    """Arrow believes its files: text that is not UTF-8, or lies outside of the file, is found by asking."""
-    import pyarrow
-
-    try:
-        batch.validate(full=True)
-        return batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        if len(batch) == 1:
-            return [Broken("damaged row", f"the row is damaged or not UTF-8 ({error})")]
-        return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
-
-
-def _parquet(file: IO[bytes]):
-    """The names of its columns, the number of its rows, and what gives the batches of some columns."""
+def _read_parquet(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:
+    """Yield batches of rows, and the share of the rows read so far in bytes of the file."""
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(file)
-    return table.schema_arrow.names, table.metadata.num_rows, lambda columns: table.iter_batches(ROWS, columns=columns)
+    columns = select_columns(str(path), fields, table.schema_arrow.names)
+    bytes_per_row = path.stat().st_size / max(table.metadata.num_rows, 1)
+    rows = 0
+    for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
+        rows += len(batch)
+        yield batch, int(rows * bytes_per_row)
 
 
-def _arrow(file: IO[bytes]):
+def _read_arrow(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:
+    """Yield batches of rows, and the position in the file."""
     import pyarrow
 
-    # Arrow has two formats: with an index at the end, and the stream that `datasets` writes.
+    # Arrow has two formats: one with an index at its end, and the stream that `datasets` writes.
     is_indexed = file.read(6) == b"ARROW1"
     file.seek(0)
     if is_indexed:
@@ -271,8 +311,24 @@ def _arrow(file: IO[bytes]):
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     else:
         reader = batches = pyarrow.ipc.open_stream(file)
+    columns = select_columns(str(path), fields, reader.schema.names)
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+            yield batch.select(columns).slice(start, ROWS_PER_BATCH), file.tell()
 
-    def read(columns: list[str]):
-        return (b.select(columns).slice(i, ROWS) for b in batches for i in range(0, b.num_rows, ROWS))
 
-    return reader.schema.names, 0, read
+def _convert_rows(batch) -> list[Record]:
+    """Return the rows of a pyarrow batch as dicts, and damaged rows as `BadRecord`."""
+    import pyarrow
+
+    try:
+        # pyarrow does not validate what it reads: text may be invalid UTF-8, or lie outside of the file.
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        if len(batch) == 1:
+            return [BadRecord("damaged row", f"the row is damaged or not UTF-8 ({error})")]
+    rows = []
+    for i in range(len(batch)):
+        rows += _convert_rows(batch.slice(i, 1))
+    return rows

@@ -1,7 +1,7 @@
-"""Where text comes from: files and folders, the standard library of the running interpreter, Hugging Face data sets.
+"""Find the text to prepare: files and folders, Python's standard library, and data sets of the Hugging Face hub.
 
-A source is a name and its inputs, in order; an input is what is read from its beginning: a file, or one file of a
-data set that is streamed. What is in a file, glalm.prepare.records reads.
+A source is a name and its inputs, in order. An input is read from its beginning: a file, or one file of a data set that
+is streamed. `read_batches` reads inputs; what is inside of a file is the subject of glalm.prepare.records.
 """
 
 import os
@@ -10,191 +10,274 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from glalm.data import files
-from glalm.prepare.records import SUFFIXES, Record, columns_of, read_file, read_rows
+from glalm.data.files import file_sha256
+from glalm.prepare.records import SUFFIXES, Chunks, Record, estimate_bytes, read_file, read_rows, select_columns
 
-# Tests are a third of the library and repeat themselves; packages of the site are not the library.
+BATCH_BYTES = 2**20  # of records that a worker process gets at once
+# Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
-class File:
-    """source: the name of its source. name: its path below `root`."""
+class Input:
+    """What is read from its beginning, as part of a source.
+
+    Attributes:
+        source: The name of its source.
+        name: A file's path below the folder of its source, or the address of a streamed file. With `source`, it
+            identifies an input.
+        size: Its bytes, by which progress is measured.
+        mtime_ns: The time of a file's last change.
+    """
 
     source: str
-    root: Path
     name: str
+    size: int
+    mtime_ns: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the plan and inputs.jsonl say of an input."""
+        return {"source": self.source, "name": self.name, "bytes": self.size, "mtime_ns": self.mtime_ns}
+
+
+@dataclass(frozen=True)
+class FileInput(Input):
+    """A local file."""
+
+    path: Path
 
     def __str__(self) -> str:
         return str(self.path)
 
-    @property
-    def path(self) -> Path:
-        return self.root / self.name
-
-    @cached_property
-    def _stat(self) -> os.stat_result:
-        return self.path.stat()
-
-    @property
-    def size(self) -> int:
-        """Bytes, by which progress is measured."""
-        return self._stat.st_size
-
-    @property
-    def mtime_ns(self) -> int:
-        return self._stat.st_mtime_ns
-
-    def has_changed(self) -> bool:
-        """Since it was first asked for its size or time."""
-        now = self.path.stat()
-        return (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns)
-
-    def read(self, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
-        """All records in order, some at a time, and the bytes of the file read so far. Tables: only the columns in
-        which `fields` are."""
+    def read(self, fields: list[str]) -> Chunks:
+        """Yield all records in order. Of a table, only the columns that hold `fields` are read."""
         return read_file(self.path, fields)
 
-    def sha256(self) -> str:
-        return files.file_sha256(self.path)
+    def has_changed(self) -> bool:
+        """Return whether the file has changed since the source was opened."""
+        status = self.path.stat()
+        return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
+
+    def compute_sha256(self) -> str | None:
+        return file_sha256(self.path)
 
 
 @dataclass(frozen=True)
-class HubShard:
-    """One of the files of a data set that is streamed through `datasets`."""
+class HubInput(Input):
+    """One of the files of a data set that is streamed through `datasets`. A revision names it, so it never changes."""
 
-    source: str
-    address: str  # what comes after hf:
     dataset: Any  # datasets.IterableDataset
     index: int
-    mtime_ns = None  # the hub's files are named by a revision
 
     def __str__(self) -> str:
         return f"{self.source}, {self.name}"
 
-    @property
-    def name(self) -> str:
-        return f"{self.address}, shard {self.index} of {self.dataset.num_shards}"
-
-    @property
-    def size(self) -> int:
-        return (self.dataset.info.download_size or 0) // self.dataset.num_shards or 1
-
-    def read(self, fields: list[str]) -> Iterator[tuple[list[Record], int]]:
+    def read(self, fields: list[str]) -> Chunks:
         dataset = self.dataset
         if dataset.column_names:
-            dataset = dataset.select_columns(columns_of(str(self), fields, dataset.column_names))
+            dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
         return read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
 
     def has_changed(self) -> bool:
         return False
 
-    def sha256(self) -> None:
+    def compute_sha256(self) -> str | None:
         return None
 
 
 @dataclass(frozen=True)
 class Source:
-    """left_out: files of its folder that are of no kind that is read."""
+    """A named list of inputs. `skipped_files` are files of its folder that have an unknown suffix."""
 
     name: str
-    inputs: tuple[File | HubShard, ...]
+    inputs: tuple[FileInput | HubInput, ...]
     skipped_files: tuple[Path, ...] = ()
 
 
+class RecordBatch(NamedTuple):
+    """Neighbouring records of one input: what a worker process encodes at once.
+
+    Attributes:
+        input_index: Which of the inputs they belong to.
+        source: The name of the input's source.
+        first: The number of records that precede them in the input.
+        size: About how many bytes they take in memory.
+        bytes_read: The bytes of the input that end with them.
+        is_last: Whether the input ends with them.
+    """
+
+    input_index: int
+    source: str
+    first: int
+    records: list[Record]
+    size: int
+    bytes_read: int
+    is_last: bool
+
+
+def read_batches(
+    inputs: list[Input], fields: list[str], start: tuple[int, int] = (0, 0), batch_bytes: int | None = None
+) -> Iterator[RecordBatch]:
+    """Yield the records of `inputs` in batches of about `batch_bytes` bytes. The last batch of an input may be empty.
+
+    Args:
+        fields: The columns to read of a table; see `records.select_columns`.
+        start: The index of an input and a number of its records, before which everything is skipped.
+    """
+    batch_bytes = batch_bytes or BATCH_BYTES
+    first_input, first = start
+    for index, source_input in enumerate(inputs[first_input:], start=first_input):
+        read = 0
+        records = []
+        size = 0
+        for chunk, position in source_input.read(fields):
+            for record in chunk[max(first - read, 0) :]:
+                records.append(record)
+                size += estimate_bytes(record)
+                if size >= batch_bytes:
+                    yield RecordBatch(index, source_input.source, first, records, size, position, is_last=False)
+                    first += len(records)
+                    records = []
+                    size = 0
+            read += len(chunk)
+        yield RecordBatch(index, source_input.source, first, records, size, source_input.size, is_last=True)
+        first = 0
+
+
 def open_source(spec: str | os.PathLike | Source) -> Source:
-    """The source that the command line calls `spec`: [NAME=] one of
+    """Return the source that the command line calls `spec`, which is [NAME=] followed by one of
 
-    stdlib                                the standard library of the running interpreter
-    a file or a folder                    by default named after the folder (the one that a file is in)
-    hf:DATASET[:CONFIG[:SPLIT]][@REVISION] a data set of the Hugging Face hub, or a local folder of one, streamed
+        stdlib                                 the standard library of the running interpreter
+        a file or a folder                     its default name is that of the folder, or of the folder it lies in
+        hf:DATASET[:CONFIG[:SPLIT]][@REVISION] a data set of the Hugging Face hub, or a local folder of one, streamed
 
-    Raises FileNotFoundError if there is no such file, ValueError if it holds nothing to read.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The source has nothing to read.
     """
     if isinstance(spec, Source):
         return spec
-    name, rest = "", os.fspath(spec)
-    if not Path(rest).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", rest)):
-        name, rest = match.groups()
-    if rest == "stdlib":
+    name = ""
+    address = os.fspath(spec)
+    if not Path(address).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", address)):
+        name, address = match.groups()
+    if address == "stdlib":
         return stdlib_source(name=name or "stdlib")
-    return hub_source(rest[3:], name) if rest.startswith("hf:") else local_source(rest, name)
+    if address.startswith("hf:"):
+        return hub_source(address.removeprefix("hf:"), name)
+    return local_source(address, name)
 
 
 def stdlib_source(root: str | os.PathLike | None = None, name: str = "stdlib") -> Source:
-    """The running interpreter's standard library: its .py files in the order of their paths, without tests.
+    """Return the running interpreter's standard library: its .py files in the order of their paths, without tests.
 
-    Some 700 documents and 12 MB; the longest have hundreds of thousands of characters. Files that were
-    generated when the interpreter was built are left out, so that one version of Python gives one corpus.
+    These are some 700 documents and 12 MB, the longest of hundreds of thousands of characters. Files that were
+    generated when the interpreter was built are skipped, so that one version of Python always gives the same text.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
-    found = [
-        File(name, root, file)
-        for file in _walk(root)
-        if file.endswith(".py")
-        and NOT_LIBRARY.isdisjoint(parts := file.split("/"))
-        and not parts[0].startswith("config-")
-        and not parts[-1].startswith("_sysconfigdata")
-    ]
-    if not found:
-        raise ValueError(f"{root}: no .py files of a standard library here; give a folder of text instead")
-    return Source(name, tuple(found))
+    inputs = [_open_file(name, root, file) for file in _list_files(root) if _is_library_module(file)]
+    if not inputs:
+        raise ValueError(f"{root} has no .py files of a standard library. Name a folder of text instead.")
+    return Source(name, tuple(inputs))
+
+
+def _is_library_module(file: str) -> bool:
+    parts = file.split("/")
+    is_generated = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
+    return file.endswith(".py") and NOT_LIBRARY.isdisjoint(parts) and not is_generated
 
 
 def local_source(path: str | os.PathLike, name: str = "") -> Source:
-    """A file, or the files of a folder and its subfolders that end in one of SUFFIXES (or .TXT), less hidden ones.
+    """Return a file, or the files below a folder that end in one of SUFFIXES, in any case, without hidden ones.
 
-    Raises FileNotFoundError if `path` does not exist, ValueError if it holds no file of those kinds.
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ValueError: It is, or holds, no file with one of SUFFIXES.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; a source is 'stdlib', a path or hf:DATASET")
+        raise FileNotFoundError(f"{path} does not exist. A source is 'stdlib', a path, or hf:DATASET.")
     folder = path if path.is_dir() else path.parent
-    there = _walk(path) if path.is_dir() else [path.name]
-    found = [file for file in there if file.lower().endswith(SUFFIXES)]
-    if not found:
-        what = "no file here ends in" if path.is_dir() else "cannot read this kind of file; it must end in"
-        raise ValueError(f"{path}: {what} one of {', '.join(SUFFIXES)}")
+    files = _list_files(path) if path.is_dir() else [path.name]
+    readable = [file for file in files if file.lower().endswith(SUFFIXES)]
+    if not readable:
+        raise ValueError(f"{path}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
     name = name or folder.resolve().name or "files"
-    other = sorted({*there} - {*found})
-    return Source(name, tuple(File(name, folder, file) for file in found), tuple(folder / file for file in other))
+    skipped = sorted(set(files) - set(readable))
+    inputs = [_open_file(name, folder, file) for file in readable]
+    return Source(name, tuple(inputs), tuple(folder / file for file in skipped))
+
+
+def _open_file(source: str, root: Path, name: str) -> FileInput:
+    status = (root / name).stat()
+    return FileInput(source, name, status.st_size, status.st_mtime_ns, root / name)
 
 
 def hub_source(spec: str, name: str = "") -> Source:
-    """A data set streamed through `datasets`: spec is DATASET[:CONFIG[:SPLIT]][@REVISION], the split being train."""
-    from datasets import load_dataset  # seconds to import
+    """Return a data set that `datasets` streams. `spec` is DATASET[:CONFIG[:SPLIT]][@REVISION]; SPLIT is train."""
+    from datasets import load_dataset  # takes seconds
 
     address, _, revision = spec.partition("@")
     path, config, split, *_ = [*address.split(":"), "", ""]
     try:
         dataset = load_dataset(path, config or None, split=split or "train", revision=revision or None, streaming=True)
-    except Exception as error:  # datasets and its libraries raise many kinds
+    except Exception as error:  # `datasets` and its libraries raise many kinds.
         raise ValueError(f"hf:{spec}: `datasets` cannot open it: {error}") from error
     name = name or Path(path).name
-    return Source(name, tuple(HubShard(name, spec, dataset, i) for i in range(dataset.num_shards)))
+    count = dataset.num_shards
+    size = (dataset.info.download_size or 0) // count or 1
+    inputs = [HubInput(name, f"{spec}, shard {i} of {count}", size, None, dataset, i) for i in range(count)]
+    return Source(name, tuple(inputs))
 
 
-def describe_skipped_files(sources: Iterable[Source], less: Path | None = None) -> str:
-    """In words, by ending, the files that are not read, but for those in the folder `less`; "" if there are none."""
-    paths = [path for s in sources for path in s.skipped_files if less not in path.resolve().parents]
-    counts = Counter(path.suffix.lower() or "no ending" for path in paths).most_common()
-    said = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
-    return f"files of other kinds than {', '.join(SUFFIXES)} are left out: {said}" if counts else ""
+def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
+    """Return all inputs of `sources` in order, without the files of a set in the folder `out` that lies among them.
+
+    Raises:
+        ValueError: There are none, or two of them have the same source and name.
+    """
+    if not sources:
+        raise ValueError("There are no sources. Name at least one: 'stdlib', a file or folder of text, or hf:DATASET.")
+    inputs: dict[tuple[str, str], Input] = {}
+    for source in sources:
+        for new in source.inputs:
+            if isinstance(new, FileInput) and out in new.path.resolve().parents:
+                continue
+            other = inputs.setdefault((new.source, new.name), new)
+            if other is not new:
+                raise ValueError(
+                    f"{other} and {new} would both be {new.name!r} of the source {new.source!r}. Give one of them "
+                    "another name (NAME=PATH), or remove it if they are the same."
+                )
+    if not inputs:
+        raise ValueError(
+            f"All sources lie in {out}, the folder of the set. Write the set to another folder with --out."
+        )
+    return list(inputs.values())
 
 
-def _walk(folder: Path, above: tuple[str, ...] = ()) -> list[str]:
-    """Names below `folder`. Links to folders are followed, but for those that lead back to one `above`."""
+def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -> str:
+    """Return a message that counts skipped files by suffix, without those in the folder `out`; "" if there are none."""
+    paths = [path for source in sources for path in source.skipped_files if out not in path.resolve().parents]
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths).most_common()
+    found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+    return f"Skipped files that do not end in {', '.join(SUFFIXES)}: {found}" if counts else ""
+
+
+def _list_files(folder: Path, parents: tuple[str, ...] = ()) -> list[str]:
+    """Return the sorted names of files below `folder`. Links to folders are followed, except to its `parents`."""
     real = os.path.realpath(folder)
-    found = []
-    for entry in os.scandir(folder) if real not in above else ():
+    if real in parents:
+        return []
+    names = []
+    for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += [f"{entry.name}/{name}" for name in _walk(Path(entry), (*above, real))]
+            names += [f"{entry.name}/{name}" for name in _list_files(Path(entry), (*parents, real))]
         else:
-            found.append(entry.name)
-    return sorted(found)
+            names.append(entry.name)
+    return sorted(names)

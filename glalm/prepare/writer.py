@@ -1,236 +1,330 @@
-"""A prepared set as it grows: what is on disk can always be cut back to the last commit, and go on from there.
+"""Write a set so that an interrupted preparation resumes from its last commit, and leaves no trace in the result.
 
-Open files carry names of their own and only grow; a commit writes down how long each of them is, together with the
-place in the input, in one small file that is replaced as a whole. What a killed process wrote after its last commit
-is cut off when the next one opens the set, so no document is lost or repeated, and the bytes do not tell.
+Unfinished files have temporary names and only grow. A commit records how long each of them is, together with the
+position in the inputs, in one small journal that is replaced atomically. The next process truncates the files to these
+lengths, so what a killed process wrote after its last commit is neither lost nor repeated.
 """
 
 import json
 import re
 import resource
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from glalm.data.checksums import block_sums
 from glalm.data.files import (
     atomic_write,
-    file_sha256,
     flush_to_disk,
     rename_into_place,
     reopen_truncated,
     temporary_path,
     write_json,
 )
-from glalm.data.shards import SPLITS
+from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, count_leftover_tokens
+from glalm.prepare.encode import EncodedBatch
+from glalm.prepare.plan import Plan, changed_error
+from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
+from glalm.prepare.sources import Input, RecordBatch
 
-JOURNAL = ".journal.json"
-LOGS = ("inputs.jsonl", "skipped.jsonl")
+NO_DOCUMENTS = {"read": 0, "written": 0}
 COUNTS = ("documents", "tokens", "text_bytes")
-HEADER = 128  # bytes: numpy pads the header of a one-dimensional array to this, whatever its length
-MOST_SOURCES = 256
-OPEN_FILES = 2 * len(SPLITS) * MOST_SOURCES + 512  # at once, at most; 512 for all that is not a shard
+HEADER_BYTES = 128  # numpy pads the header of a one-dimensional array to this size, whatever its length.
+MAX_SOURCES = 256
+MAX_OPEN_FILES = 2 * len(SPLITS) * MAX_SOURCES + 512  # 512 are for everything that is not a shard.
+MIN_HELD_OUT_SHARD = 2**16  # tokens
+LEFTOVER_LENGTHS = tuple(2**i for i in range(8, 16))  # window lengths for which the manifest counts leftover tokens
+
+
+class GrowingArray:
+    """A one-dimensional .npy file that grows under a temporary name until it is finished.
+
+    Args:
+        path: The name of the finished file.
+        length: The number of elements that were committed, to resume after them.
+
+    Raises:
+        ValueError: The file has fewer elements than were committed.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int = 0):
+        self.path = path
+        self.dtype = dtype
+        self.length = length
+        self._file = _reopen(temporary_path(path), HEADER_BYTES + length * dtype.itemsize if length else 0)
+        if not length:
+            self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype))
+        self.length += len(values)
+
+    def flush(self) -> None:
+        flush_to_disk(self._file)
+
+    def finish(self) -> None:
+        """Write the final length into the header, and give the file its name."""
+        self._file.seek(0)
+        self._write_header()
+        rename_into_place(self._file, self.path)
+
+    def _write_header(self) -> None:
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 class ShardWriter:
-    """Writes the documents of one source and split into the shards `folder`/00000.npy, ...
+    """Write the documents of one source and split into the shards `folder`/00000.npy, 00001.npy, ...
 
-    A shard ends before it would hold more than `shard_tokens`; a longer document has a shard to itself.
-    state: what `commit` returned for the same folder, to go on from there; None begins anew. Files that are not part
-    of it are removed. paths in the state are relative to `root`.
+    A shard ends before it would exceed `shard_tokens`. A longer document has a shard to itself.
+
+    Args:
+        root: The folder of the set, to which the paths in the state are relative.
+        state: What `commit` returned for this folder, to resume from it. Other files in the folder are removed.
     """
 
     def __init__(self, folder: Path, root: Path, dtype: str, shard_tokens: int, state: dict | None = None):
-        self.folder, self.root, self.dtype, self.shard_tokens = folder, root, np.dtype(dtype), shard_tokens
+        self.folder = folder
+        self.root = root
+        self.dtype = np.dtype(dtype)
+        self.shard_tokens = shard_tokens
         state = state or {"shards": [], "open": None}
         self.shards: list[dict] = list(state["shards"])
-        self.open: dict[str, int] | None = state["open"] and dict(state["open"])
+        self._counts: dict[str, int] | None = state["open"] and dict(state["open"])  # of the unfinished shard
         folder.mkdir(parents=True, exist_ok=True)
-        self._cut_back()
+        self._remove_uncommitted_files()
+        if self._counts:
+            self._open_arrays(self._counts["tokens"], self._counts["documents"] + 1)
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document of `ids`, made of `text_bytes` bytes of text."""
-        if self.open and self.open["tokens"] + len(ids) > self.shard_tokens:
+    def add_document(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append a document of the token ids `ids`, whose text has `text_bytes` bytes."""
+        if self._counts and self._counts["tokens"] + len(ids) > self.shard_tokens:
             self.finish_shard()
-        if not self.open:
-            self.open = dict.fromkeys(COUNTS, 0)
-            self._files = [_reopen(temporary_path(path), 0) for path in self._paths()]
-            for file, dtype, length in self._headers():
-                _write_header(file, dtype, length)
-            self._files[1].write(np.int64(0))
-        self.open["documents"] += 1
-        self.open["tokens"] += len(ids)
-        self.open["text_bytes"] += text_bytes
-        self._files[0].write(np.ascontiguousarray(ids, dtype=self.dtype))
-        self._files[1].write(np.int64(self.open["tokens"]))
+        if not self._counts:
+            self._counts = dict.fromkeys(COUNTS, 0)
+            self._open_arrays(0, 0)
+            self._borders.append(np.zeros(1))
+        self._counts["documents"] += 1
+        self._counts["tokens"] += len(ids)
+        self._counts["text_bytes"] += text_bytes
+        self._tokens.append(ids)
+        self._borders.append(np.array([self._counts["tokens"]]))
 
     def commit(self) -> dict:
-        """Put on disk what was written, and return the state to go on from."""
-        if self.open:
-            for file in self._files:
-                flush_to_disk(file)
-        return {"shards": list(self.shards), "open": self.open and dict(self.open)}
+        """Flush everything to disk, and return the state from which another ShardWriter resumes."""
+        if self._counts:
+            self._tokens.flush()
+            self._borders.flush()
+        return {"shards": list(self.shards), "open": self._counts and dict(self._counts)}
 
     def finish_shard(self) -> None:
-        """Give the open shard, if there is one, its final name and its place in `shards`."""
-        if not self.open:
+        """Complete the unfinished shard, if there is one, and add it to `shards`."""
+        if not self._counts:
             return
-        for (file, dtype, length), path in zip(self._headers(), self._paths(), strict=True):
-            file.seek(0)
-            _write_header(file, dtype, length)
-            rename_into_place(file, path)
-        tokens, documents = self._paths()
+        self._tokens.finish()
+        self._borders.finish()
+        tokens = self._tokens.path
+        documents = self._borders.path
         checksums = tokens.with_suffix(".crc32")
         with atomic_write(checksums) as file:
             file.write(np.concatenate([block_sums(tokens), block_sums(documents)]).tobytes())
-        files = {"tokens": tokens, "documents": documents, "checksums": checksums}
-        entries = {name: describe(path, self.root) for name, path in files.items()}
-        self.shards.append({**self.open, "files": entries})
-        self.open = None
+        paths = {"tokens": tokens, "documents": documents, "checksums": checksums}
+        files = {name: describe_file(path, self.root) for name, path in paths.items()}
+        self.shards.append({**self._counts, "files": files})
+        self._counts = None
 
-    def _paths(self) -> tuple[Path, Path]:
+    def _shard_paths(self) -> tuple[Path, Path]:
         number = f"{len(self.shards):05d}"
         return self.folder / f"{number}.npy", self.folder / f"{number}.docs.npy"
 
-    def _headers(self) -> list[tuple]:
-        lengths = (self.open["tokens"], self.open["documents"] + 1)
-        return list(zip(self._files, (self.dtype, np.dtype("int64")), lengths, strict=True))
+    def _open_arrays(self, tokens: int, borders: int) -> None:
+        tokens_path, borders_path = self._shard_paths()
+        self._tokens = GrowingArray(tokens_path, self.dtype, tokens)
+        self._borders = GrowingArray(borders_path, np.dtype("int64"), borders)
 
-    def _cut_back(self) -> None:
-        open_paths = self._paths() if self.open else ()
-        for path in open_paths:
-            if path.exists():  # it was finished after the commit
+    def _remove_uncommitted_files(self) -> None:
+        committed = {self.root / file["file"] for shard in self.shards for file in shard["files"].values()}
+        for path in self._shard_paths() if self._counts else ():
+            committed.add(temporary_path(path))
+            if path.exists():  # The shard was finished after the commit.
                 path.rename(temporary_path(path))
-        kept = {self.root / file["file"] for shard in self.shards for file in shard["files"].values()}
-        kept |= {temporary_path(path) for path in open_paths}
-        for path in set(self.folder.iterdir()) - kept:
+        for path in set(self.folder.iterdir()) - committed:
             path.unlink()
-        if self.open:
-            tokens, documents = self.open["tokens"], self.open["documents"]
-            sizes = (HEADER + tokens * self.dtype.itemsize, HEADER + (documents + 1) * 8)
-            self._files = [_reopen(temporary_path(p), size) for p, size in zip(open_paths, sizes, strict=True)]
 
 
 class SetWriter:
-    """All files of a set but its tokenizer. state: what the last commit wrote (see `last_commit`), or None.
+    """Write all files of a set but its tokenizer, from the last commit on, or from the set that `plan` adds to.
 
-    shard_tokens: of each split.
+    Attributes:
+        position: The index of the input that is being read, and the number of its records that are written.
+        counts: For each source, the documents read, written, and skipped by reason.
     """
 
-    def __init__(self, out: Path, dtype: str, shard_tokens: Mapping[str, int], state: dict | None = None):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < OPEN_FILES:  # often 1,024, of what the process may have
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, hard), hard))
-        self.out, self.dtype, self.shard_tokens = out, dtype, shard_tokens
-        state = state or {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
-        self.cursor: list[int] = state["cursor"]  # the input that is read now, and the records of it that are done
-        self.books: dict[str, dict] = state["books"]  # of each source: documents read, written, skipped by reason
-        self.current: dict[str, int] = state["current"]  # the same of the input that is read now
+    def __init__(self, out: Path, plan: Plan):
+        self.out = out
+        self.plan = plan
+        # The key names "books" (counts), "current" and "cursor" (position) are part of the format on disk.
+        state = (
+            last_commit(out) or plan.base or {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
+        )
+        self.position: list[int] = state["cursor"]
+        self.counts: dict[str, dict] = state["books"]
+        self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
-        self._folders: dict[str, str] = {}
+        self._source_of_folder: dict[str, str] = {}
+        _allow_open_files()
         for split in SPLITS:
-            self.out.joinpath(split).mkdir(exist_ok=True)
-            for folder in self.out.joinpath(split).iterdir():  # sources that came up after the commit
-                if folder.name not in map(folder_name, state["splits"].get(split, {})):
-                    for path in folder.iterdir():
-                        path.unlink()
-                    folder.rmdir()
-            for source, entry in state["splits"].get(split, {}).items():
-                self._open(split, source, entry)
+            sources = state["splits"].get(split, {})
+            self._remove_uncommitted_folders(split, sources)
+            for source, shard_state in sources.items():
+                self._open_writer(split, source, shard_state)
 
-    def write(self, split: str, source: str, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document, framed."""
-        writer = self._writers.get((split, source)) or self._open(split, source)
-        writer.add(ids, text_bytes)
+    def add_batch(self, batch: RecordBatch, encoded: EncodedBatch, source_input: Input) -> None:
+        """Append the documents of a batch, count them, and log the skipped records.
 
-    def count(self, source: str, written: int, skipped: list[str]) -> None:
-        """Enter into the books of the source `written` documents, and one for each reason of `skipped`."""
-        book = self.books.setdefault(source, {"read": 0, "written": 0, "skipped": {}})
-        for counts in (book, self.current):
-            counts["read"] = counts.get("read", 0) + written + len(skipped)
-            counts["written"] = counts.get("written", 0) + written
-        for reason in skipped:
-            book["skipped"][reason] = book["skipped"].get(reason, 0) + 1
-
-    def log(self, name: str, line: dict) -> None:
-        # A name of a file may hold what is not Unicode; a backslash and its number are JSON too.
-        self._logs[name].write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-
-    def next_input(self) -> None:
-        self.cursor, self.current = [self.cursor[0] + 1, 0], {}
+        Raises:
+            ValueError: The batch is the last of an input that has changed since the plan was made.
+        """
+        start = 0
+        for document in encoded.documents:
+            stop = start + document.tokens
+            writer = self._writers.get((document.split, document.source))
+            writer = writer or self._open_writer(document.split, document.source)
+            writer.add_document(encoded.ids[start:stop], document.text_bytes)
+            start = stop
+        for record in encoded.skipped:
+            row = {"source": source_input.source, "name": source_input.name, "record": record.number}
+            self._log("skipped.jsonl", {**row, "reason": record.reason, "detail": record.detail[:200]})
+        self._count(source_input.source, encoded)
+        self.position = [batch.input_index, batch.first + len(batch.records)]
+        if batch.is_last:
+            self._finish_input(source_input)
 
     def commit(self) -> None:
-        """From here on a process that is killed loses nothing of what was written so far."""
+        """Flush everything to disk, so that a process that is killed later loses nothing that was written so far."""
         splits: dict[str, dict] = {split: {} for split in SPLITS}
         for (split, source), writer in self._writers.items():
             splits[split][source] = writer.commit()
-        logs = {name: flush_to_disk(file) for name, file in self._logs.items()}
-        state = {"cursor": self.cursor, "books": self.books, "current": self.current, "logs": logs, "splits": splits}
+        state = {
+            "cursor": self.position,
+            "books": self.counts,
+            "current": self._input_counts,
+            "logs": {name: flush_to_disk(file) for name, file in self._logs.items()},
+            "splits": splits,
+        }
         write_json(self.out / JOURNAL, state)
+        self.write_manifest(complete=False)
 
     def finish(self) -> None:
-        """Close the open shards. After a commit, the set is what it will be."""
+        """Complete all shards and the set."""
         for writer in self._writers.values():
             writer.finish_shard()
+        self.commit()
+        self.write_manifest(complete=True)
+        # The plan goes before the journal, because a plan without a journal would begin the work again.
+        (self.out / PLAN).unlink()
+        (self.out / JOURNAL).unlink()
 
-    def splits(self) -> dict[str, dict]:
-        """What the manifest says of the splits: finished shards by source, and their sums."""
-        splits = {}
-        for split in SPLITS:
-            shards = {source: w.shards for (s, source), w in self._writers.items() if s == split and w.shards}
-            sources = {source: {**_sums(shards[source]), "shards": shards[source]} for source in sorted(shards)}
-            splits[split] = {**_sums(sources.values()), "sources": sources}
-        return splits
+    def write_manifest(self, complete: bool) -> None:
+        """Write the manifest of the shards that are complete. `complete` says whether these are all."""
+        logs = {name: describe_file(self.out / name, self.out) for name in LOGS} if complete else {}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": complete,
+            "fingerprint": self.plan.fingerprint,
+            "settings": self.plan.settings,
+            "tokenizer": self.plan.tokenizer,
+            "dtype": self.plan.dtype,
+            "books": self.counts,
+            "splits": {split: self._describe_split(split) for split in SPLITS},
+            "logs": logs,
+        }
+        write_json(self.out / MANIFEST, manifest, indent=1)
 
-    def _open(self, split: str, source: str, state: dict | None = None) -> ShardWriter:
-        folder = folder_name(source)
-        if self._folders.setdefault(folder, source) != source:
-            raise ValueError(f"sources {source!r} and {self._folders[folder]!r} would share a folder; rename one")
-        if len(self._folders) > MOST_SOURCES:
-            raise ValueError(f"more than {MOST_SOURCES} sources, {source!r} is one of them; is --source-field right?")
-        place = self.out / split / folder
-        writer = ShardWriter(place, self.out, self.dtype, self.shard_tokens[split], state)
+    def _describe_split(self, split: str) -> dict:
+        sources = {}
+        for source in sorted(source for other, source in self._writers if other == split):
+            shards = self._writers[split, source].shards
+            if shards:
+                sources[source] = {**_sum_counts(shards), "shards": shards}
+        tokens = [entry["tokens"] for entry in sources.values()]
+        leftover = {str(T): sum(count_leftover_tokens(count, T) for count in tokens) for T in LEFTOVER_LENGTHS}
+        return {**_sum_counts(sources.values()), "sources": sources, "left_over": leftover}
+
+    def _finish_input(self, source_input: Input) -> None:
+        sha256 = source_input.compute_sha256()
+        if source_input.has_changed():
+            raise changed_error(source_input, self.out)
+        self._log("inputs.jsonl", {**source_input.describe(), "sha256": sha256, **self._input_counts})
+        self.position = [self.position[0] + 1, 0]
+        self._input_counts = dict(NO_DOCUMENTS)
+
+    def _count(self, source: str, encoded: EncodedBatch) -> None:
+        source_counts = self.counts.setdefault(source, {"read": 0, "written": 0, "skipped": {}})
+        for counts in (source_counts, self._input_counts):
+            counts["read"] += len(encoded.documents) + len(encoded.skipped)
+            counts["written"] += len(encoded.documents)
+        skipped = source_counts["skipped"]
+        for record in encoded.skipped:
+            skipped[record.reason] = skipped.get(record.reason, 0) + 1
+
+    def _log(self, name: str, row: dict) -> None:
+        # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
+        self._logs[name].write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+
+    def _open_writer(self, split: str, source: str, state: dict | None = None) -> ShardWriter:
+        folder = _folder_name(source)
+        other = self._source_of_folder.setdefault(folder, source)
+        if other != source:
+            raise ValueError(
+                f"The sources {source!r} and {other!r} would share the folder {folder}. Rename one of them."
+            )
+        if len(self._source_of_folder) > MAX_SOURCES:
+            raise ValueError(
+                f"There are more than {MAX_SOURCES} sources, among them {source!r}. Check that --source-field names a "
+                "field with few values."
+            )
+        path = self.out / split / folder
+        shard_tokens = self.plan.settings["shard_tokens"]
+        if split != "train":
+            # Smaller shards for held-out text, so that the first shards of all splits are complete at about one time.
+            share = self.plan.settings["held_out"][split]
+            shard_tokens = min(shard_tokens, max(MIN_HELD_OUT_SHARD, int(shard_tokens * share)))
+        writer = ShardWriter(path, self.out, self.plan.dtype, shard_tokens, state)
         self._writers[split, source] = writer
         return writer
 
-
-def last_commit(out: Path) -> dict | None:
-    path = out / JOURNAL
-    return json.loads(path.read_bytes()) if path.exists() else None
-
-
-def state_of(manifest: dict) -> dict:
-    """The state to go on from with a complete set, to add to it."""
-    splits = {
-        split: {source: {"shards": e["shards"], "open": None} for source, e in entry["sources"].items()}
-        for split, entry in manifest["splits"].items()
-    }
-    logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
-    return {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+    def _remove_uncommitted_folders(self, split: str, sources: dict) -> None:
+        self.out.joinpath(split).mkdir(exist_ok=True)
+        committed = set(map(_folder_name, sources))
+        for folder in self.out.joinpath(split).iterdir():
+            if folder.name not in committed:
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
 
 
-def _reopen(path: Path, size: int) -> IO[bytes]:
+def _allow_open_files() -> None:
+    """Raise the process's limit of open files, which is often 1,024, as far as the system permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MAX_OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_OPEN_FILES, hard), hard))
+
+
+def _reopen(path: Path, size: int) -> Any:
     try:
         return reopen_truncated(path, size)
     except ValueError as error:
         raise ValueError(f"{error}. To prepare the set again from its sources, use --overwrite.") from error
 
 
-def folder_name(source: str) -> str:
+def _folder_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "_", source).strip(".") or "_"
 
 
-def describe(path: Path, root: Path) -> dict[str, Any]:
-    return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _sums(entries) -> dict[str, int]:
+def _sum_counts(entries) -> dict[str, int]:
     entries = list(entries)
     return {key: sum(entry[key] for entry in entries) for key in COUNTS}
-
-
-def _write_header(file, dtype: np.dtype, length: int) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (length,)})

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from glalm.data.checksums import BLOCK, CheckedArray, DamagedFile, block_sums
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.pipeline import prepare_data, split_of
+from glalm.prepare.encode import split_of
+from glalm.prepare.pipeline import prepare_data
 
 
 @pytest.fixture(scope="module")

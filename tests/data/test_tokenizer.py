@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glalm.data.tokenizer import Tokenizer, cut
-from glalm.prepare.vocabulary import sample_texts, train_sentencepiece
+from glalm.prepare.tokenizer_training import sample_texts, train_sentencepiece
 
 
 @pytest.fixture(scope="module")

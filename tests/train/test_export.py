@@ -17,7 +17,7 @@ from glalm.evals.options import EvalConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
-from glalm.prepare.vocabulary import train_sentencepiece
+from glalm.prepare.tokenizer_training import train_sentencepiece
 from glalm.train import checkpoint
 from glalm.train.trainer import train
 

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from glalm.prepare import records
-from glalm.prepare.records import BadDocument, Broken, PlainText, extract_document, read_file, read_rows, size_of
+from glalm.prepare.records import BadRecord, Document, TextFile, estimate_bytes, extract_document, read_file, read_rows
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]
@@ -30,8 +30,8 @@ def read(path, columns=("text",), field="text"):
             if isinstance(record, bytes) and not record.strip():
                 continue
             try:
-                found.append((number, extract_document(record, field, None)[0]))
-            except BadDocument as bad:
+                found.append((number, extract_document(record, field, None).text))
+            except BadRecord as bad:
                 found.append((number, bad.args[0]))
     return found
 
@@ -48,7 +48,7 @@ def test_jsonl(tmp_path, suffix, compress, end):
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_lines_that_blocks_cut(tmp_path, block, monkeypatch):
-    monkeypatch.setattr(records, "READ", block)
+    monkeypatch.setattr(records, "COMPRESSED_READ_BYTES", block)
     data = "".join(LINES).encode()
     (tmp_path / "a.jsonl.zst").write_bytes(zstd(data[:20]) + zstd(data[20:]))  # several frames, too
     assert read(tmp_path / "a.jsonl.zst") == EXPECTED
@@ -98,7 +98,7 @@ def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nna\xefve\n")
     assert read(tmp_path / "a.txt") == [(1, "not UTF-8")]
     [([record], _)] = read_file(tmp_path / "a.txt", [])
-    with pytest.raises(BadDocument, match="line 2"):
+    with pytest.raises(BadRecord, match="line 2"):
         extract_document(record, "text", None)
     (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf  \r\n\tx\n")
     assert read(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
@@ -113,7 +113,7 @@ def test_gzip_gives_what_is_before_the_damage(tmp_path, end):
 
 
 def test_a_record_beyond_all_bounds_is_passed_over_without_holding_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LARGEST", 1000)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "x" * 5_000_000 + '\n{"text": "b"}\n')
     assert read(tmp_path / "a.jsonl") == [(1, "a"), (2, "too large"), (3, "b")]
     (tmp_path / "a.txt").write_text("x" * 1001)
@@ -122,22 +122,24 @@ def test_a_record_beyond_all_bounds_is_passed_over_without_holding_it(tmp_path, 
 
 def test_nested_fields_and_origins():
     row = {"content": {"body": "x"}, "meta": {"set": "books"}, "n": 1}
-    assert extract_document(row, "content.body", "meta.set") == ("x", "books")
-    assert extract_document(json.dumps(row).encode(), "content.body", "meta.set") == ("x", "books")
+    assert extract_document(row, "content.body", "meta.set") == Document("x", "books")
+    assert extract_document(json.dumps(row).encode(), "content.body", "meta.set") == Document("x", "books")
     flat = {"content.body": "y", "meta.set": "code"}
-    assert extract_document(flat | row, "content.body", "meta.set") == ("y", "code")  # a name of its own goes first
-    assert extract_document(json.dumps(flat).encode(), "content.body", "meta.set") == ("y", "code")
-    with pytest.raises(BadDocument, match=r"no field meta\.name"):
+    assert extract_document(flat | row, "content.body", "meta.set") == Document(
+        "y", "code"
+    )  # a name of its own goes first
+    assert extract_document(json.dumps(flat).encode(), "content.body", "meta.set") == Document("y", "code")
+    with pytest.raises(BadRecord, match=r"no field meta\.name"):
         extract_document(row, "content.body", "meta.name")
-    with pytest.raises(BadDocument, match="not Unicode"):
+    with pytest.raises(BadRecord, match="not Unicode"):
         extract_document(b'{"text": "x", "set": "\\ud800"}', "text", "set")
 
 
 def test_what_a_record_takes_is_counted_wherever_its_text_is():
     text = "x" * 1000
-    for record in (text.encode(), PlainText(text.encode()), {"text": text}, {"a": {"b": [{"c": text}]}, "n": 1}):
-        assert 1000 <= size_of(record) < 1100
-    assert size_of({"text": None}) > 0  # so that any number of rows ends a block
+    for record in (text.encode(), TextFile(text.encode()), {"text": text}, {"a": {"b": [{"c": text}]}, "n": 1}):
+        assert 1000 <= estimate_bytes(record) < 1100
+    assert estimate_bytes({"text": None}) > 0  # so that any number of rows ends a block
 
 
 ROWS = [{"text": f"row {i}", "meta": {"set": "a"}, "n": i} for i in range(600)] + [{"text": None, "meta": None, "n": 1}]
@@ -160,7 +162,7 @@ def test_tables(tmp_path, name):
     assert read(path, ["text", "meta"]) == TABLE_EXPECTED
     some, _ = next(iter(read_file(path, ["text", "meta"])))
     assert some[0] == {"text": "row 0", "meta": {"set": "a"}}  # no other column is read
-    with pytest.raises(ValueError, match=rf"{name}.*no column 'txt' but text, meta, n"):
+    with pytest.raises(ValueError, match=rf"{name}.*no column 'txt'\. It has text, meta, n"):
         read(path, ["txt"])
     path.write_bytes(path.read_bytes()[:-100])
     assert read(path)[-1][1] == "damaged file"
@@ -172,8 +174,8 @@ def test_columns_with_a_dot_in_their_name(tmp_path, name):
     write_table(path, pyarrow.table({"m.text": ["own"], "m": [{"text": "nested", "set": "a"}], "n": [1]}))
     assert read(path, ["m.text"], "m.text") == [(1, "own")]
     [(record, *_)] = [some for some, _ in read_file(path, ["m.text", "m.set"]) if some]
-    assert extract_document(record, "m.text", "m.set") == ("own", "a") and "n" not in record
-    with pytest.raises(ValueError, match=r"no column 'o\.text' but m\.text, m, n"):
+    assert extract_document(record, "m.text", "m.set") == Document("own", "a") and "n" not in record
+    with pytest.raises(ValueError, match=r"no column 'o\.text'\. It has m\.text, m, n"):
         read(path, ["o.text"])
 
 
@@ -235,6 +237,6 @@ def test_rows_of_a_stream_come_some_at_a_time():
 
 
 def test_broken_records_keep_their_reason():
-    with pytest.raises(BadDocument) as caught:
-        extract_document(Broken("damaged file", "at byte 5"), "text", None)
+    with pytest.raises(BadRecord) as caught:
+        extract_document(BadRecord("damaged file", "at byte 5"), "text", None)
     assert caught.value.args == ("damaged file", "at byte 5")

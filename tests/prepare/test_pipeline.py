@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from itertools import chain
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare import pipeline as prepare_module
+from glalm.prepare import pipeline
+from glalm.prepare import sources as sources_module
+from glalm.prepare.encode import split_of
 from glalm.prepare.inspection import inspect_set
-from glalm.prepare.pipeline import prepare_data, split_of
+from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.sources import stdlib_source
-from glalm.prepare.vocabulary import train_sentencepiece
+from glalm.prepare.tokenizer_training import train_sentencepiece
 
 SMALL = {"vocab_size": 400, "progress": False}
 
@@ -109,7 +112,7 @@ def test_the_same_call_again_changes_nothing(corpus, tmp_path, monkeypatch):
     first = prepare_data([corpus], tmp_path / "a", **SMALL)
     before = contents(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_carry_out", None)  # it would fail if it tokenised again
+        patch.setattr(pipeline, "run_plan", None)  # it would fail if it tokenised again
         assert prepare_data([corpus], tmp_path / "a", **SMALL) == first
         moved = tmp_path / "moved" / "corpus" / corpus.name
         moved.parent.mkdir(parents=True)
@@ -130,12 +133,12 @@ def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path
 def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
     prepare_data([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
     for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
-        with pytest.raises(ValueError, match=r"prepared otherwise \(different .*choose another folder"):
+        with pytest.raises(ValueError, match=r"prepared otherwise \(different .*Choose another folder"):
             prepare_data([corpus], tmp_path / "set", **{"shard_tokens": 1000, **SMALL, **change})
     corpus_2 = tmp_path / "corpus" / "texts.jsonl"
     corpus_2.parent.mkdir()
     corpus_2.write_bytes(corpus.read_bytes().replace(b"import", b"IMPORT", 1))
-    with pytest.raises(ValueError, match=r"is not what .* has as 'texts\.jsonl' of the source 'corpus'"):
+    with pytest.raises(ValueError, match=r"differs from what .* has as 'texts\.jsonl' of the source 'corpus'"):
         prepare_data([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
     prepare_data([corpus_2], tmp_path / "set", overwrite=True, **SMALL)
     prepare_data([corpus_2], tmp_path / "fresh", **SMALL)
@@ -227,13 +230,13 @@ def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, p
 def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
     for wrong, message in [
         ({"held_out": {"valid": 0.1}}, "unknown split 'valid'"),
-        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leave some for training"),
+        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leaves no documents for training"),
         ({"held_out": {"test": -0.1}}, "must be 0 or more"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare_data([corpus], tmp_path / "set", **wrong)
-    with pytest.raises(ValueError, match="sources is empty"):
+    with pytest.raises(ValueError, match="There are no sources"):
         prepare_data([], tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
@@ -244,8 +247,9 @@ def test_command_line(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     names = [i.name for i in library.inputs]
+    library_root = Path(sysconfig.get_path("stdlib"))
     for file in [f for f in names if f.startswith("json/")] + ["argparse.py", "ast.py", "typing.py"]:
-        (mine / file.replace("/", "_")).write_bytes((library.inputs[0].root / file).read_bytes())
+        (mine / file.replace("/", "_")).write_bytes((library_root / file).read_bytes())
     script = [sys.executable, str(root / "scripts/prepare_data.py"), "--out", str(tmp_path / "set")]
     arguments = [str(mine), "--vocab-size", "500", "--test", "0.4"]
     done = subprocess.run(script + arguments, capture_output=True, text=True, cwd=root)
@@ -305,7 +309,7 @@ def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, t
         os.utime(source / name, ns=(begun - 1, begun - 1))
     before = contents(out)
     for add in (False, True):
-        with pytest.raises(ValueError, match=r"0\.txt is not what .*set has as '0\.txt' of the source 'in': "):
+        with pytest.raises(ValueError, match=r"0\.txt differs from what .*set has as '0\.txt' of the source 'in'\. "):
             prepare_data([source], out, **given, add=add)
     assert contents(out) == before
     for _ in range(2):
@@ -321,7 +325,7 @@ def test_a_file_that_has_grown_is_not_added(texts, prepared, tmp_path):
     before = prepare_data([path], out, **given)
     with path.open("a") as file:
         file.write(json.dumps({"text": texts[50]}) + "\n")
-    with pytest.raises(ValueError, match=r"in\.jsonl is not what .*--overwrite.*NAME=PATH"):
+    with pytest.raises(ValueError, match=r"in\.jsonl differs from what .*--overwrite.*NAME=PATH"):
         prepare_data([path], out, add=True, progress=False)
     assert read_manifest(out) == before
     assert prepare_data([path], out, overwrite=True, **given)["books"][tmp_path.name]["written"] == 51
@@ -346,7 +350,7 @@ def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(ValueError, match=r"a\.jsonl:301: not JSON.*--on-error skip"),
     ):
-        patch.setattr(prepare_module, "BLOCK", 10_000)
+        patch.setattr(sources_module, "BATCH_BYTES", 10_000)
         prepare_data([path], tmp_path / "set", commit_seconds=0, **given)
     early = TokenSet(tmp_path / "set", "train")
     assert not early.is_complete and early.num_documents > 100
@@ -367,7 +371,7 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
         prepare_data([corpus], out, vocab_size=400, add=True)
     assert (out / "train/00000.npy").exists()
     prepare_data([corpus], out, vocab_size=400)
-    assert "format 1 when it was prepared and have 3 now: preparing it anew" in capsys.readouterr().err
+    assert "has a set of format 1. The current format is 3, so the set is prepared again." in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
 
 
@@ -379,9 +383,9 @@ def test_a_file_that_came_while_it_was_prepared_is_named(texts, prepared, tmp_pa
         prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": texts[1]}) + "\n")
     assert prepare_data([tmp_path / "in"], tmp_path / "set", on_error="skip", **given)["books"]["in"]["written"] == 1
-    assert "1 inputs came after" in capsys.readouterr().err
+    assert "1 inputs are not in" in capsys.readouterr().err
     assert prepare_data([tmp_path / "in"], tmp_path / "set", add=True)["books"]["in"]["written"] == 2
-    assert "came after" not in capsys.readouterr().err
+    assert "are not in" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
@@ -406,16 +410,16 @@ def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepare
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"body": "x", "id": 1}]), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
-    with pytest.raises(ValueError, match=r"a\.parquet: has no column 'text' but body, id"):
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'\. It has body, id"):
         prepare_data([tmp_path / "a.parquet"], tmp_path / "set", **given)
-    with pytest.raises(ValueError, match=r"all documents are empty or left out.*no field text"):
+    with pytest.raises(ValueError, match=r"all documents are empty or skipped.*no field text"):
         prepare_data([tmp_path / "a.jsonl"], tmp_path / "other", **given)
 
 
 def test_a_wrong_field_is_named_though_a_tokenizer_is_to_be_trained(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\n' * 3)
     for on_error in ("stop", "skip"):
-        with pytest.raises(ValueError, match=r"to train a tokenizer on.*a\.jsonl:2: has no field 'text' but body"):
+        with pytest.raises(ValueError, match=r"to train a tokenizer on.*a\.jsonl:2: no field 'text', only body"):
             prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", on_error=on_error, **SMALL)
 
 
@@ -442,13 +446,13 @@ def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on
     (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
     given = {"tokenizer": prepared / "tokenizer.model"}
     for sources, options, message in [
-        ([corpus, tmp_path / "a.parquet"], given, "has no column 'text' but body"),
-        ([corpus], {"vocab_size": 10**6}, "vocab_size=1000000 does not suit"),
-        ([corpus], given | {"text_field": "body"}, r"texts\.jsonl:1: has no field 'body'"),
-        ([tmp_path / "b.jsonl"], {"source_field": "from", "text_field": "body"}, "has no field 'from'"),
+        ([corpus, tmp_path / "a.parquet"], given, "has no column 'text'. It has body"),
+        ([corpus], {"vocab_size": 10**6}, "vocab_size=1000000 does not fit"),
+        ([corpus], given | {"text_field": "body"}, r"texts\.jsonl:1: no field 'body'"),
+        ([tmp_path / "b.jsonl"], {"source_field": "from", "text_field": "body"}, "no field 'from'"),
         ([tmp_path / "a.jsonl.gz"], given, "damaged"),
-        ([tmp_path / "zero.parquet"], given, "all documents are empty or left out"),
-        ([corpus], given | {"add": True}, "give one of them"),
+        ([tmp_path / "zero.parquet"], given, "all documents are empty or skipped"),
+        ([corpus], given | {"add": True}, "exclude each other"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare_data(sources, out, overwrite=True, on_error=on_error, progress=False, **options)
@@ -457,16 +461,16 @@ def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on
 
 def test_a_table_without_rows_is_told_in_words(prepared, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
-    with pytest.raises(ValueError, match=r"left out \(zero: 0 documents read, 0 written\)$"):
+    with pytest.raises(ValueError, match=r"skipped \(zero: 0 documents read = 0 written\)\.$"):
         given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
         prepare_data([f"zero={tmp_path / 'zero.parquet'}"], tmp_path / "set", **given)
 
 
 def test_where_a_set_cannot_be_is_told(corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file is a file: name the folder \(out, --out\)"):
+    with pytest.raises(ValueError, match=r"file is a file\. Name a folder .* --out"):
         prepare_data([corpus], tmp_path / "file", **SMALL)
-    with pytest.raises(ValueError, match=r"all sources lie in .*corpus, the folder of the set"):
+    with pytest.raises(ValueError, match=r"All sources lie in .*corpus, the folder of the set"):
         prepare_data([corpus], corpus.parent, **SMALL)
 
 
@@ -478,13 +482,13 @@ def test_files_that_are_left_out_are_counted_by_ending(corpus, prepared, tmp_pat
     for _ in range(2):  # the second time, the set's own files are there
         manifest = prepare_data([tmp_path / "in"], tmp_path / "in/set", **given)
         assert manifest["books"]["in"]["written"] == 2
-        assert "are left out: 2 .csv, 1 no ending\n" in capsys.readouterr().err
+        assert ": 2 .csv, 1 no suffix\n" in capsys.readouterr().err
     prepare_data([corpus], tmp_path / "other", **given)
-    assert "left out" not in capsys.readouterr().err
+    assert "Skipped" not in capsys.readouterr().err
 
 
 def test_there_must_be_a_set_to_add_to(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"typo: no set to add to"):
+    with pytest.raises(ValueError, match=r"typo has no set to add to"):
         prepare_data([corpus], tmp_path / "typo", add=True, **SMALL)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glalm.prepare.sources import File, hub_source, local_source, open_source, stdlib_source
+from glalm.prepare.sources import FileInput, hub_source, local_source, open_source, stdlib_source
 
 
 def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
@@ -44,9 +44,9 @@ def test_names(tmp_path):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         local_source(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"ends in one of \.txt"):
+    with pytest.raises(ValueError, match=r"must end in one of \.txt"):
         local_source(tmp_path)
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match=r"a\.tar.*must end in"):
@@ -66,7 +66,7 @@ def test_stdlib_is_the_library_without_tests():
     assert 500 < len(names) < 1000
     found = next(i for i in library.inputs if i.name == "json/decoder.py")
     path = Path(sysconfig.get_path("stdlib")) / "json/decoder.py"
-    assert (found.path, found.size) == (path, path.stat().st_size) and isinstance(found, File)
+    assert (found.path, found.size) == (path, path.stat().st_size) and isinstance(found, FileInput)
 
 
 def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):

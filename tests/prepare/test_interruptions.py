@@ -18,8 +18,8 @@ from byte_tokenizer import ByteTokenizer
 
 from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
-from glalm.prepare import encode, writer
-from glalm.prepare import pipeline as prepare_module
+from glalm.prepare import encode, pipeline, plan, set_folder, workers, writer
+from glalm.prepare import sources as sources_module
 from glalm.prepare.pipeline import prepare_data
 
 ROOT = Path(__file__).parents[2]
@@ -84,22 +84,23 @@ def test_the_books_balance(unbroken, sources):
     assert set(manifest["splits"]["train"]["sources"]) == set("xyz")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(sources, settings, unbroken, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(prepare_module, "SMALL", 1)
-    monkeypatch.setattr(prepare_module, "BLOCK", 10_000)
-    monkeypatch.setattr(encode, "AHEAD", 30_000)
-    prepare_data([sources], tmp_path / "set", workers=workers, **settings)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(sources, settings, unbroken, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(sources_module, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(workers, "PENDING_BYTES", 30_000)
+    prepare_data([sources], tmp_path / "set", workers=processes, **settings)
     assert contents(tmp_path / "set") == unbroken
 
 
 def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbroken, tmp_path):
     """kill -9 of a process with two workers, again and again; then one is left to finish."""
     script = (
-        "import sys, json; from glalm.prepare import pipeline as p; p.SMALL, p.BLOCK = 1, 5_000; import time\n"
-        "write = p._write; p._write = lambda *args: (time.sleep(0.01), write(*args))\n"
+        "import time\nfrom glalm.prepare import pipeline, sources\nfrom glalm.prepare.writer import SetWriter\n"
+        "pipeline.BYTES_PER_WORKER, sources.BATCH_BYTES = 1, 5_000\n"
+        "add = SetWriter.add_batch\nSetWriter.add_batch = lambda *args: (time.sleep(0.01), add(*args))\n"
         "if __name__ == '__main__':\n"
-        f"    p.prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, "
+        f"    pipeline.prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, "
         f"**{settings!r})"
     )
     (tmp_path / "run.py").write_text(script)
@@ -122,7 +123,7 @@ def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbro
 
 def cursor(out: Path) -> list[int] | None:
     try:
-        return json.loads((out / writer.JOURNAL).read_bytes())["cursor"]
+        return json.loads((out / set_folder.JOURNAL).read_bytes())["cursor"]
     except FileNotFoundError:
         return None
 
@@ -136,7 +137,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(prepare_module, "BLOCK", 100_000)
+    monkeypatch.setattr(sources_module, "BATCH_BYTES", 100_000)
     total = [0]
     original = getattr(files, moment)
 
@@ -146,7 +147,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
             raise Killed
         return original(*args)
 
-    for module in (files, writer, prepare_module):
+    for module in (files, writer, plan, set_folder):
         if hasattr(module, moment):
             monkeypatch.setattr(module, moment, counted)
     deaths = 0
@@ -164,7 +165,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
 def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, monkeypatch):
     """After a crash of the machine too: files are synced before they get their names and their folders after it, and
     all that the journal says of files that still grow was synced before it."""
-    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
+    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
     out, synced, commits, fsync, replace = tmp_path / "set", {}, [], os.fsync, os.replace
     renamed_in = set()
 
@@ -177,15 +178,17 @@ def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, mon
     def replacing(source, target):
         assert not renamed_in
         assert synced.pop(source, None) == os.path.getsize(source), source
-        if target.name == writer.JOURNAL:
+        if target.name == set_folder.JOURNAL:
             state, sizes = json.loads(Path(source).read_bytes()), {}
             sizes |= {out / name: size for name, size in state["logs"].items()}
             for split, entries in state["splits"].items():
                 for name, entry in entries.items():
                     if entry["open"]:
                         shard = f"{split}/{name}/.{len(entry['shards']):05d}"
-                        sizes[out / f"{shard}.npy.tmp"] = writer.HEADER + 2 * entry["open"]["tokens"]
-                        sizes[out / f"{shard}.docs.npy.tmp"] = writer.HEADER + 8 * (entry["open"]["documents"] + 1)
+                        sizes[out / f"{shard}.npy.tmp"] = writer.HEADER_BYTES + 2 * entry["open"]["tokens"]
+                        sizes[out / f"{shard}.docs.npy.tmp"] = writer.HEADER_BYTES + 8 * (
+                            entry["open"]["documents"] + 1
+                        )
             assert {path: synced.get(str(path)) for path in sizes} == sizes
             commits.append(len(sizes))
         replace(source, target)
@@ -204,7 +207,7 @@ def interrupted(blocks, *args, **kwargs):
     class Killed(BaseException):
         pass
 
-    left, write = [blocks], prepare_module._write
+    left, write = [blocks], writer.SetWriter.add_batch
 
     def counted(*args):
         if left[0] == 0:
@@ -213,7 +216,7 @@ def interrupted(blocks, *args, **kwargs):
         write(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(prepare_module, "_write", counted)
+        patch.setattr(writer.SetWriter, "add_batch", counted)
         prepare_data(*args, workers=1, commit_seconds=0, **kwargs)
 
 
@@ -259,14 +262,14 @@ def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, s
 
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tmp_path, monkeypatch):
-    path, count = copied / "b.jsonl", writer.SetWriter.count
+    path, count = copied / "b.jsonl", writer.SetWriter._count
 
     def changing(self, *args):
         path.touch()
         count(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.SetWriter, "count", changing)
+        patch.setattr(writer.SetWriter, "_count", changing)
         with pytest.raises(ValueError, match=rf"{path} has changed since"):
             prepare_data([copied], tmp_path / "set", workers=1, **settings)
     with pytest.raises(ValueError, match=rf"{path} has changed since"):
@@ -276,7 +279,7 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tm
 @pytest.mark.parametrize("moment", [1, 2])
 def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbroken, tmp_path, monkeypatch, moment):
     killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)
-    monkeypatch.setattr(writer.ShardWriter, "add", None)  # it would fail if it wrote again
+    monkeypatch.setattr(writer.ShardWriter, "add_document", None)  # it would fail if it wrote again
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
     assert contents(tmp_path / "set") == unbroken
 
@@ -285,9 +288,9 @@ def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbro
 def test_killed_as_it_is_overwritten_it_is_not_taken_up_again(
     sources, settings, unbroken, tmp_path, monkeypatch, moment
 ):
-    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
+    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(writer.SetWriter, "next_input", lambda self: 1 / 0)  # an interruption, after the first
+        patch.setattr(writer.SetWriter, "_finish_input", lambda *_: 1 / 0)  # an interruption, at the end of an input
         prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
     killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", overwrite=True, workers=1, **settings)
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
@@ -316,11 +319,9 @@ def killed_at_removal(moment, monkeypatch, *args, **kwargs):
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = (
-        "import os, signal, time\nfrom glalm.prepare.encode import *\nfrom glalm.prepare.encode import _start_worker\n"
-        "class Sleepy:\n    def encoder(self): return lambda block: (print(os.getpid(), flush=True), time.sleep(60))\n"
-        "if __name__ == '__main__':\n"
-        "    blocks = [Block(0, 'x', i, [b'x'], 1, 1, False) for i in range(2)]\n"
-        "    list(encode_in_order(blocks, Sleepy(), 2))\n"
+        "import os, time\nfrom glalm.prepare.workers import map_in_order\n"
+        "def sleep(item):\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
+        "if __name__ == '__main__':\n    list(map_in_order(sleep, range(2), workers=2, size_of=lambda item: 1))\n"
     )
     (tmp_path / "parent.py").write_text(script)
     parent = subprocess.Popen(
@@ -337,8 +338,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbroken, tmp_path, monkeypatch):
     """Writes fail, as they do on a full disk, at ever later moments."""
-    monkeypatch.setattr(prepare_module, "BLOCK", 20_000)
-    add, left = writer.ShardWriter.add, [0]
+    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
+    add, left = writer.ShardWriter.add_document, [0]
 
     def full(self, *args):
         left[0] -= 1
@@ -347,7 +348,7 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbr
         return add(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.ShardWriter, "add", full)
+        patch.setattr(writer.ShardWriter, "add_document", full)
         for room in (0, 100, 700, 1300):
             left[0] = room
             with pytest.raises(
@@ -385,24 +386,21 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
         prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
     with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
-    with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl, which is gone"):
+    with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl is gone"):
         prepare_data([sources / "b.jsonl"], tmp_path / "set", **settings)
     with pytest.raises(ValueError, match="so far: it is still being prepared"):
         from glalm.data.loader import Windows
 
-        prepare_module._write_manifest(
-            tmp_path / "set",
-            json.loads((tmp_path / "set/.plan.json").read_text()),
-            writer.SetWriter(tmp_path / "set", "uint16", dict.fromkeys(SPLITS, 9)),
-            False,
-        )
+        begun = plan.Plan(**json.loads((tmp_path / "set/.plan.json").read_text()))
+        (tmp_path / "set" / set_folder.JOURNAL).unlink()
+        writer.SetWriter(tmp_path / "set", begun).write_manifest(complete=False)
         Windows(TokenSet(tmp_path / "set", "train"), 16)
 
 
 def test_two_at_once_are_refused(sources, settings, tmp_path):
     (tmp_path / "set").mkdir()
     with (
-        prepare_module.lock_folder(tmp_path / "set"),
+        set_folder.lock_folder(tmp_path / "set"),
         pytest.raises(ValueError, match="another process is preparing this set"),
     ):
         prepare_data([sources], tmp_path / "set", **settings)

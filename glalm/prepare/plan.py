@@ -1,0 +1,272 @@
+"""Decide what there is to do: begin a set, resume an interrupted preparation, or add inputs to a complete set."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from glalm.data.files import read_jsonl, write_json
+from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
+from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.records import Document, SkippedRecord, parse_records
+from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_set_files, remove_set
+from glalm.prepare.sources import FileInput, HubInput, Input, read_batches
+from glalm.prepare.tokenizer_training import train_on_inputs
+from glalm.progress import ProgressBar
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a preparation reads and how. It is saved in the folder of the set until the set is complete.
+
+    Attributes:
+        fingerprint: Of the settings, the tokenizer and the inputs with which the set was begun.
+        settings: What the caller chose; see `prepare_data`.
+        tokenizer: What the manifest says of the tokenizer.
+        dtype: Of the token ids.
+        inputs: The inputs to read, as `describe_input` gives them.
+        base: The commit of the complete set to add to, or None to begin a set.
+    """
+
+    version: int
+    fingerprint: str
+    settings: dict
+    tokenizer: dict
+    dtype: str
+    inputs: list[dict]
+    base: dict | None
+
+    def save(self, out: Path) -> "Plan":
+        write_json(out / PLAN, dataclasses.asdict(self))
+        return self
+
+
+def make_plan(
+    out: Path,
+    settings: dict,
+    inputs: list[Input],
+    tokenizer: Tokenizer | None,
+    *,
+    on_error: str,
+    add: bool,
+    overwrite: bool,
+    bar: ProgressBar,
+) -> Plan | None:
+    """Return what is to be done in `out`, or None if nothing is.
+
+    Args:
+        tokenizer: The tokenizer to use, or None to train one.
+        on_error, add, overwrite: See `prepare_data`.
+
+    Raises:
+        ValueError: `out` has a set with other settings or inputs, or files that are not part of a set.
+    """
+    if overwrite or (not add and _has_older_format(out, bar)):
+        return _begin(out, settings, inputs, tokenizer, on_error, bar)
+    required = None if add else settings
+    if (out / PLAN).exists():
+        return _resume(out, required, inputs)
+    (out / JOURNAL).unlink(missing_ok=True)  # It is left where a process was killed just after it completed the set.
+    if (out / MANIFEST).exists():
+        return _plan_addition(out, required, inputs, bar)
+    if add:
+        raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
+    return _begin(out, settings, inputs, tokenizer, on_error, bar)
+
+
+def _has_older_format(out: Path, bar: ProgressBar) -> bool:
+    version = read_manifest(out, any_version=True)["version"] if (out / MANIFEST).exists() else VERSION
+    if version < VERSION:
+        bar.log(f"{out} has a set of format {version}. The current format is {VERSION}, so the set is prepared again.")
+    return version < VERSION
+
+
+def _begin(
+    out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, on_error: str, bar: ProgressBar
+) -> Plan:
+    """Save the plan and the tokenizer of a new set. A set in `out` is removed once nothing can be refused any more."""
+    if list_set_files(out):
+        check_first_documents(inputs, settings, on_error)
+    tokenizer = tokenizer or train_on_inputs(inputs, settings, bar)
+    remove_set(out)
+    described = _save_tokenizer(tokenizer, out)
+    inputs = [source_input.describe() for source_input in inputs]
+    identities = [{key: entry[key] for key in ("source", "name", "bytes")} for entry in inputs]
+    identity = [FORMAT, VERSION, settings, tokenizer.fingerprint, identities]
+    return Plan(
+        version=VERSION,
+        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        settings=settings,
+        tokenizer=described,
+        dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        inputs=inputs,
+        base=None,
+    ).save(out)
+
+
+def check_first_documents(inputs: list[Input], settings: dict, on_error: str) -> None:
+    """Read the first document of each input, so that what would be refused later is refused now.
+
+    Raises:
+        ValueError: An input cannot be read, a record before its first document is bad and `on_error` is "stop", or no
+            input has a document.
+    """
+    found = False
+    first_error = ""
+    for source_input in inputs:
+        if found and isinstance(source_input, HubInput) and source_input.index:
+            continue  # All files of a hub data set have the same columns, and each is a request to the hub.
+        for item in _parse_lazily(source_input, settings):
+            if not isinstance(item, SkippedRecord):
+                found = True
+                break
+            if item.reason != "empty" and on_error == "stop":
+                raise bad_record_error(source_input, item)
+            if item.reason != "empty":
+                first_error = first_error or f" ({source_input}:{item.number}: {item.detail})"
+    if not found:
+        raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped{first_error}.")
+
+
+def _parse_lazily(source_input: Input, settings: dict) -> Iterator[Document | SkippedRecord]:
+    for batch in read_batches([source_input], list_fields(settings), batch_bytes=1):
+        yield from parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"])
+
+
+def list_fields(settings: dict) -> list[str]:
+    """Return the fields of a record that are read."""
+    return [settings[key] for key in ("text_field", "source_field") if settings[key]]
+
+
+def _resume(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
+    """Return the plan that was interrupted.
+
+    Raises:
+        ValueError: It has other settings, or inputs that are gone or have changed.
+    """
+    plan = Plan(**json.loads((out / PLAN).read_bytes()))
+    available = {(source_input.source, source_input.name): source_input for source_input in inputs}
+    changed = _differing_keys(plan.settings, settings)
+    for entry in plan.inputs:
+        if (entry["source"], entry["name"]) not in available:
+            changed.append(f"inputs: {entry['name']} is gone")
+            break
+    if changed:
+        raise ValueError(
+            f"{out} has an unfinished set that was begun otherwise (different {', '.join(changed)}). Finish it with "
+            "the command that began it, choose another folder, or replace it with --overwrite."
+        )
+    commit = last_commit(out)
+    log = (out / "inputs.jsonl").read_bytes()[: commit["logs"]["inputs.jsonl"]] if commit else b""
+    written = {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, log.splitlines())}
+    for entry in plan.inputs:
+        key = (entry["source"], entry["name"])
+        if entry == available[key].describe():
+            continue
+        # Only the time of an input that is written already may differ, because its hash tells that it is the same.
+        if not written.get(key) or written[key] != available[key].compute_sha256():
+            raise changed_error(available[key], out)
+    return plan
+
+
+def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: ProgressBar) -> Plan | None:
+    """Save the plan to add to a complete set what it lacks of `inputs`. Return None if it has all of them.
+
+    Args:
+        settings: The settings and, implicitly, the inputs that the set must have; None to add inputs to any set.
+
+    Raises:
+        ValueError: The set has other settings, or has other content for one of the inputs.
+    """
+    for split in SPLITS:
+        manifest = TokenSet(out, split).manifest  # Opening a split checks its files.
+    new = find_new_inputs(out, inputs, bar)
+    written = {(row["source"], row["name"]) for row in read_jsonl(out / "inputs.jsonl")}
+    for source_input in new:
+        if (source_input.source, source_input.name) in written:
+            raise ValueError(
+                f"{source_input} differs from what {out} has as {source_input.name!r} of the source "
+                f"{source_input.source!r}. If the file has changed, prepare the set again with --overwrite; to add it "
+                "would repeat documents. If it is another file, or holds new documents only, name it: NAME=PATH."
+            )
+    changed = _differing_keys(manifest["settings"], settings)
+    if new and settings:
+        changed.append("sources")
+    if changed:
+        raise ValueError(
+            f"{out} has a set that was prepared otherwise (different {', '.join(changed)}). Choose another folder, "
+            "replace the set with --overwrite, or add new sources to it with --add."
+        )
+    if not new:
+        return None
+    kept = {key: manifest[key] for key in ("version", "fingerprint", "settings", "tokenizer", "dtype")}
+    return Plan(
+        **kept, inputs=[source_input.describe() for source_input in new], base=_commit_of_complete_set(manifest)
+    ).save(out)
+
+
+def _commit_of_complete_set(manifest: dict) -> dict:
+    """Return the state from which SetWriter continues a complete set; see SetWriter.commit."""
+    splits = {}
+    for split, entry in manifest["splits"].items():
+        splits[split] = {name: {"shards": source["shards"], "open": None} for name, source in entry["sources"].items()}
+    logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
+    return {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+
+
+def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[Input]:
+    """Return those of `inputs` whose content a complete set lacks."""
+    rows = read_jsonl(out / "inputs.jsonl")
+    by_key = {(row["source"], row["name"], row["bytes"]): row for row in rows}
+    name_of_content = {row["sha256"]: row["name"] for row in rows}
+    sizes = {row["bytes"] for row in rows}
+    new = []
+    for source_input in inputs:
+        row = by_key.get((source_input.source, source_input.name, source_input.size))
+        if row and (row.get("mtime_ns") == source_input.mtime_ns or row["sha256"] == source_input.compute_sha256()):
+            continue
+        same = None
+        if isinstance(source_input, FileInput) and source_input.size in sizes:
+            same = name_of_content.get(source_input.compute_sha256())
+        if same:
+            bar.log(f"{source_input} is already in the set, as {same}.")
+        else:
+            new.append(source_input)
+    return new
+
+
+def bad_record_error(source_input: Input, record: SkippedRecord) -> ValueError:
+    """Return the error of a record without a document."""
+    return ValueError(
+        f"{source_input}:{record.number}: {record.detail}. To skip such records and count them, use --on-error skip."
+    )
+
+
+def changed_error(source_input: Input, out: Path) -> ValueError:
+    """Return the error of an input that has changed since its preparation began."""
+    return ValueError(
+        f"{source_input} has changed since {out} was begun, which may hold documents of the old version. Restore the "
+        "file and the time of its last change, or prepare the set again with --overwrite."
+    )
+
+
+def _differing_keys(old: dict, new: dict | None) -> list[str]:
+    return [key for key in new or () if old.get(key) != new[key]]
+
+
+def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
+    name = tokenizer.save(out)
+    paths = sorted((out / name).iterdir()) if (out / name).is_dir() else [out / name]
+    return {
+        "name": name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "before": tokenizer.bos_ids,
+        "after": tokenizer.eos_ids,
+        "round_trips": tokenizer.round_trips,
+        "files": [describe_file(path, out) for path in paths],
+    }

@@ -1,0 +1,78 @@
+"""The folder of a set in preparation: its lock, its journal, and which of the files in it belong to the set."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glalm.data.files import file_sha256, try_lock
+from glalm.data.shards import MANIFEST, PLAN, SPLITS
+
+JOURNAL = ".journal.json"
+LOGS = ("inputs.jsonl", "skipped.jsonl")
+SET_FILES = re.compile(
+    rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
+    rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs\.npy|\.npy|\.crc32)(\.tmp)?"
+)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from preparing a set in `folder`. Raises ValueError if one already does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(handle):
+            raise ValueError(f"{folder}: another process is preparing this set. Wait until it ends, or stop it.")
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Say in the error of a full disk that the same command resumes the preparation."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = f"{folder}: the disk is full. Free some space and run the same command again; it resumes from here."
+        raise OSError(error.errno, advice) from error
+
+
+def last_commit(out: Path) -> dict | None:
+    """Return what `SetWriter.commit` wrote last, or None."""
+    path = out / JOURNAL
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def describe_file(path: Path, root: Path) -> dict[str, Any]:
+    """Return the path below `root`, the size and the SHA-256 of a file, as the manifest lists it."""
+    return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def list_set_files(out: Path) -> list[Path]:
+    """Return the files of a set, complete or not, in `out`. Raises ValueError if there are other files."""
+    found = []
+    for path in out.rglob("*"):
+        name = path.relative_to(out).as_posix()
+        if SET_FILES.fullmatch(name) or name in (PLAN, JOURNAL) or path.match(".*.tmp"):
+            found.append(path)
+        elif path.is_file() and not path.name.startswith("."):
+            raise ValueError(f"{path} is not part of a prepared set. Choose another folder than {out} with --out.")
+    return found
+
+
+def remove_set(out: Path) -> None:
+    """Remove a set, complete or not, from `out`. Raises ValueError, and removes nothing, if there are other files."""
+    # The manifest and the plan go first, so that a kill in between leaves nothing that looks like a set.
+    first = {MANIFEST: 0, PLAN: 1}
+    for path in sorted(list_set_files(out), key=lambda path: first.get(path.name, 2)):
+        path.unlink()
+    for path in sorted(out.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

@@ -1,0 +1,153 @@
+"""Train a SentencePiece tokenizer for which decode(encode(text)) is the text, to the last space."""
+
+import hashlib
+import heapq
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import sentencepiece
+
+from glalm.data.files import atomic_write
+from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.encode import split_of
+from glalm.prepare.records import SkippedRecord, parse_records
+from glalm.prepare.sources import FileInput, Input, read_batches
+from glalm.progress import ProgressBar
+
+MAX_INPUT_BYTES = 2**32  # of input that `train_on_inputs` reads
+# SentencePiece skips a sentence of more than 4192 bytes without a warning; 1000 characters are always fewer.
+MAX_SENTENCE_CHARACTERS = 1000
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    path: str | os.PathLike,
+    vocab_size: int,
+    *,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    max_bytes: int = 32 * 2**20,
+) -> Tokenizer:
+    """Train a SentencePiece model with byte fallback on `texts`, write it to `path`, and return it.
+
+    A newline is always a token of its own (its byte), and so is each digit. Runs of spaces may be one token. The ids
+    are unk 0, bos 1, eos 2, without a padding token. The same texts in any order give the same file.
+
+    Args:
+        path: The .model file to write.
+        max_bytes: The size in UTF-8 of the sample of `texts` that is used; see `sample_texts`.
+
+    Raises:
+        ValueError: There is no text, or `vocab_size` does not fit it.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder. Name the file to write, such as {Path(path) / 'tokenizer.model'}.")
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 1, and in practice some hundreds.")
+    sample = sample_texts(texts, max_bytes)
+    if not sample:
+        raise ValueError("There is no text to train a tokenizer on. Add documents, or hold out fewer of them.")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_split_sentences(sample),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # Drop SentencePiece's source location in front, and its advice about an option that we do not offer at the end.
+        reason = str(error).rpartition("] ")[2].partition(" Increase vocab_size or")[0]
+        raise ValueError(f"vocab_size={vocab_size} does not fit these texts: {reason}") from error
+    with atomic_write(Path(path)) as file:
+        file.write(model.getvalue())
+    return Tokenizer(path)
+
+
+def train_on_inputs(inputs: list[Input], settings: dict, bar: ProgressBar) -> Tokenizer:
+    """Train a tokenizer on the training documents of `inputs`, as the settings of a set say.
+
+    Raises:
+        ValueError: The inputs are too large to be read twice, or have no text.
+    """
+    size = sum(source_input.size for source_input in inputs)
+    if size > MAX_INPUT_BYTES or not all(isinstance(source_input, FileInput) for source_input in inputs):
+        raise ValueError(
+            "These sources are too large to train a tokenizer on, because they would be read twice. Train one on a "
+            "part of them with scripts/train_tokenizer.py, or choose an existing one, and name it with --tokenizer."
+        )
+    texts = read_training_texts(inputs, settings["held_out"], settings["text_field"], bar)
+    with TemporaryDirectory() as folder:
+        return train_sentencepiece(texts, Path(folder) / "tokenizer.model", settings["tokenizer"]["vocab_size"])
+
+
+def read_training_texts(
+    inputs: list[Input], held_out: Mapping[str, float], text_field: str, bar: ProgressBar
+) -> Iterator[str]:
+    """Yield the text of the documents of `inputs` that are not held out. Bad records are skipped, as they are reported
+    by the preparation that follows.
+
+    Raises:
+        ValueError: There are bad records and no documents. The message names the first of them.
+    """
+    starts = [0, *accumulate(source_input.size for source_input in inputs)]
+    bar.start_task("reading", starts[-1])
+    documents = 0
+    first_error = ""
+    for batch in read_batches(inputs, [text_field]):
+        for item in parse_records(batch.records, batch.first, text_field, None):
+            if isinstance(item, SkippedRecord):
+                if item.reason != "empty":
+                    first_error = first_error or f"{inputs[batch.input_index]}:{item.number}: {item.detail}"
+            elif split_of(item.text, held_out) == "train":
+                documents += 1
+                yield item.text
+        bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
+    if first_error and not documents:
+        raise ValueError(f"There is no text to train a tokenizer on. {first_error}")
+
+
+def sample_texts(texts: Iterable[str], max_bytes: int, chunk: int = 2**16) -> list[str]:
+    """Return those chunks of `texts` that have the lowest hashes.
+
+    The result depends on the set of texts and not on their order. The texts are read once, in memory of order
+    `max_bytes`.
+
+    Args:
+        max_bytes: The size of the result in UTF-8.
+        chunk: The characters of a chunk.
+    """
+    heap: list[tuple[int, bytes]] = []  # (-hash, chunk): the highest hash is on top
+    size = 0
+    for text in texts:
+        for start in range(0, len(text), chunk):
+            piece = text[start : start + chunk].encode()
+            heapq.heappush(heap, (-int.from_bytes(hashlib.sha256(piece).digest()[:8]), piece))
+            size += len(piece)
+            while size > max_bytes:
+                size -= len(heapq.heappop(heap)[1])
+    return [piece.decode() for _, piece in sorted(heap, reverse=True)]
+
+
+def _split_sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
+                yield line[start : start + MAX_SENTENCE_CHARACTERS]

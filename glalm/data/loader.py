@@ -11,12 +11,12 @@ import torch
 
 from glalm.data.order import Order, rank_slice
 from glalm.data.shards import TokenSet, count_leftover_tokens
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
 READ_AHEAD = 4  # batches
 
 
@@ -59,8 +59,8 @@ class Windows:
     def load_batch(self, ids: np.ndarray) -> Batch:
         """input_ids and labels, int64 [len(ids), T]; labels[:, t] is the token after input_ids[:, t].
 
-        With `reset_state` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are IGNORED
-        where the next token is in another document.
+        With `reset_state` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are
+        IGNORE_INDEX where the next token is in another document.
         """
         rows = np.empty((len(ids), self.length + 1), dtype=np.int64)
         for row, i in zip(rows, ids, strict=True):
@@ -70,7 +70,7 @@ class Windows:
             starts = np.zeros(rows.shape, dtype=bool)
             for row, start in zip(starts, map(self._start, ids), strict=True):
                 row[self.tokens.document_starts(start, start + self.length + 1) - start] = True
-            batch["labels"][starts[:, 1:]] = IGNORED
+            batch["labels"][starts[:, 1:]] = IGNORE_INDEX
             starts[:, 0] = True
             batch["starts"] = starts[:, :-1]
         return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in batch.items()}
@@ -128,7 +128,7 @@ def sequential_batches(
 
     batch_size: windows of one batch of one rank; the ranks share batch_size * world_size neighbours at a time.
     All ranks get the same number of batches, of the same shapes. The last batch may be smaller. Where it does
-    not divide among the ranks, the rows that are short repeat a window with all labels IGNORED: weigh each
+    not divide among the ranks, the rows that are short repeat a window with all labels IGNORE_INDEX: weigh each
     loss by its number of other labels, which on the last ranks may be none.
     """
     count = len(windows) if limit is None else min(limit, len(windows))
@@ -140,7 +140,7 @@ def sequential_batches(
         left = min(batch_size * world_size, count - start)
         places = rank_slice(start + np.arange(-(-left // world_size) * world_size), rank, world_size)
         batch = windows.load_batch(places.clip(max=count - 1) * len(windows) // count)
-        batch["labels"][torch.from_numpy(places >= count)] = IGNORED
+        batch["labels"][torch.from_numpy(places >= count)] = IGNORE_INDEX
         return batch
 
     return read_ahead(read, range(0, count, batch_size * world_size))

@@ -25,10 +25,11 @@ from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.model.loss import IGNORE, token_losses
+from glalm.model.loss import token_losses
 from glalm.model.precision import has_bf16
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError
@@ -103,7 +104,7 @@ class Subject:
     @torch.no_grad()
     def score(self, input_ids: LongTensor, targets: LongTensor, state=None) -> tuple[Tensor, object]:
         """Cross-entropy in nats of each target [B, T] given the tokens up to it, float32 [B, T] (0 where the target is
-        IGNORE), and the state to go on from: of one size where the model is recurrent, else all keys and values.
+        IGNORE_INDEX), and the state to go on from: of one size where the model is recurrent, else all keys and values.
 
         Raises ConfigError where a transformers model cannot go on from a state.
         """
@@ -113,7 +114,7 @@ class Subject:
         if self._head is not None and self._head.bias is None:
             return token_losses(features, self._head.weight, targets), state
         parts = [
-            F.cross_entropy(logits, goal, reduction="none", ignore_index=IGNORE)
+            F.cross_entropy(logits, goal, reduction="none", ignore_index=IGNORE_INDEX)
             for logits, goal in self.predictions(features.flatten(0, 1), targets.flatten())
         ]
         return torch.cat(parts).view(targets.shape), state

@@ -30,7 +30,7 @@ from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarise
 from glalm.evals.plot import plot_extrapolation, plot_ratios
-from glalm.model.loss import IGNORE
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:
@@ -188,7 +188,7 @@ def batch_losses(
     state = None
     for begin, scored, stop in spans(max(ends), segment, context):
         rows, live = segment_rows(texts, ends, begin, scored, stop)
-        inputs, targets = rows[:, :-1].to(model.device), rows[:, 1:].masked_fill(~live, IGNORE).to(model.device)
+        inputs, targets = rows[:, :-1].to(model.device), rows[:, 1:].masked_fill(~live, IGNORE_INDEX).to(model.device)
         losses, state = model.score(inputs, targets, state if context == "stateful" else None)
         buckets = np.searchsorted(edges, np.arange(begin, stop), side="right") - 1
         total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())

@@ -13,7 +13,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from glalm.evals.eval_model import Subject
-from glalm.model.loss import IGNORE
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the likeliest
 # Tokens that sharing its context has to save a continuation, as many as keeping and copying a state costs: 24 to 37 for
@@ -142,7 +142,7 @@ def carried(subject: Subject, documents: list[list[int]], prefix: int, segment: 
     for batch in batches(order, [min(len(documents[i]), segment) for i in order], batch_tokens):
         rows = [[prefix, *documents[i]] for i in batch]
         input_ids = padded([row[:-1] for row in rows], subject.device)
-        targets = padded([row[1:] for row in rows], subject.device, fill=IGNORE)
+        targets = padded([row[1:] for row in rows], subject.device, fill=IGNORE_INDEX)
         state = None
         for start in range(0, input_ids.shape[1], segment):
             part = slice(start, start + segment)

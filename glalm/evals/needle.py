@@ -24,7 +24,7 @@ from glalm.evals.evaluator import Job, Work
 from glalm.evals.likelihood import padded, within_states
 from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_needle
-from glalm.model.loss import IGNORE
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 NEEDLE = "\nThe secret number of the {key} is {value}. Remember it.\n"
 QUESTION = "\nAs was said, the secret number of the {key} is"
@@ -166,14 +166,14 @@ def score(subject: Subject, samples: list[Sample]) -> list[dict]:
     haystacks = torch.from_numpy(np.stack([s.haystack for s in samples])).to(subject.device)
     count = len(samples[0].answers)
     each = torch.arange(len(samples), device=subject.device).repeat_interleave(count)
-    answers = padded([ids for s in samples for ids in s.answers], subject.device, fill=IGNORE)
+    answers = padded([ids for s in samples for ids in s.answers], subject.device, fill=IGNORE_INDEX)
     state, read = read_on(subject, haystacks[:, :-1])
     if state is not None:
         state = subject.repeat(state, each)
     inputs = torch.cat([haystacks[each, read:], answers[:, :-1].clamp(min=0)], 1)
     features, _ = subject.read(inputs, state=state)
     logits = subject.logits(features[:, -answers.shape[1] :])
-    nats = F.cross_entropy(logits.mT, answers, ignore_index=IGNORE, reduction="none").sum(1).view(-1, count)
+    nats = F.cross_entropy(logits.mT, answers, ignore_index=IGNORE_INDEX, reduction="none").sum(1).view(-1, count)
     right = (logits.argmax(-1) == answers).sum(1).view(-1, count)[:, 0]
     ranks = 1 + (~(nats[:, 1:] > nats[:, :1])).sum(1)  # a tie is no victory, nor are losses that are no numbers
     return [

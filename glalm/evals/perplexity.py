@@ -16,7 +16,8 @@ from glalm.data.loader import Batch, Windows, pack_documents
 from glalm.evals.eval_model import Subject, open_split
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
-from glalm.model.loss import IGNORE, token_losses
+from glalm.kernels.cross_entropy import IGNORE_INDEX
+from glalm.model.loss import token_losses
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:
@@ -52,7 +53,7 @@ def perplexity(subject: Subject, windows: Windows, batch_size: int, work: Work) 
     found = []
     for start in work.mine(range(0, len(windows), batch_size)):
         batch = windows.load_batch(np.arange(start, min(start + batch_size, len(windows))))
-        scored = (batch["labels"] != IGNORE).sum(1)
+        scored = (batch["labels"] != IGNORE_INDEX).sum(1)
         nats = window_losses(subject, batch).double().view(len(scored), -1).sum(1).cpu()
         found.append(torch.stack([nats / scored.clamp(min=1), scored], 1).tolist())
         work.advance(batch["labels"].numel())

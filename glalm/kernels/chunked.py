@@ -33,9 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.precision import wide_dtype
+from glalm.kernels.common import CHUNK, wide_dtype
 
-CHUNK = 64
 # The largest exponent that q or k is scaled by: in float32 a sum of gates near 20 is off by a few 1e-6, and so are the
 # results. Larger ones would do before anything overflows, at that cost.
 MILD = 20.0

@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.checks import check_inputs, check_values
-from glalm.kernels.gates import channels
-from glalm.kernels.library import operator
-from glalm.kernels.precision import wide_dtype
-from glalm.kernels.sequences import each_sequence, same_sequence
-
-CHUNK = 64
+from glalm.kernels.common import (
+    CHUNK,
+    check_inputs,
+    check_values,
+    expand_gate,
+    map_sequences,
+    register_operator,
+    sequence_masks,
+    wide_dtype,
+)
 
 
 def chunk_delta_rule(
@@ -52,7 +55,7 @@ def chunk_delta_rule(
     inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed (see `fused`).
     Differentiable once. Raises ValueError when a shape, dtype or device does not fit.
     """
-    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
+    check_inputs(q, k, v, expand_gate(None, q), initial_state, cu_seqlens)
     for name, x in (("beta", beta), ("g", g)):
         if x is not None and x.shape != q.shape[:3]:
             raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
@@ -67,7 +70,7 @@ def chunk_delta_rule(
     g = torch.zeros_like(beta) if g is None else g
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = each_sequence(chunks, inputs, initial_state, output_final_state, cu_seqlens)
+        o, state = map_sequences(chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
 
 
@@ -117,7 +120,7 @@ def chunks(
     decay = between.masked_fill(~later, -torch.inf).exp()
     entering, leaving = g.cumsum(3).exp(), between[:, :, :, -1, :, None].exp()
     if sequence is not None:
-        together, before, after = same_sequence(sequence, C)
+        together, before, after = sequence_masks(sequence, C)
         decay, entering, leaving = decay * together, entering * before, leaving * after
     written, through = k * beta, entering[:, :, :, -1:]
     system = (written @ k.mT * decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
@@ -179,7 +182,7 @@ def differentiate_twice(ctx, *grads):
     raise NotImplementedError("chunk_delta_rule: no second derivatives")
 
 
-carry_op = operator("delta_carry", carry, carry_fake)
-carry_backward_op = operator("delta_carry_backward", carry_backward, carry_backward_fake)
+carry_op = register_operator("delta_carry", carry, carry_fake)
+carry_backward_op = register_operator("delta_carry_backward", carry_backward, carry_backward_fake)
 torch.library.register_autograd(carry_op, differentiate, setup_context=save)
 torch.library.register_autograd(carry_backward_op, differentiate_twice)

@@ -15,10 +15,8 @@ on the CPU the gate is spread over the channels.
 import torch
 from torch import Tensor
 
-from glalm.kernels.checks import check_inputs
-from glalm.kernels.gates import channels, log_gate
+from glalm.kernels.common import check_inputs, expand_gate, log_gate, wide_dtype
 from glalm.kernels.gla import chunk
-from glalm.kernels.precision import wide_dtype
 from glalm.kernels.recurrent import fused_recurrent
 
 
@@ -62,14 +60,14 @@ def chunk_retention(
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
     g = head_decay(q)
-    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)
+    check_inputs(q, k, v, expand_gate(g, q), initial_state, cu_seqlens)
     return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
     g = head_decay(q)
-    check_inputs(q, k, v, channels(g, q), options.get("initial_state"), options.get("cu_seqlens"))
+    check_inputs(q, k, v, expand_gate(g, q), options.get("initial_state"), options.get("cu_seqlens"))
     return fused_recurrent(q, k, v, g, **options)
 
 
@@ -84,13 +82,13 @@ def chunk_linear_attn(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
-    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
+    check_inputs(q, k, v, expand_gate(None, q), initial_state, cu_seqlens)
     return chunk(q, k, v, None, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     """`fused_recurrent_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
-    check_inputs(q, k, v, channels(None, q), options.get("initial_state"), options.get("cu_seqlens"))
+    check_inputs(q, k, v, expand_gate(None, q), options.get("initial_state"), options.get("cu_seqlens"))
     return fused_recurrent(q, k, v, None, **options)
 
 
@@ -113,4 +111,4 @@ def check_gate(
     """check_inputs for one gate a head."""
     if q.dim() == 4 and g.shape != q.shape[:3]:
         raise ValueError(f"g: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(g.shape)}")
-    check_inputs(q, k, v, channels(g, q), initial_state, cu_seqlens)
+    check_inputs(q, k, v, expand_gate(g, q), initial_state, cu_seqlens)

@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glalm.kernels import chunked
-from glalm.kernels.checks import check_inputs, check_normalizer, check_values
-from glalm.kernels.gates import channels, gate_gradient, has_gradient, log_gate
-from glalm.kernels.library import operator
-from glalm.kernels.precision import wide_dtype
-from glalm.kernels.recurrent import fused_recurrent, has_kernel
+from glalm.kernels.common import (
+    check_inputs,
+    check_normalizer,
+    check_values,
+    expand_gate,
+    gate_gradient,
+    gate_has_gradient,
+    has_kernel,
+    log_gate,
+    register_operator,
+    wide_dtype,
+)
+from glalm.kernels.recurrent import fused_recurrent
 
 
 def chunk_gla(
@@ -147,7 +155,7 @@ def chunk_forward(
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = channels(log_gate(g, normalizer), q)
+            gates = expand_gate(log_gate(g, normalizer), q)
             o, final_state = chunked.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
     return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(6)))
 
@@ -187,7 +195,7 @@ def chunk_backward(
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = channels(log_gate(g, normalizer), q)
+            gates = expand_gate(log_gate(g, normalizer), q)
             dq, dk, dv, dg, dinitial = chunked.backward(
                 q, k, v, gates, scale, initial_state, cu_seqlens, do, dfinal_state
             )
@@ -198,7 +206,7 @@ def chunk_backward(
 def chunk_backward_fake(
     q, k, v, g, scale, normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gate = g if has_gradient(g) else None
+    gate = g if gate_has_gradient(g) else None
     maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (gate, initial_state))
     return *(x.new_empty(x.shape) for x in (q, k, v)), *maybe
 
@@ -220,7 +228,7 @@ def differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, backward:
     dq, dk, dv, dg, dinitial = backward(
         q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
     )
-    dg = dg if has_gradient(g) else None
+    dg = dg if gate_has_gradient(g) else None
     dinitial = None if initial_state is None else dinitial
     return dq, dk, dv, dg, None, None, dinitial, None, None, None
 
@@ -248,7 +256,7 @@ def differentiate_twice(ctx, *grads):
     raise NotImplementedError("chunk_gla: no second derivatives; fused_recurrent_gla has them, for short sequences")
 
 
-forward_op = operator("chunk_gla", chunk_forward, chunk_forward_fake)
-backward_op = operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)
+forward_op = register_operator("chunk_gla", chunk_forward, chunk_forward_fake)
+backward_op = register_operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)
 torch.library.register_autograd(forward_op, differentiate_op, setup_context=save)
 torch.library.register_autograd(backward_op, differentiate_twice)

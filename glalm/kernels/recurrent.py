@@ -11,11 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from glalm.kernels.checks import check_values
-from glalm.kernels.gates import channels
-from glalm.kernels.library import operator
-from glalm.kernels.precision import wide_dtype
-from glalm.kernels.sequences import sequence_ids
+from glalm.kernels.common import check_values, expand_gate, has_kernel, register_operator, sequence_ids, wide_dtype
 
 
 class Mode(threading.local):
@@ -80,7 +76,7 @@ def recurrent(
     if initial is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         initial = q.new_zeros(N, H, K, V, dtype=wide_dtype(q))
-    decay = None if g is None else channels(g.to(wide_dtype(q)), q).exp()
+    decay = None if g is None else expand_gate(g.to(wide_dtype(q)), q).exp()
     q, k, values = q.to(initial.dtype) * scale, k.to(initial.dtype), v.to(initial.dtype)
     final, S, outputs = initial.clone(), initial[:B], []
     if cu_seqlens is not None:
@@ -97,10 +93,6 @@ def recurrent(
             final.index_copy_(0, owner[t : t + 1], S)
     o = torch.stack(outputs, 1).to(v.dtype) if T else torch.empty_like(v)
     return o, S if cu_seqlens is None and T else final
-
-
-def has_kernel(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype != torch.float64
 
 
 def recurrent_forward(
@@ -144,5 +136,5 @@ def recurrent_update_fake(q, k, v, g, scale, state):
     return v.new_empty(v.shape)
 
 
-forward_op = operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
-update_op = operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, mutates=("state",))
+forward_op = register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
+update_op = register_operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, mutates=("state",))

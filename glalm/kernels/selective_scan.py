@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.checks import check_packing, check_values
-from glalm.kernels.precision import wide_dtype
+from glalm.kernels.common import check_cu_seqlens, check_values, wide_dtype
 
 
 def selective_scan(
@@ -34,7 +33,7 @@ def selective_scan(
     Returns y [batch, T, D] in x's dtype and the final states [n, D, N], float32 (both float64 for float64 inputs).
     """
     if cu_seqlens is not None:
-        check_packing(cu_seqlens, len(x))
+        check_cu_seqlens(cu_seqlens, len(x))
         check_values(None, x, cu_seqlens)
     dtype = wide_dtype(x)
     with torch.autocast(x.device.type, enabled=False):

@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.checks import check_inputs, check_values
-from glalm.kernels.gates import channels
-from glalm.kernels.precision import wide_dtype
-from glalm.kernels.sequences import each_sequence, same_sequence
+from glalm.kernels.common import check_inputs, check_values, expand_gate, map_sequences, sequence_masks, wide_dtype
 
 CHUNK = 16
 
@@ -34,7 +31,7 @@ def chunk_value_gla(
     Computes in float32 (float64 for float64 inputs). cu_seqlens is read on the host where states go
     in or out.
     """
-    check_inputs(q, k, v, channels(None, q), initial_state, cu_seqlens)
+    check_inputs(q, k, v, expand_gate(None, q), initial_state, cu_seqlens)
     if g.shape != v.shape:
         raise ValueError(f"g: expected the shape of v, {list(v.shape)}, got {list(g.shape)}")
     check_values(g, q, cu_seqlens)
@@ -42,7 +39,7 @@ def chunk_value_gla(
     dtype = wide_dtype(q)
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = each_sequence(chunks, inputs, initial_state, output_final_state, cu_seqlens)
+        o, state = map_sequences(chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
 
 
@@ -59,7 +56,7 @@ def chunks(
     decay = between.masked_fill(~later[:, :, None, None], -torch.inf).exp()
     entering, leaving = g.cumsum(2).exp(), between[:, :, -1].exp()
     if sequence is not None:
-        together, before, after = (x[..., None] for x in same_sequence(sequence, CHUNK))
+        together, before, after = (x[..., None] for x in sequence_masks(sequence, CHUNK))
         decay, entering, leaving = decay * together[..., None], entering * before, leaving * after
     scores = torch.einsum("bnihk,bnjhk->bnijh", q, k)
     inside = (scores[..., None] * decay * v[:, :, None]).sum(3)

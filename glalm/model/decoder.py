@@ -8,12 +8,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from glalm.kernels.checks import check_packing, check_values
+from glalm.kernels.common import check_cu_seqlens, check_values
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.loading import load
-from glalm.model.loss import IGNORE, head_cross_entropy, head_losses
+from glalm.model.loss import head_cross_entropy, head_losses
 from glalm.model.norm import RMSNorm
 from glalm.model.packing import boundaries
 from glalm.model.precision import matmul_dtype
@@ -95,7 +96,7 @@ class GLALMModel(GLALMPreTrainedModel):
                 f"{list(attention_mask.shape)}"
             )
         if cu_seqlens is not None:
-            check_packing(cu_seqlens, len(x))
+            check_cu_seqlens(cu_seqlens, len(x))
             check_values(None, x, cu_seqlens)
         padding = None if attention_mask is None else (attention_mask[:, -x.shape[1] :, None] != 0).to(x.dtype)
         past = StateCache() if past_key_values is None else past_key_values
@@ -188,14 +189,16 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             if given is not None and given.shape != hidden.shape[:2]:
                 raise ValueError(f"{name}: expected {list(hidden.shape[:2])}, as the input is, got {list(given.shape)}")
         if labels is not None and shift_labels is None:
-            shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
+            shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
             if cu_seqlens is not None:  # the first token of a sequence is not the next one of another
-                shift_labels[:, cu_seqlens[1:] - 1] = IGNORE
+                shift_labels[:, cu_seqlens[1:] - 1] = IGNORE_INDEX
         if shift_labels is not None:
             loss = head_cross_entropy(self.lm_head, hidden, shift_labels, z_loss)
             if num_items_in_batch is not None:
-                items = torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0 where the batch's labels are all IGNORE
-                loss = loss * (shift_labels != IGNORE).sum() / items
+                items = torch.as_tensor(num_items_in_batch).clamp(
+                    min=1
+                )  # 0 where the batch's labels are all IGNORE_INDEX
+                loss = loss * (shift_labels != IGNORE_INDEX).sum() / items
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected the number of last logits, 0 for all, got {logits_to_keep}")
         if shift_labels is None or (labels is not None and not self.training):

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from glalm.kernels.common import CHUNK
 from glalm.model.config import ModelConfig
-
-CHUNK = 64  # tokens a chunk of the chunkwise kernels
 
 
 class Cost(NamedTuple):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from glalm.kernels.cross_entropy import IGNORE, cross_entropy_
-from glalm.kernels.precision import at_least_float32, wide_dtype
+from glalm.kernels.common import at_least_float32, wide_dtype
+from glalm.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_
 from glalm.model.precision import matmul_dtype
 
 # Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
@@ -20,8 +20,8 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss:
         return linear_cross_entropy(hidden, head.weight, targets, z_loss)
     logits = at_least_float32(head(hidden)).flatten(0, -2)
     targets = targets.flatten().to(logits.device)
-    scored = targets != IGNORE
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    scored = targets != IGNORE_INDEX
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     loss = loss + z_loss * logits.logsumexp(-1)[scored].square().sum()
     return loss / scored.sum().clamp(min=1)
 
@@ -31,7 +31,7 @@ def head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if is_plain(head):
         return token_losses(hidden, head.weight, targets)
     logits = at_least_float32(head(hidden))
-    return F.cross_entropy(logits.mT, targets.to(logits.device), ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits.mT, targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -41,7 +41,7 @@ def is_plain(head: nn.Module) -> bool:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats of softmax(hidden weight^T) over the targets that are not IGNORE.
+    """Mean cross-entropy in nats of softmax(hidden weight^T) over the targets that are not IGNORE_INDEX.
 
     hidden: [..., d]; weight: [vocabulary, d]; targets: [...] int64. Returns a float32 scalar (0 when nothing is
     scored), plus z_loss times the mean of logsumexp(logits)^2 (Chowdhery et al., arXiv 2204.02311, section 5). The
@@ -53,7 +53,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token, [...] float32, without gradient; 0 where the target is IGNORE."""
+    """Cross-entropy in nats of each token, [...] float32, without gradient; 0 where the target is IGNORE_INDEX."""
     with torch.no_grad():
         flat, goal = hidden.flatten(0, -2), targets.flatten()
         losses = [cross_entropy_(F.linear(flat[c], weight), goal[c], 0.0, False) for c in _chunks(flat, weight)]
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, w, out=dhidden[c])
             if dweight is not None:
                 _add_product(dweight, logits.T, h[c])
-        count = (targets != IGNORE).sum().clamp(min=1)
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
         ctx.save_for_backward(dhidden, dweight, count)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss / count

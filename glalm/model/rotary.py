@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from glalm.kernels.precision import wide_dtype
+from glalm.kernels.common import wide_dtype
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from glalm.kernels.sequences import sequence_ids
+from glalm.kernels.common import sequence_ids
 
 FLOOR = -1e4  # the maximum of a sequence that has no token yet: far below any logit, and still finite
 

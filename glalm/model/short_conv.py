@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.kernels.precision import at_least_float32
-from glalm.kernels.sequences import sequence_ids
+from glalm.kernels.common import at_least_float32, sequence_ids
 
 
 class ShortConv(nn.Module):

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_map_only
 
 from glalm.config.run import RunConfig
 from glalm.data.loader import Batch, pack_documents
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
-from glalm.model.loss import IGNORE
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import set_learning_rate
 from glalm.train.parallel import gradient_norm, no_sync_unless
@@ -98,5 +98,5 @@ def scored_parts(accelerator: Accelerator, micros: list[Batch]) -> list[float] |
     """Each micro-batch's part of the tokens that all processes score in a step, times the number of processes."""
     if "starts" not in micros[0]:
         return [1 / len(micros)] * len(micros)
-    scored = torch.stack([(micro["labels"] != IGNORE).sum() for micro in micros]).float()
+    scored = torch.stack([(micro["labels"] != IGNORE_INDEX).sum() for micro in micros]).float()
     return scored / accelerator.reduce(scored.sum(), "mean")

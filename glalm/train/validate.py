@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from glalm.config.run import RunConfig
 from glalm.data.loader import Windows, sequential_batches
-from glalm.model.loss import IGNORE
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.train.parallel import free_gathered_weights
 from glalm.train.state import BatchPlan
 from glalm.train.step import model_inputs, on_device
@@ -32,7 +32,7 @@ def validate(
         batch = on_device(batch, accelerator)
         with accelerator.autocast():
             loss = model(**model_inputs(batch), use_cache=False).loss
-        scored = (batch["labels"] != IGNORE).sum()
+        scored = (batch["labels"] != IGNORE_INDEX).sum()
         total += torch.stack([loss * scored, scored])
         alive()
     free_gathered_weights(model)

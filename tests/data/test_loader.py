@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from glalm.data.loader import IGNORED, Windows, pack_documents, read_ahead, sequential_batches, training_batches
+from glalm.data.loader import Windows, pack_documents, read_ahead, sequential_batches, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.prepare.pipeline import prepare_data
 
 T = 16
@@ -121,7 +122,7 @@ def test_sequential_has_windows_once_in_order_evenly_spaced_in_equal_shapes(wind
     assert len(labels) - count < world
     chosen = [i * len(windows) // count for i in range(count)]
     assert len(set(chosen)) == count and (limit != 50 or chosen[-1] > 0.9 * len(windows))
-    assert labels[labels != IGNORED].tolist() == [t for i in chosen for t in stream[i * T + 1 : (i + 1) * T + 1]]
+    assert labels[labels != IGNORE_INDEX].tolist() == [t for i in chosen for t in stream[i * T + 1 : (i + 1) * T + 1]]
     assert inputs[:count].flatten().tolist() == [t for i in chosen for t in stream[i * T : (i + 1) * T]]
 
 
@@ -256,7 +257,7 @@ def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
     begins[:, 0] = True
     assert torch.equal(b["starts"], begins) and begins[:, 1:].any()
     seam = a["labels"] == tokens.bos_id
-    assert (b["labels"][seam] == IGNORED).all() and torch.equal(b["labels"][~seam], a["labels"][~seam])
+    assert (b["labels"][seam] == IGNORE_INDEX).all() and torch.equal(b["labels"][~seam], a["labels"][~seam])
 
 
 def test_packed_rows(mixed_set):

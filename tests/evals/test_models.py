@@ -15,9 +15,9 @@ from glalm.evals.eval_model import Subject, learned_positions, open_split, open_
 from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.model.loss import IGNORE
 from glalm.prepare.pipeline import prepare_data
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_scores_are_the_cross_entropy_of_the_logits_and_carry_the_state(kind):
     subject = Subject(model)
     ids = torch.randint(tiny.VOCAB_SIZE, (3, 41), generator=torch.Generator().manual_seed(1))
     targets = ids[:, 1:].clone()
-    targets[0, :5] = IGNORE
+    targets[0, :5] = IGNORE_INDEX
     with torch.no_grad():
         logits = model(ids[:, :-1], use_cache=False).logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -104,10 +104,10 @@ def test_a_wrong_shape_is_named(draw):
     args = draw()
     with pytest.raises(ValueError, match="beta: expected the shape"):
         chunk_delta_rule(args["q"], args["k"], args["v"], args["g"])
-    with pytest.raises(ValueError, match="cu_seqlens: packed sequences go in one row"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected all sequences packed into one row"):
         chunk_delta_rule(*(args[n] for n in "qkv"), args["g"][..., 0].exp(), cu_seqlens=torch.tensor([0, 70]))
     row = [args[n][:1] for n in "qkv"]
-    with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to T = 70"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds from 0 to T = 70"):
         chunk_delta_rule(*row, args["g"][:1, :, :, 0].exp(), cu_seqlens=torch.tensor([0, 40, 10, 70]))
     with pytest.raises(ValueError, match="g: expected log forget gates <= 0"):
         chunk_delta_rule(*row, args["g"][:1, :, :, 0].exp(), torch.ones(1, 70, 2))

@@ -59,5 +59,5 @@ def test_chunks_are_the_recurrence_too(carried):
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 2, 5]])
 def test_bounds_that_are_none_are_refused(bounds):
     x, dt, A, B = torch.ones(1, 5, 2), torch.ones(1, 5, 2), -torch.ones(2, 3), torch.ones(1, 5, 3)
-    with pytest.raises(ValueError, match=r"^cu_seqlens: expected to rise from 0 to T = 5"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected non-decreasing bounds from 0 to T = 5"):
         selective_scan(x, dt, A, B, B, cu_seqlens=torch.tensor(bounds))

@@ -60,7 +60,7 @@ def test_half_precision_inputs_are_rounded_once(draw):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"cu_seqlens": torch.tensor([0, 70])}, "cu_seqlens: packed sequences go in one row"),
+        ({"cu_seqlens": torch.tensor([0, 70])}, "cu_seqlens: expected all sequences packed into one row"),
         ({"g": torch.ones(2, 70, 2, 20)}, "g: expected log forget gates <= 0"),
     ],
 )

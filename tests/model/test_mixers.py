@@ -161,7 +161,7 @@ def test_compiled_without_a_graph_break(choice, tiny, tokens):
 def test_bounds_that_do_not_rise_to_the_last_token_are_refused(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 30)
     for bounds in ([0, 10], [0, 20, 10, 30], [5, 30]):
-        with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to T = 30"):
+        with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds from 0 to T = 30"):
             model(ids, cu_seqlens=torch.tensor(bounds), use_cache=False)
 
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.data.loader import IGNORED, Windows, pack_documents
+from glalm.data.loader import Windows, pack_documents
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
@@ -64,10 +65,10 @@ def test_reset_equals_separate_documents(two_sources):
     nats, targets = 0, 0
     for a, b in pairwise(bounds):
         logits = model(ids[None, a:b]).logits[0]
-        nats += F.cross_entropy(logits, labels[a:b], ignore_index=IGNORED, reduction="sum")
-        targets += (labels[a:b] != IGNORED).sum()
+        nats += F.cross_entropy(logits, labels[a:b], ignore_index=IGNORE_INDEX, reduction="sum")
+        targets += (labels[a:b] != IGNORE_INDEX).sum()
         last = b == len(ids) or b % 48 == 0  # the window ends, and its last label may lie beyond
-        assert last or labels[b - 1] == IGNORED
+        assert last or labels[b - 1] == IGNORE_INDEX
         assert ids[a + 1 : b].tolist() == labels[a : b - 1].tolist()
     separate = nats / targets
     separate.backward()

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.kernels.triton.launch import launch
 
-IGNORE = tl.constexpr(-100)
+IGNORE = tl.constexpr(IGNORE_INDEX)
 # Finite, so that a lane without a column computes exp(0) rather than exp(inf - inf).
 LOWEST = tl.constexpr(-1e38)
 BLOCK = 4096

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.gates import has_gradient
+from glalm.kernels.common import gate_has_gradient
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
 from glalm.kernels.triton.launch import launch
@@ -114,7 +114,7 @@ class LaunchPlan:
         self.v = v.contiguous()
         self.g = None if g is None else g.contiguous()
         self.gate_per_head = has_gate_per_head(g)
-        self.fixed_gate = g is not None and not has_gradient(g)
+        self.fixed_gate = g is not None and not gate_has_gradient(g)
         self.scale = float(scale)  # Triton would compile another kernel for the integer 1.
         self.from_logits = normalizer is not None
         self.inv_normalizer = 1.0 / normalizer if self.from_logits else 1.0
@@ -288,7 +288,7 @@ class LaunchPlan:
             GATE_PARTS=self.gate_parts, PRECISION=self.precision,
         )  # fmt: skip
         if self.gate_per_head:
-            wants_dg = has_gradient(self.g)
+            wants_dg = gate_has_gradient(self.g)
             config = self.config.gradients if wants_dg else self.config.gradients_fixed_gate
             key_blocks = self.KP // config.tile["BK"]
             # Each block of key channels writes its share of dg; the shares are summed below.

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64
+from glalm.kernels.common import CHUNK
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp(-104) is 0 in float32, so clamping log gates at -104 changes nothing and makes -inf finite.
 MIN_LOG_GATE = tl.constexpr(-104.0)

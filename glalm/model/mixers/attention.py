@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.kernels.sequences import sequence_ids
+from glalm.kernels.common import sequence_ids
 from glalm.model.packing import repack, unpack
 from glalm.model.rotary import rotate
 

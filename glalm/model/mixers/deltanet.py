@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_delta_rule
-from glalm.kernels.precision import at_least_float32
+from glalm.kernels.common import at_least_float32
 from glalm.model.flops import delta_rule
 from glalm.model.norm import RMSNorm
 from glalm.model.short_conv import ShortConv

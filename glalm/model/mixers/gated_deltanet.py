@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from glalm.kernels.precision import at_least_float32
+from glalm.kernels.common import at_least_float32
 from glalm.model.mixers.deltanet import DeltaNet
 from glalm.model.norm import GatedRMSNorm
 from glalm.model.time_step import initialise_time_step

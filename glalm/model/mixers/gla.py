@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm import kernels
-from glalm.kernels.gates import log_gate
+from glalm.kernels.common import log_gate
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
 from glalm.model.norm import GatedRMSNorm, RMSNorm

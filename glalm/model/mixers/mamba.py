@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from glalm.kernels import selective_scan
-from glalm.kernels.precision import at_least_float32
+from glalm.kernels.common import at_least_float32
 from glalm.model.short_conv import ShortConv
 from glalm.model.time_step import initialise_time_step
 

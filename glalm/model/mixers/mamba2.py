@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
-from glalm.kernels.precision import at_least_float32
+from glalm.kernels.common import at_least_float32
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
 from glalm.model.norm import GroupedRMSNorm

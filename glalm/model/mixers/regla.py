@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
-from glalm.kernels.precision import at_least_float32
+from glalm.kernels.common import at_least_float32
 from glalm.model.feature_maps import beside_ones, feature_map, features, over_sum
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding

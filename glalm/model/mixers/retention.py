@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from glalm.kernels import chunk_retention, fused_recurrent_retention
-from glalm.kernels.sequences import sequence_ids
+from glalm.kernels.common import sequence_ids
 from glalm.model.flops import chunkwise
 from glalm.model.mixers import decoding
 from glalm.model.norm import GatedRMSNorm

@@ -1,0 +1,234 @@
+"""Helpers that the operators share: dtypes, gates, packed sequences, input checks, and registration with PyTorch."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+CHUNK = 64  # tokens
+
+
+# Dtypes and devices -----------------------------------------------------------------------------------------
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that operators compute in and store states in: float64 for float64 tensors, else float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert x to float32 unless it is float64, for values that autocast or half-precision weights must not round."""
+    return x.to(wide_dtype(x))
+
+
+def has_kernel(q: Tensor) -> bool:
+    """Return whether the Triton kernels can serve q: it is on a CUDA device and not float64."""
+    return q.is_cuda and q.dtype != torch.float64
+
+
+# Gates ------------------------------------------------------------------------------------------------------
+
+
+def expand_gate(g: Tensor | None, q: Tensor) -> Tensor:
+    """Expand a gate [B, T, H, K], [B, T, H], [H] or None to one per key channel, [B, T, H, K], without a copy.
+
+    None stands for no gate, a log gate of 0. Shapes that cannot be expanded are passed on for check_inputs to reject.
+    """
+    if q.dim() != 4:
+        return q
+    if g is None:
+        return q.new_zeros((), dtype=wide_dtype(q)).expand(q.shape)
+    if g.dim() == 4 and g.shape != q.shape:
+        return g
+    expected = {1: q.shape[2:3], 3: q.shape[:3]}.get(g.dim(), q.shape)
+    if g.shape != expected:
+        raise ValueError(f"g: expected the shape {list(expected)}, as q is {list(q.shape)}, got {list(g.shape)}")
+    return (g if g.dim() == 4 else g[..., None]).expand(q.shape)
+
+
+def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
+    """Return logsigmoid(g) / normalizer in at least float32. Without a normalizer, g is the log gate already."""
+    check_normalizer(normalizer)
+    if g is None or normalizer is None:
+        return g
+    return F.logsigmoid(at_least_float32(g)) / normalizer
+
+
+def gate_has_gradient(g: Tensor | None) -> bool:
+    """Return whether g depends on the token and so gets a gradient. A fixed decay per head, [H], does not."""
+    return g is not None and g.dim() > 1
+
+
+def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Tensor | None:
+    """Convert the gradient of log gates per key channel, [B, T, H, K], to that of g, or None without one."""
+    if not gate_has_gradient(g):
+        return None
+    if g.dim() == 3:
+        dg = dg.sum(-1)
+    if normalizer is not None:
+        dg = dg * torch.sigmoid(-g.to(dg.dtype)) / normalizer
+    return dg.to(g.dtype)
+
+
+# Packed sequences -------------------------------------------------------------------------------------------
+
+
+def sequence_ids(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Return the index of the packed sequence that each token belongs to, [T]."""
+    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+
+
+def map_sequences(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Apply function(*inputs, state, sequence) -> (o, state) to a batch or to packed sequences.
+
+    Without states, packed sequences take one call, whose `sequence` [T] holds each token's sequence_ids. With states,
+    each sequence takes a call of its own with its row of the states, which reads cu_seqlens on the host.
+
+    Args:
+        inputs: [B, T, ...] each; B is 1 for packed sequences.
+        initial_state: [N, ...], or None for zeros.
+        cu_seqlens: [N + 1], or None for a batch of N = B sequences.
+
+    Returns:
+        o [B, T, ...], and the final states [N, ...] if output_final_state, else None.
+    """
+    if cu_seqlens is None or (initial_state is None and not output_final_state):
+        sequence = None if cu_seqlens is None else sequence_ids(cu_seqlens, inputs[0].shape[1])
+        o, state = function(*inputs, initial_state, sequence)
+        return o, state if output_final_state else None
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    initial_states = [None] * len(bounds) if initial_state is None else initial_state.split(1)
+    outputs = []
+    states = []
+    for (start, end), state in zip(bounds, initial_states, strict=True):
+        o, state = function(*(x[:, start:end] for x in inputs), state, None)
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states) if output_final_state else None
+
+
+def sequence_masks(sequence: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return masks that confine a chunkwise operator to one packed sequence.
+
+    Args:
+        sequence: [T], as sequence_ids returns it.
+        chunk: tokens in a chunk; T is padded to n chunks.
+
+    Returns:
+        Whether two tokens of a chunk belong to the same sequence [n, chunk, chunk]; whether a token belongs to the
+        sequence whose state enters its chunk [n, chunk, 1]; and to the one whose state leaves it [n, chunk, 1].
+    """
+    ids = F.pad(sequence, (0, -len(sequence) % chunk), value=-1).view(-1, chunk, 1)
+    last = ids[:, -1:]
+    entering = torch.cat([ids[:1, :1], last[:-1]])
+    return ids == ids.mT, ids == entering, ids == last
+
+
+# Input checks. Every error is a ValueError whose message begins with the name of the argument. ---------------
+
+
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces."""
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
+    B, T, H, K = q.shape
+    for name, x in (("k", k), ("g", g)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(x.shape)}")
+    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v: expected the shape [{B}, {T}, {H}, V], as q is {list(q.shape)}, got {list(v.shape)}")
+
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; only g may differ")
+    if not g.is_floating_point():
+        raise ValueError(f"g: expected a floating-point dtype, got {g.dtype}")
+    tensors = {"k": k, "v": v, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(x).__name__}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected a tensor on the device of q, {q.device}, got one on {x.device}")
+
+    sequences = B
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B)
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        shape = [sequences, H, K, v.shape[3]]
+        if list(initial_state.shape) != shape:
+            raise ValueError(
+                f"initial_state: expected the shape [N, H, K, V] = {shape}, got {list(initial_state.shape)}"
+            )
+        if initial_state.dtype != wide_dtype(q):
+            raise ValueError(f"initial_state: expected {wide_dtype(q)}, as q is {q.dtype}, got {initial_state.dtype}")
+
+
+def check_normalizer(gate_logit_normalizer: float | None) -> None:
+    """Check that the divisor of a gate's logits, if there is one, is positive."""
+    if gate_logit_normalizer is not None and not gate_logit_normalizer > 0:
+        raise ValueError(f"gate_logit_normalizer: expected a number above 0, got {gate_logit_normalizer}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, B: int) -> None:
+    """Check the dtype and shape of packed sequences' bounds, and that they are packed into B = 1 row."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: expected a tensor, got a {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "cu_seqlens: expected the bounds [0, ..., T] of at least one sequence, one-dimensional, "
+            f"got the shape {list(cu_seqlens.shape)}"
+        )
+    if B != 1:
+        raise ValueError(f"cu_seqlens: expected all sequences packed into one row (B = 1), got B = {B}")
+
+
+def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Check that log gates are <= 0 and that cu_seqlens runs from 0 to T without decreasing.
+
+    This runs on the CPU only: on an accelerator, reading a value would make the host wait for the device. It is also
+    skipped where there are no values, while a compiler traces and under torch.func. NaN gates pass.
+    """
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        return
+    if g is not None and g.numel() and g.max() > 0:
+        raise ValueError(f"g: expected log forget gates <= 0, got a maximum of {g.max():.3g}; take logsigmoid first")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        T = q.shape[1]
+        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens: expected non-decreasing bounds from 0 to T = {T}, got {bounds}")
+
+
+# Registration -----------------------------------------------------------------------------------------------
+
+
+def register_operator(name: str, function: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
+    """Registers a function as the operator glalm::<name>, on every device; returns the operator. fake: what makes its
+    results' shapes and dtypes from the same arguments.
+
+    torch.library.custom_op does the same and checks more, at half a millisecond a call in torch 2.11: longer
+    than the kernels of a small layer take.
+    """
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    torch.library.define(f"glalm::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"glalm::{name}", "default", function)
+    registered = getattr(torch.ops.glalm, name).default
+    torch.library.register_fake(registered, fake)
+    return registered

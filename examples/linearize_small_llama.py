@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.train import checkpoint
+from glalm.train.checkpoint import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"gla": [], "regla": ["--mixer", "regla"], "hybrid": ["--softmax-layers", "1"]}
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, name: str, steps: int, *options) -> dict[int
 
 def as_llama(run: Path, out: Path) -> None:
     """Our Transformer++ as transformers' Llama: the same function under other names."""
-    saved = checkpoint.latest(run / "checkpoints")
+    saved = latest_checkpoint(run / "checkpoints")
     model = GLALMForCausalLM.from_pretrained(saved)
     c = model.config
     heads, kv_heads = c.attention_heads

@@ -23,6 +23,7 @@ from glalm.evals.options import TrainingRun
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import checkpoint
+from glalm.train.run_dir import find_checkpoint
 
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
 
@@ -46,11 +47,12 @@ def export(run: Path, name: str, out: Path) -> None:
     otherwise, FileNotFoundError when it is gone."""
     if out.exists():
         raise RunError(f"{out} exists; choose another --out")
-    path = checkpoint.find(run / "checkpoints", name)
+    path = find_checkpoint(run / "checkpoints", name)
     record = json.loads((run / "run.json").read_text())
     config = build_dataclass(TrainingRun, record["config"])
     model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
-    state = checkpoint.load(path, model)
+    checkpoint.verify_checkpoint(path)
+    state = checkpoint.load_model(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]
     ours = Tokenizer(tokenizer)
     if ours.fingerprint != json.loads((run / DATA_RECORD).read_text())["tokenizer"]["fingerprint"]:

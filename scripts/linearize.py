@@ -25,7 +25,7 @@ from glalm.compat.linearize import MIXERS, distil, linearize
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import TokenSet, read_manifest
-from glalm.train.initial import fields
+from glalm.train.init_weights import model_fields
 
 
 def main() -> int:
@@ -127,7 +127,7 @@ def save_tokenizer(args: argparse.Namespace) -> None:
 def save_config(config, path: Path) -> None:
     """What train.py needs to know of the model: every field of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(fields(config))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(model_fields(config))))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from glalm.studies.mqar_config import MQARConfig
 def main(config: MQARConfig) -> int:
     folder = Path(config.folder)
     need_writable(folder)
-    from glalm.train.lock import sole_run  # with torch, for which a config that is wrong need not wait
+    from glalm.train.run_dir import lock_run_dir  # with torch, for which a config that is wrong need not wait
 
-    with sole_run(folder):
+    with lock_run_dir(folder):
         return run(config, folder)
 
 

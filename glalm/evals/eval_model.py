@@ -31,7 +31,7 @@ from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import token_losses
 from glalm.model.precision import has_bf16
-from glalm.train import checkpoint
+from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
 
 LOGITS_AT_ONCE = 2**25  # held in float32: 128 MiB
@@ -233,19 +233,19 @@ def find_checkpoint(config: EvalConfig) -> Path:
         (config.folder / "run.json").is_file(),
         f"{config.folder} holds no run (run.json is missing); make one with python train.py name={config.name}",
     )
-    return checkpoint.find(config.folder / "checkpoints", config.checkpoint)
+    return run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
 
 
 def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precision: str) -> Subject:
     """A checkpoint of training, also away from its run's folder. Raises CheckpointError where a checksum differs."""
     path = path.resolve()
     folder = path.parent.parent
-    checkpoint.verify(path)
-    state, record = checkpoint.read_state(path), checkpoint.record(path)
+    checkpoint.verify_checkpoint(path)
+    state, record = checkpoint.read_metadata(path), run_dir.read_run_record(path)
     run = build_dataclass(TrainingRun, record["config"]) if record else None
     data = (read_json(folder / DATA_RECORD) if record else None) or {}
     model = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
-    checkpoint.load(path, model, verified=True)
+    checkpoint.load_model(path, model)
     return Subject(
         model=model.to(device).eval(),
         name=f"{folder.name}/{path.name}" if run else path.name,

@@ -7,7 +7,7 @@ import torch
 from glalm.evals.eval_model import Subject
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig, GenerateConfig
-from glalm.evals.randomness import seeded
+from glalm.train.random_states import seeded
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:

@@ -28,8 +28,8 @@ from glalm.evals.evaluator import Job, Work
 from glalm.evals.likelihood import Answer, batches, carried, log_likelihoods, padded
 from glalm.evals.options import EvalConfig, HarnessConfig
 from glalm.evals.published import PAPER, RECALL, paper_table
-from glalm.evals.randomness import seeded
 from glalm.evals.result_files import scores
+from glalm.train.random_states import seeded
 
 # Standard errors are resampled here, not in processes that the harness forks: these would inherit train.py's handler of
 # SIGTERM, by which the harness ends them, and go on waiting, and it for them.

@@ -16,11 +16,11 @@ from glalm.config.strict import RunError
 from glalm.evals.eval_model import Subject, run_tokenizer
 from glalm.evals.evaluator import Work, lacking
 from glalm.evals.options import EvalConfig, TrainingRun
-from glalm.evals.randomness import undisturbed
 from glalm.evals.result_files import read_json
 from glalm.evals.runner import make_job
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.train import checkpoint
+from glalm.train.checkpoint import latest_checkpoint
+from glalm.train.random_states import preserve_random_states
 from glalm.train.trainer import Evaluate
 
 
@@ -32,7 +32,7 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
     stops a run at its start. Later, or in a resumed run, hours of training are at stake: a failure is only a warning.
     """
     options = config.train_evals
-    resumed = config.train.resume_from or checkpoint.latest(config.folder / "checkpoints")
+    resumed = config.train.resume_from or latest_checkpoint(config.folder / "checkpoints")
     already_succeeded = set(options.evals if resumed else ())
     settings = EvalConfig(
         name=config.name,
@@ -53,7 +53,7 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         if step % options.every != 0 and step != config.steps:
             return {}
         metrics = {}
-        with undisturbed(model.device):
+        with preserve_random_states(model.device):
             subject = as_subject(model, precision, config, settings)
             for name in options.evals:
                 try:

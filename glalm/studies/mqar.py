@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.data.files import atomic_write
-from glalm.evals.randomness import seeded
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.precision import has_bf16
 from glalm.studies.mqar_config import MQARConfig
+from glalm.train.random_states import seeded
 
 ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
 EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids

@@ -1,296 +1,379 @@
-"""Checkpoints: written beside, verified, then renamed into place; every file with a checksum; no pickle.
+"""Save checkpoints in the background, verify them, and load them into any number of processes.
 
     checkpoints/step_N/
-        config.json           the model's, as transformers writes it
-        model.safetensors     its parameters
-        training.safetensors  "optim.<key>.<parameter>": the optimisers' state, whichever they are;
-                              "rng.<rank>.<generator>"; whatever tensors the loop adds
-        state.json            the cursor: step, processes, and whatever else the loop passes in
-        manifest.json         sha256 and size of each file above
+        config.json           configuration of the model, as transformers writes it
+        model.safetensors     parameters
+        training.safetensors  "optim.<key>.<parameter>", "guard.<name>", "rng.<rank>.<generator>"
+        state.json            step, tokens, number of processes, and the run's metadata (see CheckpointSaver.save)
+        manifest.json         size and SHA-256 of each file above
 
-Several processes write a part each, model-00002-of-00004.safetensors and so on (see glalm.train.tensors), which any
-number of processes read. A folder named step_N is whole: what an interrupted save leaves is named .step_N.tmp, and is
-removed at the next start. One that is found damaged is set aside as step_N.damaged.
+If several processes save, each writes one part of the tensors: model-00002-of-00004.safetensors and so on.
+
+A folder named step_N is complete. An interrupted save leaves .step_N.tmp, which the next start removes. A checkpoint
+that is found damaged is renamed to step_N.damaged. No file is a pickle.
 """
 
 import hashlib
-import itertools
 import json
 import math
+import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, distributed
+from torch import distributed
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from glalm.config.strict import RunError
-from glalm.data.files import file_sha256, fsync_path
-from glalm.train import rng, tensors
-from glalm.train.collectives import gather_or_raise, rank_and_world_size
-from glalm.train.tensors import Piece
+from glalm.config.run import CheckpointConfig
+from glalm.data.files import file_sha256, flush_to_disk, fsync_path
+from glalm.train import random_states, staging
+from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
+from glalm.train.staging import CheckpointError, SlicesByFile
+from glalm.train.state import TrainState
 
-MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
-
-
-class CheckpointError(RunError):
-    """A checkpoint that is missing, damaged or of another model, or could not be written. The message says which."""
-
-
-@dataclass
-class Contents:
-    """What this process writes of a checkpoint: pieces of tensors by file, and whole small files, by name."""
-
-    pieces: dict[str, dict[str, Piece]]
-    texts: dict[str, str]
+MANIFEST = "manifest.json"
+MAX_CONSECUTIVE_FAILURES = 3
+SAVE_TIMEOUT = timedelta(hours=2)
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+def collect_tensors(state: TrainState) -> SlicesByFile:
+    """Return the slices that this rank writes, by file. They are the live tensors, not copies."""
+    rank, world_size = rank_and_world_size()
+    part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
+    live = state.state_dict()
+    training = staging.slices_to_save(live["training"], rank, world_size)
+    for name, tensor in live["random_states"].items():
+        training[f"rng.{rank}.{name}"] = staging.local_slice(tensor)
+    model = staging.slices_to_save(live["model"], rank, world_size)
+    return {f"model{part}.safetensors": model, f"training{part}.safetensors": training}
 
 
-def contents(
-    step: int,
-    model: PreTrainedModel,
-    optimizers: Iterable[torch.optim.Optimizer],
-    state: Mapping,
-    extra: Mapping[str, Tensor] | None = None,
-) -> Contents:
-    """This process's share of a checkpoint: pieces of the tensors as they are, not copies.
+class CheckpointWriter:
+    """Write and remove checkpoint folders.
 
-    state: any JSON. extra: more tensors, the same on all processes. Every process must call this alike.
+    A test injects faults of the disk by a subclass, which it hands to CheckpointSaver.
     """
-    rank, world = rank_and_world_size()
-    parameters = dict(model.named_parameters())
-    training = {
-        f"optim.{key}.{name}": tensor
-        for name, p in parameters.items()
-        for optimizer in optimizers
-        for key, tensor in sorted(optimizer.state.get(p, {}).items())
-    }
-    generators = {
-        f"rng.{rank}.{name}": Piece(t, (0,) * t.dim(), tuple(t.shape), 0, 1) for name, t in rng.states().items()
-    }
-    pieces = {
-        _part(MODEL, rank, world): tensors.share(parameters, rank, world),
-        _part(TRAINING, rank, world): tensors.share({**training, **(extra or {})}, rank, world) | generators,
-    }
-    texts = {
-        "config.json": model.config.to_json_string(),
-        STATE: json.dumps({"step": step, "processes": world, **state}, indent=1),
-    }
-    return Contents(pieces, texts)
 
+    def write(self, folder: Path, step: int, files: Mapping[str, Iterable[bytes]], group: ProcessGroup | None) -> None:
+        """Write folder/step_N together with all other ranks.
 
-def write(folder: Path, step: int, made: Contents, group: distributed.ProcessGroup | None = None) -> Path:
-    """Writes folder/step_N, by all processes together, whole or not at all, and returns it. made: see `contents`.
+        Every file is read back and compared before the folder gets its name. A failure on one rank raises on all ranks
+        and leaves nothing behind.
 
-    What was written is read back and compared before the folder gets its name. group: of all processes, over which
-    they agree; gloo's. When one of them fails, all of them raise, and nothing is left.
-    """
-    target, partial = folder / f"step_{step}", folder / f".step_{step}.tmp"
-    first = rank_and_world_size()[0] == 0
+        Args:
+            files: The content of each file that this rank writes, in chunks.
+            group: All ranks, over gloo.
+        """
+        target = folder / f"step_{step}"
+        temporary = folder / f".step_{step}.tmp"
 
-    def begin() -> bool:
-        if first and not target.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        return first and target.exists()
+        def create_folder() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
-    def write_parts() -> dict:
-        files = {name: tensors.write(partial / name, pieces) for name, pieces in made.pieces.items()}
-        for name, text in made.texts.items() if first else ():
-            (partial / name).write_text(text)
-            fsync_path(partial / name)
-            files[name] = {"sha256": file_sha256(partial / name), "bytes": (partial / name).stat().st_size}
-        for name, entry in files.items():
-            _compare(partial / name, entry, "what was written to it")
-        return files
+        def write_files() -> dict[str, dict]:
+            entries = {name: self.write_file(temporary / name, chunks) for name, chunks in files.items()}
+            for name, entry in entries.items():
+                _compare_file(temporary / name, entry, "what was written to it")
+            return entries
 
-    def finish() -> None:
-        if first:
-            files = {name: entry for part in parts for name, entry in part.items()}
-            (partial / MANIFEST).write_text(json.dumps({"format": 2, "files": dict(sorted(files.items()))}, indent=1))
-            fsync_path(partial / MANIFEST)
-            fsync_path(partial)
-            partial.rename(target)
+        def complete_folder() -> None:
+            files = {}
+            for entries in entries_by_rank:
+                files |= entries
+            manifest = json.dumps({"format": 2, "files": dict(sorted(files.items()))}, indent=1)
+            self.write_file(temporary / MANIFEST, [manifest.encode()])
+            fsync_path(temporary)
+            self.rename_folder(temporary, target)
             fsync_path(folder)
-            fsync_path(folder.parent)  # in which `folder` may be new
+            fsync_path(folder.parent)  # `folder` itself may be new.
 
-    try:
-        if not any(gather_or_raise(begin, group)):
-            parts = gather_or_raise(write_parts, group)
-            gather_or_raise(finish, group)
-    except Exception:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return target
+        try:
+            run_on_rank_0(create_folder, group)
+            entries_by_rank = gather_or_raise(write_files, group)
+            run_on_rank_0(complete_folder, group)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def write_file(self, path: Path, chunks: Iterable[bytes]) -> dict:
+        """Write a file to the disk and return its manifest entry: {"bytes": size, "sha256": checksum}.
+
+        The checksum is that of `chunks`, not of the file, so reading the file back finds what the disk changed.
+        """
+        digest = hashlib.sha256()
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+            size = flush_to_disk(file)
+            # Advise the kernel to drop the cached pages, so that reading back reads the disk.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    def rename_folder(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a checkpoint. Rename it first: a kill between two files must not leave an incomplete step_N."""
+        doomed = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.rename_folder(path, doomed)
+        shutil.rmtree(doomed)
+
+    def prune(self, folder: Path, config: CheckpointConfig) -> None:
+        """Remove all checkpoints except those that keep_last, keep_every and keep_best retain."""
+        checkpoints = list_checkpoints(folder)
+        kept = set(list(checkpoints)[-config.keep_last :])
+        if config.keep_every:
+            kept.update(step for step in checkpoints if step % config.keep_every == 0)
+        if config.keep_best:
+            losses = {step: _validation_loss(path) for step, path in checkpoints.items()}
+            finite = [step for step in checkpoints if losses[step] < math.inf]
+            kept.update(sorted(finite, key=losses.get)[: config.keep_best])
+        for step in checkpoints.keys() - kept:
+            self.remove_folder(checkpoints[step])
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None = None, keep_best: int = 0) -> None:
-    """Removes all checkpoints but the newest, those at multiples of a step, and those of the lowest `val_loss`."""
-    there = _steps(folder)
-    losses = {step: _val_loss(path) for step, path in there.items()} if keep_best else {}
-    best = sorted((loss, step) for step, loss in losses.items() if loss is not None)[:keep_best]
-    kept = {*sorted(there)[-keep_last:], *(step for _, step in best)}
-    kept |= {step for step in there if keep_every and step % keep_every == 0}
-    for step in there.keys() - kept:
-        _remove(there[step])
+class CheckpointSaver:
+    """Save training state to `folder` without blocking the training loop.
 
+    `save` copies this rank's tensors to pinned host memory on the current CUDA stream, so the copy runs between two
+    optimizer steps, and a background thread writes them. Only one save runs at a time: a second `save` waits for the
+    first. Without host memory for the copy, the training waits until the checkpoint is written.
 
-def clean(folder: Path) -> None:
-    """Removes what interrupted saves and removals left."""
-    for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+    A failed save is logged, removed from the disk, and counted in `failures`. After MAX_CONSECUTIVE_FAILURES in a row,
+    the next call raises CheckpointError on every rank.
 
+    All ranks must call every method in the same order. Leaving the context waits for the save in flight.
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def load(
-    path: Path,
-    model: PreTrainedModel,
-    optimizers: Iterable[torch.optim.Optimizer] = (),
-    extra: Mapping[str, Tensor] | None = None,
-    verified: bool = False,
-) -> dict:
-    """Loads a checkpoint into `model`, `optimizers` and `extra` in place and returns its `state`.
-
-    The model may be sharded in another way than the one that was saved. Of `extra`, what the checkpoint has not, or
-    has in another shape, is left alone. Raises CheckpointError naming the file when one is missing or damaged (unless
-    `verified` already), or holds other parameters than the model's.
+    Args:
+        folder: The run's checkpoints/.
+        config: How often to save, and what to keep.
+        log: Receives warnings, on rank 0.
+        on_heartbeat: Called every second while a method waits for a save, at most for SAVE_TIMEOUT.
+        writer: The disk operations. Tests inject faults here.
     """
-    if not verified:
-        verify(path)
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        log: Callable[[str], None] = print,
+        on_heartbeat: Callable[[], object] = lambda: None,
+        writer: CheckpointWriter | None = None,
+    ):
+        self.folder = folder
+        self.config = config
+        self.log = log
+        self.on_heartbeat = on_heartbeat
+        self.writer = writer or CheckpointWriter()
+        self.failures = 0
+        self._consecutive_errors: list[str] = []
+        self._buffers = staging.HostBuffers()
+        self._rank, self._world_size = rank_and_world_size()
+        # The thread needs its own process group: its collectives must not interleave with those of the training step.
+        self._group = distributed.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._world_size > 1 else None
+        # A new thread uses cuda:0, where every rank would open a context. Setting device -1 does nothing.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        self._executor = ThreadPoolExecutor(1, "glalm-checkpoint", torch.cuda.set_device, (device,))
+        # Start the thread now. A later save may find no memory for it.
+        self._pending: Future = self._executor.submit(int)
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._wait_for_save()
+        self._executor.shutdown()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is being written."""
+        return not self._pending.done()
+
+    def warm_up(self, state: TrainState) -> None:
+        """Allocate the host memory in the background. Call this after the first step, when all tensors exist.
+
+        Without it, the first save blocks the training for a second or more.
+        """
+        if self.config.asynchronous:
+            self._pending = self._executor.submit(self._buffers.allocate, collect_tensors(state))
+
+    def save(self, state: TrainState, metadata: Mapping) -> None:
+        """Start to save `state` as step_N, where N is state.step.
+
+        Args:
+            state: What to save. Training may change it as soon as this method returns.
+            metadata: JSON values for state.json, such as the run's id and the validation loss, `val_loss`.
+
+        Raises:
+            CheckpointError: The last MAX_CONSECUTIVE_FAILURES saves failed.
+        """
+        self._wait_for_save(tolerated_failures=MAX_CONSECUTIVE_FAILURES - 1)
+        tensors = collect_tensors(state)
+        staged = self._stage(tensors, state.step) if self.config.asynchronous else None
+        files = {name: staging.encode_safetensors(slices) for name, slices in (staged or tensors).items()}
+        if self._rank == 0:
+            content = {"step": state.step, "processes": self._world_size, "tokens": state.tokens, **metadata}
+            files["config.json"] = [state.model.config.to_json_string().encode()]
+            files["state.json"] = [json.dumps(content, indent=1).encode()]
+        self._pending = self._executor.submit(self._write, state.step, files)
+        if staged is None:
+            self._wait_for_save()
+
+    def finish(self) -> Path | None:
+        """Wait for the save in flight and return the newest checkpoint.
+
+        Raises:
+            CheckpointError: The last save failed.
+        """
+        self._wait_for_save(tolerated_failures=0)
+        self._prune()  # An earlier process may have been killed before it removed what its last save replaced.
+        return latest_checkpoint(self.folder)
+
+    def failure_metrics(self) -> dict[str, int]:
+        """Return {"failed_saves": number} for the log, or nothing if no save failed."""
+        return {"failed_saves": self.failures} if self.failures else {}
+
+    def _wait_for_save(self, tolerated_failures: int | None = None) -> None:
+        """Wait for the save in flight. Raise CheckpointError if more saves in a row have failed than are tolerated."""
+        deadline = time.monotonic() + SAVE_TIMEOUT.total_seconds()
+        while wait([self._pending], timeout=1.0).not_done:
+            if time.monotonic() < deadline:
+                self.on_heartbeat()
+        failed = len(self._consecutive_errors)
+        if tolerated_failures is not None and failed > tolerated_failures:
+            raise CheckpointError(
+                f"The last checkpoint could not be saved ({failed} failed in a row); the newest complete one is "
+                f"{latest_checkpoint(self.folder) or 'none'}. Error: {self._consecutive_errors[-1]}"
+            )
+
+    def _stage(self, tensors: SlicesByFile, step: int) -> SlicesByFile | None:
+        """Queue a copy of the tensors to host memory. Return None if there is not enough of it."""
+        try:
+            return self._buffers.stage(tensors)
+        except RuntimeError as error:  # PyTorch raises this when an allocation fails.
+            self._buffers = staging.HostBuffers()  # Free the incomplete copy: the host needs the memory.
+            reason = str(error).partition("\n")[0]  # The other lines are debugging hints.
+            warning = f"warning: rank {self._rank} has no host memory to copy step {step}: {reason}"
+            with suppress(OSError):  # self.log prints on rank 0 only.
+                print(f"{warning}; training waits until it is saved", file=sys.stderr, flush=True)
+            return None
+
+    def _write(self, step: int, files: Mapping[str, Iterable[bytes]]) -> None:
+        try:
+            self._buffers.synchronize()
+            self.writer.write(self.folder, step, files, self._group)
+            self._prune()
+            self._consecutive_errors.clear()
+        except Exception as error:  # An exception in the thread would reach no caller.
+            self.failures += 1
+            self._consecutive_errors.append(str(error))
+            if self._rank == 0:
+                self.log(f"warning: step {step} was not saved; earlier checkpoints are unaffected. Error: {error}")
+
+    def _prune(self) -> None:
+        try:
+            if self._rank == 0:
+                self.writer.prune(self.folder, self.config)
+        except OSError as error:  # This does not make the new checkpoint invalid.
+            self.log(f"warning: an old checkpoint cannot be removed: {error}")
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in `folder` by step, in ascending order."""
+    paths = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in paths))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest step, unverified, or None."""
+    return next(reversed(list_checkpoints(folder).values()), None)
+
+
+def load_model(path: Path, model: PreTrainedModel) -> dict:
+    """Load the parameters of a verified checkpoint into `model` in place, and return the content of state.json.
+
+    The model may be sharded differently than the one that was saved.
+
+    Raises:
+        CheckpointError: The checkpoint holds another model.
+    """
+    stored = _index_tensors(path, "model")
     parameters = dict(model.named_parameters())
+    missing = sorted(parameters.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - parameters.keys())
+    if missing or unexpected:
+        raise CheckpointError(f"{path} holds another model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    staging.read_tensors(stored, parameters)
+    return read_metadata(path)
+
+
+def load_train_state(path: Path, state: TrainState, seed: int) -> dict:
+    """Load a verified checkpoint into `state` in place, random states included, and return the content of state.json.
+
+    Tensors of the guard that the checkpoint lacks, or has in another shape, keep their values. If the number of ranks
+    has changed, the random generators are seeded from `seed`, the step and the rank.
+
+    Raises:
+        CheckpointError: The checkpoint holds another model, or optimizer state of a parameter that is not trained now.
+    """
+    metadata = load_model(path, state.model)
+    stored = _index_tensors(path, "training")
     try:
-        saved = tensors.index(_files(path, MODEL))
-        _same_names(path, saved.keys(), parameters.keys())
-        tensors.read(saved, parameters)
-        optimizers = list(optimizers)
-        if optimizers or extra:
-            saved = tensors.index(_files(path, TRAINING))
-            wanted = {n: t for n, t in (extra or {}).items() if n in saved and saved[n].shape == tuple(t.shape)}
-            tensors.read(saved, wanted | _optimizer_state(path, saved, parameters, optimizers))
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return read_state(path)
+        state.allocate_optimizer_state({name: (entry.shape, entry.dtype) for name, entry in stored.items()})
+    except KeyError as error:
+        raise CheckpointError(f"{path} has optimizer state of {error.args[0]}, which is not trained now.") from error
+    live = state.state_dict()["training"].items()
+    fitting = {name: t for name, t in live if name in stored and stored[name].shape == tuple(t.shape)}
+    staging.read_tensors(stored, fitting)
+    state.step = metadata["step"]
+    state.tokens = metadata["tokens"]
 
-
-def load_generators(path: Path, seed: int) -> None:
-    """Sets this process's random number generators to what the checkpoint has of this rank.
-
-    Where it was written by another number of processes they are seeded from (seed, step, rank) instead.
-    """
-    rank, world = rank_and_world_size()
-    state = read_state(path)
-    if state["processes"] != world:
-        return rng.reseed(seed, state["step"], rank)
+    rank, world_size = rank_and_world_size()
+    if metadata["processes"] != world_size:
+        random_states.seed_random_states(seed, state.step, rank)
+        return metadata
     prefix = f"rng.{rank}."
-    saved = {n: s for n, s in tensors.index(_files(path, TRAINING)).items() if n.startswith(prefix)}
-    empty = {n: torch.empty(s.shape, dtype=torch.uint8) for n, s in saved.items()}
-    tensors.read(saved, empty)
-    rng.restore({n.removeprefix(prefix): t for n, t in empty.items()})
+    saved = {name: torch.empty(stored[name].shape, dtype=torch.uint8) for name in stored if name.startswith(prefix)}
+    staging.read_tensors(stored, saved)
+    random_states.restore_random_states({name.removeprefix(prefix): tensor for name, tensor in saved.items()})
+    return metadata
 
 
-def read_state(path: Path) -> dict:
-    return json.loads((path / STATE).read_text())
+def read_metadata(path: Path) -> dict:
+    """Return the content of state.json."""
+    return json.loads((path / "state.json").read_text())
 
 
-def record(path: Path) -> dict | None:
-    """run.json of the run whose checkpoint this is; None where it has been copied away, or to where another run is."""
-    path = path.resolve()
-    file = path.parent.parent / "run.json"
-    found = json.loads(file.read_text()) if file.is_file() else None
-    return found if found is not None and found["id"] == read_state(path)["run"] else None
+def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a checkpoint with its manifest: all of them, or every `parts`-th one from number `part`.
 
-
-def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Raises CheckpointError naming the first file that is missing or differs from its checksum.
-
-    Of several processes, each may look at one of the `parts` of the files.
+    Raises:
+        CheckpointError: A file is missing or differs. The message names it.
     """
-    for name, entry in sorted(_manifest(path).items())[part::parts]:
-        _compare(path / name, entry, f"the checksum in {path / MANIFEST}")
-
-
-def newest_whole(
-    folder: Path, group: distributed.ProcessGroup | None = None, say: Callable[[str], None] = print
-) -> Path | None:
-    """The newest checkpoint of which every file is as it was written, or None: the same on all processes.
-
-    Each of them verifies a part of the files; the damaged ones that they find on the way are set aside, and told of.
-    """
-    rank, world = rank_and_world_size()
-    [candidates, *_] = gather_or_raise(lambda: [str(p) for p in reversed(_steps(folder).values())], group)
-    for path in map(Path, candidates):
-        found = [damage for damage in gather_or_raise(lambda path=path: _damage(path, rank, world), group) if damage]
-        if not found:
-            return path
-        if rank == 0:
-            aside = set_aside(path, "damaged")
-            say(f"warning: {'; '.join(found)}; it is set aside as {aside.name}, and the one before it is taken")
-    return None
-
-
-def set_aside(path: Path, why: str) -> Path:
-    """Gives a checkpoint the name step_N.WHY, or step_N.WHY2 and so on, under which nothing looks for it."""
-    names = (f"{path.name}.{why}{n}" for n in itertools.chain([""], itertools.count(2)))
-    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    path.rename(aside)
-    return aside
-
-
-def after(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of later steps."""
-    return [path for n, path in _steps(folder).items() if n > step]
-
-
-def latest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, or None. Not verified."""
-    return max(_steps(folder).items(), default=(0, None))[1]
-
-
-def find(folder: Path, name: str) -> Path:
-    """The checkpoint called `latest` or `step_N`; CheckpointError listing what there is when it does not exist."""
-    path = latest(folder) if name == "latest" else folder / name
-    inside = Path(name).name == name and name.strip(".")  # not a path that leads elsewhere
-    if path is None or not inside or not path.is_dir():
-        there = ", ".join(p.name for p in _steps(folder).values()) or "none"
-        raise CheckpointError(f"no checkpoint {name} in {folder} (there: {there})")
-    return path
+    for name, entry in sorted(_read_manifest(path).items())[part::parts]:
+        _compare_file(path / name, entry, f"the checksum in {path / MANIFEST}")
 
 
 def weights_sha256(path: Path) -> str:
-    """What tells this checkpoint's weights from others': the sha256 of model.safetensors, or of its parts' sha256s."""
-    sums = [e["sha256"] for name, e in sorted(_manifest(path).items()) if name.startswith(Path(MODEL).stem)]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+    """Return the checksum that identifies a checkpoint's weights: of the model file, or of its parts' checksums."""
+    manifest = sorted(_read_manifest(path).items())
+    checksums = [entry["sha256"] for name, entry in manifest if name.startswith("model")]
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- the folder
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    """Lowest first."""
-    found = ((re.fullmatch(r"step_(\d+)", p.name), p) for p in (folder.iterdir() if folder.is_dir() else ()))
-    return dict(sorted((int(match[1]), p) for match, p in found if match))
-
-
-def _part(name: str, rank: int, world: int) -> str:
-    stem, suffix = name.split(".")
-    return name if world == 1 else f"{stem}-{rank + 1:05d}-of-{world:05d}.{suffix}"
-
-
-def _files(path: Path, name: str) -> list[Path]:
-    """The parts of model.safetensors or training.safetensors."""
-    return [path / file for file in _manifest(path) if re.fullmatch(Path(name).stem + r"(-[\d]+-of-[\d]+)?\..*", file)]
-
-
-def _manifest(path: Path) -> dict[str, dict]:
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """Return {file name: {"bytes": size, "sha256": checksum}}."""
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{manifest} is missing: {path} is not a complete checkpoint")
@@ -301,62 +384,23 @@ def _manifest(path: Path) -> dict[str, dict]:
         raise CheckpointError(f"{manifest} is damaged: {error}") from error
 
 
-def _compare(file: Path, entry: dict, what: str) -> None:
+def _compare_file(file: Path, entry: Mapping, expected: str) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-        raise CheckpointError(f"{file} is damaged: it differs from {what}")
+        raise CheckpointError(f"{file} is damaged: it differs from {expected}")
 
 
-def _damage(path: Path, part: int, parts: int) -> str | None:
-    """What `verify` finds. A file that cannot be read (OSError) is another matter: it may be whole."""
+def _index_tensors(path: Path, kind: str) -> dict[str, staging.StoredTensor]:
+    """Return the tensors in the "model" or "training" files of a checkpoint."""
+    names = [name for name in _read_manifest(path) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)]
+    return staging.index_safetensors(path / name for name in names)
+
+
+def _validation_loss(path: Path) -> float:
+    """Return the validation loss of a checkpoint, or infinity if it has none that is finite."""
     try:
-        verify(path, part, parts)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _val_loss(path: Path) -> float | None:
-    try:
-        loss = read_state(path).get("val_loss")
-    except (OSError, ValueError):
-        return None  # damaged: what resumes will say so
-    return loss if loss is not None and math.isfinite(loss) else None  # NaN has no place in an order
-
-
-def _remove(path: Path) -> None:
-    """Under another name first: a kill in the midst of it must not leave a step_N with files missing."""
-    doomed = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _optimizer_state(path: Path, saved: dict, parameters: dict, optimizers: list) -> dict[str, Tensor]:
-    """A tensor to read into for each entry of the optimisers' state; they have it from here on."""
-    owners = {id(p): (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups
-              for p in group["params"]}  # fmt: skip
-    made = {}
-    for full, stored in saved.items():
-        if not optimizers or not full.startswith("optim."):
-            continue
-        _, key, name = full.split(".", 2)
-        if name not in parameters or id(parameters[name]) not in owners:
-            raise CheckpointError(f"{path} has optimiser state of {name}, which is not trained now")
-        p = parameters[name]
-        optimizer, group = owners[id(p)]
-        dtype = next(d for d, spelled in tensors.DTYPES.items() if spelled == stored.dtype)
-        if stored.shape == tuple(p.shape):
-            made[full] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-        else:  # a count of steps, which fused and capturable optimisers keep beside the parameter
-            beside = group.get("fused") or group.get("capturable")
-            made[full] = torch.zeros(stored.shape, dtype=dtype, device=p.device if beside else "cpu")
-        optimizer.state[p][key] = made[full]
-    return made
-
-
-def _same_names(path: Path, there: Iterable[str], wanted: Iterable[str]) -> None:
-    if set(there) != set(wanted):
-        missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
-        raise CheckpointError(f"{path} holds another model: missing {missing[:3]}, unexpected {extra[:3]}")
+        loss = read_metadata(path).get("val_loss")
+    except (OSError, ValueError):  # The checkpoint is damaged, which is reported when the run resumes.
+        return math.inf
+    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from glalm.config.run import RunConfig, format_set_key
 from glalm.config.strict import require
-from glalm.train import rng
+from glalm.train import random_states
 from glalm.train.guards import UpdateGuard
 
 
@@ -106,7 +106,7 @@ class TrainState:
             "tokens": self.tokens,
             "model": parameters,
             "training": training,
-            "random_states": rng.states(),
+            "random_states": random_states.get_random_states(),
         }
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class TrainState:
                 if live[group][name] is not tensor:
                     live[group][name].copy_(tensor)
         if "random_states" in saved:
-            rng.restore(saved["random_states"])
+            random_states.restore_random_states(saved["random_states"])
 
     def allocate_optimizer_state(self, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Create the optimizers' state tensors, which do not exist before the first step, so they can be read in place.

@@ -15,19 +15,25 @@ from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Windows, training_batches
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.train import float8, optim, parallel
+from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, rank_and_world_size
 from glalm.train.compile import prepare_block_forwards
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.guards import StopSignal, UpdateGuard
-from glalm.train.initial import initial_model
-from glalm.train.lock import held
+from glalm.train.init_weights import build_initial_model
 from glalm.train.metrics import Metrics
 from glalm.train.profile import Profiler
 from glalm.train.report import Meter, SourceTokens, finite, report_start, training_row
-from glalm.train.resume import find_origin, named, provenance, restore
-from glalm.train.run import open_data, open_run, record_run
-from glalm.train.saver import Saver
-from glalm.train.state import BatchPlan
+from glalm.train.run_dir import (
+    find_resume_checkpoint,
+    open_data,
+    open_run_dir,
+    prepare_run_record,
+    resolve_resume_path,
+    resume_run,
+    write_run_record,
+)
+from glalm.train.state import BatchPlan, TrainState
 from glalm.train.step import on_device, update
 from glalm.train.validate import validate
 from glalm.train.watchdog import Watchdog
@@ -37,7 +43,9 @@ from glalm.train.watchdog import Watchdog
 Evaluate = Callable[[GLALMForCausalLM, int, str, Callable[[int], object]], dict[str, float]]
 
 
-def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
+def train(
+    config: RunConfig, evaluate: Evaluate | None = None, checkpoint_writer: CheckpointWriter | None = None
+) -> int:
     """Trains, or resumes, the run `config.name` to its last step. Returns the signal that stopped it early, or 0.
 
     Raises ConfigError before any work when the config, the data and the run directory do not fit each other; RunError
@@ -52,11 +60,11 @@ def train(config: RunConfig, evaluate: Evaluate | None = None) -> int:
     data = open_data(config)
     with (
         StopSignal() as stop,
-        held(config.folder),
+        open_run_dir(config.folder),
         Watchdog(config.train.guard.hang_seconds, *rank_and_world_size()) as watchdog,
     ):
         try:
-            return fit(config, accelerator, *data, stop, watchdog, evaluate)
+            return fit(config, accelerator, *data, stop, watchdog, evaluate, checkpoint_writer)
         except torch.OutOfMemoryError as error:
             raise RunError(explain_out_of_memory(config, accelerator.num_processes)) from error
         except DamagedFile as error:
@@ -71,35 +79,43 @@ def fit(
     stop: StopSignal,
     watchdog: Watchdog,
     evaluate: Evaluate | None,
+    checkpoint_writer: CheckpointWriter | None,
 ) -> int:
     """`train`, in a directory that is this run's alone."""
-    record = open_run(config, training.tokens)
-    origin = find_origin(config, record)
-    said = partial(cursor, config, record, named(config) or (origin and provenance(origin)))
+    record = prepare_run_record(config, training.tokens)
+    origin = find_resume_checkpoint(config, record)
+    resumed_from = resolve_resume_path(config) or (origin and read_metadata(origin).get("resumed_from"))
+    metadata = partial(checkpoint_metadata, record, resumed_from)
     model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
     guard = UpdateGuard(config.train.guard, accelerator.device)
-    start, tokens, unwritten = restore(origin, config, record["id"], model, optimizers, guard.tensors())
-    record_run(config, record, training.tokens)
+    state = TrainState(model, optimizers, guard)
+    unwritten = resume_run(origin, state, config.seed, record["id"]) if origin else []
+    start = state.step
+    write_run_record(config, record, training.tokens)
     examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
 
     with (
         Metrics(config.folder, config, record["id"], start, accelerator.is_main_process, unwritten) as metrics,
-        Saver(config.folder / "checkpoints", config.train.checkpoint, metrics.say, watchdog.alive) as saver,
+        CheckpointSaver(
+            config.folder / "checkpoints", config.train.checkpoint, metrics.say, watchdog.alive, checkpoint_writer
+        ) as saver,
         Profiler(config, accelerator.device, accelerator.process_index, start) as profiler,
     ):
         report_start(metrics, config, model, training, start, accelerator)
         if start == 0:
             metrics.log({"step": 0, **examined(0)})
         sources = SourceTokens(config, training, start)
-        meter = Meter(config, accelerator.device, accelerator.num_processes, start, tokens)
+        meter = Meter(config, accelerator.device, accelerator.num_processes, start, state.tokens)
         for step, batch in meter.waiting(steps(config, training, start, accelerator)):
             lr = optim.learning_rate(step, config)
             watchdog.beat(f"in step {step}")
             loss, grad_norm = update(accelerator, wrapped, optimizers, batch, config, lr, step, guard)
             watchdog.beat(f"after step {step}")
             profiler.advance(step)
+            state.step = step
+            state.tokens += config.tokens_per_step
             if step == start + 1:
-                saver.prepare(model, optimizers, guard.tensors())
+                saver.warm_up(state)
             metrics.advance(step)
             last = step == config.steps
             stopping = max_over_processes(stop.received or 0)
@@ -108,23 +124,20 @@ def fit(
             if saving or step % config.train.log_every == 0:
                 row |= training_row(accelerator, loss, grad_norm, lr, step, meter)
                 row |= guard.check(sources.order, config.folder, accelerator.is_main_process)
-                row |= sources.until(step) | saver.row() | metrics.row()
+                row |= sources.until(step) | saver.failure_metrics() | metrics.row()
             if stopping and not last:  # saved before it is examined, for which whoever stops it may not wait
-                state = said(row, [*metrics.unwritten, {"step": step, **row}])
-                saver.save(step, model, optimizers, state, guard.tensors())
-                saver.finish()
-                metrics.say(f"stopped: {saver.newest} is saved; the same command goes on from there")
+                saver.save(state, metadata(row, [*metrics.unwritten, {"step": step, **row}]))
+                metrics.say(f"stopped: {saver.finish()} is saved; the same command goes on from there")
                 metrics.log({"step": step, **row, **examined(step)}, durable=True)
                 return stopping
             row |= examined(step)
             if row:
                 metrics.log({"step": step, **row}, durable=saving)
                 if saving:  # after its row, which it keeps if the disk does not: resuming can drop rows, not make them
-                    saver.save(step, model, optimizers, said(row, metrics.unwritten), guard.tensors())
+                    saver.save(state, metadata(row, metrics.unwritten))
                 meter.restart(step)
             watchdog.beat(f"waiting for the data of step {step + 1}")
-        saver.finish()
-        metrics.say(f"trained to step {config.steps}: {saver.newest}")
+        metrics.say(f"trained to step {config.steps}: {saver.finish()}")
     return 0
 
 
@@ -158,7 +171,7 @@ def build(
 
     anew: whether these weights will be trained; else a checkpoint's take their place.
     """
-    model = initial_model(config, anew).to(accelerator.device)
+    model = build_initial_model(config, anew).to(accelerator.device)
     if config.train.float8:
         float8.convert_to_float8(model)
     prepare_block_forwards(model, config.train, accelerator.device)
@@ -183,11 +196,10 @@ def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelera
         yield index + 1, on_device(batch, accelerator)
 
 
-def cursor(config: RunConfig, record: dict, resumed_from: str | None, row: dict, unwritten: Iterable[dict]) -> dict:
-    """What a checkpoint says of the run, beside its tensors. The order of the data is a function of seed and step."""
+def checkpoint_metadata(record: dict, resumed_from: str | None, row: dict, unwritten: Iterable[dict]) -> dict:
+    """Return what a checkpoint records of its run. The order of the data is a function of seed and step."""
     return {
-        "tokens": row["tokens"],
-        "run": record["id"],  # the tracker's too
+        "run": record["id"],  # also the id of the tracker's run
         "identity": record["identity"],
         "resumed_from": resumed_from,
         "versions": record["versions"],

@@ -24,11 +24,11 @@ from glalm.evals.options import (
     TrainEvalsConfig,
     TrainingRun,
 )
-from glalm.evals.randomness import undisturbed
 from glalm.evals.runner import evaluate
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
+from glalm.train.random_states import preserve_random_states
 from glalm.train.trainer import train
 
 CHEAP = TrainEvalsConfig(
@@ -123,7 +123,7 @@ def test_random_states_are_kept():
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
-    with undisturbed(torch.device("cpu")):
+    with preserve_random_states(torch.device("cpu")):
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)

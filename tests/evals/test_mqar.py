@@ -19,7 +19,7 @@ from glalm.model.config import GLAConfig
 from glalm.studies import mqar
 from glalm.studies.mqar import Examples, examples
 from glalm.studies.mqar_config import MQARConfig, RecallModel
-from glalm.train.lock import sole_run
+from glalm.train.run_dir import lock_run_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,7 +292,7 @@ def test_settings_that_cannot_be():
 
 
 def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
-    with sole_run(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
+    with lock_run_dir(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
         sweep.main(dataclasses.replace(SMALL, folder=str(tmp_path)))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from glalm.data.files import read_jsonl
-from glalm.train import checkpoint, tensors
+from glalm.train import staging
+from glalm.train.checkpoint import latest_checkpoint
 
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
 
@@ -18,16 +19,16 @@ def rows(folder: Path) -> list[dict]:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint but the random generators', whole, however many processes wrote it."""
-    stored = tensors.index(path.glob("*.safetensors"))
-    kinds = {"F32": torch.float32, "I64": torch.int64}
-    whole = {n: torch.empty(s.shape, dtype=kinds[s.dtype]) for n, s in stored.items() if not n.startswith("rng.")}
-    tensors.read(stored, whole)
-    return whole
+    stored = staging.index_safetensors(path.glob("*.safetensors"))
+    names = [name for name in stored if not name.startswith("rng.")]
+    tensors = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in names}
+    staging.read_tensors(stored, tensors)
+    return tensors
 
 
 def assert_same(one: Path, other: Path) -> None:
     """Two runs' last checkpoints and metrics are the same, bit for bit."""
-    a, b = (weights(checkpoint.latest(folder / "checkpoints")) for folder in (one, other))
+    a, b = (weights(latest_checkpoint(folder / "checkpoints")) for folder in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name

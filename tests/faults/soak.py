@@ -24,7 +24,7 @@ from sameness import assert_same, rows
 from glalm.config.run import CheckpointConfig, DataConfig, GuardConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
-from glalm.train import checkpoint
+from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
@@ -61,7 +61,7 @@ def soak(folder: Path, seconds: float) -> None:
         expected = {0, -signal.SIGKILL, EXIT, 128 + signal.SIGTERM, 128 + signal.SIGUSR1}
         assert kind or codes == [0, 0], text(log) + text(log, 1)
         assert set(codes) <= expected, (kind, codes, text(log), text(log, 1))
-        if checkpoint.latest(run.folder / "checkpoints") and codes == [0, 0]:
+        if latest_checkpoint(run.folder / "checkpoints") and codes == [0, 0]:
             assert_same(whole.folder, run.folder)
             assert [row["step"] for row in rows(run.folder)] == list(range(STEPS + 1))
             finished += 1
@@ -113,7 +113,7 @@ def damage(processes: list, saves: Path) -> None:
     """A random file of the newest checkpoint: one bit flipped, the end cut off, or gone."""
     kill_both(processes, saves)
     wait(processes)
-    if not (newest := checkpoint.latest(saves)):
+    if not (newest := latest_checkpoint(saves)):
         return
     file = random.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())

@@ -14,56 +14,58 @@ from sameness import assert_same, rows
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, RunError
-from glalm.train import checkpoint, tensors, trainer
-from glalm.train.checkpoint import CheckpointError
+from glalm.train import checkpoint, trainer
+from glalm.train.checkpoint import CheckpointError, CheckpointWriter
 from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
 
-def full_disk(monkeypatch, times: int):
-    """The first `times` saves find no room, in the middle of their second file."""
-    real, calls = tensors.write, []
+class FullDisk(CheckpointWriter):
+    """A disk without space for the first `failures` saves, each in the middle of its second file."""
 
-    def write(path, pieces):
-        if "training" in path.name:
-            calls.append(1)
-            if len(calls) <= times:
-                path.write_bytes(b"what there was room for")
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, pieces)
+    def __init__(self, failures: int):
+        self.failures = failures
+        self.refused = 0
 
-    monkeypatch.setattr(tensors, "write", write)
-    return calls
+    def write_file(self, path, chunks):
+        if "training" in path.name and self.refused < self.failures:
+            self.refused += 1
+            path.write_bytes(b"as much as there was space for")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().write_file(path, chunks)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_costs_only_its_save(run_config, change, unbroken, monkeypatch, capfd, asynchronous):
-    full_disk(monkeypatch, times=2)
-    assert train(change(run_config, **{"train.checkpoint.asynchronous": asynchronous})) == 0
+def test_a_full_disk_costs_only_its_save(run_config, change, unbroken, capfd, asynchronous):
+    disk = FullDisk(failures=2)
+    config = change(run_config, **{"train.checkpoint.asynchronous": asynchronous})
+    assert train(config, checkpoint_writer=disk) == 0
+    assert disk.refused == 2
     warning = capfd.readouterr().err
-    assert warning.count("is not saved: ") == 2 and "step 4 is not saved" in warning and "No space left" in warning
+    assert warning.count("was not saved") == 2 and "step 4 was not saved" in warning and "No space left" in warning
     assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_6"]
     assert rows(run_config.folder)[-1].pop("failed_saves") == 2
     found = [{k: v for k, v in row.items() if k != "failed_saves"} for row in rows(run_config.folder)]
     assert found == rows(unbroken)
 
 
-def test_the_last_good_one_is_kept_and_three_in_a_row_stop_the_run(run_config, change, unbroken, monkeypatch):
+def test_the_last_good_one_is_kept_and_three_in_a_row_stop_the_run(run_config, change, unbroken):
     assert train(change(run_config, **{"train.steps": 2})) == 0
     longer = {"train.steps": 10, "train.allow_changes": ["train.steps"], "train.checkpoint.keep_last": 1}
-    with monkeypatch.context() as patch:
-        full_disk(patch, times=9)
-        with pytest.raises(CheckpointError, match=r"3 checkpoints in a row could not be saved.*step_2.*No space left"):
-            train(change(run_config, **longer))
+    disk = FullDisk(failures=9)
+    with pytest.raises(CheckpointError, match=r"could not be saved \(3 failed in a row\).*step_2.*No space left"):
+        train(change(run_config, **longer), checkpoint_writer=disk)
+    assert disk.refused == 3
     assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_2"]
-    checkpoint.verify(run_config.folder / "checkpoints" / "step_2")
+    checkpoint.verify_checkpoint(run_config.folder / "checkpoints" / "step_2")
     assert train(change(run_config, **longer)) == 0
 
 
-def test_a_last_save_that_fails_is_no_success(run_config, change, monkeypatch):
-    full_disk(monkeypatch, times=1)
-    with pytest.raises(CheckpointError, match=r"the last checkpoint could not be saved: .*No space left"):
-        train(change(run_config, **{"train.steps": 2}))
+def test_a_last_save_that_fails_is_no_success(run_config, change):
+    disk = FullDisk(failures=1)
+    with pytest.raises(CheckpointError, match=r"The last checkpoint could not be saved .*No space left"):
+        train(change(run_config, **{"train.steps": 2}), checkpoint_writer=disk)
+    assert disk.refused == 1
     assert list((run_config.folder / "checkpoints").iterdir()) == []
 
 
@@ -101,9 +103,17 @@ def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch)
     assert without(rows(run_config.folder), "failed_saves", "failed_writes") == rows(unbroken)
 
 
+class UnlimitedWriter(CheckpointWriter):
+    """A writer for whose files the kernel has no limit."""
+
+    def write(self, *args):
+        with largest_file(resource.RLIM_INFINITY):
+            super().write(*args)
+
+
 def without_room_for_metrics(config: RunConfig) -> int:
     """From step 3 on there is room for checkpoints alone; killed in step 6."""
-    update, save, calls, size = trainer.update, trainer.Saver.save, [], resource.RLIM_INFINITY
+    update, calls, size = trainer.update, [], resource.RLIM_INFINITY
 
     def limited(*args):
         nonlocal size
@@ -115,19 +125,18 @@ def without_room_for_metrics(config: RunConfig) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         return update(*args)
 
-    def saved(*args):
-        with largest_file(resource.RLIM_INFINITY):
-            save(*args)
-
-    trainer.update, trainer.Saver.save = limited, saved
-    return train(config)
+    trainer.update = limited
+    return train(config, checkpoint_writer=UnlimitedWriter())
 
 
 def test_metrics_that_waited_for_room_survive_a_kill(run_config, change, unbroken, tmp_path):
     config = change(run_config, **{"train.checkpoint.asynchronous": False})
     assert wait(start(without_room_for_metrics, config, log=tmp_path / "log")) == [-signal.SIGKILL]
     assert [row["step"] for row in rows(config.folder)] == [0, 1, 2]
-    assert [row["step"] for row in checkpoint.read_state(config.folder / "checkpoints/step_4")["unwritten"]] == [3, 4]
+    assert [row["step"] for row in checkpoint.read_metadata(config.folder / "checkpoints/step_4")["unwritten"]] == [
+        3,
+        4,
+    ]
     assert train(config) == 0
     assert without(rows(config.folder), "failed_writes") == rows(unbroken)
 
@@ -155,15 +164,23 @@ def test_a_log_on_a_full_disk_ends_no_run_and_saves_no_hanging_one(run_config, c
     assert wait(start(deaf, True, hanging, log=tmp_path / "log"), 30) == [EXIT]
 
 
-def test_an_old_one_that_cannot_be_removed_is_told_of_and_costs_no_save(run_config, change, monkeypatch, capfd):
-    def refused(path):
+class ReadOnlyCheckpoints(CheckpointWriter):
+    """A disk that refuses to remove a checkpoint."""
+
+    refused = 0
+
+    def remove_folder(self, path):
+        self.refused += 1
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(checkpoint, "_remove", refused)
+
+def test_an_old_one_that_cannot_be_removed_is_told_of_and_costs_no_save(run_config, change, capfd):
+    disk = ReadOnlyCheckpoints()
     config = change(run_config, **{"train.checkpoint.keep_last": 1, "train.checkpoint.every": 1})
-    assert train(config) == 0
+    assert train(config, checkpoint_writer=disk) == 0
+    assert disk.refused >= 5
     said = capfd.readouterr().err
-    assert "an old checkpoint cannot be removed" in said and "is not saved" not in said
+    assert "an old checkpoint cannot be removed" in said and "was not saved" not in said
     assert len(list((config.folder / "checkpoints").iterdir())) == 6
     assert "failed_saves" not in rows(config.folder)[-1]
 
@@ -190,7 +207,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(trained, 
         file.write_bytes(content if damage == "flip" else content[:-1])
     assert train(trained) == 0
     said = capfd.readouterr().err
-    assert str(file) in said and "set aside as step_6.damaged, and the one before it is taken" in said
+    assert str(file) in said and "set aside as step_6.damaged, and the previous one is tried" in said
     assert "resuming after step 4" in said
     assert_same(unbroken, trained.folder)
 
@@ -214,21 +231,27 @@ def test_all_damaged_begins_anew_and_removes_nothing(trained, unbroken):
     assert_same(unbroken, trained.folder)
 
 
-def test_a_write_that_the_disk_got_wrong_is_noticed_before_the_old_one_is_removed(run_config, change, monkeypatch):
-    """A bit flips between the program and the disk: the read-back finds it."""
-    real = tensors.write
+class BitFlip(CheckpointWriter):
+    """A disk that stores one bit of step_4's model wrongly."""
 
-    def write(path, pieces):
-        entry = real(path, pieces)
+    flipped = 0
+
+    def write_file(self, path, chunks):
+        entry = super().write_file(path, chunks)
         if "step_4" in str(path) and "model" in path.name:
             content = bytearray(path.read_bytes())
             content[-7] ^= 2
             path.write_bytes(content)
+            self.flipped += 1
         return entry
 
-    monkeypatch.setattr(tensors, "write", write)
+
+def test_a_write_that_the_disk_got_wrong_is_noticed_before_the_old_one_is_removed(run_config, change):
+    """A bit flips between the program and the disk: the read-back finds it."""
+    disk = BitFlip()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: it differs from what was written"):
-        train(change(run_config, **{"train.checkpoint.keep_last": 1, "train.steps": 4}))
+        train(change(run_config, **{"train.checkpoint.keep_last": 1, "train.steps": 4}), checkpoint_writer=disk)
+    assert disk.flipped == 1
     assert [p.name for p in (run_config.folder / "checkpoints").iterdir()] == ["step_2"]
 
 
@@ -261,7 +284,7 @@ def test_validation_data_that_is_damaged_is_told_of(run_config, change, tmp_path
 def test_a_run_does_not_begin_on_a_full_disk(run_config):
     with (
         largest_file(0),
-        pytest.raises(ConfigError, match=r"tiny cannot be written to \(.*make room, or choose"),
+        pytest.raises(ConfigError, match=r"tiny cannot be written to \(.*Free some space, or choose"),
     ):
         train(run_config)
     assert train(run_config) == 0

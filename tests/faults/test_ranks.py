@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,19 @@ from processes import start, text, wait
 from sameness import rows, weights
 from test_steps import poison, signalled
 
-from glalm.config.run import RunConfig
+from glalm.config.run import CheckpointConfig, RunConfig
 from glalm.data import loader
-from glalm.train import checkpoint, rng, tensors, trainer
-from glalm.train.saver import Saver
+from glalm.train import random_states, staging, trainer
+from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
+from glalm.train.state import TrainState
 from glalm.train.trainer import train
 from glalm.train.watchdog import EXIT
 
 
-def save(folder, step: int, *contents):
-    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
+def save(folder: Path, state: TrainState) -> Path:
+    with CheckpointSaver(folder, CheckpointConfig(asynchronous=False)) as saver:
+        saver.save(state, {})
+        return saver.finish()
 
 
 def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:
@@ -104,22 +106,23 @@ def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mo
 
 def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path):
     assert run(run_config, 2, tmp_path / "log", signalled, signal.SIGUSR1, 3) == [128 + signal.SIGUSR1] * 2
-    assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
+    assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
     assert run(run_config, 2, tmp_path / "log") == [0, 0]
     assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
 
 
 def without_host_memory(config: RunConfig) -> int:
     """Rank 1 has no memory for the copy of its second save."""
-    real, calls = Saver.save, []
+    real, calls = staging.HostBuffers.allocate, []
 
-    def save(self, step, *args):
-        self._memory = partial(Saver._memory, self) if step != 4 else lambda name, like: torch.empty(1 << 46)
+    def allocate(self, files):
         calls.append(1)
-        return real(self, step, *args)
+        if len(calls) == 3:  # after the warm-up and the first save
+            torch.empty(1 << 46)
+        real(self, files)
 
     if os.environ["RANK"] == "1":
-        Saver.save = save
+        staging.HostBuffers.allocate = allocate
     return train(config)
 
 
@@ -127,9 +130,9 @@ def test_one_rank_without_memory_for_its_copy(run_config, change, tmp_path):
     """It saves at once, the other beside the training, and the checkpoint is whole."""
     config = change(run_config, **{"train.micro_batch_size": 1, "train.checkpoint.keep_last": 9})
     assert run(config, 2, tmp_path / "log", without_host_memory) == [0, 0], text(tmp_path / "log")
-    assert "rank 1 has no host memory for a copy of step 4: " in text(tmp_path / "log", 1)
+    assert "rank 1 has no host memory to copy step 4: " in text(tmp_path / "log", 1)
     for step in (2, 4, 6):
-        checkpoint.verify(config.folder / "checkpoints" / f"step_{step}")
+        verify_checkpoint(config.folder / "checkpoints" / f"step_{step}")
     assert "failed_saves" not in rows(config.folder)[-1]
 
 
@@ -218,27 +221,28 @@ def drawing(folder: str, config: RunConfig) -> int:
     from glalm.model.hf_config import GLALMConfig
 
     rank = Accelerator().process_index
-    rng.reseed(0, 0, rank)
+    random_states.seed_random_states(0, 0, rank)
     model = GLALMForCausalLM(GLALMConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2))
-    path = save(Path(folder) / "saves", 3, model, [], {})
+    state = TrainState(model, [], step=3)
+    path = save(Path(folder) / "saves", state)
 
     def draw():
         return [torch.rand(2).tolist(), random.random(), np.random.rand()]
 
     first = draw()
     draw()
-    checkpoint.load_generators(path, seed=1)
+    load_train_state(path, state, seed=1)
     assert draw() == first
     from glalm.train.collectives import gather_or_raise
 
     a, b = gather_or_raise(lambda: first)
     assert all(x != y for x, y in zip(a, b, strict=True))
-    state = json.loads((path / "state.json").read_text())
+    metadata = json.loads((path / "state.json").read_text())
     gather_or_raise(lambda: None)  # all have read it
-    gather_or_raise(lambda: rank or (path / "state.json").write_text(json.dumps({**state, "processes": 3})))
-    checkpoint.load_generators(path, seed=1)  # of another number of processes: from (seed, step, rank)
+    gather_or_raise(lambda: rank or (path / "state.json").write_text(json.dumps({**metadata, "processes": 3})))
+    load_train_state(path, state, seed=1)  # of another number of processes: from (seed, step, rank)
     again = draw()
-    rng.reseed(1, 3, rank)
+    random_states.seed_random_states(1, 3, rank)
     assert again == draw() != first
     return 0
 
@@ -254,8 +258,8 @@ def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, cha
     assert one.keys() - {n for n in one if n.startswith("guard.")} == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in other)
     if mode != "ddp":  # they are slices, of which nobody has all
-        slices = [s for s in tensors.index((tmp_path / "step_7").glob("*.safetensors")).values() if len(s.parts) > 1]
-        assert len(slices) > 30
+        stored = staging.index_safetensors((tmp_path / "step_7").glob("*.safetensors"))
+        assert len([tensor for tensor in stored.values() if len(tensor.slices) > 1]) > 30
 
 
 def passing_on(saved: str, folder: str, config: RunConfig) -> int:
@@ -264,6 +268,8 @@ def passing_on(saved: str, folder: str, config: RunConfig) -> int:
     accelerator = parallel.start_processes(config)
     torch.manual_seed(accelerator.process_index)  # nothing of it may be right by chance
     model, _, optimizers = trainer.build(dataclasses.replace(config, seed=99), accelerator)
-    checkpoint.load(Path(saved), model, optimizers)
-    save(Path(folder), 7, model, optimizers, {})
+    state = TrainState(model, optimizers)
+    load_train_state(Path(saved), state, seed=1)
+    state.step = 7
+    save(Path(folder), state)
     return 0

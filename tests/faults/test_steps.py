@@ -19,8 +19,10 @@ from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.train import checkpoint, step, tensors, trainer, validate
+from glalm.train import step, trainer, validate
+from glalm.train.checkpoint import CheckpointWriter, latest_checkpoint
 from glalm.train.guards import BadSteps
+from glalm.train.run_dir import newest_valid_checkpoint
 from glalm.train.trainer import train
 
 
@@ -111,23 +113,28 @@ def signalled(signum: int, at: int, config: RunConfig) -> int:
 def test_a_signal_saves_at_the_next_step_and_says_so_by_its_exit_code(run_config, unbroken, tmp_path, signum):
     assert wait(start(signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
     assert "step_3 is saved; the same command goes on from there" in text(tmp_path / "log")
-    assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_3"
+    assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
     assert wait(start(train, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
 
 
+class SlowDisk(CheckpointWriter):
+    """A disk that takes `seconds` for each file of the checkpoints whose folder `pattern` matches."""
+
+    def __init__(self, seconds: float, pattern: str):
+        self.seconds = seconds
+        self.pattern = pattern
+
+    def write_file(self, path, chunks):
+        if path.parent.match(self.pattern):
+            (path.parent / "slow").touch()
+            time.sleep(self.seconds)
+        return super().write_file(path, chunks)
+
+
 def on_a_slow_disk(config: RunConfig) -> int:
     """The second checkpoint takes a minute."""
-    real = tensors.write
-
-    def write(path, pieces):
-        if "step_4" in str(path):
-            (path.parent / "slow").touch()
-            time.sleep(60)
-        return real(path, pieces)
-
-    tensors.write = write
-    return train(config)
+    return train(config, checkpoint_writer=SlowDisk(60, ".step_4.tmp"))
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -142,7 +149,7 @@ def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_pa
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     assert wait([process], 5) == [-signal.SIGINT]
-    assert checkpoint.newest_whole(config.folder / "checkpoints").name == "step_2"
+    assert newest_valid_checkpoint(config.folder / "checkpoints").name == "step_2"
     assert train(config) == 0
     assert_same(unbroken, config.folder)
 
@@ -150,14 +157,15 @@ def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_pa
 def slow(part: str, seconds: float, config: RunConfig) -> int:
     """A run in which every file of a checkpoint, or every batch of validation, takes `seconds`."""
 
+    real = validate.on_device
+
     def late(*args):
         time.sleep(seconds)
         return real(*args)
 
     if part == "saving":
-        real, tensors.write = tensors.write, late
-    else:
-        real, validate.on_device = validate.on_device, late
+        return train(config, checkpoint_writer=SlowDisk(seconds, "*"))
+    validate.on_device = late
     return train(config)
 
 
@@ -277,7 +285,7 @@ def test_paths_with_spaces_and_unicode(run_config, change, unbroken, tmp_path):
     config = change(run_config, name="läuft gut: 言語", runs_dir=str(tmp_path / "a b" / "ünï 模型"))
     assert train(change(config, **{"train.steps": 2})) == 0
     assert train(change(config, **{"train.allow_changes": ["train.steps"]})) == 0
-    assert checkpoint.latest(config.folder / "checkpoints").name == "step_6"
+    assert latest_checkpoint(config.folder / "checkpoints").name == "step_6"
 
 
 def test_a_clock_that_jumps(run_config, unbroken, monkeypatch):

@@ -20,7 +20,7 @@ from glalm.train import parallel, trainer
 from glalm.train.collectives import max_over_processes
 from glalm.train.guards import UpdateGuard
 from glalm.train.optim import learning_rate
-from glalm.train.run import open_data
+from glalm.train.run_dir import open_data
 from glalm.train.step import update
 from glalm.train.validate import validate
 

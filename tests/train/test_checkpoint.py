@@ -3,7 +3,11 @@ import json
 import math
 import os
 import pickletools
+import resource
+import threading
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,150 +15,183 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from glalm.config.run import OptimConfig
+from glalm.config.run import CheckpointConfig, OptimConfig
 from glalm.data.files import file_sha256
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
-from glalm.train import checkpoint, tensors
-from glalm.train.checkpoint import CheckpointError
+from glalm.train import checkpoint, staging
+from glalm.train.checkpoint import CheckpointError, CheckpointSaver, CheckpointWriter, latest_checkpoint
 from glalm.train.optim import build_optimizers
+from glalm.train.run_dir import newest_valid_checkpoint
+from glalm.train.staging import TensorSlice
+from glalm.train.state import TrainState
 
 
-def trained(seed: int = 0, steps: int = 2, tied: bool = False, name: str = "adamw"):
+def train_tiny(seed: int = 0, steps: int = 2, tied: bool = False, optimizer: str = "adamw") -> TrainState:
+    """Return the state of a tiny model after `steps` optimizer steps on random tokens."""
     torch.manual_seed(seed)
     config = GLALMConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8, tie_word_embeddings=tied
     )
     model = GLALMForCausalLM(config)
-    found = build_optimizers(model, OptimConfig(name=name))
+    state = TrainState(model, build_optimizers(model, OptimConfig(name=optimizer)))
     for _ in range(steps):
         ids = torch.randint(30, (2, 8))
         model(ids, labels=ids).loss.backward()
-        for optimizer in found:
-            optimizer.step()
-            optimizer.zero_grad()
-    return model, found
+        for each in state.optimizers:
+            each.step()
+            each.zero_grad()
+    return state
 
 
-def save(folder, step: int, *contents):
-    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
+def make_guard(**tensors: torch.Tensor) -> SimpleNamespace:
+    """Return a stand-in for UpdateGuard that has these tensors."""
+    return SimpleNamespace(tensors=lambda: tensors)
 
 
-def saved(folder, step: int, state: dict | None = None):
-    return save(folder, step, *trained(), state or {})
+def save(folder: Path, step: int, state: TrainState | None = None, writer=None, **metadata) -> Path:
+    """Save synchronously, prune nothing, and return the checkpoint."""
+    state = state or train_tiny()
+    state.step = step
+    config = CheckpointConfig(asynchronous=False, keep_last=100)
+    with CheckpointSaver(folder, config, writer=writer) as saver:
+        saver.save(state, metadata)
+        saver.finish()
+    return folder / f"step_{step}"
+
+
+def load(path: Path, state: TrainState) -> dict:
+    checkpoint.verify_checkpoint(path)
+    return checkpoint.load_train_state(path, state, seed=0)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_bit_equal(tmp_path, tied):
-    model, [optimizer] = trained(tied=tied)
-    path = save(tmp_path, 7, model, [optimizer], {"tokens": 99})
-    other, [other_optimizer] = trained(seed=1, steps=0, tied=tied)
-    assert checkpoint.load(path, other, [other_optimizer]) == {"step": 7, "processes": 1, "tokens": 99}
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+    state = train_tiny(tied=tied)
+    state.tokens = 99
+    path = save(tmp_path, 7, state)
+    other = train_tiny(seed=1, steps=0, tied=tied)
+    assert load(path, other) == {"step": 7, "processes": 1, "tokens": 99}
+    assert (other.step, other.tokens) == (7, 99)
+    [optimizer], [other_optimizer] = state.optimizers, other.optimizers
+    for (name, a), b in zip(state.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+        assert optimizer.state[a].keys() == other_optimizer.state[b].keys()
         for key, tensor in optimizer.state[a].items():
             assert torch.equal(tensor, other_optimizer.state[b][key]), (name, key)
-    assert torch.equal(GLALMForCausalLM.from_pretrained(path).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(GLALMForCausalLM.from_pretrained(path).lm_head.weight, state.model.lm_head.weight)
+
+
+def test_muon_round_trip_is_bit_equal(tmp_path):
+    state = train_tiny(optimizer="muon")
+    other = train_tiny(seed=1, steps=0, optimizer="muon")
+    load(save(tmp_path, 1, state), other)
+    for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        [saved] = [optimizer.state[a] for optimizer in state.optimizers if a in optimizer.state]
+        [loaded] = [optimizer.state[b] for optimizer in other.optimizers if b in optimizer.state]
+        assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
 
 
 def test_files_and_manifest(tmp_path):
-    path = saved(tmp_path, 1)
-    names = {p.name for p in path.iterdir()}
-    assert names == {"config.json", "model.safetensors", "training.safetensors", "state.json", "manifest.json"}
-    assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
-    for file in path.iterdir():  # no pickle is written
-        with pytest.raises(Exception):  # noqa: B017 (whatever the unpickler's disassembler says)
+    path = save(tmp_path, 1)
+    files = {p.name for p in path.iterdir()}
+    assert files == {"config.json", "model.safetensors", "training.safetensors", "state.json", "manifest.json"}
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == files - {"manifest.json"}
+    for file in path.iterdir():
+        with pytest.raises(Exception):  # noqa: B017 (whatever the pickle disassembler raises)
             pickletools.dis(file.read_bytes(), out=io.StringIO())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json", "config.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_found_and_named(tmp_path, name, damage):
-    path = saved(tmp_path, 1)
-    file, content = path / name, bytearray((path / name).read_bytes())
+    path = save(tmp_path, 1)
+    file = path / name
+    content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
     file.write_bytes(content[: len(content) - (damage == "cut")])
     if damage == "remove":
         file.unlink()
     with pytest.raises(CheckpointError, match=name):
-        checkpoint.load(path, trained()[0])
+        load(path, train_tiny())
 
 
-def test_a_save_that_breaks_leaves_the_last_one(tmp_path, monkeypatch):
-    first = saved(tmp_path, 1)
+class FullDisk(CheckpointWriter):
+    """A disk that is full when state.json is written."""
 
-    def full_disk(path):
-        raise OSError(28, "No space left on device")
+    refused = 0
 
-    monkeypatch.setattr(checkpoint, "fsync_path", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        saved(tmp_path, 2)
+    def write_file(self, path, chunks):
+        if path.name == "state.json":
+            self.refused += 1
+            raise OSError(28, "No space left on device")
+        return super().write_file(path, chunks)
+
+
+def test_failed_save_leaves_the_previous_checkpoint(tmp_path):
+    first = save(tmp_path, 1)
+    writer = FullDisk()
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path, 2, writer=writer)
+    assert writer.refused == 1
     assert list(tmp_path.iterdir()) == [first]
-    checkpoint.verify(first)
+    checkpoint.verify_checkpoint(first)
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """What a crash of the machine after the rename leaves must be whole, and the rename itself must last."""
-    synced, renamed, fsync, rename = [], [], os.fsync, os.rename
+def test_files_are_on_disk_before_the_rename(tmp_path, monkeypatch):
+    """A checkpoint is complete even if the machine crashes right after the rename, and the rename itself survives."""
+    synced = []
+    renamed = []
+    fsync = os.fsync
+    rename = os.rename
 
-    def syncing(fd):
-        fsync(fd)
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def renaming(source, target):
-        renamed.append((set(synced), {str(source), *(str(p) for p in source.iterdir())}))
+    def record_rename(source, target):
+        renamed.append((set(synced), {str(source), *(str(path) for path in source.iterdir())}))
         rename(source, target)
         synced.clear()
 
-    monkeypatch.setattr(os, "fsync", syncing)
-    monkeypatch.setattr(os, "rename", renaming)
-    path = saved(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    path = save(tmp_path, 1)
     [(before, wanted)] = renamed
     assert before == wanted and len(wanted) == 1 + len(list(path.iterdir())) == 6
     assert synced == [str(tmp_path), str(tmp_path.parent)]
 
 
-def test_the_extra_that_does_not_fit_is_left_alone(tmp_path):
-    """As the norms of another train.guard.spike_window, or what an older checkpoint has not."""
-    path = save(tmp_path, 1, *trained(), {}, {"a": torch.arange(3.0), "b": torch.ones(2)})
-    extra = {"a": torch.zeros(3), "b": torch.full((4,), 7.0), "c": torch.full((1,), 7.0)}
-    checkpoint.load(path, *trained(), extra)
-    assert [t.tolist() for t in extra.values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
+def test_guard_tensors_that_do_not_fit_keep_their_values(tmp_path):
+    """The checkpoint may have another train.guard.spike_window, or be older than a tensor."""
+    state = train_tiny()
+    state.guard = make_guard(a=torch.arange(3.0), b=torch.ones(2))
+    path = save(tmp_path, 1, state)
+    other = train_tiny()
+    other.guard = make_guard(a=torch.zeros(3), b=torch.full((4,), 7.0), c=torch.full((1,), 7.0))
+    load(path, other)
+    assert [t.tolist() for t in other.guard.tensors().values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
 
 
-def test_what_is_set_aside_again_leaves_what_was_before(tmp_path):
-    asides = [checkpoint.set_aside(saved(tmp_path, 5, {"n": n}), "damaged") for n in (1, 2, 3)]
-    assert [p.name for p in asides] == ["step_5.damaged", "step_5.damaged2", "step_5.damaged3"]
-    assert [checkpoint.read_state(p)["n"] for p in asides] == [1, 2, 3]
-    assert checkpoint.latest(tmp_path) is None
-
-
-def test_latest_find_and_clean(tmp_path):
-    assert checkpoint.latest(tmp_path / "none") is None
-    for step in (2, 10, 9):
-        saved(tmp_path, step)
-    for name in (".step_11.tmp", "step_12.damaged"):
-        (tmp_path / name).mkdir()
-    assert checkpoint.latest(tmp_path).name == checkpoint.newest_whole(tmp_path).name == "step_10"
-    assert checkpoint.find(tmp_path, "step_9").name == "step_9"
-    with pytest.raises(CheckpointError, match=r"no checkpoint step_3 .*there: step_2, step_9, step_10"):
-        checkpoint.find(tmp_path, "step_3")
-    for elsewhere in ("../" + tmp_path.name + "/step_9", "..", "."):
-        with pytest.raises(CheckpointError, match=r"no checkpoint .* in"):
-            checkpoint.find(tmp_path, elsewhere)
-    checkpoint.clean(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_12.damaged", "step_2", "step_9"]
+def test_another_model_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"holds another model: missing \[\], unexpected \['lm_head.weight'\]"):
+        load(path, train_tiny(tied=True))
 
 
 def test_retention(tmp_path):
-    """The last two, every fourth, and the two with the lowest validation loss; one without a loss is never best."""
+    """Pruning keeps the last two, every fourth, and the two of the lowest validation loss, never one without a loss."""
     for step, loss in enumerate([5.0, 3.0, 4.0, 4.5, None, 3.5, 4.2, 4.1], 1):
-        saved(tmp_path, step, {"val_loss": loss})
-    checkpoint.prune(tmp_path, keep_last=2, keep_every=4, keep_best=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_4", "step_6", "step_7", "step_8"]
-    checkpoint.prune(tmp_path, keep_last=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_8"]
+        save(tmp_path, step, val_loss=loss)
+    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=2, keep_every=4, keep_best=2))
+    assert names(tmp_path) == ["step_2", "step_4", "step_6", "step_7", "step_8"]
+    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=1))
+    assert names(tmp_path) == ["step_8"]
 
 
 @pytest.mark.parametrize(
@@ -162,66 +199,126 @@ def test_retention(tmp_path):
 )
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses):
     for step, loss in enumerate(losses, 1):
-        saved(tmp_path, step, {"val_loss": loss})
-    checkpoint.prune(tmp_path, keep_last=1, keep_best=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_3", "step_4"]
+        save(tmp_path, step, val_loss=loss)
+    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
+    assert names(tmp_path) == ["step_3", "step_4"]
 
 
-def test_the_written_file_is_what_safetensors_reads(tmp_path):
-    """Every dtype, a scalar, an empty tensor and one that is not contiguous, against the library's own reader."""
-    made = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in tensors.DTYPES}
-    made |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "turned": torch.rand(3, 5).T}
-    entry = tensors.write(tmp_path / "all.safetensors", tensors.share(made, 0, 1))
-    assert entry == {
-        "bytes": (tmp_path / "all.safetensors").stat().st_size,
-        "sha256": file_sha256(tmp_path / "all.safetensors"),
-    }
-    found = load_file(tmp_path / "all.safetensors")
-    assert found.keys() == made.keys()
-    assert all(torch.equal(found[name], t) and found[name].dtype == t.dtype for name, t in made.items())
+# ------------------------------------------------------------------------------------------------------ staging.py
 
 
-def test_the_work_is_shared_by_size():
-    """Each tensor is written once, by one of the processes, and none of them has much more than another."""
-    made = {str(n): torch.zeros(n) for n in (100, 90, 50, 40, 30, 20, 10)}
-    shares = [tensors.share(made, rank, 3) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == sorted(made)
-    sizes = [sum(p.local.numel() for p in share.values()) for share in shares]
+def test_written_file_is_valid_safetensors(tmp_path):
+    """Compare every dtype, a scalar, an empty and a transposed tensor with what the safetensors library reads."""
+    tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in staging.DTYPES.items()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.rand(3, 5).T}
+    file = tmp_path / "all.safetensors"
+    chunks = staging.encode_safetensors(staging.slices_to_save(tensors, 0, 1))
+    entry = CheckpointWriter().write_file(file, chunks)
+    assert entry == {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    loaded = load_file(file)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], t) and loaded[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_ranks_save_equally_much():
+    """Each tensor is saved by one rank, and no rank has much more to write than another."""
+    tensors = {str(n): torch.zeros(n) for n in (100, 90, 50, 40, 30, 20, 10)}
+    assigned = [staging.slices_to_save(tensors, rank, 3) for rank in range(3)]
+    assert sorted(name for slices in assigned for name in slices) == sorted(tensors)
+    sizes = [sum(held.data.numel() for held in slices.values()) for slices in assigned]
     assert max(sizes) - min(sizes) <= 30
 
 
 @settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 7), max_size=3), wanted=st.tuples(st.integers(0, 7), st.integers(0, 7)))
-def test_any_slices_make_up_any_other(tmp_path_factory, cuts, wanted):
-    """A [7, 3] tensor in slices of rows, one a file, read as any other slice of its rows."""
-    folder, whole = tmp_path_factory.mktemp("slices"), torch.arange(21.0).reshape(7, 3)
-    borders, files = sorted({0, 7, *cuts}), []
-    for a, b in pairwise(borders):
+def test_any_slices_give_any_other_slice(tmp_path_factory, cuts, wanted):
+    """Save a [7, 3] tensor as slices of rows, one per file, and read any other slice of its rows."""
+    folder = tmp_path_factory.mktemp("slices")
+    full = torch.arange(21.0).reshape(7, 3)
+    files = []
+    for a, b in pairwise(sorted({0, 7, *cuts})):
         files.append(folder / f"{a}.safetensors")
-        tensors.write(files[-1], {"w": tensors.Piece(whole[a:b], (a, 0), (7, 3), 0, 1)})
-    stored = tensors.index(files)
+        held = TensorSlice(full[a:b], (a, 0), (7, 3))
+        CheckpointWriter().write_file(files[-1], staging.encode_safetensors({"w": held}))
     a, b = sorted(wanted)
-    part = tensors.Piece(torch.zeros(b - a, 3), (a, 0), (7, 3), 0, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "piece", lambda tensor, rank, world: part)
-        tensors.read(stored, {"w": part.local})
-    assert torch.equal(part.local, whole[a:b])
+    target = TensorSlice(torch.zeros(b - a, 3), (a, 0), (7, 3))
+    staging.read_slices(staging.index_safetensors(files), {"w": target})
+    assert torch.equal(target.data, full[a:b])
     if len(files) > 1:
-        with pytest.raises(ValueError, match="w is not whole"):
-            tensors.read(tensors.index(files[1:]), {"w": torch.zeros(7, 3)})
+        with pytest.raises(CheckpointError, match="no file holds a part of w"):
+            staging.read_tensors(staging.index_safetensors(files[1:]), {"w": torch.zeros(7, 3)})
 
 
-def test_muons_state_goes_the_same_way(tmp_path):
-    model, found = trained(name="muon")
-    path = save(tmp_path, 1, model, found, {})
-    other, others = trained(seed=1, steps=0, name="muon")
-    checkpoint.load(path, other, others)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        [state], [loaded] = ([o.state[p] for o in os if p in o.state] for os, p in ((found, a), (others, b)))
-        assert state.keys() == loaded.keys() and all(torch.equal(state[k], loaded[k]) for k in state)
+# ------------------------------------------------------------------------------------------------- CheckpointSaver
 
 
-def test_another_model_is_refused(tmp_path):
-    path = saved(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"holds another model: missing \[\], unexpected \['lm_head.weight'\]"):
-        checkpoint.load(path, trained(tied=True)[0])
+class WaitingWriter(CheckpointWriter):
+    """A writer that waits for `may_write` before each save."""
+
+    def __init__(self):
+        self.may_write = threading.Event()
+
+    def write(self, *args):
+        assert self.may_write.wait(30)
+        super().write(*args)
+
+
+def test_saving_does_not_block_training(tmp_path):
+    """A save in flight holds the weights from when it was requested although they change; the next save waits."""
+    state = train_tiny()
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    writer = WaitingWriter()
+    with CheckpointSaver(tmp_path, CheckpointConfig(), writer=writer) as saver:
+        state.step = 1
+        saver.save(state, {})
+        for p in state.model.parameters():
+            p.data.add_(1.0)
+        assert saver.in_flight and latest_checkpoint(tmp_path) is None
+        writer.may_write.set()
+        state.step = 2
+        saver.save(state, {})
+        saver.finish()
+    for step, shift in ((1, 0.0), (2, 1.0)):
+        other = train_tiny(seed=5, steps=0)
+        load(tmp_path / f"step_{step}", other)
+        assert all(torch.equal(p, before[name] + shift) for name, p in other.model.named_parameters())
+
+
+def test_saver_prunes_by_its_config(tmp_path):
+    state = train_tiny()
+    config = CheckpointConfig(keep_last=1, keep_every=2, keep_best=1, asynchronous=False)
+    with CheckpointSaver(tmp_path, config) as saver:
+        for step, loss in enumerate([1.0, 4.0, 3.0, 2.0, 3.0], 1):
+            state.step = step
+            saver.save(state, {"val_loss": loss})
+        saver.finish()
+    assert names(tmp_path) == ["step_1", "step_2", "step_4", "step_5"]
+
+
+def test_save_is_synchronous_without_host_memory(tmp_path, capfd):
+    """The kernel refuses the memory (RLIMIT_AS). A later save, for which there is memory, is asynchronous again."""
+    state = train_tiny()
+    state.guard = make_guard(large=torch.zeros(64 << 20, dtype=torch.uint8))
+    writer = WaitingWriter()
+    with CheckpointSaver(tmp_path, CheckpointConfig(keep_last=9), writer=writer) as saver:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), before[1]))
+        writer.may_write.set()
+        state.step = 1
+        try:
+            saver.save(state, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        assert latest_checkpoint(tmp_path).name == "step_1" and not saver.in_flight
+        assert saver.failure_metrics() == {} and not saver._buffers._buffers
+        checkpoint.verify_checkpoint(tmp_path / "step_1")
+        writer.may_write.clear()
+        state.step = 2
+        saver.save(state, {})
+        assert saver.in_flight
+        writer.may_write.set()
+        saver.finish()
+    printed = capfd.readouterr().err
+    assert printed.count("rank 0 has no host memory to copy step 1: ") == 1 and "step 2" not in printed
+    assert newest_valid_checkpoint(tmp_path).name == "step_2"

@@ -39,7 +39,7 @@ def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
     import dataclasses
 
     trained = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
-    checkpoint.load(run_config.folder / "checkpoints" / "step_6", trained)
+    checkpoint.load_model(run_config.folder / "checkpoints" / "step_6", trained)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     ours, theirs = Tokenizer(token_folder / "tokenizer.model"), AutoTokenizer.from_pretrained(out)
     text = "alpha beta  gamma (delta) é"
@@ -123,4 +123,4 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run_config, 
 def test_errors_are_one_line(run_config, tmp_path):
     command = [sys.executable, export_hf.__file__, str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("CheckpointError: no checkpoint latest in")
+    assert done.returncode == 1 and done.stderr.startswith("CheckpointError: There is no checkpoint latest in")

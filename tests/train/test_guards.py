@@ -1,20 +1,12 @@
 import os
-import resource
 import signal
-import threading
-from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import trained
 
-from glalm.config.run import CheckpointConfig, GuardConfig
-from glalm.config.strict import ConfigError
+from glalm.config.run import GuardConfig
 from glalm.data.order import Order
-from glalm.train import checkpoint
 from glalm.train.guards import SIGNALS, BadSteps, StopSignal, UpdateGuard
-from glalm.train.lock import check_filesystem, sole_run
-from glalm.train.saver import Saver
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -106,66 +98,3 @@ def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):
     with pytest.raises(BadSteps):  # of several processes one writes
         guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", writes=False)
     assert stepped([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}
-
-
-def test_saves_go_on_beside_the_training(tmp_path, monkeypatch):
-    """A save that is in flight while the weights change holds those from when it was asked for; the next waits."""
-    model, found = trained()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    may_write, write = threading.Event(), checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *a: (may_write.wait(30), write(*a))[1])
-    with Saver(tmp_path, CheckpointConfig()) as saver:
-        saver.save(1, model, found, {})
-        for p in model.parameters():
-            p.data.add_(1.0)
-        assert saver.newest is None  # it returned before anything was written
-        may_write.set()
-        saver.save(2, model, found, {})
-        saver.finish()
-    for step, shift in ((1, 0.0), (2, 1.0)):
-        other, _ = trained(seed=5, steps=0)
-        checkpoint.load(tmp_path / f"step_{step}", other)
-        assert all(torch.equal(p, before[n] + shift) for n, p in other.named_parameters())
-
-
-def test_what_is_kept_is_as_the_config_says(tmp_path):
-    model, found = trained()
-    with Saver(tmp_path, CheckpointConfig(keep_last=1, keep_every=2, keep_best=1, asynchronous=False)) as saver:
-        for step, loss in enumerate([1.0, 4.0, 3.0, 2.0, 3.0], 1):
-            saver.save(step, model, found, {"val_loss": loss})
-        saver.finish()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1", "step_2", "step_4", "step_5"]
-
-
-def test_without_memory_for_a_copy_the_save_is_synchronous(tmp_path, capfd):
-    """The kernel refuses it (RLIMIT_AS); a save after that, with memory to be had, is asynchronous again."""
-    model, found = trained()
-    extra = {"large": torch.zeros(64 << 20, dtype=torch.uint8)}
-    with Saver(tmp_path, CheckpointConfig(keep_last=9)) as saver:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), before[1]))
-        try:
-            saver.save(1, model, found, {}, extra)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
-        assert saver.newest.name == "step_1" and not saver.busy and saver.row() == {} and not saver._host
-        checkpoint.verify(saver.newest)
-        saver.save(2, model, found, {}, extra)
-        assert saver._thread is not None
-        saver.finish()
-    said = capfd.readouterr().err
-    assert said.count("rank 0 has no host memory for a copy of step 1: ") == 1 and "step 2" not in said
-    assert checkpoint.newest_whole(tmp_path).name == "step_2"
-
-
-def test_a_lock_outlives_nothing(tmp_path):
-    with (
-        sole_run(tmp_path),
-        pytest.raises(ConfigError, match=rf"in use by another run: process {os.getpid()} on "),
-        sole_run(tmp_path),
-    ):
-        pass
-    with sole_run(tmp_path):
-        check_filesystem(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]

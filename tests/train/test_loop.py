@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.files import read_jsonl
-from glalm.train import checkpoint, trainer
+from glalm.train import trainer
+from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.guards import BadSteps
 from glalm.train.parallel import choose_precision, start_processes
 
@@ -58,7 +59,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, mon
     with monkeypatch.context() as patch:
         interrupt_after(patch, stop)
         assert trainer.train(run_config) == signal.SIGINT
-    assert checkpoint.latest(run_config.folder / "checkpoints").name == f"step_{stop}"
+    assert latest_checkpoint(run_config.folder / "checkpoints").name == f"step_{stop}"
     assert trainer.train(run_config) == 0
     got = finished(run_config)
     assert got.keys() == unbroken["tensors"].keys()
@@ -154,7 +155,7 @@ def test_data_that_does_not_fit_is_refused_before_any_work(run_config, change, c
 
 def test_what_is_refused_before_the_first_step_leaves_no_trace(run_config, change):
     """The same name then takes what is right."""
-    with pytest.raises(ConfigError, match=r"train.init_from=nowhere is no folder with a model.safetensors"):
+    with pytest.raises(ConfigError, match=r"train.init_from=nowhere is not a folder with a model.safetensors"):
         trainer.train(change(run_config, **{"train.init_from": "nowhere"}))
     assert trainer.train(run_config) == 0
 
@@ -171,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, mo
     monkeypatch.setattr(trainer, "update", poisoned)
     with pytest.raises(BadSteps, match=r"in 1 updates in a row, steps 4 to 4"):
         trainer.train(change(run_config, **{"train.guard.bad_steps": 1}))
-    assert checkpoint.latest(run_config.folder / "checkpoints").name == "step_2"
+    assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_2"
 
 
 def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
@@ -188,7 +189,7 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 128 + signal.SIGINT, rest
     assert "the same command goes on from there" in rest
-    saved = checkpoint.latest(tmp_path / "cli" / "checkpoints")
+    saved = latest_checkpoint(tmp_path / "cli" / "checkpoints")
     assert 3 <= int(saved.name.removeprefix("step_")) < 400
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr

@@ -1,8 +1,8 @@
-"""Where a run goes on from, and what it may change."""
+"""Locking a run's directory, resuming a run, and what a resumed run may change."""
 
-import dataclasses
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -10,18 +10,34 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaTokenizer
 
+from glalm.config.run import CheckpointConfig
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
-from glalm.train.resume import restore
+from glalm.train.checkpoint import CheckpointError, CheckpointSaver, latest_checkpoint
+from glalm.train.run_dir import (
+    check_filesystem,
+    find_checkpoint,
+    lock_run_dir,
+    newest_valid_checkpoint,
+    remove_leftovers,
+    resume_run,
+    set_aside,
+)
+from glalm.train.state import TrainState
 from glalm.train.trainer import train
 
 
-def save(folder, step: int, *contents):
-    return checkpoint.write(folder, step, checkpoint.contents(step, *contents))
+def save(folder, step: int, **metadata):
+    """Save a tiny model and return the checkpoint."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    state = TrainState(GLALMForCausalLM(GLALMConfig(vocab_size=30, **shape)), [], step=step, tokens=9)
+    with CheckpointSaver(folder, CheckpointConfig(asynchronous=False, keep_last=100)) as saver:
+        saver.save(state, metadata)
+    return folder / f"step_{step}"
 
 
 def names(config) -> set[str]:
@@ -29,7 +45,7 @@ def names(config) -> set[str]:
 
 
 def last(config) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint.latest(config.folder / "checkpoints") / "model.safetensors")
+    return load_file(latest_checkpoint(config.folder / "checkpoints") / "model.safetensors")
 
 
 def steps(config) -> list[int]:
@@ -103,7 +119,7 @@ def test_no_fork_takes_the_place_of_another_run(trained, change):
     assert train(other) == 0
     fork = change(other, **{"train.resume_from": str(source)})
     with pytest.raises(
-        ConfigError, match=r"other holds a run that does not come from train.resume_from=.*name=\.\.\.;"
+        ConfigError, match=r"other holds a run that does not come from train.resume_from=.*name=\.\.\. "
     ):
         train(fork)
     assert names(other) == {"step_2", "step_4", "step_6"} and steps(other) == list(range(7))
@@ -133,7 +149,8 @@ def test_what_is_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
 
 def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
     missing = str(trained.folder / "checkpoints" / "step_5")
-    with pytest.raises(ConfigError, match=r"resume_from=.*/step_5: no checkpoint step_5 .*there: step_2, step_4"):
+    message = r"resume_from=.*/step_5: There is no checkpoint step_5 .*checkpoints: step_2, step_4"
+    with pytest.raises(ConfigError, match=message):
         train(change(trained, name="fork", **{"train.resume_from": missing}))
     source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
     with pytest.raises(ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n"):
@@ -157,7 +174,7 @@ def test_what_is_allowed_to_change_does_and_nothing_else(trained, change):
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(trained, change):
     shorter = change(trained, **{"train.steps": 4, "train.allow_changes": ["train.steps"]})
-    with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4; write a larger train\.steps"):
+    with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4\. Choose a larger train\.steps"):
         train(shorter)
     assert names(trained) == {"step_2", "step_4", "step_6"}
     assert train(trained) == 0  # and has left no trace
@@ -206,13 +223,14 @@ def test_what_a_checkpoint_says_of_its_run(trained):
     assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
 
 
-def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path, run_config):
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
-    path = save(tmp_path, 4, model, [], {"run": "its id", "tokens": 9, "unwritten": [{"step": 3}]})
+def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path):
+    path = save(tmp_path, 4, run="its id", unwritten=[{"step": 3}])
     drawn = torch.rand(3)
-    assert restore(path, run_config, "its id", model, [], {}) == (4, 9, [{"step": 3}])
+    state = TrainState(GLALMForCausalLM.from_pretrained(path), [])
+    assert resume_run(path, state, 1, "its id") == [{"step": 3}]
+    assert (state.step, state.tokens) == (4, 9)
     assert torch.equal(torch.rand(3), drawn)  # the generators are as they were
-    assert restore(path, run_config, "a fork's id", model, [], {}) == (4, 9, [])
+    assert resume_run(path, state, 1, "a fork's id") == []
 
 
 def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):
@@ -286,3 +304,39 @@ def test_tokens_are_those_that_were_trained_on_when_the_batch_changes(trained, c
     assert (found[6], found[7], found[8]) == (6 * 64, 6 * 64 + 128, 6 * 64 + 256)
     assert train(change(more, **{"train.steps": 9})) == 0  # and through a resume
     assert read_jsonl(more.folder / "metrics.jsonl")[-1]["tokens"] == 6 * 64 + 3 * 128
+
+
+def test_set_aside_again_keeps_what_was_set_aside_before(tmp_path):
+    asides = [set_aside(save(tmp_path, 5, n=n), "damaged") for n in (1, 2, 3)]
+    assert [path.name for path in asides] == ["step_5.damaged", "step_5.damaged2", "step_5.damaged3"]
+    assert [checkpoint.read_metadata(path)["n"] for path in asides] == [1, 2, 3]
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_are_found_by_name(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
+    for step in (2, 10, 9):
+        save(tmp_path, step)
+    for name in (".step_11.tmp", "step_12.damaged"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path).name == newest_valid_checkpoint(tmp_path).name == "step_10"
+    assert find_checkpoint(tmp_path, "step_9").name == "step_9"
+    with pytest.raises(CheckpointError, match=r"no checkpoint step_3 .*checkpoints: step_2, step_9, step_10"):
+        find_checkpoint(tmp_path, "step_3")
+    for elsewhere in ("../" + tmp_path.name + "/step_9", "..", "."):
+        with pytest.raises(CheckpointError, match=r"no checkpoint .* in"):
+            find_checkpoint(tmp_path, elsewhere)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_12.damaged", "step_2", "step_9"]
+
+
+def test_lock_is_released_when_the_context_ends(tmp_path):
+    with (
+        lock_run_dir(tmp_path),
+        pytest.raises(ConfigError, match=rf"in use by another run: process {os.getpid()} on "),
+        lock_run_dir(tmp_path),
+    ):
+        pass
+    with lock_run_dir(tmp_path):
+        check_filesystem(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

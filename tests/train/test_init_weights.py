@@ -1,7 +1,7 @@
 import shutil
 
 from glalm.prepare.pipeline import prepare_data
-from glalm.train.initial import tokenizers
+from glalm.train.init_weights import tokenizer_fingerprints
 from glalm.train.trainer import train
 
 
@@ -11,9 +11,9 @@ def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(run_config, change
     second = change(first, name="second", **{"data.path": str(tmp_path / "other")})
     assert train(first) == train(second) == 0
     path = first.folder / "checkpoints" / "step_2"
-    [own] = tokenizers(path)
-    [others] = tokenizers(second.folder / "checkpoints" / "step_2")
+    [own] = tokenizer_fingerprints(path)
+    [others] = tokenizer_fingerprints(second.folder / "checkpoints" / "step_2")
     assert own != others
     copy = shutil.copytree(path, second.folder / "backup" / "step_2")
-    assert tokenizers(copy) == set()  # which nothing there says
-    assert tokenizers(shutil.copytree(path, first.folder / "backup" / "step_2")) == {own}
+    assert tokenizer_fingerprints(copy) == set()  # which nothing there says
+    assert tokenizer_fingerprints(shutil.copytree(path, first.folder / "backup" / "step_2")) == {own}

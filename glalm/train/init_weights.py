@@ -1,0 +1,80 @@
+"""The initial weights of a new run: random, or those of train.init_from."""
+
+import dataclasses
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from glalm.config.run import DATA_RECORD, RunConfig, describe_differences
+from glalm.config.strict import ConfigError, flatten_tree, require
+from glalm.data.shards import read_manifest
+from glalm.data.tokenizer import Tokenizer
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.hf_config import GLALMConfig
+from glalm.train import checkpoint
+from glalm.train.run_dir import read_run_record
+
+
+def build_initial_model(config: RunConfig, from_scratch: bool) -> GLALMForCausalLM:
+    """Build the model of config.model on the CPU, with the same weights on every process.
+
+    Args:
+        from_scratch: The run starts at step 0. A run that resumes ignores train.init_from.
+
+    Raises:
+        ConfigError: train.init_from holds no model, another model than config.model, or a model of another tokenizer.
+    """
+    torch.manual_seed(config.seed)
+    model_config = GLALMConfig(**dataclasses.asdict(config.model))
+    if config.train.init_from is None or not from_scratch:
+        return GLALMForCausalLM(model_config)
+
+    folder = Path(config.train.init_from)
+    require(
+        any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)),
+        f"train.init_from={folder} is not a folder with a {SAFE_WEIGHTS_NAME}. If it is a checkpoint of several "
+        "processes, convert it with scripts/export_hf.py first.",
+    )
+    try:
+        model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.init_from={folder}: {error}") from error
+    stored_fields = flatten_tree({"model": model_fields(model.config)})
+    if differences := describe_differences(stored_fields, flatten_tree({"model": model_fields(model_config)})):
+        lines = "\n  ".join(differences)
+        raise ConfigError(f"train.init_from={folder} holds another model than model.*:\n  {lines}")
+    known = tokenizer_fingerprints(folder)
+    require(
+        not known or read_manifest(Path(config.data.path))["tokenizer"]["fingerprint"] in known,
+        f"train.init_from={folder} was trained with another tokenizer than data.path={config.data.path} was prepared "
+        "with. Prepare the data with the tokenizer of the model (scripts/prepare_data.py --tokenizer). If both give "
+        "the same ids, remove the tokenizer from the model's folder instead.",
+    )
+    return model
+
+
+def tokenizer_fingerprints(folder: Path) -> set[str]:
+    """Return the known fingerprints of the tokenizer with which the model in `folder` was trained.
+
+    A checkpoint has that of its run's data. An export has two: of the SentencePiece model and of the transformers
+    tokenizer made from it. A folder without a tokenizer has none.
+    """
+    data_record = folder.resolve().parent.parent / DATA_RECORD
+    if (folder / checkpoint.MANIFEST).is_file() and data_record.is_file() and read_run_record(folder):
+        return {json.loads(data_record.read_text())["tokenizer"]["fingerprint"]}
+    fingerprints = set()
+    for path, file in ((folder / "tokenizer.model", "tokenizer.model"), (folder, "tokenizer.json")):
+        if (folder / file).is_file():
+            with suppress(ValueError):  # No data can be prepared with this tokenizer.
+                fingerprints.add(Tokenizer(path).fingerprint)
+    return fingerprints
+
+
+def model_fields(config: ModelConfig) -> dict:
+    """Return the fields of ModelConfig, without those that transformers adds to a config."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}

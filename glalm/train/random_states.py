@@ -1,0 +1,78 @@
+"""Save, restore and seed the random number generators of PyTorch, CUDA, Python and NumPy."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def get_random_states() -> dict[str, Tensor]:
+    """Return the state of every generator of this process as uint8 tensors, so that no pickle holds it.
+
+    Returns:
+        {"torch": ..., "python": ..., "numpy": ...}, and "cuda" for the current device if there is one.
+    """
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {name: np.asarray(value).tolist() for name, value in numpy_state["state"].items()}
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": _json_tensor(random.getstate()),
+        "numpy": _json_tensor(numpy_state),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(saved: dict[str, Tensor]) -> None:
+    """Set the generators to states that `get_random_states` returned.
+
+    The CUDA generator keeps its state if `saved` has none, which is so when it was saved without a GPU.
+    """
+    torch.set_rng_state(saved["torch"])
+    version, numbers, gauss = json.loads(bytes(saved["python"].tolist()))
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(json.loads(bytes(saved["numpy"].tolist())))
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def seed_random_states(seed: int, step: int, rank: int) -> None:
+    """Seed every generator from these three numbers alone, for a process that has no saved states."""
+    [combined] = np.random.SeedSequence([seed, step, rank]).generate_state(1).tolist()
+    random.seed(combined)
+    np.random.seed(combined)
+    torch.manual_seed(combined)
+
+
+@contextmanager
+def preserve_random_states(device: torch.device) -> Iterator[None]:
+    """Restore the generators of PyTorch, `device`, Python and NumPy on exit."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng(_cuda_devices(device)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of PyTorch on the CPU and on `device`, and restore them on exit."""
+    with torch.random.fork_rng(_cuda_devices(device)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _json_tensor(value) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -8,7 +8,6 @@ from glalm.evals.options import TrainingRun
 
 
 def main(config: TrainingRun) -> int:
-    # after the config is checked: torch takes seconds to import
     from glalm.train.parallel import leave_process_group
     from glalm.train.trainer import train
 

@@ -33,7 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from glalm.cli import compose_config
 from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
-from glalm.model.flops import cost
+from glalm.model.flops import model_cost
+from glalm.model.mixers.attention import attention_heads
 from glalm.train import optim, parallel, trainer
 from glalm.train.environment import environment, peak_flops
 from glalm.train.estimate import GIB, memory
@@ -91,7 +92,7 @@ def llama(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], T
     config = run_config(row, "attention", [])
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     shape = {name: getattr(config.model, name) for name in names} | {"max_position_embeddings": row.T}
-    heads, _ = config.model.attention_heads
+    heads, _ = attention_heads(config.model)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=heads, attn_implementation="sdpa"))
     return config, plain_step(torch.compile(model) if CUDA else model, config)
 
@@ -137,7 +138,7 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     seconds = (clock() - begun) / arguments.steps
     each, peak = row.batch * row.T / seconds, peak_flops(device)
     result |= {"step_ms": 1e3 * seconds, "tokens_per_second": each * WORLD, "tokens_per_second_per_gpu": each}
-    result["mfu"] = peak and each * cost(config.model, row.T).training / peak
+    result["mfu"] = peak and each * model_cost(config.model, row.T).training / peak
     result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB if CUDA else None
     result["loss"] = loss.item()
     if arguments.estimate and name == "glalm":

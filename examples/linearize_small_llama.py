@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.mixers.attention import attention_heads
 from glalm.train.checkpoint import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ def as_llama(run: Path, out: Path) -> None:
     saved = latest_checkpoint(run / "checkpoints")
     model = GLALMForCausalLM.from_pretrained(saved)
     c = model.config
-    heads, kv_heads = c.attention_heads
+    heads, kv_heads = attention_heads(c)
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,

@@ -38,7 +38,17 @@ def compose_config(cls: type, config_name: str, overrides: list[str]):
     """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml."""
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build_dataclass(cls, OmegaConf.to_container(compose(config_name, overrides), resolve=True))
+        return build_config(cls, compose(config_name, overrides))
+
+
+def build_config(cls: type, tree: DictConfig):
+    """Return the `cls` of a composed config. The mixers of the user's own code that it names are imported."""
+    container = OmegaConf.to_container(tree, resolve=True)
+    if "model" in container:
+        from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
+
+        import_user_mixers(container["model"])
+    return build_dataclass(cls, container)
 
 
 def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
@@ -55,7 +65,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     def entry(tree: DictConfig) -> None:
         def run() -> int:
             try:
-                return main(build_dataclass(cls, OmegaConf.to_container(tree, resolve=True)))
+                return main(build_config(cls, tree))
             except ConfigError as error:
                 if HydraConfig.get().mode is not RunMode.MULTIRUN or int(os.environ.get("WORLD_SIZE", 1)) > 1:
                     raise

@@ -37,8 +37,8 @@ from glalm.config.strict import ConfigError, check_overrides, require
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation, plot_losses
 from glalm.evals.result_files import read_json, read_metrics, training_speed, write_json
-from glalm.model.config import MIXERS
-from glalm.model.flops import cost
+from glalm.model.flops import model_cost
+from glalm.model.mixers import MIXERS
 
 ABLATIONS = {
     "gla_scalar_gate": ["model.gla.gate=scalar"],
@@ -261,7 +261,7 @@ def row(choice: str, runs: list[Run]) -> dict:
     return {
         "model": choice,
         "parameters": found[0]["parameters"],
-        "MFLOP/token": cost(config.model, config.data.seq_len).forward / 1e6,
+        "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
         "tokens": config.steps * config.tokens_per_step,
         "tokens/s": training_speed(chain.from_iterable(metrics)),
         "perplexity": math.exp(fmean(f["results"]["nats_per_token"] for f in found)),

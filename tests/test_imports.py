@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "glalm"
 CORE = {"config", "data", "kernels", "model", "hf", "train", "progress"}
 ALLOWED = {
     "config": {"model.config"},
-    "cli": {"config"},
+    "cli": {"config", "model.mixers"},
     "kernels": set(),
     "data": {"config.strict", "kernels.cross_entropy"},
     "progress": set(),

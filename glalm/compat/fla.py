@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glalm.config.strict import require
+from glalm.model.mixers.attention import attention_heads
 
 SHARED = {  # fields with our meaning, and their defaults there
     "hidden_size": 2048,
@@ -159,7 +160,7 @@ def config_out(config) -> dict:
         config.intermediate_size > 0, "model.intermediate_size=0 cannot be exported: theirs has a SwiGLU in each layer"
     )
     attention = config.attention
-    heads, kv_heads = config.attention_heads
+    heads, kv_heads = attention_heads(config)
     softmax = {"num_kv_heads": kv_heads, "window_size": attention.window, "rope_theta": attention.rope_theta}
     if kind == "transformer":
         tree |= {"num_heads": heads, **softmax}

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from glalm.config.strict import require
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
+from glalm.model.mixers.attention import attention_heads
 
 MIXERS = ("gla", "regla")
 BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm", "self_attn": "attn"}
@@ -88,7 +89,7 @@ def renamed(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def repeat_heads(weights: dict[str, Tensor], config: GLALMConfig) -> None:
     """A copy of its group's keys and values for every head of the linear layers, in place."""
-    heads, kv_heads = config.attention_heads
+    heads, kv_heads = attention_heads(config)
     for i, mixer in enumerate(config.layer_mixers()):
         for name in (f"model.layers.{i}.attn.{n}_proj.weight" for n in "kv"):
             if mixer != "attention":

@@ -6,6 +6,7 @@ config classes inherit from it.
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -29,11 +30,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_positive(config, where: str, *names: str) -> None:
-    """Raise ConfigError unless each of the fields `names` of `config` is positive or None."""
+def require_positive(config, where: str, *names: str, finite: bool = False) -> None:
+    """Raise ConfigError unless each of the fields `names` of `config` is None or positive (and finite)."""
+    wanted = "positive and finite" if finite else "positive"
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{where}.{name} must be positive, not {value}")
+        valid = value is None or (value > 0 and not (finite and math.isinf(value)))
+        require(valid, f"{where}.{name} must be {wanted}, not {value}")
 
 
 def build_dataclass(cls: type, tree: dict, where: str = ""):

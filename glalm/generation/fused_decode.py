@@ -8,8 +8,8 @@ from torch import LongTensor, Tensor, nn
 
 from glalm.model.block import Block, SwiGLU
 from glalm.model.decoder import GLALMForCausalLM, GLALMModel
+from glalm.model.layers import GatedRMSNorm, RMSNorm
 from glalm.model.mixers.gla import GatedLinearAttention
-from glalm.model.norm import GatedRMSNorm, RMSNorm
 
 PLAIN = {nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList, GLALMForCausalLM, GLALMModel, Block, SwiGLU}
 PLAIN |= {GatedLinearAttention, RMSNorm, GatedRMSNorm}

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from glalm.model.mixers import mixer
-from glalm.model.norm import RMSNorm
+from glalm.model.layers import RMSNorm
+from glalm.model.mixers import MIXERS
 
 
 class SwiGLU(nn.Module):
@@ -25,7 +25,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = mixer(config.layer_mixers()[layer], config)
+        self.attn = MIXERS[config.layer_mixers()[layer]](config)
         self.mlp = None
         if config.intermediate_size:
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)

@@ -13,9 +13,9 @@ from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.block import Block
 from glalm.model.cache import StateCache
 from glalm.model.hf_config import GLALMConfig
+from glalm.model.layers import RMSNorm
 from glalm.model.loading import load
 from glalm.model.loss import head_cross_entropy, head_losses
-from glalm.model.norm import RMSNorm
 from glalm.model.packing import boundaries
 from glalm.model.precision import matmul_dtype
 
@@ -32,15 +32,23 @@ class GLALMPreTrainedModel(PreTrainedModel):
         """As transformers has it, also for flash-linear-attention's checkpoints, and strictly: see loading.load."""
         return load(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint did not bring: from_pretrained marks each parameter that it has loaded."""
+        own = list(module.parameters(recurse=False))
+        loaded = {p: p.clone() for p in own if getattr(p, "_is_hf_initialized", False)}
+        if own and len(loaded) == len(own):
+            return
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        if hasattr(module, "initialise"):  # a mixer's or a feature map's own parameters
-            module.initialise()
+        if hasattr(module, "init_parameters"):  # a mixer's or a feature map's own parameters
+            module.init_parameters()
+        for p, value in loaded.items():
+            p.copy_(value)
 
 
 class GLALMModel(GLALMPreTrainedModel):

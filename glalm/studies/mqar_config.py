@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from glalm.config.strict import require
-from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.config import ModelConfig
+from glalm.model.mixers import MIXERS
 
 # No model depends on these.
 SWEEP = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glalm.config.run import RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.flops import cost
+from glalm.model.flops import model_cost
 from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
@@ -173,7 +173,7 @@ def dry_run(config: RunConfig) -> int:
 
 def lines(config: RunConfig, world: int, device: Device) -> Iterator[str]:
     plan = BatchPlan.from_config(config, world)
-    size, flops = sizes(config), cost(config.model, config.data.seq_len).training
+    size, flops = sizes(config), model_cost(config.model, config.data.seq_len).training
     tokens = config.steps * config.tokens_per_step
     embedded = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_word_embeddings else 2)
     yield f"parameters    {size.total:,}; {size.total - embedded:,} without embeddings and head"

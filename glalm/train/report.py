@@ -10,7 +10,7 @@ from torch import Tensor
 from glalm.config.run import RunConfig
 from glalm.data.loader import Windows
 from glalm.data.order import Order
-from glalm.model.flops import cost
+from glalm.model.flops import model_cost
 from glalm.train.environment import peak_flops
 from glalm.train.metrics import Metrics
 
@@ -30,7 +30,7 @@ class Meter:
         self.tokens_per_step, self.device, self.world = config.tokens_per_step, device, world
         self.before = tokens - step * self.tokens_per_step  # not 0 where the batch was another
         peak = peak_flops(device)
-        self.utilisation = peak and cost(config.model, config.data.seq_len).training / peak  # a token/s
+        self.utilisation = peak and model_cost(config.model, config.data.seq_len).training / peak  # a token/s
         self.restart(step)
 
     def restart(self, step: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from glalm.config.strict import ConfigError, RunError
-from glalm.model.config import GLAConfig
+from glalm.model.mixers.gla import GLAOptions
 from glalm.studies import mqar
 from glalm.studies.mqar import Examples, examples
 from glalm.studies.mqar_config import MQARConfig, RecallModel
@@ -85,7 +85,7 @@ SMALL = MQARConfig(
     batch_size=64,
     weight_decay=0.0,
     stop_at=0.9,
-    model=RecallModel(num_hidden_layers=1, gla=GLAConfig(short_conv=2)),
+    model=RecallModel(num_hidden_layers=1, gla=GLAOptions(short_conv=2)),
 )
 
 

@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glalm.config.strict import build_dataclass
-from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.flops import cost, forward_flops
+from glalm.model.flops import forward_flops, model_cost
 from glalm.model.hf_config import GLALMConfig
-from glalm.model.short_conv import ShortConv
+from glalm.model.layers import ShortConv
+from glalm.model.mixers import MIXERS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
@@ -67,11 +68,11 @@ def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
 @pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("small", 42.18), ("340m", 374.5), ("1b3", 1365.5)])
 def test_presets_have_as_many_parameters_as_gla(size, millions):
     for name in (*MIXERS, "hybrid"):
-        parameters = cost(preset(f"{name}_{size}"), 2048).parameters / 1e6
+        parameters = model_cost(preset(f"{name}_{size}"), 2048).parameters / 1e6
         assert parameters == pytest.approx(millions, rel=0.01), name
 
 
 def test_a_tied_head_is_counted_once():
-    untied, tied = (cost(preset("gla_tiny", tie_word_embeddings=tie), 64) for tie in (False, True))
+    untied, tied = (model_cost(preset("gla_tiny", tie_word_embeddings=tie), 64) for tie in (False, True))
     assert untied.parameters - tied.parameters == 2048 * 128
     assert untied.forward == tied.forward and untied.training == 3 * untied.forward

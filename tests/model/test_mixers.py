@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.mixers import MIXERS
 
 CHOICES = {
     "gla": {},

@@ -31,9 +31,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import glalm.hf
 from glalm.compat import fla
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
-from glalm.model.config import GLAConfig
 from glalm.model.decoder import GLALMForCausalLM, GLALMModel
 from glalm.model.hf_config import GLALMConfig
+from glalm.model.mixers.gla import GLAOptions
 
 HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
 
@@ -464,7 +464,7 @@ def test_options_may_be_changed_in_loading(tiny, tokens, tmp_path):
     model, ids = tiny(gla={"short_conv": 3}).float(), tokens(1, 9)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gla={"min_log_gate": -0.01}, use_cache=False)
-    assert loaded.config.gla == GLAConfig(short_conv=3, min_log_gate=-0.01) and not loaded.config.use_cache
+    assert loaded.config.gla == GLAOptions(short_conv=3, min_log_gate=-0.01) and not loaded.config.use_cache
     model.config.gla.min_log_gate = -0.01
     clamped = GLALMForCausalLM(model.config).eval()
     clamped.load_state_dict(model.state_dict())

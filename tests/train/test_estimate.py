@@ -7,7 +7,7 @@ from glalm.config.run import OptimConfig, TrainConfig
 from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.flops import cost
+from glalm.model.flops import model_cost
 from glalm.model.hf_config import GLALMConfig
 from glalm.train import estimate
 from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
@@ -106,7 +106,7 @@ def test_what_is_printed(run_config, change):
     config = change(run_config, **{"train.steps": 1000, "train.assumed_mfu": 0.5, "train.compile": False})
     text = "\n".join(lines(config, 2, H200))
     total, tokens = sizes(config).total, 1000 * 4 * 16
-    hours = tokens * cost(config.model, 16).training / (0.5 * 989e12) / 2 / 3600
+    hours = tokens * model_cost(config.model, 16).training / (0.5 * 989e12) / 2 / 3600
     assert f"{total:,}; {total - 2 * 320 * 32:,} without" in text
     assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 x 2 sequences, ddp" in text
     assert "1,000 (6.4e-05B tokens), warm-up over the first 2" in text

@@ -9,9 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from glalm.config.run import TrainConfig
 from glalm.model.block import Block
-from glalm.model.config import MIXERS, ModelConfig
+from glalm.model.config import ModelConfig
 from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.hf_config import GLALMConfig
+from glalm.model.mixers import MIXERS
 from glalm.train import compile
 from glalm.train.compile import prepare_block_forwards
 from glalm.train.step import detached, model_inputs

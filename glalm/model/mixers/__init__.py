@@ -1,33 +1,96 @@
-"""The token mixers, by the name that `model.mixer` or `model.layers` chooses (glalm.model.config.MIXERS).
+"""The registry of token mixers: the names that `model.mixer` and `model.layers` may contain."""
 
-A mixer is an nn.Module made from a GLALMConfig with
-
-    forward(x, *, state=None, return_state=False, cu_seqlens=None, padding=None) -> (y, state)
-
-x, y: [B, T, d]. `state` is what the mixer carries from one segment of a sequence to the next, returned when asked;
-None is a fresh sequence. It is a tensor or a tuple of tensors, each with the sequences along its first axis: [N, ...].
-A given state is never changed in place. cu_seqlens [N + 1] packs N sequences into a batch of one. padding [B, T, 1] is
-0 at padded tokens, all on the left, where x is 0 too: a mixer whose fresh state such tokens leave alone may ignore it.
-
-`flops(T)` gives its operations a token, in a sequence of T, but for those of linear layers (glalm.model.flops). A
-module with parameters of its own that start neither normally distributed nor as a norm's ones has `initialise()`,
-which sets them.
-"""
-
+import difflib
 from importlib import import_module
 
-import torch
-from torch import Tensor, nn
+from glalm.config.strict import ConfigError, require
+from glalm.model.mixers.attention import Attention
+from glalm.model.mixers.base import Mixer
+from glalm.model.mixers.deltanet import DeltaNet
+from glalm.model.mixers.gated_deltanet import GatedDeltaNet
+from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.mixers.linear import LinearAttention
+from glalm.model.mixers.mamba import Mamba
+from glalm.model.mixers.mamba2 import Mamba2
+from glalm.model.mixers.regla import ReGLA
+from glalm.model.mixers.retention import Retention
 
-from glalm.model.config import MIXERS
+MIXERS: dict[str, type[Mixer]] = {
+    "gla": GatedLinearAttention,
+    "attention": Attention,
+    "linear": LinearAttention,
+    "retention": Retention,
+    "regla": ReGLA,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+}
 
 
-def mixer(name: str, config) -> nn.Module:
-    """The mixer of that name, with initial weights still to be set."""
-    module, _, cls = MIXERS[name].rpartition(".")
-    return getattr(import_module(module), cls)(config)
+def options_by_name() -> dict[str, type]:
+    """Return the dataclass of options for every key `model.<name>` that a mixer has. Related mixers may share one."""
+    return {mixer.options_name: mixer.Options for mixer in MIXERS.values() if mixer.options_name is not None}
 
 
-def decoding(x: Tensor) -> bool:
-    """Whether x [B, T, d] is one token to decode: a recurrent operator's case, not a chunkwise one's."""
-    return x.shape[1] == 1 and not torch.is_grad_enabled()
+def check_mixer_name(key: str, name: str) -> None:
+    """Raise ConfigError if no mixer is registered as `name`. `key` is the key of the config that names it."""
+    if name in MIXERS:
+        return
+    if ":" in name:
+        hint = (
+            "; a command line of train.py imports a mixer of your own code, anywhere else call "
+            "glalm.model.mixers.import_mixer first"
+        )
+    else:
+        near = difflib.get_close_matches(name, MIXERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{key}={name!r} is none of the mixers: {', '.join(MIXERS)}{hint}")
+
+
+def register_mixer(name: str, mixer: type[Mixer]) -> None:
+    """Make `mixer` available as `model.mixer=name`, and to config.json files that name it.
+
+    Raises ConfigError if the name is taken by another class, or if the mixer has options of its own: the keys of the
+    model's config are those of the mixers in this package.
+    """
+    require(MIXERS.get(name, mixer) is mixer, f"the mixer {name!r} is already registered as another class")
+    require(
+        mixer.options_name is None or options_by_name().get(mixer.options_name) is mixer.Options,
+        f"the mixer {name!r} has options of its own (model.{mixer.options_name}), which only a mixer inside glalm can "
+        "have; make them constants of the class",
+    )
+    MIXERS[name] = mixer
+
+
+def import_mixer(path: str) -> None:
+    """Import and register the mixer that a command line names as `package.module:Class`.
+
+    Only for what the user typed or wrote into a config of their own: importing a module runs its code, so a config.json
+    must never reach this function.
+
+    Raises ConfigError if there is no such module or class, or if the class is not a Mixer.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        mixer = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model.mixer={path} cannot be imported ({error}). Write package.module:Class, and put the folder that "
+            "contains the package on PYTHONPATH."
+        ) from error
+    require(
+        isinstance(mixer, type) and issubclass(mixer, Mixer),
+        f"model.mixer={path} is not a subclass of glalm.model.mixers.base.Mixer",
+    )
+    register_mixer(path, mixer)
+
+
+def import_user_mixers(model: dict) -> None:
+    """Import every `package.module:Class` in `mixer` and `layers` of a model's config that the user wrote."""
+    layers = model.get("layers") or []
+    parts = layers.split("+") if isinstance(layers, str) else layers
+    for name in (model.get("mixer"), *parts):
+        path = str(name).replace(" ", "").rpartition("*")[2]
+        if ":" in path and path not in MIXERS:
+            import_mixer(path)

@@ -1,18 +1,45 @@
 """Softmax attention as in LLaMA (Touvron et al., arXiv 2302.13971): the "Transformer++" of the comparisons."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glalm.config.strict import describe_divisors, require, require_positive
 from glalm.kernels.common import sequence_ids
-from glalm.model.packing import repack, unpack
-from glalm.model.rotary import rotate
+from glalm.model.layers import apply_rotary
+from glalm.model.mixers.base import Mixer
 
 NEVER = torch.iinfo(torch.int64).max  # the position of a padded token: no query comes after it
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class Attention(nn.Module):
+@dataclass
+class AttentionOptions:
+    """The keys model.attention.*: softmax attention as in LLaMA."""
+
+    num_heads: int | None = None  # null: heads of 64 channels if these divide the width, else model.num_heads
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention; null: num_heads
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; null: all tokens before it
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        require_positive(self, "model.attention", "num_heads", "num_kv_heads", "rope_theta", finite=True)
+        require(
+            self.window is None or self.window > 0,
+            f"model.attention.window must be positive or null, not {self.window}",
+        )
+
+
+def attention_heads(config) -> tuple[int, int]:
+    """Return the number of query heads and of key-value heads in a model with this ModelConfig."""
+    heads_of_64 = config.hidden_size // 64 if config.hidden_size % 64 == 0 else config.num_heads
+    heads = config.attention.num_heads or heads_of_64
+    return heads, config.attention.num_kv_heads or heads
+
+
+class Attention(Mixer):
     """o_t = sum_{s <= t} softmax_s(D^-1/2 q_t . k_s) v_s with rotary q and k; y = o W_o.
 
     Query heads share their group's key and value head (arXiv 2305.13245). With a window, s > t - window as well.
@@ -21,9 +48,26 @@ class Attention(nn.Module):
     S is the number of tokens so far, or window - 1 where that is less.
     """
 
+    options_name = "attention"
+    Options = AttentionOptions
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        heads, kv_heads = attention_heads(config)
+        require(
+            config.hidden_size % (2 * heads) == 0,
+            f"model.attention.num_heads={heads} does not cut model.hidden_size={config.hidden_size} into heads of an "
+            f"even number of channels; {describe_divisors(config.hidden_size // 2)}",
+        )
+        require(
+            heads % kv_heads == 0,
+            f"model.attention.num_kv_heads={kv_heads} does not divide the {heads} query heads; "
+            f"{describe_divisors(heads)}",
+        )
+
     def __init__(self, config):
         super().__init__()
-        d, (self.num_heads, kv_heads) = config.hidden_size, config.attention_heads
+        d, (self.num_heads, kv_heads) = config.hidden_size, attention_heads(config)
         self.window, self.theta = config.attention.window, config.attention.rope_theta
         self.head_dim = d // self.num_heads
         self.q_proj = nn.Linear(d, d, bias=False)
@@ -41,16 +85,16 @@ class Attention(nn.Module):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         if cu_seqlens is not None and (return_state or state is not None):
-            rows, live = unpack(x, cu_seqlens)  # sequences with caches of different lengths
-            live = live if padding is None else live * unpack(padding, cu_seqlens)[0]
+            rows, live = unpack_sequences(x, cu_seqlens)  # sequences with caches of different lengths
+            live = live if padding is None else live * unpack_sequences(padding, cu_seqlens)[0]
             y, state = self(rows, state=state, return_state=return_state, padding=live)
-            return repack(y, cu_seqlens), state
+            return pack_sequences(y, cu_seqlens), state
         B, T, _ = x.shape
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         live = x.new_ones(B, T, dtype=torch.bool) if padding is None else padding[..., 0] > 0
         start = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state[3]
         positions = start[:, None] + live.cumsum(1) - 1
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        q, k = apply_rotary(q, positions, self.theta), apply_rotary(k, positions, self.theta)
         at = key_at = positions.masked_fill(~live, NEVER)
         if state is not None:
             new = k, v, at
@@ -114,3 +158,32 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seql
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     bounds, left = cu_seqlens.int(), -1 if window is None else window - 1
     return varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0)).unflatten(0, (B, T))
+
+
+def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn packed sequences into a batch that is padded on the left.
+
+    This copies cu_seqlens to the host.
+
+    Args:
+        x: [1, T, ...].
+        cu_seqlens: [N + 1].
+
+    Returns:
+        [N, longest, ...] with zeros at padding, and its mask [N, longest, 1].
+    """
+    lengths = cu_seqlens.diff().tolist()
+    longest = max(lengths)
+
+    def pad_left(y: Tensor) -> Tensor:
+        return F.pad(y, (0, 0) * (y.dim() - 1) + (longest - len(y), 0))
+
+    rows = [pad_left(y) for y in x[0].split(lengths)]
+    mask = [pad_left(x.new_ones(n, 1)) for n in lengths]
+    return torch.stack(rows), torch.stack(mask)
+
+
+def pack_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Invert unpack_sequences: [N, longest, ...] to [1, T, ...]."""
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([row[len(row) - n :] for row, n in zip(x, lengths, strict=True)])[None]

@@ -1,19 +1,34 @@
 """DeltaNet (Yang et al., arXiv 2406.06484)."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glalm.config.strict import require
 from glalm.kernels import chunk_delta_rule
 from glalm.kernels.common import at_least_float32
-from glalm.model.flops import delta_rule
-from glalm.model.norm import RMSNorm
-from glalm.model.short_conv import ShortConv
+from glalm.model.layers import RMSNorm, ShortConv
+from glalm.model.mixers.base import Mixer, delta_rule_flops
 
 State = tuple[Tensor, Tensor] | Tensor
 
 
-class DeltaNet(nn.Module):
+@dataclass
+class DeltaNetOptions:
+    """The keys model.deltanet.*, which DeltaNet and Gated DeltaNet share."""
+
+    short_conv: int = 4  # taps of a causal convolution over q, k and v; 0: no convolution
+
+    def __post_init__(self):
+        require(
+            self.short_conv == 0 or self.short_conv > 1,
+            f"model.deltanet.short_conv must be 0 or 2 taps or more, not {self.short_conv}",
+        )
+
+
+class DeltaNet(Mixer):
     """A state that is written to by the delta rule: what is new about v_t, given what k_t already reads.
 
         S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   beta_t = sigmoid(x_t W_beta)
@@ -22,6 +37,9 @@ class DeltaNet(nn.Module):
     q, k and v pass a short convolution and a SiLU, q and k then an L2 norm on each head. The state is [N, H, K, V],
     float32, and, where there is a convolution, its last inputs.
     """
+
+    options_name = "deltanet"
+    Options = DeltaNetOptions
 
     def __init__(self, config):
         super().__init__()
@@ -76,7 +94,7 @@ class DeltaNet(nn.Module):
     def flops(self, T: int) -> int:
         key, _, value = self.widths
         conv = self.conv.flops() if self.conv is not None else 0
-        return conv + delta_rule(self.num_heads, key // self.num_heads, value // self.num_heads, T)
+        return conv + delta_rule_flops(self.num_heads, key // self.num_heads, value // self.num_heads, T)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -3,12 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from glalm.kernels.common import at_least_float32
+from glalm.model.layers import GatedRMSNorm, init_time_step
 from glalm.model.mixers.deltanet import DeltaNet
-from glalm.model.norm import GatedRMSNorm
-from glalm.model.time_step import initialise_time_step
 
 
 class GatedDeltaNet(DeltaNet):
@@ -28,9 +26,9 @@ class GatedDeltaNet(DeltaNet):
         self.g_proj = nn.Linear(config.hidden_size, config.value_dim, bias=False)
         self.o_norm = GatedRMSNorm(config.value_dim // self.num_heads, eps=config.norm_eps)
 
-    def initialise(self) -> None:
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-4, 16).log())
-        initialise_time_step(self.dt_bias)
+    def init_parameters(self) -> None:
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1e-4, 16).log())
+        init_time_step(self.dt_bias)
 
     def log_gate(self, x: Tensor) -> Tensor:
         return at_least_float32(self.A_log).exp() * F.logsigmoid(-at_least_float32(self.a_proj(x)) - self.dt_bias)

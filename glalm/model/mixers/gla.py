@@ -1,15 +1,17 @@
 """Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4), and what the paper compares it with."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm import kernels
+from glalm.config.strict import describe_divisors, require
 from glalm.kernels.common import log_gate
-from glalm.model.flops import chunkwise
-from glalm.model.mixers import decoding
-from glalm.model.norm import GatedRMSNorm, RMSNorm
-from glalm.model.short_conv import ShortConv
+from glalm.model.layers import GatedRMSNorm, RMSNorm, ShortConv
+from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
 CHUNKWISE = {
     "vector": kernels.chunk_gla,
@@ -25,7 +27,31 @@ RECURRENT = {
 }
 
 
-class GatedLinearAttention(nn.Module):
+@dataclass
+class GLAOptions:
+    """The keys model.gla.*: the GLA paper's ablations and later additions. The defaults are the paper's model."""
+
+    # The forget gate: one per key channel, one per head, 1 - 2^(-5-h) in head h, or 1.
+    gate: Literal["vector", "scalar", "fixed", "none"] = "vector"
+    min_log_gate: float | None = None  # lower bound of every log gate; null: no bound
+    output_gate: bool = True  # y = norm(o) * swish(x W_r) instead of norm(o)
+    short_conv: int = 0  # taps of a causal convolution over q, k and v; 0: no convolution
+    # Groups of heads that share keys, values and gates, if fewer than model.num_heads; null: no sharing.
+    num_kv_heads: int | None = None
+    feature_map: Literal["identity", "relu"] = "identity"  # of q and k; relu in models converted from softmax
+
+    def __post_init__(self):
+        require(
+            self.short_conv == 0 or self.short_conv > 1,
+            f"model.gla.short_conv must be 0 or 2 taps or more, not {self.short_conv}",
+        )
+        require(
+            self.min_log_gate is None or self.min_log_gate <= 0,
+            f"model.gla.min_log_gate must be null or at most 0, not {self.min_log_gate}",
+        )
+
+
+class GatedLinearAttention(Mixer):
     """Linear attention whose state forgets by a data-dependent gate for each key channel:
 
         S_t = diag(alpha_t) S_{t-1} + k_t^T v_t,   alpha_t = sigmoid(x_t W1 W2 + b)^(1/16)
@@ -36,6 +62,17 @@ class GatedLinearAttention(nn.Module):
     (model.gla.short_conv) it is that and the convolution's. With model.gla.num_kv_heads, heads share keys, values and
     gates with their group.
     """
+
+    options_name = "gla"
+    Options = GLAOptions
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        heads, kv_heads = config.num_heads, config.gla.num_kv_heads
+        require(
+            kv_heads is None or (kv_heads > 0 and heads % kv_heads == 0),
+            f"model.gla.num_kv_heads={kv_heads} does not divide model.num_heads={heads}; {describe_divisors(heads)}",
+        )
 
     def __init__(self, config):
         super().__init__()
@@ -78,7 +115,7 @@ class GatedLinearAttention(nn.Module):
         if self.feature_map == "relu":
             q, k = F.relu(q), F.relu(k)
         q, k, v = self.heads(q), self.shared_heads(k), self.shared_heads(v)
-        operator = RECURRENT[self.gate] if decoding(x) else CHUNKWISE[self.gate]
+        operator = RECURRENT[self.gate] if is_decoding_step(x) else CHUNKWISE[self.gate]
         o, state = operator(
             q, k, v, **self.gates(x), initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
         )
@@ -106,4 +143,4 @@ class GatedLinearAttention(nn.Module):
 
     def flops(self, T: int) -> int:
         K, V = self.q_proj.out_features // self.num_heads, self.o_proj.in_features // self.num_heads
-        return chunkwise(self.num_heads, K, V, T) + (self.conv.flops() if self.conv is not None else 0)
+        return chunkwise_flops(self.num_heads, K, V, T) + (self.conv.flops() if self.conv is not None else 0)

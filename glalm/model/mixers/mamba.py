@@ -3,20 +3,33 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
+from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
 from glalm.kernels.common import at_least_float32
-from glalm.model.short_conv import ShortConv
-from glalm.model.time_step import initialise_time_step
+from glalm.model.layers import ShortConv, init_time_step
+from glalm.model.mixers.base import Mixer
 
 
-class Mamba(nn.Module):
+@dataclass
+class MambaOptions:
+    """The keys model.mamba.*."""
+
+    state_size: int = 16
+    expand: int = 2  # the mixer has expand * d channels inside
+    conv: int = 4  # taps
+
+    def __post_init__(self):
+        require_positive(self, "model.mamba", "state_size", "expand", "conv", finite=True)
+
+
+class Mamba(Mixer):
     """A selective state-space model: each channel i has a state h of N numbers,
 
         dt_t = softplus(...),   h_t = exp(dt_t A_i) h_{t-1} + dt_t B_t x_ti,   o_ti = C_t . h_t + D_i x_ti
@@ -28,6 +41,9 @@ class Mamba(nn.Module):
     CUDA, a fresh sequence a row), else PyTorch. The state is h [N, channels, state_size], float32, and the
     convolution's last inputs.
     """
+
+    options_name = "mamba"
+    Options = MambaOptions
 
     def __init__(self, config):
         super().__init__()
@@ -43,8 +59,8 @@ class Mamba(nn.Module):
         if torch.cuda.is_available():
             say(fast_scan() is not None)
 
-    def initialise(self) -> None:
-        init.copy_(self.A_log, torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
+    def init_parameters(self) -> None:
+        self.A_log.copy_(torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
         nn.init.ones_(self.D)
 
     def forward(
@@ -94,9 +110,9 @@ class TimeStep(nn.Linear):
     def forward(self, u: Tensor) -> Tensor:
         return at_least_float32(F.linear(u, self.weight)) + self.bias
 
-    def initialise(self) -> None:
+    def init_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
-        initialise_time_step(self.bias)
+        init_time_step(self.bias)
 
 
 def serves(x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> bool:

@@ -1,20 +1,33 @@
 """Mamba-2 (Dao and Gu, arXiv 2405.21060) on the kernel for one gate a head: the state-space duality."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
+from glalm.config.strict import require, require_positive
 from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
 from glalm.kernels.common import at_least_float32
-from glalm.model.flops import chunkwise
-from glalm.model.mixers import decoding
-from glalm.model.norm import GroupedRMSNorm
-from glalm.model.short_conv import ShortConv
-from glalm.model.time_step import initialise_time_step
+from glalm.model.layers import GroupedRMSNorm, ShortConv, init_time_step
+from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
 
-class Mamba2(nn.Module):
+@dataclass
+class Mamba2Options:
+    """The keys model.mamba2.*."""
+
+    state_size: int = 128
+    head_dim: int = 64
+    expand: int = 2  # the mixer has expand * d channels inside
+    groups: int = 1  # groups of heads that share B and C
+    conv: int = 4  # taps
+
+    def __post_init__(self):
+        require_positive(self, "model.mamba2", "state_size", "head_dim", "expand", "groups", "conv", finite=True)
+
+
+class Mamba2(Mixer):
     """A state-space model with one scalar A a head is gated linear attention with q = C, k = B, v = dt x:
 
         dt_t = softplus(x_t W_dt + b),   S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + D x_t
@@ -24,6 +37,19 @@ class Mamba2(nn.Module):
     those of transformers' Mamba2Mixer. The state is [N, H, state_size, head_dim], float32, and the convolution's last
     inputs.
     """
+
+    options_name = "mamba2"
+    Options = Mamba2Options
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        options = config.mamba2
+        inner = options.expand * config.hidden_size
+        require(
+            inner % (options.head_dim * options.groups) == 0,
+            f"model.mamba2.head_dim={options.head_dim} does not cut the {inner} channels (model.mamba2.expand * "
+            f"model.hidden_size) into heads, the same number in each of {options.groups} groups",
+        )
 
     def __init__(self, config):
         super().__init__()
@@ -39,10 +65,10 @@ class Mamba2(nn.Module):
         self.norm = GroupedRMSNorm(self.inner, self.groups, eps=config.norm_eps)
         self.out_proj = nn.Linear(self.inner, d, bias=False)
 
-    def initialise(self) -> None:
-        init.copy_(self.A_log, torch.arange(1, self.num_heads + 1, device=self.A_log.device).log())
+    def init_parameters(self) -> None:
+        self.A_log.copy_(torch.arange(1, self.num_heads + 1, device=self.A_log.device).log())
         nn.init.ones_(self.D)
-        initialise_time_step(self.dt_bias)
+        init_time_step(self.dt_bias)
 
     def forward(
         self,
@@ -62,7 +88,7 @@ class Mamba2(nn.Module):
         x = x.unflatten(-1, (self.num_heads, -1))
         k, q = (s.unflatten(-1, (self.groups, -1)).repeat_interleave(self.num_heads // self.groups, 2) for s in (b, c))
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)
-        operator = fused_recurrent_simple_gla if decoding(x) else chunk_simple_gla
+        operator = fused_recurrent_simple_gla if is_decoding_step(x) else chunk_simple_gla
         o, S = operator(
             q,
             k,
@@ -77,4 +103,4 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(o).to(z.dtype)), (S, conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
-        return self.conv1d.flops() + chunkwise(self.num_heads, self.K, self.head_dim, T)
+        return self.conv1d.flops() + chunkwise_flops(self.num_heads, self.K, self.head_dim, T)

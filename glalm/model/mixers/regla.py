@@ -1,22 +1,43 @@
 """ReGLA: gated linear attention with a refined gate and a normalised exponential feature map (arXiv 2502.01578)."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glalm.config.strict import require
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
 from glalm.kernels.common import at_least_float32
-from glalm.model.feature_maps import beside_ones, feature_map, features, over_sum
-from glalm.model.flops import chunkwise
-from glalm.model.mixers import decoding
-from glalm.model.norm import RMSNorm
+from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
+from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 from glalm.model.running_maximum import FLOOR, last, running_maximum
 
 State = Tensor | tuple[Tensor, Tensor]
 
 
-class ReGLA(nn.Module):
+@dataclass
+class ReGLAOptions:
+    """The keys model.regla.*: the ReGLA paper's ablations. The defaults are its full model."""
+
+    refined_gate: bool = True  # F = g (g + 2 r (1 - g)) instead of g
+    gate_axis: Literal["key", "value"] = "key"  # the axis of the state [K, V] that has one gate per channel
+    feature_map: Literal["exp", "elu1", "relu", "identity", "hedgehog"] = "exp"  # exp: the normalised exponential
+    variance_scale: bool = True  # multiply the scores of the exponential map by 1 / (e sqrt(K (e^2 - 1)))
+    output_norm: bool = True  # an RMSNorm on the output of each head; false: divide by the sum of the weights instead
+    initial_forget: float = 0.96  # F of every channel before training; 0.96 equals GLA's with a bias of 0
+
+    def __post_init__(self):
+        require(0 < self.initial_forget < 1, "model.regla.initial_forget must lie between 0 and 1")
+        require(
+            self.output_norm or (self.feature_map != "identity" and self.gate_axis == "key"),
+            "model.regla.output_norm=false divides by the sum of the weights, which needs a positive "
+            "model.regla.feature_map and model.regla.gate_axis=key",
+        )
+
+
+class ReGLA(Mixer):
     """With g = sigmoid(x W_g + b_g) and r = sigmoid(x W_r + b_r),
 
         F_t = (1 - r_t) g_t^2 + r_t (1 - (1 - g_t)^2) = g_t (g_t + 2 r_t (1 - g_t))
@@ -42,6 +63,9 @@ class ReGLA(nn.Module):
     The state is S [N, H, K, V] (V + 1 with the sum), float32, and for the exponential map m [N, H] too.
     """
 
+    options_name = "regla"
+    Options = ReGLAOptions
+
     def __init__(self, config):
         super().__init__()
         d, key, value, rank = config.hidden_size, config.key_dim, config.value_dim, config.gate_low_rank_dim
@@ -50,14 +74,14 @@ class ReGLA(nn.Module):
         self.q_proj = nn.Linear(d, key, bias=False)
         self.k_proj = nn.Linear(d, key, bias=False)
         self.v_proj = nn.Linear(d, value, bias=False)
-        gated = features(self.options.feature_map, key) if self.options.gate_axis == "key" else value
+        gated = num_features(self.options.feature_map, key) if self.options.gate_axis == "key" else value
         forget = self.options.initial_forget
         forget_logits = BiasedLinear(rank, gated, math.log(forget / (1 - forget)))
         self.forget_proj = nn.Sequential(nn.Linear(d, rank, bias=False), forget_logits)
         if self.options.refined_gate:
             self.refine_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, gated))
         if self.options.feature_map != "exp":
-            self.q_map, self.k_map = (feature_map(self.options.feature_map, self.num_heads, self.K) for _ in "qk")
+            self.q_map, self.k_map = (build_feature_map(self.options.feature_map, self.num_heads, self.K) for _ in "qk")
         if self.options.output_norm:
             self.o_norm = RMSNorm(self.V, eps=config.norm_eps)
         self.o_proj = nn.Linear(value, d, bias=False)
@@ -86,9 +110,9 @@ class ReGLA(nn.Module):
             q, k = self.q_map(q), self.k_map(k)
         dtype = v.dtype
         if not self.options.output_norm:
-            v = beside_ones(v)
+            v = append_ones(v)
             v = v if padding is None else v * padding[..., None].to(v.dtype)
-        operator = fused_recurrent_gla if decoding(x) else chunk_gla
+        operator = fused_recurrent_gla if is_decoding_step(x) else chunk_gla
         if self.options.gate_axis == "value":
             operator = chunk_value_gla
         o, state = operator(
@@ -101,7 +125,7 @@ class ReGLA(nn.Module):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        o = self.o_norm(o) if self.options.output_norm else over_sum(o).to(dtype)
+        o = self.o_norm(o) if self.options.output_norm else divide_by_weights(o).to(dtype)
         return self.o_proj(o.flatten(-2)), (state, m) if return_state and exponential else state
 
     def log_gate(self, x: Tensor) -> Tensor:
@@ -125,10 +149,10 @@ class ReGLA(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def flops(self, T: int) -> int:
-        K = features(self.options.feature_map, self.K)
+        K = num_features(self.options.feature_map, self.K)
         maps = 4 * self.num_heads * self.K**2 if self.options.feature_map == "hedgehog" else 0
         chunk = 64 if self.options.gate_axis == "key" else 16
-        return maps + chunkwise(self.num_heads, K, self.V + (not self.options.output_norm), T, chunk)
+        return maps + chunkwise_flops(self.num_heads, K, self.V + (not self.options.output_norm), T, chunk)
 
 
 class BiasedLinear(nn.Linear):
@@ -138,5 +162,5 @@ class BiasedLinear(nn.Linear):
         super().__init__(inputs, outputs)
         self.start = start
 
-    def initialise(self) -> None:
+    def init_parameters(self) -> None:
         nn.init.constant_(self.bias, self.start)

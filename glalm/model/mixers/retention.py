@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from glalm.config.strict import describe_divisors, require
 from glalm.kernels import chunk_retention, fused_recurrent_retention
 from glalm.kernels.common import sequence_ids
-from glalm.model.flops import chunkwise
-from glalm.model.mixers import decoding
-from glalm.model.norm import GatedRMSNorm
-from glalm.model.rotary import rotate
+from glalm.model.layers import GatedRMSNorm, apply_rotary
+from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
 
-class Retention(nn.Module):
+class Retention(Mixer):
     """Linear attention with rotary q and k and a decay that depends on nothing but the head:
 
         S_t = gamma_h S_{t-1} + k_t^T v_t,   gamma_h = 1 - 2^(-5-h),   o_t = K^-1/2 q_t S_t
@@ -20,6 +19,15 @@ class Retention(nn.Module):
     The paper has v twice as wide as q and k: model.expand_k=1, model.expand_v=2. The state is [N, H, K, V], float32,
     and the position [N], int64, that q and k are turned by.
     """
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        require(
+            config.key_dim % (2 * config.num_heads) == 0,
+            f"model.num_heads={config.num_heads} does not cut the width model.hidden_size * model.expand_k = "
+            f"{config.key_dim} into heads of an even number of channels, which retention's positions turn in pairs; "
+            f"{describe_divisors(config.key_dim // 2)}",
+        )
 
     def __init__(self, config):
         super().__init__()
@@ -51,10 +59,10 @@ class Retention(nn.Module):
         else:
             offset = start - cu_seqlens[:-1]
             positions, length = (positions + offset[sequence_ids(cu_seqlens, T)])[None], cu_seqlens.diff()
-        operator = fused_recurrent_retention if decoding(x) else chunk_retention
+        operator = fused_recurrent_retention if is_decoding_step(x) else chunk_retention
         o, S = operator(
-            rotate(q, positions),
-            rotate(k, positions),
+            apply_rotary(q, positions),
+            apply_rotary(k, positions),
             v,
             initial_state=S,
             output_final_state=return_state,
@@ -65,4 +73,4 @@ class Retention(nn.Module):
 
     def flops(self, T: int) -> int:
         H = self.num_heads
-        return chunkwise(H, self.q_proj.out_features // H, self.v_proj.out_features // H, T)
+        return chunkwise_flops(H, self.q_proj.out_features // H, self.v_proj.out_features // H, T)

@@ -1,11 +1,15 @@
-"""A mixer for each layer."""
+"""The model's config: a mixer for each layer, the errors of its keys, and mixers of the user's own code."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from glalm.config.strict import ConfigError, build_dataclass
+from glalm.hf import GLALMConfig
 from glalm.model.config import ModelConfig
+from glalm.model.mixers import MIXERS, import_mixer, import_user_mixers
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,75 @@ def test_a_width_that_floats_cannot_write_is_the_whole_number_that_is_meant(d, e
 def test_what_is_wrong_is_named(tree, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_dataclass(ModelConfig, tree)
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"num_head": 3}, "unknown key model.num_head; did you mean model.num_heads?"),
+        (
+            {"mamba2": {"state_sizes": 16}},
+            "unknown key model.mamba2.state_sizes; did you mean model.mamba2.state_size?",
+        ),
+    ],
+)
+def test_misspelt_keys_are_refused_without_transformers(tree, message):
+    code = f"""
+import sys
+from glalm.config.strict import ConfigError, build_dataclass
+from glalm.model.config import ModelConfig
+try:
+    build_dataclass(ModelConfig, {tree}, "model")
+except ConfigError as error:
+    print(error)
+assert not {{"transformers", "accelerate"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == (message, 0), done.stderr
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch) -> str:
+    """The name of an importable module with the mixer `Mine`, and things that are no mixers."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "users_code.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from glalm.model.mixers.gla import GatedLinearAttention\n"
+        "class Mine(GatedLinearAttention): pass\n"
+        "@dataclass\n"
+        "class Options: size: int = 1\n"
+        "class WithOptions(GatedLinearAttention): options_name, Options = 'mine', Options\n"
+        "def function(): pass\n"
+    )
+    yield "users_code"
+    for name in [name for name in MIXERS if ":" in name]:
+        del MIXERS[name]
+    sys.modules.pop("users_code", None)
+
+
+def test_a_command_line_may_name_a_mixer_of_the_users_code(user_module, tiny):
+    path = f"{user_module}:Mine"
+    import_user_mixers({"mixer": "gla", "layers": f"attention + 2*{path}"})
+    assert build_dataclass(ModelConfig, {"mixer": path, "num_hidden_layers": 2}).layer_mixers() == [path] * 2
+    assert type(tiny(mixer=path).model.layers[0].attn).__name__ == "Mine"
+    assert GLALMConfig.from_dict(GLALMConfig(mixer=path).to_dict()).mixer == path
+
+
+def test_a_config_json_imports_nothing(user_module):
+    with pytest.raises(ConfigError, match=r"'users_code:Mine' is none of the mixers.* call .*import_mixer first"):
+        GLALMConfig.from_dict({"mixer": f"{user_module}:Mine"})
+    assert user_module not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("no_such_module:Mine", "no_such_module:Mine cannot be imported (No module named 'no_such_module')"),
+        ("users_code:Yours", "users_code:Yours cannot be imported (module 'users_code' has no attribute 'Yours')"),
+        ("users_code:function", "users_code:function is not a subclass of glalm.model.mixers.base.Mixer"),
+        ("users_code:WithOptions", "has options of its own (model.mine)"),
+    ],
+)
+def test_what_is_no_mixer_is_named(path, message, user_module):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        import_mixer(path)

@@ -1,0 +1,208 @@
+"""Layers and functions that several mixers share: norms, rotary positions, short convolutions, feature maps."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glalm.kernels.common import at_least_float32, sequence_ids, wide_dtype
+
+MIN_TIME_STEP = 1e-3
+MAX_TIME_STEP = 1e-1
+
+# ------------------------------------------------------------------------------------------------------------ norms
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with its weight cast to the dtype of x.
+
+    Under autocast the two dtypes differ, and torch would then warn and fall back from its fused kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm over the last axis, followed by a swish output gate: norm(x) * weight * silu(gate)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * F.silu(gate)
+
+
+class GroupedRMSNorm(nn.RMSNorm):
+    """RMSNorm over each of `groups` equal parts of the last axis; the weight spans the entire axis."""
+
+    def __init__(self, size: int, groups: int, eps: float):
+        super().__init__(size, eps=eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+# ------------------------------------------------------------------------------------------------- rotary positions
+
+
+def apply_rotary(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """Rotate queries or keys by their positions (Su et al., arXiv 2104.09864), in LLaMA's layout.
+
+    Channel i is paired with channel i + D/2, and pair i turns by position * theta^(-2i/D) radians, so that q_s . k_t
+    depends on s - t alone.
+
+    Args:
+        x: [B, T, H, D] with D even.
+        positions: [B or 1, T].
+        theta: the base of the frequencies.
+
+    Returns:
+        [B, T, H, D] in the dtype of x. The angles are computed in float32, or in float64 if x is float64.
+    """
+    half = x.shape[-1] // 2
+    dtype = wide_dtype(x)
+    frequencies = theta ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
+    angles = positions[..., None, None].to(dtype) * frequencies
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
+    a, b = x.split(half, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# ----------------------------------------------------------------------------------------------- short convolutions
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution of a few taps with a SiLU, over sequences that may be continued or packed.
+
+        y_t = silu(bias + sum_{i < taps} weight[:, i] * x_{t - taps + 1 + i}),   x_t = 0 before the sequence
+
+    The weight is [channels, 1, taps], as in nn.Conv1d. The state is the last taps - 1 inputs,
+    [N, taps - 1, channels].
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def init_parameters(self) -> None:
+        """Initialise as nn.Conv1d does, but the bias to 0."""
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolve x [B, T, channels], and return y of the same shape and the new state."""
+        context = self.weight.shape[2] - 1
+        if cu_seqlens is None:
+            past = x.new_zeros(len(x), context, x.shape[2]) if state is None else state.to(x.dtype)
+            x = torch.cat([past, x], 1)
+            # The state is a copy, because a view would keep the whole sequence in memory.
+            return self.convolve(x), x[:, x.shape[1] - context :].clone()
+
+        # Lay the packed sequences out with `context` rows of past inputs in front of each, convolve everything at
+        # once, and then pick the outputs and the last inputs of every sequence.
+        N = len(cu_seqlens) - 1
+        T, channels = x.shape[1:]
+        shift = context * torch.arange(N, device=x.device)
+        taps = torch.arange(context, device=x.device)
+        rows = torch.arange(T, device=x.device) + context * (sequence_ids(cu_seqlens, T) + 1)
+        padded = x.new_zeros(T + N * context, channels).index_copy(0, rows, x[0])
+        if state is not None:
+            past_rows = (cu_seqlens[:-1] + shift)[:, None] + taps
+            padded = padded.index_copy(0, past_rows.flatten(), state.to(x.dtype).flatten(0, 1))
+        last_rows = (cu_seqlens[1:] + shift)[:, None] + taps
+        return self.convolve(padded[None])[:, rows - context], padded[last_rows]
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve x [B, taps - 1 + T, channels], whose first taps - 1 rows are past inputs, to [B, T, channels].
+
+        The sum over the taps is written out because a compiler fuses it into one kernel, while conv1d with one group
+        per channel is slower and needs transposes.
+        """
+        weight = at_least_float32(self.weight)
+        taps = weight.shape[2]
+        T = max(0, x.shape[1] - taps + 1)
+        y = sum(x[:, i : i + T] * weight[:, 0, i] for i in range(taps))
+        return F.silu(y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def flops(self) -> int:
+        """Return the floating-point operations per token."""
+        return 2 * self.weight.numel()
+
+
+# ----------------------------------------------------------------------------------------------------- feature maps
+
+
+class Hedgehog(nn.Module):
+    """The learned map softmax([W x; -W x]) of each head, with 2 K features (Zhang et al., arXiv 2402.04347)."""
+
+    def __init__(self, heads: int, K: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, K, K))
+
+    def init_parameters(self) -> None:
+        """Initialise W of every head to the identity."""
+        nn.init.zeros_(self.weight)
+        for head in self.weight:
+            nn.init.eye_(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("...hk,hjk->...hj", x, self.weight.to(x.dtype))
+        return torch.cat([x, -x], -1).softmax(-1)
+
+
+def elu1(x: Tensor) -> Tensor:
+    """Return elu(x) + 1, which is positive (Katharopoulos et al., arXiv 2006.16236)."""
+    return F.elu(x) + 1
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+FEATURE_MAPS = {"elu1": elu1, "relu": F.relu, "identity": identity}
+
+
+def build_feature_map(name: str, heads: int, K: int) -> Callable[[Tensor], Tensor]:
+    """Return the map of q or k that replaces the exponential of softmax: [..., H, K] to [..., H, num_features].
+
+    Only `hedgehog` has parameters, and is therefore an nn.Module.
+    """
+    return Hedgehog(heads, K) if name == "hedgehog" else FEATURE_MAPS[name]
+
+
+def num_features(name: str, K: int) -> int:
+    """Return the number of features that the map `name` makes of K channels."""
+    return 2 * K if name == "hedgehog" else K
+
+
+def append_ones(v: Tensor) -> Tensor:
+    """Append a column of ones to values, [..., V] to [..., V + 1], so that attention also sums its weights.
+
+    float16 values become float32, because the sum of the weights overflows float16 after a few hundred tokens.
+    """
+    v = v.float() if v.dtype == torch.float16 else v
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
+def divide_by_weights(o: Tensor) -> Tensor:
+    """Divide attention's output over `append_ones` values by the sum of the weights: [..., V + 1] to [..., V]."""
+    return o[..., :-1] / o[..., -1:].clamp(min=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- initialisation
+
+
+def init_time_step(bias: Tensor) -> None:
+    """Set a bias so that softplus(bias) is log-uniform between MIN_TIME_STEP and MAX_TIME_STEP.
+
+    These are the initial time steps of Mamba (Gu and Dao, arXiv 2312.00752, section 3.6).
+    """
+    step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(MIN_TIME_STEP), math.log(MAX_TIME_STEP)).exp()
+    with torch.no_grad():
+        bias.copy_(step + torch.log(-torch.expm1(-step)))

@@ -1,0 +1,84 @@
+"""The interface that every token mixer implements, and what several of them share."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from glalm.kernels.common import CHUNK
+
+if TYPE_CHECKING:
+    from glalm.model.config import ModelConfig
+
+
+class Mixer(nn.Module):
+    """A token mixer: the part of a block that lets tokens see the tokens before them.
+
+    A subclass is constructed from a ModelConfig. The dataclass `Options` holds the settings that it alone has; they
+    appear in the model's config as `model.<options_name>.*`. The options check themselves in __post_init__, and
+    `check_config` checks what depends on the rest of the model.
+
+    Parameters whose initial value is neither normally distributed, as that of matrices, nor 1, as that of norms, nor
+    0, as that of biases, are set by `init_parameters()` of the module that owns them.
+    """
+
+    options_name: ClassVar[str | None] = None
+    Options: ClassVar[type | None] = None
+
+    @classmethod
+    def check_config(cls, config: "ModelConfig") -> None:
+        """Raise ConfigError if a model with this config cannot have this mixer."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state=None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, object]:
+        """Mix the tokens of each sequence.
+
+        Args:
+            x: [B, T, d].
+            state: what an earlier call returned for the text before x, or None at the start of the sequences. It is a
+                tensor or a tuple of tensors whose first axis is the sequences, [N, ...], and is never changed in place.
+            return_state: whether to return the state after x.
+            cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one.
+            padding: [B, T, 1], 0 at padded tokens, which all come first in their row and where x is 0 too. A mixer
+                whose state is not affected by such tokens may ignore it.
+
+        Returns:
+            y [B, T, d], and the new state or None.
+        """
+        raise NotImplementedError
+
+    def flops(self, T: int) -> int:
+        """Return the operations per token in a sequence of T tokens, except those of linear layers."""
+        raise NotImplementedError
+
+
+def is_decoding_step(x: Tensor) -> bool:
+    """Return whether x [B, T, d] is one token to decode, where recurrent operators are faster than chunkwise ones."""
+    return x.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK) -> int:
+    """Return the operations per token of `heads` linear recurrences with a state [K, V], computed chunk by chunk.
+
+    In a chunk of C tokens, the scores take 2 C K and their values 2 C V, including the masked half; reading the state
+    and updating it take 2 K V each.
+    """
+    C = min(T, chunk)
+    return heads * (2 * C * (K + V) + 4 * K * V)
+
+
+def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:
+    """Return the operations per token of the delta rule with a state [K, V], computed chunk by chunk.
+
+    In addition to `chunkwise_flops`, a chunk of C tokens needs its triangular system 2 C K, the solution C (K + V), and
+    the values that the state already holds 2 K V.
+    """
+    C = min(T, CHUNK)
+    return chunkwise_flops(heads, K, V, T) + heads * (2 * C * K + C * (K + V) + 2 * K * V)

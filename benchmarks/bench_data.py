@@ -47,7 +47,7 @@ def bench_prepare(args: argparse.Namespace) -> None:
     """CPU seconds of everything (reading, unpacking, JSON, hashing, tokenising, writing) against those of the
     tokenizer's own batch encoding of the same documents, one thread; the best of each, measured in turns."""
     inputs = [i for spec in args.files for i in open_source(spec).inputs]
-    texts = [extract_document(r, "text", None)[0] for i in inputs for rs, _ in i.read(["text"]) for r in rs if r]
+    texts = [extract_document(r, "text", None).text for i in inputs for rs, _ in i.read(["text"]) for r in rs if r]
     encode = bare_encoder(Tokenizer(args.tokenizer))
     bare, ours, wall = [], [], []
     for _ in range(args.repeat):
@@ -69,11 +69,11 @@ def bench_prepare(args: argparse.Namespace) -> None:
 
 def bare_encoder(tokenizer: Tokenizer):
     """The batch encoding of the library beneath, one thread."""
-    codec = tokenizer._codec
-    if hasattr(codec, "_sp"):
-        return lambda texts: codec._sp.encode(texts, num_threads=1)
+    backend = tokenizer._backend
+    if hasattr(backend, "processor"):
+        return lambda texts: backend.processor.encode(texts, num_threads=1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return lambda texts: [e.ids for e in codec._fast.encode_batch(texts, add_special_tokens=False)]
+    return lambda texts: [e.ids for e in backend.backend.encode_batch(texts, add_special_tokens=False)]
 
 
 def cpu_seconds() -> float:

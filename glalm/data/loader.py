@@ -1,4 +1,4 @@
-"""Windows of a token stream as batches for one rank, read ahead by threads."""
+"""Cut token streams into windows, and read batches of windows ahead of training in threads."""
 
 import itertools
 from collections import deque
@@ -21,46 +21,59 @@ READ_AHEAD = 4  # batches
 
 
 class Windows:
-    """The stream of each source of `tokens` cut into windows of T = `length` positions, documents packed end to end.
+    """The windows of T = `length` positions into which the stream of each source is cut. Documents are packed.
 
-    Window i of a source holds the T + 1 tokens from i * T on; its last is the next window's first, so that every
-    token but the first of the stream is a target exactly once. The `dropped_tokens` at the ends fill no window.
-    source_windows: {source: its number of windows}, in the order in which they are numbered.
-    reset_state: batches say where documents start, to begin there from an empty state, and no label lies in another
-    document than its input.
-    Raises ValueError if no source has T + 1 tokens.
+    Window i of a source holds the T + 1 tokens from i * T on. Its last token is the first one of the next window, so
+    every token but the first of the stream is a target exactly once.
+
+    Args:
+        tokens: The split of a set.
+        length: T.
+        reset_state: Mark in batches where documents start, so that each document begins from an empty state, and
+            ignore labels that belong to another document than their input.
+
+    Attributes:
+        source_windows: {source: its number of windows}, in the order in which windows are numbered.
+        dropped_tokens: The tokens at the ends of the sources that fill no window.
+
+    Raises:
+        ValueError: No source has T + 1 tokens.
     """
 
     def __init__(self, tokens: TokenSet, length: int, reset_state: bool = False):
         if length < 1:
-            raise ValueError(f"length={length} must be at least 1")
-        self.tokens, self.length, self.reset_state = tokens, length, reset_state
+            raise ValueError(f"length={length} must be at least 1.")
+        self.tokens = tokens
+        self.length = length
+        self.reset_state = reset_state
         counts = tokens.source_tokens
         self.source_windows = {source: max(count - 1, 0) // length for source, count in counts.items()}
         self.dropped_tokens = sum(count_leftover_tokens(count, length) for count in counts.values())
-        self._ends = np.cumsum([0, *self.source_windows.values()])  # of each source, in windows
-        self._begins = np.cumsum([0, *counts.values()])  # of each source, in tokens
+        self._window_ends = np.cumsum([0, *self.source_windows.values()])  # of each source, in windows
+        self._token_starts = np.cumsum([0, *counts.values()])  # of each source, in tokens
         if not len(self):
-            unfinished = "" if tokens.is_complete else " so far: it is still being prepared"
+            unfinished = "" if tokens.is_complete else " so far, because it is still being prepared"
             raise ValueError(
-                f"length={length} needs {length + 1} tokens of a source, but {tokens.folder} has {tokens.num_tokens} "
-                f"for {tokens.split}{unfinished}: shorten the windows, or prepare more text or a larger share for this "
-                "split"
+                f"Windows of length={length} need {length + 1} tokens of a source, but {tokens.folder} has "
+                f"{tokens.num_tokens} for {tokens.split}{unfinished}. Choose shorter windows, prepare more text, or "
+                "prepare a larger share for this split."
             )
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._window_ends[-1])
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Window i: [T + 1] token ids in the set's dtype."""
-        start = self._start(i)
+        """Return the token ids of window i, in the dtype of the set: [T + 1]."""
+        start = self._find_start(i)
         return self.tokens.read_tokens(start, start + self.length + 1)
 
     def load_batch(self, ids: np.ndarray) -> Batch:
-        """input_ids and labels, int64 [len(ids), T]; labels[:, t] is the token after input_ids[:, t].
+        """Return the windows `ids` as a batch of B = len(ids) rows.
 
-        With `reset_state` also starts, bool [len(ids), T]: where a document, or the window, begins; labels are
-        IGNORE_INDEX where the next token is in another document.
+        Returns:
+            input_ids, labels: int64 [B, T]. labels[:, t] is the token after input_ids[:, t].
+            starts: bool [B, T], with `reset_state` only: where a document or a window begins. Labels are IGNORE_INDEX
+                where the next token belongs to another document.
         """
         rows = np.empty((len(ids), self.length + 1), dtype=np.int64)
         for row, i in zip(rows, ids, strict=True):
@@ -68,23 +81,27 @@ class Windows:
         batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:].copy()}
         if self.reset_state:
             starts = np.zeros(rows.shape, dtype=bool)
-            for row, start in zip(starts, map(self._start, ids), strict=True):
+            for row, i in zip(starts, ids, strict=True):
+                start = self._find_start(i)
                 row[self.tokens.document_starts(start, start + self.length + 1) - start] = True
             batch["labels"][starts[:, 1:]] = IGNORE_INDEX
             starts[:, 0] = True
             batch["starts"] = starts[:, :-1]
         return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in batch.items()}
 
-    def _start(self, i: int) -> int:
-        """Where window i begins in the stream."""
+    def _find_start(self, i: int) -> int:
+        """Return the position in the stream at which window i begins."""
         if not 0 <= i < len(self):
-            raise IndexError(f"window {i} is not one of {len(self)}")
-        source = int(np.searchsorted(self._ends, i, side="right")) - 1
-        return int(self._begins[source] + (i - self._ends[source]) * self.length)
+            raise IndexError(f"There is no window {i}: there are {len(self)}.")
+        source = int(np.searchsorted(self._window_ends, i, side="right")) - 1
+        return int(self._token_starts[source] + (i - self._window_ends[source]) * self.length)
 
 
 def pack_documents(batch: Batch) -> Batch:
-    """A batch whose rows are one, [1, n * T], with cu_seqlens, int64 [documents + 1], in place of starts."""
+    """Return a batch of one row, [1, B * T], with the documents' bounds in place of `starts`.
+
+    The bounds are cu_seqlens, int64 [documents + 1].
+    """
     starts = batch["starts"].flatten()
     cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
     rows = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
@@ -103,69 +120,79 @@ def training_batches(
     workers: int = 1,
     pin: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
-    """Training batches without end, from `start_step` on: (step, what Windows.load_batch gives for n windows).
+    """Yield (step, batch) from `start_step` on, without end. Batches are those of `Windows.load_batch`.
 
-    batch_size: windows of one optimiser step over all ranks, of which this one gets n = batch_size / world_size. Labels
-    are shifted already: the loss compares logits[:, t] with labels[:, t]. To resume, start at the next step; there
-    is no other state. weights: of the sources, see Order. workers: threads that read ahead; what they read does not
-    depend on their number. pin: into page-locked memory, from which a GPU copies while it computes.
-    Raises ValueError if batch_size is not a multiple of world_size, or weights are not the sources'.
+    Labels are shifted already: the loss compares logits[:, t] with labels[:, t]. There is no state but the step, so to
+    resume, start at the next step.
+
+    Args:
+        batch_size: Windows of one optimizer step over all ranks. This rank gets batch_size / world_size of them.
+        weights: The weights of the sources; see `Order`.
+        workers: Threads that read ahead. Their number does not change what is read.
+        pin: Return batches in page-locked memory, from which a GPU copies while it computes.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world_size`, or `weights` are not those of the sources.
     """
     order = Order(seed, batch_size, windows.source_windows, weights)
-    rank_slice(order.window_ids(start_step), rank, world_size)  # raises here, not at next()
+    # Check the arguments now, not when the first batch is read.
+    rank_slice(order.window_ids(start_step), rank, world_size)
 
-    def read(step: int) -> tuple[int, Batch]:
+    def read_step(step: int) -> tuple[int, Batch]:
         batch = windows.load_batch(rank_slice(order.window_ids(step), rank, world_size))
         return step, {name: x.pin_memory() for name, x in batch.items()} if pin else batch
 
-    return read_ahead(read, itertools.count(start_step), workers)
+    return read_ahead(read_step, itertools.count(start_step), workers)
 
 
 def sequential_batches(
     windows: Windows, batch_size: int, *, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[Batch]:
-    """All windows once, in order, or `limit` of them, evenly spaced: for validation.
+    """Yield all windows once, in order, or `limit` of them, evenly spaced: for validation.
 
-    batch_size: windows of one batch of one rank; the ranks share batch_size * world_size neighbours at a time.
-    All ranks get the same number of batches, of the same shapes. The last batch may be smaller. Where it does
-    not divide among the ranks, the rows that are short repeat a window with all labels IGNORE_INDEX: weigh each
-    loss by its number of other labels, which on the last ranks may be none.
+    All ranks get the same number of batches, of the same shapes; the last batch may be smaller. Where the windows do
+    not divide among the ranks, missing rows repeat a window with all labels IGNORE_INDEX. So weigh each loss by its
+    number of other labels, of which the last ranks may have none.
+
+    Args:
+        batch_size: Windows of one batch of one rank. The ranks share batch_size * world_size neighbours at a time.
     """
     count = len(windows) if limit is None else min(limit, len(windows))
     if batch_size < 1 or count < 1:
-        raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
-    rank_slice(np.arange(world_size), rank, world_size)
+        raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1.")
+    rank_slice(np.arange(world_size), rank, world_size)  # Check the arguments now.
 
-    def read(start: int) -> Batch:
-        left = min(batch_size * world_size, count - start)
-        places = rank_slice(start + np.arange(-(-left // world_size) * world_size), rank, world_size)
+    def read_batch(start: int) -> Batch:
+        size = min(batch_size * world_size, count - start)
+        padded_size = -(-size // world_size) * world_size
+        places = rank_slice(start + np.arange(padded_size), rank, world_size)
         batch = windows.load_batch(places.clip(max=count - 1) * len(windows) // count)
         batch["labels"][torch.from_numpy(places >= count)] = IGNORE_INDEX
         return batch
 
-    return read_ahead(read, range(0, count, batch_size * world_size))
+    return read_ahead(read_batch, range(0, count, batch_size * world_size))
 
 
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], workers: int = 1, depth: int = READ_AHEAD
 ) -> Iterator[Result]:
-    """map(read, items) by `workers` threads, which are at most `depth` results ahead (or one each) and end with it.
+    """Yield read(item) for each item, computed by `workers` threads that are at most `depth` results ahead.
 
-    What `read` raises is raised here, after the results that came before it.
+    The threads end with the iterator. An error of `read` is raised here, after the results that precede it.
     """
     if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+        raise ValueError(f"workers={workers} must be at least 1.")
 
-    def results() -> Iterator[Result]:
+    def yield_results() -> Iterator[Result]:
         pool = ThreadPoolExecutor(workers, "glalm-read-ahead")
         try:
-            ahead = iter(items)
-            waiting = deque(pool.submit(read, item) for item in itertools.islice(ahead, max(depth, workers)))
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(read, item) for item in itertools.islice(ahead, 1))
+            remaining = iter(items)
+            pending = deque(pool.submit(read, item) for item in itertools.islice(remaining, max(depth, workers)))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(read, item) for item in itertools.islice(remaining, 1))
                 yield result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    return results()
+    return yield_results()

@@ -1,6 +1,6 @@
-"""Which windows a step trains on: a pure function of (seed, step), the same for any number of ranks.
+"""The order in which a run reads windows: a pure function of the seed and the step, for any number of ranks.
 
-Nothing is stored and nothing is consumed, so a checkpoint needs no more than the seed and the step.
+Nothing is stored and nothing is consumed, so a checkpoint needs only the seed and the step.
 """
 
 import hashlib
@@ -12,19 +12,25 @@ from functools import lru_cache
 import numpy as np
 
 ROUNDS = 8
-CYCLE = 1024  # places in which a mixture has its shares exactly: weights count to a thousandth
-AT_ONCE = 2**18  # ids that are counted at once
+CYCLE = 1024  # windows in which a mixture has its shares exactly, so a weight counts to a thousandth
+COUNT_BLOCK = 2**18  # windows that are listed at once to be counted
 
 
 @dataclass(frozen=True)
 class Order:
     """The order of a run over the windows of several sources.
 
-    windows: {source: how many it has}; global ids count through them in this order. weights: {source: its share of
-    the training windows, up to a common factor}; None reads all sources as one, in proportion to their sizes, each
-    epoch having every window once, in a permutation of its own; a batch that reaches the end of an epoch goes on in the
-    next. With weights, each source has epochs of its own.
-    Raises ValueError if the weights do not name each source, once, or leave no windows.
+    Without weights, the windows of all sources are one pool. Each epoch reads every window once, in a permutation of
+    its own, and a batch that reaches the end of an epoch continues in the next one. With weights, each source has
+    epochs of its own.
+
+    Args:
+        batch_size: Windows of one optimizer step over all ranks.
+        windows: {source: its number of windows}. Window ids count through the sources in this order.
+        weights: {source: its share of the training windows, up to a common factor}, or None.
+
+    Raises:
+        ValueError: The weights do not name each source once, or leave no windows.
     """
 
     seed: int
@@ -34,42 +40,46 @@ class Order:
 
     def __post_init__(self):
         if self.batch_size < 1 or sum(self.windows.values()) < 1:
-            raise ValueError(f"batch_size={self.batch_size} and windows={dict(self.windows)} must be at least 1")
+            raise ValueError(f"batch_size={self.batch_size} and windows={dict(self.windows)} must be at least 1.")
         if self.weights is not None:
             check_weights(self.weights, self.windows)
 
     def window_ids(self, step: int) -> np.ndarray:
-        """Global window ids of one optimiser step: int64 [batch_size]."""
+        """Return the ids of the windows of one optimizer step: int64 [batch_size]."""
         if step < 0:
-            raise ValueError(f"step={step} must be at least 0")
-        return self._at(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
+            raise ValueError(f"step={step} must be at least 0.")
+        return self._ids_at(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
 
     def count_windows(self, start: int, stop: int) -> dict[str, int]:
-        """How many windows of each source the steps [start, stop) read.
+        """Return how many windows of each source the steps [start, stop) read.
 
-        With weights in O(1); without, in the time of listing what is read of the first epoch and of the last.
+        This takes constant time with weights. Without, it takes the time to list the windows of the first and the last
+        epoch that are read in part.
         """
-        first, last = start * self.batch_size, stop * self.batch_size
+        first = start * self.batch_size
+        last = stop * self.batch_size
         if self.weights is None:
             epoch = sum(self.windows.values())
-            begin = min(last, -(-first // epoch) * epoch)  # whole epochs, if any, are from here
-            end = max(begin, last // epoch * epoch)  # to here
-            whole = (end - begin) // epoch * np.array(list(self.windows.values()))
-            total = whole + self._listed(first, begin) + self._listed(end, last)
+            # Complete epochs, if any, lie between `begin` and `end`.
+            begin = min(last, -(-first // epoch) * epoch)
+            end = max(begin, last // epoch * epoch)
+            complete = (end - begin) // epoch * np.array(list(self.windows.values()))
+            total = complete + self._count_listed(first, begin) + self._count_listed(end, last)
         else:
-            total = self._dealt(last) - self._dealt(first)
+            total = self._count_mixed(last) - self._count_mixed(first)
         return dict(zip(self.windows, total.tolist(), strict=True))
 
-    def _listed(self, first: int, last: int) -> np.ndarray:
-        """How many of the places [first, last) each source has, by their ids."""
-        total, ends = np.zeros(len(self.windows), dtype=np.int64), np.cumsum(list(self.windows.values()))
-        for place in range(first, last, AT_ONCE):
-            ids = self._at(np.arange(place, min(place + AT_ONCE, last), dtype=np.int64))
+    def _count_listed(self, first: int, last: int) -> np.ndarray:
+        """Count the windows of each source at the places [first, last) by their ids."""
+        ends = np.cumsum(list(self.windows.values()))
+        total = np.zeros(len(ends), dtype=np.int64)
+        for place in range(first, last, COUNT_BLOCK):
+            ids = self._ids_at(np.arange(place, min(place + COUNT_BLOCK, last), dtype=np.int64))
             total += np.bincount(np.searchsorted(ends, ids, side="right"), minlength=len(ends))
         return total
 
-    def _dealt(self, places: int) -> np.ndarray:
-        """How many of the first `places` of a mixture each source has: every cycle deals out the same counts."""
+    def _count_mixed(self, places: int) -> np.ndarray:
+        """Count the windows of each source among the first `places` of a mixture. All cycles have the same counts."""
         counts = self._cycle_counts()
         cycles, rest = divmod(places, CYCLE)
         sources, _ = assign_sources(self.seed, cycles, counts)
@@ -78,114 +88,123 @@ class Order:
     def _cycle_counts(self) -> tuple[int, ...]:
         return cycle_counts([self.weights[name] for name in self.windows])
 
-    def _at(self, places: np.ndarray) -> np.ndarray:
+    def _ids_at(self, places: np.ndarray) -> np.ndarray:
+        """Return the window ids at neighbouring places of the run, which count the windows that precede them."""
         if self.weights is None:
             return shuffled_ids(places, sum(self.windows.values()), self.seed)
         sources, numbers = mix_sources(places, self.seed, self._cycle_counts())
-        ids, first = np.empty_like(places), 0
+        ids = np.empty_like(places)
+        first = 0
         for i, (name, size) in enumerate(self.windows.items()):
-            here = sources == i
-            ids[here] = first + shuffled_ids(numbers[here], size, f"{self.seed}/{name}") if here.any() else 0
+            mask = sources == i
+            if mask.any():
+                ids[mask] = first + shuffled_ids(numbers[mask], size, f"{self.seed}/{name}")
             first += size
         return ids
 
 
 def shuffled_ids(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:
-    """What stands at each of `places` (int64, rising) of an endless row of permutations of range(n), one an epoch."""
+    """Return what stands at `places` (int64, rising) of an endless sequence of permutations of range(n)."""
     epochs, places = np.divmod(places, n)
     ids = np.empty(len(places), dtype=np.int64)
     for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        ids[here] = permute_indices(places[here], n, round_keys(seed, epoch))
+        mask = epochs == epoch
+        ids[mask] = permute_indices(places[mask], n, round_keys(seed, epoch))
     return ids
 
 
 def mix_sources(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Which source has each of the neighbouring `places`, and the how-manieth of that source it is (from 0 on).
+    """Return the source at each of the neighbouring `places` of a mixture, and its index within that source.
 
-    counts: how many of each cycle's CYCLE places every source has; each cycle deals them out in an order of its own.
+    Args:
+        counts: How many of the CYCLE places of each cycle every source has. The order differs between cycles.
     """
-    sources, numbers = np.empty_like(places), np.empty_like(places)
+    sources = np.empty_like(places)
+    numbers = np.empty_like(places)
     cycles, within = np.divmod(places, CYCLE)
     for cycle in range(int(cycles[0]), int(cycles[-1]) + 1):
-        here = cycles == cycle
-        dealt, ranks = assign_sources(seed, cycle, counts)
-        sources[here], numbers[here] = dealt[within[here]], ranks[within[here]]
+        mask = cycles == cycle
+        cycle_sources, cycle_numbers = assign_sources(seed, cycle, counts)
+        sources[mask] = cycle_sources[within[mask]]
+        numbers[mask] = cycle_numbers[within[mask]]
     numbers += cycles * np.array(counts)[sources]
     return sources, numbers
 
 
 @lru_cache(maxsize=4)
 def assign_sources(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each place of a cycle, and how many places of the cycle that source had before it."""
+    """Return the source at each place of a cycle, and its index among that source's places in the cycle."""
     cells = permute_indices(np.arange(CYCLE), CYCLE, round_keys(f"{seed}/mixture", cycle))
     sources = np.searchsorted(np.cumsum(counts), cells, side="right")
-    ranks = np.empty(CYCLE, dtype=np.int64)
+    numbers = np.empty(CYCLE, dtype=np.int64)
     for i, count in enumerate(counts):
-        ranks[sources == i] = np.arange(count)
-    return sources, ranks
+        numbers[sources == i] = np.arange(count)
+    return sources, numbers
 
 
 def cycle_counts(weights: list[float]) -> tuple[int, ...]:
-    """CYCLE places shared out by weight: largest remainders first, and one at least for a weight above 0."""
-    shares, wanted = np.array(weights) / sum(weights) * CYCLE, np.array(weights) > 0
-    counts = np.where(wanted, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
+    """Share CYCLE places out by weight: by the largest remainders, and at least one place for a weight above 0."""
+    shares = np.array(weights) / sum(weights) * CYCLE
+    positive = np.array(weights) > 0
+    counts = np.where(positive, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
     while counts.sum() != CYCLE:
-        step = 1 if counts.sum() < CYCLE else -1
-        may = counts > 1 if step < 0 else wanted
-        counts[np.argmax(np.where(may, (shares - counts) * step, -np.inf))] += step
+        change = 1 if counts.sum() < CYCLE else -1
+        candidates = positive if change > 0 else counts > 1
+        counts[np.argmax(np.where(candidates, (shares - counts) * change, -np.inf))] += change
     return tuple(counts.tolist())
 
 
 def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> None:
+    """Raise ValueError unless the weights name each source, are 0 or more, and are 0 for sources without windows."""
     if weights.keys() != windows.keys():
-        raise ValueError(
-            f"weights={dict(weights)} must name each source of the set, with 0 to leave it out: {', '.join(windows)}"
-        )
-    if min(weights.values()) < 0 or not sum(weights.values()) > 0 or not math.isfinite(sum(weights.values())):
-        raise ValueError(f"weights={dict(weights)} must be 0 or more, and one above 0")
-    if empty := [name for name, weight in weights.items() if weight and not windows[name]]:
-        raise ValueError(f"weights.{empty[0]}={weights[empty[0]]}: this source has too few tokens for one window")
+        sources = ", ".join(windows)
+        raise ValueError(f"weights={dict(weights)} must name each source of the set, with 0 to exclude it: {sources}.")
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or not 0 < total < math.inf:
+        raise ValueError(f"weights={dict(weights)} must be 0 or more, and one above 0.")
+    for name, weight in weights.items():
+        if weight and not windows[name]:
+            raise ValueError(f"weights.{name}={weight}: this source has too few tokens for one window.")
 
 
 def rank_slice(ids: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The contiguous share of `ids` that belongs to `rank` of `world_size`; ValueError if it is not 1 / world_size."""
+    """Return the contiguous share of `ids` of one rank. Raises ValueError if `world_size` does not divide them."""
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks")
+        raise ValueError(f"rank={rank} is not one of world_size={world_size} ranks.")
     if len(ids) % world_size:
-        raise ValueError(f"batch_size={len(ids)} is not a multiple of world_size={world_size}: change one of them")
+        raise ValueError(f"batch_size={len(ids)} is not a multiple of world_size={world_size}. Change one of them.")
     share = len(ids) // world_size
     return ids[rank * share : (rank + 1) * share]
 
 
 def round_keys(seed: int | str, epoch: int) -> np.ndarray:
-    """uint64 [ROUNDS], from a hash, so that neighbouring seeds and epochs have nothing in common."""
+    """Return the keys of a permutation: uint64 [ROUNDS]. They are hashed, so neighbouring seeds are unrelated."""
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
 
 
-def permute_indices(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of range(n) sends each of `places`: int64, same shape, in O(1) memory.
+def permute_indices(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Return where a keyed permutation of range(n) sends each of `indices`: int64, same shape, in O(1) memory.
 
-    A Feistel network on a x b cells, a * b >= n, with addition modulo a and b in place of xor, and cycle
-    walking: what lands beyond n is sent on until it is below n, which keeps the map one to one (Black and
+    This is a Feistel network on a x b cells, a * b >= n, with addition modulo a and b in place of xor, and cycle
+    walking: a result beyond n is permuted again until it is below n, which keeps the map one to one (Black and
     Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    x = places.astype(np.uint64)
+    x = indices.astype(np.uint64)
     outside = np.ones(x.shape, dtype=bool)
     while outside.any():
         left, right = np.divmod(x[outside], np.uint64(b))
         for key in keys.reshape(-1, 2):
-            left = (left + _mix(right ^ key[0])) % np.uint64(a)
-            right = (right + _mix(left ^ key[1])) % np.uint64(b)
+            left = (left + _mix_bits(right ^ key[0])) % np.uint64(a)
+            right = (right + _mix_bits(left ^ key[1])) % np.uint64(b)
         x[outside] = left * np.uint64(b) + right
         outside = x >= n
     return x.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014), cut to 63 bits: the sum above must not wrap.
+def _mix_bits(x: np.ndarray) -> np.ndarray:
+    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014), cut to 63 bits so that the sum above does not wrap.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)

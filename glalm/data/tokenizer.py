@@ -1,8 +1,7 @@
 """Text to token ids and back: SentencePiece models, Hugging Face tokenizers, and Mistral's first tokenizer.
 
-A long text is encoded in pieces, in memory that does not grow with it and several times faster (byte-pair merging
-in a text of a book's length misses every cache). It is cut where no token can reach across, so that the ids are those
-of the text as a whole.
+Long texts are encoded in pieces, because byte-pair merging of a book's text misses every cache, and memory grows with
+the text. A text is cut where no token can reach across the cut, so the ids are those of the whole text.
 """
 
 import hashlib
@@ -23,25 +22,34 @@ PROBE = "  Two  spaces, a\ttab,\r\n\n\u201ccurly\u201d \u6f22\u5b57 e\u0301 \U00
 
 
 class Tokenizer:
-    """text <-> token ids, for documents framed by `before` and `after`.
+    """A tokenizer, and the tokens with which a document begins and ends.
 
-    name: a SentencePiece .model file; a folder with a Hugging Face tokenizer.json, or with a tokenizer.model; a
-    Hugging Face name ("gpt2"); or "mistral-v1", which the package mistral-common ships.
-    Raises FileNotFoundError if there is no such thing, ValueError if it cannot be used.
+    Args:
+        name: A SentencePiece .model file; a folder with a Hugging Face tokenizer.json, or with a tokenizer.model; a
+            Hugging Face name ("gpt2"); or "mistral-v1", which the package mistral-common ships.
 
-    vocab_size: ids lie below it. bos_id, eos_id: what frames a document; where a tokenizer has no token for the
-    beginning, documents are only ended, and bos_id is eos_id, for that is what a document then follows.
-    fingerprint: the sha256 of what decides the ids. round_trips: whether decode(encode(text)) gave a text with
-    spaces, line ends and several scripts back; some tokenizers normalise.
+    Attributes:
+        vocab_size: All ids are below it.
+        bos_id, eos_id: The tokens before and after a document. A tokenizer without a BOS token only ends documents;
+            then bos_id is eos_id, because that is the token that precedes a document.
+        bos_ids, eos_ids: What preparation puts before and after a document: lists of no or one id.
+        fingerprint: The SHA-256 of what determines the ids.
+        round_trips: Whether decode(encode(text)) returned a text with spaces, line ends and several scripts unchanged.
+            Some tokenizers normalise.
+
+    Raises:
+        FileNotFoundError: There is no such tokenizer.
+        ValueError: It cannot be loaded, or has no end-of-document token.
     """
 
     def __init__(self, name: str | os.PathLike):
-        self._codec = _open(str(name))
-        self.vocab_size: int = self._codec.vocab_size
-        self.fingerprint: str = self._codec.fingerprint
-        bos, eos = self._codec.bos_id, self._codec.eos_id
+        self._backend = _open_backend(str(name))
+        self.vocab_size: int = self._backend.vocab_size
+        self.fingerprint: str = self._backend.fingerprint
+        bos = self._backend.bos_id
+        eos = self._backend.eos_id
         if eos is None:
-            raise ValueError(f"{name}: defines no token for the end of a document (eos); use a tokenizer that does")
+            raise ValueError(f"{name} has no end-of-document (EOS) token. Choose a tokenizer that has one.")
         self.bos_ids: list[int] = [] if bos in (None, eos) else [bos]
         self.eos_ids: list[int] = [eos]
         self.bos_id: int = eos if bos is None else bos
@@ -49,26 +57,29 @@ class Tokenizer:
         self.round_trips: bool = self.decode(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, unframed; text that looks like a special token is text. Lone surrogates raise
-        UnicodeEncodeError."""
+        """Return the token ids of `text`, without BOS and EOS. Text that looks like a special token is text.
+
+        Raises:
+            UnicodeEncodeError: The text has lone surrogates.
+        """
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same as an array: int32 [tokens]."""
-        return self._codec.encode(text)
+        """Return what `encode` does as an array: int32 [tokens]."""
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bos and eos give nothing."""
-        return self._codec.decode([int(i) for i in ids])
+        """Return the text of `ids`. BOS and EOS have no text."""
+        return self._backend.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> str:
-        """Write the tokenizer into `folder`, so that Tokenizer(folder / name) opens it again; returns that name."""
-        return self._codec.save(folder)
+        """Write the tokenizer into `folder`, and return the name under which Tokenizer(folder / name) opens it."""
+        return self._backend.save(folder)
 
 
-def _open(name: str) -> "_SentencePiece | _HuggingFace":
+def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
     if name == MISTRAL_V1:
-        return _SentencePiece(_mistral_v1())
+        return _SentencePiece(_find_mistral_v1())
     path = Path(name)
     if path.is_file():
         return _SentencePiece(path)
@@ -76,15 +87,15 @@ def _open(name: str) -> "_SentencePiece | _HuggingFace":
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _SentencePiece(path / "tokenizer.model")
     if not path.is_dir() and (name.endswith(".model") or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"{name}: no such tokenizer; give a .model file, a folder, or a Hugging Face name")
+        raise FileNotFoundError(f"{name} does not exist. Name a .model file, a folder, or a Hugging Face tokenizer.")
     return _HuggingFace(name)
 
 
-def _mistral_v1() -> Path:
+def _find_mistral_v1() -> Path:
     spec = importlib.util.find_spec("mistral_common")
     if not spec:
         raise ValueError(
-            f"{MISTRAL_V1} is in the package mistral-common: pip install -c constraints.txt -e '.[mistral]'"
+            f"{MISTRAL_V1} is in the package mistral-common. Run: pip install -c constraints.txt -e '.[mistral]'"
         )
     return Path(spec.origin).parent / "data" / "tokenizer.model.v1"
 
@@ -92,90 +103,101 @@ def _mistral_v1() -> Path:
 # ------------------------------------------------------------------------------------------------ cutting long texts
 
 
-def cut(text: str, size: int, patience: int, safe: Callable[[str, int], bool]) -> Iterator[str]:
-    """`text` in pieces of about `size` characters, each ending at the first `safe` place from there on.
+def split_text(text: str, size: int, max_search: int, can_cut: Callable[[str, int], bool]) -> Iterator[str]:
+    """Yield `text` in pieces of `size` characters or more, each of which ends at the first place that `can_cut` allows.
 
-    If none comes within `patience` characters, the text is cut all the same: memory is bounded whatever the text.
+    Where there is none within `max_search` characters, the text is cut all the same, so that memory is bounded.
     """
     start = 0
     while len(text) - start > size:
-        places = range(start + size, min(start + size + patience, len(text)))
-        end = next((p for p in places if safe(text, p)), places.stop)
+        places = range(start + size, min(start + size + max_search, len(text)))
+        end = next((place for place in places if can_cut(text, place)), places.stop)
         yield text[start:end]
         start = end
     if start < len(text) or not text:
         yield text[start:]
 
 
-def at_space(text: str, p: int) -> bool:
-    """Whether a word ends right before text[p]."""
-    return text[p] in " \n" and not text[p - 1].isspace()
+def is_word_end(text: str, place: int) -> bool:
+    """Return whether a word ends right before text[place]."""
+    return text[place] in " \n" and not text[place - 1].isspace()
 
 
 # ---------------------------------------------------------------------------------------------------- SentencePiece
 
 
 class _SentencePiece:
-    """Models of `train_sentencepiece` give every text back exactly. Models from elsewhere may add a leading space or
-    normalise: their decode is as faithful as they were trained to be, and their ids are SentencePiece's own.
+    """A SentencePiece model.
+
+    Models of `train_sentencepiece` return every text unchanged. Others may add a leading space or normalise: their text
+    is as faithful as they were trained to be, and their ids are those of SentencePiece.
     """
 
-    SIZE, PATIENCE, TOGETHER = 4096, 2**20, 256
+    SIZE = 4096  # characters of a piece
+    MAX_SEARCH = 2**20
+    PIECES_PER_CALL = 256
 
     def __init__(self, path: Path):
-        self._model = path.read_bytes()
+        self.model = path.read_bytes()
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
             raise ValueError(
-                f"{path}: not a SentencePiece model; of a Hugging Face tokenizer, give the folder or the name"
+                f"{path} is not a SentencePiece model. For a Hugging Face tokenizer, use its folder or its name."
             ) from error
-        self.fingerprint = hashlib.sha256(self._model).hexdigest()
-        self.vocab_size = self._sp.get_piece_size()
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id()))
-        adds_space = self._sp.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        processor = self.processor
+        self.fingerprint = hashlib.sha256(self.model).hexdigest()
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
+        self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
+        adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         self._mark_ids = None if adds_space else self._find_mark_ids()
-        # What stands in front of each piece but a text's first, so that no space is added there.
-        self._lead = "\n" if adds_space else ""
-        lead = self._sp.encode(self._lead)
-        self._lead_tokens = len(lead)
-        pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size) if not self._sp.is_byte(i)]
-        self._pairs = {a + b for piece in pieces for a, b in pairwise(piece)}
-        spelled = self._sp.normalize(PROBE).removeprefix(SPACE_MARK if adds_space else "")
-        is_plain = spelled == PROBE.replace(" ", SPACE_MARK) and (not lead or self._sp.is_byte(lead[-1]))
-        self._safe = self._between_tokens if is_plain else at_space
+        # A prefix for each piece of a text but the first, so that SentencePiece adds no space there.
+        self._prefix = "\n" if adds_space else ""
+        prefix_ids = processor.encode(self._prefix)
+        self._prefix_tokens = len(prefix_ids)
+        self._pairs = set()  # of characters that are neighbours in a token
+        for i in range(self.vocab_size):
+            if not processor.is_byte(i):
+                self._pairs |= {a + b for a, b in pairwise(processor.id_to_piece(i))}
+        normalized = processor.normalize(PROBE).removeprefix(SPACE_MARK if adds_space else "")
+        keeps_text = normalized == PROBE.replace(" ", SPACE_MARK)
+        prefix_is_byte = not prefix_ids or processor.is_byte(prefix_ids[-1])
+        self._can_cut = self._is_between_tokens if keeps_text and prefix_is_byte else is_word_end
 
     def encode(self, text: str) -> np.ndarray:
-        if self._mark_ids is not None and SPACE_MARK in text:
-            parts = [x for part in text.split(SPACE_MARK) for x in (self._mark_ids, self._encode(part))]
-            return np.concatenate(parts[1:])
-        return self._encode(text)
+        if self._mark_ids is None or SPACE_MARK not in text:
+            return self._encode_pieces(text)
+        parts = []
+        for part in text.split(SPACE_MARK):
+            parts += [self._mark_ids, self._encode_pieces(part)]
+        return np.concatenate(parts[1:])
 
     def decode(self, ids: list[int]) -> str:
-        return self._sp.decode(ids)
+        return self.processor.decode(ids)
 
     def save(self, folder: Path) -> str:
         with atomic_write(folder / "tokenizer.model") as file:
-            file.write(self._model)
+            file.write(self.model)
         return "tokenizer.model"
 
-    def _encode(self, text: str) -> np.ndarray:
-        pieces = cut(text, self.SIZE, self.PATIENCE, self._safe)
-        ids = [np.array(self._sp.encode(next(pieces)), dtype=np.int32)]
-        while group := [self._lead + piece for piece in islice(pieces, self.TOGETHER)]:
-            encoded = self._sp.encode(group, num_threads=1)
-            ids += [np.array(x[self._lead_tokens :], dtype=np.int32) for x in encoded]
+    def _encode_pieces(self, text: str) -> np.ndarray:
+        pieces = split_text(text, self.SIZE, self.MAX_SEARCH, self._can_cut)
+        ids = [np.array(self.processor.encode(next(pieces)), dtype=np.int32)]
+        while group := [self._prefix + piece for piece in islice(pieces, self.PIECES_PER_CALL)]:
+            for encoded in self.processor.encode(group, num_threads=1):
+                ids.append(np.array(encoded[self._prefix_tokens :], dtype=np.int32))
         return np.concatenate(ids)
 
-    def _between_tokens(self, text: str, p: int) -> bool:
-        # Only characters that are neighbours in a piece of the vocabulary can come to lie in one token.
-        return text[p - 1 : p + 1].replace(" ", SPACE_MARK) not in self._pairs
+    def _is_between_tokens(self, text: str, place: int) -> bool:
+        # Only characters that are neighbours in a piece of the vocabulary can be part of one token.
+        return text[place - 1 : place + 1].replace(" ", SPACE_MARK) not in self._pairs
 
     def _find_mark_ids(self) -> np.ndarray | None:
-        # A literal U+2581 in the text would be decoded as a space. Spelled in bytes it survives, provided that the
-        # model has byte pieces and does not put a space before each part that is encoded by itself.
-        ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        return np.array(ids, dtype=np.int32) if all(self._sp.is_byte(i) for i in ids) else None
+        # SentencePiece decodes a U+2581 of the text as a space. Encoded as bytes it survives, if the model has byte
+        # pieces and does not add a space before each part that is encoded by itself.
+        ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        return np.array(ids, dtype=np.int32) if all(self.processor.is_byte(i) for i in ids) else None
 
 
 # ----------------------------------------------------------------------------------------------------- Hugging Face
@@ -184,32 +206,38 @@ class _SentencePiece:
 class _HuggingFace:
     """A fast tokenizer of transformers, loaded from a folder or by name."""
 
-    SIZE, PATIENCE, CONTEXT = 2**18, 2**12, 200
+    SIZE = 2**18  # characters of a piece
+    MAX_SEARCH = 2**12
+    CONTEXT = 200  # characters on each side of a cut that decide whether a token reaches across
 
     def __init__(self, name: str):
-        from transformers import AutoTokenizer  # seconds to import
+        from transformers import AutoTokenizer  # takes seconds
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: no tokenizer that transformers can load ({_first_line(error)})") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{name} is not a tokenizer that transformers can load ({reason})") from error
         if not self._tokenizer.is_fast:
-            raise ValueError(f"{name}: has no tokenizer.json; save it with transformers' fast tokenizer first")
-        self._fast = self._tokenizer.backend_tokenizer
-        # A tokenizer.json may bring its model's length limit along, and takes special tokens out of any text.
-        self._fast.no_truncation()
-        self._fast.no_padding()
-        self._fast.encode_special_tokens = True
-        self.fingerprint = hashlib.sha256(self._fast.to_str().encode()).hexdigest()
+            raise ValueError(f"{name} has no tokenizer.json. Save it with transformers' fast tokenizer first.")
+        self.backend = self._tokenizer.backend_tokenizer
+        # A tokenizer.json may have a length limit, and would find special tokens in any text.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         self.vocab_size = len(self._tokenizer)
-        ids = self._tokenizer
-        self.bos_id = ids.cls_token_id if ids.bos_token_id is None else ids.bos_token_id
-        self.eos_id = ids.sep_token_id if ids.eos_token_id is None else ids.eos_token_id
+        self.bos_id = self._tokenizer.bos_token_id
+        if self.bos_id is None:
+            self.bos_id = self._tokenizer.cls_token_id
+        self.eos_id = self._tokenizer.eos_token_id
+        if self.eos_id is None:
+            self.eos_id = self._tokenizer.sep_token_id
 
     def encode(self, text: str) -> np.ndarray:
-        text.encode()  # lone surrogates would become replacement characters
-        pieces = cut(text, self.SIZE, self.PATIENCE, self._between_tokens)
-        return np.concatenate([np.array(self._ids(piece), dtype=np.int32) for piece in pieces])
+        text.encode()  # Raises for lone surrogates, which would become replacement characters.
+        pieces = split_text(text, self.SIZE, self.MAX_SEARCH, self._is_between_tokens)
+        return np.concatenate([np.array(self._encode_piece(piece), dtype=np.int32) for piece in pieces])
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -218,14 +246,13 @@ class _HuggingFace:
         self._tokenizer.save_pretrained(folder / "tokenizer")
         return "tokenizer"
 
-    def _ids(self, text: str) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=False).ids
+    def _encode_piece(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _between_tokens(self, text: str, p: int) -> bool:
-        # What a tokenizer does at a place is decided near it, so that its surroundings tell.
-        left, right = text[p - self.CONTEXT : p], text[p : p + self.CONTEXT]
-        return at_space(text, p) and self._ids(left + right) == self._ids(left) + self._ids(right)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    def _is_between_tokens(self, text: str, place: int) -> bool:
+        # What a tokenizer does at a place is decided by the text near it.
+        if not is_word_end(text, place):
+            return False
+        left = text[place - self.CONTEXT : place]
+        right = text[place : place + self.CONTEXT]
+        return self._encode_piece(left + right) == self._encode_piece(left) + self._encode_piece(right)

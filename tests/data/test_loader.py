@@ -49,7 +49,7 @@ def test_window_counts_at_the_edges(prepared, stream, length, count, dropped):
 
 def test_too_few_tokens_are_refused(prepared, stream):
     tokens = TokenSet(prepared, "train")
-    with pytest.raises(ValueError, match=rf"length={len(stream)} needs {len(stream) + 1} tokens"):
+    with pytest.raises(ValueError, match=rf"length={len(stream)} need {len(stream) + 1} tokens"):
         Windows(tokens, len(stream))
     with pytest.raises(ValueError, match="length=0"):
         Windows(tokens, 0)

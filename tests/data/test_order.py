@@ -212,7 +212,7 @@ def test_a_source_keeps_its_order_when_another_comes():
 def test_weights_are_checked():
     windows = {"books": 5, "code": 0}
     for weights, message in [
-        ({"books": 1}, "must name each source of the set, with 0 to leave it out: books, code"),
+        ({"books": 1}, "must name each source of the set, with 0 to exclude it: books, code"),
         ({"books": 1, "code": 0, "wiki": 1}, "must name each source"),
         ({"books": -1, "code": 0}, "0 or more"),
         ({"books": 0, "code": 0}, "one above 0"),

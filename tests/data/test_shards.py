@@ -91,13 +91,13 @@ def test_without_a_manifest_it_is_told_what_the_folder_is(copy, tmp_path):
     for path, message in [
         (copy, rf"run: .*--out {copy} SOURCE"),
         (tmp_path / "absent", r"run: .*absent SOURCE"),
-        (raw, rf"raw is no prepared set; .*into another folder: .*--out SET {raw}"),
-        (raw / "train/a.txt", r"a\.txt is no prepared set; .*"),
+        (raw, rf"raw is not a prepared set\. .*into another folder: .*--out SET {raw}"),
+        (raw / "train/a.txt", r"a\.txt is not a prepared set\. .*"),
     ]:
-        with pytest.raises(FileNotFoundError, match=rf"manifest\.json is missing: .*{message}$"):
+        with pytest.raises(FileNotFoundError, match=rf"manifest\.json is missing\. .*{message}$"):
             read_manifest(path)
     (copy / ".plan.json").touch()
-    with pytest.raises(FileNotFoundError, match=r"not finished; run the command that began it again"):
+    with pytest.raises(FileNotFoundError, match=r"not finished\. To resume, run the command that began it again"):
         read_manifest(copy)
 
 
@@ -105,13 +105,13 @@ def test_a_file_that_is_not_what_the_manifest_says_is_named(copy, prepared):
     path = copy / "train/corpus/00001.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=r"00001\.npy: \d+ bytes, the manifest says.*run:"):
+    with pytest.raises(ValueError, match=r"00001\.npy has \d+ bytes, not the manifest's.*run:"):
         TokenSet(copy, "train")
     path.write_bytes(bytes(len(whole)))
-    with pytest.raises(ValueError, match=r"00001\.npy: damaged"):
+    with pytest.raises(ValueError, match=r"00001\.npy is damaged"):
         TokenSet(copy, "train")
     path.write_bytes(whole.replace(b"<u2", b"<i2"))
-    with pytest.raises(ValueError, match=r"00001\.npy: int16.*uint16"):
+    with pytest.raises(ValueError, match=r"00001\.npy holds int16.*uint16"):
         TokenSet(copy, "train")
     path.write_bytes(whole)
     TokenSet(copy, "train")
@@ -124,7 +124,7 @@ def test_a_manifest_that_is_not_ours_is_refused(copy):
         (text[:-20], "damaged"),
         ("[]", "damaged"),
         (text.replace('"version": 3', '"version": 4'), r"format .*4"),
-        (text.replace('"documents": ', '"documents": 1', 1), "do not add up|manifest says"),
+        (text.replace('"documents": ', '"documents": 1', 1), "do not add up|not the manifest's|holds"),
     ]:
         path.write_text(wrong)
         with pytest.raises(ValueError, match=message):
@@ -154,7 +154,7 @@ def test_verify_finds_one_flipped_bit(copy, name):
     data = bytearray((copy / name).read_bytes())
     data[-1] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}: damaged"):
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
         TokenSet(copy, "train").verify_checksums()
     if name.startswith("train"):
         TokenSet(copy, "test").verify_checksums()
@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read_and_not_before(copy, name
     tokens = TokenSet(copy, "train")
     first = len(np.load(copy / "train/corpus/00000.npy"))
     tokens.read_tokens(0, first)
-    with pytest.raises(DamagedFile, match=rf"{name}: damaged between byte 0 and {len(data)}"):
+    with pytest.raises(DamagedFile, match=rf"{name} is damaged between byte 0 and {len(data)}"):
         tokens.read_tokens(first, first + 500) if name == "00001.npy" else tokens.document_starts(first, first + 1)
 
 
@@ -182,11 +182,11 @@ def test_blocks_are_checked_one_by_one(tmp_path):
     content[header + 3 * BLOCK + 5] ^= 1  # in block 3 of 0 to 6
     array = CheckedArray(path, content, header, "uint16", sums)
     border = (3 * BLOCK - header) // 2  # the first element of block 3
-    assert array.read(0, border).tolist() == list(np.arange(border, dtype=np.uint16))
-    assert len(array.read(2 * BLOCK, 3 * BLOCK)) == BLOCK
+    assert array.read_range(0, border).tolist() == list(np.arange(border, dtype=np.uint16))
+    assert len(array.read_range(2 * BLOCK, 3 * BLOCK)) == BLOCK
     for start, stop in [(border - 1, border + 1), (border, border + 1), (0, 3 * BLOCK)]:
-        with pytest.raises(DamagedFile, match=f"array.npy: damaged between byte {3 * BLOCK} and {4 * BLOCK}"):
-            array.read(start, stop)
-    assert array.read(border, border).tolist() == []
-    with pytest.raises(DamagedFile, match="6 checksums for"):
+        with pytest.raises(DamagedFile, match=f"array.npy is damaged between byte {3 * BLOCK} and {4 * BLOCK}"):
+            array.read_range(start, stop)
+    assert array.read_range(border, border).tolist() == []
+    with pytest.raises(DamagedFile, match="6 checksums of"):
         CheckedArray(path, content[:end], header, "uint16", sums[:-1])

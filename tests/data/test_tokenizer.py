@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glalm.data.tokenizer import Tokenizer, cut
+from glalm.data.tokenizer import Tokenizer, split_text
 from glalm.prepare.tokenizer_training import sample_texts, train_sentencepiece
 
 
@@ -63,21 +63,21 @@ def test_sample_keeps_the_budget_whatever_the_order():
 
 
 def test_errors_say_what_to_do(tmp_path, texts):
-    with pytest.raises(FileNotFoundError, match="no such tokenizer"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         Tokenizer(tmp_path / "absent.model")
     (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"bad\.model: not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
         Tokenizer(tmp_path / "bad.model")
     for size, message in [
-        (100, r"vocab_size=100 does not suit these texts: Vocabulary size is smaller .*\.$"),
-        (10**6, r"vocab_size=1000000 does not suit these texts: Vocabulary size too high"),
+        (100, r"vocab_size=100 does not fit these texts: Vocabulary size is smaller .*\.$"),
+        (10**6, r"vocab_size=1000000 does not fit these texts: Vocabulary size too high"),
         (-3, r"vocab_size=-3 must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             train_sentencepiece(texts, tmp_path / "t.model", vocab_size=size)
-    with pytest.raises(ValueError, match=r"is a folder: name the file to write, .*tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"is a folder\. Name the file to write, such as .*tokenizer\.model"):
         train_sentencepiece(iter(lambda: pytest.fail("it was read"), None), tmp_path, vocab_size=400)
-    with pytest.raises(ValueError, match="no training text"):
+    with pytest.raises(ValueError, match="no text to train a tokenizer on"):
         train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)
     assert not (tmp_path / "t.model").exists()
 
@@ -95,7 +95,7 @@ def test_mistral_has_the_ids_of_sentencepiece():
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
     assert tokenizer.fingerprint == "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
     assert tokenizer.round_trips
-    own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._codec._model)
+    own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._backend.model)
     assert tokenizer.encode("a  b") == own.encode("a  b") == [264, 28705, 287]
     pick = random.Random(0)
     parts = [
@@ -134,7 +134,7 @@ def test_long_texts_have_the_ids_of_the_whole(texts, tmp_path, model_type):
     tokenizer = train_sentencepiece(texts, tmp_path / "t.model", vocab_size=330, model_type=model_type)
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     text = "".join(texts) * 3
-    assert len(text) > 10 * tokenizer._codec.SIZE
+    assert len(text) > 10 * tokenizer._backend.SIZE
     ids, whole = tokenizer.encode(text), own.encode(text)
     assert tokenizer.decode(ids) == text
     if model_type == "bpe":
@@ -145,15 +145,15 @@ def test_long_texts_have_the_ids_of_the_whole(texts, tmp_path, model_type):
 
 
 def test_a_text_that_cannot_be_cut_is_cut_all_the_same_and_round_trips(tokenizer, monkeypatch):
-    monkeypatch.setattr(type(tokenizer._codec), "PATIENCE", 1000)
+    monkeypatch.setattr(type(tokenizer._backend), "MAX_SEARCH", 1000)
     for text in (" " * 50_000, "a" * 50_000 + "b"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
 
 
-def test_cut():
+def test_split_text():
     places = [5, 11, 12, 31]
-    pieces = list(cut("x" * 50, size=10, patience=8, safe=lambda text, p: p in places))
+    pieces = list(split_text("x" * 50, size=10, max_search=8, can_cut=lambda text, p: p in places))
     assert [len(p) for p in pieces] == [11, 18, 18, 3]  # at 11, then nowhere (10 + 8), and what is left
 
 
@@ -173,7 +173,7 @@ def test_hugging_face_long_texts_have_the_ids_of_the_whole(hugging_face, texts, 
     tokenizer = Tokenizer(hugging_face)
     text = "".join(texts) * 2
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(type(tokenizer._codec), "SIZE", 1000)
+    monkeypatch.setattr(type(tokenizer._backend), "SIZE", 1000)
     assert tokenizer.encode(text) == whole
     tokenizer.encode("a" * 20_000)
 
@@ -186,5 +186,5 @@ def test_a_folder_with_a_bare_model_is_sentencepiece(tokenizer, tmp_path):
 def test_what_is_no_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no tokenizer that transformers can load"):
+    with pytest.raises(ValueError, match="empty is not a tokenizer that transformers can load"):
         Tokenizer(tmp_path / "empty")

@@ -277,7 +277,7 @@ def test_validation_data_that_is_damaged_is_told_of(run_config, change, tmp_path
     data = shutil.copytree(run_config.data.path, tmp_path / "data")
     file = max(data.glob("validation/*/*.npy"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(RunError, match=rf"^data.path={data}: {file}: damaged .*; prepare the set again, then resume"):
+    with pytest.raises(RunError, match=rf"^data.path={data}: {file} is damaged .*; prepare the set again, then resume"):
         train(change(run_config, **{"data.path": str(data)}))
 
 

@@ -246,7 +246,7 @@ def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_pat
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 8
     shard.write_bytes(content)
-    with pytest.raises(RunError, match=r"00000\.npy: damaged between byte 0 and \d+.*prepare the set again"):
+    with pytest.raises(RunError, match=r"00000\.npy is damaged between byte 0 and \d+.*prepare the set again"):
         train(config)
     content[len(content) // 2] ^= 8
     shard.write_bytes(content)

@@ -388,7 +388,7 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
     with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl is gone"):
         prepare_data([sources / "b.jsonl"], tmp_path / "set", **settings)
-    with pytest.raises(ValueError, match="so far: it is still being prepared"):
+    with pytest.raises(ValueError, match="so far, because it is still being prepared"):
         from glalm.data.loader import Windows
 
         begun = plan.Plan(**json.loads((tmp_path / "set/.plan.json").read_text()))

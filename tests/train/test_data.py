@@ -146,7 +146,7 @@ def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sour
     assert trainer.train(config) == trainer.train(steady) == 0
     assert all(torch.equal(t, weights(steady)[n]) for n, t in weights(config).items())
     prepare_data([tmp_path / "more.txt"], growing, vocab_size=300, overwrite=True, progress=False)
-    with pytest.raises(ConfigError, match="prepared anew"):
+    with pytest.raises(ConfigError, match="prepared again"):
         trainer.train(config)
 
 

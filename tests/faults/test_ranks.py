@@ -140,6 +140,8 @@ def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monke
     """What two processes saved of a sharded model: transformers is told what to do, and loads what comes of it."""
     from transformers import AutoModelForCausalLM
 
+    import glalm.hf  # noqa: F401 (registers the model)
+
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     from export_hf import export
 

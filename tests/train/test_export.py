@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+import glalm.hf  # noqa: F401 (registers the model)
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity

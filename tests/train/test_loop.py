@@ -143,7 +143,7 @@ def test_what_may_change_does(run_config, change):
     "changes, message",
     [
         ({"data.path": "nowhere"}, "scripts/prepare_data.py"),
-        ({"model.vocab_size": 100}, "write model.vocab_size=300"),
+        ({"model.vocab_size": 100}, "Write model.vocab_size=300"),
         ({"data.seq_len": 10**6}, "shorten the windows"),
     ],
 )

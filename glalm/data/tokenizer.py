@@ -227,12 +227,9 @@ class _HuggingFace:
         self.backend.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         self.vocab_size = len(self._tokenizer)
-        self.bos_id = self._tokenizer.bos_token_id
-        if self.bos_id is None:
-            self.bos_id = self._tokenizer.cls_token_id
-        self.eos_id = self._tokenizer.eos_token_id
-        if self.eos_id is None:
-            self.eos_id = self._tokenizer.sep_token_id
+        tokens = self._tokenizer
+        self.bos_id = tokens.cls_token_id if tokens.bos_token_id is None else tokens.bos_token_id
+        self.eos_id = tokens.sep_token_id if tokens.eos_token_id is None else tokens.eos_token_id
 
     def encode(self, text: str) -> np.ndarray:
         text.encode()  # Raises for lone surrogates, which would become replacement characters.

@@ -24,16 +24,13 @@ class EncodeOptions:
         tokenizer: The path of the tokenizer.
         fingerprint: The tokenizer's fingerprint.
         dtype: The dtype of the ids, "uint16" or "uint32".
-        held_out: The share of the documents in each held-out split; see `split_of`.
-        text_field, source_field: See `records.extract_document`.
+        settings: The settings of the set. Its held_out, text_field and source_field are those of `prepare_data`.
     """
 
     tokenizer: Path
     fingerprint: str
     dtype: str
-    held_out: Mapping[str, float]
-    text_field: str
-    source_field: str | None
+    settings: dict
 
 
 class EncodedDocument(NamedTuple):
@@ -68,7 +65,8 @@ def encode_batch(batch: RecordBatch, options: EncodeOptions) -> EncodedBatch:
     parts = [np.empty(0, np.int32)]
     documents = []
     skipped = []
-    for item in parse_records(batch.records, batch.first, options.text_field, options.source_field):
+    settings = options.settings
+    for item in parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"]):
         if isinstance(item, SkippedRecord):
             skipped.append(item)
             continue
@@ -76,7 +74,7 @@ def encode_batch(batch: RecordBatch, options: EncodeOptions) -> EncodedBatch:
         parts += (bos_ids, ids, eos_ids)
         data = item.text.encode()
         tokens = len(bos_ids) + len(ids) + len(eos_ids)
-        split = split_of(data, options.held_out)
+        split = split_of(data, settings["held_out"])
         documents.append(EncodedDocument(split, item.source or batch.source, tokens, len(data)))
     ids = np.concatenate(parts)
     if len(ids) and ids.max() >= tokenizer.vocab_size:

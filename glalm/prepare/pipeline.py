@@ -27,7 +27,7 @@ from glalm.prepare.sources import (
     read_batches,
 )
 from glalm.prepare.workers import map_in_order
-from glalm.prepare.writer import SetWriter
+from glalm.prepare.writer import SetWriter, format_counts
 from glalm.progress import ProgressBar
 
 # Smaller inputs are done before a second process has started.
@@ -122,12 +122,7 @@ def run_plan(
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     options = EncodeOptions(
-        tokenizer=out / plan.tokenizer["name"],
-        fingerprint=plan.tokenizer["fingerprint"],
-        dtype=plan.dtype,
-        held_out=plan.settings["held_out"],
-        text_field=plan.settings["text_field"],
-        source_field=plan.settings["source_field"],
+        out / plan.tokenizer["name"], plan.tokenizer["fingerprint"], plan.dtype, settings=plan.settings
     )
     writer = SetWriter(out, plan)
     bar.start_task("tokenising", starts[-1], starts[writer.position[0]])
@@ -159,25 +154,14 @@ def run_plan(
     writer.finish()
 
 
-def format_counts(counts: dict[str, dict]) -> list[str]:
-    """Return a line for each source of `SetWriter.counts`, or of a manifest's "books"."""
-    lines = []
-    for source, entry in counts.items():
-        skipped = "".join(f" + {count:,} skipped ({reason})" for reason, count in sorted(entry["skipped"].items()))
-        lines.append(f"{source}: {entry['read']:,} documents read = {entry['written']:,} written{skipped}")
-    return lines
-
-
 def _check_arguments(
     held_out: Mapping[str, float], shard_tokens: int, on_error: str, workers: int | None, add_and_overwrite: bool
 ) -> None:
     for split in held_out:
         if split not in SPLITS[1:]:
             raise ValueError(f"held_out names an unknown split {split!r}. The splits are {' and '.join(SPLITS[1:])}.")
-    if min(held_out.values(), default=0) < 0:
-        raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more.")
-    if sum(held_out.values()) >= 1:
-        raise ValueError(f"held_out={dict(held_out)} leaves no documents for training. Choose shares that sum below 1.")
+    if min(held_out.values(), default=0) < 0 or sum(held_out.values()) >= 1:
+        raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more and leave documents for training.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
     if on_error not in ("stop", "skip"):

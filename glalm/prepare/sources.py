@@ -52,7 +52,7 @@ class FileInput(Input):
     def __str__(self) -> str:
         return str(self.path)
 
-    def read(self, fields: list[str]) -> Chunks:
+    def read_records(self, fields: list[str]) -> Chunks:
         """Yield all records in order. Of a table, only the columns that hold `fields` are read."""
         return read_file(self.path, fields)
 
@@ -75,7 +75,7 @@ class HubInput(Input):
     def __str__(self) -> str:
         return f"{self.source}, {self.name}"
 
-    def read(self, fields: list[str]) -> Chunks:
+    def read_records(self, fields: list[str]) -> Chunks:
         dataset = self.dataset
         if dataset.column_names:
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
@@ -133,7 +133,7 @@ def read_batches(
         read = 0
         records = []
         size = 0
-        for chunk, position in source_input.read(fields):
+        for chunk, position in source_input.read_records(fields):
             for record in chunk[max(first - read, 0) :]:
                 records.append(record)
                 size += estimate_bytes(record)

@@ -8,6 +8,7 @@ lengths, so what a killed process wrote after its last commit is neither lost no
 import json
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from glalm.prepare.plan import Plan, changed_error
 from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
 from glalm.prepare.sources import Input, RecordBatch
 
+# The position in the inputs, the counts of each source and of the input that is being read, the sizes of the logs, and
+# the states of the shard writers. These keys are part of the format on disk.
+EMPTY_STATE = {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
 NO_DOCUMENTS = {"read": 0, "written": 0}
 COUNTS = ("documents", "tokens", "text_bytes")
 HEADER_BYTES = 128  # numpy pads the header of a one-dimensional array to this size, whatever its length.
@@ -164,12 +168,9 @@ class SetWriter:
     def __init__(self, out: Path, plan: Plan):
         self.out = out
         self.plan = plan
-        # The key names "books" (counts), "current" and "cursor" (position) are part of the format on disk.
-        state = (
-            last_commit(out) or plan.base or {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
-        )
+        state = last_commit(out) or plan.base or EMPTY_STATE
         self.position: list[int] = state["cursor"]
-        self.counts: dict[str, dict] = state["books"]
+        self.counts: dict[str, dict] = dict(state["books"])
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
@@ -279,9 +280,7 @@ class SetWriter:
         folder = _folder_name(source)
         other = self._source_of_folder.setdefault(folder, source)
         if other != source:
-            raise ValueError(
-                f"The sources {source!r} and {other!r} would share the folder {folder}. Rename one of them."
-            )
+            raise ValueError(f"The sources {source!r} and {other!r} would share the folder {folder}. Rename one.")
         if len(self._source_of_folder) > MAX_SOURCES:
             raise ValueError(
                 f"There are more than {MAX_SOURCES} sources, among them {source!r}. Check that --source-field names a "
@@ -302,9 +301,16 @@ class SetWriter:
         committed = set(map(_folder_name, sources))
         for folder in self.out.joinpath(split).iterdir():
             if folder.name not in committed:
-                for path in folder.iterdir():
-                    path.unlink()
-                folder.rmdir()
+                shutil.rmtree(folder)
+
+
+def format_counts(counts: dict[str, dict]) -> list[str]:
+    """Return a line for each source of `SetWriter.counts`, or of a manifest's "books"."""
+    lines = []
+    for source, entry in counts.items():
+        skipped = "".join(f" + {count:,} skipped ({reason})" for reason, count in sorted(entry["skipped"].items()))
+        lines.append(f"{source}: {entry['read']:,} documents read = {entry['written']:,} written{skipped}")
+    return lines
 
 
 def _allow_open_files() -> None:

@@ -230,7 +230,7 @@ def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, p
 def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
     for wrong, message in [
         ({"held_out": {"valid": 0.1}}, "unknown split 'valid'"),
-        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leaves no documents for training"),
+        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leave documents for training"),
         ({"held_out": {"test": -0.1}}, "must be 0 or more"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
     ]:
@@ -509,9 +509,11 @@ def test_inspect(prepared, tmp_path, capsys):
     shown = capsys.readouterr().out
     tokens = TokenSet(out, "train")
     assert (
-        f"{tokens.num_tokens:,}" in shown and "60 documents read = 60 written" in shown and "the books balance" in shown
+        f"{tokens.num_tokens:,}" in shown
+        and "60 documents read = 60 written" in shown
+        and "counts are consistent" in shown
     )
-    assert "every file has the sha256" in shown
+    assert "Every file has the SHA-256" in shown
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     text = Tokenizer(tokens.tokenizer_path).decode(tokens.read_document(tokens.num_documents // 2))
     assert text.split("\n")[0] in shown
@@ -525,4 +527,4 @@ def test_inspect(prepared, tmp_path, capsys):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["books"]["corpus"]["written"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))
-    assert inspect_set(out, verify=False) == 1 and "DO NOT BALANCE" in capsys.readouterr().out
+    assert inspect_set(out, verify=False) == 1 and "ERROR: These counts are inconsistent" in capsys.readouterr().out

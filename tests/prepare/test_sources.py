@@ -72,7 +72,9 @@ def test_stdlib_is_the_library_without_tests():
 def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"meta.set": "a", "text": "x", "id": 1}) + "\n")
     [found] = open_source(f"hf:{tmp_path}").inputs
-    assert [r for records, _ in found.read(["text", "meta.set"]) for r in records] == [{"meta.set": "a", "text": "x"}]
+    assert [r for records, _ in found.read_records(["text", "meta.set"]) for r in records] == [
+        {"meta.set": "a", "text": "x"}
+    ]
 
 
 def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
@@ -82,9 +84,9 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
         (tmp_path / f"part-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = open_source(f"wiki=hf:{tmp_path}")
     assert [i.source for i in found.inputs] == ["wiki"] * 3
-    texts = [[r["text"] for records, _ in i.read(["text", "meta"]) for r in records] for i in found.inputs]
+    texts = [[r["text"] for records, _ in i.read_records(["text", "meta"]) for r in records] for i in found.inputs]
     assert texts == [[f"{i}.{j}" for j in range(5)] for i in range(3)]
     other = shutil.copytree(tmp_path, tmp_path / "other")  # a data set of as many files is another one
     assert not {i.name for i in found.inputs} & {i.name for i in hub_source(str(other)).inputs}
-    records, size = next(iter(found.inputs[0].read(["text"])))
+    records, size = next(iter(found.inputs[0].read_records(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size

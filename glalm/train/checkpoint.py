@@ -62,7 +62,9 @@ class CheckpointWriter:
     A test injects faults of the disk by a subclass, which it hands to CheckpointSaver.
     """
 
-    def write(self, folder: Path, step: int, files: Mapping[str, Iterable[bytes]], group: ProcessGroup | None) -> None:
+    def write_checkpoint(
+        self, folder: Path, step: int, files: Mapping[str, Iterable[bytes]], group: ProcessGroup | None
+    ) -> None:
         """Write folder/step_N together with all other ranks.
 
         Every file is read back and compared before the folder gets its name. A failure on one rank raises on all ranks
@@ -129,16 +131,19 @@ class CheckpointWriter:
         self.rename_folder(path, doomed)
         shutil.rmtree(doomed)
 
-    def prune(self, folder: Path, config: CheckpointConfig) -> None:
+    def prune_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
         """Remove all checkpoints except those that keep_last, keep_every and keep_best retain."""
         checkpoints = list_checkpoints(folder)
         kept = set(list(checkpoints)[-config.keep_last :])
         if config.keep_every:
             kept.update(step for step in checkpoints if step % config.keep_every == 0)
-        if config.keep_best:
-            losses = {step: _validation_loss(path) for step, path in checkpoints.items()}
-            finite = [step for step in checkpoints if losses[step] < math.inf]
-            kept.update(sorted(finite, key=losses.get)[: config.keep_best])
+        losses = {}
+        for step, path in checkpoints.items() if config.keep_best else ():
+            with suppress(OSError, ValueError):  # A damaged checkpoint is reported when the run resumes.
+                loss = read_metadata(path).get("val_loss")
+                if loss is not None and math.isfinite(loss):
+                    losses[step] = loss
+        kept.update(sorted(losses, key=losses.get)[: config.keep_best])
         for step in checkpoints.keys() - kept:
             self.remove_folder(checkpoints[step])
 
@@ -220,13 +225,13 @@ class CheckpointSaver:
         """
         self._wait_for_save(tolerated_failures=MAX_CONSECUTIVE_FAILURES - 1)
         tensors = collect_tensors(state)
-        staged = self._stage(tensors, state.step) if self.config.asynchronous else None
+        staged = self._stage_to_host(tensors, state.step) if self.config.asynchronous else None
         files = {name: staging.encode_safetensors(slices) for name, slices in (staged or tensors).items()}
         if self._rank == 0:
             content = {"step": state.step, "processes": self._world_size, "tokens": state.tokens, **metadata}
             files["config.json"] = [state.model.config.to_json_string().encode()]
             files["state.json"] = [json.dumps(content, indent=1).encode()]
-        self._pending = self._executor.submit(self._write, state.step, files)
+        self._pending = self._executor.submit(self._write_checkpoint, state.step, files)
         if staged is None:
             self._wait_for_save()
 
@@ -237,7 +242,7 @@ class CheckpointSaver:
             CheckpointError: The last save failed.
         """
         self._wait_for_save(tolerated_failures=0)
-        self._prune()  # An earlier process may have been killed before it removed what its last save replaced.
+        self._prune_checkpoints()  # A killed process may have left what its last save should have removed.
         return latest_checkpoint(self.folder)
 
     def failure_metrics(self) -> dict[str, int]:
@@ -257,7 +262,7 @@ class CheckpointSaver:
                 f"{latest_checkpoint(self.folder) or 'none'}. Error: {self._consecutive_errors[-1]}"
             )
 
-    def _stage(self, tensors: SlicesByFile, step: int) -> SlicesByFile | None:
+    def _stage_to_host(self, tensors: SlicesByFile, step: int) -> SlicesByFile | None:
         """Queue a copy of the tensors to host memory. Return None if there is not enough of it."""
         try:
             return self._buffers.stage(tensors)
@@ -269,11 +274,11 @@ class CheckpointSaver:
                 print(f"{warning}; training waits until it is saved", file=sys.stderr, flush=True)
             return None
 
-    def _write(self, step: int, files: Mapping[str, Iterable[bytes]]) -> None:
+    def _write_checkpoint(self, step: int, files: Mapping[str, Iterable[bytes]]) -> None:
         try:
             self._buffers.synchronize()
-            self.writer.write(self.folder, step, files, self._group)
-            self._prune()
+            self.writer.write_checkpoint(self.folder, step, files, self._group)
+            self._prune_checkpoints()
             self._consecutive_errors.clear()
         except Exception as error:  # An exception in the thread would reach no caller.
             self.failures += 1
@@ -281,10 +286,10 @@ class CheckpointSaver:
             if self._rank == 0:
                 self.log(f"warning: step {step} was not saved; earlier checkpoints are unaffected. Error: {error}")
 
-    def _prune(self) -> None:
+    def _prune_checkpoints(self) -> None:
         try:
             if self._rank == 0:
-                self.writer.prune(self.folder, self.config)
+                self.writer.prune_checkpoints(self.folder, self.config)
         except OSError as error:  # This does not make the new checkpoint invalid.
             self.log(f"warning: an old checkpoint cannot be removed: {error}")
 
@@ -395,12 +400,3 @@ def _index_tensors(path: Path, kind: str) -> dict[str, staging.StoredTensor]:
     """Return the tensors in the "model" or "training" files of a checkpoint."""
     names = [name for name in _read_manifest(path) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)]
     return staging.index_safetensors(path / name for name in names)
-
-
-def _validation_loss(path: Path) -> float:
-    """Return the validation loss of a checkpoint, or infinity if it has none that is finite."""
-    try:
-        loss = read_metadata(path).get("val_loss")
-    except (OSError, ValueError):  # The checkpoint is damaged, which is reported when the run resumes.
-        return math.inf
-    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -55,7 +55,7 @@ def open_run_dir(folder: Path) -> Iterator[None]:
         ConfigError: Another run uses `folder`, or its filesystem cannot hold checkpoints. Other ranks get a RunError.
     """
 
-    def claim() -> None:
+    def claim_folder() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_run_dir(folder))
@@ -69,7 +69,7 @@ def open_run_dir(folder: Path) -> Iterator[None]:
             raise ConfigError(f"{folder} is not the same directory on all machines. Choose a shared runs_dir=...")
 
     with ExitStack() as stack:
-        run_on_rank_0(claim)
+        run_on_rank_0(claim_folder)
         gather_or_raise(check_shared)
         yield
 
@@ -188,7 +188,7 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
         ConfigError: The directory holds a run of another identity, and that run has started.
     """
 
-    def prepare() -> dict:
+    def prepare_on_rank_0() -> dict:
         identity = run_identity(config)
         identity |= {"data fingerprint": data.fingerprint, DATA_TOKENS: data.num_tokens}
         run_id = uuid.uuid4().hex[:12]
@@ -202,7 +202,7 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
         versions = environment(config.train.float8)
         return {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **versions}
 
-    return run_on_rank_0(prepare)
+    return run_on_rank_0(prepare_on_rank_0)
 
 
 def has_started(folder: Path) -> bool:
@@ -243,11 +243,11 @@ def check_identity(config: RunConfig, saved: Mapping, current: Mapping, where: P
 def write_run_record(config: RunConfig, record: Mapping, data: TokenSet) -> None:
     """Write run.json and data.json, which fix the run's config and the shards that it reads."""
 
-    def write() -> None:
+    def write_files() -> None:
         write_json(config.folder / RUN_RECORD, record, indent=1)
         write_json(config.data_record, data.manifest)
 
-    run_on_rank_0(write)
+    run_on_rank_0(write_files)
 
 
 def read_run_record(checkpoint: Path) -> dict | None:
@@ -274,7 +274,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         ConfigError: The checkpoint is of another config or beyond the last step, or train.resume_from does not exist or
             would replace another run.
     """
-    path = newest_valid_checkpoint(config.folder / "checkpoints", log=_warn)
+    path = newest_valid_checkpoint(config.folder / "checkpoints", log=_print_warning)
     requested = resolve_resume_path(config)
     applies = requested is not None and (path is None or read_metadata(path).get("resumed_from") != requested)
     if applies:
@@ -308,7 +308,7 @@ def _set_newer_aside(folder: Path, step: int, is_own: bool) -> None:
     """Set the checkpoints after `step` aside, and if the run starts from another run's checkpoint, drop old metrics."""
     for newer, path in list_checkpoints(folder / "checkpoints").items():
         if newer > step:
-            _warn(f"{path} is set aside as {set_aside(path, 'superseded').name}")
+            _print_warning(f"{path} is set aside as {set_aside(path, 'superseded').name}")
     if not is_own:
         # These rows are of an earlier start, which saved no checkpoint.
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -382,5 +382,5 @@ def set_aside(path: Path, reason: str) -> Path:
     return path.rename(next(candidate for candidate in candidates if not candidate.exists()))
 
 
-def _warn(message: str) -> None:
+def _print_warning(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ class FullDisk(CheckpointWriter):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_costs_only_its_save(run_config, change, unbroken, capfd, asynchronous):
+def test_full_disk_fails_only_that_save(run_config, change, unbroken, capfd, asynchronous):
     disk = FullDisk(failures=2)
     config = change(run_config, **{"train.checkpoint.asynchronous": asynchronous})
     assert train(config, checkpoint_writer=disk) == 0
@@ -49,7 +49,7 @@ def test_a_full_disk_costs_only_its_save(run_config, change, unbroken, capfd, as
     assert found == rows(unbroken)
 
 
-def test_the_last_good_one_is_kept_and_three_in_a_row_stop_the_run(run_config, change, unbroken):
+def test_three_failed_saves_in_a_row_stop_the_run(run_config, change, unbroken):
     assert train(change(run_config, **{"train.steps": 2})) == 0
     longer = {"train.steps": 10, "train.allow_changes": ["train.steps"], "train.checkpoint.keep_last": 1}
     disk = FullDisk(failures=9)
@@ -61,7 +61,7 @@ def test_the_last_good_one_is_kept_and_three_in_a_row_stop_the_run(run_config, c
     assert train(change(run_config, **longer)) == 0
 
 
-def test_a_last_save_that_fails_is_no_success(run_config, change):
+def test_failed_last_save_stops_the_run(run_config, change):
     disk = FullDisk(failures=1)
     with pytest.raises(CheckpointError, match=r"The last checkpoint could not be saved .*No space left"):
         train(change(run_config, **{"train.steps": 2}), checkpoint_writer=disk)
@@ -84,7 +84,7 @@ def without(found: list[dict], *names: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in names} for row in found]
 
 
-def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch):
+def test_full_disk_loses_no_metrics(run_config, change, unbroken, monkeypatch):
     """Full from step 2 to 4, for metrics and checkpoints."""
     real, calls, full = trainer.update, [], largest_file((unbroken / "metrics.jsonl").stat().st_size // 4)
 
@@ -106,9 +106,9 @@ def test_a_full_disk_costs_no_metrics(run_config, change, unbroken, monkeypatch)
 class UnlimitedWriter(CheckpointWriter):
     """A writer for whose files the kernel has no limit."""
 
-    def write(self, *args):
+    def write_checkpoint(self, *args):
         with largest_file(resource.RLIM_INFINITY):
-            super().write(*args)
+            super().write_checkpoint(*args)
 
 
 def without_room_for_metrics(config: RunConfig) -> int:
@@ -129,7 +129,7 @@ def without_room_for_metrics(config: RunConfig) -> int:
     return train(config, checkpoint_writer=UnlimitedWriter())
 
 
-def test_metrics_that_waited_for_room_survive_a_kill(run_config, change, unbroken, tmp_path):
+def test_waiting_metrics_survive_a_kill(run_config, change, unbroken, tmp_path):
     config = change(run_config, **{"train.checkpoint.asynchronous": False})
     assert wait(start(without_room_for_metrics, config, log=tmp_path / "log")) == [-signal.SIGKILL]
     assert [row["step"] for row in rows(config.folder)] == [0, 1, 2]
@@ -157,7 +157,7 @@ def deaf(hangs: bool, config: RunConfig) -> int:
     return train(config)
 
 
-def test_a_log_on_a_full_disk_ends_no_run_and_saves_no_hanging_one(run_config, change, unbroken, tmp_path):
+def test_log_on_a_full_disk_does_not_stop_the_run(run_config, change, unbroken, tmp_path):
     assert wait(start(deaf, False, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
     hanging = change(run_config, name="hanging", **{"train.guard.hang_seconds": 2.0})
@@ -174,13 +174,13 @@ class ReadOnlyCheckpoints(CheckpointWriter):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-def test_an_old_one_that_cannot_be_removed_is_told_of_and_costs_no_save(run_config, change, capfd):
+def test_old_checkpoint_that_cannot_be_removed_is_reported(run_config, change, capfd):
     disk = ReadOnlyCheckpoints()
     config = change(run_config, **{"train.checkpoint.keep_last": 1, "train.checkpoint.every": 1})
     assert train(config, checkpoint_writer=disk) == 0
     assert disk.refused >= 5
-    said = capfd.readouterr().err
-    assert "an old checkpoint cannot be removed" in said and "was not saved" not in said
+    printed = capfd.readouterr().err
+    assert "an old checkpoint cannot be removed" in printed and "was not saved" not in printed
     assert len(list((config.folder / "checkpoints").iterdir())) == 6
     assert "failed_saves" not in rows(config.folder)[-1]
 
@@ -197,7 +197,7 @@ def trained(run_config, unbroken, change):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(trained, unbroken, capfd, name, damage):
+def test_damaged_checkpoint_is_set_aside(trained, unbroken, capfd, name, damage):
     file = trained.folder / "checkpoints" / "step_6" / name
     content = bytearray(file.read_bytes())
     if damage == "remove":
@@ -206,13 +206,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(trained, 
         content[len(content) // 2] ^= 1
         file.write_bytes(content if damage == "flip" else content[:-1])
     assert train(trained) == 0
-    said = capfd.readouterr().err
-    assert str(file) in said and "set aside as step_6.damaged, and the previous one is tried" in said
-    assert "resuming after step 4" in said
+    printed = capfd.readouterr().err
+    assert str(file) in printed and "set aside as step_6.damaged, and the previous one is tried" in printed
+    assert "resuming after step 4" in printed
     assert_same(unbroken, trained.folder)
 
 
-def test_an_explicit_checkpoint_that_is_damaged_is_an_error(trained, change):
+def test_damaged_resume_from_is_refused(trained, change):
     path = trained.folder / "checkpoints" / "step_4"
     content = bytearray((path / "training.safetensors").read_bytes())
     content[-1] ^= 128
@@ -222,7 +222,7 @@ def test_an_explicit_checkpoint_that_is_damaged_is_an_error(trained, change):
     assert path.exists()
 
 
-def test_all_damaged_begins_anew_and_removes_nothing(trained, unbroken):
+def test_run_restarts_if_all_checkpoints_are_damaged(trained, unbroken):
     for step in (4, 6):
         (trained.folder / "checkpoints" / f"step_{step}" / "model.safetensors").unlink()
     assert train(trained) == 0
@@ -246,7 +246,7 @@ class BitFlip(CheckpointWriter):
         return entry
 
 
-def test_a_write_that_the_disk_got_wrong_is_noticed_before_the_old_one_is_removed(run_config, change):
+def test_bit_flip_while_writing_is_found(run_config, change):
     """A bit flips between the program and the disk: the read-back finds it."""
     disk = BitFlip()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: it differs from what was written"):
@@ -256,7 +256,7 @@ def test_a_write_that_the_disk_got_wrong_is_noticed_before_the_old_one_is_remove
 
 
 @pytest.mark.parametrize("broken", ["rename", "fsync"])
-def test_a_filesystem_that_cannot_hold_checkpoints_is_refused_at_the_start(run_config, monkeypatch, broken):
+def test_filesystem_without_rename_or_sync_is_refused(run_config, monkeypatch, broken):
     def fails(*args, **options):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
@@ -268,12 +268,12 @@ def test_a_filesystem_that_cannot_hold_checkpoints_is_refused_at_the_start(run_c
 
 
 @pytest.mark.parametrize("runs_dir", ["/proc/runs", "/proc/version"])
-def test_a_folder_that_cannot_be_made_is_named(run_config, change, runs_dir):
+def test_folder_that_cannot_be_created_is_named(run_config, change, runs_dir):
     with pytest.raises(ConfigError, match=rf"^{runs_dir}/tiny cannot be written to \(.*choose another runs_dir="):
         train(change(run_config, runs_dir=runs_dir))
 
 
-def test_validation_data_that_is_damaged_is_told_of(run_config, change, tmp_path):
+def test_damaged_validation_data_is_reported(run_config, change, tmp_path):
     data = shutil.copytree(run_config.data.path, tmp_path / "data")
     file = max(data.glob("validation/*/*.npy"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -281,7 +281,7 @@ def test_validation_data_that_is_damaged_is_told_of(run_config, change, tmp_path
         train(change(run_config, **{"data.path": str(data)}))
 
 
-def test_a_run_does_not_begin_on_a_full_disk(run_config):
+def test_run_does_not_start_on_a_full_disk(run_config):
     with (
         largest_file(0),
         pytest.raises(ConfigError, match=r"tiny cannot be written to \(.*Free some space, or choose"),
@@ -290,7 +290,7 @@ def test_a_run_does_not_begin_on_a_full_disk(run_config):
     assert train(run_config) == 0
 
 
-def test_a_rename_that_is_not_atomic_is_survived(trained, unbroken):
+def test_interrupted_rename_is_recovered(trained, unbroken):
     """Where a rename copies file by file (object stores), a kill leaves a step_N that lacks some."""
     path = trained.folder / "checkpoints" / "step_6"
     for file in ("manifest.json", "training.safetensors"):

@@ -188,9 +188,9 @@ def test_retention(tmp_path):
     """Pruning keeps the last two, every fourth, and the two of the lowest validation loss, never one without a loss."""
     for step, loss in enumerate([5.0, 3.0, 4.0, 4.5, None, 3.5, 4.2, 4.1], 1):
         save(tmp_path, step, val_loss=loss)
-    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=2, keep_every=4, keep_best=2))
+    CheckpointWriter().prune_checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=4, keep_best=2))
     assert names(tmp_path) == ["step_2", "step_4", "step_6", "step_7", "step_8"]
-    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=1))
+    CheckpointWriter().prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1))
     assert names(tmp_path) == ["step_8"]
 
 
@@ -200,7 +200,7 @@ def test_retention(tmp_path):
 def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, losses):
     for step, loss in enumerate(losses, 1):
         save(tmp_path, step, val_loss=loss)
-    CheckpointWriter().prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
+    CheckpointWriter().prune_checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
     assert names(tmp_path) == ["step_3", "step_4"]
 
 
@@ -258,9 +258,9 @@ class WaitingWriter(CheckpointWriter):
     def __init__(self):
         self.may_write = threading.Event()
 
-    def write(self, *args):
+    def write_checkpoint(self, *args):
         assert self.may_write.wait(30)
-        super().write(*args)
+        super().write_checkpoint(*args)
 
 
 def test_saving_does_not_block_training(tmp_path):

@@ -77,7 +77,7 @@ def test_reset_equals_separate_documents(two_sources):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-8)
 
 
-def test_boundaries_make_a_difference_and_micro_batches_none(run_config, change, two_sources):
+def test_document_boundaries_matter_and_micro_batches_do_not(run_config, change, two_sources):
     short = {"data.weights": {"long": 0.0, "short": 1.0}}  # so that micro-batches differ in how much they score
     config = change(run_config, **{"data.path": str(two_sources), "data.document_boundaries": "reset_state"}, **short)
     whole = change(config, name="whole", **{"train.micro_batch_size": 4})
@@ -110,7 +110,7 @@ def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, 
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
 
 
-def test_what_is_trained_on_follows_seed_and_weights(run_config, change, two_sources, monkeypatch):
+def test_batches_follow_seed_and_weights(run_config, change, two_sources, monkeypatch):
     given = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}}
     config, batches, update = change(run_config, seed=5, **given), [], trainer.update
 
@@ -131,7 +131,7 @@ def test_one_source_has_no_counts_of_its_own(run_config):
     assert not [key for key in rows(run_config)[-1] if key.startswith("tokens/")]
 
 
-def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sources, tmp_path, monkeypatch):
+def test_run_keeps_the_data_it_started_with(run_config, change, two_sources, tmp_path, monkeypatch):
     """Stopped, resumed after shards were added: the same weights as if nothing had happened."""
     growing = shutil.copytree(two_sources, tmp_path / "growing")
     config, steady = (change(run_config, name=path.name, **{"data.path": str(path)}) for path in (growing, two_sources))
@@ -154,7 +154,7 @@ def test_a_run_keeps_to_the_data_that_it_began_with(run_config, change, two_sour
     ("given", "message"),
     [({"long": 1.0}, "must name each source.*long, short"), ({"long": 0.0, "short": 0.0}, "one above 0")],
 )
-def test_weights_that_do_not_fit_are_refused(run_config, change, two_sources, given, message):
+def test_wrong_weights_are_refused(run_config, change, two_sources, given, message):
     with pytest.raises(ConfigError, match=message):
         trainer.train(change(run_config, **{"data.path": str(two_sources), "data.weights": given}))
     assert not run_config.folder.exists()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
 export_hf = pytest.importorskip("export_hf")
 
 
-def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
+def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     assert train(run_config) == 0
     (run_config.folder / "eval").mkdir()
     weights = checkpoint.weights_sha256(run_config.folder / "checkpoints" / "step_6")
@@ -62,7 +62,7 @@ def test_an_export_loads_in_transformers(run_config, token_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "transformers"])
-def test_an_export_is_evaluated_as_its_run_is(kind, run_config, change, token_folder, tmp_path):
+def test_export_is_evaluated_like_its_run(kind, run_config, change, token_folder, tmp_path):
     data = token_folder
     if kind == "transformers":
         AutoTokenizer.from_pretrained(exported(run_config, tmp_path / "first")).save_pretrained(tmp_path / "tokenizer")
@@ -86,14 +86,14 @@ def exported(config, out: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
-def test_generation_goes_on_beyond_the_training_length(run_config, tmp_path):
+def test_generation_continues_beyond_the_training_length(run_config, tmp_path):
     out = exported(run_config, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.full((1, 30), 7)  # of a run on 16 tokens
     assert model.generate(ids, attention_mask=ids.ne(0), eos_token_id=None).shape == (1, 50)
 
 
-def test_a_tokenizer_that_transformers_misreads_leaves_nothing(run_config, change, token_folder, tmp_path):
+def test_tokenizer_that_transformers_misreads_is_not_exported(run_config, change, token_folder, tmp_path):
     english = [Path(module.__file__).read_text() for module in (argparse, perplexity)]
     train_sentencepiece(english, tmp_path / "unigram.model", 400, model_type="unigram")
     data = tmp_path / "data"
@@ -103,7 +103,7 @@ def test_a_tokenizer_that_transformers_misreads_leaves_nothing(run_config, chang
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_fails_leaves_nothing(run_config, tmp_path, monkeypatch):
+def test_failed_export_leaves_nothing(run_config, tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
         broken.setattr(export_hf, "card", lambda *_: (_ for _ in ()).throw(OSError("full")))
         exported(run_config, tmp_path / "to" / "out")
@@ -111,7 +111,7 @@ def test_an_export_that_fails_leaves_nothing(run_config, tmp_path, monkeypatch):
     export_hf.export(run_config.folder, "latest", tmp_path / "to" / "out")
 
 
-def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run_config, tmp_path):
+def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
     train(run_config)
     data = json.loads((run_config.folder / "data.json").read_text())
     data["tokenizer"]["fingerprint"] = "another"

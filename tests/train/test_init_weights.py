@@ -5,7 +5,7 @@ from glalm.train.init_weights import tokenizer_fingerprints
 from glalm.train.trainer import train
 
 
-def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(run_config, change, token_folder, tmp_path):
+def test_tokenizer_of_a_checkpoint_is_that_of_its_run(run_config, change, token_folder, tmp_path):
     first = change(run_config, name="first", **{"train.steps": 2})
     prepare_data([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
     second = change(first, name="second", **{"data.path": str(tmp_path / "other")})

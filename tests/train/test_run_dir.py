@@ -59,7 +59,7 @@ def trained(run_config, change):
     return config
 
 
-def test_another_run_begins_with_an_explicit_checkpoint_once(trained, change, capfd):
+def test_resume_from_forks_once(trained, change, capfd):
     source = trained.folder / "checkpoints" / "step_4"
     fork = change(trained, name="fork", **{"train.resume_from": str(source)})
     assert train(fork) == 0
@@ -71,19 +71,19 @@ def test_another_run_begins_with_an_explicit_checkpoint_once(trained, change, ca
     assert "set aside" not in capfd.readouterr().err
 
 
-def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, change, capfd):
+def test_resume_from_own_checkpoint_sets_newer_ones_aside(trained, change, capfd):
     before, source = last(trained), trained.folder / "checkpoints" / "step_2"
     back = change(trained, **{"train.resume_from": str(source)})
     assert train(back) == 0
-    said = capfd.readouterr().err
-    assert "resuming after step 2" in said and "step_6 is set aside as step_6.superseded" in said
+    printed = capfd.readouterr().err
+    assert "resuming after step 2" in printed and "step_6 is set aside as step_6.superseded" in printed
     assert names(back) == {"step_2", "step_4", "step_6", "step_4.superseded", "step_6.superseded"}
     assert steps(back) == list(range(7)) and all(torch.equal(t, last(back)[n]) for n, t in before.items())
     assert train(back) == 0  # requeued: it goes on from what came of it
     assert "resuming after step 6" in capfd.readouterr().err
 
 
-def test_a_copied_checkpoint_must_fit(trained, change):
+def test_copied_checkpoint_must_match_the_config(trained, change):
     """Without the run.json of the run that it is of, and beside another's."""
     copy, wrong = change(trained, name="copy"), {"optim.lr": 0.02, "seed": 5}
     for _ in range(2):
@@ -103,18 +103,18 @@ def test_a_copied_checkpoint_must_fit(trained, change):
         train(change(copy, **wrong))
 
 
-def test_an_explicit_checkpoint_is_the_same_however_it_is_spelled(trained, change, capfd, monkeypatch):
+def test_spelling_of_resume_from_does_not_matter(trained, change, capfd, monkeypatch):
     source = trained.folder / "checkpoints" / "step_2"
     monkeypatch.chdir(trained.folder)
     (trained.folder / "link").symlink_to(trained.folder.parent)
     for spelled in ("checkpoints/step_2", f"{source}/", f"{source}", "link/tiny/checkpoints/../checkpoints/step_2"):
         assert train(change(trained, **{"train.resume_from": spelled})) == 0
-    said = capfd.readouterr().err
-    assert said.count("resuming after step 2") == 1 and said.count("resuming after step 6") == 3
+    printed = capfd.readouterr().err
+    assert printed.count("resuming after step 2") == 1 and printed.count("resuming after step 6") == 3
     assert not (trained.folder / "checkpoints" / "step_6.superseded2").exists()
 
 
-def test_no_fork_takes_the_place_of_another_run(trained, change):
+def test_fork_into_another_run_is_refused(trained, change):
     other, source = change(trained, name="other"), trained.folder / "checkpoints" / "step_4"
     assert train(other) == 0
     fork = change(other, **{"train.resume_from": str(source)})
@@ -128,7 +128,7 @@ def test_no_fork_takes_the_place_of_another_run(trained, change):
     assert steps(other) == [5, 6]
 
 
-def test_what_is_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
+def test_config_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
     """The config and, as none of it is read yet, the data."""
 
     def refuse(*_):
@@ -147,7 +147,7 @@ def test_what_is_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
         train(change(corrected, **{"data.seq_len": 16}))
 
 
-def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
+def test_resume_from_must_exist_and_match(trained, change):
     missing = str(trained.folder / "checkpoints" / "step_5")
     message = r"resume_from=.*/step_5: There is no checkpoint step_5 .*checkpoints: step_2, step_4"
     with pytest.raises(ConfigError, match=message):
@@ -159,7 +159,7 @@ def test_an_explicit_checkpoint_must_exist_and_fit(trained, change):
     assert train(change(trained, name="third", **source, **allowed)) == 0
 
 
-def test_what_is_allowed_to_change_does_and_nothing_else(trained, change):
+def test_allow_changes_allows_only_what_it_names(trained, change):
     longer = change(trained, **{"train.steps": 8})
     with pytest.raises(ConfigError, match=r"train.steps: 6 -> 8\n(.|\n)*write 'train.allow_changes=\[train.steps\]'"):
         train(longer)
@@ -172,7 +172,7 @@ def test_what_is_allowed_to_change_does_and_nothing_else(trained, change):
     assert train(longer) == 0  # from here on it is the run's config
 
 
-def test_a_checkpoint_beyond_the_last_step_is_refused(trained, change):
+def test_checkpoint_beyond_the_last_step_is_refused(trained, change):
     shorter = change(trained, **{"train.steps": 4, "train.allow_changes": ["train.steps"]})
     with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4\. Choose a larger train\.steps"):
         train(shorter)
@@ -180,7 +180,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(trained, change):
     assert train(trained) == 0  # and has left no trace
 
 
-def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights_again(trained, change):
+def test_restart_without_a_checkpoint_uses_init_from_again(trained, change):
     source = {"train.init_from": str(trained.folder / "checkpoints" / "step_6")}
     tuned = change(trained, name="tuned", **source, **{"train.steps": 2})
     assert train(tuned) == 0
@@ -194,7 +194,7 @@ def test_without_a_whole_checkpoint_a_run_begins_with_its_first_weights_again(tr
 
 
 @pytest.mark.parametrize("folder", ["a checkpoint", "an export", "transformers", "bare"])
-def test_first_weights_of_another_tokenizer_are_refused(folder, trained, change, token_folder, tmp_path):
+def test_init_from_with_another_tokenizer_is_refused(folder, trained, change, token_folder, tmp_path):
     source = trained.folder / "checkpoints" / "step_6"
     if folder != "a checkpoint":
         source = shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
@@ -214,7 +214,7 @@ def test_first_weights_of_another_tokenizer_are_refused(folder, trained, change,
         assert train(begun) == 0
 
 
-def test_what_a_checkpoint_says_of_its_run(trained):
+def test_checkpoint_metadata(trained):
     state = json.loads((trained.folder / "checkpoints" / "step_6" / "state.json").read_text())
     record = json.loads((trained.folder / "run.json").read_text())
     assert (state["step"], state["tokens"], state["processes"]) == (6, 6 * 64, 1)
@@ -223,7 +223,7 @@ def test_what_a_checkpoint_says_of_its_run(trained):
     assert state["val_loss"] == read_jsonl(trained.folder / "metrics.jsonl")[-1]["val_loss"]
 
 
-def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path):
+def test_resume_restores_random_states_and_unwritten_rows(tmp_path):
     path = save(tmp_path, 4, run="its id", unwritten=[{"step": 3}])
     drawn = torch.rand(3)
     state = TrainState(GLALMForCausalLM.from_pretrained(path), [])
@@ -233,7 +233,7 @@ def test_generators_go_on_and_rows_that_waited_in_their_own_run_alone(tmp_path):
     assert resume_run(path, state, 1, "a fork's id") == []
 
 
-def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, monkeypatch):
+def test_non_finite_validation_loss_is_not_logged(run_config, change, monkeypatch):
     """Of the metrics, which are JSON, and of what is best: the checkpoint of it goes as any other."""
     from glalm.train import trainer
 
@@ -249,7 +249,7 @@ def test_a_validation_loss_that_is_not_a_number_is_left_out(run_config, change, 
     assert found[2]["val_perplexity"] == 1.0
 
 
-def test_the_best_is_kept(trained, change, monkeypatch):
+def test_best_checkpoint_is_kept(trained, change, monkeypatch):
     from glalm.train import trainer
 
     losses = iter([9.0, 5.0, 1.0, 3.0, 4.0])
@@ -262,7 +262,7 @@ def test_the_best_is_kept(trained, change, monkeypatch):
         change(config, **{"train.eval_every": 3})
 
 
-def test_a_fork_reads_what_its_origin_read_of_a_set_that_has_grown(trained, change, tmp_path):
+def test_fork_reads_the_data_that_its_origin_read(trained, change, tmp_path):
     folder = shutil.copytree(trained.data.path, tmp_path / "set")
     config = change(trained, name="first", **{"data.path": str(folder)})
     assert train(config) == 0
@@ -287,7 +287,7 @@ def test_a_fork_reads_what_its_origin_read_of_a_set_that_has_grown(trained, chan
     assert any(not torch.equal(t, last(change(fork, name="grown"))[n]) for n, t in last(config).items())
 
 
-def test_where_a_run_came_from_outlasts_a_start_without_it(trained, change, capfd):
+def test_origin_is_remembered_by_starts_without_resume_from(trained, change, capfd):
     source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
     fork = change(trained, name="fork", **{"train.checkpoint.every": 1, "train.allow_changes": ["train.steps"]})
     assert train(change(fork, **source)) == 0
@@ -296,7 +296,7 @@ def test_where_a_run_came_from_outlasts_a_start_without_it(trained, change, capf
     assert "resuming after step 8" in capfd.readouterr().err and steps(fork) == [5, 6, 7, 8, 9]
 
 
-def test_tokens_are_those_that_were_trained_on_when_the_batch_changes(trained, change):
+def test_tokens_count_what_was_trained_on(trained, change):
     keys = ["train.steps", "train.batch_size"]
     more = change(trained, **{"train.steps": 8, "train.batch_size": 8, "train.allow_changes": keys})
     assert train(more) == 0

@@ -11,7 +11,8 @@ from glalm.kernels.common import sequence_ids
 from glalm.model.layers import apply_rotary
 from glalm.model.mixers.base import Mixer
 
-NEVER = torch.iinfo(torch.int64).max  # the position of a padded token: no query comes after it
+# The position of padded tokens: later than any query, so that no query sees them.
+PADDED = torch.iinfo(torch.int64).max
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -42,10 +43,11 @@ def attention_heads(config) -> tuple[int, int]:
 class Attention(Mixer):
     """o_t = sum_{s <= t} softmax_s(D^-1/2 q_t . k_s) v_s with rotary q and k; y = o W_o.
 
-    Query heads share their group's key and value head (arXiv 2305.13245). With a window, s > t - window as well.
-    Parameter names and shapes are those of transformers' LlamaAttention. The state is keys and values
-    [N, S, H_kv, D], in the dtype they were computed in, the positions of these [N, S] and the next one's [N], int64;
-    S is the number of tokens so far, or window - 1 where that is less.
+    The query heads of a group share a key and value head (arXiv 2305.13245). With a window, the sum has s > t - window
+    as well. Parameter names and shapes are those of transformers' LlamaAttention.
+
+    The state holds keys and values [N, S, H_kv, D] in the dtype they were computed in, their positions [N, S], and the
+    next token's position [N], int64. S is the number of tokens so far, but at most window - 1.
     """
 
     options_name = "attention"
@@ -67,8 +69,10 @@ class Attention(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        d, (self.num_heads, kv_heads) = config.hidden_size, attention_heads(config)
-        self.window, self.theta = config.attention.window, config.attention.rope_theta
+        d = config.hidden_size
+        self.num_heads, kv_heads = attention_heads(config)
+        self.window = config.attention.window
+        self.theta = config.attention.rope_theta
         self.head_dim = d // self.num_heads
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, kv_heads * self.head_dim, bias=False)
@@ -85,57 +89,71 @@ class Attention(Mixer):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         if cu_seqlens is not None and (return_state or state is not None):
-            rows, live = unpack_sequences(x, cu_seqlens)  # sequences with caches of different lengths
-            live = live if padding is None else live * unpack_sequences(padding, cu_seqlens)[0]
-            y, state = self(rows, state=state, return_state=return_state, padding=live)
+            # Caches of packed sequences have different lengths, so treat the sequences as a padded batch.
+            rows, is_token = unpack_sequences(x, cu_seqlens)
+            if padding is not None:
+                is_token = is_token * unpack_sequences(padding, cu_seqlens)[0]
+            y, state = self(rows, state=state, return_state=return_state, padding=is_token)
             return pack_sequences(y, cu_seqlens), state
         B, T, _ = x.shape
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        live = x.new_ones(B, T, dtype=torch.bool) if padding is None else padding[..., 0] > 0
+        is_token = x.new_ones(B, T, dtype=torch.bool) if padding is None else padding[..., 0] > 0
         start = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state[3]
-        positions = start[:, None] + live.cumsum(1) - 1
-        q, k = apply_rotary(q, positions, self.theta), apply_rotary(k, positions, self.theta)
-        at = key_at = positions.masked_fill(~live, NEVER)
+        positions = start[:, None] + is_token.cumsum(1) - 1
+        q = apply_rotary(q, positions, self.theta)
+        k = apply_rotary(k, positions, self.theta)
+        positions = key_positions = positions.masked_fill(~is_token, PADDED)
         if state is not None:
-            new = k, v, at
-            k, v, key_at = (torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state[:3], new, strict=True))
-        if state is None and padding is None and flash(q, self.window, cu_seqlens):
+            past_k, past_v, past_positions = state[:3]
+            k = torch.cat([past_k.to(k.dtype), k], 1)
+            v = torch.cat([past_v.to(v.dtype), v], 1)
+            key_positions = torch.cat([past_positions, positions], 1)
+        starts_fresh = state is None and padding is None
+        if starts_fresh and can_use_flash_attention(q, self.window, cu_seqlens):
             o = flash_attention(q, k, v, self.window, cu_seqlens)
+        elif starts_fresh and cu_seqlens is None and self.window is None:
+            o = masked_attention(q, k, v, None)
         else:
-            everything = state is None and padding is None and cu_seqlens is None and self.window is None
-            mask = None if everything else visible(at, key_at, self.window, cu_seqlens)
-            o = attend(q, k, v, mask)
-        state = (*self.kept(k, v, key_at, padding), start + live.sum(1)) if return_state else None
+            o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
+        state = (*self.trim_cache(k, v, key_positions, padding), start + is_token.sum(1)) if return_state else None
         return self.o_proj(o.flatten(-2)), state
 
-    def kept(self, k: Tensor, v: Tensor, key_at: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What of keys, values and positions [B, S, ...] later tokens can see; copies where it is not all, lest a view
-        keep the rest."""
-        old = 0 if self.window is None else max(0, k.shape[1] - (self.window - 1))
-        if self.window is not None and padding is not None:  # which may stand between a state's keys and the new ones
+    def trim_cache(
+        self, k: Tensor, v: Tensor, key_positions: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the keys, values and positions [B, S, ...] that later tokens can see."""
+        if self.window is None:
+            return k, v, key_positions
+        surplus = max(0, k.shape[1] - (self.window - 1))
+        if padding is not None:
+            # Padding may lie between the cached keys and the new ones. A stable sort moves it to the front of each row.
             row = torch.arange(len(k), device=k.device)[:, None]
-            last = (key_at != NEVER).int().argsort(stable=True)[:, old:]
-            return tuple(y[row, last] for y in (k, v, key_at))
-        return tuple(y[:, old:].clone() if old else y for y in (k, v, key_at))
+            newest = (key_positions != PADDED).int().argsort(stable=True)[:, surplus:]
+            return tuple(y[row, newest] for y in (k, v, key_positions))
+        # A copy, because a view would keep the surplus in memory.
+        return tuple(y[:, surplus:].clone() if surplus else y for y in (k, v, key_positions))
 
     def flops(self, T: int) -> int:
-        """Scores and their values, the masked half counted too, as is usual (arXiv 2204.02311, appendix B)."""
+        """Count the scores and their values including the masked half, as is usual (arXiv 2204.02311, appendix B)."""
         return 4 * min(T, self.window or T) * self.num_heads * self.head_dim
 
 
-def visible(at: Tensor, key_at: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
-    """[B, 1, T, S]: which keys a query sees, by position. A padded query sees some, lest its softmax be 0 / 0."""
-    mask = key_at[:, None, :] <= at[:, :, None]
+def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Return which keys each query sees, [B, 1, T, S].
+
+    A padded query sees some keys, because a softmax over none would be 0 / 0.
+    """
+    mask = key_positions[:, None, :] <= positions[:, :, None]
     if window is not None:
-        mask &= key_at[:, None, :] > at[:, :, None] - window
+        mask &= key_positions[:, None, :] > positions[:, :, None] - window
     if cu_seqlens is not None:
-        sequence = sequence_ids(cu_seqlens, at.shape[1])
+        sequence = sequence_ids(cu_seqlens, positions.shape[1])
         mask &= sequence[None, :, None] == sequence
     return mask[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T, H, D]; without a mask, each token sees itself and all before it."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax attention [B, T, H, D]. Without a mask, each token sees itself and all tokens before it."""
     grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(
@@ -143,12 +161,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     ).transpose(1, 2)
 
 
-def flash(q: Tensor, window: int | None, cu_seqlens: Tensor | None) -> bool:
-    """Whether variable-length flash attention serves: packed or windowed, where a mask would be [T, T]."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (window, cu_seqlens) != (None, None)
+def can_use_flash_attention(q: Tensor, window: int | None, cu_seqlens: Tensor | None) -> bool:
+    """Return whether variable-length flash attention applies: to packed or windowed input, on CUDA, in half precision.
+
+    Without it, such input needs a mask [T, T].
+    """
+    needs_mask = window is not None or cu_seqlens is not None
+    return needs_mask and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Return softmax attention [B, T, H, D] of packed or windowed sequences, by torch's variable-length kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q.shape
@@ -156,7 +179,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seql
         cu_seqlens = torch.arange(B + 1, device=q.device) * T
     k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    bounds, left = cu_seqlens.int(), -1 if window is None else window - 1
+    bounds = cu_seqlens.int()
+    left = -1 if window is None else window - 1
     return varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0)).unflatten(0, (B, T))
 
 

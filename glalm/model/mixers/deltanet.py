@@ -29,13 +29,13 @@ class DeltaNetOptions:
 
 
 class DeltaNet(Mixer):
-    """A state that is written to by the delta rule: what is new about v_t, given what k_t already reads.
+    """Linear attention whose state is written by the delta rule: only the part of v_t that k_t does not yet read.
 
         S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   beta_t = sigmoid(x_t W_beta)
         o_t = K^-1/2 q_t S_t,   y_t = RMSNorm_head(o_t) W_o
 
-    q, k and v pass a short convolution and a SiLU, q and k then an L2 norm on each head. The state is [N, H, K, V],
-    float32, and, where there is a convolution, its last inputs.
+    q, k and v pass a short convolution with a SiLU; q and k are then L2-normalized on each head. The state is
+    [N, H, K, V], float32; with a convolution it is a tuple of that and the convolution's state.
     """
 
     options_name = "deltanet"
@@ -43,7 +43,10 @@ class DeltaNet(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        d, key, value, self.num_heads = config.hidden_size, config.key_dim, config.value_dim, config.num_heads
+        d = config.hidden_size
+        key = config.key_dim
+        value = config.value_dim
+        self.num_heads = config.num_heads
         taps = config.deltanet.short_conv
         self.widths = key, key, value
         self.q_proj = nn.Linear(d, key, bias=False)
@@ -64,31 +67,32 @@ class DeltaNet(Mixer):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         S, conv_state = state if self.conv is not None and state is not None else (state, None)
-        q, k, v, conv_state = self.qkv(x, conv_state, cu_seqlens)
+        q, k, v, conv_state = self.project_qkv(x, conv_state, cu_seqlens)
         o, S = chunk_delta_rule(
             q,
             k,
             v,
             self.b_proj(x).sigmoid(),
-            self.log_gate(x),
+            self.compute_log_gate(x),
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        y = self.o_proj(self.normalise(o, x).flatten(-2))
+        y = self.o_proj(self.normalize_output(o, x).flatten(-2))
         return y, (S, conv_state) if return_state and self.conv is not None else S
 
-    def qkv(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-        """q, k, v: [B, T, H, ...], and the convolution's new state."""
+    def project_qkv(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+        """Return q, k and v, each [B, T, H, ...], and the convolution's new state."""
         x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         x, conv_state = (F.silu(x), None) if self.conv is None else self.conv(x, conv_state, cu_seqlens)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
-        return unit(q), unit(k), v, conv_state
+        return l2_normalize(q), l2_normalize(k), v, conv_state
 
-    def log_gate(self, x: Tensor) -> Tensor | None:
+    def compute_log_gate(self, x: Tensor) -> Tensor | None:
+        """Return the log forget gates [B, T, H], or None. Gated DeltaNet overrides this."""
         return None
 
-    def normalise(self, o: Tensor, x: Tensor) -> Tensor:
+    def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o)
 
     def flops(self, T: int) -> int:
@@ -97,6 +101,6 @@ class DeltaNet(Mixer):
         return conv + delta_rule_flops(self.num_heads, key // self.num_heads, value // self.num_heads, T)
 
 
-def unit(x: Tensor) -> Tensor:
-    """x / |x| on the last axis; 0 where x is 0."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return x / |x| along the last axis, and 0 for x = 0."""
     return x * at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)

@@ -10,12 +10,12 @@ from glalm.model.mixers.deltanet import DeltaNet
 
 
 class GatedDeltaNet(DeltaNet):
-    """DeltaNet whose state also forgets, by Mamba-2's gate a head, and with an output gate:
+    """DeltaNet with Mamba-2's forget gate, one for each head, and with an output gate:
 
         S_t = a_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   a_t = sigmoid(-x_t W_a - b)^exp(A_h)
         o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_g) * RMSNorm_head(o_t)) W_o
 
-    The paper has K = 3/4 d / H and V twice that: model.expand_k=0.75, model.expand_v=1.5. The state is DeltaNet's.
+    In the paper K = 3/4 d / H and V is twice that: model.expand_k=0.75, model.expand_v=1.5. The state is DeltaNet's.
     """
 
     def __init__(self, config):
@@ -30,8 +30,8 @@ class GatedDeltaNet(DeltaNet):
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1e-4, 16).log())
         init_time_step(self.dt_bias)
 
-    def log_gate(self, x: Tensor) -> Tensor:
+    def compute_log_gate(self, x: Tensor) -> Tensor:
         return at_least_float32(self.A_log).exp() * F.logsigmoid(-at_least_float32(self.a_proj(x)) - self.dt_bias)
 
-    def normalise(self, o: Tensor, x: Tensor) -> Tensor:
+    def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4), and what the paper compares it with."""
+"""Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4), and the ablations of the paper."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -57,10 +57,11 @@ class GatedLinearAttention(Mixer):
         S_t = diag(alpha_t) S_{t-1} + k_t^T v_t,   alpha_t = sigmoid(x_t W1 W2 + b)^(1/16)
         o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_r) * RMSNorm_head(o_t)) W_o
 
-    No normaliser, and no feature map but where model.gla.feature_map=relu. Parameter names and shapes are those of the
-    published GLA checkpoints. The state is [N, H, K, V], float32; with a short convolution over q, k and v
-    (model.gla.short_conv) it is that and the convolution's. With model.gla.num_kv_heads, heads share keys, values and
-    gates with their group.
+    There is no normalizer, and no feature map unless model.gla.feature_map=relu. With model.gla.num_kv_heads, the heads
+    of a group share keys, values and gates. Parameter names and shapes are those of the published GLA checkpoints.
+
+    The state is [N, H, K, V], float32. With a short convolution over q, k and v (model.gla.short_conv) it is a tuple of
+    that and the convolution's state.
     """
 
     options_name = "gla"
@@ -76,21 +77,29 @@ class GatedLinearAttention(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        d, key, value, rank = config.hidden_size, config.key_dim, config.value_dim, config.gate_low_rank_dim
-        options, self.num_heads = config.gla, config.num_heads
-        self.groups = self.num_heads // (options.num_kv_heads or self.num_heads)
-        self.gate, self.min_log_gate, self.feature_map = options.gate, options.min_log_gate, options.feature_map
+        options: GLAOptions = config.gla
+        d = config.hidden_size
+        value = config.value_dim
+        self.num_heads = config.num_heads
+        self.kv_heads = options.num_kv_heads or self.num_heads
+        self.heads_per_group = self.num_heads // self.kv_heads
+        key_per_group = config.key_dim // self.heads_per_group
+        value_per_group = value // self.heads_per_group
+        self.gate = options.gate
+        self.min_log_gate = options.min_log_gate
+        self.feature_map = options.feature_map
+        self.output_gate = options.output_gate
         self.gate_logit_normalizer = config.gate_logit_normalizer
-        self.q_proj = nn.Linear(d, key, bias=False)
-        self.k_proj = nn.Linear(d, key // self.groups, bias=False)
-        self.v_proj = nn.Linear(d, value // self.groups, bias=False)
-        channels = key + (key + value) // self.groups
+        self.q_proj = nn.Linear(d, config.key_dim, bias=False)
+        self.k_proj = nn.Linear(d, key_per_group, bias=False)
+        self.v_proj = nn.Linear(d, value_per_group, bias=False)
+        channels = config.key_dim + key_per_group + value_per_group
         self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
         if self.gate == "vector":
-            self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key // self.groups))
+            rank = config.gate_low_rank_dim
+            self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key_per_group))
         elif self.gate == "scalar":
-            self.gk_proj = nn.Linear(d, self.num_heads // self.groups)
-        self.output_gate = options.output_gate
+            self.gk_proj = nn.Linear(d, self.kv_heads)
         if self.output_gate:
             self.g_proj = nn.Linear(d, value, bias=False)
             self.g_norm_swish_gate = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps)
@@ -107,40 +116,54 @@ class GatedLinearAttention(Mixer):
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         if self.conv is not None:
             state, conv_state = (None, None) if state is None else state
             qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens)
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
         if self.feature_map == "relu":
-            q, k = F.relu(q), F.relu(k)
-        q, k, v = self.heads(q), self.shared_heads(k), self.shared_heads(v)
+            q = F.relu(q)
+            k = F.relu(k)
         operator = RECURRENT[self.gate] if is_decoding_step(x) else CHUNKWISE[self.gate]
         o, state = operator(
-            q, k, v, **self.gates(x), initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
+            self.split_heads(q),
+            self.split_shared_heads(k),
+            self.split_shared_heads(v),
+            **self.gate_arguments(x),
+            initial_state=state,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
         )
-        y = self.g_norm_swish_gate(o, self.heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
+        y = self.g_norm_swish_gate(o, self.split_heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
         if self.conv is not None and return_state:
             state = state, conv_state
         return self.o_proj(y.flatten(-2)), state
 
-    def gates(self, x: Tensor) -> dict:
-        """The operators' arguments: logits, which they take the logsigmoid of themselves, or log gates."""
+    def gate_arguments(self, x: Tensor) -> dict:
+        """Return the operator's arguments for the gate: logits, or log gates if they are bounded from below."""
         if self.gate in ("fixed", "none"):
             return {}
         logits = self.gk_proj(x)
-        logits = self.shared_heads(logits) if self.gate == "vector" else logits.repeat_interleave(self.groups, 2)
+        if self.gate == "vector":
+            logits = self.split_shared_heads(logits)
+        else:
+            logits = logits.repeat_interleave(self.heads_per_group, 2)
         if self.min_log_gate is None:
             return {"g": logits, "gate_logit_normalizer": self.gate_logit_normalizer}
-        # In float32: the gates of a whole chunk are multiplied up, and bf16 would round each of them first.
+        # The log gates are float32, because the sum over a chunk would accumulate bf16's rounding errors.
         return {"g": log_gate(logits, self.gate_logit_normalizer).clamp(min=self.min_log_gate)}
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Return x [B, T, H * D] as [B, T, H, D]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def shared_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads // self.groups, -1)).repeat_interleave(self.groups, 2)
+    def split_shared_heads(self, x: Tensor) -> Tensor:
+        """Return x [B, T, groups * D] as [B, T, H, D], with each group's channels repeated for its heads."""
+        return x.unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.heads_per_group, 2)
 
     def flops(self, T: int) -> int:
-        K, V = self.q_proj.out_features // self.num_heads, self.o_proj.in_features // self.num_heads
+        K = self.q_proj.out_features // self.num_heads
+        V = self.o_proj.in_features // self.num_heads
         return chunkwise_flops(self.num_heads, K, V, T) + (self.conv.flops() if self.conv is not None else 0)

@@ -27,12 +27,13 @@ class LinearOptions:
 
 
 class LinearAttention(Mixer):
-    """Attention with phi(q_t) . phi(k_s) in place of the softmax's exp(q_t . k_s):
+    """Attention with phi(q_t) . phi(k_s) instead of the softmax's exp(q_t . k_s):
 
         S_t = S_{t-1} + phi(k_t)^T v_t,   z_t = z_{t-1} + phi(k_t),   o_t = phi(q_t) S_t / (phi(q_t) . z_t),   y = o W_o
 
-    Without the normaliser (model.linear.normalise=false), o_t = K^-1/2 phi(q_t) S_t and an RMSNorm on each head
-    follows (arXiv 2210.10340). The state is [N, H, features, V + 1], float32, whose last column is z; without it, V.
+    Without the normalizer (model.linear.normalise=false), o_t = K^-1/2 phi(q_t) S_t, and an RMSNorm on each head
+    follows (arXiv 2210.10340). The state is [N, H, features, V + 1], float32, and its last column is z. Without the
+    normalizer the last axis is V.
     """
 
     options_name = "linear"
@@ -40,15 +41,19 @@ class LinearAttention(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        d, key, value, H = config.hidden_size, config.key_dim, config.value_dim, config.num_heads
-        self.num_heads, self.K, self.V = H, key // H, value // H
-        self.normalise, self.map_name = config.linear.normalise, config.linear.feature_map
-        self.q_proj = nn.Linear(d, key, bias=False)
-        self.k_proj = nn.Linear(d, key, bias=False)
-        self.v_proj = nn.Linear(d, value, bias=False)
-        self.q_map, self.k_map = (build_feature_map(self.map_name, H, self.K) for _ in "qk")
+        d = config.hidden_size
+        self.num_heads = config.num_heads
+        self.K = config.key_dim // self.num_heads
+        self.V = config.value_dim // self.num_heads
+        self.normalise = config.linear.normalise
+        self.map_name = config.linear.feature_map
+        self.q_proj = nn.Linear(d, config.key_dim, bias=False)
+        self.k_proj = nn.Linear(d, config.key_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.value_dim, bias=False)
+        self.q_map = build_feature_map(self.map_name, self.num_heads, self.K)
+        self.k_map = build_feature_map(self.map_name, self.num_heads, self.K)
         self.o_norm = None if self.normalise else RMSNorm(self.V, eps=config.norm_eps)
-        self.o_proj = nn.Linear(value, d, bias=False)
+        self.o_proj = nn.Linear(config.value_dim, d, bias=False)
 
     def forward(
         self,
@@ -60,10 +65,14 @@ class LinearAttention(Mixer):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        dtype, v = v.dtype, append_ones(v) if self.normalise else v
-        q, k = self.q_map(q).to(v.dtype), self.k_map(k).to(v.dtype)
+        dtype = v.dtype
+        if self.normalise:
+            v = append_ones(v)
+        q = self.q_map(q).to(v.dtype)
+        k = self.k_map(k).to(v.dtype)
         if padding is not None:
-            k = k * padding[..., None].to(k.dtype)  # phi(0) is not 0
+            # phi(0) is not 0, so padded keys must be masked explicitly.
+            k = k * padding[..., None].to(k.dtype)
         operator = fused_recurrent_linear_attn if is_decoding_step(x) else chunk_linear_attn
         scale = 1.0 if self.normalise else self.K**-0.5
         o, state = operator(

@@ -30,16 +30,18 @@ class MambaOptions:
 
 
 class Mamba(Mixer):
-    """A selective state-space model: each channel i has a state h of N numbers,
+    """A selective state-space model. Each channel i has a state h of N numbers:
 
         dt_t = softplus(...),   h_t = exp(dt_t A_i) h_{t-1} + dt_t B_t x_ti,   o_ti = C_t . h_t + D_i x_ti
         y_t = (o_t * swish(z_t)) W_o
 
-    dt, B and C are functions of x_t, which passed a short convolution. Parameter names and shapes are those of
-    transformers' MambaMixer, whose own forward cannot take up a state again but for one token, nor keep packed
-    sequences apart without its optional kernels. The scan is mamba_ssm's kernel where that is installed and serves (on
-    CUDA, a fresh sequence a row), else PyTorch. The state is h [N, channels, state_size], float32, and the
-    convolution's last inputs.
+    dt, B and C are functions of x_t, which has passed a short convolution. Parameter names and shapes are those of
+    transformers' MambaMixer. (Its forward can continue from a state by one token only, and needs optional kernels to
+    keep packed sequences apart.)
+
+    The scan runs on mamba_ssm's kernel if that package is installed and the call is one it supports (CUDA, no packed
+    sequences, no initial state), else in PyTorch. The state is a tuple of h [N, channels, state_size], float32, and the
+    convolution's state.
     """
 
     options_name = "mamba"
@@ -47,17 +49,20 @@ class Mamba(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        o, d = config.mamba, config.hidden_size
-        self.inner, self.N, self.rank = o.expand * d, o.state_size, math.ceil(d / 16)
+        options: MambaOptions = config.mamba
+        d = config.hidden_size
+        self.inner = options.expand * d
+        self.N = options.state_size
+        self.rank = math.ceil(d / 16)  # of dt's projection
         self.in_proj = nn.Linear(d, 2 * self.inner, bias=False)
-        self.conv1d = ShortConv(self.inner, o.conv, bias=True)
+        self.conv1d = ShortConv(self.inner, options.conv, bias=True)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.N, bias=False)
         self.dt_proj = TimeStep(self.rank, self.inner)
         self.A_log = nn.Parameter(torch.empty(self.inner, self.N))
         self.D = nn.Parameter(torch.empty(self.inner))
         self.out_proj = nn.Linear(self.inner, d, bias=False)
         if torch.cuda.is_available():
-            say(fast_scan() is not None)
+            log_scan_once(mamba_ssm_scan() is not None)
 
     def init_parameters(self) -> None:
         self.A_log.copy_(torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
@@ -76,15 +81,19 @@ class Mamba(Mixer):
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv_state = self.conv1d(x, conv_state, cu_seqlens)
         if padding is not None:
-            x = x * padding.to(x.dtype)  # the convolution has a bias
+            x = x * padding.to(x.dtype)  # The convolution's bias makes padded tokens nonzero.
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
-        dt, A = self.dt_proj(dt), -at_least_float32(self.A_log).exp()
-        if serves(x, h, cu_seqlens) and fast_scan() is not None:
-            bias = self.dt_proj.bias.float()  # apart, as it wants all else in the dtype of x
-            o, h = fast_scan()(
-                *(s.mT for s in (x, (dt - bias).to(x.dtype))),
+        dt = self.dt_proj(dt)
+        A = -at_least_float32(self.A_log).exp()
+        if kernel_supports(x, h, cu_seqlens) and mamba_ssm_scan() is not None:
+            # The kernel takes dt in the dtype of x, and its bias separately in float32.
+            bias = self.dt_proj.bias.float()
+            o, h = mamba_ssm_scan()(
+                x.mT,
+                (dt - bias).to(x.dtype).mT,
                 A,
-                *(s.mT for s in (b, c)),
+                b.mT,
+                c.mT,
                 D=self.D.float(),
                 z=z.mT,
                 delta_bias=bias,
@@ -95,17 +104,19 @@ class Mamba(Mixer):
         else:
             o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
             o = (o + x * self.D) * F.silu(z)
-        # A copy: both scans give a view that keeps the states of all tokens.
+        # Both scans return a view that would keep the states of all tokens in memory.
         return self.out_proj(o.to(z.dtype)), (h.clone(), conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
-        """The convolution and the states' read-out; the scan itself has no matrix product to count."""
+        """Count the convolution and reading the state; the scan has no matrix product."""
         return self.conv1d.flops() + 2 * self.inner * self.N
 
 
 class TimeStep(nn.Linear):
-    """The low-rank dt's second half: dt = softplus(weight u + bias), with the paper's initial steps. The sum, which the
-    bias dominates, is in float32."""
+    """The up-projection of dt: weight u + bias, before softplus, with the paper's initial values.
+
+    The bias dominates the sum, which is therefore computed in float32.
+    """
 
     def forward(self, u: Tensor) -> Tensor:
         return at_least_float32(F.linear(u, self.weight)) + self.bias
@@ -115,14 +126,14 @@ class TimeStep(nn.Linear):
         init_time_step(self.bias)
 
 
-def serves(x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-    """Whether mamba_ssm's kernel can do this: on CUDA, without a state to start from and without packing."""
+def kernel_supports(x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Return whether mamba_ssm's kernel supports the call: on CUDA, without initial state or packed sequences."""
     return x.is_cuda and h is None and cu_seqlens is None
 
 
 @cache
-def fast_scan() -> Callable | None:
-    """mamba_ssm's kernel, or None where it is not installed."""
+def mamba_ssm_scan() -> Callable | None:
+    """Return mamba_ssm's kernel, or None if that package is not installed."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
@@ -131,7 +142,7 @@ def fast_scan() -> Callable | None:
 
 
 @cache
-def say(fast: bool) -> None:
-    """Once a process, at the start: which scan it will be."""
-    with_what = "mamba_ssm's kernel" if fast else "plain PyTorch: mamba_ssm, which is much faster, is not installed"
-    logging.getLogger(__name__).warning("mamba: the scan runs on %s", with_what)
+def log_scan_once(has_kernel: bool) -> None:
+    """Log, once in each process, which scan Mamba layers use."""
+    scan = "mamba_ssm's kernel" if has_kernel else "plain PyTorch; install mamba_ssm for a much faster kernel"
+    logging.getLogger(__name__).warning("mamba: the scan runs on %s", scan)

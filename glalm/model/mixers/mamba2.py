@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060) on the kernel for one gate a head: the state-space duality."""
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060), which by state-space duality is linear attention with one gate a head."""
 
 from dataclasses import dataclass
 
@@ -28,14 +28,14 @@ class Mamba2Options:
 
 
 class Mamba2(Mixer):
-    """A state-space model with one scalar A a head is gated linear attention with q = C, k = B, v = dt x:
+    """A state-space model with one scalar A for each head: gated linear attention with q = C, k = B, v = dt x.
 
         dt_t = softplus(x_t W_dt + b),   S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + D x_t
         y_t = RMSNorm(o_t * swish(z_t)) W_o
 
-    x, B and C pass a short convolution; B and C are shared by the heads of a group. Parameter names and shapes are
-    those of transformers' Mamba2Mixer. The state is [N, H, state_size, head_dim], float32, and the convolution's last
-    inputs.
+    x, B and C pass a short convolution. The heads of a group share B and C. Parameter names and shapes are those of
+    transformers' Mamba2Mixer. The state is a tuple of [N, H, state_size, head_dim], float32, and the convolution's
+    state.
     """
 
     options_name = "mamba2"
@@ -53,12 +53,16 @@ class Mamba2(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        o, d = config.mamba2, config.hidden_size
-        self.inner, self.head_dim, self.groups, self.K = o.expand * d, o.head_dim, o.groups, o.state_size
-        self.num_heads = self.inner // o.head_dim
+        options: Mamba2Options = config.mamba2
+        d = config.hidden_size
+        self.inner = options.expand * d
+        self.head_dim = options.head_dim
+        self.groups = options.groups
+        self.K = options.state_size
+        self.num_heads = self.inner // self.head_dim
         channels = self.inner + 2 * self.groups * self.K
         self.in_proj = nn.Linear(d, self.inner + channels + self.num_heads, bias=False)
-        self.conv1d = ShortConv(channels, o.conv, bias=True)
+        self.conv1d = ShortConv(channels, options.conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
@@ -83,10 +87,11 @@ class Mamba2(Mixer):
         z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
         xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens)
         if padding is not None:
-            xbc = xbc * padding.to(xbc.dtype)  # the convolution has a bias
+            xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias makes padded tokens nonzero.
         x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
         x = x.unflatten(-1, (self.num_heads, -1))
-        k, q = (s.unflatten(-1, (self.groups, -1)).repeat_interleave(self.num_heads // self.groups, 2) for s in (b, c))
+        heads_per_group = self.num_heads // self.groups
+        k, q = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(heads_per_group, 2) for y in (b, c))
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)
         operator = fused_recurrent_simple_gla if is_decoding_step(x) else chunk_simple_gla
         o, S = operator(

@@ -1,20 +1,22 @@
-"""ReGLA: gated linear attention with a refined gate and a normalised exponential feature map (arXiv 2502.01578)."""
+"""ReGLA: gated linear attention with a refined gate and a normalized exponential feature map (arXiv 2502.01578)."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
-from glalm.kernels.common import at_least_float32
+from glalm.kernels.common import at_least_float32, sequence_ids
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
-from glalm.model.running_maximum import FLOOR, last, running_maximum
 
 State = Tensor | tuple[Tensor, Tensor]
+# The running maximum of a sequence without a token: far below any logit, and finite.
+NO_MAXIMUM = -1e4
 
 
 @dataclass
@@ -23,7 +25,7 @@ class ReGLAOptions:
 
     refined_gate: bool = True  # F = g (g + 2 r (1 - g)) instead of g
     gate_axis: Literal["key", "value"] = "key"  # the axis of the state [K, V] that has one gate per channel
-    feature_map: Literal["exp", "elu1", "relu", "identity", "hedgehog"] = "exp"  # exp: the normalised exponential
+    feature_map: Literal["exp", "elu1", "relu", "identity", "hedgehog"] = "exp"  # exp: the normalized exponential
     variance_scale: bool = True  # multiply the scores of the exponential map by 1 / (e sqrt(K (e^2 - 1)))
     output_norm: bool = True  # an RMSNorm on the output of each head; false: divide by the sum of the weights instead
     initial_forget: float = 0.96  # F of every channel before training; 0.96 equals GLA's with a bias of 0
@@ -45,22 +47,25 @@ class ReGLA(Mixer):
         S_t = e^(m_{t-1} - m_t) diag(F_t) S_{t-1} + phi(k_t)^T v_t
         o_t = phi(q_t) S_t / (e sqrt(K (e^2 - 1))),   y_t = RMSNorm_head(o_t) W_o
 
-    r moves the gate off g where g saturates: at r = 1/2, F is g itself, so b_r starts at 0 and b_g where F is
-    model.regla.initial_forget: near 1, that the state remembers. The feature map starts nearly flat, so that this is an
-    average over many tokens at first: runs of a few hundred steps learn faster from 1/2, as regla_tiny.yaml has it.
-    Where the published descriptions leave a choice, the one made here and why:
+    r moves F away from g where g saturates. At r = 1/2, F equals g, so b_r starts at 0, and b_g starts where F is
+    model.regla.initial_forget. Near 1 the state remembers: because the feature map is nearly flat at first, the mixer
+    then averages over many tokens. Runs of a few hundred steps learn faster from 1/2, the value in regla_tiny.yaml.
+
+    Choices that the published descriptions leave open:
 
     - The gated axis. The paper writes S = v phi(k)^T with F = f 1^T, which gates the value axis. GLA and its kernels
-      gate the key axis, the better studied one: the default; gate_axis=value is the paper's, in plain PyTorch.
-    - The key maximum. The paper takes it over features and the whole sequence, future included. It is one factor a
-      sequence and head, which the output norm cancels. Here it is the running maximum in training too, which is exact
-      (the state's rescaling is one more factor of its gate) and the same in training, segments and decoding.
-    - The gates' projections are of low rank, as GLA's, so that the model has as many parameters as its baselines.
-    - Var[exp(x + y)] = e^2 (e^2 - 1) for unit normals x, y: the variance scale makes a score's variance 1, so it is
-      one factor of the scores, not one each of phi(q) and phi(k).
-    - Without the output norm (an ablation) the sum of the weights normalises, as in linear attention.
+      gate the key axis, which is better studied and the default here. gate_axis=value is the paper's, in PyTorch.
+    - The key maximum. The paper takes it over features and the entire sequence, including the future. It is one factor
+      for each sequence and head, which the output norm cancels. Here it is the running maximum, in training as well.
+      That is exact, because the state's rescaling is one more factor of its gate, and it is the same in training, in
+      segments and in decoding.
+    - The projections of the gates have low rank, as GLA's, so that the model has as many parameters as its baselines.
+    - The variance scale. For unit normals x and y, Var[exp(x + y)] = e^2 (e^2 - 1). The scale makes the variance of a
+      score 1, so it is one factor of the scores, not one each of phi(q) and phi(k).
+    - Without the output norm (an ablation) the outputs are divided by the sum of the weights, as in linear attention.
 
-    The state is S [N, H, K, V] (V + 1 with the sum), float32, and for the exponential map m [N, H] too.
+    The state is S [N, H, K, V], float32 (V + 1 with the sum of the weights); with the exponential map it is a tuple of
+    S and m [N, H].
     """
 
     options_name = "regla"
@@ -68,20 +73,26 @@ class ReGLA(Mixer):
 
     def __init__(self, config):
         super().__init__()
-        d, key, value, rank = config.hidden_size, config.key_dim, config.value_dim, config.gate_low_rank_dim
-        self.options, self.num_heads = config.regla, config.num_heads
-        self.K, self.V = key // self.num_heads, value // self.num_heads
+        d = config.hidden_size
+        key = config.key_dim
+        value = config.value_dim
+        rank = config.gate_low_rank_dim
+        self.options: ReGLAOptions = config.regla
+        self.num_heads = config.num_heads
+        self.K = key // self.num_heads
+        self.V = value // self.num_heads
         self.q_proj = nn.Linear(d, key, bias=False)
         self.k_proj = nn.Linear(d, key, bias=False)
         self.v_proj = nn.Linear(d, value, bias=False)
-        gated = num_features(self.options.feature_map, key) if self.options.gate_axis == "key" else value
+        gates = num_features(self.options.feature_map, key) if self.options.gate_axis == "key" else value
         forget = self.options.initial_forget
-        forget_logits = BiasedLinear(rank, gated, math.log(forget / (1 - forget)))
+        forget_logits = BiasedLinear(rank, gates, math.log(forget / (1 - forget)))
         self.forget_proj = nn.Sequential(nn.Linear(d, rank, bias=False), forget_logits)
         if self.options.refined_gate:
-            self.refine_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, gated))
+            self.refine_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, gates))
         if self.options.feature_map != "exp":
-            self.q_map, self.k_map = (build_feature_map(self.options.feature_map, self.num_heads, self.K) for _ in "qk")
+            self.q_map = build_feature_map(self.options.feature_map, self.num_heads, self.K)
+            self.k_map = build_feature_map(self.options.feature_map, self.num_heads, self.K)
         if self.options.output_norm:
             self.o_norm = RMSNorm(self.V, eps=config.norm_eps)
         self.o_proj = nn.Linear(value, d, bias=False)
@@ -95,19 +106,23 @@ class ReGLA(Mixer):
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        log_gate, exponential = self.log_gate(x), self.options.feature_map == "exp"
+        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        log_gate = self.compute_log_gate(x)
+        exponential = self.options.feature_map == "exp"
         if exponential:
-            state, m_given = (None, None) if state is None else state
-            q, k = at_least_float32(q), at_least_float32(k)
+            state, past_maximum = (None, None) if state is None else state
+            q = at_least_float32(q)
+            k = at_least_float32(k)
             if padding is not None:
-                k = k.masked_fill(padding[..., None] == 0, FLOOR)
-            m, before = running_maximum(k.amax(-1), m_given, cu_seqlens)
-            q, k = (q - q.amax(-1, keepdim=True)).exp(), (k - m[..., None]).exp()
-            log_gate = log_gate + (before - m)[..., None]
-            m = last(m, m_given, cu_seqlens)
+                k = k.masked_fill(padding[..., None] == 0, NO_MAXIMUM)
+            m, previous_m = running_maximum(k.amax(-1), past_maximum, cu_seqlens)
+            q = (q - q.amax(-1, keepdim=True)).exp()
+            k = (k - m[..., None]).exp()
+            log_gate = log_gate + (previous_m - m)[..., None]
+            final_maximum = last_maximum(m, past_maximum, cu_seqlens)
         else:
-            q, k = self.q_map(q), self.k_map(k)
+            q = self.q_map(q)
+            k = self.k_map(k)
         dtype = v.dtype
         if not self.options.output_norm:
             v = append_ones(v)
@@ -126,26 +141,28 @@ class ReGLA(Mixer):
             cu_seqlens=cu_seqlens,
         )
         o = self.o_norm(o) if self.options.output_norm else divide_by_weights(o).to(dtype)
-        return self.o_proj(o.flatten(-2)), (state, m) if return_state and exponential else state
+        return self.o_proj(o.flatten(-2)), (state, final_maximum) if return_state and exponential else state
 
-    def log_gate(self, x: Tensor) -> Tensor:
-        """log F, [B, T, H, K or V], <= 0."""
+    def compute_log_gate(self, x: Tensor) -> Tensor:
+        """Return log F, [B, T, H, K or V], at most 0."""
         logit = at_least_float32(self.forget_proj(x))
         log_gate = F.logsigmoid(logit)
         if self.options.refined_gate:
-            g, r = logit.sigmoid(), at_least_float32(self.refine_proj(x)).sigmoid()
+            g = logit.sigmoid()
+            r = at_least_float32(self.refine_proj(x)).sigmoid()
             log_gate = (log_gate + (g + 2 * r * (1 - g)).clamp(min=1e-30).log()).clamp(max=0)
-        return self.heads(log_gate)
+        return self.split_heads(log_gate)
 
     @property
     def scale(self) -> float:
+        """Return the factor of the scores."""
         if not self.options.output_norm:
-            return 1.0  # the sum of the weights cancels it
+            return 1.0  # Dividing by the sum of the weights cancels any factor.
         if self.options.feature_map == "exp":
             return 1 / (math.e * math.sqrt(self.K * (math.e**2 - 1))) if self.options.variance_scale else 1.0
         return self.K**-0.5
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
     def flops(self, T: int) -> int:
@@ -156,11 +173,55 @@ class ReGLA(Mixer):
 
 
 class BiasedLinear(nn.Linear):
-    """A linear layer whose bias starts elsewhere than at 0."""
+    """A linear layer whose bias is initialized to a constant."""
 
-    def __init__(self, inputs: int, outputs: int, start: float):
+    def __init__(self, inputs: int, outputs: int, initial_bias: float):
         super().__init__(inputs, outputs)
-        self.start = start
+        self.initial_bias = initial_bias
 
     def init_parameters(self) -> None:
-        nn.init.constant_(self.bias, self.start)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+
+def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return m_t = max(past, x_0, ..., x_t) of each sequence, and m_{t-1}, both [B, T, H].
+
+    At the first token, m_{t-1} is `past`, or m_t if there is no past.
+
+    Args:
+        x: [B, T, H].
+        past: [N, H], the maximum of the tokens before x, or None.
+        cu_seqlens: [N + 1], the bounds of packed sequences, or None.
+    """
+    if cu_seqlens is None:
+        if past is None:
+            m = x.cummax(1).values
+            return m, torch.cat([m[:, :1], m[:, :-1]], 1)
+        m = torch.cat([past[:, None], x], 1).cummax(1).values
+        return m[:, 1:], m[:, :-1]
+    T = x.shape[1]
+    tokens = torch.arange(T, device=x.device)
+    sequence = sequence_ids(cu_seqlens, T)
+    first = cu_seqlens[sequence]
+    m = x if past is None else x.maximum(past[sequence].to(x.dtype))
+    # Doubling: after each round, m is the maximum over the last 2 * distance tokens of the sequence.
+    distance = 1
+    while distance < T:
+        earlier = torch.cat([m[:, :distance], m[:, :-distance]], 1)
+        in_sequence = tokens - distance >= first
+        m = torch.where(in_sequence[:, None], m.maximum(earlier), m)
+        distance *= 2
+    previous = torch.cat([m[:, :1], m[:, :-1]], 1)
+    at_start = m if past is None else past[sequence].to(x.dtype)[None]
+    return m, torch.where((tokens == first)[:, None], at_start, previous)
+
+
+def last_maximum(m: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the running maximum m [B, T, H] at the end of each sequence, [N, H]; for an empty one its `past`."""
+    if cu_seqlens is None and m.shape[1] > 0:
+        return m[:, -1].clone()  # A view would keep the entire sequence in memory.
+    N = len(m) if cu_seqlens is None else len(cu_seqlens) - 1
+    past = m.new_full((N, m.shape[2]), NO_MAXIMUM) if past is None else past
+    if m.shape[1] == 0:
+        return past
+    return torch.where(cu_seqlens.diff()[:, None] > 0, m[0, cu_seqlens[1:] - 1], past)

@@ -11,13 +11,13 @@ from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
 
 class Retention(Mixer):
-    """Linear attention with rotary q and k and a decay that depends on nothing but the head:
+    """Linear attention with rotary q and k and a constant decay for each head:
 
         S_t = gamma_h S_{t-1} + k_t^T v_t,   gamma_h = 1 - 2^(-5-h),   o_t = K^-1/2 q_t S_t
         y_t = (swish(x_t W_g) * RMSNorm_head(o_t)) W_o
 
-    The paper has v twice as wide as q and k: model.expand_k=1, model.expand_v=2. The state is [N, H, K, V], float32,
-    and the position [N], int64, that q and k are turned by.
+    In the paper v is twice as wide as q and k: model.expand_k=1, model.expand_v=2. The state is a tuple of [N, H, K,
+    V], float32, and the next token's position [N], int64.
     """
 
     @classmethod
@@ -25,13 +25,16 @@ class Retention(Mixer):
         require(
             config.key_dim % (2 * config.num_heads) == 0,
             f"model.num_heads={config.num_heads} does not cut the width model.hidden_size * model.expand_k = "
-            f"{config.key_dim} into heads of an even number of channels, which retention's positions turn in pairs; "
+            f"{config.key_dim} into heads of an even number of channels, which rotary positions need; "
             f"{describe_divisors(config.key_dim // 2)}",
         )
 
     def __init__(self, config):
         super().__init__()
-        d, key, value, self.num_heads = config.hidden_size, config.key_dim, config.value_dim, config.num_heads
+        d = config.hidden_size
+        key = config.key_dim
+        value = config.value_dim
+        self.num_heads = config.num_heads
         self.q_proj = nn.Linear(d, key, bias=False)
         self.k_proj = nn.Linear(d, key, bias=False)
         self.v_proj = nn.Linear(d, value, bias=False)
@@ -51,14 +54,16 @@ class Retention(Mixer):
         q, k, v, g = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         )
-        N, T = len(x) if cu_seqlens is None else len(cu_seqlens) - 1, x.shape[1]
+        T = x.shape[1]
+        N = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
         S, start = (None, torch.zeros(N, dtype=torch.int64, device=x.device)) if state is None else state
-        positions = torch.arange(T, device=x.device)
         if cu_seqlens is None:
-            positions, length = start[:, None] + positions, T
+            positions = start[:, None] + torch.arange(T, device=x.device)
+            lengths = T
         else:
             offset = start - cu_seqlens[:-1]
-            positions, length = (positions + offset[sequence_ids(cu_seqlens, T)])[None], cu_seqlens.diff()
+            positions = (torch.arange(T, device=x.device) + offset[sequence_ids(cu_seqlens, T)])[None]
+            lengths = cu_seqlens.diff()
         operator = fused_recurrent_retention if is_decoding_step(x) else chunk_retention
         o, S = operator(
             apply_rotary(q, positions),
@@ -69,7 +74,7 @@ class Retention(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.g_norm_swish_gate(o, g)
-        return self.o_proj(y.flatten(-2)), (S, start + length) if return_state else None
+        return self.o_proj(y.flatten(-2)), (S, start + lengths) if return_state else None
 
     def flops(self, T: int) -> int:
         H = self.num_heads

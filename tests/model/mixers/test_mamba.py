@@ -77,7 +77,7 @@ def test_starts_as_transformers_does(choice, tiny):
     assert step.min() >= 1e-3 and step.max() <= 0.1001 and step.max() > 5 * step.min()
 
 
-def test_the_fast_scan_is_given_the_same_problem(tiny, monkeypatch):
+def test_the_mamba_ssm_kernel_is_given_the_same_problem(tiny, monkeypatch):
     """mamba_ssm's function, for which transformers' fallback of the same signature stands in."""
     from glalm.model.mixers import mamba
 
@@ -94,10 +94,10 @@ def test_the_fast_scan_is_given_the_same_problem(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "mamba_ssm", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
-    monkeypatch.setattr(mamba, "serves", lambda x, h, cu_seqlens: True)
-    mamba.fast_scan.cache_clear()
+    monkeypatch.setattr(mamba, "kernel_supports", lambda x, h, cu_seqlens: True)
+    mamba.mamba_ssm_scan.cache_clear()
     found, fast_states = layer(x, return_state=True)
-    mamba.fast_scan.cache_clear()
+    mamba.mamba_ssm_scan.cache_clear()
     assert [tuple(shape) for shape in calls] == [(2, 64, 20)]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_states, states, rtol=1e-5, atol=1e-6, check_dtype=False)

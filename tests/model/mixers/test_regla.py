@@ -83,7 +83,7 @@ def test_the_gate_starts_where_it_is_told(refined):
         regla={"initial_forget": 0.9, "refined_gate": refined},
     )
     mixer = GLALMForCausalLM(config).model.layers[0].attn
-    gate = mixer.log_gate(torch.randn(1, 50, 64)).exp()
+    gate = mixer.compute_log_gate(torch.randn(1, 50, 64)).exp()
     torch.testing.assert_close(gate, torch.full_like(gate, 0.9), rtol=0.01, atol=0)
 
 

@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -274,7 +274,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         ConfigError: The checkpoint is of another config or beyond the last step, or train.resume_from does not exist or
             would replace another run.
     """
-    path = newest_valid_checkpoint(config.folder / "checkpoints", log=_print_warning)
+    path = newest_valid_checkpoint(config.folder / "checkpoints")
     requested = resolve_resume_path(config)
     applies = requested is not None and (path is None or read_metadata(path).get("resumed_from") != requested)
     if applies:
@@ -284,11 +284,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
             f"{config.folder} holds a run that does not come from train.resume_from={requested}. To start another run "
             "from there, choose another name=... To resume the run, remove train.resume_from.",
         )
-        try:
-            path = find_checkpoint(Path(requested).parent, Path(requested).name)
-        except CheckpointError as error:
-            raise ConfigError(f"train.resume_from={requested}: {error}") from error
-        gather_or_raise(lambda: verify_checkpoint(path, *rank_and_world_size()))
+        path = _find_requested_checkpoint(Path(requested))
     if path is None:
         return None
     metadata = read_metadata(path)
@@ -304,11 +300,21 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
     return path
 
 
+def _find_requested_checkpoint(requested: Path) -> Path:
+    """Return the checkpoint that train.resume_from names, verified by all ranks together."""
+    try:
+        path = find_checkpoint(requested.parent, requested.name)
+    except CheckpointError as error:
+        raise ConfigError(f"train.resume_from={requested}: {error}") from error
+    gather_or_raise(lambda: verify_checkpoint(path, *rank_and_world_size()))
+    return path
+
+
 def _set_newer_aside(folder: Path, step: int, is_own: bool) -> None:
     """Set the checkpoints after `step` aside, and if the run starts from another run's checkpoint, drop old metrics."""
     for newer, path in list_checkpoints(folder / "checkpoints").items():
         if newer > step:
-            _print_warning(f"{path} is set aside as {set_aside(path, 'superseded').name}")
+            _print_warning(f"{path} is set aside as {set_aside(path, 'superseded').name}.")
     if not is_own:
         # These rows are of an earlier start, which saved no checkpoint.
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -343,10 +349,10 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
-def newest_valid_checkpoint(folder: Path, log: Callable[[str], None] = print) -> Path | None:
+def newest_valid_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint without damage, the same on all ranks, or None.
 
-    Each rank verifies a part of the files. Damaged checkpoints are set aside and logged.
+    Each rank verifies a part of the files. Damaged checkpoints are set aside, with a warning.
     """
     rank, world_size = rank_and_world_size()
     names = run_on_rank_0(lambda: [str(path) for path in reversed(list_checkpoints(folder).values())])
@@ -356,7 +362,7 @@ def newest_valid_checkpoint(folder: Path, log: Callable[[str], None] = print) ->
             return path
         if rank == 0:
             aside = set_aside(path, "damaged")
-            log(f"warning: {'; '.join(damage)}. It is set aside as {aside.name}, and the previous one is tried.")
+            _print_warning(f"{'; '.join(damage)}. It is set aside as {aside.name}, and the previous one is tried.")
     return None
 
 
@@ -383,4 +389,4 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def _print_warning(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A disk that is full, slow to say so, flips bits, loses files, or cannot rename."""
+"""Train on a disk that is full, flips bits, loses files, or cannot rename."""
 
 import errno
 import os
@@ -70,8 +70,8 @@ def test_failed_last_save_stops_the_run(run_config, change):
 
 
 @contextmanager
-def largest_file(size: int):
-    """The kernel refuses to make a file larger than that: it writes what there is room for, then nothing."""
+def limit_file_size(size: int):
+    """Let the kernel refuse to write beyond `size` bytes of any file, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -85,8 +85,8 @@ def without(found: list[dict], *names: str) -> list[dict]:
 
 
 def test_full_disk_loses_no_metrics(run_config, change, unbroken, monkeypatch):
-    """Full from step 2 to 4, for metrics and checkpoints."""
-    real, calls, full = trainer.update, [], largest_file((unbroken / "metrics.jsonl").stat().st_size // 4)
+    """The disk is full from step 2 to step 4, for metrics and for checkpoints."""
+    real, calls, full = trainer.update, [], limit_file_size((unbroken / "metrics.jsonl").stat().st_size // 4)
 
     def update(*args):
         calls.append(1)
@@ -107,12 +107,12 @@ class UnlimitedWriter(CheckpointWriter):
     """A writer for whose files the kernel has no limit."""
 
     def write_checkpoint(self, *args):
-        with largest_file(resource.RLIM_INFINITY):
+        with limit_file_size(resource.RLIM_INFINITY):
             super().write_checkpoint(*args)
 
 
 def without_room_for_metrics(config: RunConfig) -> int:
-    """From step 3 on there is room for checkpoints alone; killed in step 6."""
+    """Train with space for checkpoints but not for metrics from step 3 on, and be killed in step 6."""
     update, calls, size = trainer.update, [], resource.RLIM_INFINITY
 
     def limited(*args):
@@ -133,16 +133,14 @@ def test_waiting_metrics_survive_a_kill(run_config, change, unbroken, tmp_path):
     config = change(run_config, **{"train.checkpoint.asynchronous": False})
     assert wait(start(without_room_for_metrics, config, log=tmp_path / "log")) == [-signal.SIGKILL]
     assert [row["step"] for row in rows(config.folder)] == [0, 1, 2]
-    assert [row["step"] for row in checkpoint.read_metadata(config.folder / "checkpoints/step_4")["unwritten"]] == [
-        3,
-        4,
-    ]
+    unwritten = checkpoint.read_metadata(config.folder / "checkpoints/step_4")["unwritten"]
+    assert [row["step"] for row in unwritten] == [3, 4]
     assert train(config) == 0
     assert without(rows(config.folder), "failed_writes") == rows(unbroken)
 
 
-def deaf(hangs: bool, config: RunConfig) -> int:
-    """What it prints goes to a full disk. In its second step it may stop for good."""
+def train_with_full_log(hangs: bool, config: RunConfig) -> int:
+    """Train with standard output and error on a full disk. If `hangs`, the second step never ends."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
     real, calls = trainer.update, []
@@ -158,10 +156,10 @@ def deaf(hangs: bool, config: RunConfig) -> int:
 
 
 def test_log_on_a_full_disk_does_not_stop_the_run(run_config, change, unbroken, tmp_path):
-    assert wait(start(deaf, False, run_config, log=tmp_path / "log")) == [0]
+    assert wait(start(train_with_full_log, False, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
     hanging = change(run_config, name="hanging", **{"train.guard.hang_seconds": 2.0})
-    assert wait(start(deaf, True, hanging, log=tmp_path / "log"), 30) == [EXIT]
+    assert wait(start(train_with_full_log, True, hanging, log=tmp_path / "log"), 30) == [EXIT]
 
 
 class ReadOnlyCheckpoints(CheckpointWriter):
@@ -190,7 +188,7 @@ FILES = ["model.safetensors", "training.safetensors", "state.json", "config.json
 
 @pytest.fixture
 def trained(run_config, unbroken, change):
-    """A copy of the unbroken run, under the name of run_config."""
+    """Return the config of a copy of the uninterrupted run."""
     shutil.copytree(unbroken, run_config.folder)
     return run_config
 
@@ -247,7 +245,7 @@ class BitFlip(CheckpointWriter):
 
 
 def test_bit_flip_while_writing_is_found(run_config, change):
-    """A bit flips between the program and the disk: the read-back finds it."""
+    """Reading back finds the flipped bit before the previous checkpoint is removed."""
     disk = BitFlip()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: it differs from what was written"):
         train(change(run_config, **{"train.checkpoint.keep_last": 1, "train.steps": 4}), checkpoint_writer=disk)
@@ -283,7 +281,7 @@ def test_damaged_validation_data_is_reported(run_config, change, tmp_path):
 
 def test_run_does_not_start_on_a_full_disk(run_config):
     with (
-        largest_file(0),
+        limit_file_size(0),
         pytest.raises(ConfigError, match=r"tiny cannot be written to \(.*Free some space, or choose"),
     ):
         train(run_config)
@@ -291,7 +289,7 @@ def test_run_does_not_start_on_a_full_disk(run_config):
 
 
 def test_interrupted_rename_is_recovered(trained, unbroken):
-    """Where a rename copies file by file (object stores), a kill leaves a step_N that lacks some."""
+    """If a rename copies file by file (object stores), a kill leaves a step_N that lacks files."""
     path = trained.folder / "checkpoints" / "step_6"
     for file in ("manifest.json", "training.safetensors"):
         (path / file).unlink()

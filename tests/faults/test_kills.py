@@ -1,4 +1,4 @@
-"""kill -9 at every stage of saving, and at any time."""
+"""Kill a run at every stage of saving, and at random times. The resumed run must equal the uninterrupted one."""
 
 import os
 import random
@@ -99,7 +99,7 @@ def test_killed_at_a_stage_of_saving(run_config, change, unbroken, tmp_path, sta
 
 
 def test_killed_at_random_times(run_config, change, tmp_path):
-    """50 kills, spread over as many runs as they take: each ends as the unbroken one, with every step once."""
+    """Kill runs 50 times. Each run that finishes equals the uninterrupted one, with every step in its metrics once."""
     small = {"model.num_hidden_layers": 1, "model.hidden_size": 16, "model.intermediate_size": 16}
     often = {"train.steps": 150, "train.eval_every": 150, "train.eval_sequences": 2, "train.checkpoint.every": 2}
     config, log = change(run_config, **small, **often), tmp_path / "log"
@@ -110,7 +110,7 @@ def test_killed_at_random_times(run_config, change, tmp_path):
     while kills < 50:
         run = change(config, name=f"run {runs}")
         [process] = start(train, run, log=log)
-        if random.random() < 0.8:  # once it trains; else while it starts
+        if random.random() < 0.8:  # Most kills come after the start, in training.
             until(lambda p=process: not p.is_alive() or "parameters" in text(log))
         process.join(random.uniform(0, 0.3))
         if process.is_alive():

@@ -44,7 +44,7 @@ def names(config) -> set[str]:
     return {p.name for p in (config.folder / "checkpoints").iterdir()}
 
 
-def last(config) -> dict[str, torch.Tensor]:
+def last_weights(config) -> dict[str, torch.Tensor]:
     return load_file(latest_checkpoint(config.folder / "checkpoints") / "model.safetensors")
 
 
@@ -65,26 +65,28 @@ def test_resume_from_forks_once(trained, change, capfd):
     assert train(fork) == 0
     assert "resuming after step 4" in capfd.readouterr().err
     assert names(fork) == {"step_6"} and steps(fork) == [5, 6]
-    assert all(torch.equal(t, last(fork)[n]) for n, t in last(trained).items())
-    (fork.folder / "checkpoints" / "step_6").rename(fork.folder / "checkpoints" / "step_5")  # as if stopped earlier
+    assert all(torch.equal(t, last_weights(fork)[n]) for n, t in last_weights(trained).items())
+    (fork.folder / "checkpoints" / "step_6").rename(
+        fork.folder / "checkpoints" / "step_5"
+    )  # as if it had been stopped earlier
     assert train(fork) == 0
     assert "set aside" not in capfd.readouterr().err
 
 
 def test_resume_from_own_checkpoint_sets_newer_ones_aside(trained, change, capfd):
-    before, source = last(trained), trained.folder / "checkpoints" / "step_2"
+    before, source = last_weights(trained), trained.folder / "checkpoints" / "step_2"
     back = change(trained, **{"train.resume_from": str(source)})
     assert train(back) == 0
     printed = capfd.readouterr().err
     assert "resuming after step 2" in printed and "step_6 is set aside as step_6.superseded" in printed
     assert names(back) == {"step_2", "step_4", "step_6", "step_4.superseded", "step_6.superseded"}
-    assert steps(back) == list(range(7)) and all(torch.equal(t, last(back)[n]) for n, t in before.items())
-    assert train(back) == 0  # requeued: it goes on from what came of it
+    assert steps(back) == list(range(7)) and all(torch.equal(t, last_weights(back)[n]) for n, t in before.items())
+    assert train(back) == 0  # A requeued job resumes from the newest checkpoint.
     assert "resuming after step 6" in capfd.readouterr().err
 
 
 def test_copied_checkpoint_must_match_the_config(trained, change):
-    """Without the run.json of the run that it is of, and beside another's."""
+    """A checkpoint may be copied to a place without run.json, or beside the run.json of another run."""
     copy, wrong = change(trained, name="copy"), {"optim.lr": 0.02, "seed": 5}
     for _ in range(2):
         shutil.copytree(trained.folder / "checkpoints" / "step_4", copy.folder / "checkpoints" / "step_4")
@@ -123,13 +125,13 @@ def test_fork_into_another_run_is_refused(trained, change):
     ):
         train(fork)
     assert names(other) == {"step_2", "step_4", "step_6"} and steps(other) == list(range(7))
-    shutil.rmtree(other.folder / "checkpoints")  # stopped before it came to one
+    shutil.rmtree(other.folder / "checkpoints")  # as if it had been stopped before its first checkpoint
     assert train(fork) == 0
     assert steps(other) == [5, 6]
 
 
 def test_config_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
-    """The config and, as none of it is read yet, the data."""
+    """Correct both the config and the path of the data, of which no batch was read yet."""
 
     def refuse(*_):
         raise ConfigError("no room for a needle")
@@ -141,7 +143,7 @@ def test_config_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
     corrected = change(first, **{"data.seq_len": 32, "data.path": str(tmp_path / "other")})
     assert train(corrected) == 0
     assert json.loads(corrected.data_record.read_text())["tokenizer"]["vocab_size"] == 280
-    shutil.rmtree(corrected.folder / "checkpoints")  # one step's row is enough of a run
+    shutil.rmtree(corrected.folder / "checkpoints")  # The metrics of one step are enough for a run to have started.
     (corrected.folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.5}\n{"st')
     with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 16"):
         train(change(corrected, **{"data.seq_len": 16}))
@@ -159,6 +161,12 @@ def test_resume_from_must_exist_and_match(trained, change):
     assert train(change(trained, name="third", **source, **allowed)) == 0
 
 
+def test_resume_from_latest(trained, change, capfd):
+    fork = change(trained, name="fork", **{"train.resume_from": str(trained.folder / "checkpoints" / "latest")})
+    assert train(change(fork, **{"train.steps": 8, "train.allow_changes": ["train.steps"]})) == 0
+    assert "resuming after step 6" in capfd.readouterr().err and steps(fork) == [7, 8]
+
+
 def test_allow_changes_allows_only_what_it_names(trained, change):
     longer = change(trained, **{"train.steps": 8})
     with pytest.raises(ConfigError, match=r"train.steps: 6 -> 8\n(.|\n)*write 'train.allow_changes=\[train.steps\]'"):
@@ -169,7 +177,7 @@ def test_allow_changes_allows_only_what_it_names(trained, change):
         train(change(longer, **{"train.allow_changes": ["train.steps"], "optim.lr": 0.02}))
     assert train(change(longer, **{"train.allow_changes": ["train.steps"]})) == 0
     assert steps(trained) == list(range(9))
-    assert train(longer) == 0  # from here on it is the run's config
+    assert train(longer) == 0  # The new value is now part of the run's config.
 
 
 def test_checkpoint_beyond_the_last_step_is_refused(trained, change):
@@ -177,20 +185,20 @@ def test_checkpoint_beyond_the_last_step_is_refused(trained, change):
     with pytest.raises(ConfigError, match=r"step_6 is beyond the run's last step, 4\. Choose a larger train\.steps"):
         train(shorter)
     assert names(trained) == {"step_2", "step_4", "step_6"}
-    assert train(trained) == 0  # and has left no trace
+    assert train(trained) == 0  # The refused start left no trace.
 
 
 def test_restart_without_a_checkpoint_uses_init_from_again(trained, change):
     source = {"train.init_from": str(trained.folder / "checkpoints" / "step_6")}
     tuned = change(trained, name="tuned", **source, **{"train.steps": 2})
     assert train(tuned) == 0
-    before = last(tuned)
+    before = last_weights(tuned)
     (tuned.folder / "checkpoints" / "step_2" / "model.safetensors").unlink()
     assert train(tuned) == 0
     assert names(tuned) == {"step_2", "step_2.damaged"}
-    begun, ended = (read_jsonl(c.folder / "metrics.jsonl")[i]["val_loss"] for c, i in ((tuned, 0), (trained, -1)))
-    assert begun == pytest.approx(ended, rel=1e-5)
-    assert all(torch.equal(t, last(tuned)[n]) for n, t in before.items())
+    first, last = (read_jsonl(c.folder / "metrics.jsonl")[i]["val_loss"] for c, i in ((tuned, 0), (trained, -1)))
+    assert first == pytest.approx(last, rel=1e-5)
+    assert all(torch.equal(t, last_weights(tuned)[n]) for n, t in before.items())
 
 
 @pytest.mark.parametrize("folder", ["a checkpoint", "an export", "transformers", "bare"])
@@ -203,15 +211,15 @@ def test_init_from_with_another_tokenizer_is_refused(folder, trained, change, to
     if folder == "transformers":
         LlamaTokenizer.from_pretrained(token_folder).save_pretrained(source)
     prepare_data([token_folder.parent / "words.jsonl"], tmp_path / "other", vocab_size=280, progress=False)
-    begun = change(trained, name="begun", **{"train.init_from": str(source)})
-    other = change(begun, name="other", **{"data.path": str(tmp_path / "other")})
-    if folder == "bare":  # says nothing of it
+    same = change(trained, name="same", **{"train.init_from": str(source)})
+    other = change(same, name="other", **{"data.path": str(tmp_path / "other")})
+    if folder == "bare":  # The folder does not say which tokenizer the model was trained with.
         assert train(other) == 0
         return
     with pytest.raises(ConfigError, match=r"was trained with another tokenizer than data\.path="):
         train(other)
     if folder != "transformers":
-        assert train(begun) == 0
+        assert train(same) == 0
 
 
 def test_checkpoint_metadata(trained):
@@ -229,12 +237,12 @@ def test_resume_restores_random_states_and_unwritten_rows(tmp_path):
     state = TrainState(GLALMForCausalLM.from_pretrained(path), [])
     assert resume_run(path, state, 1, "its id") == [{"step": 3}]
     assert (state.step, state.tokens) == (4, 9)
-    assert torch.equal(torch.rand(3), drawn)  # the generators are as they were
+    assert torch.equal(torch.rand(3), drawn)  # The generators are in the saved state again.
     assert resume_run(path, state, 1, "a fork's id") == []
 
 
 def test_non_finite_validation_loss_is_not_logged(run_config, change, monkeypatch):
-    """Of the metrics, which are JSON, and of what is best: the checkpoint of it goes as any other."""
+    """metrics.jsonl leaves out NaN, which is not JSON, and the checkpoint with that loss is never the best."""
     from glalm.train import trainer
 
     losses = iter([9.0, math.nan, 3.0, 4.0])
@@ -273,18 +281,18 @@ def test_fork_reads_the_data_that_its_origin_read(trained, change, tmp_path):
     origin = config.folder / "checkpoints" / "step_4"
     fork = change(config, name="fork", **{"train.resume_from": str(origin)})
     assert train(fork) == 0
-    assert all(torch.equal(t, last(fork)[n]) for n, t in last(config).items())
+    assert all(torch.equal(t, last_weights(fork)[n]) for n, t in last_weights(config).items())
 
     link = config.folder.parent / "link"
     link.symlink_to(origin.resolve())
     assert train(change(fork, name="linked", **{"train.resume_from": str(link)})) == 0
 
-    (config.folder / "data.json").unlink()  # as of a checkpoint that was moved away from its run
+    (config.folder / "data.json").unlink()  # as if the checkpoint had been moved away from its run
     with pytest.raises(ConfigError, match=r"data tokens: [\d]+ -> [\d]+"):
         train(change(fork, name="another"))
     allowed = {"train.allow_changes": ["data tokens"]}
     assert train(change(fork, name="grown", **allowed)) == 0
-    assert any(not torch.equal(t, last(change(fork, name="grown"))[n]) for n, t in last(config).items())
+    assert any(not torch.equal(t, last_weights(change(fork, name="grown"))[n]) for n, t in last_weights(config).items())
 
 
 def test_origin_is_remembered_by_starts_without_resume_from(trained, change, capfd):
@@ -302,7 +310,7 @@ def test_tokens_count_what_was_trained_on(trained, change):
     assert train(more) == 0
     found = {row["step"]: row["tokens"] for row in read_jsonl(more.folder / "metrics.jsonl") if "tokens" in row}
     assert (found[6], found[7], found[8]) == (6 * 64, 6 * 64 + 128, 6 * 64 + 256)
-    assert train(change(more, **{"train.steps": 9})) == 0  # and through a resume
+    assert train(change(more, **{"train.steps": 9})) == 0  # The count also survives a resume.
     assert read_jsonl(more.folder / "metrics.jsonl")[-1]["tokens"] == 6 * 64 + 3 * 128
 
 

@@ -101,10 +101,10 @@ def slices_to_save(tensors: Mapping[str, Tensor], rank: int, world_size: int) ->
     assignment, so they need not communicate.
     """
     assigned: dict[str, TensorSlice] = {}
-    bytes_per_replica: dict[int, list[int]] = {}  # by the number of replicas
+    bytes_by_replicas: dict[int, list[int]] = {}  # number of replicas -> bytes that each replica saves so far
     for name, tensor in tensors.items():
         held = local_slice(tensor, rank, world_size)
-        loads = bytes_per_replica.setdefault(held.replicas, [0] * held.replicas)
+        loads = bytes_by_replicas.setdefault(held.replicas, [0] * held.replicas)
         writer = loads.index(min(loads))
         loads[writer] += held.data.nbytes
         is_empty_shard = held.data.numel() == 0 and math.prod(held.full_shape) > 0

@@ -10,7 +10,7 @@ def made():
 
 @pytest.fixture
 def unbroken(run_config, change, made, tmp_path_factory):
-    """The folder of the run that nothing happened to."""
+    """Return the folder of a run that was never interrupted."""
     if not made:
         config = change(run_config, name="unbroken", runs_dir=str(tmp_path_factory.mktemp("unbroken")))
         assert train(config) == 0

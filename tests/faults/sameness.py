@@ -1,4 +1,4 @@
-"""What two runs are compared by."""
+"""Compare two runs by their last checkpoints and their metrics."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_g
 
 
 def rows(folder: Path) -> list[dict]:
-    """A run's metrics, without what depends on the clock."""
+    """Return a run's metrics without those that depend on the clock."""
     found = read_jsonl(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint but the random generators', whole, however many processes wrote it."""
+    """Return the full tensors of a checkpoint, without random states, however many processes wrote it."""
     stored = staging.index_safetensors(path.glob("*.safetensors"))
     names = [name for name in stored if not name.startswith("rng.")]
     tensors = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in names}
@@ -27,7 +27,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Two runs' last checkpoints and metrics are the same, bit for bit."""
+    """Assert that two runs' last checkpoints and their metrics are equal bit for bit."""
     a, b = (weights(latest_checkpoint(folder / "checkpoints")) for folder in (one, other))
     assert a.keys() == b.keys()
     for name in a:

@@ -1,4 +1,4 @@
-"""How a run reads its data: sources, document boundaries, sets that grow."""
+"""How a run reads its data: sources, document boundaries, and datasets that grow."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from glalm.train.step import model_inputs
 
 @pytest.fixture(scope="module")
 def two_sources(token_folder, tmp_path_factory):
-    """The documents of `token_folder` and as many short ones."""
+    """Prepare a dataset of two sources: long documents and short ones."""
     root = tmp_path_factory.mktemp("two")
     for name, words in (("long", 60), ("short", 5)):
         lines = [json.dumps({"text": f"alpha {i} " + "beta gamma " * (words + i % 7)}) for i in range(60)]
@@ -50,7 +50,7 @@ def tiny_model() -> GLALMForCausalLM:
 
 
 def test_reset_equals_separate_documents(two_sources):
-    """Logits, loss and gradients of packed windows against each document's part, run by itself."""
+    """Compare loss and gradients of packed windows with those of each document's part, computed alone."""
     windows = Windows(TokenSet(two_sources, "train"), 48, reset_state=True)
     batch = windows.load_batch([0, 5, *range(len(windows) - 4, len(windows))])  # of both sources
     model = tiny_model()
@@ -61,13 +61,13 @@ def test_reset_equals_separate_documents(two_sources):
     model.zero_grad()
     bounds = pack_documents(batch)["cu_seqlens"].tolist()
     ids, labels = (batch[name].flatten() for name in ("input_ids", "labels"))
-    assert len(bounds) > 6 + 4  # documents do begin within the windows
+    assert len(bounds) > 6 + 4  # Some documents begin within a window.
     nats, targets = 0, 0
     for a, b in pairwise(bounds):
         logits = model(ids[None, a:b]).logits[0]
         nats += F.cross_entropy(logits, labels[a:b], ignore_index=IGNORE_INDEX, reduction="sum")
         targets += (labels[a:b] != IGNORE_INDEX).sum()
-        last = b == len(ids) or b % 48 == 0  # the window ends, and its last label may lie beyond
+        last = b == len(ids) or b % 48 == 0  # At a window's end, the label is the next window's token.
         assert last or labels[b - 1] == IGNORE_INDEX
         assert ids[a + 1 : b].tolist() == labels[a : b - 1].tolist()
     separate = nats / targets
@@ -78,7 +78,7 @@ def test_reset_equals_separate_documents(two_sources):
 
 
 def test_document_boundaries_matter_and_micro_batches_do_not(run_config, change, two_sources):
-    short = {"data.weights": {"long": 0.0, "short": 1.0}}  # so that micro-batches differ in how much they score
+    short = {"data.weights": {"long": 0.0, "short": 1.0}}  # Micro-batches then differ in their number of labels.
     config = change(run_config, **{"data.path": str(two_sources), "data.document_boundaries": "reset_state"}, **short)
     whole = change(config, name="whole", **{"train.micro_batch_size": 4})
     plain = change(config, name="plain", **{"data.document_boundaries": "ignore"})
@@ -132,7 +132,7 @@ def test_one_source_has_no_counts_of_its_own(run_config):
 
 
 def test_run_keeps_the_data_it_started_with(run_config, change, two_sources, tmp_path, monkeypatch):
-    """Stopped, resumed after shards were added: the same weights as if nothing had happened."""
+    """A run that resumes after shards were added gives the same weights as if they had not been added."""
     growing = shutil.copytree(two_sources, tmp_path / "growing")
     config, steady = (change(run_config, name=path.name, **{"data.path": str(path)}) for path in (growing, two_sources))
     update, calls = trainer.update, iter(range(100))

@@ -89,7 +89,7 @@ def exported(config, out: Path) -> Path:
 def test_generation_continues_beyond_the_training_length(run_config, tmp_path):
     out = exported(run_config, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
-    ids = torch.full((1, 30), 7)  # of a run on 16 tokens
+    ids = torch.full((1, 30), 7)  # The model was trained on windows of 16 tokens.
     assert model.generate(ids, attention_mask=ids.ne(0), eos_token_id=None).shape == (1, 50)
 
 

@@ -15,5 +15,5 @@ def test_tokenizer_of_a_checkpoint_is_that_of_its_run(run_config, change, token_
     [others] = tokenizer_fingerprints(second.folder / "checkpoints" / "step_2")
     assert own != others
     copy = shutil.copytree(path, second.folder / "backup" / "step_2")
-    assert tokenizer_fingerprints(copy) == set()  # which nothing there says
+    assert tokenizer_fingerprints(copy) == set()  # Nothing beside this copy names its tokenizer.
     assert tokenizer_fingerprints(shutil.copytree(path, first.folder / "backup" / "step_2")) == {own}

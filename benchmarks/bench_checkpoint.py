@@ -19,9 +19,8 @@ from omegaconf import OmegaConf
 from glalm.cli import CONFIGS
 from glalm.config.run import CheckpointConfig, OptimConfig
 from glalm.config.strict import build_dataclass
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
 from glalm.train.checkpoint import CheckpointSaver
 from glalm.train.optim import build_optimizers
 from glalm.train.state import TrainState

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from glalm.generation.cuda_graph import Step, prefill
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 SIZES = {  # width, layers, GLA's heads, SwiGLU's width, vocabulary
     "tiny": (64, 2, 2, 128, 300),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.hf import GLALMForCausalLM
 from glalm.model.mixers.attention import attention_heads
 from glalm.train.checkpoint import latest_checkpoint
 

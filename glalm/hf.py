@@ -1,23 +1,518 @@
-"""The transformers face of the models. Importing this module registers them with transformers' Auto classes."""
+"""The models as transformers classes: configs, checkpoints, generation, and the habits of Trainer and peft.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+Importing this module registers them with transformers' Auto classes.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import LongTensor, Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import get_checkpoint_shard_files
 
+from glalm.compat import fla
+from glalm.config.strict import require
+from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
-from glalm.model.decoder import GLALMForCausalLM, GLALMModel
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
+from glalm.model.loss import head_cross_entropy, head_losses
 
-__all__ = ["GLALMConfig", "GLALMForCausalLM", "GLALMModel", "StateCache"]
+MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+# The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
+MODEL_TYPES = ("glalm", *fla.FORMATS)
 
-# The model types of config.json that glalm reads: its own, and those of published GLA, RetNet and Transformer++ models.
-MODEL_TYPES = ("glalm", "gla", "retnet", "transformer")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Arguments of from_pretrained with which the caller says where the weights are.
+WEIGHTS_ARGUMENTS = {"state_dict", "gguf_file", "variant"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
-AutoConfig.register(GLALMConfig.model_type, GLALMConfig, exist_ok=True)
-for model_type in MODEL_TYPES:
-    if model_type not in CONFIG_MAPPING:  # flash-linear-attention registers its own, where it is imported too
-        CONFIG_MAPPING.register(model_type, GLALMConfig)
-AutoModel.register(GLALMConfig, GLALMModel, exist_ok=True)
-AutoModelForCausalLM.register(GLALMConfig, GLALMForCausalLM, exist_ok=True)
-# Trainer's label smoothing shifts the labels only for model classes that this table names.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GLALMConfig.model_type] = GLALMForCausalLM.__name__
+# ----------------------------------------------------------------------------------------------------------- config
+
+
+class GLALMConfig(ModelConfig, PreTrainedConfig):
+    """A `ModelConfig` that is also a transformers config, saved as config.json and loaded by AutoConfig.
+
+    A config.json of a library that glalm.compat.fla reads is translated. A key that neither ModelConfig nor
+    transformers knows is kept, as everywhere in transformers, unless it looks like a misspelt key of ModelConfig.
+
+    Raises ConfigError (a ValueError) for a misspelt key or a shape that ModelConfig refuses.
+    """
+
+    model_type = "glalm"
+    attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012 (transformers reads a plain dict)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        for key in kwargs:
+            near = difflib.get_close_matches(key, MODEL_FIELDS, n=1, cutoff=0.85)
+            require(not near or hasattr(PreTrainedConfig, key), f"unknown key {key}; did you mean {near and near[0]}?")
+        ModelConfig.__post_init__(self)
+        PreTrainedConfig.__post_init__(self, **kwargs)
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig) -> "GLALMConfig":
+        return config if isinstance(config, cls) else cls(**dataclasses.asdict(config))
+
+    def to_model_config(self) -> ModelConfig:
+        return ModelConfig(**{name: getattr(self, name) for name in MODEL_FIELDS})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return fla.config_in(tree), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # A config.json may name an attention kernel, which would be fetched from the hub and run, and a pickle to load.
+        tree = fla.config_in(config_dict)
+        safe = {k: v for k, v in tree.items() if "_implementation" not in k and k != "transformers_weights"}
+        # transformers would set these after all checks, and leave a mapping of options a mapping.
+        for name in kwargs.keys() & set(MODEL_FIELDS):
+            value = kwargs.pop(name)
+            if isinstance(value, dict) and isinstance(safe.get(name), dict):
+                value = safe[name] | value
+            safe[name] = value
+        return super().from_dict(safe, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return transformers' tree, with the options of every mixer as a mapping."""
+        tree = super().to_dict()
+        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in tree.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+class CheckpointedBlock(GradientCheckpointingLayer, Block):
+    """A block that gradient_checkpointing_enable can recompute in the backward pass."""
+
+
+class GLALMPreTrainedModel(PreTrainedModel):
+    config_class = GLALMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CheckpointedBlock"]  # noqa: RUF012 (transformers reads a plain list)
+    _is_stateful = True  # transformers then refuses assisted decoding, which would have to rewind the state
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a checkpoint as transformers does, but refuse one that does not fit: see load_pretrained."""
+        return load_pretrained(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # from_pretrained calls this for every module after loading, and has marked the parameters that it loaded.
+        parameters = list(module.parameters(recurse=False))
+        loaded = {p: p.clone() for p in parameters if getattr(p, "_is_hf_initialized", False)}
+        if parameters and len(loaded) == len(parameters):
+            return
+        init_module(module, self.config.initializer_range)
+        for p, value in loaded.items():
+            p.copy_(value)
+
+
+class GLALMModel(GLALMPreTrainedModel):
+    """glalm.model.decoder.Decoder with transformers' arguments: token ids [B, T] to hidden states [B, T, d]."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\."]  # noqa: RUF012
+
+    def __init__(self, config: GLALMConfig):
+        super().__init__(config)
+        decoder = Decoder(config, CheckpointedBlock)
+        self.embeddings = decoder.embeddings
+        self.layers = decoder.layers
+        self.norm = decoder.norm
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.embeddings = embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states.
+
+        Args:
+            input_ids: [B, T], or instead inputs_embeds [B, T, d].
+            attention_mask: [B, T or more], 0 at padding. Padding comes before the first token of a row, or after its
+                last one if the state that comes out is not used.
+            past_key_values: the cache that an earlier call returned for the text before the input.
+            use_cache: whether to return the cache after the input. None: config.use_cache, except in training.
+            cu_seqlens: [N + 1], the bounds 0, ..., T of N sequences that are packed into a batch of one. A wrong bound
+                raises a ValueError on the CPU only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not isinstance(past_key_values, StateCache | None):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, not a StateCache. peft's prefix tuning learns "
+                "keys and values, which this model does not have; use LoRA or prompt tuning."
+            )
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        block_inputs = [] if output_hidden_states else None
+        x, cache = run_blocks(
+            self.layers,
+            x,
+            cache=past_key_values,
+            return_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            padding=padding_mask(attention_mask, x),
+            block_inputs=block_inputs,
+        )
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*block_inputs, x) if output_hidden_states else None,
+        )
+
+
+class ExtraArguments(TypedDict, total=False):
+    """Arguments of GLALMForCausalLM.forward that must not be in its signature, which transformers and peft inspect."""
+
+    shift_labels: LongTensor  # Trainer would score only batches with every argument whose name contains "label".
+    output_attentions: bool  # peft always gives it. True is an error: most mixers have no attention weights.
+    position_ids: LongTensor  # generate would compute them and pass them on.
+
+
+class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
+    """glalm.model.decoder.CausalLM with transformers' arguments, and with the same parameter names."""
+
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch.
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GLALMConfig):
+        super().__init__(config)
+        self.model = GLALMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def to_core(self) -> CausalLM:
+        """Return a CausalLM that shares the parameters of this model."""
+        with torch.device("meta"):
+            core = CausalLM(self.config.to_model_config())
+        core.load_state_dict(self.state_dict(), assign=True)
+        core.tie_weights()
+        return core
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        z_loss: float = 0.0,
+        return_dict: bool | None = None,
+        **extra: Unpack[ExtraArguments],
+    ) -> CausalLMOutputWithPast:
+        """Compute the loss of the next tokens, or their logits. The arguments not listed are GLALMModel's.
+
+        Args:
+            labels: [B, T], aligned with input_ids as everywhere in transformers, and shifted here within each packed
+                sequence; or instead shift_labels [B, T], the next token of each position. With either, `loss` is the
+                mean cross-entropy in nats over the labels that are not -100. `logits` are then None, because they are
+                never all in memory, except beside `labels` in eval mode, where Trainer evaluates them.
+            logits_to_keep: compute only the last so many logits (0: all), or those at these positions.
+            num_items_in_batch: the loss is a sum divided by this instead of a mean, so that those of several batches
+                add up.
+            z_loss: a factor for the mean of logsumexp(logits)^2, which is added to the loss.
+            position_ids: [1 or B, T]. In a batch of one, another packed sequence begins where they restart, as with
+                cu_seqlens. They have no other effect.
+        """
+        shift_labels = extra.pop("shift_labels", None)
+        position_ids = extra.pop("position_ids", None)
+        if extra.pop("output_attentions", None):
+            raise TypeError(f"{type(self).__name__} gives no attention weights (output_attentions)")
+        if extra:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(extra)}")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: expected the number of last logits, 0 for all, got {logits_to_keep}")
+        if position_ids is not None:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            packed = cu_seqlens_of_positions(position_ids, length, attention_mask, past_key_values, cu_seqlens)
+            cu_seqlens = cu_seqlens if packed is None else packed
+        out = self.model(
+            input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states, cu_seqlens
+        )
+        hidden = out.last_hidden_state
+        for name, value in (("labels", labels), ("shift_labels", shift_labels)):
+            if value is not None and value.shape != hidden.shape[:2]:
+                raise ValueError(f"{name}: expected {list(hidden.shape[:2])}, as the input is, got {list(value.shape)}")
+        if shift_labels is None and labels is not None:
+            shift_labels = shift_within_sequences(labels, cu_seqlens)
+        loss, logits = None, None
+        if shift_labels is not None:
+            loss = head_cross_entropy(self.lm_head, hidden, shift_labels, z_loss)
+            if num_items_in_batch is not None:
+                items = torch.as_tensor(num_items_in_batch).clamp(min=1)  # It is 0 if all labels are ignored.
+                loss = loss * (shift_labels != IGNORE_INDEX).sum() / items
+        if shift_labels is None or (labels is not None and not self.training):
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, positions])
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+    @torch.no_grad()
+    def score(
+        self, input_ids: LongTensor, targets: LongTensor, past_key_values: StateCache | None = None
+    ) -> tuple[Tensor, StateCache]:
+        """Return the cross-entropy in nats of each target [B, T] given the tokens up to it, and the cache after it."""
+        out = self.model(input_ids, past_key_values=past_key_values, use_cache=True)
+        return head_losses(self.lm_head, out.last_hidden_state, targets), out.past_key_values
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,  # transformers looks for this name in the signature before it accepts embeddings.
+        **kwargs,
+    ):
+        """Return the inputs of the next forward pass.
+
+        next_sequence_length is the number of tokens that the cache has not seen yet; None: all of input_ids.
+        """
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"past_key_values has seen {seen} tokens and input_ids, which begins with these, has "
+                f"{seen + next_sequence_length}, so no token is left to predict from. Pass a cache of fewer tokens."
+            )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+        )
+        reads_all = next_sequence_length is None and inputs["input_ids"] is not None
+        # transformers 5.17 cuts the entire prompt and its mask into chunks, even if the cache has seen a part of it.
+        if reads_all and attention_mask is not None and attention_mask.shape[1] < seen + input_ids.shape[1]:
+            raise ValueError(
+                f"prefill_chunk_size: this version of transformers would read the {seen} tokens of past_key_values "
+                "again. Update transformers, or leave prefill_chunk_size out."
+            )
+        return inputs
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # The first forward pass returns a StateCache.
+
+
+def padding_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the last T columns of attention_mask as the blocks take them, [B, T, 1], for x [B, T, d]."""
+    if attention_mask is None:
+        return None
+    B, T = x.shape[:2]
+    if attention_mask.dim() != 2 or len(attention_mask) != B or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask: expected [B, T] with B = {B} and T >= {T}, as the input is, got "
+            f"{list(attention_mask.shape)}"
+        )
+    return attention_mask[:, -T:, None] != 0
+
+
+def shift_within_sequences(labels: LongTensor, cu_seqlens: Tensor | None) -> LongTensor:
+    """Return the label of the next position [B, T], and IGNORE_INDEX at the last position of every sequence."""
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
+    if cu_seqlens is not None:
+        shifted[:, cu_seqlens[1:] - 1] = IGNORE_INDEX
+    return shifted
+
+
+def cu_seqlens_of_positions(
+    position_ids: Tensor, length: int, attention_mask: Tensor | None, *others: object
+) -> Tensor | None:
+    """Return the bounds [N + 1] of the packed sequences that position_ids [1, T] describe, or None if it is only one.
+
+    As in transformers, a sequence begins wherever a position is not the one before it plus 1. Positions at padding,
+    where attention_mask is 0, are ignored. This copies position_ids to the host.
+
+    Raises ValueError if positions restart in a batch of several rows, or beside attention_mask or one of `others`.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != length:
+        shape = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise ValueError(f"position_ids: expected a tensor of {length} positions a row, got {shape}")
+    restarts = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:
+        is_token = attention_mask[:, -length:] != 0
+        restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
+    if not restarts.any():
+        return None
+    if len(restarts) != 1 or any(other is not None for other in (attention_mask, *others)):
+        raise ValueError(
+            "position_ids restart, as those of packed sequences do. Packed sequences come in a batch of one, without "
+            "attention_mask, past_key_values or cu_seqlens; for anything else leave position_ids out."
+        )
+    return F.pad(F.pad(restarts[0].nonzero().flatten() + 1, (1, 0)), (0, 1), value=length)
+
+
+# ------------------------------------------------------------------------------------------------ loading checkpoints
+
+
+def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kwargs) -> nn.Module:
+    """Load a model by `read`, the from_pretrained of a transformers class, whose arguments the others are.
+
+    This also reads the checkpoints that glalm.compat.fla translates. It reads safetensors files alone and never runs
+    code of a checkpoint.
+
+    With output_loading_info=True, missing and unknown weights are not refused but reported, as transformers does. With
+    ignore_mismatched_sizes=True, everything that fits is loaded, and transformers warns about the rest.
+
+    Raises:
+        ValueError: A file is damaged or no safetensors file, or the weights are not those of the model: missing,
+            unknown or of another shape. transformers would continue with random weights in their place.
+    """
+    if kwargs.pop("use_safetensors", None) is False:
+        raise ValueError("use_safetensors=False would read a pickle, which can run any code: convert it to safetensors")
+    lenient = kwargs.pop("ignore_mismatched_sizes", False)
+    return_info = kwargs.pop("output_loading_info", False)
+    kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    kwargs["trust_remote_code"] = False
+    files = None
+    if where is not None and not WEIGHTS_ARGUMENTS & kwargs.keys():
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        tree, _ = PreTrainedConfig.get_config_dict(where, **hub)
+        files = find_weight_files(where, hub)
+    if files is not None and tree.get("model_type") in fla.FORMATS:
+        model, info = load_translated(read, where, files, hub, *args, **kwargs)
+    else:
+        model, info = read(where, *args, **kwargs)
+    if not lenient:
+        check_loading_info(where, type(model).__name__, info, shapes_only=return_info)
+    return (model, info) if return_info else model
+
+
+def find_weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
+    """Return the safetensors files of a folder or hub repository, after checking that each can be opened."""
+    entry = None
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        entry = entry or cached_file(where, name, _raise_exceptions_for_missing_entries=False, **hub)
+    if entry is None:
+        raise ValueError(explain_missing_weights(where, Path(where) / hub.get("subfolder", "")))
+    files = [entry]
+    if entry.endswith(SAFE_WEIGHTS_INDEX_NAME):
+        files, _ = get_checkpoint_shard_files(where, entry, **hub)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is missing, though {SAFE_WEIGHTS_INDEX_NAME} names it; copy it too") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut short or no safetensors file ({error}); copy it again") from error
+    return files
+
+
+def explain_missing_weights(where: str | os.PathLike, folder: Path) -> str:
+    """Return the message for a folder without weights that can be loaded."""
+    if (folder / "manifest.json").exists() and any(folder.glob("model-*-of-*.safetensors")):
+        return (
+            f"{where} is a checkpoint of which several processes wrote a part each. Merge them by python "
+            f"scripts/export_hf.py RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER."
+        )
+    if (folder / "adapter_config.json").exists():
+        return f"{where} holds a peft adapter, not a model; peft.AutoPeftModelForCausalLM.from_pretrained loads it"
+    pickles = sorted(path.name for path in folder.glob("*") if any(path.match(pattern) for pattern in PICKLES))
+    found = f"only {', '.join(pickles)}: pickles, which can run any code and are not read" if pickles else "none"
+    return f"{where} must hold weights as {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; found {found}"
+
+
+def load_translated(read: Callable, where, files: list[str], hub: dict, *args, **kwargs) -> tuple[nn.Module, dict]:
+    """Load a checkpoint of another library, whose parameter names glalm.compat.fla translates."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config = GLALMConfig.from_pretrained(where, **hub)
+    weights = {}
+    for path in files:
+        weights |= load_file(path)
+    if cached_file(where, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(where, **hub))
+    model, info = read(None, *args, config=config, state_dict=fla.weights_in(weights, config), **kwargs)
+    model.config.name_or_path = model.name_or_path = str(where)
+    return model, info
+
+
+def check_loading_info(where, model: str, info: dict, shapes_only: bool) -> None:
+    """Raise ValueError if transformers' loading report says that the weights are not those of the model."""
+    shapes = [f"{name} is {list(found)}, not {list(needed)}" for name, found, needed in info["mismatched_keys"]]
+    findings = {"has weights of another shape than the config's:": shapes}
+    if not shapes_only:
+        findings["has weights that the config has no place for:"] = info["unexpected_keys"]
+        findings["lacks"] = info["missing_keys"]
+    for finding, names in findings.items():
+        if names:
+            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise ValueError(
+                f"{where or 'the state_dict'} {finding} {some}, so it is not a {model} of this config. Check that "
+                "config.json was saved together with these weights. (ignore_mismatched_sizes=True loads what fits.)"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------- registration
+
+
+def register() -> None:
+    """Register the classes with transformers' Auto classes."""
+    AutoConfig.register(GLALMConfig.model_type, GLALMConfig, exist_ok=True)
+    for model_type in MODEL_TYPES:
+        if model_type not in CONFIG_MAPPING:  # flash-linear-attention, if it is imported too, has registered its own.
+            CONFIG_MAPPING.register(model_type, GLALMConfig)
+    AutoModel.register(GLALMConfig, GLALMModel, exist_ok=True)
+    AutoModelForCausalLM.register(GLALMConfig, GLALMForCausalLM, exist_ok=True)
+    # Trainer's label smoothing shifts the labels only of model classes that this table names.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GLALMConfig.model_type] = GLALMForCausalLM.__name__
+
+
+register()

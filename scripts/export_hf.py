@@ -7,7 +7,6 @@ python -c "import glalm.hf; from transformers import AutoModelForCausalLM as M; 
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +19,7 @@ from glalm.config.strict import RunError, build_dataclass
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.evals.options import TrainingRun
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.train import checkpoint
 from glalm.train.run_dir import find_checkpoint
 
@@ -50,7 +48,7 @@ def export(run: Path, name: str, out: Path) -> None:
     path = find_checkpoint(run / "checkpoints", name)
     record = json.loads((run / "run.json").read_text())
     config = build_dataclass(TrainingRun, record["config"])
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
     checkpoint.verify_checkpoint(path)
     state = checkpoint.load_model(path, model)
     tokenizer = Path(config.data.path) / read_manifest(Path(config.data.path))["tokenizer"]["name"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.hf import GLALMForCausalLM
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import LlamaForCausalLM
 
 from glalm.config.strict import require
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.mixers.attention import attention_heads
 
 MIXERS = ("gla", "regla")

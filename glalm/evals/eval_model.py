@@ -25,10 +25,9 @@ from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import token_losses
 from glalm.model.precision import has_bf16
 from glalm.train import checkpoint, run_dir

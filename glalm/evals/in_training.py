@@ -4,7 +4,6 @@ The evaluators read a copy of the model, so that its weights, compiled blocks an
 states of the random number generators are restored: a run with evaluators ends with the same weights as one without.
 """
 
-import copy
 import warnings
 from collections.abc import Callable
 
@@ -18,7 +17,8 @@ from glalm.evals.evaluator import Work, lacking
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
 from glalm.evals.runner import make_job
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.random_states import preserve_random_states
 from glalm.train.trainer import Evaluate
@@ -47,13 +47,11 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         harness=options.harness,
     )
 
-    def evaluate(
-        model: GLALMForCausalLM, step: int, precision: str, heartbeat: Callable[[int], object]
-    ) -> dict[str, float]:
+    def evaluate(model: CausalLM, step: int, precision: str, heartbeat: Callable[[int], object]) -> dict[str, float]:
         if step % options.every != 0 and step != config.steps:
             return {}
         metrics = {}
-        with preserve_random_states(model.device):
+        with preserve_random_states(next(model.parameters()).device):
             subject = as_subject(model, precision, config, settings)
             for name in options.evals:
                 try:
@@ -88,7 +86,7 @@ def run_one(name: str, subject: Subject, settings: EvalConfig, heartbeat: Callab
     return job.metrics(results)
 
 
-def as_subject(model: GLALMForCausalLM, precision: str, config: TrainingRun, settings: EvalConfig) -> Subject:
+def as_subject(model: CausalLM, precision: str, config: TrainingRun, settings: EvalConfig) -> Subject:
     """Return a copy of `model` as evaluators see it."""
     return Subject(
         model=copy_of(model),
@@ -103,10 +101,13 @@ def as_subject(model: GLALMForCausalLM, precision: str, config: TrainingRun, set
 
 
 @torch.no_grad()
-def copy_of(model: GLALMForCausalLM) -> GLALMForCausalLM:
-    """Return a copy of the model in evaluation mode, on its device. All ranks call it where parameters are sharded."""
-    with model.device:  # The initial weights, which are overwritten below, are drawn faster on a GPU.
-        twin = GLALMForCausalLM(copy.deepcopy(model.config))
+def copy_of(model: CausalLM) -> GLALMForCausalLM:
+    """Return a copy of the model as transformers has it, in evaluation mode, on its device.
+
+    All ranks call it where parameters are sharded.
+    """
+    with next(model.parameters()).device:  # The initial weights, overwritten below, are drawn faster on a GPU.
+        twin = GLALMForCausalLM(GLALMConfig.from_model_config(model.config))
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
     return twin.eval()

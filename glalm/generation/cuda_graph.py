@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from glalm.generation import fused_decode
+from glalm.hf import GLALMForCausalLM
 from glalm.kernels.recurrent import states_in_place
 from glalm.model.cache import StateCache
-from glalm.model.decoder import GLALMForCausalLM
 
 CHECK = 16  # tokens between two looks at whether all sequences have ended: each waits for the GPU
 

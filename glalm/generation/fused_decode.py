@@ -6,13 +6,13 @@ The same function as the model's forward, but for where it rounds: sums, norms a
 import torch
 from torch import LongTensor, Tensor, nn
 
-from glalm.model.block import Block, SwiGLU
-from glalm.model.decoder import GLALMForCausalLM, GLALMModel
+from glalm.hf import CheckpointedBlock, GLALMForCausalLM, GLALMModel
+from glalm.model.decoder import SwiGLU
 from glalm.model.layers import GatedRMSNorm, RMSNorm
 from glalm.model.mixers.gla import GatedLinearAttention
 
-PLAIN = {nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList, GLALMForCausalLM, GLALMModel, Block, SwiGLU}
-PLAIN |= {GatedLinearAttention, RMSNorm, GatedRMSNorm}
+PLAIN = {nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList, GLALMForCausalLM, GLALMModel, CheckpointedBlock}
+PLAIN |= {SwiGLU, GatedLinearAttention, RMSNorm, GatedRMSNorm}
 
 
 def serves(model: GLALMForCausalLM) -> bool:
@@ -49,7 +49,7 @@ def next_logits(model: GLALMForCausalLM, token: LongTensor, states: list[Tensor]
     return logits[None]
 
 
-def through(block: Block, x: Tensor, S: Tensor) -> Tensor:
+def through(block: CheckpointedBlock, x: Tensor, S: Tensor) -> Tensor:
     from glalm.kernels.triton.decode_step import gla_decode_step
     from glalm.kernels.triton.matvec import matvec
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,8 @@ class Cost:
 
 def model_cost(config: ModelConfig, T: int) -> Cost:
     """Return the cost of a model with this config on sequences of T tokens."""
-    if not isinstance(config, GLALMConfig):
-        config = GLALMConfig(**vars(config))
     with torch.device("meta"):
-        model = GLALMForCausalLM(config)
-    model.tie_weights()
+        model = CausalLM(config)
     forward = forward_flops(model, T)
     return Cost(sum(p.numel() for p in model.parameters()), forward, 3 * forward)
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.data.files import atomic_write
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 from glalm.model.precision import has_bf16
 from glalm.studies.mqar_config import MQARConfig
 from glalm.train.random_states import seeded
@@ -203,23 +202,23 @@ def captured(step: Callable[[Examples], None], size: int, device: torch.device) 
     return call
 
 
-def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> GLALMForCausalLM:
+def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> CausalLM:
     shape = dataclasses.replace(config.model, layers=mixer, hidden_size=width, vocab_size=config.vocab_size)
     with seeded(config.seed, device):
-        return GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(shape))).to(device)
+        return CausalLM(shape).to(device)
 
 
-def answers(model: GLALMForCausalLM, batch: Examples) -> Tensor:
+def answers(model: CausalLM, batch: Examples) -> Tensor:
     """Logits at the queries alone, [n, pairs, vocabulary] float32: the head is most of such a model's work."""
     device = batch.inputs.device
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-        hidden = model.model(batch.inputs, use_cache=False).last_hidden_state
+        hidden, _ = model.model(batch.inputs)
         at = batch.queries[..., None].expand(-1, -1, hidden.shape[-1])
         return model.lm_head(hidden.gather(1, at)).float()
 
 
 @torch.no_grad()
-def accuracy(model: GLALMForCausalLM, test: Examples, batch_size: int) -> float:
+def accuracy(model: CausalLM, test: Examples, batch_size: int) -> float:
     """The part of all queries whose value is the likeliest token."""
     model.eval()
     right = [

@@ -28,12 +28,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import ProcessGroup
-from transformers import PreTrainedModel
 
 from glalm.config.run import CheckpointConfig
 from glalm.data.files import file_sha256, flush_to_disk, fsync_path
+from glalm.hf import GLALMConfig
 from glalm.train import random_states, staging
 from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
 from glalm.train.staging import CheckpointError, SlicesByFile
@@ -229,7 +229,7 @@ class CheckpointSaver:
         files = {name: staging.encode_safetensors(slices) for name, slices in (staged or tensors).items()}
         if self._rank == 0:
             content = {"step": state.step, "processes": self._world_size, "tokens": state.tokens, **metadata}
-            files["config.json"] = [state.model.config.to_json_string().encode()]
+            files["config.json"] = [GLALMConfig.from_model_config(state.model.config).to_json_string().encode()]
             files["state.json"] = [json.dumps(content, indent=1).encode()]
         self._pending = self._executor.submit(self._write_checkpoint, state.step, files)
         if staged is None:
@@ -305,7 +305,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(list_checkpoints(folder).values()), None)
 
 
-def load_model(path: Path, model: PreTrainedModel) -> dict:
+def load_model(path: Path, model: nn.Module) -> dict:
     """Load the parameters of a verified checkpoint into `model` in place, and return the content of state.json.
 
     The model may be sharded differently than the one that was saved.

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from glalm.config.run import TrainConfig
-from glalm.model.block import Block
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import Block, CausalLM
 
 # Costly to make again, and small beside what elementwise operations would keep.
 aten = torch.ops.aten
@@ -29,7 +28,7 @@ KERNELS = {"glalm", "torch_attn"}  # the namespaces of ours, and of torch's atte
 VARIANTS = 32  # compiled forms of a block: mixers x fresh or carried state x shapes
 
 
-def prepare_block_forwards(model: GLALMForCausalLM, config: TrainConfig, device: torch.device) -> None:
+def prepare_block_forwards(model: CausalLM, config: TrainConfig, device: torch.device) -> None:
     """Replaces each block's forward by the one that the config asks for. Before the model is sharded or wrapped.
 
     Only forward, not the module: parameters keep their names, and FSDP2's hooks stay outside what is compiled and

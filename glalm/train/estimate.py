@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from glalm.config.run import RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
-from glalm.model.hf_config import GLALMConfig
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
 from glalm.train.compile import prepare_block_forwards
@@ -56,8 +55,7 @@ def device_here() -> Device:
 
 def sizes(config: RunConfig) -> Sizes:
     with torch.device("meta"):
-        model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
-    model.tie_weights()
+        model = CausalLM(config.model)
     blocks = [_numel(block) for block in model.model.layers]
     moments = {"Muon": 1, "AdamW": 2}
     kept = sum(
@@ -128,8 +126,7 @@ def activations(model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, 
     half to the other, without generating code.
     """
     traced = compiled or train.activation_checkpointing == "selective"  # whose cache autograd does not see
-    config = dataclasses.asdict(model) | {"mixer": mixer, "layers": None, "num_hidden_layers": 1, "vocab_size": 8}
-    shape = GLALMForCausalLM(GLALMConfig(**config))
+    shape = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
     prepare_block_forwards(shape, dataclasses.replace(train, compile=False), torch.device("cpu"))
     block = shape.model.layers[0]
     if traced:

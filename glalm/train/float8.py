@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, require
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.train.state import BatchPlan
 
 CAPABILITY = (8, 9)
@@ -41,7 +41,7 @@ def check_float8_support(config: RunConfig, accelerator: Accelerator) -> None:
     )
 
 
-def convert_to_float8(model: GLALMForCausalLM) -> None:
+def convert_to_float8(model: CausalLM) -> None:
     """Makes the large linear layers of the blocks train in float8, in place. Before prepare_blocks and sharding.
 
     The products x W^T, dy W and dy^T x are of e4m3 x [.., in] and W [out, in] and e5m2 dy [.., out], each cast with one

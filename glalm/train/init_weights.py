@@ -12,14 +12,14 @@ from glalm.config.run import DATA_RECORD, RunConfig, describe_differences
 from glalm.config.strict import ConfigError, flatten_tree, require
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import Tokenizer
+from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
 from glalm.train.run_dir import read_run_record
 
 
-def build_initial_model(config: RunConfig, from_scratch: bool) -> GLALMForCausalLM:
+def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     """Build the model of config.model on the CPU, with the same weights on every process.
 
     Args:
@@ -29,9 +29,8 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> GLALMForCausal
         ConfigError: train.init_from holds no model, another model than config.model, or a model of another tokenizer.
     """
     torch.manual_seed(config.seed)
-    model_config = GLALMConfig(**dataclasses.asdict(config.model))
     if config.train.init_from is None or not from_scratch:
-        return GLALMForCausalLM(model_config)
+        return CausalLM(config.model)
 
     folder = Path(config.train.init_from)
     require(
@@ -44,7 +43,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> GLALMForCausal
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.init_from={folder}: {error}") from error
     stored_fields = flatten_tree({"model": model_fields(model.config)})
-    if differences := describe_differences(stored_fields, flatten_tree({"model": model_fields(model_config)})):
+    if differences := describe_differences(stored_fields, flatten_tree({"model": model_fields(config.model)})):
         lines = "\n  ".join(differences)
         raise ConfigError(f"train.init_from={folder} holds another model than model.*:\n  {lines}")
     known = tokenizer_fingerprints(folder)
@@ -54,7 +53,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> GLALMForCausal
         "with. Prepare the data with the tokenizer of the model (scripts/prepare_data.py --tokenizer). If both give "
         "the same ids, remove the tokenizer from the model's folder instead.",
     )
-    return model
+    return model.to_core()
 
 
 def tokenizer_fingerprints(folder: Path) -> set[str]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from glalm.config.run import RunConfig, format_set_key
 from glalm.config.strict import require
+from glalm.model.decoder import CausalLM
 from glalm.train import random_states
 from glalm.train.guards import UpdateGuard
 
@@ -77,7 +77,7 @@ class TrainState:
     `Trainer.step` changes it. glalm.train.checkpoint saves what `state_dict` returns.
     """
 
-    model: PreTrainedModel
+    model: CausalLM
     optimizers: list[Optimizer]
     guard: UpdateGuard | None = None
     step: int = 0  # optimizer steps taken, skipped ones included

@@ -57,13 +57,13 @@ def accumulate(accelerator: Accelerator, model: nn.Module, batch: Batch, config:
                 with accelerator.autocast():
                     out = model(
                         **model_inputs(segment),
-                        past_key_values=state,
-                        use_cache=len(segments) > 1,
+                        cache=state,
+                        return_cache=len(segments) > 1,
                         z_loss=config.train.z_loss,
                     )
                 loss = out.loss * (part / len(segments))
                 loss.backward()
-            state = detached(out.past_key_values)
+            state = detached(out.cache)
             total += loss.detach()
     return total
 

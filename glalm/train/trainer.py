@@ -13,7 +13,7 @@ from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Windows, training_batches
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.train import float8, optim, parallel
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, rank_and_world_size
@@ -40,7 +40,7 @@ from glalm.train.watchdog import Watchdog
 
 # evaluate(model, step, precision, heartbeat) -> metrics. All ranks call it after every step and before the first one.
 # It returns {} where it does not evaluate, calls `heartbeat` while it works, and leaves the model as it was.
-Evaluate = Callable[[GLALMForCausalLM, int, str, Callable[[int], object]], dict[str, float]]
+Evaluate = Callable[[CausalLM, int, str, Callable[[int], object]], dict[str, float]]
 
 
 def train(
@@ -144,7 +144,7 @@ def fit(
 def examine(
     config: RunConfig,
     accelerator: Accelerator,
-    model: GLALMForCausalLM,
+    model: CausalLM,
     wrapped: nn.Module,
     validation: Windows,
     evaluate: Evaluate | None,
@@ -166,7 +166,7 @@ def examine(
 
 def build(
     config: RunConfig, accelerator: Accelerator, anew: bool = True
-) -> tuple[GLALMForCausalLM, nn.Module, list[Optimizer]]:
+) -> tuple[CausalLM, nn.Module, list[Optimizer]]:
     """The model with its initial weights, the same on every process; the module to train it by; its optimisers.
 
     anew: whether these weights will be trained; else a checkpoint's take their place.

@@ -31,7 +31,7 @@ def validate(
     ):
         batch = on_device(batch, accelerator)
         with accelerator.autocast():
-            loss = model(**model_inputs(batch), use_cache=False).loss
+            loss = model(**model_inputs(batch)).loss
         scored = (batch["labels"] != IGNORE_INDEX).sum()
         total += torch.stack([loss * scored, scored])
         alive()

@@ -3,8 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 @pytest.fixture(scope="session")

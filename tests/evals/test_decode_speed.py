@@ -9,8 +9,7 @@ from glalm.evals import decode_speed
 from glalm.evals.eval_model import Subject, state_bytes
 from glalm.evals.evaluator import Work
 from glalm.evals.options import DecodeSpeedConfig, EvalConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

@@ -28,8 +28,7 @@ from glalm.evals.extrapolation import (
     spans,
 )
 from glalm.evals.options import EvalConfig, ExtrapolationConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 T = 8
 EDGES = bucket_edges(T, 96)

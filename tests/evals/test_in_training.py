@@ -25,8 +25,8 @@ from glalm.evals.options import (
     TrainingRun,
 )
 from glalm.evals.runner import evaluate
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.random_states import preserve_random_states
 from glalm.train.trainer import train
@@ -86,7 +86,7 @@ def test_what_a_set_has_got_since_the_run_began_is_left_out(run_config, change, 
     prepare_data([f"more={tmp_path / 'more.jsonl'}"], folder, add=True, progress=False)
     assert TokenSet(folder, "validation").num_documents > before
     settings = EvalConfig(name=config.name, runs_dir=config.runs_dir, data_path=str(folder))
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    model = CausalLM(config.model)
     afterwards = open_checkpoint(settings, config.folder / "checkpoints/step_6", torch.device("cpu"), "fp32")
     for subject in (as_subject(model, "fp32", config, settings), afterwards):
         assert open_split(settings, subject, "validation").num_documents == before
@@ -104,7 +104,7 @@ def test_evaluators_are_given_what_the_config_says(evaluating, change, monkeypat
         CHEAP, evals=["generate"], batch_size=3, data_dir="tasks", needle=NeedleConfig(), harness=HarnessConfig(limit=5)
     )
     config = change(evaluating, train_evals=options, seed=7)
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    model = CausalLM(config.model)
     assert make_evaluator(config)(model, 0, "bf16", int) == {}
     [(subject, settings)] = seen
     given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}
@@ -132,7 +132,7 @@ def test_random_states_are_kept():
 
 def test_the_copy_is_the_model_and_nothing_of_it_is_shared():
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    model = GLALMForCausalLM(GLALMConfig(**shape, tie_word_embeddings=True)).train()
+    model = CausalLM(ModelConfig(**shape, tie_word_embeddings=True)).train()
     twin = copy_of(model)
     ids = torch.arange(20)[None]
     assert torch.equal(twin(ids).logits, model(ids).logits)

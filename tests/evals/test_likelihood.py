@@ -8,8 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from glalm.config.strict import ConfigError
 from glalm.evals.eval_model import Subject
 from glalm.evals.likelihood import batches, carried, log_likelihoods, score_shared
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

@@ -15,9 +15,8 @@ from glalm.evals.eval_model import Subject, learned_positions, open_split, open_
 from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels.cross_entropy import IGNORE_INDEX
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
 from glalm.prepare.pipeline import prepare_data
 
 CPU = torch.device("cpu")

@@ -15,8 +15,7 @@ from glalm.evals.eval_model import Subject
 from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity, summarise
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):

@@ -25,8 +25,8 @@ from glalm.evals.eval_model import run_tokenizer
 from glalm.evals.evaluator import Work
 from glalm.evals.options import EVALUATORS, EvalConfig, ExtrapolationConfig, GenerateConfig
 from glalm.evals.runner import evaluate, processes
+from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.trainer import train
 

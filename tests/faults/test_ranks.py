@@ -219,12 +219,12 @@ def drawing(folder: str, config: RunConfig) -> int:
     """Each rank draws from every generator, saves, draws, loads, and draws the same again; not so another rank."""
     from accelerate import Accelerator
 
-    from glalm.model.decoder import GLALMForCausalLM
-    from glalm.model.hf_config import GLALMConfig
+    from glalm.model.config import ModelConfig
+    from glalm.model.decoder import CausalLM
 
     rank = Accelerator().process_index
     random_states.seed_random_states(0, 0, rank)
-    model = GLALMForCausalLM(GLALMConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2))
+    model = CausalLM(ModelConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2))
     state = TrainState(model, [], step=3)
     path = save(Path(folder) / "saves", state)
 

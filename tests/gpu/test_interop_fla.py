@@ -13,8 +13,7 @@ fla_models = pytest.importorskip("fla.models", reason="needs flash-linear-attent
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 from glalm.compat import fla  # noqa: E402
-from glalm.model.decoder import GLALMForCausalLM  # noqa: E402
-from glalm.model.hf_config import GLALMConfig  # noqa: E402
+from glalm.hf import GLALMConfig, GLALMForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from glalm.config.strict import build_dataclass
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.flops import forward_flops, model_cost
-from glalm.model.hf_config import GLALMConfig
 from glalm.model.layers import ShortConv
 from glalm.model.mixers import MIXERS
 

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import glalm.hf
 from glalm.compat import fla
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50, "intermediate_size": 48, "num_heads": 4}
 BASE |= {"norm_eps": 1e-5, "architectures": ["GLAForCausalLM"], "dtype": "float64", "max_position_embeddings": 2048}
@@ -279,7 +277,7 @@ def test_that_librarys_own_classes_go_first(published, tokens, monkeypatch):
     folder, weights = published(**THEIRS["gla"])
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
     AutoConfig.register("gla", Theirs, exist_ok=True)
-    glalm.register(configuration_auto)
+    glalm.hf.register()
     assert type(AutoConfig.from_pretrained(folder)) is Theirs
     loaded = GLALMForCausalLM.from_pretrained(folder)
     expected = their_logits(THEIRS["gla"], weights, tokens(9))

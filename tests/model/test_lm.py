@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
 
 
 def gla_by_hand(weights: dict, config: GLALMConfig, input_ids: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
 from glalm.model.mixers import MIXERS
 
 CHOICES = {

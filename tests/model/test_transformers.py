@@ -1,6 +1,5 @@
 """At home in transformers: what its users do with any model, done with ours."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -31,8 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import glalm.hf
 from glalm.compat import fla
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
-from glalm.model.decoder import GLALMForCausalLM, GLALMModel
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel
 from glalm.model.mixers.gla import GLAOptions
 
 HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
@@ -57,31 +55,31 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="w0", pad_token="w0", padding_side="left")
 
 
-def test_importing_the_package_registers_the_auto_classes(saved):
-    """Without importing torch itself, and also where generation, which imports them too, comes first."""
+def test_importing_hf_registers_the_auto_classes(saved):
+    """Importing the package alone imports and registers nothing."""
     _, folder = saved()
     code = f"""
 import sys, glalm
-assert "torch" not in sys.modules
-from transformers import GenerationMixin, AutoModelForCausalLM
-assert "glalm.model" not in sys.modules
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+from transformers import AutoModelForCausalLM
+import glalm.hf
 print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "glalm.model.decoder", done.stderr
+    assert done.stdout.strip() == "glalm.hf", done.stderr
 
 
-def test_so_does_importing_it_after_transformers(monkeypatch):
+def test_another_librarys_model_types_stay_its_own(monkeypatch):
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {"retnet": "another library's"})
-    importlib.reload(glalm)
-    assert {name: CONFIG_MAPPING[name] for name in glalm.MODEL_TYPES} == {
-        "glalm": glalm.ConfigOnDemand,
-        "gla": glalm.ConfigOnDemand,
-        "transformer": glalm.ConfigOnDemand,
+    glalm.hf.register()
+    assert {name: CONFIG_MAPPING[name] for name in glalm.hf.MODEL_TYPES} == {
+        "glalm": GLALMConfig,
+        "gla": GLALMConfig,
+        "transformer": GLALMConfig,
         "retnet": "another library's",
     }
-    assert set(glalm.MODEL_TYPES) == {"glalm", *fla.FORMATS}
+    assert set(glalm.hf.MODEL_TYPES) == {"glalm", *fla.FORMATS}
 
 
 def test_auto_classes(saved, tokens):
@@ -407,7 +405,7 @@ def test_prefix_tuning_is_refused(tiny, tokens):
     shape = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 2, "num_virtual_tokens": 3}
     model = peft.get_peft_model(tiny().float(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", **shape))
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, not a StateCache; .* take LoRA"):
+        with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, not a StateCache\. .* use LoRA"):
             call(input_ids=tokens(1, 5))
 
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-from glalm.model.decoder import GLALMForCausalLM, GLALMModel
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
 if SOURCE is None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from glalm.config.run import CheckpointConfig, OptimConfig
 from glalm.data.files import file_sha256
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMForCausalLM
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint, staging
 from glalm.train.checkpoint import CheckpointError, CheckpointSaver, CheckpointWriter, latest_checkpoint
 from glalm.train.optim import build_optimizers
@@ -30,14 +31,14 @@ from glalm.train.state import TrainState
 def train_tiny(seed: int = 0, steps: int = 2, tied: bool = False, optimizer: str = "adamw") -> TrainState:
     """Return the state of a tiny model after `steps` optimizer steps on random tokens."""
     torch.manual_seed(seed)
-    config = GLALMConfig(
+    config = ModelConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8, tie_word_embeddings=tied
     )
-    model = GLALMForCausalLM(config)
+    model = CausalLM(config)
     state = TrainState(model, build_optimizers(model, OptimConfig(name=optimizer)))
     for _ in range(steps):
         ids = torch.randint(30, (2, 8))
-        model(ids, labels=ids).loss.backward()
+        model(ids, shift_labels=ids).loss.backward()
         for each in state.optimizers:
             each.step()
             each.zero_grad()

@@ -14,8 +14,8 @@ from glalm.data.loader import Windows, pack_documents
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.kernels.cross_entropy import IGNORE_INDEX
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import trainer
 from glalm.train.step import model_inputs
@@ -43,10 +43,10 @@ def weights(config) -> dict[str, torch.Tensor]:
     return load_file(config.folder / "checkpoints" / f"step_{config.train.steps}" / "model.safetensors")
 
 
-def tiny_model() -> GLALMForCausalLM:
+def tiny_model() -> CausalLM:
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
-    return GLALMForCausalLM(GLALMConfig(**shape, initializer_range=0.3)).double()
+    return CausalLM(ModelConfig(**shape, initializer_range=0.3)).double()
 
 
 def test_reset_equals_separate_documents(two_sources):

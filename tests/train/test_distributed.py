@@ -1,6 +1,5 @@
 """Many processes train the same model as one: the same losses, norms and weights, but for the order of sums."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,8 +13,7 @@ from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass
 from glalm.data.files import read_jsonl
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 from glalm.train import parallel, step, trainer
 from glalm.train.parallel import check_devices, has_fp32_parameters, refuse_launcher_settings
 
@@ -153,7 +151,7 @@ def test_processes_without_a_gpu_of_their_own(environ, message):
 
 
 def test_mixers_with_parameters_of_their_own_are_gathered_in_float32(config):
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    model = CausalLM(config.model)
     gla, mamba2 = model.model.layers
     assert has_fp32_parameters(mamba2) and not has_fp32_parameters(gla)
 

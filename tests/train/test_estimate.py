@@ -1,14 +1,15 @@
 """The estimates against what a real model has, keeps and needs."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from glalm.config.run import OptimConfig, TrainConfig
 from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
-from glalm.model.hf_config import GLALMConfig
 from glalm.train import estimate
 from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
 from glalm.train.optim import build_optimizers
@@ -17,8 +18,8 @@ MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediat
 H200 = Device("NVIDIA H200", 140 * GIB, True)
 
 
-def real(config, **changes) -> GLALMForCausalLM:
-    return GLALMForCausalLM(GLALMConfig(**(vars(config.model) | changes)))
+def real(config, **changes) -> CausalLM:
+    return CausalLM(dataclasses.replace(config.model, **changes))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -30,7 +31,7 @@ def test_parameters_and_moments_are_exact(run_config, change, optimizer):
     )
     model = real(config)
     made = build_optimizers(model, config.optim)
-    model(torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
+    model(torch.zeros(1, 8, dtype=torch.long), shift_labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
     kept = 0
     for each in made:
         each.step()

@@ -15,8 +15,7 @@ from glalm.evals import perplexity
 from glalm.evals.eval_model import open_subject
 from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.tokenizer_training import train_sentencepiece
 from glalm.train import checkpoint

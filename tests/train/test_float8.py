@@ -1,6 +1,5 @@
 """train.float8: the large linear layers of the blocks, in training alone, by torchao's emulation on the CPU."""
 
-import dataclasses
 import json
 import sys
 from functools import partial
@@ -16,9 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from glalm.config.run import TrainConfig
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
+from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 from glalm.train import float8
 from glalm.train.compile import prepare_block_forwards
 from glalm.train.trainer import train
@@ -38,15 +37,15 @@ def emulated(monkeypatch):
     monkeypatch.setattr(float8, "check_float8_support", lambda config, accelerator: None)
 
 
-def gla(layers: int = 1, **shape) -> GLALMForCausalLM:
+def gla(layers: int = 1, **shape) -> CausalLM:
     torch.manual_seed(0)
     config = ModelConfig(**SHAPE | {"num_hidden_layers": layers} | shape)
-    return GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config))).train()
+    return CausalLM(config).train()
 
 
 def tokens(T: int = 64) -> dict[str, torch.Tensor]:
     ids = torch.randint(320, (2, T + 1), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:], "use_cache": False}
+    return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
 
 
 def step(model) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Blocks that are compiled, or made again in the backward, compute what plain ones do."""
 
-import dataclasses
 from functools import partial
 
 import pytest
@@ -8,10 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from glalm.config.run import TrainConfig
-from glalm.model.block import Block
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import Block, CausalLM
 from glalm.model.mixers import MIXERS
 from glalm.train import compile
 from glalm.train.compile import prepare_block_forwards
@@ -22,11 +19,11 @@ CPU = torch.device("cpu")
 KEPT = ["none", "selective", "full"]
 
 
-def tiny(layers: str, **train) -> GLALMForCausalLM:
+def tiny(layers: str, **train) -> CausalLM:
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
     config = ModelConfig(layers=layers, initializer_range=0.2, **shape)
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config))).train()
+    model = CausalLM(config).train()
     prepare_block_forwards(model, TrainConfig(**train), CPU)
     return model
 
@@ -60,7 +57,7 @@ def test_one_graph_without_a_break_for_each_mixer(layers, counting):
     model, batch = tiny(layers, compile=True), tokens(16)
     gradients(model, batch)
     with torch.no_grad():
-        model.eval()(**tokens(9), use_cache=False)
+        model.eval()(**tokens(9))
     found = gradients(model.train(), batch)
     assert counting.frame_count == kinds
     torch.testing.assert_close(found, gradients(tiny(layers), batch), rtol=1e-5, atol=1e-6)
@@ -73,13 +70,13 @@ def test_documents_and_segments_of_any_number_share_a_graph(layers, counting):
     for starts in ([0], [0, 3, 9], [0, 1, 2, 3, 4]):
         at = torch.zeros(2, 16, dtype=torch.bool)
         at[:, starts] = True
-        model(**model_inputs({"input_ids": ids, "labels": ids, "starts": at}), use_cache=False).loss.backward()
+        model(**model_inputs({"input_ids": ids, "labels": ids, "starts": at})).loss.backward()
     assert counting.frame_count == 1
     state = None
     for _ in range(4):
-        out = model(**tokens(8), past_key_values=state, use_cache=True)
+        out = model(**tokens(8), cache=state, return_cache=True)
         out.loss.backward()
-        state = detached(out.past_key_values)
+        state = detached(out.cache)
     assert counting.frame_count == 3  # from an empty state, and from a given one
 
 

@@ -1,14 +1,11 @@
 """Truncated backpropagation: the state is handed from segment to segment, the gradient is not."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.decoder import CausalLM
 from glalm.train import parallel
 from glalm.train.step import accumulate
 
@@ -30,9 +27,9 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
-def model_of(config: RunConfig) -> GLALMForCausalLM:
+def model_of(config: RunConfig) -> CausalLM:
     torch.manual_seed(0)
-    model = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(config.model)))
+    model = CausalLM(config.model)
     with torch.no_grad():  # for gates and states that matter
         for p in model.parameters():
             p.mul_(3) if p.dim() > 1 else None
@@ -63,9 +60,9 @@ def test_gradients_are_those_of_each_segment_from_its_given_state(segmented, lay
         state = None
         if start:
             with torch.no_grad():
-                state = model(rows["input_ids"][:, :start], use_cache=True).past_key_values
+                state = model(rows["input_ids"][:, :start], return_cache=True).cache
         inputs, labels = (rows[name][:, start : start + SEGMENT] for name in ("input_ids", "labels"))
-        loss = model(inputs, past_key_values=state, shift_labels=labels).loss
+        loss = model(inputs, cache=state, shift_labels=labels).loss
         (loss * SEGMENT / T).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
@@ -81,7 +78,7 @@ def test_the_cut_is_a_cut(segmented):
 def test_memory_is_that_of_a_segment(segmented, monkeypatch):
     """No more than one segment's activations are alive at a time."""
     alive, most = 0, []
-    forward = GLALMForCausalLM.forward
+    forward = CausalLM.forward
 
     def counted(self, *args, **kwargs):
         nonlocal alive
@@ -96,7 +93,7 @@ def test_memory_is_that_of_a_segment(segmented, monkeypatch):
         out.loss.register_hook(freed)
         return out
 
-    monkeypatch.setattr(GLALMForCausalLM, "forward", counted)
+    monkeypatch.setattr(CausalLM, "forward", counted)
     trained(segmented())
     assert most == [1] * (T // SEGMENT * ROWS // 2)
 

@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 
 TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
@@ -51,7 +51,7 @@ def test_schedule_without_warmup_and_all_warmup():
 
 
 def test_every_group_gets_the_rate():
-    made = build_optimizers(GLALMForCausalLM(GLALMConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
+    made = build_optimizers(CausalLM(ModelConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
     set_learning_rate(made, 0.25)
     groups = [group for optimizer in made for group in optimizer.param_groups]
     assert [(g["lr"], g["initial_lr"]) for g in groups] == [(0.25, 0.5)] * 3
@@ -60,7 +60,7 @@ def test_every_group_gets_the_rate():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_who_decays_and_who_is_orthogonalised(name, tied):
-    model = GLALMForCausalLM(GLALMConfig(**TINY, tie_word_embeddings=tied))
+    model = CausalLM(ModelConfig(**TINY, tie_word_embeddings=tied))
     made = build_optimizers(model, OptimConfig(name=name, weight_decay=0.5))
     found = {
         id(p): (type(optimizer).__name__, group["weight_decay"])
@@ -113,7 +113,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_two_steps_are_muons():
-    model = GLALMForCausalLM(GLALMConfig(**TINY))
+    model = CausalLM(ModelConfig(**TINY))
     w = model.model.layers[0].mlp.down_proj.weight
     [muon, _] = build_optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.5, lr=0.01, min_lr=0.01))
     expected, momentum = w.detach().double(), 0.0
@@ -130,7 +130,7 @@ def test_two_steps_are_muons():
 def muon_on_shards(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    whole, sharded = (GLALMForCausalLM(GLALMConfig(**TINY)) for _ in range(2))
+    whole, sharded = (CausalLM(ModelConfig(**TINY)) for _ in range(2))
     torch.manual_seed(0)
     for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
         torch.nn.init.normal_(p)

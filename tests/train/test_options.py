@@ -9,7 +9,7 @@ from glalm.config.run import OptimConfig
 from glalm.data.files import read_jsonl
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.hf import GLALMForCausalLM
 from glalm.train import trainer
 
 

@@ -13,8 +13,9 @@ from transformers import LlamaTokenizer
 from glalm.config.run import CheckpointConfig
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMForCausalLM
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError, CheckpointSaver, latest_checkpoint
@@ -34,7 +35,7 @@ from glalm.train.trainer import train
 def save(folder, step: int, **metadata):
     """Save a tiny model and return the checkpoint."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
-    state = TrainState(GLALMForCausalLM(GLALMConfig(vocab_size=30, **shape)), [], step=step, tokens=9)
+    state = TrainState(CausalLM(ModelConfig(vocab_size=30, **shape)), [], step=step, tokens=9)
     with CheckpointSaver(folder, CheckpointConfig(asynchronous=False, keep_last=100)) as saver:
         saver.save(state, metadata)
     return folder / f"step_{step}"

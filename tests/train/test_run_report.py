@@ -4,9 +4,8 @@ import time
 import pytest
 import torch
 
-from glalm.model.decoder import GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.model.flops import forward_flops
-from glalm.model.hf_config import GLALMConfig
 from glalm.train import report
 from glalm.train.environment import environment, git_state, peak_flops
 from glalm.train.report import Meter
@@ -30,7 +29,7 @@ def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(4 * 4 * 16 / 8)
     assert row["tokens_per_second_per_gpu"] == pytest.approx(4 * 4 * 16 / 8 / 2)
     assert row["data_wait_seconds"] == pytest.approx(0.25)
-    operations = 3 * forward_flops(GLALMForCausalLM(GLALMConfig(**vars(run_config.model))), 16)
+    operations = 3 * forward_flops(CausalLM(run_config.model), 16)
     assert row["mfu"] == pytest.approx(4 * 4 * 16 / 8 / 2 * operations / 1e9)
     meter.restart(14)
     now[0] += 1

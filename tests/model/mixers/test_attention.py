@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig
 
 
 def as_llama(weights: dict) -> dict:

@@ -56,8 +56,7 @@ def test_the_sum_of_the_weights_may_leave_float16(choice, tiny):
 
 
 def test_hedgehog_starts_as_the_identity(tiny):
-    from glalm.model.decoder import GLALMForCausalLM
-    from glalm.model.hf_config import GLALMConfig
+    from glalm.hf import GLALMConfig, GLALMForCausalLM
 
     config = GLALMConfig(**tiny().config.to_dict() | {"mixer": "linear", "linear": {"feature_map": "hedgehog"}})
     weight = GLALMForCausalLM(config).model.layers[0].attn.k_map.weight

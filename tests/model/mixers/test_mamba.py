@@ -65,8 +65,7 @@ def test_is_transformers_layer(choice, tiny):
 
 @pytest.mark.parametrize("choice", CHOICES[:2], ids=str)
 def test_starts_as_transformers_does(choice, tiny):
-    from glalm.model.decoder import GLALMForCausalLM
-    from glalm.model.hf_config import GLALMConfig
+    from glalm.hf import GLALMConfig, GLALMForCausalLM
 
     model = GLALMForCausalLM(GLALMConfig(**tiny(**choice).config.to_dict()))
     weights, reference = dict(model.model.layers[0].attn.named_parameters()), theirs(tiny(**choice))

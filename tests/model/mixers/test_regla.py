@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import elu, relu
 
-from glalm.model.decoder import GLALMForCausalLM
-from glalm.model.hf_config import GLALMConfig
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 def regla(w, x, config):

@@ -187,7 +187,7 @@ def test_accuracy_counts_queries():
     model = mqar.build(SMALL, "gla", 32, torch.device("cpu"))
     task = draw(count=50, length=16, pairs=2, vocab_size=32)
     with torch.no_grad():
-        predicted = model(task.inputs, use_cache=False).logits.argmax(-1).gather(1, task.queries)
+        predicted = model(task.inputs).logits.argmax(-1).gather(1, task.queries)
     assert mqar.accuracy(model, Examples(task.inputs, task.queries, predicted), 7) == 1
     wrong = predicted.clone()
     wrong[:5, 0] = (wrong[:5, 0] + 1) % 32

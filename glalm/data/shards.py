@@ -15,7 +15,8 @@ can begin before preparation ends.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +73,10 @@ class TokenSet:
 
         for file in tokenizer["files"]:
             _require_file(self.folder, file["file"])
-        shards = [shard for source in entry["sources"].values() for shard in source["shards"]]
-        self._files = [file for shard in shards for file in shard["files"].values()]
+        shards = list(chain.from_iterable(source["shards"] for source in entry["sources"].values()))
+        self._files = _list_files(shards)
         if manifest:
-            self._check_unchanged(current)
+            self._check_unchanged(current["splits"][split])
         self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
         # Each shard's document borders: where its documents begin and end.
         self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]
@@ -83,11 +84,13 @@ class TokenSet:
         self._first_document = np.cumsum([0, *(len(borders) - 1 for borders in self._borders)])
         if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
             path = self.folder / MANIFEST
-            raise ValueError(f"{path}: the shards of {split} do not add up to its counts. {_advise(self.folder)}")
+            raise ValueError(
+                f"{path}: the shards of {split} do not add up to its counts. {_advise_overwrite(self.folder)}"
+            )
 
     def read_tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of the stream: [stop - start], a read-only view if one shard holds them all."""
-        parts = [self._shards[i].read_range(first, last) for i, first, last in self._locate(start, stop)]
+        parts = [self._shards[i].read_range(first, last) for i, first, last in self._locate_range(start, stop)]
         if not parts:
             return np.empty(0, dtype=self.manifest["dtype"])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -95,7 +98,7 @@ class TokenSet:
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Return those of the positions [start, stop) of the stream at which a document begins: int64, rising."""
         found = [np.empty(0, dtype=np.int64)]
-        for i, first, last in self._locate(start, stop):
+        for i, first, last in self._locate_range(start, stop):
             borders = self._borders[i].read_range(0, len(self._borders[i]))
             begin, end = np.searchsorted(borders[:-1], (first, last))
             found.append(borders[begin:end] + self._first_token[i])
@@ -121,9 +124,11 @@ class TokenSet:
         for file in [*self.manifest["tokenizer"]["files"], *self._files]:
             path = _require_file(self.folder, file["file"])
             if file_sha256(path) != file["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of the manifest. {_advise(self.folder)}")
+                raise ValueError(
+                    f"{path} is damaged: its SHA-256 is not that of the manifest. {_advise_overwrite(self.folder)}"
+                )
 
-    def _locate(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def _locate_range(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield where tokens [start, stop) lie: the index of a shard, and start and stop within it."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}): {self.split} has tokens [0, {self.num_tokens})")
@@ -135,11 +140,9 @@ class TokenSet:
             start = end
             i += 1
 
-    def _check_unchanged(self, current: dict) -> None:
-        found = {}
-        for source in current["splits"][self.split]["sources"].values():
-            for shard in source["shards"]:
-                found |= {file["file"]: file for file in shard["files"].values()}
+    def _check_unchanged(self, entry: dict) -> None:
+        shards = chain.from_iterable(source["shards"] for source in entry["sources"].values())
+        found = {file["file"]: file for file in _list_files(shards)}
         for file in self._files:
             if found.get(file["file"]) != file:
                 raise ValueError(
@@ -159,10 +162,10 @@ class TokenSet:
                 shape, _, found = np.lib.format.read_array_header_1_0(file)
                 header = file.tell()
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}). {_advise(self.folder)}") from error
+            raise ValueError(f"{path} is damaged ({error}). {_advise_overwrite(self.folder)}") from error
         if shape != (length,) or found != dtype:
             expected = f"{dtype}[{length}]"
-            raise ValueError(f"{path} holds {found}{list(shape)}, not {expected}. {_advise(self.folder)}")
+            raise ValueError(f"{path} holds {found}{list(shape)}, not {expected}. {_advise_overwrite(self.folder)}")
         # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands.
         content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
         content.flags.writeable = False
@@ -175,7 +178,9 @@ class TokenSet:
         path = _require_file(self.folder, file["file"])
         size = path.stat().st_size
         if size != file["bytes"]:
-            raise ValueError(f"{path} has {size} bytes, not the manifest's {file['bytes']}. {_advise(self.folder)}")
+            raise ValueError(
+                f"{path} has {size} bytes, not the manifest's {file['bytes']}. {_advise_overwrite(self.folder)}"
+            )
         return path, size
 
 
@@ -197,9 +202,9 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
         name = manifest.get("format")
         version = manifest.get("version")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_advise(folder)}") from error
+        raise ValueError(f"{path} is damaged ({error}). {_advise_overwrite(folder)}") from error
     if name != FORMAT or (version != VERSION and not (any_version and isinstance(version, int))):
-        raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {_advise(folder)}")
+        raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {_advise_overwrite(folder)}")
     return manifest
 
 
@@ -218,10 +223,14 @@ def count_leftover_tokens(tokens: int, length: int) -> int:
     return (tokens - 1) % length if tokens > length else tokens
 
 
+def _list_files(shards: Iterable[dict]) -> list[dict]:
+    return list(chain.from_iterable(shard["files"].values() for shard in shards))
+
+
 def _require_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so the set is incomplete. {_advise(folder)}")
+        raise FileNotFoundError(f"{path} is missing, so the set is incomplete. {_advise_overwrite(folder)}")
     return path
 
 
@@ -234,5 +243,5 @@ def _explain_missing_manifest(folder: Path) -> str:
     return f"To prepare a set, run: {command} {folder} SOURCE"
 
 
-def _advise(folder: Path) -> str:
+def _advise_overwrite(folder: Path) -> str:
     return f"To prepare the set again, run: python scripts/prepare_data.py --out {folder} --overwrite SOURCE"

@@ -64,16 +64,16 @@ def make_plan(
         ValueError: `out` has a set with other settings or inputs, or files that are not part of a set.
     """
     if overwrite or (not add and _has_older_format(out, bar)):
-        return _begin(out, settings, inputs, tokenizer, on_error, bar)
+        return _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
     required = None if add else settings
     if (out / PLAN).exists():
-        return _resume(out, required, inputs)
+        return _resume_plan(out, required, inputs)
     (out / JOURNAL).unlink(missing_ok=True)  # It is left where a process was killed just after it completed the set.
     if (out / MANIFEST).exists():
         return _plan_addition(out, required, inputs, bar)
     if add:
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
-    return _begin(out, settings, inputs, tokenizer, on_error, bar)
+    return _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
 
 
 def _has_older_format(out: Path, bar: ProgressBar) -> bool:
@@ -83,7 +83,7 @@ def _has_older_format(out: Path, bar: ProgressBar) -> bool:
     return version < VERSION
 
 
-def _begin(
+def _plan_new_set(
     out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, on_error: str, bar: ProgressBar
 ) -> Plan:
     """Save the plan and the tokenizer of a new set. A set in `out` is removed once nothing can be refused any more."""
@@ -140,7 +140,7 @@ def list_fields(settings: dict) -> list[str]:
     return [settings[key] for key in ("text_field", "source_field") if settings[key]]
 
 
-def _resume(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
+def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
     """Return the plan that was interrupted.
 
     Raises:

@@ -38,6 +38,17 @@ class Input:
     size: int
     mtime_ns: int | None
 
+    def __str__(self) -> str:
+        return f"{self.source}, {self.name}"
+
+    def has_changed(self) -> bool:
+        """Return whether a file has changed since its source was opened."""
+        return False
+
+    def compute_sha256(self) -> str | None:
+        """Return the SHA-256 of a file."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Return what the plan and inputs.jsonl say of an input."""
         return {"source": self.source, "name": self.name, "bytes": self.size, "mtime_ns": self.mtime_ns}
@@ -57,7 +68,6 @@ class FileInput(Input):
         return read_file(self.path, fields)
 
     def has_changed(self) -> bool:
-        """Return whether the file has changed since the source was opened."""
         status = self.path.stat()
         return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
 
@@ -72,20 +82,11 @@ class HubInput(Input):
     dataset: Any  # datasets.IterableDataset
     index: int
 
-    def __str__(self) -> str:
-        return f"{self.source}, {self.name}"
-
     def read_records(self, fields: list[str]) -> Chunks:
         dataset = self.dataset
         if dataset.column_names:
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
         return read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
-
-    def has_changed(self) -> bool:
-        return False
-
-    def compute_sha256(self) -> str | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,12 @@ def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
 
 def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -> str:
     """Return a message that counts skipped files by suffix, without those in the folder `out`; "" if there are none."""
-    paths = [path for source in sources for path in source.skipped_files if out not in path.resolve().parents]
-    counts = Counter(path.suffix.lower() or "no suffix" for path in paths).most_common()
-    found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+    counts = Counter()
+    for source in sources:
+        for path in source.skipped_files:
+            if out not in path.resolve().parents:
+                counts[path.suffix.lower() or "no suffix"] += 1
+    found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
     return f"Skipped files that do not end in {', '.join(SUFFIXES)}: {found}" if counts else ""
 
 

@@ -60,7 +60,7 @@ class GrowingArray:
         if not length:
             self._write_header()
 
-    def append(self, values: np.ndarray) -> None:
+    def append(self, values: np.ndarray | list[int]) -> None:
         self._file.write(np.ascontiguousarray(values, dtype=self.dtype))
         self.length += len(values)
 
@@ -108,12 +108,12 @@ class ShardWriter:
         if not self._counts:
             self._counts = dict.fromkeys(COUNTS, 0)
             self._open_arrays(0, 0)
-            self._borders.append(np.zeros(1))
+            self._borders.append([0])
         self._counts["documents"] += 1
         self._counts["tokens"] += len(ids)
         self._counts["text_bytes"] += text_bytes
         self._tokens.append(ids)
-        self._borders.append(np.array([self._counts["tokens"]]))
+        self._borders.append([self._counts["tokens"]])
 
     def commit(self) -> dict:
         """Flush everything to disk, and return the state from which another ShardWriter resumes."""
@@ -148,7 +148,9 @@ class ShardWriter:
         self._borders = GrowingArray(borders_path, np.dtype("int64"), borders)
 
     def _remove_uncommitted_files(self) -> None:
-        committed = {self.root / file["file"] for shard in self.shards for file in shard["files"].values()}
+        committed = set()
+        for shard in self.shards:
+            committed |= {self.root / file["file"] for file in shard["files"].values()}
         for path in self._shard_paths() if self._counts else ():
             committed.add(temporary_path(path))
             if path.exists():  # The shard was finished after the commit.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from glalm.generation.cuda_graph import Step, prefill
+from glalm.generation.cuda_graph import DecodeStep, prefill_prompt
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 SIZES = {  # width, layers, GLA's heads, SwiGLU's width, vocabulary
@@ -56,13 +56,13 @@ def glalm(size: str, device: str) -> Runner:
     model = made(GLALMForCausalLM, config, device)
 
     def read(ids: Tensor, room: int):
-        return prefill(model, ids, None, None, 2**15)[1]
+        return prefill_prompt(model, ids, None, None, 2**15)[1]
 
     def blank(B: int, T: int, room: int):
         return read(torch.zeros(B, 16, dtype=torch.int64, device=device), room)
 
     def step(cache) -> Stepper:
-        made = Step(model, cache)
+        made = DecodeStep(model, cache)
         made.load(cache)
         return made
 

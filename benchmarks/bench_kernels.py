@@ -29,6 +29,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from glalm import kernels
+from glalm.generation.cuda_graph import GraphCapture
 from glalm.kernels import chunk_gla
 from glalm.kernels.triton import gla, launch_configs
 from glalm.kernels.triton.saved import SavedForBackward
@@ -101,13 +102,10 @@ def median(call: Callable[[], object], leaves: list[Tensor], graph: bool) -> flo
 
 def captured(call: Callable[[], object], leaves: list[Tensor]) -> Callable[[], None]:
     """The call as one CUDA graph. What it makes, the gradients too, lies in the graph's memory."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # which a capture that fails does not leave by itself
-        call()  # kernels are compiled and libraries set up, which a capture forbids
-        clear(leaves)  # a gradient that is there would be added to
-        with torch.cuda.graph(graph, stream=side):
-            call()
+    capture = GraphCapture(torch.device("cuda"))
+    capture.warm_up(call)
+    clear(leaves)  # The graph would add to gradients that exist.
+    graph, _ = capture.capture(call)
     return graph.replay
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "generation": CORE,
     "compat": CORE,
     "evals": {*CORE, "generation", "compat"},
-    "studies": {*CORE, "evals"},
+    "studies": {*CORE, "evals", "generation"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}
 PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.html_report", "evals.published"), NO_MODEL)

@@ -18,7 +18,7 @@ from glalm.evals.eval_model import Subject, state_bytes
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.plot import bytes_of, plot_decoding
-from glalm.generation.cuda_graph import Decoder
+from glalm.generation.cuda_graph import CudaGraphGenerator
 
 LENGTHS = (1, 2, 4, 8, 16)  # training lengths
 SEGMENT = 2048  # tokens read at once on the way to a length
@@ -107,7 +107,7 @@ def decode(subject: Subject, length: int, config: EvalConfig, work: Work, idle: 
 def stepping(subject: Subject, state) -> Callable[[Tensor], Tensor]:
     """From a token [B, 1] to the likeliest next one, and on. Ours step as generation by model/decode.py does."""
     if subject.ours:
-        step = Decoder(subject.model).step_from(state)
+        step = CudaGraphGenerator(subject.model).start_step(state)
         return lambda token: step(token).argmax(-1, keepdim=True)
 
     def read(token: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Fast decoding: one token for every sequence as one CUDA graph, over states that are updated in place.
+"""Fast generation: decode one token of every sequence by one CUDA graph, with states that are updated in place.
 
-A step of a recurrent model reads the same buffers whatever the length behind it, so it is captured once for a batch
-size and replayed: nothing of it is left to Python. What comes after the logits (transformers' processors, sampling,
-stopping) runs as usual, but the host looks only now and then whether all sequences have ended.
+A decoding step of a recurrent model uses the same buffers whatever the length of the text. It is therefore captured
+once for a batch size and then replayed, without Python in the loop. transformers' logits processors, sampling and
+stopping criteria run as usual after each step.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import LongTensor, Tensor
@@ -15,25 +17,59 @@ from glalm.hf import GLALMForCausalLM
 from glalm.kernels.recurrent import states_in_place
 from glalm.model.cache import StateCache
 
-CHECK = 16  # tokens between two looks at whether all sequences have ended: each waits for the GPU
+# Tokens between two checks of whether all sequences have ended. Each check waits for the GPU.
+STOP_CHECK_INTERVAL = 16
+
+UNSUPPORTED_INPUTS = ("inputs_embeds", "cu_seqlens", "position_ids")
+REQUIRED_SETTINGS = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
 
 
-class Decoder:
-    """`model.generate(ids, custom_generate=Decoder(model), ...)`: greedy and sampled generation, faster.
+class GraphCapture:
+    """Captures functions as CUDA graphs on a stream of one GPU.
 
-    The prompts are read in chunks of prefill_chunk tokens in all, so that their length costs no memory. The graph and
-    the states of the last batch size are kept. Steps run without a graph on the CPU, over several devices, and where a
-    layer's state grows with the length, as softmax attention's. Weights may change between calls, and autocast may.
-    transformers hands no streamer to a custom_generate: to stream, leave it out.
+    Call `warm_up` at least once before `capture`: libraries initialise themselves in their first calls, which is not
+    possible during a capture.
+    """
+
+    def __init__(self, device: torch.device):
+        # torch.cuda.graph's own default stream belongs to the GPU that the process captured on first.
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, function: Callable[[], object]) -> None:
+        """Run `function` on the stream, in order with the work of the current stream."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            function()
+        current.wait_stream(self.stream)
+
+    def capture(self, function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+        """Record `function` without running it. Return the graph, and the result, whose tensors every replay fills."""
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph itself does not restore the current stream if the capture fails.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+            result = function()
+        return graph, result
+
+
+class CudaGraphGenerator:
+    """Greedy and sampled generation by CUDA graphs: model.generate(ids, custom_generate=CudaGraphGenerator(model)).
+
+    The graph and the states of the last batch size are reused. Weights may change between calls, and so may autocast.
+    Steps run without a graph on the CPU, for a model on several devices, and if the state of a layer grows with the
+    text, as that of softmax attention does. transformers passes no streamer to a custom_generate.
+
+    Prompts are read in chunks of `prefill_chunk` tokens of the whole batch, so long prompts need no more memory.
     """
 
     def __init__(self, model: GLALMForCausalLM, prefill_chunk: int = 2**15):
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: expected a positive number of tokens, got {prefill_chunk}")
-        self.model, self.prefill_chunk = model, prefill_chunk
-        self.step: Step | None = None
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.step: DecodeStep | None = None
 
-    @torch.inference_mode(False)  # buffers made inside it could never be written again outside
+    @torch.inference_mode(False)  # Buffers created in inference mode could never be written outside of it.
     @torch.no_grad()
     def __call__(
         self,
@@ -44,145 +80,160 @@ class Decoder:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> LongTensor:
-        """As transformers calls it: [B, T] prompts, left-padded where attention_mask is 0, to [B, T + new] tokens."""
-        self.check(model, generation_config)
-        for name in ("inputs_embeds", "cu_seqlens", "position_ids"):
-            if model_kwargs.get(name) is not None:
-                raise ValueError(f"{name}: a Decoder reads whole sequences of input_ids; leave custom_generate out")
-        mask, past = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        logits, cache = prefill(model, input_ids, mask, past, self.prefill_chunk)
-        step = self.step_from(cache)
-        (B, start), pad = input_ids.shape, generation_config._pad_token_tensor
+        """Continue prompts [B, T], padded on the left where attention_mask is 0, to [B, T + new tokens].
+
+        transformers calls this with its own arguments.
+        """
+        self._check_arguments(model, generation_config, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        past = model_kwargs.get("past_key_values")
+        logits, cache = prefill_prompt(model, input_ids, mask, past, self.prefill_chunk)
+        step = self.start_step(cache)
+        B, start = input_ids.shape
+        pad = generation_config._pad_token_tensor
         ids = torch.cat([input_ids, input_ids.new_empty(B, stopping_criteria.max_length - start)], 1)
-        going, lengths = ids.new_ones(B, dtype=torch.bool), ids.new_full((B,), start)
+        running = ids.new_ones(B, dtype=torch.bool)
+        lengths = ids.new_full((B,), start)
         for t in range(start, ids.shape[1]):
-            logits = logits if t == start else step(ids[:, t - 1 : t])
+            if t > start:
+                logits = step(ids[:, t - 1 : t])
             scores = logits_processor(ids[:, :t], logits.float())
             chosen = scores.softmax(-1).multinomial(1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
-            ids[:, t] = chosen if pad is None else torch.where(going, chosen, pad)
-            lengths += going
-            going &= ~stopping_criteria(ids[:, : t + 1], None)
-            if (not ids.is_cuda or (t - start) % CHECK == CHECK - 1) and not going.any():
+            ids[:, t] = chosen if pad is None else torch.where(running, chosen, pad)
+            lengths += running
+            running &= ~stopping_criteria(ids[:, : t + 1], None)
+            check_now = not ids.is_cuda or (t - start) % STOP_CHECK_INTERVAL == STOP_CHECK_INTERVAL - 1
+            if check_now and not running.any():
                 break
         return ids[:, : int(lengths.max())]
 
-    def check(self, model: GLALMForCausalLM, config: GenerationConfig) -> None:
+    def _check_arguments(self, model: GLALMForCausalLM, config: GenerationConfig, model_kwargs: dict) -> None:
         if model is not self.model:
-            raise ValueError("custom_generate: this Decoder was made for another model; make one with Decoder(model)")
-        for name, served in (("num_beams", 1), ("return_dict_in_generate", False), ("use_cache", True)):
-            if getattr(config, name) not in (served, None):
+            raise ValueError(
+                "custom_generate: this CudaGraphGenerator was made for another model; use CudaGraphGenerator(model)"
+            )
+        for name, supported in REQUIRED_SETTINGS.items():
+            value = getattr(config, name)
+            if value not in (supported, None):
                 raise ValueError(
-                    f"{name}={getattr(config, name)}: a Decoder serves {name}={served} alone; leave custom_generate out"
+                    f"{name}={value}: CudaGraphGenerator supports only {name}={supported}; leave custom_generate out"
+                )
+        for name in UNSUPPORTED_INPUTS:
+            if model_kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: CudaGraphGenerator reads whole sequences of input_ids; leave custom_generate out"
                 )
 
-    def step_from(self, cache: StateCache) -> "Step":
-        """A step that continues the cache: the last one's, where all that a graph has fixed is the same."""
-        if self.step is None or self.step.growing or self.step.made_for != setting(self.model, cache.states):
-            self.step = None  # frees its buffers before there are new ones
-            self.step = Step(self.model, cache)
-        self.step.load(cache)
+    def start_step(self, cache: StateCache) -> "DecodeStep":
+        """Return a step that continues the cache. The last one is reused if everything in its graph is still valid."""
+        reusable = self.step is not None and not self.step.state_grows
+        if not reusable or self.step.fixed != fixed_in_graph(self.model, cache.states):
+            self.step = None  # Free its buffers before the new ones are allocated.
+            self.step = DecodeStep(self.model, cache)
+        self.step.load_states(cache)
         return self.step
 
 
-def prefill(
+def prefill_prompt(
     model: GLALMForCausalLM, ids: LongTensor, mask: Tensor | None, past: StateCache | None, chunk: int
 ) -> tuple[Tensor, StateCache]:
-    """Reads what past has not seen of ids [B, T], chunk tokens of the batch at a time.
+    """Read the tokens of ids [B, T] that `past` has not seen, `chunk` tokens of the batch at a time.
 
-    Returns the last token's logits [B, vocabulary], and the state behind it.
+    Returns:
+        The logits of the last position [B, vocabulary], and the cache after it.
     """
     cache = past or StateCache()
     if cache.seen >= ids.shape[1]:
         raise ValueError(
-            f"past_key_values has seen {cache.seen} tokens and input_ids has {ids.shape[1]}: nothing is left to "
-            "predict from"
+            f"past_key_values has seen {cache.seen} tokens and input_ids has {ids.shape[1]}, so no token is left to "
+            "predict from. Pass a cache of fewer tokens."
         )
-    each = max(1, chunk // len(ids))
-    for start in range(cache.seen, ids.shape[1], each):
-        end = min(start + each, ids.shape[1])
-        seen = None if mask is None else mask[:, :end]
+    T = max(1, chunk // len(ids))
+    for start in range(cache.seen, ids.shape[1], T):
+        end = min(start + T, ids.shape[1])
+        mask_so_far = None if mask is None else mask[:, :end]
         out = model(
-            ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
+            ids[:, start:end],
+            attention_mask=mask_so_far,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = out.past_key_values
     return out.logits[:, -1], cache
 
 
-class Step:
-    """step(tokens [B, 1]) -> logits [B, vocabulary], over states of its own that each call moves on by a token."""
+class DecodeStep:
+    """A decoding step, tokens [B, 1] to logits [B, vocabulary], over its own copy of a cache's states.
+
+    Each call advances the states by one token. The logits of a captured step are overwritten by the next call.
+    """
 
     def __init__(self, model: GLALMForCausalLM, cache: StateCache):
-        self.model, self.graph = model, None
-        self.made_for = setting(model, cache.states)
+        self.model = model
+        self.fixed = fixed_in_graph(model, cache.states)
         self.states = tree_map(torch.clone, cache.states)
-        first = tree_leaves(self.states)[0]
-        self.tokens = torch.zeros(len(first), 1, dtype=torch.int64, device=model.model.embeddings.weight.device)
-        one_gpu = self.tokens.is_cuda and {p.device for p in model.parameters()} == {self.tokens.device}
-        self.lean = one_gpu and len(first) == 1 and fused_decode.serves(model)
-        self.growing = False
-        before = shapes(self.states)
-        self.logits = self.forward()
-        self.growing = shapes(self.states) != before
-        if one_gpu and not self.growing:
-            self.capture()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.state_grows = False
+        B = len(tree_leaves(self.states)[0])
+        self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=model.model.embeddings.weight.device)
+        on_one_gpu = self.tokens.is_cuda and {p.device for p in model.parameters()} == {self.tokens.device}
+        self.fused = on_one_gpu and B == 1 and fused_decode.is_supported(model)
+        shapes = shapes_and_dtypes(self.states)
+        self.logits = self._forward()
+        self.state_grows = shapes_and_dtypes(self.states) != shapes
+        if on_one_gpu and not self.state_grows:
+            with torch.cuda.device(self.tokens.device):
+                capture = GraphCapture(self.tokens.device)
+                capture.warm_up(self._forward)
+                self.graph, self.logits = capture.capture(self._forward)
 
-    def forward(self) -> Tensor:
-        with states_in_place(), without_autocast_cache(self.tokens.device.type):
-            if self.lean:
-                return fused_decode.next_logits(self.model, self.tokens, self.states)
-            past = StateCache(self.states)
-            out = self.model(self.tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
-        states = out.past_key_values.states
-        if self.growing or shapes(states) != shapes(self.states):
-            self.states = states
-        else:
-            copy(states, self.states)
-        return out.logits[:, -1]
-
-    def capture(self) -> None:
-        with torch.cuda.device(self.tokens.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries set themselves up on their first calls, which a capture forbids
-                self.forward()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            # torch's own stream for this is one of the GPU that the process captured on first.
-            with torch.cuda.graph(self.graph, stream=side):
-                self.logits = self.forward()
-
-    def load(self, cache: StateCache) -> None:
-        if self.growing:
+    def load_states(self, cache: StateCache) -> None:
+        """Continue from a cache with states of the same shapes."""
+        if self.state_grows:
             self.states = tree_map(torch.clone, cache.states)
         else:
-            copy(cache.states, self.states)
+            copy_states(cache.states, self.states)
 
     def __call__(self, tokens: LongTensor) -> Tensor:
         self.tokens.copy_(tokens)
         if self.graph is None:
-            return self.forward()
+            return self._forward()
         self.graph.replay()
         return self.logits
 
+    def _forward(self) -> Tensor:
+        with states_in_place(), without_autocast_cache(self.tokens.device.type):
+            if self.fused:
+                return fused_decode.decode_token(self.model, self.tokens, self.states)
+            out = self.model(self.tokens, past_key_values=StateCache(self.states), use_cache=True, logits_to_keep=1)
+        states = out.past_key_values.states
+        if self.state_grows or shapes_and_dtypes(states) != shapes_and_dtypes(self.states):
+            self.states = states
+        else:
+            copy_states(states, self.states)
+        return out.logits[:, -1]
+
 
 def without_autocast_cache(device: str) -> torch.autocast:
-    """Autocast as it is, but for its cache, whose copies of the weights a graph would go on reading once freed."""
-    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)
+    """Return the present autocast without its cache, because a graph would read its copies of weights once freed."""
+    dtype = torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
 
 
-def setting(model: GLALMForCausalLM, states: list) -> list:
-    """What a captured step has fixed: the states' shapes and dtypes, where the weights lie, and autocast."""
+def fixed_in_graph(model: GLALMForCausalLM, states: list) -> list:
+    """Return all that a captured step has fixed: autocast, the states' shapes and dtypes, the weights' addresses."""
     device = model.model.embeddings.weight.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return [autocast, *shapes(states), *((p.data_ptr(), p.dtype) for p in model.parameters())]
+    return [autocast, *shapes_and_dtypes(states), *((p.data_ptr(), p.dtype) for p in model.parameters())]
 
 
-def shapes(states: list) -> list[tuple[torch.Size, torch.dtype]]:
+def shapes_and_dtypes(states: list) -> list[tuple[torch.Size, torch.dtype]]:
     return [(x.shape, x.dtype) for x in tree_leaves(states)]
 
 
-def copy(source: list, target: list) -> None:
+def copy_states(source: list, target: list) -> None:
+    """Copy the tensors of `source` into those of `target`, except for tensors that are the same object."""
     for a, b in zip(tree_leaves(source), tree_leaves(target), strict=True):
         if a is not b:
             b.copy_(a)

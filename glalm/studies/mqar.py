@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.data.files import atomic_write
+from glalm.generation.cuda_graph import GraphCapture
 from glalm.model.decoder import CausalLM
 from glalm.model.precision import has_bf16
 from glalm.studies.mqar_config import MQARConfig
@@ -179,22 +180,17 @@ class Progress:
 def captured(step: Callable[[Examples], None], size: int, device: torch.device) -> Callable[[Examples], None]:
     """`step`, as one CUDA graph from its fourth batch of `size` sequences on: kernels of such a model are shorter than
     their launches."""
-    static, graph, eager, side = None, torch.cuda.CUDAGraph(), 0, torch.cuda.Stream(device)
+    capture, static, graph, eager = GraphCapture(device), None, None, 0
 
     def call(batch: Examples) -> None:
-        nonlocal static, eager
+        nonlocal static, graph, eager
         if len(batch) != size or eager < EAGER:
             eager += len(batch) == size
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                step(batch)
-            torch.cuda.current_stream(device).wait_stream(side)
+            capture.warm_up(lambda: step(batch))
             return
-        if static is None:
+        if graph is None:
             static = Examples(*(torch.empty_like(x) for x in vars(batch).values()))
-            # Runs nothing. torch's own stream for this is one of the GPU that the process captured on first.
-            with torch.cuda.graph(graph, stream=side):
-                step(static)
+            graph, _ = capture.capture(lambda: step(static))
         for mine, given in zip(vars(static).values(), vars(batch).values(), strict=True):
             mine.copy_(given)
         graph.replay()

@@ -1,4 +1,4 @@
-"""Decoder against transformers' own generation loop, in float64: the same tokens. On the GPU: with CUDA graphs."""
+"""CudaGraphGenerator against transformers' generation loop, in float64: the same tokens. On GPUs: with graphs."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from test_generation import GREEDY, SAMPLED, left_padded
 from test_mixers import CHOICES
 
 from glalm.generation import cuda_graph
-from glalm.generation.cuda_graph import Decoder
+from glalm.generation.cuda_graph import CudaGraphGenerator
 
 every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 
@@ -14,7 +14,7 @@ every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 @every_choice
 def test_continues_as_transformers_does(choice, tiny, tokens):
     model = tiny(**choice)
-    decoder = Decoder(model, prefill_chunk=10)
+    decoder = CudaGraphGenerator(model, prefill_chunk=10)
     for lengths in ((9, 9), (3, 12), (7,)):  # the second reuses the states of the first
         inputs = left_padded(*(tokens(n, seed=n) for n in lengths))
         expected = model.generate(**inputs, **GREEDY)
@@ -24,7 +24,7 @@ def test_continues_as_transformers_does(choice, tiny, tokens):
 def test_draws_the_same(tiny, tokens):
     model, inputs = tiny(), left_padded(tokens(5), tokens(9))
     found = []
-    for options in ({}, {"custom_generate": Decoder(model)}):
+    for options in ({}, {"custom_generate": CudaGraphGenerator(model)}):
         torch.manual_seed(0)
         found.append(model.generate(**inputs, repetition_penalty=1.3, **options, **SAMPLED))
     assert torch.equal(*found)
@@ -35,7 +35,7 @@ def test_what_was_generated_is_seen_by_the_processors(tiny, tokens):
     settings = GREEDY | {"max_new_tokens": 30}
     free, expected = (model.generate(**inputs, **settings, no_repeat_ngram_size=n)[:, 9:] for n in (0, 1))
     assert any(len(row.unique()) < 30 for row in free) and all(len(row.unique()) == 30 for row in expected)
-    found = model.generate(**inputs, **settings, no_repeat_ngram_size=1, custom_generate=Decoder(model))
+    found = model.generate(**inputs, **settings, no_repeat_ngram_size=1, custom_generate=CudaGraphGenerator(model))
     assert torch.equal(found[:, 9:], expected)
 
 
@@ -43,16 +43,16 @@ def test_a_given_state_is_continued_and_left_as_it_was(tiny, tokens):
     model, ids = tiny(), tokens(2, 20)
     cache = model(ids[:, :19], use_cache=True).past_key_values
     before = [S.clone() for S in cache.states]
-    found = model.generate(ids, past_key_values=cache, custom_generate=Decoder(model), **GREEDY)
+    found = model.generate(ids, past_key_values=cache, custom_generate=CudaGraphGenerator(model), **GREEDY)
     assert torch.equal(found, model.generate(ids, **GREEDY))
     assert all(torch.equal(a, b) for a, b in zip(before, cache.states, strict=True))
     with pytest.raises(ValueError, match="past_key_values has seen 19 tokens"):
-        model.generate(ids[:, :19], past_key_values=cache, custom_generate=Decoder(model), **GREEDY)
+        model.generate(ids[:, :19], past_key_values=cache, custom_generate=CudaGraphGenerator(model), **GREEDY)
 
 
 @pytest.mark.parametrize("check", [1, 3, 16])
 def test_rows_that_ended_are_padded_and_cut(tiny, tokens, monkeypatch, check):
-    monkeypatch.setattr(cuda_graph, "CHECK", check)
+    monkeypatch.setattr(cuda_graph, "STOP_CHECK_INTERVAL", check)
     model, ids = tiny(), tokens(3, 9)
     free = model.generate(ids, **GREEDY)[:, 9:]
     ends = free[[0, 1, 2], [0, 2, 4]].tolist()
@@ -60,22 +60,24 @@ def test_rows_that_ended_are_padded_and_cut(tiny, tokens, monkeypatch, check):
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **settings)
     assert expected.shape[1] < 21 and expected[0, 10:].tolist() == [0] * (expected.shape[1] - 10)
-    assert torch.equal(model.generate(ids, attention_mask=mask, custom_generate=Decoder(model), **settings), expected)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, custom_generate=CudaGraphGenerator(model), **settings), expected
+    )
 
 
 def test_a_recurrent_step_keeps_its_buffers(tiny, tokens):
     model = tiny(gla={"short_conv": 4})
-    decoder = Decoder(model)
+    decoder = CudaGraphGenerator(model)
     model.generate(tokens(2, 9), custom_generate=decoder, **GREEDY)
     addresses = [x.data_ptr() for state in decoder.step.states for x in state]
     model.generate(tokens(2, 30), custom_generate=decoder, **GREEDY)
     assert [x.data_ptr() for state in decoder.step.states for x in state] == addresses
-    assert not decoder.step.growing
+    assert not decoder.step.state_grows
 
 
 def test_a_step_is_made_again_where_what_it_fixed_has_changed(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
-    decoder = Decoder(model)
+    decoder = CudaGraphGenerator(model)
 
     def step():
         model.generate(ids, custom_generate=decoder, **GREEDY)
@@ -94,7 +96,7 @@ def test_a_step_is_made_again_where_what_it_fixed_has_changed(tiny, tokens):
 
 def test_a_step_made_in_inference_mode_serves_outside(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
-    decoder = Decoder(model)
+    decoder = CudaGraphGenerator(model)
     with torch.inference_mode():
         expected = model.generate(ids, **GREEDY)
         assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
@@ -105,25 +107,27 @@ def test_steps_keep_no_cast_copies_of_the_weights(tiny, tokens):
     """Autocast's cache would: a graph captured with its copies reads freed memory once autocast ends."""
     model, ids = tiny().float(), tokens(1, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cache = cuda_graph.prefill(model, ids, None, None, 99)[1]
-        before = Decoder(model).step_from(cache)(ids[:, :1])
+        cache = cuda_graph.prefill_prompt(model, ids, None, None, 99)[1]
+        before = CudaGraphGenerator(model).start_step(cache)(ids[:, :1])
         model.lm_head.weight.mul_(2)
-        assert torch.equal(Decoder(model).step_from(cache)(ids[:, :1]), 2 * before)
+        assert torch.equal(CudaGraphGenerator(model).start_step(cache)(ids[:, :1]), 2 * before)
 
 
 def test_what_it_does_not_serve_is_refused(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     for option in ({"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}):
         with pytest.raises(ValueError, match=next(iter(option))):
-            model.generate(ids, custom_generate=Decoder(model), **GREEDY | option)
+            model.generate(ids, custom_generate=CudaGraphGenerator(model), **GREEDY | option)
     with pytest.raises(ValueError, match="inputs_embeds"):
-        model.generate(inputs_embeds=torch.zeros(1, 9, 32).double(), custom_generate=Decoder(model), **GREEDY)
-    with pytest.raises(ValueError, match="cu_seqlens: a Decoder reads whole sequences"):
-        model.generate(ids, cu_seqlens=torch.tensor([0, 4, 9]), custom_generate=Decoder(model), **GREEDY)
+        model.generate(
+            inputs_embeds=torch.zeros(1, 9, 32).double(), custom_generate=CudaGraphGenerator(model), **GREEDY
+        )
+    with pytest.raises(ValueError, match="cu_seqlens: CudaGraphGenerator reads whole sequences"):
+        model.generate(ids, cu_seqlens=torch.tensor([0, 4, 9]), custom_generate=CudaGraphGenerator(model), **GREEDY)
     with pytest.raises(ValueError, match="made for another model"):
-        model.generate(ids, custom_generate=Decoder(tiny(seed=1)), **GREEDY)
+        model.generate(ids, custom_generate=CudaGraphGenerator(tiny(seed=1)), **GREEDY)
     with pytest.raises(ValueError, match="prefill_chunk"):
-        Decoder(model, prefill_chunk=0)
+        CudaGraphGenerator(model, prefill_chunk=0)
 
 
 @pytest.mark.gpu
@@ -131,14 +135,15 @@ def test_what_it_does_not_serve_is_refused(tiny, tokens):
 def test_captured_steps_compute_what_plain_ones_do(choice, tiny, tokens):
     """Logits of every step, bf16 weights; and float32, where the tokens have to be the same too."""
     model = tiny(**({"hidden_size": 128} | choice)).float().cuda()
-    decoder, inputs = Decoder(model), {n: x.cuda() for n, x in left_padded(tokens(70), tokens(40)).items()}
+    decoder, inputs = CudaGraphGenerator(model), {n: x.cuda() for n, x in left_padded(tokens(70), tokens(40)).items()}
     settings = GREEDY | {"max_new_tokens": 20}
     expected = model.generate(**inputs, **settings)
     for _ in range(2):
         assert torch.equal(model.generate(**inputs, custom_generate=decoder, **settings), expected)
-    assert (decoder.step.graph is None) == decoder.step.growing
+    assert (decoder.step.graph is None) == decoder.step.state_grows
     model.bfloat16()
-    step = Decoder(model).step_from(cache := cuda_graph.prefill(model, inputs["input_ids"], None, None, 64)[1])
+    _, cache = cuda_graph.prefill_prompt(model, inputs["input_ids"], None, None, 64)
+    step = CudaGraphGenerator(model).start_step(cache)
     for t in range(5):
         out = model(tokens(2, 1, seed=t).cuda(), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
@@ -150,6 +155,6 @@ def test_captured_steps_compute_what_plain_ones_do(choice, tiny, tokens):
 def test_a_process_captures_on_one_gpu_after_another(tiny, tokens):
     for device in ("cuda:1", "cuda:0"):
         model, ids = tiny(hidden_size=128).float().to(device), tokens(2, 9).to(device)
-        decoder = Decoder(model)
+        decoder = CudaGraphGenerator(model)
         found = model.generate(ids, custom_generate=decoder, **GREEDY)
         assert torch.equal(found, model.generate(ids, **GREEDY)) and decoder.step.graph is not None

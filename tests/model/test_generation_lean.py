@@ -80,14 +80,14 @@ def test_a_kernel_on_the_gpu(check):
 @torch.no_grad()
 def test_is_the_models_step(tiny, tokens):
     model = tiny().float()
-    assert fused_decode.serves(model)
+    assert fused_decode.is_supported(model)
     cache = model(tokens(1, 20), use_cache=True).past_key_values
     states = [S.clone() for S in cache.states]
     for t in range(3):
         token = tokens(1, 1, seed=t)
         out = model(token, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits = fused_decode.next_logits(model, token, states)
+        logits = fused_decode.decode_token(model, token, states)
         torch.testing.assert_close(logits, out.logits[:, -1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(states, cache.states, rtol=1e-3, atol=1e-4)
 
@@ -109,7 +109,7 @@ def test_is_the_models_step(tiny, tokens):
     ids=str,
 )
 def test_serves_the_papers_model_alone(tiny, changes):
-    assert not fused_decode.serves(tiny(**changes).float())
+    assert not fused_decode.is_supported(tiny(**changes).float())
 
 
 def test_serves_no_adapted_layers(tiny):
@@ -117,10 +117,10 @@ def test_serves_no_adapted_layers(tiny):
         pass
 
     model = tiny()
-    assert not fused_decode.serves(model)  # in float64
-    assert fused_decode.serves(model.float())
+    assert not fused_decode.is_supported(model)  # in float64
+    assert fused_decode.is_supported(model.float())
     model.model.layers[0].attn.q_proj = Adapted(32, 16, bias=False)
-    assert not fused_decode.serves(model)
+    assert not fused_decode.is_supported(model)
 
 
 def test_serves_no_hooked_layers(tiny):
@@ -128,24 +128,26 @@ def test_serves_no_hooked_layers(tiny):
     layer = model.model.layers[1].mlp.up_proj
     for hook in (layer.register_forward_hook, layer.register_forward_pre_hook):
         handle = hook(lambda *args: None)
-        assert not fused_decode.serves(model)
+        assert not fused_decode.is_supported(model)
         handle.remove()
-        assert fused_decode.serves(model)
+        assert fused_decode.is_supported(model)
     layer.forward = layer.forward  # as accelerate does it
-    assert not fused_decode.serves(model)
+    assert not fused_decode.is_supported(model)
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_captured_it_is_the_models_step_in_bf16(tiny, tokens):
-    from glalm.generation.cuda_graph import Decoder, prefill
+    from glalm.generation.cuda_graph import CudaGraphGenerator, prefill_prompt
 
     model = tiny(hidden_size=256, num_heads=4, intermediate_size=700).cuda()
     ids = tokens(1, 40).cuda()
-    exact = [prefill(model, torch.cat([ids, tokens(1, 6).cuda()[:, :t]], 1), None, None, 99)[0] for t in range(1, 7)]
+    exact = [
+        prefill_prompt(model, torch.cat([ids, tokens(1, 6).cuda()[:, :t]], 1), None, None, 99)[0] for t in range(1, 7)
+    ]
     model.bfloat16()
-    step = Decoder(model).step_from(prefill(model, ids, None, None, 99)[1])
-    assert step.lean and step.graph is not None
+    step = CudaGraphGenerator(model).start_step(prefill_prompt(model, ids, None, None, 99)[1])
+    assert step.fused and step.graph is not None
     for t, expected in enumerate(exact):
         logits = step(tokens(1, 6).cuda()[:, t : t + 1])
         assert ((logits - expected).norm() / expected.norm()) < 0.03

@@ -1,4 +1,4 @@
-"""Trains a language model: `python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `python train.py --help`."""
+"""Train a language model: `python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `python train.py --help`."""
 
 import atexit
 
@@ -8,6 +8,8 @@ from glalm.evals.options import TrainingRun
 
 
 def main(config: TrainingRun) -> int:
+    """Train, and return 0 or the number of the signal that stopped the run."""
+    # These take seconds to import, so a wrong config is refused before.
     from glalm.train.parallel import leave_process_group
     from glalm.train.trainer import train
 
@@ -18,10 +20,12 @@ def main(config: TrainingRun) -> int:
         evaluate = make_evaluator(config)
     try:
         signum = train(config, evaluate)
-    except ConfigError:  # of all processes, before a collective of their GPUs, for whose end one could wait for another
+    except ConfigError:
+        # All processes raise it, before the first collective of their GPUs, so none can block the others here.
         leave_process_group()
         raise
-    atexit.register(leave_process_group)  # not yet: --multirun's next run is of the same processes
+    # Not before the exit, because the next run of --multirun uses the same processes.
+    atexit.register(leave_process_group)
     return signum
 
 

@@ -35,11 +35,11 @@ from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
 from glalm.model.flops import model_cost
 from glalm.model.mixers.attention import attention_heads
-from glalm.train import optim, parallel, trainer
-from glalm.train.environment import environment, peak_flops
-from glalm.train.estimate import GIB, memory
-from glalm.train.guards import UpdateGuard
-from glalm.train.step import update
+from glalm.train import optim, parallel
+from glalm.train.environment import describe_environment, peak_flops
+from glalm.train.estimate import GIB, estimate_memory
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
 
 
 class Row(NamedTuple):
@@ -67,13 +67,10 @@ def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], T
     """A run's config, and a call that makes one step of it on token ids [batch, T + 1] and returns the loss."""
     config = run_config(row, "gla", changes)
     accelerator = parallel.start_processes(config)
-    _, model, optimizers = trainer.build(config, accelerator)
-    guard, steps = UpdateGuard(config.train.guard, accelerator.device), iter(range(1, 1001))
+    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
 
     def step(ids: Tensor) -> Tensor:
-        batch, number = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}, next(steps)
-        rate = optim.learning_rate(number, config)
-        return update(accelerator, model, optimizers, batch, config, rate, number, guard)[0]
+        return trainer.step({"input_ids": ids[:, :-1], "labels": ids[:, 1:]}).loss
 
     return config, step
 
@@ -142,9 +139,9 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB if CUDA else None
     result["loss"] = loss.item()
     if arguments.estimate and name == "glalm":
-        parts = memory(
-            config, WORLD, parallel.local_world_size(), CUDA, config.train.compile in ("auto", True) and CUDA
-        )
+        compiled = config.train.compile in ("auto", True) and CUDA
+        plan = BatchPlan.from_config(config, WORLD)
+        parts = estimate_memory(config, plan, parallel.local_world_size(), CUDA, compiled)
         result["estimate_gib"] = sum(parts.values()) / GIB
     if arguments.profile:
         result["profile"] = kinds(lambda: step(ids))
@@ -263,7 +260,7 @@ def main() -> None:
                 if first:
                     show(label, name, result)
     if first and arguments.json:
-        record = {"environment": environment(), "changes": arguments.set, "results": results}
+        record = {"environment": describe_environment(), "changes": arguments.set, "results": results}
         arguments.json.write_text(json.dumps(record, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()

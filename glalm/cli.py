@@ -1,9 +1,10 @@
-"""The Hydra entry that train.py and eval.py share."""
+"""The Hydra entry of train.py, eval.py and the other commands: compose the config, check it, run, exit."""
 
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -16,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from glalm.config.strict import ConfigError, RunError, build_dataclass, check_overrides, default_tree, require
 
-# torch's CPU threads wait for each other many times a step, by default spinning. On a machine that does anything
-# else, a spinning thread keeps the core from the one it waits for: training was 20 times slower. OpenMP reads this as
-# torch is imported, so it stands before that.
+# torch's CPU threads wait for each other many times per step, and spin by default. On a machine that does anything
+# else, a spinning thread keeps the core from the thread that it waits for: training was 20 times slower. OpenMP reads
+# this variable when torch is imported, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-if not CONFIGS.is_dir():  # a wheel has the package alone
-    raise ImportError(f"{CONFIGS} is missing: commands run from a clone, installed by `pip install -e .` there")
+if not CONFIGS.is_dir():  # A wheel contains only the package.
+    raise ImportError(f"{CONFIGS} is missing. Commands run from a clone that is installed by `pip install -e .`")
 
 
 def store_defaults(cls: type) -> None:
@@ -52,66 +53,85 @@ def build_config(cls: type, tree: DictConfig):
 
 
 def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
-    """Composes configs/<config_name>.yaml with the command line, builds a `cls` of it and ends with main(config).
+    """Run `main` with the config that configs/<config_name>.yaml and the command line make, and exit.
 
-    A config that cannot be run ends with its message alone and exit code 2, a run that cannot go on likewise with 1;
-    a main that was stopped by a signal with 128 + signal, as shells have it. Of a sweep (--multirun) by one process,
-    configs that cannot be run keep none of the others from it.
+    The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
+    could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds print their message only.
+    In a sweep (--multirun) of one process, a wrong config does not stop the other runs.
+
+    Args:
+        main: Returns 0 or a signal's number.
+        cls: The dataclass of the config.
+        config_name: A file of configs/, without its suffix.
     """
-    refused = []
     store_defaults(cls)
+    with exit_on_error():
+        check_command_line(sys.argv[1:], cls)
+    refused = []
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
-    def entry(tree: DictConfig) -> None:
-        def run() -> int:
+    def run_job(tree: DictConfig) -> None:
+        with exit_on_error():
             try:
-                return main(build_config(cls, tree))
+                signum = main(build_config(cls, tree))
             except ConfigError as error:
-                if HydraConfig.get().mode is not RunMode.MULTIRUN or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+                if not is_sweep or int(os.environ.get("WORLD_SIZE", 1)) > 1:
                     raise
                 print(f"ConfigError: {error}", file=sys.stderr, flush=True)
                 refused.append(error)
-                return 0
-
-        if signum := _explain(run):  # else --multirun goes on with its next
+                return
+        if signum:
             sys.exit(128 + signum)
 
-    groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
-    _explain(lambda: (check_overrides(sys.argv[1:], cls, groups), check_choices(sys.argv[1:]), check_files()))
-    entry()
+    run_job()
     if refused:
         sys.exit(2)
 
 
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn ConfigError and RunError into a message and an exit code."""
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def check_command_line(args: list[str], cls: type) -> None:
+    """Check keys, choices and files before Hydra does, because Hydra's own errors suggest no correction.
+
+    Raises:
+        ConfigError: A key of the command line is unknown, a choice does not exist, or a file of configs/ is not YAML.
+    """
+    check_overrides(args, cls, [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()])
+    check_choices(args)
+    check_config_files()
+
+
 def check_choices(args: list[str]) -> None:
-    """Checks the choices of a command line (`model=gla_tiny`) before Hydra sees them, since its own error names no
-    neighbour. Raises ConfigError at the first that is no file of configs/."""
+    """Raise ConfigError if a choice such as `model=gla_tiny` does not name a file of configs/."""
     if any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args):
-        return  # there are other folders to choose from
+        return  # The user adds other folders to choose from.
     for arg in args:
-        group, _, given = arg.partition("=")
-        files = sorted(p.stem for p in CONFIGS.glob("*/*.yaml") if p.parent.name == group)
-        if not files or any(bracket in given for bracket in "[("):
-            continue  # a list, or a sweep by Hydra's functions
-        for choice in given.strip("'\"").split(","):  # --multirun takes several
-            near = difflib.get_close_matches(choice, files, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            choices = f"{hint}choices: {', '.join(files)}"
-            require(choice in files, f"{group}={choice} is no file of {CONFIGS / group}; {choices}")
+        group, _, value = arg.partition("=")
+        files = sorted(path.stem for path in CONFIGS.glob("*/*.yaml") if path.parent.name == group)
+        if not files or any(bracket in value for bracket in "[("):
+            continue  # It is not a choice, or it is a list or a sweep by Hydra's functions.
+        for choice in value.strip("'\"").split(","):  # --multirun accepts several choices.
+            matches = difflib.get_close_matches(choice, files, n=1)
+            suggestion = f"did you mean {matches[0]}? " if matches else ""
+            require(
+                choice in files,
+                f"{group}={choice} is not a file of {CONFIGS / group}; {suggestion}choices: {', '.join(files)}",
+            )
 
 
-def check_files() -> None:
-    """ConfigError for the first file of configs/ that is no YAML: Hydra shows a page of its own code for it."""
+def check_config_files() -> None:
+    """Raise ConfigError for the first file of configs/ that is not YAML, for which Hydra would print a traceback."""
     for path in sorted(CONFIGS.rglob("*.yaml")):
         try:
             yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {error}") from error
-
-
-def _explain(call: Callable):
-    try:
-        return call()
-    except (ConfigError, RunError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -11,7 +11,6 @@ data with it (scripts/prepare_data.py --tokenizer OUT). docs/linearize.md has th
 """
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from glalm.compat.linearize import MIXERS, distil, linearize
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import TokenSet, read_manifest
-from glalm.model.config import ModelConfig
+from glalm.train.init_weights import model_fields
 
 
 def main() -> int:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         fit(model, llama, args)
     model.save_pretrained(args.out)
     save_tokenizer(args)
-    save_config(model.config.to_model_config(), args.out / "configs" / "model" / "linearized.yaml")
+    save_config(model.config, args.out / "configs" / "model" / "linearized.yaml")
     print(f"wrote {args.out}; go on with")
     print(f"  python train.py --config-dir {args.out}/configs model=linearized train.init_from={args.out} ...")
 
@@ -125,10 +124,10 @@ def save_tokenizer(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
 
 
-def save_config(config: ModelConfig, path: Path) -> None:
+def save_config(config, path: Path) -> None:
     """What train.py needs to know of the model: every field of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(model_fields(config))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -77,13 +78,51 @@ def test_help_explains(script):
         ("train.stpes=3", "unknown key train.stpes; did you mean train.steps?"),
         (
             "parallel=ddq",
-            f"parallel=ddq is no file of {ROOT / 'configs/parallel'}; did you mean ddp? choices: ddp, fsdp2, hsdp",
+            f"parallel=ddq is not a file of {ROOT / 'configs/parallel'}; did you mean ddp? choices: ddp, fsdp2, hsdp",
         ),
-        ("parallel=x", f"parallel=x is no file of {ROOT / 'configs/parallel'}; choices: ddp, fsdp2, hsdp"),
+        ("parallel=x", f"parallel=x is not a file of {ROOT / 'configs/parallel'}; choices: ddp, fsdp2, hsdp"),
     ],
 )
 def test_a_wrong_config_is_one_line(argument, message):
     assert run("train.py", argument, code=2) == f"ConfigError: {message}\n"
+
+
+MISSPELT = [
+    ("train.py", "model.hiden_size=64", "did you mean model.hidden_size?"),
+    ("train.py", "model.mamba2.grups=1", "did you mean model.mamba2.groups?"),
+    ("train.py", "train_evals.needle.sampels=1", "did you mean train_evals.needle.samples?"),
+    ("train.py", "modle=gla_tiny", "did you mean model?"),
+    ("train.py", "model=gla_tniy", "did you mean gla_tiny?"),
+    ("eval.py", "extrapolation.max_lenght=64", "did you mean extrapolation.max_length?"),
+]
+# Run a command in this process, then print which of two slow libraries it has imported.
+RUN_AND_LIST_IMPORTS = """
+import runpy, sys
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", sorted({"transformers", "accelerate"} & sys.modules.keys()))
+"""
+
+
+def cpu_seconds(*args: str) -> float:
+    """Return the processor time of a Python process, which other processes on the machine hardly change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, timeout=300)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("script, argument, message", MISSPELT)
+def test_a_misspelt_key_is_refused_before_slow_imports(script, argument, message):
+    text = run("-c", RUN_AND_LIST_IMPORTS, script, argument, code=2)
+    assert message in text and "imported: []" in text
+
+
+def test_a_misspelt_key_is_refused_in_twice_the_time_of_importing_torch_and_hydra():
+    imports = min(cpu_seconds("-c", "import torch, hydra") for _ in range(3))
+    assert min(cpu_seconds("train.py", "model.hiden_size=64") for _ in range(3)) <= 2 * imports
 
 
 def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
@@ -92,7 +131,7 @@ def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
     small = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "data.seq_len=16"]
     points = ["name=w${optim.warmup_steps}", "train.steps=2", "optim.warmup_steps=1,9,0", "train.batch_size=2"]
     text = run("train.py", *where, *small, *points, code=2)
-    assert text.count("trained to step 2") == 2 and "optim.warmup_steps=9 is longer than train.steps=2" in text
+    assert text.count("Trained to step 2") == 2 and "optim.warmup_steps=9 is longer than train.steps=2" in text
 
 
 def test_a_file_of_configs_that_is_no_yaml_is_named(tmp_path, monkeypatch):
@@ -103,4 +142,4 @@ def test_a_file_of_configs_that_is_no_yaml_is_named(tmp_path, monkeypatch):
     (tmp_path / "experiment" / "mine.yaml").write_text("model:\n  layers: [gla, attention\nseed: 1\n")
     monkeypatch.setattr(cli, "CONFIGS", tmp_path)
     with pytest.raises(ConfigError, match=r"experiment/mine\.yaml is not YAML: (.|\n)*line 2"):
-        cli.check_files()
+        cli.check_config_files()

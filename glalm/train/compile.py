@@ -1,4 +1,4 @@
-"""How each block is run in training: compiled, and with how much of it kept for its backward."""
+"""How blocks run in training: compiled by torch.compile, and with recomputation of activations in the backward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +11,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from glalm.config.run import TrainConfig
 from glalm.model.decoder import Block, CausalLM
 
-# Costly to make again, and small beside what elementwise operations would keep.
+BlockForward = Callable[..., tuple[Tensor, object]]
+
+# Selective checkpointing saves the results of these, which are slow to recompute and small compared with the results of
+# all elementwise operations together.
 aten = torch.ops.aten
-MATMULS = {
+SAVED_OPS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -24,52 +27,59 @@ MATMULS = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-KERNELS = {"glalm", "torch_attn"}  # the namespaces of ours, and of torch's attention over packed sequences
-VARIANTS = 32  # compiled forms of a block: mixers x fresh or carried state x shapes
+SAVED_NAMESPACES = {"glalm", "torch_attn"}  # our kernels, and torch's attention over packed sequences
+# The most compiled variants of a block: mixers x with or without an initial state x shapes.
+RECOMPILE_LIMIT = 32
 
 
-def prepare_block_forwards(model: CausalLM, config: TrainConfig, device: torch.device) -> None:
-    """Replaces each block's forward by the one that the config asks for. Before the model is sharded or wrapped.
+def apply_training_forward(model: CausalLM, config: TrainConfig, device: torch.device) -> None:
+    """Let the blocks of `model` run in training as train.compile and train.activation_checkpointing say.
 
-    Only forward, not the module: parameters keep their names, and FSDP2's hooks stay outside what is compiled and
-    what is made again. Blocks with the same mixer share one compiled graph, so that the time of the first step does
-    not grow with the number of layers. Outside of training blocks run as they are: evaluations come in any shape.
+    Call this before the model is sharded or wrapped. Only `forward` of each block is replaced, not the module, so the
+    parameters keep their names, and FSDP2's hooks are neither compiled nor run again by a recomputation. In evaluation
+    mode the blocks run their own forward, because evaluations come in many shapes.
     """
-    train = RECOMPUTING[config.activation_checkpointing]
-    # torch.compile makes again what is elementwise, but not what the backward needs as a matmul's operand: norms,
-    # SwiGLU's product, weights in bfloat16. These are a quarter of a step's memory, and 2% of its time.
+    training_forward = CHECKPOINTED_FORWARDS[config.activation_checkpointing]
+    # torch.compile recomputes elementwise operations, but saves operands of matrix products: norms, SwiGLU's product,
+    # weights in bfloat16. Recomputing these too saves a quarter of a step's memory for 2% of its time.
     torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
     if device.type == "cuda" if config.compile == "auto" else config.compile:
-        torch._dynamo.reset()  # of a sweep's runs before, whose forms would count
-        torch._dynamo.config.recompile_limit = VARIANTS
-        # Training has few shapes, and a graph for any length would be slower than one for each.
-        train = torch.compile(train, dynamic=False)
+        training_forward = _compile_forward(training_forward)
 
-    def forward(block: Block, x: Tensor, **mixing):
-        return (train if block.training else Block.forward)(block, x, **mixing)
+    def forward(block: Block, x: Tensor, **options) -> tuple[Tensor, object]:
+        block_forward = training_forward if block.training else Block.forward
+        return block_forward(block, x, **options)
 
     for block in model.model.layers:
         block.forward = MethodType(forward, block)
 
 
-def recomputing(**options) -> Callable:
-    """Block.forward that keeps its input, and what `options` say, and makes the rest again in the backward."""
+def _compile_forward(forward: BlockForward) -> BlockForward:
+    """Compile one function for all blocks: blocks with the same mixer then share a graph, however many there are."""
+    torch._dynamo.reset()  # The variants of a sweep's previous run would count towards the limit.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # Training has few shapes, and a graph for all lengths would be slower than one for each.
+    return torch.compile(forward, dynamic=False)
 
-    def forward(block: Block, x: Tensor, **mixing):
-        run = partial(Block.forward, block, **mixing)
+
+def _checkpointed_forward(**options) -> BlockForward:
+    """Return a Block.forward that recomputes activations in the backward pass, with torch's `options` of checkpoint."""
+
+    def forward(block: Block, x: Tensor, **block_options) -> tuple[Tensor, object]:
+        run = partial(Block.forward, block, **block_options)
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **options)
 
     return forward
 
 
-def selective(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    keep = op in MATMULS or op.namespace in KERNELS
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    is_saved = op in SAVED_OPS or op.namespace in SAVED_NAMESPACES
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-RECOMPUTING = {
+CHECKPOINTED_FORWARDS: dict[str, BlockForward] = {
     "none": Block.forward,
     "elementwise": Block.forward,
-    "full": recomputing(),
-    "selective": recomputing(context_fn=partial(create_selective_checkpoint_contexts, selective)),
+    "full": _checkpointed_forward(),
+    "selective": _checkpointed_forward(context_fn=partial(create_selective_checkpoint_contexts, _selective_policy)),
 }

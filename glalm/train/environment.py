@@ -1,4 +1,4 @@
-"""What a run computes with: versions, the source's commit, the device and its speed."""
+"""What a run computes with: versions, the commit of the source, and the device with its peak speed."""
 
 import platform
 import re
@@ -13,8 +13,9 @@ from torch.utils._triton import has_triton_package
 
 import glalm
 
-# bfloat16 matrix products with float32 sums, FLOP/s without sparsity, from NVIDIA's data sheets. The first that fits.
-PEAKS = {
+# FLOP/s of bfloat16 matrix products with float32 accumulation, without sparsity, from NVIDIA's data sheets. The first
+# pattern that matches the device's name counts.
+PEAK_FLOPS = {
     r"\bB200\b": 2250e12,
     r"\bH100 PCIe\b": 756e12,
     r"\bH100 NVL\b": 835e12,
@@ -25,38 +26,43 @@ PEAKS = {
 }
 
 
-def environment(float8: bool = False) -> dict:
-    """{"versions", "git", "device"}, for a run's record; with train.float8 also torchao's version."""
-    versions = {m.__name__: m.__version__ for m in (glalm, torch, transformers, accelerate)}
+def describe_environment(float8: bool = False) -> dict:
+    """Return {"versions", "git", "device"} for a run's record, with torchao's version if the run uses float8."""
+    versions = {module.__name__: module.__version__ for module in (glalm, torch, transformers, accelerate)}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     if has_triton_package():
-        import triton  # some builds are called otherwise when installed
+        import triton  # The package's metadata does not help: some builds are installed under other names.
 
         versions["triton"] = triton.__version__
     if float8:
         versions["torchao"] = metadata.version("torchao")
-    return {"versions": versions, "git": git_state(), "device": device_name(torch.cuda.is_available())}
+    return {"versions": versions, "git": describe_commit(), "device": device_name(torch.cuda.is_available())}
 
 
-def device_name(cuda: bool) -> str:
-    return torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+def device_name(use_gpu: bool) -> str:
+    """Return the name of the current GPU, or of the processor."""
+    return torch.cuda.get_device_name() if use_gpu else platform.processor() or platform.machine()
 
 
-def git_state(folder: Path = Path(glalm.__file__).parent) -> dict | None:
-    """{"commit", "dirty"} of the package's source: dirty when it differs from the commit. None where git has none."""
+def describe_commit(folder: Path = Path(glalm.__file__).parent) -> dict | None:
+    """Return {"commit", "dirty"} of the package's source, or None if it is not in a git repository.
 
-    def git(*args: str) -> str:
+    "dirty" is whether the source differs from the commit.
+    """
+
+    def run_git(*args: str) -> str:
         command = ["git", "-C", str(folder), *args]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not a repository that merely holds an installed copy
-        return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain", "--", ".") != ""}
+        # This fails in a repository that merely contains an installed copy of the package.
+        run_git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": run_git("rev-parse", "HEAD"), "dirty": run_git("status", "--porcelain", "--", ".") != ""}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """The device's peak in bfloat16, FLOP/s; a device by its name. None where it is not in the table."""
+    """Return the peak FLOP/s in bfloat16 of a device, or of the device of this name. None if it is unknown."""
     name = device if isinstance(device, str) else device_name(device.type == "cuda")
-    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)

@@ -1,84 +1,87 @@
-"""Training with the blocks' large linear layers in float8, whose peak is twice bfloat16's. By torchao."""
+"""Train the blocks' large linear layers in float8, whose peak is twice that of bfloat16, by torchao."""
 
 from types import MethodType
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, require
 from glalm.model.decoder import CausalLM
 from glalm.train.state import BatchPlan
 
-CAPABILITY = (8, 9)
-SMALLEST = 512  # features: of a smaller product the casts are too large a part
-MULTIPLE = 16  # of which the sides of a float8 product must be
+MIN_CAPABILITY = (8, 9)
+MIN_FEATURES = 512  # Smaller products do not save as much time as the casts take.
+ALIGNMENT = 16  # The dimensions of a float8 product must be multiples of this.
 
 
-def check_float8_support(config: RunConfig, accelerator: Accelerator) -> None:
-    """Raises ConfigError where train.float8=true cannot be had: no torchao, no such GPU, an odd number of tokens."""
+def check_float8_support(plan: BatchPlan, device: torch.device) -> None:
+    """Raise ConfigError if train.float8=true needs another machine, package or batch.
+
+    It needs torchao, a GPU with float8, and a multiple of ALIGNMENT tokens per forward pass.
+    """
     try:
         import torchao.float8  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"train.float8=true needs torchao ({error}); pip install 'torchao>=0.18', or write train.float8=false"
+            f"train.float8=true needs torchao ({error}). Run pip install 'torchao>=0.18', or set train.float8=false."
         ) from error
-    cuda = accelerator.device.type == "cuda"
-    found = torch.cuda.get_device_capability(accelerator.device) if cuda else (0, 0)
+    has_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if has_gpu else (0, 0)
+    found = f"{torch.cuda.get_device_name()} of {capability[0]}.{capability[1]}" if has_gpu else "a CPU"
     require(
-        found >= CAPABILITY,
-        "train.float8=true needs a GPU of CUDA capability 8.9 or more (L40S, H100, H200, B200), and this is "
-        + (f"{torch.cuda.get_device_name()} of {found[0]}.{found[1]}" if cuda else "a CPU")
-        + "; write train.float8=false",
+        capability >= MIN_CAPABILITY,
+        "train.float8=true needs a GPU of CUDA capability 8.9 or more (L40S, H100, H200, B200), but this is "
+        f"{found}. Set train.float8=false.",
     )
-    plan = BatchPlan.from_config(config, accelerator.num_processes)
     tokens = plan.micro_batch * plan.segment_length
     require(
-        tokens % MULTIPLE == 0,
-        f"train.float8=true: a process has {tokens} tokens at once, no multiple of {MULTIPLE}; write such a "
-        "train.micro_batch_size, data.seq_len or train.tbptt_length, or train.float8=false",
+        tokens % ALIGNMENT == 0,
+        f"train.float8=true: a forward pass has {tokens} tokens, which is not a multiple of {ALIGNMENT}. Change "
+        "train.micro_batch_size, data.seq_len or train.tbptt_length, or set train.float8=false.",
     )
 
 
 def convert_to_float8(model: CausalLM) -> None:
-    """Makes the large linear layers of the blocks train in float8, in place. Before prepare_blocks and sharding.
+    """Let the large linear layers of the blocks train in float8, in place. Call this before sharding and compiling.
 
-    The products x W^T, dy W and dy^T x are of e4m3 x [.., in] and W [out, in] and e5m2 dy [.., out], each cast with one
-    scale that takes its largest absolute value to float8's; they come out in bfloat16, as under autocast. What is not
-    `is_large` stays as it is, and so do embeddings and head.
+    The products x W^T, dy W and dy^T x take x [.., in] and W [out, in] in e4m3 and dy [.., out] in e5m2. Each is cast
+    with one scale that maps its largest absolute value to float8's. The results are bfloat16, as under autocast.
 
-    Parameters stay what they are too, float32 and by the same names: optimisers, checkpoints and exports know nothing
-    of it, and a run may go on with or without. Only training computes in float8: in eval mode, for validation and
-    evaluations, the layers are plain ones, as for those who load the model. Shards are gathered in bfloat16 as ever.
+    The parameters stay float32 and keep their names, so optimizers, checkpoints and exports are the same, and a run may
+    be resumed with or without float8. In evaluation mode the layers compute as plain ones, as they do for everyone who
+    loads the model. Shards are gathered in bfloat16 as without float8.
 
-    Raises ConfigError when no layer is large.
+    Raises:
+        ConfigError: No layer is large enough.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     layers = model.model.layers
-    names = [name for name, module in layers.named_modules() if is_large(module)]
+    names = [name for name, module in layers.named_modules() if is_large_linear(module)]
     require(
-        bool(names),
-        f"train.float8=true: no linear layer of the blocks has {SMALLEST} features or more on both sides, in multiples "
-        f"of {MULTIPLE}; write train.float8=false",
+        len(names) > 0,
+        f"train.float8=true: no linear layer of the blocks has {MIN_FEATURES} or more features on both sides, in "
+        f"multiples of {ALIGNMENT}. Set train.float8=false.",
     )
-    # 1.3B on an H200: 71.9k tokens/s with a scale a tensor, 56.7k with one a row ("rowwise"), 61.9k in bfloat16.
+    # 1.3B on an H200: 71.9k tokens/s with a scale per tensor, 56.7k with one per row ("rowwise"), 61.9k in bfloat16.
     recipe = Float8LinearConfig.from_recipe_name("tensorwise")
-    convert_to_float8_training(layers, config=recipe, module_filter_fn=lambda module, _: is_large(module))
+    convert_to_float8_training(layers, config=recipe, module_filter_fn=lambda module, _: is_large_linear(module))
     for name in names:
         linear = layers.get_submodule(name)
-        linear.forward = MethodType(forward, linear)
+        linear.forward = MethodType(_forward_in_float8_if_training, linear)
 
 
-def is_large(module: nn.Module) -> bool:
-    """Whether it is a linear layer for which float8 pays: not the low-rank ones of gates. Nor a subclass of nn.Linear,
-    whose forward is its own."""
+def is_large_linear(module: nn.Module) -> bool:
+    """Return whether float8 makes this module faster.
+
+    It does not for the low-rank projections of gates. Subclasses of nn.Linear have a forward of their own.
+    """
     if type(module) is not nn.Linear:
         return False
-    sides = module.in_features, module.out_features
-    return min(sides) >= SMALLEST and all(side % MULTIPLE == 0 for side in sides)
+    sides = (module.in_features, module.out_features)
+    return min(sides) >= MIN_FEATURES and all(side % ALIGNMENT == 0 for side in sides)
 
 
-def forward(linear: nn.Linear, x: Tensor) -> Tensor:
-    return (type(linear) if linear.training else nn.Linear).forward(linear, x)
+def _forward_in_float8_if_training(linear: nn.Linear, x: Tensor) -> Tensor:
+    layer_type = type(linear) if linear.training else nn.Linear
+    return layer_type.forward(linear, x)

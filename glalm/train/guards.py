@@ -1,4 +1,4 @@
-"""What a step is guarded by: signals are noted, and an update that would do harm is skipped."""
+"""Protect a run: stop at a signal with a checkpoint, and skip updates that would damage the model."""
 
 import math
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
+from torch.optim import Optimizer
 
 from glalm.config.run import GuardConfig
 from glalm.config.strict import RunError
@@ -17,130 +18,146 @@ from glalm.data.files import write_json
 from glalm.data.order import Order
 from glalm.train.collectives import rank_and_world_size
 
-TWICE = 1.0  # seconds: some send what is meant once twice, as GNU timeout does, to a process and to its group
-SHOW_CURSOR = b"\x1b[?25h"  # the progress bar hides it, and a kill would leave it so
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: Slurm's `--signal=USR1@120`
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's `--signal=USR1@120`.
+# Ignore a repeated signal within a second: GNU timeout, for one, signals the process and then its process group.
+REPEAT_SECONDS = 1.0
+SHOW_CURSOR = b"\x1b[?25h"  # The progress bar hides the cursor, and a killed process could not show it again.
 
 
 class StopSignal:
-    """While entered, Ctrl-C, SIGTERM and SIGUSR1 are noted instead of obeyed; the loop ends at its next step.
+    """Record SIGINT, SIGTERM and SIGUSR1 in `received` instead of dying, so that the loop can stop after its step.
 
-    Another signal of any of these kinds, more than a second later, kills the process, also in the midst of a save: no
-    kill harms the checkpoints that are whole.
+    A second signal, more than REPEAT_SECONDS later, kills the process at once, even while it saves a checkpoint.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self._received_at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+        self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
-        for signum, handler in self._before.items():
+        for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame) -> None:
+    def _handle(self, signum: int, frame) -> None:
         if self.received is not None:
-            if time.monotonic() - self._at > TWICE:
+            if time.monotonic() - self._received_at > REPEAT_SECONDS:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return
-        self.received, self._at = signum, time.monotonic()
+        self.received = signum
+        self._received_at = time.monotonic()
         if rank_and_world_size()[0] == 0:
-            shown = SHOW_CURSOR if os.isatty(2) else b""
-            with suppress(OSError):  # not print(), in whose midst this may be
-                os.write(2, shown + b"stopping after this step, with a checkpoint; a second signal ends it without\n")
+            show_cursor = SHOW_CURSOR if os.isatty(2) else b""
+            message = b"Stopping after this step, with a checkpoint. A second signal stops at once.\n"
+            with suppress(OSError):
+                # The handler may have interrupted a print(), so it must not call print() itself.
+                os.write(2, show_cursor + message)
 
 
 class BadSteps(RunError):
-    """Too many updates in a row had to be skipped."""
+    """Too many consecutive updates were skipped."""
 
 
 class UpdateGuard:
-    """Makes the optimisers' step, or skips it: alike on all processes, weights and moments then as they were.
+    """Take the optimizers' steps, or skip them on all processes, leaving weights and optimizer states as they are.
 
-    Skipped is an update whose loss, on any process, or gradient norm is not finite; with config.spike_factor = k also
-    one whose norm exceeds the mean of the last config.spike_window that passed by k of their standard deviations
-    (none, before there are so many). After config.bad_steps in a row every update is skipped, until `check` is called
-    and raises: the weights then are still those from before them.
+    An update is skipped if the loss of any process or the gradient norm is not finite. With `config.spike_factor` it is
+    also skipped if the norm exceeds the mean of the last `config.spike_window` accepted norms by that many standard
+    deviations. After `config.bad_steps` consecutive skips, every update is skipped until `check` raises, so that the
+    weights stay those from before the first of them.
 
-    All of it is decided and counted on `device`; the host waits for no kernel, but with optimisers (Muon) that cannot
-    be told on the device to leave everything as it is.
+    Decisions and counters stay on the device: only optimizers that cannot skip a step by themselves (Muon) make the
+    host wait for it.
     """
 
     def __init__(self, config: GuardConfig, device: torch.device):
         self.config = config
-        # A ring. Not full yet, as with another window than the checkpoint's, its limit is NaN: nothing exceeds it.
+        # A ring buffer. While it contains infinities, the spike limit is NaN, which no norm exceeds.
         self.norms = torch.full((config.spike_window,), math.inf, device=device)
-        self.passed, self.not_finite, self.spikes, self.in_a_row, self.since = torch.zeros(
-            5, dtype=torch.int64, device=device
-        ).unbind()
+        counters = torch.zeros(5, dtype=torch.int64, device=device).unbind()
+        self.accepted, self.not_finite, self.spikes, self.consecutive, self.first_bad_step = counters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the live tensors that a resumed run needs."""
+        names = ("norms", "accepted", "not_finite", "spikes", "consecutive", "first_bad_step")
+        return {name: getattr(self, name) for name in names}
 
     def step(
         self,
-        optimizers: Iterable[torch.optim.Optimizer],
+        optimizers: Iterable[Optimizer],
         step: int,
         loss: Tensor,
         grad_norm: Tensor,
-        largest: float = math.inf,
+        max_norm: float = math.inf,
     ) -> None:
-        """loss: this process's, a scalar; grad_norm: the global one, a scalar; step: the number of this update; its
-        gradients are clipped to a norm of `largest`."""
-        skip = self._judge(step, loss.detach().float(), grad_norm.detach().float())
+        """Clip the gradients and step the optimizers, or skip the update.
+
+        Args:
+            optimizers: Each steps once.
+            step: The number of this update.
+            loss: This process's loss, a scalar.
+            grad_norm: The gradient norm over all processes, a scalar.
+            max_norm: The norm to clip the gradients to.
+        """
+        skip = self._decide(step, loss.detach().float(), grad_norm.detach().float())
         for optimizer in optimizers:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimisers
-                # The update divides by this as it reads the gradients: a pass over them less than scaling them before.
-                optimizer.grad_scale = ((grad_norm + 1e-6) / largest).clamp(min=1)
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                # torch's fused optimizers skip the step where `found_inf` is set, and divide the gradients by
+                # `grad_scale` as they read them, which saves the pass over memory that clipping would need.
+                optimizer.grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1)
                 optimizer.found_inf = skip.float()
                 optimizer.step()
             elif not skip.item():
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                torch.nn.utils.clip_grads_with_norm_(parameters, largest, grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
                 optimizer.step()
 
-    def check(self, order: Order, folder: Path, writes: bool = True) -> dict[str, int]:
-        """{"skipped_steps": so far in this run}, for the metrics.
-
-        Raises BadSteps after config.bad_steps skips in a row, when it `writes` with a file in `folder` that names
-        every sample of these steps.
-        """
-        in_a_row, since = int(self.in_a_row), int(self.since)
-        if in_a_row < self.config.bad_steps:
-            return {"skipped_steps": int(self.not_finite) + int(self.spikes)}
-        steps = range(since, since + self.config.bad_steps)
-        path = folder / f"bad_steps_{since}.json"
-        if writes:
-            write_json(path, {"steps": {str(s): order.window_ids(s - 1).tolist() for s in steps}}, indent=1)
-        raise BadSteps(
-            f"the loss or the gradient was not finite, or spiked, in {len(steps)} updates in a row, steps {since} to "
-            f"{steps[-1]}: none of them was made. {path} names their samples. Lower optim.lr, or raise "
-            "train.guard.bad_steps to go on past them"
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a resumed run must know: to be saved, and loaded in place."""
-        names = ("norms", "passed", "not_finite", "spikes", "in_a_row", "since")
-        return {f"guard.{name}": getattr(self, name) for name in names}
-
-    def _judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether to skip: bool, a scalar on the device."""
-        finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
+    def _decide(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return whether to skip the update, a bool scalar on the device, and update the counters."""
+        is_finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
         if rank_and_world_size()[1] > 1:
-            distributed.all_reduce(finite, distributed.ReduceOp.MIN)
-        finite = finite > 0
-        spike = torch.zeros_like(finite)
+            distributed.all_reduce(is_finite, distributed.ReduceOp.MIN)
+        is_finite = is_finite > 0
+        is_spike = torch.zeros_like(is_finite)
         if self.config.spike_factor is not None:
             limit = self.norms.mean() + self.config.spike_factor * self.norms.std(correction=0)
-            spike = finite & (norm > limit)
-        passes = finite & ~spike
-        skip = ~passes | (self.in_a_row >= self.config.bad_steps)
+            is_spike = is_finite & (norm > limit)
+        skip = ~is_finite | is_spike | (self.consecutive >= self.config.bad_steps)
 
-        oldest = (self.passed % len(self.norms)).view(1)
+        oldest = (self.accepted % len(self.norms)).view(1)
         self.norms.index_copy_(0, oldest, torch.where(skip, self.norms.index_select(0, oldest), norm.view(1)))
-        self.passed += ~skip
-        self.not_finite += ~finite
-        self.spikes += spike
-        self.since.copy_(torch.where(skip & (self.in_a_row == 0), step, self.since))
-        self.in_a_row.copy_(torch.where(skip, self.in_a_row + 1, 0))
+        self.accepted += ~skip
+        self.not_finite += ~is_finite
+        self.spikes += is_spike
+        self.first_bad_step.copy_(torch.where(skip & (self.consecutive == 0), step, self.first_bad_step))
+        self.consecutive.copy_(torch.where(skip, self.consecutive + 1, 0))
         return skip
+
+    def check(self, order: Order, folder: Path, is_main_process: bool = True) -> dict[str, int]:
+        """Return {"skipped_steps": number of skipped updates of the run}. This waits for the device.
+
+        Args:
+            order: The order of the data, to name the samples of bad steps.
+            folder: The run's folder.
+            is_main_process: Whether to write bad_steps_N.json to `folder` before raising.
+
+        Raises:
+            BadSteps: `config.bad_steps` consecutive updates were skipped.
+        """
+        if int(self.consecutive) < self.config.bad_steps:
+            return {"skipped_steps": int(self.not_finite) + int(self.spikes)}
+        first = int(self.first_bad_step)
+        steps = range(first, first + self.config.bad_steps)
+        path = folder / f"bad_steps_{first}.json"
+        if is_main_process:
+            samples = {str(step): order.window_ids(step - 1).tolist() for step in steps}
+            write_json(path, {"steps": samples}, indent=1)
+        raise BadSteps(
+            f"The loss or the gradient was not finite, or spiked, in {len(steps)} consecutive updates, steps {first} "
+            f"to {steps[-1]}. All of them were skipped. {path} lists their samples. Lower optim.lr, or raise "
+            "train.guard.bad_steps to continue past them."
+        )

@@ -7,7 +7,7 @@ optimizer together with the model.
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -26,14 +26,19 @@ from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import ConfigError, require
 from glalm.model.precision import has_bf16
 
-# Settings of `accelerate launch`, or of its config file, for what this package does in its own way.
-UNSUPPORTED_SETTINGS = {
-    "ACCELERATE_USE_FSDP": "FSDP. Use parallel=fsdp2 or parallel=hsdp",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed. Use parallel=fsdp2",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM. Use parallel=fsdp2",
-    # Accelerate's context parallelism reorders the shards of a sequence, as softmax attention allows. A recurrent state
-    # would be wrong.
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config. Use parallel=ddp, fsdp2 or hsdp",
+# What `accelerate launch` or the file of `accelerate config` may set, although the config decides it: the values that
+# do no harm, the default first, and what to use instead.
+OFF = ("false", "0", "no", "off", "")
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_USE_FSDP": (OFF, "parallel=fsdp2 or parallel=hsdp"),
+    "ACCELERATE_USE_DEEPSPEED": (OFF, "parallel=fsdp2"),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, "parallel=fsdp2"),
+    # Accelerate's context parallelism reorders the shards of a sequence, which softmax attention allows. A recurrent
+    # state would be wrong.
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, "parallel=ddp, fsdp2 or hsdp"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1", "auto"), "train.micro_batch_size=N"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "train.compile=true"),
+    "ACCELERATE_MIXED_PRECISION": (("no", "bf16"), "train.precision=bf16 or fp32"),
 }
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16"}
 # The precision of float32 matmuls: exact, or TF32, which still has 3 more bits of precision than bfloat16.
@@ -53,7 +58,8 @@ def start_processes(config: RunConfig) -> Accelerator:
     if not use_cpu:
         check_devices(os.environ, torch.cuda.device_count())
     precision = choose_precision(config.train.precision, use_cpu)
-    join_process_group(config.parallel, use_cpu)
+    # FSDP2 and HSDP need a process group even for one process.
+    join_process_group(use_cpu, config.parallel.timeout_minutes, always=config.parallel.mode != "ddp")
     torch.set_float32_matmul_precision(FP32_MATMUL_PRECISION[precision])
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     # Accelerate caches its state per process. The runs of a sweep share a process, but not a precision.
@@ -63,33 +69,18 @@ def start_processes(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def refuse_launcher_settings(environ: dict[str, str]) -> None:
+def refuse_launcher_settings(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if `accelerate launch` was told to do something that the config decides."""
-    for name, setting in UNSUPPORTED_SETTINGS.items():
+    for name, (harmless, instead) in LAUNCHER_SETTINGS.items():
+        value = environ.get(name, harmless[0])
         require(
-            environ.get(name, "false").lower() not in ("true", "1"),
-            f"accelerate launch was told to use {setting} instead, and turn this off in the file of "
-            f"`accelerate config` or on the command line ({name}).",
+            value.lower() in harmless,
+            f"accelerate launch has set {name}={value}, which has no effect. Use {instead} instead, and remove the "
+            "setting from the command or from the file of `accelerate config`.",
         )
-    accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    require(
-        accumulation in ("1", "auto"),
-        f"accelerate launch --gradient_accumulation_steps={accumulation} is not supported. Use "
-        "train.micro_batch_size=N instead.",
-    )
-    dynamo = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    require(
-        dynamo.lower() == "no",
-        f"accelerate launch --dynamo_backend={dynamo} is not supported. Use train.compile=true instead.",
-    )
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")  # The launcher's own default is "no".
-    require(
-        precision in ("no", "bf16"),
-        f"accelerate launch --mixed_precision={precision} is not supported. Use train.precision=bf16 or fp32 instead.",
-    )
 
 
-def check_devices(environ: dict[str, str], gpu_count: int) -> None:
+def check_devices(environ: Mapping[str, str], gpu_count: int) -> None:
     """Raise ConfigError unless every process has a GPU of its own and the processes know of each other."""
     local_rank = int(environ.get("LOCAL_RANK", 0))
     require(
@@ -126,21 +117,25 @@ def choose_precision(wanted: str, use_cpu: bool = False) -> str:
     return wanted
 
 
-def join_process_group(config: ParallelConfig, use_cpu: bool) -> None:
-    """Initialize torch.distributed if the run needs it: NCCL for tensors on GPUs, gloo for tensors on the host.
+def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: bool = False) -> None:
+    """Initialize torch.distributed, with NCCL for tensors on GPUs and gloo for tensors on the host.
 
-    Host tensors are reduced over gloo so that a reduction of host values does not wait for the GPU. FSDP2 and HSDP need
-    a process group even for one process.
+    Host values are reduced over gloo so that this does not wait for the GPU.
+
+    Args:
+        use_cpu: Use gloo only.
+        timeout_minutes: A collective that waits longer fails.
+        always: Form a group of one process if no launcher started this process.
     """
     launched = "WORLD_SIZE" in os.environ
-    if dist.is_initialized() or (not launched and config.mode == "ddp"):
+    if dist.is_initialized() or not (launched or always):
         return
     if not use_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     single_process = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "gloo" if use_cpu else "cpu:gloo,cuda:nccl",
-        timeout=timedelta(minutes=config.timeout_minutes),
+        timeout=timedelta(minutes=timeout_minutes),
         **({} if launched else single_process),
     )
     if use_cpu:

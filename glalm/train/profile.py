@@ -1,4 +1,4 @@
-"""Looking into some steps of a run: a trace of its kernels, and of its memory."""
+"""Profile some steps of a run: a trace of its operators and kernels, and a snapshot of the GPU's memory."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -8,44 +8,63 @@ from glalm.config.strict import require
 
 
 class Profiler:
-    """Records train.profile_steps, on every process, into the run's folder:
+    """Record train.profile_steps on every process. Use it as a context manager around the training loop.
+
+    It writes into the run's folder:
 
         profile/rank_R.json.gz      for chrome://tracing or ui.perfetto.dev
         profile/memory_R.pickle     with train.memory_snapshot, for pytorch.org/memory_viz
 
-    A context manager around the loop, whose `advance` is called after every step. Raises ConfigError when a memory
-    snapshot is asked for without a GPU.
+    Args:
+        config: The run's config.
+        device: The process's device.
+        rank: The process's rank.
+        step: The last step before the loop.
+
+    Raises:
+        ConfigError: train.memory_snapshot is set, but there is no GPU.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int, step: int):
-        self.first, self.last = config.train.profile_steps or (0, -1)
-        self.memory, self.step, self.rank = config.train.memory_snapshot, step, rank
-        self.folder, self.running = config.folder / "profile", None
-        self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        require(device.type == "cuda" or not self.memory, "train.memory_snapshot=true needs a CUDA device")
+        require(
+            device.type == "cuda" or not config.train.memory_snapshot, "train.memory_snapshot=true needs a CUDA device"
+        )
+        self.first_step, self.last_step = config.train.profile_steps or (0, -1)
+        self.memory_snapshot = config.train.memory_snapshot
+        self.folder = config.folder / "profile"
+        self.rank = rank
+        self.step = step
+        self.activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            self.activities.append(ProfilerActivity.CUDA)
+        self._profile: profile | None = None
 
     def __enter__(self) -> "Profiler":
         self.advance(self.step)
         return self
 
     def __exit__(self, *_) -> None:
-        if self.running is not None:
-            self._finish()
+        if self._profile is not None:
+            self._stop()
 
     def advance(self, step: int) -> None:
-        """`step` is done."""
-        if self.running is not None and step >= self.last:
-            self._finish()
-        elif self.running is None and self.first <= step + 1 <= self.last:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.memory:
-                torch.cuda.memory._record_memory_history(max_entries=200_000)
-            self.running = profile(activities=self.activities, record_shapes=True).__enter__()
+        """Start or stop recording after `step`."""
+        if self._profile is not None and step >= self.last_step:
+            self._stop()
+        elif self._profile is None and self.first_step <= step + 1 <= self.last_step:
+            self._start()
 
-    def _finish(self) -> None:
-        self.running.__exit__(None, None, None)
-        self.running.export_chrome_trace(str(self.folder / f"rank_{self.rank}.json.gz"))
-        if self.memory:
+    def _start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.memory_snapshot:
+            torch.cuda.memory._record_memory_history(max_entries=200_000)
+        self._profile = profile(activities=self.activities, record_shapes=True)
+        self._profile.__enter__()
+
+    def _stop(self) -> None:
+        self._profile.__exit__(None, None, None)
+        self._profile.export_chrome_trace(str(self.folder / f"rank_{self.rank}.json.gz"))
+        if self.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{self.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self.running = None
+        self._profile = None

@@ -36,8 +36,8 @@ from glalm.train.checkpoint import (
     verify_checkpoint,
 )
 from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
-from glalm.train.environment import environment
-from glalm.train.metrics import rows
+from glalm.train.environment import describe_environment
+from glalm.train.metrics import read_metrics
 from glalm.train.state import TrainState
 
 LOCK = ".lock"
@@ -199,7 +199,7 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
             if has_started(config.folder):
                 check_identity(config, saved["identity"], identity, config.folder)
         remove_leftovers(config.folder / "checkpoints")
-        versions = environment(config.train.float8)
+        versions = describe_environment(config.train.float8)
         return {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **versions}
 
     return run_on_rank_0(prepare_on_rank_0)
@@ -210,7 +210,8 @@ def has_started(folder: Path) -> bool:
 
     If not, its records are of a start that failed at step 0, and the user may still correct the config.
     """
-    return any(folder.glob("checkpoints/step_*")) or any(row["step"] for row in rows(folder / "metrics.jsonl"))
+    rows, _ = read_metrics(folder / "metrics.jsonl")
+    return any(folder.glob("checkpoints/step_*")) or any(row["step"] for row in rows)
 
 
 def check_identity(config: RunConfig, saved: Mapping, current: Mapping, where: Path) -> None:

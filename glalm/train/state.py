@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from glalm.config.run import RunConfig, format_set_key
@@ -100,7 +99,7 @@ class TrainState:
                 for key, tensor in sorted(optimizer.state.get(parameter, {}).items()):
                     training[f"optim.{key}.{name}"] = tensor
         if self.guard is not None:
-            training |= self.guard.tensors()
+            training |= {f"guard.{name}": tensor for name, tensor in self.guard.state_dict().items()}
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -135,25 +134,20 @@ class TrainState:
         Raises:
             KeyError: A tensor belongs to a parameter that is not trained now. The argument is the parameter's name.
         """
-        parameters = dict(self.model.named_parameters())
-        owners: dict[int, tuple[Optimizer, dict]] = {}
+        parameters = {parameter: name for name, parameter in self.model.named_parameters()}
+        owners = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                owners |= {id(parameter): (optimizer, group) for parameter in group["params"]}
+                owners |= {parameters[parameter]: (parameter, optimizer, group) for parameter in group["params"]}
         for full_name, (shape, dtype) in stored.items():
             if not full_name.startswith("optim."):
                 continue
             _, key, name = full_name.split(".", 2)
-            if name not in parameters or id(parameters[name]) not in owners:
-                raise KeyError(name)
-            parameter = parameters[name]
-            optimizer, group = owners[id(parameter)]
-            optimizer.state[parameter][key] = _empty_state(parameter, group, shape, dtype)
-
-
-def _empty_state(parameter: Tensor, group: dict, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if shape == tuple(parameter.shape):
-        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    # A step count. Fused and capturable optimizers keep it on the parameter's device, others on the CPU.
-    on_device = group.get("fused") or group.get("capturable")
-    return torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+            parameter, optimizer, group = owners[name]
+            if shape == tuple(parameter.shape):
+                tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                # A step count. Fused and capturable optimizers keep it on the parameter's device, others on the CPU.
+                on_device = group.get("fused") or group.get("capturable")
+                tensor = torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+            optimizer.state[parameter][key] = tensor

@@ -1,29 +1,40 @@
-"""The training loop: from a RunConfig to a folder of checkpoints and metrics."""
+"""Train a model: one optimizer step, validation, and the loop around them."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
-from glalm.data.loader import Windows, training_batches
+from glalm.data.loader import Batch, Windows, pack_documents, sequential_batches, training_batches
+from glalm.kernels.cross_entropy import IGNORE_INDEX
+from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
-from glalm.train import float8, optim, parallel
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, rank_and_world_size
-from glalm.train.compile import prepare_block_forwards
+from glalm.train.compile import apply_training_forward
 from glalm.train.estimate import dry_run, explain_out_of_memory
+from glalm.train.float8 import check_float8_support, convert_to_float8
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.init_weights import build_initial_model
-from glalm.train.metrics import Metrics
+from glalm.train.metrics import MetricsWriter
+from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
+from glalm.train.parallel import (
+    free_gathered_weights,
+    gradient_norm,
+    no_sync_unless,
+    parallelize_model,
+    start_processes,
+)
 from glalm.train.profile import Profiler
-from glalm.train.report import Meter, SourceTokens, finite, report_start, training_row
 from glalm.train.run_dir import (
     find_resume_checkpoint,
     open_data,
@@ -34,8 +45,7 @@ from glalm.train.run_dir import (
     write_run_record,
 )
 from glalm.train.state import BatchPlan, TrainState
-from glalm.train.step import on_device, update
-from glalm.train.validate import validate
+from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.watchdog import Watchdog
 
 # evaluate(model, step, precision, heartbeat) -> metrics. All ranks call it after every step and before the first one.
@@ -46,163 +56,390 @@ Evaluate = Callable[[CausalLM, int, str, Callable[[int], object]], dict[str, flo
 def train(
     config: RunConfig, evaluate: Evaluate | None = None, checkpoint_writer: CheckpointWriter | None = None
 ) -> int:
-    """Trains, or resumes, the run `config.name` to its last step. Returns the signal that stopped it early, or 0.
+    """Train the run `config.name` to its last step, or resume it.
 
-    Raises ConfigError before any work when the config, the data and the run directory do not fit each other; RunError
-    when the run cannot go on: damaged data, too little memory, BadSteps in a row, a CheckpointError.
+    Args:
+        config: The run's config.
+        evaluate: Evaluates the model during training.
+        checkpoint_writer: The disk operations of checkpoints. Tests inject faults here.
+
+    Returns:
+        0, or the number of the signal that stopped the run early.
+
+    Raises:
+        ConfigError: The config, the data and the run's folder do not fit together. Nothing has been trained.
+        RunError: The run cannot continue: its data is damaged, the GPU is out of memory, too many consecutive updates
+            were bad, or no checkpoint could be saved.
     """
     if config.train.dry_run:
         return dry_run(config)
-    accelerator = parallel.start_processes(config)
-    BatchPlan.from_config(config, accelerator.num_processes)  # Raises if the batch cannot be divided.
+    accelerator = start_processes(config)
+    plan = BatchPlan.from_config(config, accelerator.num_processes)
     if config.train.float8:
-        float8.check_float8_support(config, accelerator)
-    data = open_data(config)
+        check_float8_support(plan, accelerator.device)
+    training, validation = open_data(config)
     with (
         StopSignal() as stop,
         open_run_dir(config.folder),
         Watchdog(config.train.guard.hang_seconds, *rank_and_world_size()) as watchdog,
+        _explain_errors(config, plan),
     ):
-        try:
-            return fit(config, accelerator, *data, stop, watchdog, evaluate, checkpoint_writer)
-        except torch.OutOfMemoryError as error:
-            raise RunError(explain_out_of_memory(config, accelerator.num_processes)) from error
-        except DamagedFile as error:
-            raise RunError(f"data.path={config.data.path}: {error}; prepare the set again, then resume") from error
+        record = prepare_run_record(config, training.tokens)
+        checkpoint = find_resume_checkpoint(config, record)
+        resumed_from = read_metadata(checkpoint).get("resumed_from") if checkpoint else None
+        run_metadata = {
+            "run": record["id"],  # also the id of the tracker's run
+            "identity": record["identity"],
+            "resumed_from": resolve_resume_path(config) or resumed_from,
+            "versions": record["versions"],
+        }
+        trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
+        unwritten = resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
+        write_run_record(config, record, training.tokens)
+        step = trainer.state.step
+        with (
+            MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,
+            CheckpointSaver(
+                config.folder / "checkpoints",
+                config.train.checkpoint,
+                metrics.log_message,
+                watchdog.heartbeat,
+                checkpoint_writer,
+            ) as saver,
+            Profiler(config, accelerator.device, accelerator.process_index, step) as profiler,
+        ):
+            loop = TrainingLoop(
+                trainer, training, validation, evaluate, run_metadata, metrics, saver, profiler, watchdog, stop
+            )
+            return loop.fit()
 
 
-def fit(
-    config: RunConfig,
-    accelerator: Accelerator,
-    training: Windows,
-    validation: Windows,
-    stop: StopSignal,
-    watchdog: Watchdog,
-    evaluate: Evaluate | None,
-    checkpoint_writer: CheckpointWriter | None,
-) -> int:
-    """`train`, in a directory that is this run's alone."""
-    record = prepare_run_record(config, training.tokens)
-    origin = find_resume_checkpoint(config, record)
-    resumed_from = resolve_resume_path(config) or (origin and read_metadata(origin).get("resumed_from"))
-    metadata = partial(checkpoint_metadata, record, resumed_from)
-    model, wrapped, optimizers = build(config, accelerator, anew=origin is None)
-    guard = UpdateGuard(config.train.guard, accelerator.device)
-    state = TrainState(model, optimizers, guard)
-    unwritten = resume_run(origin, state, config.seed, record["id"]) if origin else []
-    start = state.step
-    write_run_record(config, record, training.tokens)
-    examined = partial(examine, config, accelerator, model, wrapped, validation, evaluate, watchdog)
-
-    with (
-        Metrics(config.folder, config, record["id"], start, accelerator.is_main_process, unwritten) as metrics,
-        CheckpointSaver(
-            config.folder / "checkpoints", config.train.checkpoint, metrics.say, watchdog.alive, checkpoint_writer
-        ) as saver,
-        Profiler(config, accelerator.device, accelerator.process_index, start) as profiler,
-    ):
-        report_start(metrics, config, model, training, start, accelerator)
-        if start == 0:
-            metrics.log({"step": 0, **examined(0)})
-        sources = SourceTokens(config, training, start)
-        meter = Meter(config, accelerator.device, accelerator.num_processes, start, state.tokens)
-        for step, batch in meter.waiting(steps(config, training, start, accelerator)):
-            lr = optim.learning_rate(step, config)
-            watchdog.beat(f"in step {step}")
-            loss, grad_norm = update(accelerator, wrapped, optimizers, batch, config, lr, step, guard)
-            watchdog.beat(f"after step {step}")
-            profiler.advance(step)
-            state.step = step
-            state.tokens += config.tokens_per_step
-            if step == start + 1:
-                saver.warm_up(state)
-            metrics.advance(step)
-            last = step == config.steps
-            stopping = max_over_processes(stop.received or 0)
-            saving = last or stopping or step % config.train.checkpoint.every == 0
-            row = {}
-            if saving or step % config.train.log_every == 0:
-                row |= training_row(accelerator, loss, grad_norm, lr, step, meter)
-                row |= guard.check(sources.order, config.folder, accelerator.is_main_process)
-                row |= sources.until(step) | saver.failure_metrics() | metrics.row()
-            if stopping and not last:  # saved before it is examined, for which whoever stops it may not wait
-                saver.save(state, metadata(row, [*metrics.unwritten, {"step": step, **row}]))
-                metrics.say(f"stopped: {saver.finish()} is saved; the same command goes on from there")
-                metrics.log({"step": step, **row, **examined(step)}, durable=True)
-                return stopping
-            row |= examined(step)
-            if row:
-                metrics.log({"step": step, **row}, durable=saving)
-                if saving:  # after its row, which it keeps if the disk does not: resuming can drop rows, not make them
-                    saver.save(state, metadata(row, metrics.unwritten))
-                meter.restart(step)
-            watchdog.beat(f"waiting for the data of step {step + 1}")
-        metrics.say(f"trained to step {config.steps}: {saver.finish()}")
-    return 0
+@contextmanager
+def _explain_errors(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
+    """Turn errors of the device and of the data into RunErrors that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(explain_out_of_memory(config, plan)) from error
+    except DamagedFile as error:
+        raise RunError(
+            f"data.path={config.data.path}: {error}. Prepare the data again, then run the same command to resume."
+        ) from error
 
 
-def examine(
-    config: RunConfig,
-    accelerator: Accelerator,
-    model: CausalLM,
-    wrapped: nn.Module,
-    validation: Windows,
-    evaluate: Evaluate | None,
-    watchdog: Watchdog,
-    step: int,
-) -> dict[str, float]:
-    """What the model after `step` does on text that it is not trained on: of validation and `evaluate`, what is due,
-    and `finite`."""
-    row, last = {}, step == config.steps
-    if last or step % config.train.eval_every == 0:
-        watchdog.beat("validating")
-        row |= validate(accelerator, wrapped, validation, config, watchdog.alive)
-    if evaluate is not None:
-        watchdog.beat("evaluating")
-        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        row |= evaluate(model, step, precision, watchdog.alive)
-    return finite(row)
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars of one optimizer step. The tensors are on the device: reading them waits for the step to finish."""
+
+    loss: Tensor  # this process's part: the mean over processes is the mean loss over all tokens with a target
+    grad_norm: Tensor  # over all processes, before clipping
+    lr: float
 
 
-def build(
-    config: RunConfig, accelerator: Accelerator, anew: bool = True
-) -> tuple[CausalLM, nn.Module, list[Optimizer]]:
-    """The model with its initial weights, the same on every process; the module to train it by; its optimisers.
+class Trainer:
+    """A model in training. `step` takes one optimizer step, and `validate` computes the loss on validation data.
 
-    anew: whether these weights will be trained; else a checkpoint's take their place.
+    Args:
+        config: The run's config.
+        plan: How the batch is divided.
+        accelerator: The process's device, autocast and reductions.
+        from_scratch: Whether training starts from the initial weights. If not, a checkpoint is loaded into `state`, and
+            train.init_from is not read.
+
+    Attributes:
+        state: What steps change and checkpoints hold.
+        module: `state.model`, wrapped or sharded for training.
     """
-    model = build_initial_model(config, anew).to(accelerator.device)
-    if config.train.float8:
-        float8.convert_to_float8(model)
-    prepare_block_forwards(model, config.train, accelerator.device)
-    wrapped = parallel.parallelize_model(model, config, accelerator)
-    return model, wrapped, optim.build_optimizers(model, config.optim)
+
+    def __init__(self, config: RunConfig, plan: BatchPlan, accelerator: Accelerator, from_scratch: bool = True):
+        self.config = config
+        self.plan = plan
+        self.accelerator = accelerator
+        model = build_initial_model(config, from_scratch).to(accelerator.device)
+        if config.train.float8:
+            convert_to_float8(model)
+        apply_training_forward(model, config.train, accelerator.device)
+        self.module = parallelize_model(model, config, accelerator)
+        guard = UpdateGuard(config.train.guard, accelerator.device)
+        self.state = TrainState(model, build_optimizers(model, config.optim), guard)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Take one optimizer step, unless the guard skips it. The host does not wait for the device.
+
+        Args:
+            batch: This process's share of the global batch, from `iterate_batches`.
+        """
+        state = self.state
+        step = state.step + 1
+        loss = self.accumulate_gradients(batch)
+        grad_norm = gradient_norm(self.module.parameters())
+        lr = learning_rate(step, self.config)
+        set_learning_rate(state.optimizers, lr)
+        state.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        state.step = step
+        state.tokens += self.plan.tokens_per_step
+        return StepResult(loss, grad_norm, lr)
+
+    def accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Add the gradient of `batch` to the parameters' gradients, and return the loss as in StepResult.
+
+        Micro-batches run one after the other. With train.tbptt_length, so do the segments of a micro-batch: the state
+        is carried from segment to segment, the gradient is not (truncated backpropagation through time), so that memory
+        holds the activations of one segment only.
+        """
+        micro_batches = split_batch(batch, self.plan.micro_batch, dim=0)
+        weights = self._weigh_micro_batches(micro_batches)
+        self.module.train()
+        total_loss = torch.zeros((), device=self.accelerator.device)
+        for micro_batch, weight in zip(micro_batches, weights, strict=True):
+            segments = split_batch(micro_batch, self.plan.segment_length, dim=1)
+            cache = None
+            for segment in segments:
+                # Gradients are averaged over processes once per step, with the last backward pass.
+                is_last = micro_batch is micro_batches[-1] and segment is segments[-1]
+                with no_sync_unless(is_last, self.module):
+                    with self.accelerator.autocast():
+                        output = self.module(
+                            **model_inputs(segment),
+                            cache=cache,
+                            return_cache=len(segments) > 1,
+                            z_loss=self.config.train.z_loss,
+                        )
+                    loss = output.loss * (weight / len(segments))
+                    loss.backward()
+                cache = detach_cache(output.cache)
+                total_loss += loss.detach()
+        return total_loss
+
+    def _weigh_micro_batches(self, micro_batches: list[Batch]) -> list[float] | Tensor:
+        """Return each micro-batch's share of the targets of all processes, times the number of processes."""
+        if "starts" not in micro_batches[0]:
+            return [1 / len(micro_batches)] * len(micro_batches)
+        # Documents have different numbers of targets where the state is reset between them.
+        targets = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).float()
+        return targets / self.accelerator.reduce(targets.sum(), "mean")
+
+    @torch.no_grad()
+    def validate(self, windows: Windows, heartbeat: Callable[[], object] = lambda: None) -> dict[str, float]:
+        """Compute the loss on train.eval_sequences validation windows, evenly spaced.
+
+        Args:
+            windows: The validation data.
+            heartbeat: Called after every batch.
+
+        Returns:
+            {"val_loss": mean cross-entropy in nats per token, "val_perplexity": its exponential}.
+        """
+        self.module.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # nats, targets
+        for batch in self.iterate_validation_batches(windows):
+            with self.accelerator.autocast():
+                loss = self.module(**model_inputs(batch)).loss
+            targets = (batch["labels"] != IGNORE_INDEX).sum()
+            total += torch.stack([loss * targets, targets])
+            heartbeat()
+        free_gathered_weights(self.module)
+        nats, targets = self.accelerator.reduce(total, "sum").tolist()
+        return {"val_loss": nats / targets, "val_perplexity": perplexity(nats / targets)}
+
+    def iterate_batches(self, windows: Windows) -> Iterator[Batch]:
+        """Yield this process's batches, from the step after `state.step` to the last. None is read beyond the last."""
+        stream = training_batches(
+            windows,
+            seed=self.config.seed,
+            batch_size=self.plan.global_batch,
+            start_step=self.state.step,
+            rank=self.accelerator.process_index,
+            world_size=self.plan.data_parallel,
+            weights=self.config.data.weights,
+            workers=self.config.data.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        for _, batch in islice(stream, self.config.steps - self.state.step):
+            yield self._to_device(batch)
+
+    def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:
+        """Yield this process's share of the validation windows, in micro-batches."""
+        stream = sequential_batches(
+            windows,
+            self.plan.micro_batch,
+            rank=self.accelerator.process_index,
+            world_size=self.plan.data_parallel,
+            limit=self.config.train.eval_sequences,
+        )
+        for batch in stream:
+            yield self._to_device(batch)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        # `starts` stays on the host, where `model_inputs` computes shapes from it.
+        device = self.accelerator.device
+        return {name: x if name == "starts" else x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
-def steps(config: RunConfig, windows: Windows, start: int, accelerator: Accelerator) -> Iterator[tuple[int, dict]]:
-    """(step, this process's share of its batch) from the step after `start` to the last."""
-    stream = training_batches(
-        windows,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        start_step=start,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        weights=config.data.weights,
-        workers=config.data.workers,
-        pin=accelerator.device.type == "cuda",
-    )
-    for index, batch in islice(stream, config.steps - start):  # no batch beyond the last step's is read
-        yield index + 1, on_device(batch, accelerator)
+def split_batch(batch: Batch, size: int, dim: int) -> list[Batch]:
+    """Split every tensor of a batch into pieces of `size` along `dim`."""
+    pieces = zip(*(x.split(size, dim) for x in batch.values()), strict=True)
+    return [dict(zip(batch, piece, strict=True)) for piece in pieces]
 
 
-def checkpoint_metadata(record: dict, resumed_from: str | None, row: dict, unwritten: Iterable[dict]) -> dict:
-    """Return what a checkpoint records of its run. The order of the data is a function of seed and step."""
-    return {
-        "run": record["id"],  # also the id of the tracker's run
-        "identity": record["identity"],
-        "resumed_from": resumed_from,
-        "versions": record["versions"],
-        "val_loss": row.get("val_loss"),
-        "unwritten": list(unwritten),
-    }
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return the model's arguments for a batch: its rows, or one row of packed documents if it has `starts`."""
+    batch = pack_documents(batch) if "starts" in batch else batch
+    inputs = {"shift_labels" if name == "labels" else name: x for name, x in batch.items()}
+    if "cu_seqlens" in inputs:
+        # Its length differs from batch to batch. One compiled graph serves all lengths.
+        torch._dynamo.maybe_mark_dynamic(inputs["cu_seqlens"], 0)
+    return inputs
+
+
+def detach_cache(cache: StateCache | None) -> StateCache | None:
+    """Return the cache without its history of gradients."""
+    if cache is None:
+        return None
+    return StateCache(tree_map_only(Tensor, Tensor.detach, cache.states), cache.seen)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), capped so that it does not overflow."""
+    return math.exp(min(loss, 700.0))
+
+
+def drop_non_finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Return `metrics` without infinities and NaN, which JSON does not have."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+@dataclass
+class TrainingLoop:
+    """The loop of a run: step, stop at signals, evaluate, log and save.
+
+    All processes run it alike. Every checkpoint records `run_metadata`.
+    """
+
+    trainer: Trainer
+    training: Windows
+    validation: Windows
+    evaluate: Evaluate | None
+    run_metadata: dict
+    metrics: MetricsWriter
+    saver: CheckpointSaver
+    profiler: Profiler
+    watchdog: Watchdog
+    stop: StopSignal
+
+    def __post_init__(self):
+        self.config = self.trainer.config
+        self.state = self.trainer.state
+        device = self.trainer.accelerator.device
+        self.sources = SourceTokenCounter(self.config, self.training, self.state.step)
+        self.meter = ThroughputMeter(self.config, self.trainer.plan, device, self.state.step)
+
+    def fit(self) -> int:
+        """Train to the last step. Return 0, or the number of the signal that stopped the run."""
+        self._log_start()
+        if self.state.step == 0:
+            self.metrics.write_row({"step": 0, **self._run_evaluations()})
+        first_step = self.state.step + 1
+        self.meter.restart(self.state.step)
+        for batch in self.meter.time_waiting(self.trainer.iterate_batches(self.training)):
+            result = self._step(batch)
+            step = self.state.step
+            if step == first_step:
+                self.saver.warm_up(self.state)
+            is_last = step == self.config.steps
+            # All processes must stop at the same step, whichever of them received the signal.
+            stop_signal = max_over_processes(self.stop.received or 0)
+            is_saving = is_last or stop_signal or step % self.config.train.checkpoint.every == 0
+            row = {"step": step}
+            if is_saving or step % self.config.train.log_every == 0:
+                row |= self._training_metrics(result)
+            if stop_signal and not is_last:
+                self._stop_early(row)
+                return stop_signal
+            row |= self._run_evaluations()
+            if len(row) > 1:
+                self.metrics.write_row(row, durable=is_saving)
+                if is_saving:
+                    # The row is written first. A checkpoint also saves rows that could not be written, because a
+                    # resumed run can drop surplus rows but cannot recreate missing ones.
+                    self._save_checkpoint(row, [*self.metrics.unwritten])
+                self.meter.restart(step)
+            self.watchdog.begin_phase(f"waiting for the data of step {step + 1}")
+        self.metrics.log_message(f"Trained to step {self.config.steps}. The last checkpoint is {self.saver.finish()}.")
+        return 0
+
+    def _step(self, batch: Batch) -> StepResult:
+        step = self.state.step + 1
+        self.watchdog.begin_phase(f"in step {step}")
+        result = self.trainer.step(batch)
+        self.watchdog.begin_phase(f"after step {step}")
+        self.profiler.advance(step)
+        self.metrics.advance(step)
+        return result
+
+    def _stop_early(self, row: dict) -> None:
+        # Save before evaluating: the scheduler that sent the signal may kill this process before the evaluations end.
+        self._save_checkpoint(row, [*self.metrics.unwritten, row])
+        saved = self.saver.finish()
+        self.metrics.log_message(
+            f"Stopped at step {self.state.step}; saved {saved}. To resume, run the same command again."
+        )
+        self.metrics.write_row(row | self._run_evaluations(), durable=True)
+
+    def _training_metrics(self, result: StepResult) -> dict[str, float]:
+        """Return the metrics of the last step, and of the speed since the previous call. This waits for the device.
+
+        A loss or gradient norm that is not finite is left out: its update was skipped, which the guard counts.
+        """
+        accelerator = self.trainer.accelerator
+        scalars = torch.stack([result.loss, result.grad_norm])
+        loss, grad_norm = accelerator.reduce(scalars, "mean").tolist()
+        metrics = drop_non_finite(
+            {"loss": loss, "perplexity": perplexity(loss), "lr": result.lr, "grad_norm": grad_norm}
+        )
+        step = self.state.step
+        metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step)}
+        metrics |= self.state.guard.check(self.sources.order, self.config.folder, accelerator.is_main_process)
+        metrics |= self.sources.metrics(step)
+        return metrics | self.saver.failure_metrics() | self.metrics.failure_metrics()
+
+    def _run_evaluations(self) -> dict[str, float]:
+        """Run validation and evaluators where they are due, and return their metrics."""
+        step = self.state.step
+        metrics = {}
+        if step == self.config.steps or step % self.config.train.eval_every == 0:
+            self.watchdog.begin_phase("validating")
+            metrics |= self.trainer.validate(self.validation, self.watchdog.heartbeat)
+        if self.evaluate is not None:
+            self.watchdog.begin_phase("evaluating")
+            precision = "bf16" if self.trainer.accelerator.mixed_precision == "bf16" else "fp32"
+            metrics |= self.evaluate(self.state.model, step, precision, self.watchdog.heartbeat)
+        return drop_non_finite(metrics)
+
+    def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:
+        # The order of the data needs no entry, because it is a function of seed and step.
+        metadata = self.run_metadata | {"val_loss": row.get("val_loss"), "unwritten": unwritten}
+        self.saver.save(self.state, metadata)
+
+    def _log_start(self) -> None:
+        """Print what the run is about to do."""
+        config, accelerator = self.config, self.trainer.accelerator
+        windows = self.training
+        growing = "" if windows.tokens.is_complete else "; it is incomplete, and the run ignores later additions"
+        self.metrics.log_message(
+            f"{config.data.path}: {len(windows):,} windows of {windows.length} tokens, and {windows.dropped_tokens:,} "
+            f"tokens at the ends of sources that do not fill one{growing}"
+        )
+        parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
+        tokens = config.steps * self.trainer.plan.tokens_per_step
+        epochs = config.steps * self.trainer.plan.global_batch / len(windows)
+        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        if config.train.float8:
+            precision += ", large linear layers in float8"
+        resuming = f", resuming after step {self.state.step}" if self.state.step else ""
+        self.metrics.log_message(
+            f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens ({epochs:.2f} epochs of "
+            f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}, {precision}{resuming}"
+        )

@@ -1,55 +1,91 @@
-"""Ends a run of which a process has died, failed or hangs, on all processes and within a set time, and says which."""
+"""End a run on all processes, within a set time, when one of them has died, failed or hangs, and name that process."""
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 from torch import distributed
 
-from glalm.train.collectives import gather_or_raise
+from glalm.train.collectives import run_on_rank_0
 
-EXIT = 70  # the exit code of the processes that are ended here
-VERDICT = "verdict"
-BEGINNING = {"alive": 0, "beats": 0, "signs": 0, "where": "starting", "failed": None, "done": False}
+WATCHDOG_EXIT_CODE = 70
+VERDICT_KEY = "verdict"
+MAX_SILENCE = 60.0  # Seconds until a process without a sign of life counts as dead, at most.
+
+
+@dataclass
+class Status:
+    """What a process tells rank 0 about itself."""
+
+    process: str = "not started"  # "process 4711 on node3"
+    ticks: int = 0  # counted by the watchdog's thread: the process lives
+    phases: int = 0  # counted by `begin_phase`: how far its training has come
+    heartbeats: int = 0  # counted by `heartbeat`: it makes progress within its phase
+    phase: str = "starting"
+    failure: str | None = None  # the exception with which it left the context
+    is_done: bool = False
+
+
+@dataclass
+class Observation:
+    """The latest status of a process, and when it changed, by this process's clock."""
+
+    status: Status
+    lived_at: float
+    progressed_at: float
 
 
 class Watchdog:
-    """Each process calls `beat` as it comes to a new part of its work, all of them alike, and `alive` in the midst of
-    one, as often as it likes; a thread of each tells rank 0 of it.
+    """Watch the processes of a run. Use it as a context manager around the training.
 
-    A process that calls neither for `seconds`, or one whose thread is silent (it was killed, or its machine has
-    gone), or that left the context by an exception: rank 0 says so to all, and each ends at once, with exit code EXIT,
-    even when it waits in a collective. When several stand still, those that came least far are named: the others wait
-    for them. When rank 0 is the one, the others notice that its store is gone or stands still.
-    seconds: None leaves hangs alone. One process watches itself.
+    Every process calls `begin_phase` at each new part of its work, all of them in the same order, and `heartbeat` as
+    often as it likes within a part. A thread of each process reports this to rank 0.
+
+    Rank 0 ends the run if a process called neither for `hang_seconds`, if a process's thread is silent (the process was
+    killed, or its machine is down), or if a process left the context by an exception. Then every process exits at once
+    with WATCHDOG_EXIT_CODE, even from within a collective. If several processes hang, those in the earliest phase are
+    named, because the others wait for them. If rank 0 itself dies or hangs, the others notice that its store is gone or
+    does not change.
+
+    Args:
+        hang_seconds: None tolerates hangs.
+        rank: This process's rank.
+        world_size: The number of processes.
+        interval: Seconds between two reports.
     """
 
-    def __init__(self, seconds: float | None, rank: int = 0, world: int = 1, tick: float = 0.5):
-        self.seconds, self.rank, self.world = seconds or float("inf"), rank, world
-        self.tick = min(tick, self.seconds / 10)
-        self.silence = max(10 * self.tick, min(self.seconds, 60.0))  # a thread may be kept waiting by a busy machine
-        here = f"process {os.getpid()} on {socket.gethostname()}"
-        self._status = {**BEGINNING, "here": here}
-        self._seen: dict[int, tuple[dict, float, float]] = {}  # status, when it last was alive, when it last beat
-        self._failed_at: float | None = None
-        self._over = threading.Event()
-        self._store = self._connect() if world > 1 else None
-        self._answered = time.monotonic()
-        loops = [self._watch] + ([self._watch_store] if self.rank else [])
+    def __init__(self, hang_seconds: float | None, rank: int = 0, world_size: int = 1, interval: float = 0.5):
+        self.hang_seconds = hang_seconds or math.inf
+        self.rank = rank
+        self.world_size = world_size
+        self.interval = min(interval, self.hang_seconds / 10)
+        # A busy machine may delay a living process's thread, hence at least ten intervals.
+        self.silence_limit = max(10 * self.interval, min(self.hang_seconds, MAX_SILENCE))
+        self._status = Status(process=f"process {os.getpid()} on {socket.gethostname()}")
+        self._observations: dict[int, Observation] = {}
+        self._first_failure_at: float | None = None
+        self._is_over = threading.Event()
+        self._store = self._connect() if world_size > 1 else None
+        self._store_answered_at = time.monotonic()
+        loops = [self._watch] if rank == 0 else [self._watch, self._watch_store]
         self._threads = [threading.Thread(target=loop, name="glalm-watchdog", daemon=True) for loop in loops]
 
-    def beat(self, where: str) -> None:
-        """where: what this process does from here on, as in "rank 1 hangs: WHERE"."""
-        self._status |= {"beats": self._status["beats"] + 1, "where": where}
+    def begin_phase(self, phase: str) -> None:
+        """Report a new part of the work, as in "rank 1 hangs: PHASE for 1800 s"."""
+        self._status.phase = phase
+        self._status.phases += 1
 
-    def alive(self, *_) -> None:
-        """It goes on. No beat: processes are told apart by how many of these they have made."""
-        self._status["signs"] += 1
+    def heartbeat(self, *_) -> None:
+        """Report progress within the current phase. The arguments are ignored, so that this can be any callback."""
+        self._status.heartbeats += 1
 
     def __enter__(self) -> "Watchdog":
         for thread in self._threads:
@@ -57,119 +93,139 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is not None and self.world > 1:
-            # It stays until rank 0 has told the others, which would else see no more than a broken connection.
-            self._status["failed"] = f"{kind.__name__}: {error}"
-            self._over.wait(2 * self.silence)
-        self._status["done"] = True
-        if self.world > 1:
-            self._over.wait(10 * self.tick if self.rank else self.silence)
-        self._over.set()
+        if error is not None and self.world_size > 1:
+            # Stay until rank 0 has told the others the reason. Otherwise they would only see a broken connection.
+            self._status.failure = f"{kind.__name__}: {error}"
+            self._is_over.wait(2 * self.silence_limit)
+        self._status.is_done = True
+        if self.world_size > 1:
+            self._is_over.wait(10 * self.interval if self.rank else self.silence_limit)
+        self._is_over.set()
 
     def _connect(self) -> distributed.TCPStore:
-        """A store of its own: torch's is blocked by whoever waits for something in it."""
+        """Open a store of our own, because a wait for a key blocks every other access to torch's store."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        given = {"world_size": None, "timeout": timedelta(seconds=self.silence), "wait_for_workers": False}
+        options = {"timeout": timedelta(seconds=self.silence_limit), "wait_for_workers": False}
+        store = None
         if self.rank == 0:
-            store = distributed.TCPStore(host, 0, is_master=True, **given)
-        [port, *_] = gather_or_raise(lambda: store.port if self.rank == 0 else None)
-        return store if self.rank == 0 else distributed.TCPStore(host, port, is_master=False, **given)
+            store = distributed.TCPStore(host, 0, None, is_master=True, **options)
+        port = run_on_rank_0(lambda: store.port)
+        return store or distributed.TCPStore(host, port, None, is_master=False, **options)
 
-    # ---------------------------------------------------------------------------------------------------- the thread
+    # ------------------------------------------------------------------------------------------------- The threads
 
     def _watch(self) -> None:
-        while not self._over.wait(self.tick):
-            self._status["alive"] += 1
+        while not self._is_over.wait(self.interval):
+            self._status.ticks += 1
             try:
-                verdict = self._judge() if self.rank == 0 else self._report()
-                self._answered = time.monotonic()
-            except RuntimeError as error:  # of the store
-                if self._status["done"]:
-                    return self._over.set()
-                verdict = f"rank 0 has died: its store does not answer ({str(error).splitlines()[0]})"
-            failed = self._status["failed"]
-            if verdict and failed and failed in verdict and "has died" not in verdict:
-                return self._over.set()  # it ends by its own error, which the others know now
-            if verdict:
-                self._end(verdict)
+                diagnosis = self._diagnose_all() if self.rank == 0 else self._report_to_rank_0()
+                self._store_answered_at = time.monotonic()
+            except RuntimeError as error:  # The store does not answer.
+                if self._status.is_done:
+                    self._is_over.set()
+                    return
+                diagnosis = f"rank 0 has died: its store does not answer ({str(error).splitlines()[0]})"
+            failure = self._status.failure
+            if diagnosis and failure and failure in diagnosis and "has died" not in diagnosis:
+                # The others know now that this process failed. It ends by its own exception.
+                self._is_over.set()
+                return
+            if diagnosis:
+                self._exit(diagnosis)
 
     def _watch_store(self) -> None:
-        """A store whose process is stopped, not dead, keeps `_report` waiting for ever."""
-        while not self._over.wait(self.tick):
-            if (waited := time.monotonic() - self._answered) > self.silence:
-                self._end(f"rank 0 has died or hangs: its store does not answer for {waited:.0f} s")
+        """Notice a rank 0 that is stopped but not dead, whose store makes `_report_to_rank_0` wait forever."""
+        while not self._is_over.wait(self.interval):
+            waited = time.monotonic() - self._store_answered_at
+            if waited > self.silence_limit:
+                self._exit(f"rank 0 has died or hangs: its store does not answer for {waited:.0f} s")
 
-    def _report(self) -> str | None:
-        """Tells rank 0 how far this process is: what rank 0 says of the run."""
-        self._store.set(str(self.rank), json.dumps(self._status))
-        if not self._store.check([VERDICT]):
+    def _report_to_rank_0(self) -> str | None:
+        """Send this process's status to rank 0. Return why the run must end, or nothing."""
+        self._store.set(str(self.rank), json.dumps(asdict(self._status)))
+        if not self._store.check([VERDICT_KEY]):
             return None
-        said = json.loads(self._store.get(VERDICT))
-        if said["over"]:
-            self._over.set()
-        self._note(0, said)
-        return said["verdict"] or "; ".join(self._silent(self.silence, {0: self._seen[0]}))
+        verdict = json.loads(self._store.get(VERDICT_KEY))
+        if verdict["is_over"]:
+            self._is_over.set()
+        self._observe(0, Status(**verdict["rank_0"]))
+        return verdict["diagnosis"] or "; ".join(self._find_silent(self.silence_limit, [0]))
 
-    def _judge(self) -> str | None:
-        """What rank 0 makes of all statuses; it tells the others."""
-        self._note(0, self._status)
-        others = [str(rank) for rank in range(1, self.world)]
-        if others and self._store.check(others):
-            statuses = map(json.loads, self._store.multi_get(others))
-        else:  # not all of them have begun
-            statuses = ({**BEGINNING, "here": self._status["here"]} for _ in others)
-        for rank, status in zip(others, statuses, strict=True):
-            self._note(int(rank), status)
-        verdict = self._failure() or self._stands_still(self._seen)
-        over = all(status["done"] for status, *_ in self._seen.values())
+    def _diagnose_all(self) -> str | None:
+        """Judge all processes, on rank 0, and tell the others. Return why the run must end, or None."""
+        self._observe(0, self._status)
+        others = [str(rank) for rank in range(1, self.world_size)]
+        have_reported = bool(others) and self._store.check(others)
+        statuses = map(json.loads, self._store.multi_get(others)) if have_reported else [{}] * len(others)
+        for rank, status in enumerate(statuses, 1):
+            self._observe(rank, Status(**status))
+        diagnosis = self._find_failed() or self._find_hanging()
+        is_over = all(observation.status.is_done for observation in self._observations.values())
         if self._store is not None:
-            self._store.set(VERDICT, json.dumps({**self._status, "verdict": verdict, "over": over}))
-        if (verdict or over) and self.world > 1:
-            time.sleep((5 if verdict else 2) * self.tick)  # for the others to read it, while there is a store
-        if over:
-            self._over.set()
-        return verdict
+            verdict = {"rank_0": asdict(self._status), "diagnosis": diagnosis, "is_over": is_over}
+            self._store.set(VERDICT_KEY, json.dumps(verdict))
+        if (diagnosis or is_over) and self.world_size > 1:
+            # Keep the store open until the others have read the verdict.
+            time.sleep((5 if diagnosis else 2) * self.interval)
+        if is_over:
+            self._is_over.set()
+        return diagnosis
 
-    def _note(self, rank: int, status: dict) -> None:
+    def _observe(self, rank: int, status: Status) -> None:
         now = time.monotonic()
-        before, alive, beat = self._seen.get(rank, (None, now, now))
-        alive = alive if before and before["alive"] == status["alive"] else now
-        moved = before is None or any(before[name] != status[name] for name in ("beats", "signs"))
-        beat = now if moved else beat
-        self._seen[rank] = (dict(status), alive, beat)
+        seen = self._observations.setdefault(rank, Observation(replace(status), now, now))
+        if seen.status.ticks != status.ticks:
+            seen.lived_at = now
+        if (seen.status.phases, seen.status.heartbeats) != (status.phases, status.heartbeats):
+            seen.progressed_at = now
+        seen.status = replace(status)  # A copy, because this process's own status changes.
 
-    def _failure(self) -> str | None:
-        """After a process has failed: whether because of another that is silent, which takes a while to know."""
-        failed = [f"rank {r} failed: {s['failed']} ({s['here']}, {s['where']})"
-                  for r, (s, *_) in self._seen.items() if s["failed"]]  # fmt: skip
+    # ----------------------------------------------------------------------------------------------- The diagnosis
+
+    def _find_failed(self) -> str | None:
+        """Name the processes that failed, but only once it is clear whether they failed because another one died."""
+        failed = [
+            f"rank {rank} failed: {seen.status.failure} ({seen.status.process}, {seen.status.phase})"
+            for rank, seen in self._observations.items()
+            if seen.status.failure
+        ]
         if not failed:
             return None
-        self._failed_at = self._failed_at or time.monotonic()
-        silent = self._silent(5 * self.tick, self._seen)
-        if silent or time.monotonic() > self._failed_at + 8 * self.tick:
+        self._first_failure_at = self._first_failure_at or time.monotonic()
+        silent = self._find_silent(5 * self.interval, self._observations)
+        if silent or time.monotonic() > self._first_failure_at + 8 * self.interval:
             return "; ".join([*silent, *failed])
         return None
 
-    def _silent(self, limit: float, seen: dict) -> list[str]:
-        now = time.monotonic()
-        return [f"rank {r} has died or hangs: no sign of life for {now - alive:.0f} s ({s['here']}, {s['where']})"
-                for r, (s, alive, _) in seen.items() if now - alive > limit and not s["done"]]  # fmt: skip
-
-    def _stands_still(self, seen: dict) -> str | None:
-        now = time.monotonic()
-        if silent := self._silent(self.silence, seen):
+    def _find_hanging(self) -> str | None:
+        """Name the processes without a sign of life, or else those that make no progress in the earliest phase."""
+        if silent := self._find_silent(self.silence_limit, self._observations):
             return "; ".join(silent)
-        least = min((s["beats"] for s, *_ in seen.values() if not s["done"]), default=0)
+        running = {rank: seen for rank, seen in self._observations.items() if not seen.status.is_done}
+        earliest = min((seen.status.phases for seen in running.values()), default=0)
+        now = time.monotonic()
         return "; ".join(
-            f"rank {r} hangs: {s['where']} for {now - beat:.0f} s ({s['here']})"
-            for r, (s, _, beat) in seen.items()
-            if s["beats"] == least and now - beat > self.seconds and not s["done"]
+            f"rank {rank} hangs: {seen.status.phase} for {now - seen.progressed_at:.0f} s ({seen.status.process})"
+            for rank, seen in running.items()
+            if seen.status.phases == earliest and now - seen.progressed_at > self.hang_seconds
         )
 
-    def _end(self, verdict: str) -> None:
+    def _find_silent(self, limit: float, ranks: Iterable[int]) -> list[str]:
+        """Name those of `ranks` whose threads have been silent for more than `limit` seconds."""
+        now = time.monotonic()
+        silent = []
+        for rank in ranks:
+            seen = self._observations[rank]
+            seconds = now - seen.lived_at
+            if seconds > limit and not seen.status.is_done:
+                where = f"{seen.status.process}, {seen.status.phase}"
+                silent.append(f"rank {rank} has died or hangs: no sign of life for {seconds:.0f} s ({where})")
+        return silent
+
+    def _exit(self, diagnosis: str) -> None:
         try:
-            print(f"rank {self.rank} ends the run: {verdict}", file=sys.stderr, flush=True)
-            if f"rank {self.rank} hangs" in verdict:
+            print(f"rank {self.rank} ends the run: {diagnosis}", file=sys.stderr, flush=True)
+            if f"rank {self.rank} hangs" in diagnosis:
                 faulthandler.dump_traceback(all_threads=True)
-        finally:  # also where the log is on a full disk
-            os._exit(EXIT)
+        finally:  # Exit even if standard error is on a full disk.
+            os._exit(WATCHDOG_EXIT_CODE)

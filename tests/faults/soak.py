@@ -26,7 +26,7 @@ from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.trainer import train
-from glalm.train.watchdog import EXIT
+from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
 STEPS = 60
 
@@ -58,7 +58,7 @@ def soak(folder: Path, seconds: float) -> None:
             FAULTS[kind](processes, run.folder / "checkpoints")
         print(f"{time.monotonic() - begun:6.0f} s  start {starts}: {kind or 'left alone'}", flush=True)
         codes = wait(processes, 60)
-        expected = {0, -signal.SIGKILL, EXIT, 128 + signal.SIGTERM, 128 + signal.SIGUSR1}
+        expected = {0, -signal.SIGKILL, WATCHDOG_EXIT_CODE, 128 + signal.SIGTERM, 128 + signal.SIGUSR1}
         assert kind or codes == [0, 0], text(log) + text(log, 1)
         assert set(codes) <= expected, (kind, codes, text(log), text(log, 1))
         if latest_checkpoint(run.folder / "checkpoints") and codes == [0, 0]:

@@ -5,19 +5,20 @@ import os
 import resource
 import shutil
 import signal
-import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
+from injection import before_steps, hang, send_signal
 from processes import start, wait
 from sameness import assert_same, rows
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError, RunError
-from glalm.train import checkpoint, trainer
+from glalm.train import checkpoint
 from glalm.train.checkpoint import CheckpointError, CheckpointWriter
 from glalm.train.trainer import train
-from glalm.train.watchdog import EXIT
+from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
 
 class FullDisk(CheckpointWriter):
@@ -84,20 +85,11 @@ def without(found: list[dict], *names: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in names} for row in found]
 
 
-def test_full_disk_loses_no_metrics(run_config, change, unbroken, monkeypatch):
-    """The disk is full from step 2 to step 4, for metrics and for checkpoints."""
-    real, calls, full = trainer.update, [], limit_file_size((unbroken / "metrics.jsonl").stat().st_size // 4)
-
-    def update(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            full.__enter__()
-        if len(calls) == 5:
-            full.__exit__(None, None, None)
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "update", update)
-    assert train(change(run_config, **{"train.checkpoint.asynchronous": False})) == 0
+def test_full_disk_loses_no_metrics(run_config, change, unbroken):
+    """The disk is full from step 2 to 4, for metrics and checkpoints."""
+    full = limit_file_size((unbroken / "metrics.jsonl").stat().st_size // 4)
+    with before_steps({2: full.__enter__, 5: lambda: full.__exit__(None, None, None)}):
+        assert train(change(run_config, **{"train.checkpoint.asynchronous": False})) == 0
     last = rows(run_config.folder)[-1]
     assert last["failed_saves"] == 2 and 1 <= last["failed_writes"] <= 3
     assert without(rows(run_config.folder), "failed_saves", "failed_writes") == rows(unbroken)
@@ -112,21 +104,14 @@ class UnlimitedWriter(CheckpointWriter):
 
 
 def without_room_for_metrics(config: RunConfig) -> int:
-    """Train with space for checkpoints but not for metrics from step 3 on, and be killed in step 6."""
-    update, calls, size = trainer.update, [], resource.RLIM_INFINITY
+    """Train with a disk that has room only for checkpoints from step 3 on, and die in step 6."""
 
-    def limited(*args):
-        nonlocal size
-        calls.append(1)
-        if len(calls) == 3:
-            size = (config.folder / "metrics.jsonl").stat().st_size + 10
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def fill_disk() -> None:
+        size = (config.folder / "metrics.jsonl").stat().st_size + 10
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        return update(*args)
 
-    trainer.update = limited
-    return train(config, checkpoint_writer=UnlimitedWriter())
+    with before_steps({3: fill_disk, 6: partial(send_signal, signal.SIGKILL)}):
+        return train(config, checkpoint_writer=UnlimitedWriter())
 
 
 def test_waiting_metrics_survive_a_kill(run_config, change, unbroken, tmp_path):
@@ -140,26 +125,18 @@ def test_waiting_metrics_survive_a_kill(run_config, change, unbroken, tmp_path):
 
 
 def train_with_full_log(hangs: bool, config: RunConfig) -> int:
-    """Train with standard output and error on a full disk. If `hangs`, the second step never ends."""
+    """Train with standard output and error on a full disk. If `hangs`, hang before step 2."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-    real, calls = trainer.update, []
-
-    def update(*args):
-        calls.append(1)
-        if hangs and len(calls) == 2:
-            time.sleep(60)
-        return real(*args)
-
-    trainer.update = update
-    return train(config)
+    with before_steps({2: hang} if hangs else {}):
+        return train(config)
 
 
 def test_log_on_a_full_disk_does_not_stop_the_run(run_config, change, unbroken, tmp_path):
     assert wait(start(train_with_full_log, False, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
     hanging = change(run_config, name="hanging", **{"train.guard.hang_seconds": 2.0})
-    assert wait(start(train_with_full_log, True, hanging, log=tmp_path / "log"), 30) == [EXIT]
+    assert wait(start(train_with_full_log, True, hanging, log=tmp_path / "log"), 30) == [WATCHDOG_EXIT_CODE]
 
 
 class ReadOnlyCheckpoints(CheckpointWriter):
@@ -275,7 +252,7 @@ def test_damaged_validation_data_is_reported(run_config, change, tmp_path):
     data = shutil.copytree(run_config.data.path, tmp_path / "data")
     file = max(data.glob("validation/*/*.npy"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(RunError, match=rf"^data.path={data}: {file} is damaged .*; prepare the set again, then resume"):
+    with pytest.raises(RunError, match=rf"^data.path={data}: {file} is damaged .*\. Prepare the data again"):
         train(change(run_config, **{"data.path": str(data)}))
 
 

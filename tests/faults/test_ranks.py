@@ -1,10 +1,12 @@
-"""Several processes: what one of them meets, all of them do alike; and another number of them goes on."""
+"""Several processes: a fault on one of them has the same effect on all, and another number of them can resume."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,17 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from injection import before_steps, poisoned_steps, send_signal
 from processes import start, text, wait
 from sameness import rows, weights
-from test_steps import poison, signalled
+from test_steps import train_signalled
 
 from glalm.config.run import CheckpointConfig, RunConfig
 from glalm.data import loader
-from glalm.train import random_states, staging, trainer
+from glalm.train import parallel, random_states, staging, trainer
 from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
-from glalm.train.state import TrainState
+from glalm.train.optim import learning_rate
+from glalm.train.state import BatchPlan, TrainState
 from glalm.train.trainer import train
-from glalm.train.watchdog import EXIT
+from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
 
 def save(folder: Path, state: TrainState) -> Path:
@@ -52,7 +56,7 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(run_config, ch
         parallel = {"parallel.mode": mode} | ({"parallel.replicate": world // 2} if mode == "hsdp" else {})
         now = change(config, **{"train.steps": steps, "train.allow_changes": ["train.steps"]}, **parallel)
         # The schedule is the whole run's, whichever part of it this is.
-        assert run(now, world, log, part_of, 6) == [0] * world, text(log)
+        assert run(now, world, log, train_part, 6) == [0] * world, text(log)
         files = {p.name for p in (config.folder / "checkpoints" / f"step_{steps}").glob("model*")}
         assert files == {f"model-{r + 1:05d}-of-{world:05d}.safetensors" for r in range(world)}
     close(weights(config.folder / "checkpoints/step_6"), weights(unbroken / "checkpoints/step_6"))
@@ -62,13 +66,10 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(run_config, ch
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def part_of(steps: int, config: RunConfig) -> int:
-    """Trains to config's last step with the learning rates of a run of `steps`."""
-    from glalm.train import optim
-
-    real = optim.learning_rate
-    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-    optim.learning_rate = lambda step, config: real(step, whole)
+def train_part(steps: int, config: RunConfig) -> int:
+    """Train to the config's last step with the learning rates of a run of `steps`."""
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    trainer.learning_rate = lambda step, config: learning_rate(step, longer)
     return train(config)
 
 
@@ -83,20 +84,19 @@ def test_one_ranks_file_is_missing(run_config, tmp_path):
     assert rows(run_config.folder) == before
 
 
-def poisoned(config: RunConfig) -> int:
-    """One rank's gradient is not a number in step 3, its loss is infinite in step 5."""
-    if os.environ["RANK"] == "1":
-        patch = pytest.MonkeyPatch()
-        poison(patch, {3}, gradient=math.nan)
-        poison(patch, {5}, loss=math.inf)
-    return train(config)
+def train_poisoned(config: RunConfig) -> int:
+    """Train with a gradient that is NaN in step 3, and a loss that is infinite in step 5, on rank 1 only."""
+    if os.environ["RANK"] != "1":
+        return train(config)
+    with poisoned_steps({3}, gradient=math.nan), poisoned_steps({5}, loss=math.inf):
+        return train(config)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mode):
     every = {"train.micro_batch_size": 1, "train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
     config = change(run_config, **every, **{"parallel.mode": mode})
-    assert run(config, 2, tmp_path / "log", poisoned) == [0, 0], text(tmp_path / "log")
+    assert run(config, 2, tmp_path / "log", train_poisoned) == [0, 0], text(tmp_path / "log")
     saved = {n: weights(config.folder / f"checkpoints/step_{n}") for n in range(2, 7)}
     for a, b, same in ((2, 3, True), (3, 4, False), (4, 5, True), (5, 6, False)):
         equal = [torch.equal(saved[a][n], saved[b][n]) for n in saved[a] if not n.startswith("guard.")]
@@ -105,7 +105,7 @@ def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mo
 
 
 def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path):
-    assert run(run_config, 2, tmp_path / "log", signalled, signal.SIGUSR1, 3) == [128 + signal.SIGUSR1] * 2
+    assert run(run_config, 2, tmp_path / "log", train_signalled, signal.SIGUSR1, 3) == [128 + signal.SIGUSR1] * 2
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
     assert run(run_config, 2, tmp_path / "log") == [0, 0]
     assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
@@ -157,37 +157,41 @@ def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monke
     close({n: p.detach() for n, p in loaded.named_parameters()}, {n: expected[n] for n, _ in loaded.named_parameters()})
 
 
-def struck(what: str, rank: int, config: RunConfig) -> int:
-    """In its third step, one rank is killed, stopped, waits forever, raises, or its loader hangs or raises."""
-    if int(os.environ["RANK"]) == rank:
-        real, calls = trainer.update, []
+def train_struck(fault: str, struck_rank: int, config: RunConfig) -> int:
+    """Train, and let a fault happen on one rank: in step 3, or in the loading of its seventh batch."""
+    if int(os.environ["RANK"]) != struck_rank:
+        return train(config)
+    if fault.startswith("loader"):
+        loader.Windows.load_batch = fail_at_seventh_batch(hangs=fault == "loader hangs")
+        return train(config)
 
-        def update(*args):
-            calls.append(1)
-            if len(calls) == 3:
-                if what == "raises":
-                    raise ArithmeticError("the third step")
-                os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
-            return real(*args)
+    def strike() -> None:
+        if fault == "raises":
+            raise ArithmeticError("the third step")
+        send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[fault])
 
-        def batch(self, ids, real=loader.Windows.load_batch):
-            if "loader" in what:
-                calls.append(1)
-                if len(calls) == 7:
-                    if what == "loader raises":
-                        raise OSError("stale file handle")
-                    time.sleep(60)
-            return real(self, ids)
+    with before_steps({3: strike}):
+        return train(config)
 
-        trainer.update, loader.Windows.load_batch = (
-            (real, batch) if "loader" in what else (update, loader.Windows.load_batch)
-        )
-    return train(config)
+
+def fail_at_seventh_batch(hangs: bool):
+    """Return a Windows.load_batch that hangs or raises at its seventh call."""
+    calls = itertools.count(1)
+    load_batch = loader.Windows.load_batch
+
+    def fail(self, ids):
+        if next(calls) == 7:
+            if not hangs:
+                raise OSError("stale file handle")
+            time.sleep(60)
+        return load_batch(self, ids)
+
+    return fail
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "what, said",
+    "fault, diagnosis",
     [
         ("killed", "has died"),
         ("stopped", "no sign of life|its store"),
@@ -196,27 +200,25 @@ def struck(what: str, rank: int, config: RunConfig) -> int:
         ("loader raises", "OSError: stale file handle"),
     ],
 )
-def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change, tmp_path, what, said, rank):
-    import re
-
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change, tmp_path, fault, diagnosis, rank):
     config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 3.0})
-    processes = start(struck, what, rank, config, log=tmp_path / "log", world=2)
+    processes = start(train_struck, fault, rank, config, log=tmp_path / "log", world=2)
     other = processes[1 - rank]
     other.join(40)
-    assert other.exitcode == EXIT, text(tmp_path / "log", 1 - rank)
+    assert other.exitcode == WATCHDOG_EXIT_CODE, text(tmp_path / "log", 1 - rank)
     for process in processes:
         process.kill()
     wait(processes)
     found = [line for line in text(tmp_path / "log", 1 - rank).splitlines() if "ends the run" in line]
-    assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({said})", found[-1]), found
+    assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({diagnosis})", found[-1]), found
 
 
 def test_every_ranks_generators_are_restored(run_config, tmp_path):
-    assert run(run_config, 2, tmp_path / "log", drawing, str(tmp_path)) == [0, 0], text(tmp_path / "log")
+    assert run(run_config, 2, tmp_path / "log", draw_after_loading, str(tmp_path)) == [0, 0], text(tmp_path / "log")
 
 
-def drawing(folder: str, config: RunConfig) -> int:
-    """Each rank draws from every generator, saves, draws, loads, and draws the same again; not so another rank."""
+def draw_after_loading(folder: str, config: RunConfig) -> int:
+    """Draw from every generator after a save, and again after loading it: only the same rank draws the same."""
     from accelerate import Accelerator
 
     from glalm.model.config import ModelConfig
@@ -255,22 +257,21 @@ def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, cha
     parallel = {"parallel.mode": mode} | ({"parallel.replicate": 2} if mode == "hsdp" else {})
     config = change(run_config, **parallel, **{"train.micro_batch_size": 1})
     saved = unbroken / "checkpoints" / "step_6"
-    assert run(config, 4, tmp_path / "log", passing_on, str(saved), str(tmp_path)) == [0] * 4, text(tmp_path / "log")
+    assert run(config, 4, tmp_path / "log", load_and_save, str(saved), str(tmp_path)) == [0] * 4, text(tmp_path / "log")
     one, other = weights(saved), weights(tmp_path / "step_7")
-    assert one.keys() - {n for n in one if n.startswith("guard.")} == other.keys()
+    assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in other)
     if mode != "ddp":  # they are slices, of which nobody has all
         stored = staging.index_safetensors((tmp_path / "step_7").glob("*.safetensors"))
         assert len([tensor for tensor in stored.values() if len(tensor.slices) > 1]) > 30
 
 
-def passing_on(saved: str, folder: str, config: RunConfig) -> int:
-    from glalm.train import parallel
-
+def load_and_save(saved: str, folder: str, config: RunConfig) -> int:
+    """Load a checkpoint into a model with other weights on every rank, and save it as step_7."""
     accelerator = parallel.start_processes(config)
-    torch.manual_seed(accelerator.process_index)  # nothing of it may be right by chance
-    model, _, optimizers = trainer.build(dataclasses.replace(config, seed=99), accelerator)
-    state = TrainState(model, optimizers)
+    torch.manual_seed(accelerator.process_index)
+    plan = BatchPlan.from_config(config, accelerator.num_processes)
+    state = trainer.Trainer(dataclasses.replace(config, seed=99), plan, accelerator).state
     load_train_state(Path(saved), state, seed=1)
     state.step = 7
     save(Path(folder), state)

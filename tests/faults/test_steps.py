@@ -1,5 +1,6 @@
 """Numbers that are not finite, spikes, signals, damaged data, and other things that happen to one process's steps."""
 
+import itertools
 import json
 import math
 import os
@@ -8,9 +9,11 @@ import signal
 import sys
 import time
 import types
+from functools import partial
 
 import pytest
 import torch
+from injection import before_steps, hang, poisoned_steps, send_signal
 from processes import start, text, until, wait
 from sameness import assert_same, rows, weights
 
@@ -19,38 +22,21 @@ from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.train import step, trainer, validate
+from glalm.train import trainer
 from glalm.train.checkpoint import CheckpointWriter, latest_checkpoint
 from glalm.train.guards import BadSteps
 from glalm.train.run_dir import newest_valid_checkpoint
-from glalm.train.trainer import train
-
-
-def poison(monkeypatch, steps: set[int], gradient=None, loss=None):
-    """In these steps, on this process: the gradient of one parameter, or the loss, is multiplied by a number."""
-    real, calls = step.accumulate, []
-
-    def accumulate(accelerator, model, batch, config):
-        value = real(accelerator, model, batch, config)
-        calls.append(1)
-        if len(calls) in steps:
-            if gradient is not None:
-                next(p for p in model.parameters() if p.grad is not None and p.grad.any()).grad.mul_(gradient)
-            if loss is not None:
-                value = value * loss
-        return value
-
-    monkeypatch.setattr(step, "accumulate", accumulate)
+from glalm.train.trainer import Trainer, train
 
 
 @pytest.mark.parametrize("what", [{"gradient": math.nan}, {"gradient": math.inf}, {"loss": math.nan}])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_update_is_skipped_whole(run_config, change, monkeypatch, what, optimizer):
-    """After step 4, which is bad, weights and moments are those after step 3; the steps after it count on."""
-    poison(monkeypatch, {4}, **what)
+def test_a_bad_update_is_skipped_whole(run_config, change, what, optimizer):
+    """After step 4, which is bad, weights and moments are those after step 3. Training continues from there."""
     every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9, "optim.name": optimizer}
     config = change(run_config, **every)
-    assert train(config) == 0
+    with poisoned_steps({4}, **what):
+        assert train(config) == 0
     third, fourth, fifth = (weights(config.folder / "checkpoints" / f"step_{n}") for n in (3, 4, 5))
     assert all(torch.equal(third[n], fourth[n]) for n in third if not n.startswith("guard."))
     assert not any(torch.equal(fourth[n], fifth[n]) for n in fourth if n.startswith("model.layers"))
@@ -61,58 +47,51 @@ def test_a_bad_update_is_skipped_whole(run_config, change, monkeypatch, what, op
         json.loads(line, parse_constant=pytest.fail)  # no NaN: that is no JSON
 
 
-def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, change, token_folder, monkeypatch):
-    poison(monkeypatch, {3, 4, 5, 6}, gradient=math.nan)
+def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, change, token_folder):
     config = change(run_config, **{"train.guard.bad_steps": 3, "train.log_every": 6})
-    with pytest.raises(BadSteps, match=r"in 3 updates in a row, steps 3 to 5: none of them was made.*bad_steps_3.json"):
+    message = r"in 3 consecutive updates, steps 3 to 5. All of them were skipped.*bad_steps_3.json"
+    with poisoned_steps({3, 4, 5, 6}, gradient=math.nan), pytest.raises(BadSteps, match=message):
         train(config)
     windows = Windows(TokenSet(token_folder, "train"), 16)
     order = Order(config.seed, 4, windows.source_windows)
     dump = json.loads((config.folder / "bad_steps_3.json").read_text())["steps"]
     assert dump == {str(s): order.window_ids(s - 1).tolist() for s in (3, 4, 5)}
-    monkeypatch.undo()
-    assert train(config) == 0  # nothing of it was saved
+    assert train(config) == 0  # No checkpoint was saved since the first bad step.
 
 
-def test_a_spike_is_skipped_by_config(run_config, change, monkeypatch):
-    poison(monkeypatch, {9}, gradient=1e9)
+def test_a_spike_is_skipped_by_config(run_config, change):
     spiky = {"train.steps": 12, "train.guard.spike_factor": 6.0, "train.guard.spike_window": 4}
     every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
     config = change(run_config, **spiky, **every)
-    assert train(config) == 0
+    with poisoned_steps({9}, gradient=1e9):
+        assert train(config) == 0
     before, after, later = (weights(config.folder / "checkpoints" / f"step_{n}") for n in (8, 9, 10))
     assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("guard."))
     assert not torch.equal(after["lm_head.weight"], later["lm_head.weight"])
     assert rows(config.folder)[-1]["skipped_steps"] == 1
 
 
-def test_the_norms_statistics_are_resumed(run_config, change, monkeypatch):
-    """A spike right after a resume is judged by the norms before it."""
+def test_the_norms_statistics_are_resumed(run_config, change):
+    """A spike right after a resume is compared with the norms before it."""
     spiky = {"train.guard.spike_factor": 6.0, "train.guard.spike_window": 3}
     config = change(run_config, **spiky, **{"train.allow_changes": ["train.steps"]})
     assert train(change(config, **{"train.steps": 4})) == 0
-    poison(monkeypatch, {1}, gradient=1e9)
-    assert train(config) == 0
+    with poisoned_steps({1}, gradient=1e9):
+        assert train(config) == 0
     assert [row.get("skipped_steps") for row in rows(config.folder)] == [None, 0, 0, 0, 0, 1, 1]
 
 
-def signalled(signum: int, at: int, config: RunConfig) -> int:
-    real, calls = trainer.update, []
-
-    def update(*args):
-        calls.append(1)
-        if len(calls) == at and os.environ.get("RANK", "1") == "1":
-            os.kill(os.getpid(), signum)
-        return real(*args)
-
-    trainer.update = update
-    return train(config)
+def train_signalled(signum: int, step: int, config: RunConfig) -> int:
+    """Train, and send a signal to this process before `step`. Of several processes, only rank 1 gets it."""
+    is_signalled = os.environ.get("RANK", "1") == "1"
+    with before_steps({step: partial(send_signal, signum)} if is_signalled else {}):
+        return train(config)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step_and_says_so_by_its_exit_code(run_config, unbroken, tmp_path, signum):
-    assert wait(start(signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
-    assert "step_3 is saved; the same command goes on from there" in text(tmp_path / "log")
+    assert wait(start(train_signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
+    assert "checkpoints/step_3. To resume, run the same command again." in text(tmp_path / "log")
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
     assert wait(start(train, run_config, log=tmp_path / "log")) == [0]
     assert_same(unbroken, run_config.folder)
@@ -144,7 +123,7 @@ def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_pa
     [process] = start(on_a_slow_disk, config, log=tmp_path / "log")
     until((config.folder / "checkpoints" / ".step_4.tmp" / "slow").exists)
     os.kill(process.pid, signal.SIGINT)
-    until(lambda: "a second signal" in text(tmp_path / "log"))
+    until(lambda: "A second signal" in text(tmp_path / "log"))
     process.join(1.5)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
@@ -154,18 +133,18 @@ def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_pa
     assert_same(unbroken, config.folder)
 
 
-def slow(part: str, seconds: float, config: RunConfig) -> int:
-    """A run in which every file of a checkpoint, or every batch of validation, takes `seconds`."""
-
-    real = validate.on_device
-
-    def late(*args):
-        time.sleep(seconds)
-        return real(*args)
-
+def train_slowly(part: str, seconds: float, config: RunConfig) -> int:
+    """Train with a pause of `seconds` before every file of a checkpoint, or before every batch of validation."""
     if part == "saving":
         return train(config, checkpoint_writer=SlowDisk(seconds, "*"))
-    validate.on_device = late
+    iterate_batches = Trainer.iterate_validation_batches
+
+    def iterate_slowly(self, windows):
+        for batch in iterate_batches(self, windows):
+            time.sleep(seconds)
+            yield batch
+
+    Trainer.iterate_validation_batches = iterate_slowly
     return train(config)
 
 
@@ -174,66 +153,48 @@ def test_what_takes_longer_than_a_hang_but_goes_on_is_none(run_config, change, u
     slowly = {"train.guard.hang_seconds": 2.0, "train.checkpoint.asynchronous": asynchronous}
     config = change(run_config, **slowly, **{"train.checkpoint.every": 6})
     seconds = 1.5 if part == "saving" else 0.6
-    assert wait(start(slow, part, seconds, config, log=tmp_path / "log")) == [0], text(tmp_path / "log")
+    assert wait(start(train_slowly, part, seconds, config, log=tmp_path / "log")) == [0], text(tmp_path / "log")
     assert_same(unbroken, config.folder)
 
 
-def test_bad_updates_in_a_row_are_counted_across_a_resume(run_config, change, monkeypatch):
+def test_bad_updates_in_a_row_are_counted_across_a_resume(run_config, change):
     config = change(run_config, **{"train.guard.bad_steps": 4, "train.steps": 9, "train.checkpoint.every": 1})
-    poison(monkeypatch, {3, 4, 5, 6}, loss=math.nan)
-    monkeypatch.setattr(step, "accumulate", stopped(step.accumulate, at=4))
-    assert train(config) == signal.SIGTERM
-    with pytest.raises(BadSteps, match="in 4 updates in a row, steps 3 to 6"):
-        train(config)
+    with poisoned_steps({3, 4, 5, 6}, loss=math.nan), before_steps({4: send_signal}):
+        assert train(config) == signal.SIGTERM
+        with pytest.raises(BadSteps, match="in 4 consecutive updates, steps 3 to 6"):
+            train(config)
 
 
-def stopped(real, at: int):
-    """`real`, and this process sent SIGTERM in its at-th call."""
-    calls = []
-
-    def call(*args):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    return call
-
-
-def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, change, unbroken, monkeypatch):
-    """Who stops a run for a time limit cannot wait for it. Its numbers are not lost."""
-    there = []
+def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, unbroken):
+    """A scheduler that stops a run may not wait for the evaluation. Its metrics are not lost either."""
+    checkpoints = []
 
     def evaluate(model, step, precision, heartbeat):
         if step % 3:
             return {}
-        there.append({path.name for path in run_config.folder.glob("checkpoints/*")})
+        checkpoints.append({path.name for path in run_config.folder.glob("checkpoints/*")})
         return {"seen": 1.0}
 
-    config = change(run_config)
-    monkeypatch.setattr(trainer, "update", stopped(trainer.update, at=3))
-    assert train(config, evaluate) == signal.SIGTERM
-    assert "step_3" in there[-1]
-    assert train(config, evaluate) == 0
-    found = rows(config.folder)
+    with before_steps({3: send_signal}):
+        assert train(run_config, evaluate) == signal.SIGTERM
+    assert "step_3" in checkpoints[-1]
+    assert train(run_config, evaluate) == 0
+    found = rows(run_config.folder)
     assert [row["step"] for row in found if "seen" in row] == [0, 3, 6]
     assert [{k: v for k, v in row.items() if k != "seen"} for row in found] == rows(unbroken)
 
 
 def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
-    monkeypatch.setattr(trainer, "training_batches", unread_ahead(trainer.training_batches, run_config.steps))
-    assert train(run_config) == 0
+    """Batches may be read ahead, but none after the last step's is waited for."""
+    original = trainer.training_batches
 
-
-def unread_ahead(real, steps: int):
-    """Batches of which none beyond the last may be asked for."""
-
-    def batches(*args, **options):
-        for index, batch in real(*args, **options):
-            assert index < steps, "read too much"
+    def training_batches(*args, **options):
+        for index, batch in original(*args, **options):
+            assert index < run_config.steps, "a batch after the last was asked for"
             yield index, batch
 
-    return batches
+    monkeypatch.setattr(trainer, "training_batches", training_batches)
+    assert train(run_config) == 0
 
 
 def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_path):
@@ -246,7 +207,7 @@ def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_pat
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 8
     shard.write_bytes(content)
-    with pytest.raises(RunError, match=r"00000\.npy is damaged between byte 0 and \d+.*prepare the set again"):
+    with pytest.raises(RunError, match=r"00000\.npy is damaged between byte 0 and \d+.*Prepare the data again"):
         train(config)
     content[len(content) // 2] ^= 8
     shard.write_bytes(content)
@@ -254,25 +215,16 @@ def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_pat
     assert_same(whole.folder, config.folder)
 
 
-def holding(config: RunConfig) -> int:
-    """Trains, but for a wait in its second step."""
-    real, calls = trainer.update, []
-
-    def update(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            time.sleep(60)
-        return real(*args)
-
-    trainer.update = update
-    return train(config)
+def train_and_hang(config: RunConfig) -> int:
+    """Train, but hang before step 2."""
+    with before_steps({2: hang}):
+        return train(config)
 
 
 def test_two_runs_on_one_directory(run_config, unbroken, tmp_path):
     """The second is refused while the first lives, and not when it was killed."""
-    [first] = start(holding, run_config, log=tmp_path / "log")
-    while "step 1/" not in text(tmp_path / "log"):
-        time.sleep(0.01)
+    [first] = start(train_and_hang, run_config, log=tmp_path / "log")
+    until(lambda: "step 1/" in text(tmp_path / "log"))
     with pytest.raises(ConfigError, match=rf"tiny is in use by another run: process {first.pid} on .*choose another"):
         train(run_config)
     first.kill()
@@ -289,27 +241,32 @@ def test_paths_with_spaces_and_unicode(run_config, change, unbroken, tmp_path):
 
 
 def test_a_clock_that_jumps(run_config, unbroken, monkeypatch):
-    """Back by years, on by centuries, and standing still, at every look."""
-    times = iter([0.0, 1e10, -1e9, 5.0] * 10_000)
-    monkeypatch.setattr(time, "time", lambda: next(times))
+    """The wall clock goes back by years, forward by centuries, and stands still, at every reading."""
+    times = [0.0, 1e10, -1e9, 5.0]
+    readings = itertools.cycle(times)
+    monkeypatch.setattr(time, "time", lambda: next(readings))
     assert train(run_config) == 0
+    assert sorted(time.time() for _ in times) == sorted(times)
     assert_same(unbroken, run_config.folder)
 
 
 @pytest.mark.parametrize("method", ["init", "log", "finish"])
 def test_a_tracker_that_fails(run_config, change, unbroken, monkeypatch, method):
-    """wandb raises, from its start, in the middle, or at the end: the run and its metrics are complete."""
+    """wandb raises at its start, in the middle, or at the end. The run and its metrics are complete."""
+    failures = []
 
-    def fails(*args, **options):
+    def fail(*args, **options):
+        failures.append(method)
         raise ConnectionError("the server is not reachable")
 
-    def nothing(*args, **options):
+    def succeed(*args, **options):
         return True
 
-    names = ("log", "finish", "init", "login")
-    made = types.SimpleNamespace(**{name: fails if name == method else nothing for name in names})
+    functions = {name: fail if name == method else succeed for name in ("log", "finish", "init", "login")}
+    wandb = types.SimpleNamespace(**functions, config=types.SimpleNamespace(update=succeed))
     if method != "init":
-        made.init = lambda **options: made
-    monkeypatch.setitem(sys.modules, "wandb", made)
+        wandb.init = lambda **options: wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert train(change(run_config, **{"track.wandb": "online"})) == 0
+    assert failures == [method]
     assert_same(unbroken, run_config.folder)

@@ -87,7 +87,7 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
         time.sleep(0.2)
     assert "gla-1: stopped" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert "the same command goes on from there" in log.read_text()
+    assert "run the same command again" in log.read_text()
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
 
 

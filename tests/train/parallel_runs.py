@@ -16,13 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import build_dataclass
-from glalm.train import parallel, trainer
+from glalm.train import parallel
 from glalm.train.collectives import max_over_processes
-from glalm.train.guards import UpdateGuard
-from glalm.train.optim import learning_rate
 from glalm.train.run_dir import open_data
-from glalm.train.step import update
-from glalm.train.validate import validate
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": ""})
@@ -56,20 +54,20 @@ def run(config: RunConfig) -> dict:
     torch._dynamo.reset()
     accelerator = parallel.start_processes(config)
     windows, validation = open_data(config)
-    model, wrapped, optimizers = trainer.build(config, accelerator)
-    guard, losses, norms, val_loss = UpdateGuard(config.train.guard, accelerator.device), [], [], None
-    for step, batch in trainer.steps(config, windows, 0, accelerator):
-        lr = learning_rate(step, config)
-        loss, norm = update(accelerator, wrapped, optimizers, batch, config, lr, step, guard)
-        losses.append(accelerator.reduce(loss, "mean").item())
-        norms.append(norm.item())
-        if step == config.steps:
-            val_loss = validate(accelerator, wrapped, validation, config)["val_loss"]
-    assert max_over_processes(accelerator.process_index == accelerator.num_processes - 1) and not max_over_processes(
-        False
-    )
-    trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    assert trained == set(model.parameters())  # what is read, or saved, is not what FSDP2 gathered to validate with
+    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    losses = []
+    norms = []
+    for batch in trainer.iterate_batches(windows):
+        result = trainer.step(batch)
+        losses.append(accelerator.reduce(result.loss, "mean").item())
+        norms.append(result.grad_norm.item())
+    val_loss = trainer.validate(validation)["val_loss"]
+    is_last_rank = accelerator.process_index == accelerator.num_processes - 1
+    assert max_over_processes(is_last_rank) and not max_over_processes(False)
+    # Validation gathers FSDP2's weights. The parameters must be the shards that are trained again.
+    model = trainer.state.model
+    trained = {p for optimizer in trainer.state.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert trained == set(model.parameters())
     weights = {n: p.detach() for n, p in model.named_parameters()}
     weights = {n: (w.full_tensor() if isinstance(w, DTensor) else w).cpu() for n, w in weights.items()}
     return {"losses": losses, "norms": norms, "val_loss": val_loss, **weights}

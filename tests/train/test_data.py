@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from injection import before_steps, fail
 
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
@@ -18,7 +19,7 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import trainer
-from glalm.train.step import model_inputs
+from glalm.train.trainer import model_inputs
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_document_boundaries_matter_and_micro_batches_do_not(run_config, change,
     assert rows(config)[-1]["val_loss"] != pytest.approx(rows(plain)[-1]["val_loss"], rel=1e-4)
 
 
-def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, two_sources, monkeypatch):
+def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, two_sources):
     shares = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}, "train.steps": 40}
     config = change(run_config, **shares, **{"train.eval_every": 40, "train.checkpoint.every": 10})
     assert trainer.train(config) == 0
@@ -99,12 +100,9 @@ def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, 
     assert last["tokens/short"] / last["tokens"] == pytest.approx(0.75, abs=0.1)
     assert all(row["data_wait_seconds"] >= 0 for row in rows(config)[1:])
 
-    again, update = change(config, name="again"), trainer.update
-    with monkeypatch.context() as patch:
-        calls = iter(range(100))
-        patch.setattr(trainer, "update", lambda *a: update(*a) if next(calls) < 25 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            trainer.train(again)
+    again = change(config, name="again")
+    with before_steps({26: fail}), pytest.raises(RuntimeError, match="injected"):
+        trainer.train(again)
     assert trainer.train(again) == 0
     assert rows(again)[-1]["tokens/short"] == last["tokens/short"]
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
@@ -112,13 +110,15 @@ def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, 
 
 def test_batches_follow_seed_and_weights(run_config, change, two_sources, monkeypatch):
     given = {"data.path": str(two_sources), "data.weights": {"long": 0.25, "short": 0.75}}
-    config, batches, update = change(run_config, seed=5, **given), [], trainer.update
+    config = change(run_config, seed=5, **given)
+    batches = []
+    train_step = trainer.Trainer.step
 
-    def seen(*args):
-        batches.append(args[3]["input_ids"])
-        return update(*args)
+    def step(self, batch):
+        batches.append(batch["input_ids"])
+        return train_step(self, batch)
 
-    monkeypatch.setattr(trainer, "update", seen)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     assert trainer.train(config) == 0
     windows = Windows(TokenSet(two_sources, "train"), 16)
     order = Order(5, 4, windows.source_windows, config.data.weights)
@@ -131,15 +131,12 @@ def test_one_source_has_no_counts_of_its_own(run_config):
     assert not [key for key in rows(run_config)[-1] if key.startswith("tokens/")]
 
 
-def test_run_keeps_the_data_it_started_with(run_config, change, two_sources, tmp_path, monkeypatch):
-    """A run that resumes after shards were added gives the same weights as if they had not been added."""
+def test_run_keeps_the_data_it_started_with(run_config, change, two_sources, tmp_path):
+    """Stopped, resumed after shards were added: the same weights as if nothing had happened."""
     growing = shutil.copytree(two_sources, tmp_path / "growing")
     config, steady = (change(run_config, name=path.name, **{"data.path": str(path)}) for path in (growing, two_sources))
-    update, calls = trainer.update, iter(range(100))
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "update", lambda *a: update(*a) if next(calls) < 4 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            trainer.train(config)
+    with before_steps({5: fail}), pytest.raises(RuntimeError, match="injected"):
+        trainer.train(config)
     (tmp_path / "more.txt").write_text("delta epsilon " * 3000)
     prepare_data([tmp_path / "more.txt"], growing, add=True, progress=False)
     assert TokenSet(growing, "train").num_tokens > TokenSet(two_sources, "train").num_tokens

@@ -14,8 +14,10 @@ from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass
 from glalm.data.files import read_jsonl
 from glalm.model.decoder import CausalLM
-from glalm.train import parallel, step, trainer
+from glalm.train import parallel, trainer
 from glalm.train.parallel import check_devices, has_fp32_parameters, refuse_launcher_settings
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {
@@ -65,20 +67,21 @@ def test_fsdp2_on_one_process_is_the_plain_run(config, change):
 def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeypatch):
     """With the last segment of the last micro-batch: until then FSDP2's shards have no gradient."""
     given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.tbptt_length": 8}
-    config, seen = change(config, **given), []
+    config = change(config, **given)
+    has_gradients = []
     accelerator = parallel.start_processes(config)
-    model, wrapped, _ = trainer.build(config, accelerator)
+    sharded = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
 
     @contextmanager
-    def watched(sync, module):
+    def no_sync_unless(sync, module):
         with parallel.no_sync_unless(sync, module):
             yield
-        seen.append([p.grad is not None for p in model.parameters()])
+        has_gradients.append([p.grad is not None for p in module.parameters()])
 
-    monkeypatch.setattr(step, "no_sync_unless", watched)
+    monkeypatch.setattr(trainer, "no_sync_unless", no_sync_unless)
     ids = torch.ones(8, 16, dtype=torch.int64)
-    step.accumulate(accelerator, wrapped, {"input_ids": ids, "labels": ids}, config)
-    assert [any(s) for s in seen] == [False, False, False, True] and all(seen[-1])
+    sharded.accumulate_gradients({"input_ids": ids, "labels": ids})
+    assert [any(found) for found in has_gradients] == [False, False, False, True] and all(has_gradients[-1])
 
 
 @pytest.mark.parametrize(

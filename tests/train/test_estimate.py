@@ -10,12 +10,26 @@ from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
-from glalm.train import estimate
-from glalm.train.estimate import GIB, Device, activations, lines, memory, sizes
+from glalm.train import estimate as estimate_module
+from glalm.train.estimate import (
+    GIB,
+    GPU,
+    count_parameters,
+    describe_needs,
+    estimate_memory,
+    explain_out_of_memory,
+    measure_activations,
+)
 from glalm.train.optim import build_optimizers
+from glalm.train.state import BatchPlan
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
-H200 = Device("NVIDIA H200", 140 * GIB, True)
+H200 = GPU("NVIDIA H200", 140 * GIB, True)
+
+
+def estimate(config, world_size: int, local_world_size: int, bf16: bool, compiled: bool) -> dict[str, int]:
+    plan = BatchPlan.from_config(config, world_size)
+    return estimate_memory(config, plan, local_world_size, bf16, compiled)
 
 
 def real(config, **changes) -> CausalLM:
@@ -36,9 +50,9 @@ def test_parameters_and_moments_are_exact(run_config, change, optimizer):
     for each in made:
         each.step()
         kept += sum(x.numel() for state in each.state.values() for x in state.values() if x.ndim)
-    size = sizes(config)
+    size = count_parameters(config)
     assert size.total == sum(p.numel() for p in model.parameters()) and size.moments == kept
-    assert size.largest == max(sum(p.numel() for p in block.parameters()) for block in model.model.layers)
+    assert size.largest_block == max(sum(p.numel() for p in block.parameters()) for block in model.model.layers)
 
 
 @pytest.mark.parametrize("mixer", ["gla", "attention", "mamba2"])
@@ -59,7 +73,7 @@ def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         model(ids, shift_labels=ids)
-    parts = memory(config, 1, 1, bf16, compiled=False)
+    parts = estimate(config, 1, 1, bf16, compiled=False)
     found = sum(x.untyped_storage().nbytes() for x in saved.values())
     loss = 2 * 192 * 64 * 3 * (2 if bf16 else 4)  # the last norm's input and output, and the head's gradient
     assert parts["activations"] + parts["bf16 weights"] + loss == pytest.approx(found, rel=0.1)
@@ -68,19 +82,19 @@ def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
 def test_no_part_is_negative(run_config, change):
     """Mamba's scan keeps one state less than it has chunks: its activations begin below 0."""
     config = change(run_config, model=ModelConfig(**MODEL, mixer="mamba"), **{"data.seq_len": 256})
-    assert all(size >= 0 for size in memory(config, 1, 1, True, True).values())
+    assert all(size >= 0 for size in estimate(config, 1, 1, True, True).values())
 
 
 def test_full_checkpointing_keeps_a_blocks_input():
-    kept = activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
-    assert kept.token == 2 * 64 and abs(kept.fixed) < 1000
+    kept = measure_activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
+    assert kept.per_token == 2 * 64 and abs(kept.fixed) < 1000
 
 
 def test_less_is_kept_the_more_is_recomputed():
     model = ModelConfig(**MODEL)
-    eager = activations(model, "gla", TrainConfig(), True, False).token
+    eager = measure_activations(model, "gla", TrainConfig(), True, False).per_token
     compiled, lean, selective = (
-        activations(model, "gla", TrainConfig(activation_checkpointing=how), True, True).token
+        measure_activations(model, "gla", TrainConfig(activation_checkpointing=how), True, True).per_token
         for how in ("none", "elementwise", "selective")
     )
     assert eager > compiled > lean > 4 * 64 and compiled > selective > 4 * 64
@@ -88,39 +102,41 @@ def test_less_is_kept_the_more_is_recomputed():
 
 def test_shares(run_config, change):
     """Sharding over 4 quarters weights and moments; what is gathered is counted; gradients are whole while summed."""
-    one = memory(run_config, 1, 1, False, False)
-    four = memory(change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1}), 4, 4, False, False)
-    size = sizes(run_config)
-    assert one["weights"] == 4 * size.total and one["optimiser"] == 8 * size.total and one["gathered"] == 0
-    assert [four[part] * 4 for part in ("weights", "gradients", "optimiser")] == pytest.approx(
+    one = estimate(run_config, 1, 1, False, False)
+    four = estimate(change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1}), 4, 4, False, False)
+    size = count_parameters(run_config)
+    assert one["weights"] == 4 * size.total and one["optimizer"] == 8 * size.total and one["gathered"] == 0
+    assert [four[part] * 4 for part in ("weights", "gradients", "optimizer")] == pytest.approx(
         [4 * size.total, 4 * size.total, 8 * size.total], abs=16
     )
     root = size.total - size.blocks
-    assert four["gathered"] == 4 * (root + 2 * size.largest) + 4 * (root + 2 * size.largest)
+    assert four["gathered"] == 4 * (root + 2 * size.largest_block) + 4 * (root + 2 * size.largest_block)
     accumulating = change(run_config, **{"parallel.mode": "fsdp2", "train.batch_size": 8, "train.micro_batch_size": 1})
-    assert memory(accumulating, 4, 4, False, False)["gathered"] == 4 * (root + 2 * size.largest) + 4 * size.total
+    assert (
+        estimate(accumulating, 4, 4, False, False)["gathered"] == 4 * (root + 2 * size.largest_block) + 4 * size.total
+    )
     segments = change(run_config, **{"train.tbptt_length": 4})
-    assert memory(segments, 1, 1, False, False)["activations"] * 4 == pytest.approx(one["activations"], rel=1e-6)
+    assert estimate(segments, 1, 1, False, False)["activations"] * 4 == pytest.approx(one["activations"], rel=1e-6)
 
 
 def test_what_is_printed(run_config, change):
     config = change(run_config, **{"train.steps": 1000, "train.assumed_mfu": 0.5, "train.compile": False})
-    text = "\n".join(lines(config, 2, H200))
-    total, tokens = sizes(config).total, 1000 * 4 * 16
+    text = "\n".join(describe_needs(config, 2, H200))
+    total, tokens = count_parameters(config).total, 1000 * 4 * 16
     hours = tokens * model_cost(config.model, 16).training / (0.5 * 989e12) / 2 / 3600
     assert f"{total:,}; {total - 2 * 320 * 32:,} without" in text
     assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 x 2 sequences, ddp" in text
     assert "1,000 (6.4e-05B tokens), warm-up over the first 2" in text
     assert f"{hours:,.1f} hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
     assert "WARNING" not in text
-    small = "\n".join(lines(config, 2, Device("A small one", 2**16, True)))
-    assert "WARNING: more than the 0.0 GiB of A small one. Write a smaller train.micro_batch_size" in small
-    assert "the peak of A small one is not known" in small
+    small = "\n".join(describe_needs(config, 2, GPU("A small one", 2**16, True)))
+    assert "WARNING: more than the 0.0 GiB of A small one. Set a smaller train.micro_batch_size" in small
+    assert "the peak of A small one is unknown" in small
 
 
 def test_a_batch_that_does_not_divide_is_refused(run_config, change):
-    with pytest.raises(ConfigError, match="write a multiple of 3"):
-        list(lines(run_config, 3, H200))
+    with pytest.raises(ConfigError, match="Choose a multiple of 3"):
+        list(describe_needs(run_config, 3, H200))
 
 
 def test_a_dry_run_needs_no_data_and_leaves_nothing(run_config, change, capsys):
@@ -133,8 +149,8 @@ def test_a_dry_run_needs_no_data_and_leaves_nothing(run_config, change, capsys):
 
 
 def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeypatch):
-    monkeypatch.setattr(estimate, "device_here", lambda: H200)
+    monkeypatch.setattr(estimate_module, "current_gpu", lambda: H200)
     run_config.train.compile = False
-    message = estimate.explain_out_of_memory(run_config, 1)
-    assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory; the estimate was 0.0 GiB a GPU: ")
+    message = explain_out_of_memory(run_config, BatchPlan.from_config(run_config, 1))
+    assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory. The estimate was 0.0 GiB per GPU: ")
     assert "train.micro_batch_size" in message

@@ -18,8 +18,9 @@ from glalm.data.files import read_jsonl
 from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
-from glalm.train import float8
-from glalm.train.compile import prepare_block_forwards
+from glalm.train import float8, trainer
+from glalm.train.compile import apply_training_forward
+from glalm.train.state import BatchPlan
 from glalm.train.trainer import train
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def emulated(monkeypatch):
     torchao = pytest.importorskip("torchao.float8")
     recipes = {"tensorwise": torchao.Float8LinearConfig(emulate=True)}
     monkeypatch.setattr(torchao.Float8LinearConfig, "from_recipe_name", staticmethod(recipes.__getitem__))
-    monkeypatch.setattr(float8, "check_float8_support", lambda config, accelerator: None)
+    monkeypatch.setattr(trainer, "check_float8_support", lambda plan, device: None)
 
 
 def gla(layers: int = 1, **shape) -> CausalLM:
@@ -77,9 +78,9 @@ def test_layers_with_a_forward_of_their_own_or_odd_sides_stay(emulated):
     class Other(nn.Linear):
         pass
 
-    assert float8.is_large(nn.Linear(512, 1024)) and not float8.is_large(Other(512, 1024))
-    assert not float8.is_large(nn.Linear(512, 1023)) and not float8.is_large(nn.Linear(1016, 512))
-    assert not float8.is_large(nn.Linear(2048, 496)) and not float8.is_large(nn.Embedding(512, 512))
+    assert float8.is_large_linear(nn.Linear(512, 1024)) and not float8.is_large_linear(Other(512, 1024))
+    assert not float8.is_large_linear(nn.Linear(512, 1023)) and not float8.is_large_linear(nn.Linear(1016, 512))
+    assert not float8.is_large_linear(nn.Linear(2048, 496)) and not float8.is_large_linear(nn.Embedding(512, 512))
     with pytest.raises(ConfigError, match="no linear layer of the blocks has 512 features or more"):
         float8.convert_to_float8(gla(hidden_size=256))
 
@@ -105,7 +106,7 @@ def test_compiled_blocks_share_a_graph_without_a_break(emulated, kept, monkeypat
     for config in TrainConfig(compile=False), TrainConfig(compile=True, activation_checkpointing=kept):
         model = gla(3, initializer_range=0.006)
         float8.convert_to_float8(model)
-        prepare_block_forwards(model, config, CPU)
+        apply_training_forward(model, config, CPU)
         found.append(step(model))
         with torch.no_grad():
             model.eval()(**tokens(9))
@@ -139,35 +140,35 @@ def test_a_run_goes_on_with_or_without(emulated, run_config, change, first):
     GLALMForCausalLM.from_pretrained(source).load_state_dict(one)
 
 
-def test_what_cannot_be_had_is_refused(run_config, change, monkeypatch):
-    with pytest.raises(ConfigError, match=r"write train\.precision=bf16 or train\.float8=false"):
+def test_what_is_not_supported_is_refused(run_config, change, monkeypatch):
+    with pytest.raises(ConfigError, match=r"set train\.precision=bf16 or train\.float8=false"):
         TrainConfig(float8=True, precision="fp32")
-    config = change(run_config, **{"train.float8": True})
-    accelerator = SimpleNamespace(device=CPU, num_processes=1)
+    plan = BatchPlan.from_config(run_config, 1)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(ConfigError, match=r"pip install 'torchao>=0\.18', or write train\.float8=false"):
-        float8.check_float8_support(config, accelerator)
+    with pytest.raises(ConfigError, match=r"pip install 'torchao>=0\.18', or set train\.float8=false"):
+        float8.check_float8_support(plan, CPU)
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=SimpleNamespace()))
     monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace())
-    with pytest.raises(ConfigError, match=r"capability 8\.9 or more .* and this is a CPU; write train\.float8=false"):
-        float8.check_float8_support(config, accelerator)
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or more .* but this is a CPU\. Set train\.float8=false"):
+        float8.check_float8_support(plan, CPU)
 
-    accelerator.device = torch.device("cuda")
+    gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ConfigError, match=r"this is NVIDIA A100 of 8\.0"):
-        float8.check_float8_support(config, accelerator)
+        float8.check_float8_support(plan, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    float8.check_float8_support(config, accelerator)
-    with pytest.raises(ConfigError, match="24 tokens at once, no multiple of 16"):
-        float8.check_float8_support(change(config, **{"data.seq_len": 12}), accelerator)
+    float8.check_float8_support(plan, gpu)
+    odd = BatchPlan.from_config(change(run_config, **{"data.seq_len": 12}), 1)
+    with pytest.raises(ConfigError, match="24 tokens, which is not a multiple of 16"):
+        float8.check_float8_support(odd, gpu)
 
 
 def test_refused_before_the_run_has_a_folder(run_config, change, monkeypatch):
-    def refuse(config, accelerator):
+    def refuse(plan, device):
         raise ConfigError("no float8")
 
-    monkeypatch.setattr(float8, "check_float8_support", refuse)
+    monkeypatch.setattr(trainer, "check_float8_support", refuse)
     with pytest.raises(ConfigError, match="no float8"):
         train(change(run_config, **{"train.float8": True}))
     assert not run_config.folder.exists()
@@ -187,7 +188,7 @@ def test_the_run_says_so(emulated, run_config, change, capfd):
 def test_on_a_gpu(run_config, change, monkeypatch):
     """Compiled without a graph break, near bfloat16's losses, validated in bfloat16, and resumed without."""
     pytest.importorskip("torchao.float8")
-    if torch.cuda.get_device_capability() < float8.CAPABILITY:
+    if torch.cuda.get_device_capability() < float8.MIN_CAPABILITY:
         pytest.skip("needs a GPU with float8")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True))
     plain = change(wide(run_config, change), **{"train.batch_size": 16, "train.micro_batch_size": 8})

@@ -16,9 +16,9 @@ import torch
 
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
-from glalm.train import optim, parallel, trainer
-from glalm.train.guards import UpdateGuard
-from glalm.train.step import update
+from glalm.train import parallel
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden.json"
 VOCABULARY, T, BATCH, STEPS = 61, 48, 4, 50
@@ -48,13 +48,12 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 def curve() -> dict[str, list[float]]:
     run = config()
     accelerator = parallel.start_processes(run)
-    _, model, optimizers = trainer.build(run, accelerator)
-    guard, found = UpdateGuard(run.train.guard, accelerator.device), {"loss": [], "grad_norm": []}
+    trainer = Trainer(run, BatchPlan.from_config(run, accelerator.num_processes), accelerator)
+    found = {"loss": [], "grad_norm": []}
     for step in range(1, STEPS + 1):
-        rate = optim.learning_rate(step, run)
-        results = update(accelerator, model, optimizers, batch(step), run, rate, step, guard)
-        for name, value in zip(found, results, strict=True):
-            found[name].append(value.item())
+        result = trainer.step(batch(step))
+        found["loss"].append(result.loss.item())
+        found["grad_norm"].append(result.grad_norm.item())
     return found
 
 

@@ -6,18 +6,18 @@ import torch
 
 from glalm.config.run import GuardConfig
 from glalm.data.order import Order
-from glalm.train.guards import SIGNALS, BadSteps, StopSignal, UpdateGuard
+from glalm.train.guards import STOP_SIGNALS, BadSteps, StopSignal, UpdateGuard
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_noted_and_one_that_is_sent_twice_is_one(signum, capfd):
-    before = {s: signal.getsignal(s) for s in SIGNALS}
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     with StopSignal() as stop:
         os.kill(os.getpid(), signum)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signum
-    assert {s: signal.getsignal(s) for s in SIGNALS} == before
-    assert "a second signal ends it without" in capfd.readouterr().err
+    assert {s: signal.getsignal(s) for s in STOP_SIGNALS} == before
+    assert "A second signal stops at once" in capfd.readouterr().err
 
 
 def stepped(norms: list[float], fused: bool = True, saved=None, **config) -> tuple[UpdateGuard, list[bool]]:
@@ -26,7 +26,7 @@ def stepped(norms: list[float], fused: bool = True, saved=None, **config) -> tup
     saved: what a guard before it had, of which it takes what fits, as a checkpoint is loaded.
     """
     guard = UpdateGuard(GuardConfig(**config), torch.device("cpu"))
-    for name, t in guard.tensors().items():
+    for name, t in guard.state_dict().items():
         if saved and saved[name].shape == t.shape:
             t.copy_(saved[name])
     w, moved = torch.nn.Parameter(torch.ones(3)), []
@@ -84,17 +84,17 @@ def test_another_window_begins_empty():
     """As a resumed run with another spike_window, which loads the counts but not the norms."""
     before, _ = stepped([1.0, 1.1] * 4, spike_factor=6.0, spike_window=8)
     steps = [1.0, 1.1, 1.0, 50.0, 1.0]
-    after, moved = stepped(steps, saved=before.tensors(), spike_factor=6.0, spike_window=3)
-    assert moved == [True, True, True, False, True] and int(after.passed) == 12
+    after, moved = stepped(steps, saved=before.state_dict(), spike_factor=6.0, spike_window=3)
+    assert moved == [True, True, True, False, True] and int(after.accepted) == 12
 
 
 def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):
     nan = float("nan")
     guard, moved = stepped([1.0, nan, 1.0, nan, nan, nan, 1.0, 1.0], bad_steps=3)
     assert moved == [True, False, True, False, False, False, False, False]
-    with pytest.raises(BadSteps, match="3 updates in a row, steps 4 to 6"):
+    with pytest.raises(BadSteps, match="3 consecutive updates, steps 4 to 6"):
         guard.check(Order(0, 2, {"a": 10}), tmp_path)
     assert (tmp_path / "bad_steps_4.json").exists()
     with pytest.raises(BadSteps):  # of several processes one writes
-        guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", writes=False)
+        guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", is_main_process=False)
     assert stepped([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}

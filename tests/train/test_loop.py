@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from injection import before_steps, fail, send_signal
 from safetensors.torch import load_file
 
 from glalm.config.strict import ConfigError, RunError
@@ -31,19 +33,6 @@ def rows(config) -> list[dict]:
     return read_jsonl(config.folder / "metrics.jsonl")
 
 
-def interrupt_after(monkeypatch, step: int):
-    """A real SIGINT to this process during the given call of update."""
-    calls, update = [], trainer.update
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
-
-    monkeypatch.setattr(trainer, "update", interrupted)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Filled by the first test that runs the whole run: (tensors, rows)."""
@@ -51,13 +40,12 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, monkeypatch, unbroken, stop):
+def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, unbroken, stop):
     if not unbroken:
         whole = change(run_config, name="whole")
         assert trainer.train(whole) == 0
         unbroken.update(tensors=finished(whole), rows=rows(whole))
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, stop)
+    with before_steps({stop: partial(send_signal, signal.SIGINT)}):
         assert trainer.train(run_config) == signal.SIGINT
     assert latest_checkpoint(run_config.folder / "checkpoints").name == f"step_{stop}"
     assert trainer.train(run_config) == 0
@@ -69,23 +57,13 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, mon
     assert timeless == [{k: v for k, v in row.items() if k not in TIMES} for row in unbroken["rows"]]
 
 
-def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config, monkeypatch):
-    """An exception between checkpoints is as abrupt as a kill to the files: rows of lost steps are made again."""
-    update = trainer.update
-
-    def dies(*args, calls=[]):  # noqa: B006 (a counter)
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("killed")
-        return update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "update", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            trainer.train(run_config)
-    assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3]
+def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config):
+    """For the files, an exception between checkpoints is as abrupt as a kill. The rows of lost steps are repeated."""
+    with before_steps({4: fail}), pytest.raises(RuntimeError, match="injected"):
+        trainer.train(run_config)
+    assert [row["step"] for row in rows(run_config)] == [0, 1, 2, 3]
     trainer.train(run_config)
-    assert [r["step"] for r in rows(run_config)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(run_config)] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_run_leaves(run_config):
@@ -119,12 +97,12 @@ def test_accumulation_gives_the_same_run(run_config, change):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
 
 
-def test_out_of_memory_says_what_to_change(run_config, monkeypatch):
-    def update(*args):
+def test_out_of_memory_says_what_to_change(run_config):
+    def run_out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(trainer, "update", update)
-    with pytest.raises(RunError, match=r"the estimate was .* smaller train.micro_batch_size"):
+    message = r"The estimate was .* smaller train.micro_batch_size"
+    with before_steps({1: run_out_of_memory}), pytest.raises(RunError, match=message):
         trainer.train(run_config)
 
 
@@ -161,17 +139,19 @@ def test_what_is_refused_before_the_first_step_leaves_no_trace(run_config, chang
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, monkeypatch):
-    update = trainer.update
+    train_step = trainer.Trainer.step
+    damaged_steps = []
 
-    def poisoned(accelerator, model, *args, calls=[]):  # noqa: B006 (a counter)
-        calls.append(1)
-        if len(calls) == 4:
-            next(iter(model.parameters())).data.fill_(math.nan)
-        return update(accelerator, model, *args)
+    def step(self, batch):
+        if self.state.step == 3:
+            damaged_steps.append(4)
+            next(iter(self.module.parameters())).data.fill_(math.nan)
+        return train_step(self, batch)
 
-    monkeypatch.setattr(trainer, "update", poisoned)
-    with pytest.raises(BadSteps, match=r"in 1 updates in a row, steps 4 to 4"):
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    with pytest.raises(BadSteps, match=r"in 1 consecutive updates, steps 4 to 4"):
         trainer.train(change(run_config, **{"train.guard.bad_steps": 1}))
+    assert damaged_steps == [4]
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_2"
 
 
@@ -188,7 +168,7 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
             break
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 128 + signal.SIGINT, rest
-    assert "the same command goes on from there" in rest
+    assert "run the same command again" in rest
     saved = latest_checkpoint(tmp_path / "cli" / "checkpoints")
     assert 3 <= int(saved.name.removeprefix("step_")) < 400
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

@@ -11,9 +11,8 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM
 from glalm.model.mixers import MIXERS
 from glalm.train import compile
-from glalm.train.compile import prepare_block_forwards
-from glalm.train.step import detached, model_inputs
-from glalm.train.trainer import train
+from glalm.train.compile import apply_training_forward
+from glalm.train.trainer import detach_cache, model_inputs, train
 
 CPU = torch.device("cpu")
 KEPT = ["none", "selective", "full"]
@@ -24,7 +23,7 @@ def tiny(layers: str, **train) -> CausalLM:
     shape = {"vocab_size": 320, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
     config = ModelConfig(layers=layers, initializer_range=0.2, **shape)
     model = CausalLM(config).train()
-    prepare_block_forwards(model, TrainConfig(**train), CPU)
+    apply_training_forward(model, TrainConfig(**train), CPU)
     return model
 
 
@@ -76,7 +75,7 @@ def test_documents_and_segments_of_any_number_share_a_graph(layers, counting):
     for _ in range(4):
         out = model(**tokens(8), cache=state, return_cache=True)
         out.loss.backward()
-        state = detached(out.cache)
+        state = detach_cache(out.cache)
     assert counting.frame_count == 3  # from an empty state, and from a given one
 
 
@@ -98,7 +97,7 @@ def test_steps_after_a_validation_are_training(run_config, monkeypatch):
         calls.append(block)
         return Block.forward(block, x, **mixing)
 
-    monkeypatch.setitem(compile.RECOMPUTING, run_config.train.activation_checkpointing, counted)
+    monkeypatch.setitem(compile.CHECKPOINTED_FORWARDS, run_config.train.activation_checkpointing, counted)
     assert train(run_config) == 0
     assert len(calls) == 6 * 2 * 2  # steps, micro-batches, layers
 

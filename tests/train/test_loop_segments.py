@@ -7,7 +7,8 @@ from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel
-from glalm.train.step import accumulate
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
 
 T, SEGMENT, ROWS = 32, 8, 4
 MIXERS = ["gla", "linear", "retention", "regla", "mamba", "mamba2", "deltanet", "gated_deltanet", "gla+attention"]
@@ -38,9 +39,11 @@ def model_of(config: RunConfig) -> CausalLM:
 
 def trained(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss and gradients of one step."""
-    model = model_of(config)
-    loss = accumulate(parallel.start_processes(config), model, batch(), config)
-    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+    accelerator = parallel.start_processes(config)
+    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    trainer.module = model_of(config)
+    loss = trainer.accumulate_gradients(batch())
+    return loss.item(), {name: p.grad for name, p in trainer.module.named_parameters()}
 
 
 @pytest.mark.parametrize("layers", MIXERS)

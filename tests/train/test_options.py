@@ -11,6 +11,7 @@ from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
 from glalm.hf import GLALMForCausalLM
 from glalm.train import trainer
+from glalm.train.throughput import ThroughputMeter
 
 
 def rows(config) -> list[dict]:
@@ -58,13 +59,14 @@ def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, ch
 
 
 def test_speed_is_of_the_steps_since_the_row_before(run_config, change, monkeypatch):
-    steps, row = [], trainer.training_row
+    steps = []
+    metrics = ThroughputMeter.metrics
 
-    def counted(accelerator, loss, grad_norm, lr, step, meter):
-        steps.append(step - meter.step)
-        return row(accelerator, loss, grad_norm, lr, step, meter)
+    def count_steps(self, step):
+        steps.append(step - self.step)
+        return metrics(self, step)
 
-    monkeypatch.setattr(trainer, "training_row", counted)
+    monkeypatch.setattr(ThroughputMeter, "metrics", count_steps)
     assert trainer.train(change(run_config, **{"train.log_every": 2, "train.eval_every": 6})) == 0
     assert steps == [2, 2, 2]
 

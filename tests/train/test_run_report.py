@@ -6,34 +6,52 @@ import torch
 
 from glalm.model.decoder import CausalLM
 from glalm.model.flops import forward_flops
-from glalm.train import report
-from glalm.train.environment import environment, git_state, peak_flops
-from glalm.train.report import Meter
+from glalm.train import throughput
+from glalm.train.environment import describe_commit, describe_environment, peak_flops
+from glalm.train.parallel import start_processes
+from glalm.train.state import BatchPlan
+from glalm.train.throughput import ThroughputMeter
+from glalm.train.trainer import Trainer
+
+
+def build_meter(config, world_size: int, step: int) -> ThroughputMeter:
+    return ThroughputMeter(config, BatchPlan.from_config(config, world_size), torch.device("cpu"), step)
 
 
 def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(report, "peak_flops", lambda device: 1e9)
-    meter = Meter(run_config, torch.device("cpu"), world=2, step=10, tokens=100)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e9)
+    meter = build_meter(run_config, world_size=2, step=10)
 
     def stream():
         for _ in range(4):
             now[0] += 0.25
             yield None
 
-    for _ in meter.waiting(stream()):
+    for _ in meter.time_waiting(stream()):
         now[0] += 1.75
-    row = meter.row(14)
-    assert row["tokens"] == 100 + 4 * 4 * 16  # batch 4, length 16
-    assert row["tokens_per_second"] == pytest.approx(4 * 4 * 16 / 8)
+    row = meter.metrics(14)
+    assert row["tokens_per_second"] == pytest.approx(4 * 4 * 16 / 8)  # 4 steps of 4 sequences of 16 tokens in 8 s
     assert row["tokens_per_second_per_gpu"] == pytest.approx(4 * 4 * 16 / 8 / 2)
     assert row["data_wait_seconds"] == pytest.approx(0.25)
     operations = 3 * forward_flops(CausalLM(run_config.model), 16)
     assert row["mfu"] == pytest.approx(4 * 4 * 16 / 8 / 2 * operations / 1e9)
     meter.restart(14)
     now[0] += 1
-    assert meter.row(15)["tokens_per_second"] == pytest.approx(64) and meter.row(15)["data_wait_seconds"] == 0
+    assert meter.metrics(15)["tokens_per_second"] == pytest.approx(64) and meter.metrics(15)["data_wait_seconds"] == 0
+
+
+def test_tokens_are_counted_from_those_of_the_checkpoint(run_config):
+    """Also where the batch has changed since: a step adds the tokens of its own batch."""
+    accelerator = start_processes(run_config)
+    trainer = Trainer(run_config, BatchPlan.from_config(run_config, 1), accelerator)
+    trainer.state.step = 2
+    trainer.state.tokens = 100
+    ids = torch.ones(4, 16, dtype=torch.int64)
+    for _ in range(4):
+        trainer.step({"input_ids": ids, "labels": ids})
+    assert (trainer.state.step, trainer.state.tokens) == (6, 100 + 4 * 4 * 16)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +64,8 @@ def test_peaks_by_name(name, tera):
 
 def test_an_unknown_device_has_no_peak(run_config):
     assert peak_flops("NVIDIA L400") is None and peak_flops("x86_64") is None
-    meter = Meter(run_config, torch.device("cpu"), world=1, step=0, tokens=0)
-    assert meter.utilisation is None and meter.row(1)["mfu"] is None
+    meter = build_meter(run_config, world_size=1, step=0)
+    assert meter.mfu_per_speed is None and meter.metrics(1)["mfu"] is None
 
 
 def test_the_commit_and_whether_the_source_differs(tmp_path):
@@ -60,16 +78,16 @@ def test_the_commit_and_whether_the_source_differs(tmp_path):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init")
-    assert git_state(package) is None  # inside a repository that does not hold it
+    assert describe_commit(package) is None  # inside a repository that does not hold it
     git("add", ".")
     git("commit", "-m", "one")
-    assert git_state(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert describe_commit(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "elsewhere.txt").write_text("no part of the package")
-    assert not git_state(package)["dirty"]
+    assert not describe_commit(package)["dirty"]
     (package / "__init__.py").write_text("1\n")
-    assert git_state(package)["dirty"]
+    assert describe_commit(package)["dirty"]
 
 
 def test_versions():
-    versions = environment()["versions"]
+    versions = describe_environment()["versions"]
     assert versions["torch"] == torch.__version__ and {"glalm", "python", "transformers"} <= versions.keys()

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import math
@@ -219,6 +220,22 @@ def test_written_file_is_valid_safetensors(tmp_path):
     loaded = load_file(file)
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], t) and loaded[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_checksum_is_of_the_memory_not_of_the_file(tmp_path):
+    """A disk that changes a byte during the write does not get a matching checksum."""
+    file = tmp_path / "file"
+    content = bytes(1 << 20)
+
+    def corrupt_while_writing():
+        yield content
+        with open(file, "r+b") as other:
+            other.write(b"1")
+        yield b"end"
+
+    entry = CheckpointWriter().write_file(file, corrupt_while_writing())
+    assert file.read_bytes() == b"1" + content[1:] + b"end"
+    assert entry["sha256"] == hashlib.sha256(content + b"end").hexdigest() != file_sha256(file)
 
 
 def test_ranks_save_equally_much():

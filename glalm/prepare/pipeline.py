@@ -116,14 +116,13 @@ def run_plan(
     Args:
         inputs: The plan's inputs, and possibly others.
     """
-    available = {(source_input.source, source_input.name): source_input for source_input in inputs}
+    available = {source_input.key: source_input for source_input in inputs}
     inputs = [available[entry["source"], entry["name"]] for entry in plan.inputs]
     starts = [0, *accumulate(source_input.size for source_input in inputs)]  # of each input, in bytes
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
-    options = EncodeOptions(
-        out / plan.tokenizer["name"], plan.tokenizer["fingerprint"], plan.dtype, settings=plan.settings
-    )
+    tokenizer = plan.tokenizer
+    options = EncodeOptions(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
     writer = SetWriter(out, plan)
     bar.start_task("tokenising", starts[-1], starts[writer.position[0]])
     start_time = commit_time = time.monotonic()

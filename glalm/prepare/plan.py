@@ -147,7 +147,7 @@ def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
         ValueError: It has other settings, or inputs that are gone or have changed.
     """
     plan = Plan(**json.loads((out / PLAN).read_bytes()))
-    available = {(source_input.source, source_input.name): source_input for source_input in inputs}
+    available = {source_input.key: source_input for source_input in inputs}
     changed = _differing_keys(plan.settings, settings)
     for entry in plan.inputs:
         if (entry["source"], entry["name"]) not in available:
@@ -159,8 +159,9 @@ def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
             "the command that began it, choose another folder, or replace it with --overwrite."
         )
     commit = last_commit(out)
-    log = (out / "inputs.jsonl").read_bytes()[: commit["logs"]["inputs.jsonl"]] if commit else b""
-    written = {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, log.splitlines())}
+    log = out / "inputs.jsonl"
+    lines = log.read_bytes()[: commit["logs"][log.name]].splitlines() if commit and log.exists() else []
+    written = {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, lines)}
     for entry in plan.inputs:
         key = (entry["source"], entry["name"])
         if entry == available[key].describe():
@@ -185,7 +186,7 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
     new = find_new_inputs(out, inputs, bar)
     written = {(row["source"], row["name"]) for row in read_jsonl(out / "inputs.jsonl")}
     for source_input in new:
-        if (source_input.source, source_input.name) in written:
+        if source_input.key in written:
             raise ValueError(
                 f"{source_input} differs from what {out} has as {source_input.name!r} of the source "
                 f"{source_input.source!r}. If the file has changed, prepare the set again with --overwrite; to add it "
@@ -202,9 +203,8 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
     if not new:
         return None
     kept = {key: manifest[key] for key in ("version", "fingerprint", "settings", "tokenizer", "dtype")}
-    return Plan(
-        **kept, inputs=[source_input.describe() for source_input in new], base=_commit_of_complete_set(manifest)
-    ).save(out)
+    descriptions = [source_input.describe() for source_input in new]
+    return Plan(**kept, inputs=descriptions, base=_commit_of_complete_set(manifest)).save(out)
 
 
 def _commit_of_complete_set(manifest: dict) -> dict:
@@ -224,7 +224,7 @@ def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[In
     sizes = {row["bytes"] for row in rows}
     new = []
     for source_input in inputs:
-        row = by_key.get((source_input.source, source_input.name, source_input.size))
+        row = by_key.get((*source_input.key, source_input.size))
         if row and (row.get("mtime_ns") == source_input.mtime_ns or row["sha256"] == source_input.compute_sha256()):
             continue
         same = None

@@ -27,8 +27,7 @@ class Input:
 
     Attributes:
         source: The name of its source.
-        name: A file's path below the folder of its source, or the address of a streamed file. With `source`, it
-            identifies an input.
+        name: A file's path below the folder of its source, or the address of a streamed file.
         size: Its bytes, by which progress is measured.
         mtime_ns: The time of a file's last change.
     """
@@ -40,6 +39,11 @@ class Input:
 
     def __str__(self) -> str:
         return f"{self.source}, {self.name}"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the input within a set."""
+        return self.source, self.name
 
     def has_changed(self) -> bool:
         """Return whether a file has changed since its source was opened."""
@@ -247,7 +251,7 @@ def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
         for new in source.inputs:
             if isinstance(new, FileInput) and out in new.path.resolve().parents:
                 continue
-            other = inputs.setdefault((new.source, new.name), new)
+            other = inputs.setdefault(new.key, new)
             if other is not new:
                 raise ValueError(
                     f"{other} and {new} would both be {new.name!r} of the source {new.source!r}. Give one of them "

@@ -116,7 +116,8 @@ OPTIONS = {
         f"{EVALUATE_WHILE_TRAINING}.every=3",
         f"{EVALUATE_WHILE_TRAINING}.extrapolation.max_length=128",
         f"{EVALUATE_WHILE_TRAINING}.needle.lengths=[256]",
-        f"{EVALUATE_WHILE_TRAINING}.needle.samples=2",
+        f"{EVALUATE_WHILE_TRAINING}.needle.samples=8",
+        f"{EVALUATE_WHILE_TRAINING}.needle.candidates=2",
     ],
 }
 
@@ -486,7 +487,8 @@ def record_distributed(workspace: Workspace) -> dict[str, Any]:
 
 def record_evaluations(workspace: Workspace) -> dict[str, Any]:
     """The evaluations of the demo, the needle, and other settings, of runs, checkpoints and exported models."""
-    needle = ["needle.lengths=[256]", "needle.samples=2", "needle.candidates=3", "needle.depths=[0.0,0.5]"]
+    # An untrained model's answers are all wrong, so only the mean rank tells: among many candidates it is fine enough.
+    needle = ["needle.lengths=[256]", "needle.samples=4", "needle.candidates=100", "needle.depths=[0.0,0.5]"]
     demo = ["evals=[perplexity,extrapolation,generate,needle]", "extrapolation.max_length=128", "generate.tokens=8"]
     stream = ["evals=[extrapolation]", "extrapolation.text=stream", "extrapolation.bucket=16"]
     contexts = [ALL_CONTEXTS, "extrapolation.max_length=128"]

@@ -159,8 +159,10 @@ def _check_arguments(
     for split in held_out:
         if split not in SPLITS[1:]:
             raise ValueError(f"held_out names an unknown split {split!r}. The splits are {' and '.join(SPLITS[1:])}.")
-    if min(held_out.values(), default=0) < 0 or sum(held_out.values()) >= 1:
-        raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more and leave documents for training.")
+    if min(held_out.values(), default=0) < 0:
+        raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more.")
+    if sum(held_out.values()) >= 1:
+        raise ValueError(f"held_out={dict(held_out)} leaves no documents for training. Choose shares that sum below 1.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
     if on_error not in ("stop", "skip"):

@@ -230,7 +230,7 @@ def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, p
 def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
     for wrong, message in [
         ({"held_out": {"valid": 0.1}}, "unknown split 'valid'"),
-        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leave documents for training"),
+        ({"held_out": {"test": 0.6, "validation": 0.4}}, "leaves no documents for training"),
         ({"held_out": {"test": -0.1}}, "must be 0 or more"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
     ]:

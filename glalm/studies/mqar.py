@@ -1,39 +1,149 @@
-"""Multi-query associative recall: the task, and a small model trained on it (Zoology, arXiv 2312.04927).
+"""Multi-query associative recall: the task, and the training of one small model on it (Zoology, arXiv 2312.04927).
 
-A sequence lists pairs of a key and its value; later each key comes once more, and there the model has to say its
-value. How many pairs a model of some width recalls tells how much its state can hold apart.
+A sequence lists keys with their values. Later each key appears once more, and the model must predict its value there.
+The number of pairs that a model of some width recalls shows how much its state can hold.
 """
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from glalm.config.strict import require
 from glalm.data.files import atomic_write
 from glalm.generation.cuda_graph import GraphCapture
+from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
+from glalm.model.mixers import MIXERS
 from glalm.model.precision import has_bf16
-from glalm.studies.mqar_config import MQARConfig
 from glalm.train.random_states import seeded
 
-ROWS_AT_ONCE = 1024  # of which a random number for every possible key is held
-EAGER = 3  # steps before one is captured: libraries set themselves up on their first calls, which a capture forbids
+# Drawing keys needs a random number for every possible key, so sequences are drawn this many at a time.
+SEQUENCES_PER_DRAW = 1024
+# Libraries initialize themselves in their first calls, which a graph capture forbids.
+EAGER_STEPS_BEFORE_CAPTURE = 3
+
+
+@dataclass
+class RecallModel(ModelConfig):
+    """Two layers of a mixer with two heads, without SwiGLU, and with tied embeddings."""
+
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_heads: int = 2
+    intermediate_size: int | None = 0
+    tie_word_embeddings: bool = True
+
+
+# The keys of MQARConfig that change which models are trained, but no model.
+SWEEP_KEYS = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
+
+
+@dataclass
+class MQARConfig:
+    """The config of `python scripts/mqar.py`. Except for the mixers, the defaults are the published settings.
+
+    A model is trained for every mixer, length, width and learning rate (arXiv 2312.04927, figure 2 and appendix E).
+    """
+
+    folder: str = "runs/mqar"  # eval/*.json has the results, partial/* the models in training
+    # A mixer for both layers, or one for each, as in gla+attention.
+    mixers: list[str] = field(default_factory=lambda: ["attention", "gla", "mamba", "retention", "deltanet"])
+    lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # tokens
+    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 64])  # keys with a value, for each length
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    # logspace(-4, -2, 4), most promising first. Once one rate reaches stop_at, the others are skipped.
+    learning_rates: list[float] = field(default_factory=lambda: [2.15e-3, 4.64e-4, 1e-2, 1e-4])
+    vocab_size: int = 8192  # the lower half are keys, the upper half values
+    power: float = 0.01  # p(gap) ~ gap^(power - 1), for the gap between a key's two places; 1: uniform
+    filler: Literal["zero", "random"] = "zero"  # the tokens that are neither key nor value
+    train_examples: int = 100_000
+    test_examples: int = 3_000
+    epochs: int = 64
+    batch_size: int = 512  # sequences, at most
+    batch_tokens: int = 65_536  # at most, so that longer sequences make smaller batches
+    stop_at: float = 0.99  # test accuracy at which training ends
+    weight_decay: float = 0.1
+    seed: int = 1
+    workers: int = 1  # models trained at once, over all GPUs; one is far too small to fill a GPU
+    cuda_graph: bool = True  # run a step on a GPU as one CUDA graph; false for mixers whose step waits for the GPU
+    model: RecallModel = field(default_factory=RecallModel)  # mixer, vocab_size and width are overwritten
+
+    def __post_init__(self):
+        require(
+            len(self.lengths) == len(self.pairs),
+            f"lengths={self.lengths} and pairs={self.pairs} must have as many entries as each other",
+        )
+        for length, pairs in zip(self.lengths, self.pairs, strict=True):
+            require(
+                pairs > 0 and length % 2 == 0 and 4 * pairs <= length,
+                f"lengths, pairs: {length} tokens must be an even number, at least four for each of {pairs} pairs",
+            )
+        require(
+            self.vocab_size >= 2 * max(self.pairs) + 2,
+            f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs",
+        )
+        for mixer in self.mixers:
+            require(
+                all(layer in MIXERS for layer in mixer.split("+")),
+                f"mixers: {mixer} is none of {', '.join(MIXERS)}, nor one for each layer, as in gla+attention",
+            )
+        for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        self._check_axes()
+
+    def _check_axes(self) -> None:
+        """Refuse an empty axis of the sweep, and values that would give two models the same file name."""
+        axes = {
+            "mixers": self.mixers,
+            "lengths, pairs": list(zip(self.lengths, self.pairs, strict=True)),
+            "widths": self.widths,
+            "learning_rates": [f"{rate:g}" for rate in self.learning_rates],
+        }
+        for name, values in axes.items():
+            require(len(values) > 0, f"{name} is empty")
+            require(len(set(values)) == len(values), f"{name}: {values} has a value twice")
+
+    def settings(self) -> dict:
+        """Return the keys that every model of the sweep depends on."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in SWEEP_KEYS}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model of the sweep."""
+
+    mixer: str
+    length: int
+    pairs: int
+    width: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.mixer}_{self.length}x{self.pairs}_d{self.width}_lr{self.lr:g}"
+
+
+# ------------------------------------------------------------------------------------------------------------- task
 
 
 @dataclass
 class Examples:
-    """inputs: token ids [n, length]; queries: the positions of the keys' second places [n, pairs]; values: the ids that
-    a model should predict there [n, pairs]. All int64."""
+    """Sequences with their questions and answers, all int64."""
 
-    inputs: Tensor
-    queries: Tensor
-    values: Tensor
+    inputs: Tensor  # [n, length], token ids
+    queries: Tensor  # [n, pairs], the positions at which keys appear again
+    values: Tensor  # [n, pairs], the token ids to predict there
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -42,7 +152,7 @@ class Examples:
         return Examples(self.inputs[rows], self.queries[rows], self.values[rows])
 
 
-def examples(
+def draw_examples(
     count: int,
     length: int,
     pairs: int,
@@ -51,175 +161,199 @@ def examples(
     power: float = 0.01,
     filler: str = "zero",
 ) -> Examples:
-    """`count` sequences, drawn by `generator`, on its device.
+    """Draw `count` sequences on the generator's device.
 
-    Ids 1 to vocab_size / 2 - 1 are keys, those from vocab_size / 2 on values; in a sequence none comes twice among its
-    pairs, which are its first 2 * pairs tokens. What follows has (length - 2 * pairs) / 2 slots of two tokens. The keys
-    come at the beginning of different slots, drawn one after the other with p(slot i) ~ i^(power - 1), i from 1. All
-    else is the id 0, or with filler "random" any ids.
+    The first 2 * pairs tokens are keys (ids 1 to vocab_size / 2 - 1) and their values (ids from vocab_size / 2 on),
+    with no key and no value twice. The rest of the sequence consists of slots of two tokens. The keys appear again at
+    the starts of different slots, drawn one after the other with p(slot i) ~ i^(power - 1) for i from 1. All other
+    tokens are 0, or random ids with filler "random".
     """
-    half, context = vocab_size // 2, 2 * pairs
-    weights = torch.arange(1, (length - context) // 2 + 1, device=generator.device).double() ** (power - 1)
-    keys = 1 + distinct(torch.ones(half - 1, device=generator.device), count, pairs, generator)
-    values = half + distinct(torch.ones(vocab_size - half, device=generator.device), count, pairs, generator)
-    queries = context + 2 * distinct(weights, count, pairs, generator)
-    inputs = torch.zeros(count, length, dtype=torch.int64, device=generator.device)
+    device = generator.device
+    half = vocab_size // 2
+    context = 2 * pairs
+    slot_weights = torch.arange(1, (length - context) // 2 + 1, device=device).double() ** (power - 1)
+    keys = 1 + draw_distinct(torch.ones(half - 1, device=device), count, pairs, generator)
+    values = half + draw_distinct(torch.ones(vocab_size - half, device=device), count, pairs, generator)
+    queries = context + 2 * draw_distinct(slot_weights, count, pairs, generator)
+    inputs = torch.zeros(count, length, dtype=torch.int64, device=device)
     if filler == "random":
-        inputs = torch.randint(vocab_size, inputs.shape, generator=generator, device=generator.device)
-    inputs[:, 0:context:2], inputs[:, 1:context:2] = keys, values
+        inputs = torch.randint(vocab_size, inputs.shape, generator=generator, device=device)
+    inputs[:, 0:context:2] = keys
+    inputs[:, 1:context:2] = values
     inputs.scatter_(1, queries, keys)
     return Examples(inputs, queries, values)
 
 
-def distinct(weights: Tensor, count: int, picks: int, generator: torch.Generator) -> Tensor:
-    """int64 [count, picks]: in each row different indices of `weights`, drawn one after the other in proportion to it.
+def draw_distinct(weights: Tensor, count: int, picks: int, generator: torch.Generator) -> Tensor:
+    """Return int64 [count, picks]: in each row, distinct indices drawn one after the other in proportion to `weights`.
 
-    The largest of independent log weights plus Gumbel noise, in their order, are such a draw (Efraimidis and Spirakis).
+    The order of the largest log weights plus independent Gumbel noise is such a draw (Efraimidis and Spirakis, 2006).
     """
     rows = []
-    for start in range(0, count, ROWS_AT_ONCE):
-        shape = (min(ROWS_AT_ONCE, count - start), len(weights))
+    for start in range(0, count, SEQUENCES_PER_DRAW):
+        shape = (min(SEQUENCES_PER_DRAW, count - start), len(weights))
         noise = torch.empty(shape, device=weights.device).exponential_(generator=generator)
         rows.append((weights.log() - noise.log()).topk(picks).indices)
     return torch.cat(rows)
 
 
-def train(
-    config: MQARConfig,
-    mixer: str,
-    length: int,
-    pairs: int,
-    width: int,
-    lr: float,
-    device: torch.device,
-    partial: Path | None = None,
-) -> dict:
-    """Trains one model and returns its `accuracy` on the test examples, of all queries, after its last epoch, the
-    `epochs` that it took, `seconds`, `parameters`, and the accuracy after each epoch as `history`.
+# --------------------------------------------------------------------------------------------------------- training
 
-    AdamW, the learning rate falling to 0 by a cosine over all epochs; training ends early at config.stop_at. The same
-    arguments give the same result on the same device. After every epoch all that it needs to go on is saved to the file
-    `partial`; from what is there of the same arguments it goes on.
+
+def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | None = None) -> dict:
+    """Train one model until it reaches config.stop_at, or for config.epochs. Resume from `partial` if it exists.
+
+    Uses AdamW with a learning rate that decays to 0 by a cosine over all epochs. After every epoch everything needed to
+    resume is saved to `partial`. The same arguments give the same result on the same device.
+
+    Returns:
+        accuracy (of all queries of the test examples, after the last epoch), history (the accuracy after each epoch),
+        epochs, seconds and parameters.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     generator = torch.Generator(device).manual_seed(config.seed)
     task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
-    training = examples(config.train_examples, length, pairs, generator, **task)
-    test = examples(config.test_examples, length, pairs, generator, **task)
-    model = build(config, mixer, width, device)
-    captures = config.cuda_graph and device.type == "cuda"
-    rate = torch.tensor(lr, device=device) if captures else lr
+    training = draw_examples(config.train_examples, job.length, job.pairs, generator, **task)
+    test = draw_examples(config.test_examples, job.length, job.pairs, generator, **task)
+    model = build_model(config, job.mixer, job.width, device)
+    capture = config.cuda_graph and device.type == "cuda"
+    # A captured step reads the learning rate from the GPU.
+    lr = torch.tensor(job.lr, device=device) if capture else job.lr
     optimizer = torch.optim.AdamW(
-        model.parameters(), rate, weight_decay=config.weight_decay, fused=True, capturable=captures
+        model.parameters(), lr, weight_decay=config.weight_decay, fused=True, capturable=capture
     )
-    batch_size = min(config.batch_size, max(1, config.batch_tokens // length))
+    batch_size = min(config.batch_size, max(1, config.batch_tokens // job.length))
     steps = config.epochs * math.ceil(len(training) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
 
     def step(batch: Examples) -> None:
-        loss = F.cross_entropy(answers(model, batch).flatten(0, 1), batch.values.flatten())
+        loss = F.cross_entropy(answer_logits(model, batch).flatten(0, 1), batch.values.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step = captured(step, batch_size, device) if captures else step
-    job = config.settings() | {"job": [mixer, length, pairs, width, lr], "device": device.type, "captures": captures}
-    state = Progress(job, generator, {"model": model, "optimizer": optimizer, "schedule": schedule})
-    history, before = state.load(partial, device)
-    begun -= before
+    step = capture_step(step, batch_size, device) if capture else step
+    identity = config.settings() | {"job": dataclasses.astuple(job), "device": device.type, "capture": capture}
+    history, seconds_before = load_partial(partial, identity, generator, model, optimizer, schedule)
+    start_time -= seconds_before
     while len(history) < config.epochs and not (history and history[-1] >= config.stop_at):
         order = torch.randperm(len(training), generator=generator, device=device)
         for rows in order.split(batch_size):
             step(training[rows])
             schedule.step()
-        history.append(accuracy(model, test, batch_size))
-        state.save(partial, history, time.perf_counter() - begun)
+        history.append(measure_accuracy(model, test, batch_size))
+        seconds = time.perf_counter() - start_time
+        save_partial(partial, identity, generator, model, optimizer, schedule, history, seconds)
     return {
         "accuracy": history[-1],
         "epochs": len(history),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - start_time,
         "parameters": sum(p.numel() for p in model.parameters()),
         "history": history,
     }
 
 
-@dataclass
-class Progress:
-    """A training's whole state, in a file: a model of many epochs that is interrupted need not begin anew."""
-
-    job: dict  # all that it depends on
-    generator: torch.Generator
-    parts: dict  # by name, each with state_dict
-
-    def save(self, path: Path | None, history: list[float], seconds: float) -> None:
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"job": self.job, "generator": self.generator.get_state()}
-        with atomic_write(path) as file:
-            torch.save(state | {"history": history, "seconds": seconds}, file)
-
-    def load(self, path: Path | None, device: torch.device) -> tuple[list[float], float]:
-        """The accuracies after the epochs that were trained, and their seconds: none where there is no such file, or
-        one of another job. ValueError, naming it, when it is damaged."""
-        if path is None or not path.exists():
-            return [], 0.0
-        try:
-            saved = torch.load(path, map_location=device)
-        except Exception as error:  # torch raises many kinds
-            raise ValueError(f"{path} is damaged; remove it ({type(error).__name__}: {error})") from error
-        if saved.get("job") != self.job:
-            return [], 0.0
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        self.generator.set_state(saved["generator"].cpu())
-        return saved["history"], saved["seconds"]
+def save_partial(path: Path | None, identity: dict, generator, model, optimizer, schedule, history, seconds) -> None:
+    """Save everything needed to resume a training as one safetensors file."""
+    if path is None:
+        return
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    tensors["generator"] = generator.get_state()
+    record = {"identity": identity, "step": schedule.last_epoch, "history": history, "seconds": seconds}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Tied weights are stored twice, because safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(to_safetensors(copies, {"record": json.dumps(record)}))
 
 
-def captured(step: Callable[[Examples], None], size: int, device: torch.device) -> Callable[[Examples], None]:
-    """`step`, as one CUDA graph from its fourth batch of `size` sequences on: kernels of such a model are shorter than
-    their launches."""
-    capture, static, graph, eager = GraphCapture(device), None, None, 0
+def load_partial(path: Path | None, identity: dict, generator, model, optimizer, schedule) -> tuple[list[float], float]:
+    """Restore what save_partial saved, if it is of the same training.
 
-    def call(batch: Examples) -> None:
-        nonlocal static, graph, eager
-        if len(batch) != size or eager < EAGER:
-            eager += len(batch) == size
+    Returns the accuracy after each epoch and the seconds these took: [] and 0.0 without such a file. Raises ValueError
+    if the file is damaged.
+    """
+    if path is None or not path.exists():
+        return [], 0.0
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged; remove it ({type(error).__name__}: {error})") from error
+    if record["identity"] != json.loads(json.dumps(identity)):
+        return [], 0.0
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    saved = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            saved["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(saved)
+    schedule.last_epoch = record["step"]
+    [group] = optimizer.param_groups
+    lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](schedule.last_epoch)
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(lr)
+    else:
+        group["lr"] = lr
+    generator.set_state(tensors["generator"])
+    return record["history"], record["seconds"]
+
+
+def capture_step(step: Callable[[Examples], None], batch_size: int, device: torch.device) -> Callable[[Examples], None]:
+    """Return a function that runs `step` as one CUDA graph, after a few eager steps.
+
+    The kernels of such a small model are shorter than their launches. Batches of another size run eagerly.
+    """
+    capture = GraphCapture(device)
+    graph: torch.cuda.CUDAGraph | None = None
+    static: Examples | None = None
+    eager_steps = 0
+
+    def run(batch: Examples) -> None:
+        nonlocal graph, static, eager_steps
+        if len(batch) != batch_size or eager_steps < EAGER_STEPS_BEFORE_CAPTURE:
+            eager_steps += len(batch) == batch_size
             capture.warm_up(lambda: step(batch))
             return
         if graph is None:
             static = Examples(*(torch.empty_like(x) for x in vars(batch).values()))
             graph, _ = capture.capture(lambda: step(static))
-        for mine, given in zip(vars(static).values(), vars(batch).values(), strict=True):
-            mine.copy_(given)
+        for buffer, value in zip(vars(static).values(), vars(batch).values(), strict=True):
+            buffer.copy_(value)
         graph.replay()
 
-    return call
+    return run
 
 
-def build(config: MQARConfig, mixer: str, width: int, device: torch.device) -> CausalLM:
+def build_model(config: MQARConfig, mixer: str, width: int, device: torch.device) -> CausalLM:
     shape = dataclasses.replace(config.model, layers=mixer, hidden_size=width, vocab_size=config.vocab_size)
     with seeded(config.seed, device):
         return CausalLM(shape).to(device)
 
 
-def answers(model: CausalLM, batch: Examples) -> Tensor:
-    """Logits at the queries alone, [n, pairs, vocabulary] float32: the head is most of such a model's work."""
+def answer_logits(model: CausalLM, batch: Examples) -> Tensor:
+    """Return the logits at the queries only, float32 [n, pairs, vocabulary].
+
+    The head is most of the work of such a model.
+    """
     device = batch.inputs.device
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         hidden, _ = model.model(batch.inputs)
-        at = batch.queries[..., None].expand(-1, -1, hidden.shape[-1])
-        return model.lm_head(hidden.gather(1, at)).float()
+        positions = batch.queries[..., None].expand(-1, -1, hidden.shape[-1])
+        return model.lm_head(hidden.gather(1, positions)).float()
 
 
 @torch.no_grad()
-def accuracy(model: CausalLM, test: Examples, batch_size: int) -> float:
-    """The part of all queries whose value is the likeliest token."""
+def measure_accuracy(model: CausalLM, test: Examples, batch_size: int) -> float:
+    """Return the share of all queries whose value is the most likely token."""
     model.eval()
-    right = [
-        (answers(model, test[i : i + batch_size]).argmax(-1) == test.values[i : i + batch_size]).double().sum()
-        for i in range(0, len(test), batch_size)
-    ]
+    correct = torch.zeros((), dtype=torch.float64, device=test.inputs.device)
+    for start in range(0, len(test), batch_size):
+        batch = test[start : start + batch_size]
+        correct += (answer_logits(model, batch).argmax(-1) == batch.values).sum()
     model.train()
-    return (torch.stack(right).sum() / test.values.numel()).item()
+    return (correct / test.values.numel()).item()

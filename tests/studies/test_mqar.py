@@ -8,24 +8,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.model.mixers.gla import GLAOptions
-from glalm.studies import mqar
-from glalm.studies.mqar import Examples, examples
-from glalm.studies.mqar_config import MQARConfig, RecallModel
+from glalm.studies import mqar, mqar_sweep
+from glalm.studies.mqar import Examples, Job, MQARConfig, RecallModel, draw_examples
 from glalm.train.run_dir import lock_run_dir
 
 ROOT = Path(__file__).parents[2]
 
 
 def draw(count: int = 300, length: int = 64, pairs: int = 8, seed: int = 0, **task) -> Examples:
-    return examples(count, length, pairs, torch.Generator().manual_seed(seed), **{"vocab_size": 256} | task)
+    return draw_examples(count, length, pairs, torch.Generator().manual_seed(seed), **{"vocab_size": 256} | task)
 
 
 @pytest.mark.parametrize("filler", ["zero", "random"])
@@ -92,7 +91,7 @@ SMALL = MQARConfig(
 def test_the_task_is_learnt():
     torch.set_num_threads(1)
     before = torch.random.get_rng_state()
-    result = mqar.train(SMALL, "gla", 16, 2, 32, 1e-2, torch.device("cpu"))
+    result = mqar.train(SMALL, Job("gla", 16, 2, 32, 1e-2), torch.device("cpu"))
     assert torch.equal(before, torch.random.get_rng_state())
     assert result["accuracy"] >= 0.9  # chance is 1/16
     assert result["epochs"] == len(result["history"]) < 12  # it ended early
@@ -102,10 +101,10 @@ def test_the_task_is_learnt():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, train_examples=320, epochs=4, stop_at=2.0)
-    job, partial = ("gla", 16, 2, 32, 1e-2, torch.device(device)), tmp_path / "partial/x.pt"
-    models, build = [], mqar.build
-    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
-    whole, measured, accuracy = mqar.train(config, *job), [], mqar.accuracy
+    job, partial = (Job("gla", 16, 2, 32, 1e-2), torch.device(device)), tmp_path / "partial/x.safetensors"
+    models, build_model = [], mqar.build_model
+    monkeypatch.setattr(mqar, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
+    whole, measured, accuracy = mqar.train(config, *job), [], mqar.measure_accuracy
 
     def killed_in_the_third_epoch(*given):
         if len(measured) == 2:
@@ -114,14 +113,14 @@ def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, mo
         return measured[-1]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mqar, "accuracy", killed_in_the_third_epoch)
+        patch.setattr(mqar, "measure_accuracy", killed_in_the_third_epoch)
         mqar.train(config, *job, partial)
-    monkeypatch.setattr(mqar, "accuracy", lambda *given: measured.append(0) or accuracy(*given))
+    monkeypatch.setattr(mqar, "measure_accuracy", lambda *given: measured.append(0) or accuracy(*given))
     resumed = mqar.train(config, *job, partial)
     assert measured[2:] == [0, 0]  # two epochs, not more
     measured = measured[:2]
     assert measured == resumed["history"][:2] and len(resumed["history"]) == 4
-    models.append(build(config, "gla", 32, torch.device(device)))
+    models.append(build_model(config, "gla", 32, torch.device(device)))
     trained, _, went_on, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     if device == "cpu":
         assert torch.equal(trained, went_on) and resumed["history"] == whole["history"]
@@ -130,26 +129,28 @@ def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, mo
 
 def test_a_partial_model_is_gone_on_from_only_by_its_own_arguments(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, train_examples=64, epochs=2, stop_at=2.0)
-    job, cpu, partial = ["gla", 16, 2, 32, 1e-2], torch.device("cpu"), tmp_path / "partial/x.pt"
-    first = mqar.train(config, *job, cpu, partial)
-    monkeypatch.setattr(mqar, "accuracy", lambda *_: 0.5)  # so that an epoch more can be told
-    assert mqar.train(config, *job, cpu, partial)["history"] == first["history"]  # complete: nothing is trained
+    job, cpu, partial = Job("gla", 16, 2, 32, 1e-2), torch.device("cpu"), tmp_path / "partial/x.safetensors"
+    first = mqar.train(config, job, cpu, partial)
+    monkeypatch.setattr(mqar, "measure_accuracy", lambda *_: 0.5)  # so that an epoch more can be told
+    assert mqar.train(config, job, cpu, partial)["history"] == first["history"]  # complete: nothing is trained
     for other, changed in (
         ({"seed": 2}, job),
         ({"epochs": 1}, job),
-        ({}, [*job[:-1], 1e-3]),
-        ({}, ["linear", *job[1:]]),
+        ({}, dataclasses.replace(job, lr=1e-3)),
+        ({}, dataclasses.replace(job, mixer="linear")),
     ):
-        copy = tmp_path / "copy.pt"
+        copy = tmp_path / "copy.safetensors"
         copy.write_bytes(partial.read_bytes())
-        assert 0.5 in mqar.train(dataclasses.replace(config, **other), *changed, cpu, copy)["history"]
-    solved = mqar.train(dataclasses.replace(config, stop_at=0.5), *job, cpu, tmp_path / "solved.pt")
+        assert 0.5 in mqar.train(dataclasses.replace(config, **other), changed, cpu, copy)["history"]
+    solved = mqar.train(dataclasses.replace(config, stop_at=0.5), job, cpu, tmp_path / "solved.safetensors")
     assert solved["history"] == [0.5]
-    monkeypatch.setattr(mqar, "accuracy", lambda *_: pytest.fail("it was solved"))
-    assert mqar.train(dataclasses.replace(config, stop_at=0.5), *job, cpu, tmp_path / "solved.pt")["history"] == [0.5]
+    monkeypatch.setattr(mqar, "measure_accuracy", lambda *_: pytest.fail("it was solved"))
+    assert mqar.train(dataclasses.replace(config, stop_at=0.5), job, cpu, tmp_path / "solved.safetensors")[
+        "history"
+    ] == [0.5]
     partial.write_bytes(partial.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is damaged; remove it"):
-        mqar.train(config, *job, cpu, partial)
+        mqar.train(config, job, cpu, partial)
 
 
 @pytest.mark.gpu
@@ -159,11 +160,11 @@ def test_a_partial_model_is_gone_on_from_only_by_its_own_arguments(tmp_path, mon
 def test_captured_steps_train_the_same_model(mixer, monkeypatch):
     """250 examples are three batches of 64 and one of 58: eager, captured and eager steps in turn."""
     config = dataclasses.replace(SMALL, train_examples=250, epochs=5, stop_at=2.0, model=RecallModel())
-    models, build, device = [], mqar.build, torch.device("cuda")
-    monkeypatch.setattr(mqar, "build", lambda *given: models.append(build(*given)) or models[-1])
+    models, build_model, device = [], mqar.build_model, torch.device("cuda")
+    monkeypatch.setattr(mqar, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
     for graph in (True, False):
-        mqar.train(dataclasses.replace(config, cuda_graph=graph), mixer, 16, 2, 64, 1e-3, device)
-    models.append(build(config, mixer, 64, device))
+        mqar.train(dataclasses.replace(config, cuda_graph=graph), Job(mixer, 16, 2, 64, 1e-3), device)
+    models.append(build_model(config, mixer, 64, device))
     captured, eager, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     assert (captured - eager).norm() < 0.1 * (eager - first).norm()  # gathers' gradients add up in any order
 
@@ -172,42 +173,34 @@ def test_captured_steps_train_the_same_model(mixer, monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_process_captures_on_one_gpu_after_another():
     config = dataclasses.replace(SMALL, train_examples=250, epochs=2, stop_at=2.0, model=RecallModel())
-    first, second = (mqar.train(config, "gla", 16, 2, 64, 1e-3, torch.device("cuda", i)) for i in (1, 0))
+    first, second = (mqar.train(config, Job("gla", 16, 2, 64, 1e-3), torch.device("cuda", i)) for i in (1, 0))
     assert first["history"] == pytest.approx(second["history"], abs=0.05)
 
 
 def test_a_model_without_memory_of_its_keys_stays_at_chance():
     config = MQARConfig(**vars(SMALL) | {"epochs": 1, "model": RecallModel()})
     config.model.attention.window = 1  # a token sees itself alone
-    result = mqar.train(config, "attention", 16, 2, 32, 1e-2, torch.device("cpu"))
+    result = mqar.train(config, Job("attention", 16, 2, 32, 1e-2), torch.device("cpu"))
     assert result["accuracy"] < 0.2
 
 
 def test_accuracy_counts_queries():
-    model = mqar.build(SMALL, "gla", 32, torch.device("cpu"))
+    model = mqar.build_model(SMALL, "gla", 32, torch.device("cpu"))
     task = draw(count=50, length=16, pairs=2, vocab_size=32)
     with torch.no_grad():
         predicted = model(task.inputs).logits.argmax(-1).gather(1, task.queries)
-    assert mqar.accuracy(model, Examples(task.inputs, task.queries, predicted), 7) == 1
+    assert mqar.measure_accuracy(model, Examples(task.inputs, task.queries, predicted), 7) == 1
     wrong = predicted.clone()
     wrong[:5, 0] = (wrong[:5, 0] + 1) % 32
-    assert mqar.accuracy(model, Examples(task.inputs, task.queries, wrong), 7) == pytest.approx(0.95)
+    assert mqar.measure_accuracy(model, Examples(task.inputs, task.queries, wrong), 7) == pytest.approx(0.95)
 
 
-@pytest.fixture
-def sweep():
-    spec = spec_from_file_location("sweep", ROOT / "scripts/mqar.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     config = dataclasses.replace(
         SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2], train_examples=64, epochs=1
     )
-    assert sweep.main(config) == 0
+    assert mqar_sweep.main(config) == 0
     files = sorted((tmp_path / "eval").iterdir())
     assert [f.name for f in files] == ["gla_16x2_d16_lr0.01.json", "gla_16x2_d32_lr0.01.json"]
     result = json.loads(files[0].read_text())["results"]
@@ -215,75 +208,74 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(sweep, tmp
     assert (tmp_path / "plots/mqar.svg").is_file()
     assert not any((tmp_path / "partial").iterdir())
     files[1].unlink()
-    sweep.main(config)
-    assert "1 models are there, at most 1 to train" in capsys.readouterr().out
+    mqar_sweep.main(config)
+    assert "1 models are trained, at most 1 remain" in capsys.readouterr().out
     assert json.loads(files[1].read_text())["results"]["width"] == 32
-    monkeypatch.setattr(sweep, "train_one", lambda *_: 1 / 0)
+    monkeypatch.setattr(mqar_sweep, "train_job", lambda *_: 1 / 0)
     with pytest.raises(RunError, match="2 models were not trained: gla_16x2_d32"):
-        sweep.main(dataclasses.replace(config, seed=2))
+        mqar_sweep.main(dataclasses.replace(config, seed=2))
 
 
-def test_what_one_learning_rate_solves_is_not_trained_at_the_others(sweep, tmp_path, monkeypatch):
+def test_what_one_learning_rate_solves_is_not_trained_at_the_others(tmp_path, monkeypatch):
     tried = []
 
-    def train_one(config, number, mixer, length, pairs, width, lr):
-        tried.append((width, lr))
-        right = 0.95 if (width, lr) in ((64, 1e-2), (32, 1e-3)) else 0.5
-        what = {"mixer": mixer, "length": length, "pairs": pairs, "width": width, "lr": lr}
-        return what | {"accuracy": right, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": [right]}
+    def train_job(config, number, job):
+        tried.append((job.width, job.lr))
+        accuracy = 0.95 if (job.width, job.lr) in ((64, 1e-2), (32, 1e-3)) else 0.5
+        return {"accuracy": accuracy, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": [accuracy]}
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(sweep, "train_one", train_one)
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(mqar_sweep, "train_job", train_job)
     rates = [1e-2, 1e-3, 1e-4]
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32, 64], learning_rates=rates)
-    sweep.main(config)
+    mqar_sweep.main(config)
     assert tried == [(64, 1e-2), (32, 1e-2), (16, 1e-2), (32, 1e-3), (16, 1e-3), (16, 1e-4)]
     tried.clear()
     (tmp_path / "eval/gla_16x2_d64_lr0.01.json").unlink()
     (tmp_path / "eval/gla_16x2_d32_lr0.01.json").unlink()
-    sweep.main(config)
+    mqar_sweep.main(config)
     assert tried == [(64, 1e-2)]  # 32 is solved, at another rate
 
 
-def test_a_worker_that_is_killed_is_reported_for_every_model(sweep, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_is_reported_for_every_model(tmp_path, monkeypatch):
     class Broken(ThreadPoolExecutor):
         def submit(self, *call):
             raise BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, *_: Broken(workers))
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: Broken(workers))
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2])
     with pytest.raises(RunError, match=r"2 models were not trained: .*d32.*terminated abruptly; .*d16"):
-        sweep.main(config)
+        mqar_sweep.main(config)
 
 
 @pytest.mark.parametrize("part", ["", "eval", "partial", "plots"])
-def test_a_folder_that_cannot_be_written_is_named_before_training(part, sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+def test_a_folder_that_cannot_be_written_is_named_before_training(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
     (tmp_path / "out" / part).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / part).touch()  # no folder
     with pytest.raises(ConfigError, match=r"folder=.*/out: nothing can be written there"):
-        sweep.main(MQARConfig(folder=str(tmp_path / "out")))
+        mqar_sweep.main(MQARConfig(folder=str(tmp_path / "out")))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="no permission binds root")
-def test_so_is_one_without_permission(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+def test_so_is_one_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
     for part in ("eval", "plots"):
         (tmp_path / part).mkdir(mode=0o500)
     with pytest.raises(ConfigError, match=r"folder=.*Permission denied"):
-        sweep.main(MQARConfig(folder=str(tmp_path)))
+        mqar_sweep.main(MQARConfig(folder=str(tmp_path)))
 
 
 def test_a_mixer_for_each_layer():
     for mixer, layers in (("gla+attention", ["gla", "attention"]), ("mamba2", ["mamba2", "mamba2"])):
-        model = mqar.build(MQARConfig(), mixer, 64, torch.device("cpu"))
+        model = mqar.build_model(MQARConfig(), mixer, 64, torch.device("cpu"))
         assert model.config.layer_mixers() == layers
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ConfigError, match="must hold four for each of 20 pairs"):
+    with pytest.raises(ConfigError, match="at least four for each of 20 pairs"):
         MQARConfig(lengths=[64], pairs=[20])
-    with pytest.raises(ConfigError, match="must be as many"):
+    with pytest.raises(ConfigError, match="must have as many entries"):
         MQARConfig(lengths=[64, 128], pairs=[4])
     with pytest.raises(ConfigError, match="hyena is none of gla"):
         MQARConfig(mixers=["hyena"])
@@ -291,9 +283,9 @@ def test_settings_that_cannot_be():
         MQARConfig(mixers=["gla+hyena"])
 
 
-def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
     with lock_run_dir(tmp_path), pytest.raises(ConfigError, match="is in use by another run"):
-        sweep.main(dataclasses.replace(SMALL, folder=str(tmp_path)))
+        mqar_sweep.main(dataclasses.replace(SMALL, folder=str(tmp_path)))
 
 
 SWEEP = ["mixers=[gla]", "lengths=[16]", "pairs=[2]", "widths=[16]", "learning_rates=[1e-3]", "vocab_size=64"]
@@ -304,7 +296,7 @@ def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, cod
     command = [sys.executable, "scripts/mqar.py", f"folder={tmp_path}", *SWEEP, "train_examples=640", "epochs=9999"]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60
-        while not any(tmp_path.glob("partial/*.pt")) and time.monotonic() < end:
+        while not any(tmp_path.glob("partial/*.safetensors")) and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signum)
         try:
@@ -313,12 +305,13 @@ def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, cod
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # workers that were left behind
         assert process.returncode == code and "Traceback" not in said
-    assert torch.load(next(tmp_path.glob("partial/*.pt")))["history"]
+    with safe_open(next(tmp_path.glob("partial/*.safetensors")), "pt") as file:
+        assert json.loads(file.metadata()["record"])["history"]
 
 
 @pytest.mark.parametrize(
     "twice", [{"widths": [64, 64]}, {"learning_rates": [1e-3, 1.0000001e-3]}, {"mixers": ["gla", "gla"]}]
 )
 def test_no_two_models_have_one_file(twice):
-    with pytest.raises(ConfigError, match=f"{next(iter(twice))}: .* has one twice"):
+    with pytest.raises(ConfigError, match=f"{next(iter(twice))}: .* has a value twice"):
         MQARConfig(**twice)

@@ -1,6 +1,5 @@
 """scripts/ladder.py on a made-up language."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,27 +13,19 @@ import pytest
 
 from glalm.cli import compose_config
 from glalm.evals.options import TrainingRun
+from glalm.evals.result_files import write_json
+from glalm.studies import ladder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
 
 
 @pytest.fixture
-def module():
-    spec = importlib.util.spec_from_file_location("ladder", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ladder"] = module  # which its dataclasses look up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["ladder"]
-
-
-@pytest.fixture
-def ladder(module, monkeypatch):
-    """ladder(*arguments): its exit code."""
+def run_ladder(monkeypatch):
+    """run_ladder(*arguments) runs the command and returns its exit code."""
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
-        return module.main()
+        return ladder.main("help")
 
     before = signal.getsignal(signal.SIGTERM)
     yield run
@@ -49,13 +40,13 @@ def tiny(token_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_run_and_all_is_in_the_table(ladder, tiny, tmp_path, capfd):
+def test_what_is_missing_is_run_and_all_is_in_the_table(run_ladder, tiny, tmp_path, capfd):
     budget = ["train.steps=4", "train.eval_every=2", "optim.warmup_steps=1", "--eval", "extrapolation.documents=4"]
-    assert ladder("gla", "gla_12_segments", "--at-once", "2", *tiny, *budget) == 0
+    assert run_ladder("gla", "gla_12_segments", "--at-once", "2", *tiny, *budget) == 0
     assert "2 runs, 2 to do, 2 at once" in capfd.readouterr().out
-    assert ladder("gla", *tiny, *budget, "model.num_heads=2") == 1  # another model than the run's
+    assert run_ladder("gla", *tiny, *budget, "model.num_heads=2") == 1  # another model than the run's
     assert "gla-1: train.py ended with exit code 2" in capfd.readouterr().err
-    assert ladder("gla", "gla_12_segments", *tiny, *budget) == 0
+    assert run_ladder("gla", "gla_12_segments", *tiny, *budget) == 0
     assert "2 runs, 0 to do, 1 at once" in capfd.readouterr().out
 
     table = json.loads((tmp_path / "out" / "ladder.json").read_text())
@@ -91,31 +82,31 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
 
 
-def test_what_is_done_is_done_by_its_config(module, tmp_path):
+def test_what_is_done_is_done_by_its_config(tmp_path):
     where = ["experiment=ladder_tiny", "name=gla-1", f"runs_dir={tmp_path}"]
-    run = module.Run("gla", compose_config(TrainingRun, "train", where), where, [])
-    assert not run.done
+    run = ladder.LadderRun("gla", compose_config(TrainingRun, "train", where), where, [])
+    assert not run.is_complete()
     run.config.folder.mkdir()
-    module.write_json(run.config.folder / "ladder.json", run.mark)
-    assert run.done
+    write_json(run.config.folder / "ladder.json", run.completion_record())
+    assert run.is_complete()
     # As by a change of configs/experiment/ladder_tiny.yaml.
     edited = compose_config(TrainingRun, "train", [*where, "train.steps=300"])
-    assert not module.Run("gla", edited, where, []).done
+    assert not ladder.LadderRun("gla", edited, where, []).is_complete()
 
 
-def test_means_over_seeds_are_of_nats(module, tmp_path):
+def test_means_over_seeds_are_of_nats(tmp_path):
     runs = []
     for seed, nats in ((1, 3.0), (2, 4.0)):
         where = ["experiment=ladder_tiny", f"name=gla-{seed}", f"runs_dir={tmp_path}", f"seed={seed}"]
-        runs.append(run := module.Run("gla", compose_config(TrainingRun, "train", where), where, []))
+        runs.append(run := ladder.LadderRun("gla", compose_config(TrainingRun, "train", where), where, []))
         found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
-        module.write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
+        write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
         context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}
         found = {"contexts": {"stateful": context}}
-        module.write_json(run.config.folder / "eval" / "extrapolation.json", {"results": found})
+        write_json(run.config.folder / "eval" / "extrapolation.json", {"results": found})
         rows = [{"step": i, "loss": 1.0, "tokens_per_second": 10.0 * seed + i} for i in (1, 2, 3)]
         (run.config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = module.row("gla", runs)
+    row = ladder.build_row("gla", runs)
     assert row["perplexity"] == row["2x / 1x"] == pytest.approx(math.exp(3.5))
     assert (row["tokens/s"], row["tokens"]) == (17.0, 240 * 8 * 128)
     assert row["seeds"] == {"1": math.exp(3.0), "2": math.exp(4.0)}
@@ -134,6 +125,6 @@ def test_means_over_seeds_are_of_nats(module, tmp_path):
         (["gla_12_segments"], "is not a multiple of data.seq_len=1536"),
     ],
 )
-def test_what_is_wrong_is_named(ladder, arguments, message, capsys):
-    assert ladder(*arguments) == 2
+def test_what_is_wrong_is_named(run_ladder, arguments, message, capsys):
+    assert run_ladder(*arguments) == 2
     assert message in capsys.readouterr().err

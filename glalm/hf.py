@@ -38,7 +38,7 @@ from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
-from glalm.model.loss import head_cross_entropy, head_losses
+from glalm.model.loss import head_cross_entropy, head_token_losses
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
@@ -311,7 +311,7 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, StateCache]:
         """Return the cross-entropy in nats of each target [B, T] given the tokens up to it, and the cache after it."""
         out = self.model(input_ids, past_key_values=past_key_values, use_cache=True)
-        return head_losses(self.lm_head, out.last_hidden_state, targets), out.past_key_values
+        return head_token_losses(self.lm_head, out.last_hidden_state, targets), out.past_key_values
 
     def prepare_inputs_for_generation(
         self,

@@ -29,7 +29,7 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
-from glalm.model.precision import has_bf16
+from glalm.model.precision import choose_precision
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
 
@@ -320,10 +320,6 @@ def download(name: str) -> Path:
         raise ConfigError(
             f"checkpoint={name}: no such folder, and no model of that name can be had from the hub ({reason})"
         ) from error
-
-
-def choose_precision(wanted: str, device: torch.device) -> str:
-    return ("bf16" if has_bf16(device) else "fp32") if wanted == "auto" else wanted
 
 
 def checksum_of(files: list[Path]) -> str:

@@ -1,4 +1,4 @@
-"""What a decoder carries from one segment of a sequence to the next."""
+"""The cache that a decoder carries from one segment of a text to the next."""
 
 import os
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import LongTensor
+from torch import LongTensor, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 FORMAT = "glalm state cache"
@@ -15,26 +15,26 @@ FORMAT = "glalm state cache"
 
 @dataclass
 class StateCache:
-    """One mixer state a layer and the number of tokens behind it. Only softmax attention's grows with that number.
+    """The mixer state of every layer, and the number of tokens it has seen. Only softmax attention's state grows.
 
-    `forward` never changes a cache: it returns a new one. So a cache may be kept and continued from many times.
+    A forward pass never changes a cache but returns a new one, so a cache can be continued several times.
     """
 
-    states: list = field(default_factory=list)  # one a layer
+    states: list = field(default_factory=list)  # one per layer, or none before the first token
     seen: int = 0  # tokens
 
-    is_compileable: ClassVar[bool] = False  # transformers asks before it compiles a decoding step by itself
+    is_compileable: ClassVar[bool] = False  # transformers asks for this before it compiles decoding steps by itself.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 
     def reorder_cache(self, beam_idx: LongTensor) -> "StateCache":
-        """The cache of the chosen beams, beam_idx: [B]. In place, as transformers' beam search expects."""
+        """Select the sequences beam_idx [B], in place, as transformers' beam search expects. Return the cache."""
         self.states = [tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), s) for s in self.states]
         return self
 
-    def check(self, layers: int, sequences: int) -> None:
-        """ValueError unless it is empty, or of as many layers and sequences."""
+    def check_fits(self, layers: int, sequences: int) -> None:
+        """Raise ValueError unless the cache is empty or has states of this number of layers and sequences."""
         if self.states and len(self.states) != layers:
             raise ValueError(
                 f"past_key_values has states of {len(self.states)} layers, and the model {layers} layers: it is "
@@ -43,21 +43,25 @@ class StateCache:
         for leaf in tree_leaves(self.states):
             if len(leaf) != sequences:
                 raise ValueError(
-                    f"past_key_values has states of {len(leaf)} sequences, and the input {sequences}; to continue one "
-                    f"several times, past_key_values.reorder_cache(torch.zeros({sequences}, dtype=torch.long))"
+                    f"past_key_values has states of {len(leaf)} sequences, and the input {sequences}. To continue one "
+                    f"sequence several times, use past_key_values.reorder_cache(torch.zeros({sequences}, "
+                    "dtype=torch.long))."
                 )
 
     def save(self, path: str | os.PathLike) -> None:
-        """One safetensors file: tensor "i" or, of a tuple, "i.0", "i.1", ... is layer i's state."""
-        tensors = {}
+        """Write a safetensors file. Layer i's state is the tensor "i", or the tensors "i.0", "i.1", ... of a tuple."""
+        tensors: dict[str, Tensor] = {}
         for i, state in enumerate(self.states):
-            leaves = {f"{i}.{j}": leaf for j, leaf in enumerate(state)} if isinstance(state, tuple) else {f"{i}": state}
-            tensors |= {name: leaf.detach().contiguous() for name, leaf in leaves.items()}
+            if isinstance(state, tuple):
+                tensors |= {f"{i}.{j}": leaf for j, leaf in enumerate(state)}
+            else:
+                tensors[f"{i}"] = state
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path, {"format": FORMAT, "seen": str(self.seen)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "StateCache":
-        """The cache that `save` wrote. Raises ValueError when path is not one, or damaged."""
+        """Read the cache that `save` wrote. Raise ValueError if the file is damaged or is not such a cache."""
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -66,8 +70,8 @@ class StateCache:
             raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: not a state that StateCache.save wrote")
-        states: dict[int, list] = {}
-        for name in sorted(tensors, key=lambda n: [int(part) for part in n.split(".")]):
-            states.setdefault(int(name.split(".")[0]), []).append(tensors[name])
-        whole = [tuple(leaves) if f"{i}.0" in tensors else leaves[0] for i, leaves in sorted(states.items())]
-        return cls(whole, int(metadata["seen"]))
+        leaves: dict[int, list[Tensor]] = {}
+        for name in sorted(tensors, key=lambda name: [int(part) for part in name.split(".")]):
+            leaves.setdefault(int(name.partition(".")[0]), []).append(tensors[name])
+        states = [tuple(leaves[i]) if f"{i}.0" in tensors else leaves[i][0] for i in sorted(leaves)]
+        return cls(states, int(metadata["seen"]))

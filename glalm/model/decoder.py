@@ -173,7 +173,7 @@ def run_blocks(
         check_cu_seqlens(cu_seqlens, len(x))
         check_values(None, x, cu_seqlens)
     cache = StateCache() if cache is None else cache
-    cache.check(len(blocks), len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+    cache.check_fits(len(blocks), len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
     # Under autocast the residual stream has its dtype: in float32 it would take twice the memory and traffic.
     x = x.to(matmul_dtype(x))
     if padding is not None:

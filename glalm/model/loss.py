@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without the [tokens, vocabulary] logits."""
+"""Cross-entropy of a linear head, computed without the [tokens, vocabulary] matrix of logits."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,14 @@ from glalm.kernels.common import at_least_float32, wide_dtype
 from glalm.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_
 from glalm.model.precision import matmul_dtype
 
-# Logits held at once: 256 MiB in bfloat16. Every chunk reads and writes the head's float32 gradient once, so that
-# chunks of a tenth of this size would cost as much in that as the softmax itself.
+# The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
+# head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
 CHUNK_ELEMENTS = 2**27
 
 
 def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """linear_cross_entropy by the head's weight; of a head that is more than its weight, from all its logits."""
-    if is_plain(head):
+    """Return linear_cross_entropy of the head's weight, or the same from all logits if the head has to be called."""
+    if is_plain_linear(head):
         return linear_cross_entropy(hidden, head.weight, targets, z_loss)
     logits = at_least_float32(head(hidden)).flatten(0, -2)
     targets = targets.flatten().to(logits.device)
@@ -26,82 +26,97 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss:
     return loss / scored.sum().clamp(min=1)
 
 
-def head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """token_losses by the head's weight, or from its logits, as head_cross_entropy."""
-    if is_plain(head):
+def head_token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return token_losses of the head's weight, or the same from all logits if the head has to be called."""
+    if is_plain_linear(head):
         return token_losses(hidden, head.weight, targets)
     logits = at_least_float32(head(hidden))
     return F.cross_entropy(logits.mT, targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def is_plain(head: nn.Module) -> bool:
-    """Whether the head is its weight alone: peft puts adapters in its place, and accelerate's hooks bring the weight
-    only while the head is called."""
+def is_plain_linear(head: nn.Module) -> bool:
+    """Return whether the head is described by its weight.
+
+    It is not if peft replaced it by an adapter, or if a hook of accelerate loads its weight only while it is called.
+    """
     return type(head) is nn.Linear and not hasattr(head, "_hf_hook")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats of softmax(hidden weight^T) over the targets that are not IGNORE_INDEX.
+    """Return the mean cross-entropy of softmax(hidden weight^T) over the targets that are not IGNORE_INDEX.
 
-    hidden: [..., d]; weight: [vocabulary, d]; targets: [...] int64. Returns a float32 scalar (0 when nothing is
-    scored), plus z_loss times the mean of logsumexp(logits)^2 (Chowdhery et al., arXiv 2204.02311, section 5). The
-    logits are made a chunk of tokens at a time, and the gradient with them, so that the memory beyond the inputs and
-    their gradients does not grow with tokens times vocabulary. Under autocast the products are in its dtype; the
-    weight's gradient is summed over the chunks in float32.
+    The logits and their gradient are computed one chunk of tokens at a time, so the memory beyond the inputs and their
+    gradients does not grow with tokens times vocabulary. Under autocast the products are in its dtype, while the
+    gradient of the weight is summed over the chunks in float32.
+
+    Args:
+        hidden: [..., d].
+        weight: [vocabulary, d].
+        targets: [...], int64.
+        z_loss: a factor for the mean of logsumexp(logits)^2, which is added (Chowdhery et al., arXiv 2204.02311,
+            section 5).
+
+    Returns:
+        A float32 scalar in nats; 0 if there are no targets.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
 
 
+@torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token, [...] float32, without gradient; 0 where the target is IGNORE_INDEX."""
-    with torch.no_grad():
-        flat, goal = hidden.flatten(0, -2), targets.flatten()
-        losses = [cross_entropy_(F.linear(flat[c], weight), goal[c], 0.0, False) for c in _chunks(flat, weight)]
-        return torch.cat(losses).view(targets.shape)
+    """Return the cross-entropy in nats of each token, [...] float32, without gradient; 0 where it is IGNORE_INDEX."""
+    flat_hidden = hidden.flatten(0, -2)
+    flat_targets = targets.flatten()
+    losses = [
+        cross_entropy_(F.linear(flat_hidden[rows], weight), flat_targets[rows], 0.0, False)
+        for rows in _chunk_rows(flat_hidden, weight)
+    ]
+    return torch.cat(losses).view(targets.shape)
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Divide the rows of hidden [tokens, d] into chunks with at most CHUNK_ELEMENTS logits."""
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(i, i + size) for i in range(0, hidden.shape[0], size)]
+    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is known as soon as the loss is (up to the scalar that comes back), so it is made in forward."""
+    """The forward pass computes the gradients, too: up to a scalar factor they are known as soon as the loss is."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, z_loss, dtype):
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h = hidden.to(dtype)
+        w = weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         dhidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if ctx.needs_input_grad[1] else None
-        for c in _chunks(h, w):
-            logits = F.linear(h[c], w)
-            loss += cross_entropy_(logits, targets[c], z_loss, dhidden is not None or dweight is not None).sum()
+        needs_gradient = dhidden is not None or dweight is not None
+        for rows in _chunk_rows(h, w):
+            logits = F.linear(h[rows], w)
+            loss += cross_entropy_(logits, targets[rows], z_loss, needs_gradient).sum()
+            # cross_entropy_ has replaced the logits by their gradient.
             if dhidden is not None:
-                torch.mm(logits, w, out=dhidden[c])
+                torch.mm(logits, w, out=dhidden[rows])
             if dweight is not None:
-                _add_product(dweight, logits.T, h[c])
+                _add_product(dweight, logits.T, h[rows])
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)
         ctx.save_for_backward(dhidden, dweight, count)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes = (hidden.dtype, weight.dtype)
         return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         dhidden, dweight, count = ctx.saved_tensors
-        scale = (grad / count).view(1, 1)  # a matrix: as a scalar it would be rounded to bfloat16 with dhidden
-        return (
-            None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0]),
-            None if dweight is None else (dweight * scale).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
-        )
+        # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
+        scale = (grad / count).view(1, 1)
+        dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
+        dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
+        return dhidden, dweight, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in total's precision."""
+    """Add a b to total in place, in the precision of total."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

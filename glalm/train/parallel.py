@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from glalm.config.run import ParallelConfig, RunConfig
-from glalm.config.strict import ConfigError, require
-from glalm.model.precision import has_bf16
+from glalm.config.strict import require
+from glalm.model.precision import choose_precision
 
 # What `accelerate launch` or the file of `accelerate config` may set, although the config decides it: the values that
 # do no harm, the default first, and what to use instead.
@@ -57,9 +57,8 @@ def start_processes(config: RunConfig) -> Accelerator:
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if not use_cpu:
         check_devices(os.environ, torch.cuda.device_count())
-    precision = choose_precision(config.train.precision, use_cpu)
-    # FSDP2 and HSDP need a process group even for one process.
-    join_process_group(use_cpu, config.parallel.timeout_minutes, always=config.parallel.mode != "ddp")
+    precision = choose_precision(config.train.precision, torch.device("cpu" if use_cpu else "cuda"), "train.precision")
+    join_process_group(config.parallel, use_cpu)
     torch.set_float32_matmul_precision(FP32_MATMUL_PRECISION[precision])
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     # Accelerate caches its state per process. The runs of a sweep share a process, but not a precision.
@@ -100,25 +99,8 @@ def check_devices(environ: Mapping[str, str], gpu_count: int) -> None:
     )
 
 
-def choose_precision(wanted: str, use_cpu: bool = False) -> str:
-    """Return "bf16" or "fp32". "auto" is bf16 on GPUs with bfloat16 arithmetic and fp32 elsewhere.
-
-    Raises:
-        ConfigError: `wanted` is "bf16" and the GPU has no bfloat16 arithmetic.
-    """
-    use_gpu = torch.cuda.is_available() and not use_cpu
-    supports_bf16 = has_bf16(torch.device("cuda" if use_gpu else "cpu"))
-    if wanted == "auto":
-        return "bf16" if supports_bf16 else "fp32"
-    if wanted == "bf16" and use_gpu and not supports_bf16:
-        raise ConfigError(
-            f"train.precision=bf16: {torch.cuda.get_device_name()} has no bfloat16. Use train.precision=fp32."
-        )
-    return wanted
-
-
-def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: bool = False) -> None:
-    """Initialize torch.distributed, with NCCL for tensors on GPUs and gloo for tensors on the host.
+def join_process_group(config: ParallelConfig, use_cpu: bool) -> None:
+    """Initialize torch.distributed if the run needs it: NCCL for tensors on GPUs, gloo for tensors on the host.
 
     Host values are reduced over gloo so that this does not wait for the GPU.
 

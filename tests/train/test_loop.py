@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.files import read_jsonl
+from glalm.model.precision import choose_precision
 from glalm.train import trainer
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.guards import BadSteps
-from glalm.train.parallel import choose_precision, start_processes
+from glalm.train.parallel import start_processes
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
@@ -179,9 +180,9 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
 
 
 def test_precision():
-    assert choose_precision("fp32") == "fp32"
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     if not torch.cuda.is_available():
-        assert choose_precision("auto") == "fp32"
+        assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
 def test_each_run_of_a_process_has_its_own_precision(run_config, change):

@@ -58,7 +58,8 @@ def start_processes(config: RunConfig) -> Accelerator:
     if not use_cpu:
         check_devices(os.environ, torch.cuda.device_count())
     precision = choose_precision(config.train.precision, torch.device("cpu" if use_cpu else "cuda"), "train.precision")
-    join_process_group(config.parallel, use_cpu)
+    # FSDP2 and HSDP need a process group even for one process.
+    join_process_group(use_cpu, config.parallel.timeout_minutes, always=config.parallel.mode != "ddp")
     torch.set_float32_matmul_precision(FP32_MATMUL_PRECISION[precision])
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     # Accelerate caches its state per process. The runs of a sweep share a process, but not a precision.
@@ -99,8 +100,8 @@ def check_devices(environ: Mapping[str, str], gpu_count: int) -> None:
     )
 
 
-def join_process_group(config: ParallelConfig, use_cpu: bool) -> None:
-    """Initialize torch.distributed if the run needs it: NCCL for tensors on GPUs, gloo for tensors on the host.
+def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: bool = False) -> None:
+    """Initialize torch.distributed, with NCCL for tensors on GPUs and gloo for tensors on the host.
 
     Host values are reduced over gloo so that this does not wait for the GPU.
 

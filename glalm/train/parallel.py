@@ -171,11 +171,8 @@ def reduce_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.f
 def _shard_fsdp2(model: nn.Module, config: ParallelConfig, accelerator: Accelerator) -> nn.Module:
     """Apply FSDP2 over a mesh [replicate, shard]: one unit per block, the rest of the model in the root unit."""
     replicate, shard = config.mesh(accelerator.num_processes, local_world_size())
-    device = accelerator.device.type
-    if replicate == 1:
-        mesh = dist.init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
-    else:
-        mesh = dist.init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    sizes = {"shard": shard} if replicate == 1 else {"replicate": replicate, "shard": shard}
+    mesh = dist.init_device_mesh(accelerator.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     common = {"reduce_dtype": REDUCE_DTYPE[config.reduce_dtype], "cast_forward_inputs": False}
     for block in model.model.layers:
         # Autocast would cast the blocks' weights to bfloat16 anyway, so they are gathered in bfloat16.

@@ -18,6 +18,7 @@ from glalm.data.loader import Batch, Windows, pack_documents, sequential_batches
 from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
+from glalm.train import run_dir
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, rank_and_world_size
 from glalm.train.compile import apply_training_forward
@@ -35,15 +36,6 @@ from glalm.train.parallel import (
     start_processes,
 )
 from glalm.train.profile import Profiler
-from glalm.train.run_dir import (
-    find_resume_checkpoint,
-    open_data,
-    open_run_dir,
-    prepare_run_record,
-    resolve_resume_path,
-    resume_run,
-    write_run_record,
-)
 from glalm.train.state import BatchPlan, TrainState
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.watchdog import Watchdog
@@ -77,25 +69,25 @@ def train(
     plan = BatchPlan.from_config(config, accelerator.num_processes)
     if config.train.float8:
         check_float8_support(plan, accelerator.device)
-    training, validation = open_data(config)
+    training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,
-        open_run_dir(config.folder),
+        run_dir.open_run_dir(config.folder),
         Watchdog(config.train.guard.hang_seconds, *rank_and_world_size()) as watchdog,
         _explain_errors(config, plan),
     ):
-        record = prepare_run_record(config, training.tokens)
-        checkpoint = find_resume_checkpoint(config, record)
+        record = run_dir.prepare_run_record(config, training.tokens)
+        checkpoint = run_dir.find_resume_checkpoint(config, record)
         resumed_from = read_metadata(checkpoint).get("resumed_from") if checkpoint else None
         run_metadata = {
             "run": record["id"],  # also the id of the tracker's run
             "identity": record["identity"],
-            "resumed_from": resolve_resume_path(config) or resumed_from,
+            "resumed_from": run_dir.resolve_resume_path(config) or resumed_from,
             "versions": record["versions"],
         }
         trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
-        unwritten = resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
-        write_run_record(config, record, training.tokens)
+        unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
+        run_dir.write_run_record(config, record, training.tokens)
         step = trainer.state.step
         with (
             MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,

@@ -247,7 +247,7 @@ def test_non_finite_validation_loss_is_not_logged(run_config, change, monkeypatc
     from glalm.train import trainer
 
     losses = iter([9.0, math.nan, 3.0, 4.0])
-    monkeypatch.setattr(trainer, "validate", lambda *a, **k: {"val_loss": next(losses), "val_perplexity": 1.0})
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda *a, **k: {"val_loss": next(losses), "val_perplexity": 1.0})
     keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1}
     config = change(run_config, **keep)
     assert train(config) == 0
@@ -262,7 +262,7 @@ def test_best_checkpoint_is_kept(trained, change, monkeypatch):
     from glalm.train import trainer
 
     losses = iter([9.0, 5.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr(trainer, "validate", lambda *a, **k: {"val_loss": next(losses)})
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda *a, **k: {"val_loss": next(losses)})
     keep = {"train.eval_every": 2, "train.checkpoint.keep_last": 1, "train.checkpoint.keep_best": 1, "train.steps": 8}
     config = change(trained, name="best", **keep)
     assert train(config) == 0

@@ -1,4 +1,4 @@
-"""The README's commands, in order, on this package's own source."""
+"""The README's commands, run in their order on this package's own source."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_help_explains(script):
         ("parallel=x", f"parallel=x is not a file of {ROOT / 'configs/parallel'}; choices: ddp, fsdp2, hsdp"),
     ],
 )
-def test_a_wrong_config_is_one_line(argument, message):
+def test_wrong_config_prints_one_line(argument, message):
     assert run("train.py", argument, code=2) == f"ConfigError: {message}\n"
 
 
@@ -115,18 +115,18 @@ def cpu_seconds(*args: str) -> float:
 
 
 @pytest.mark.parametrize("script, argument, message", MISSPELT)
-def test_a_misspelt_key_is_refused_before_slow_imports(script, argument, message):
+def test_misspelt_key_is_refused_before_slow_imports(script, argument, message):
     text = run("-c", RUN_AND_LIST_IMPORTS, script, argument, code=2)
     assert message in text and "imported: []" in text
 
 
-def test_a_misspelt_key_is_refused_in_twice_the_time_of_importing_torch_and_hydra():
+def test_misspelt_key_is_refused_within_twice_the_time_of_importing_torch_and_hydra():
     imports = min(cpu_seconds("-c", "import torch, hydra") for _ in range(3))
     assert min(cpu_seconds("train.py", "model.hiden_size=64") for _ in range(3)) <= 2 * imports
 
 
-def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
-    """And ends with the exit code of what was refused."""
+def test_sweep_continues_after_a_wrong_config(token_folder, tmp_path):
+    """It ends with the exit code of a wrong config."""
     where = ["-m", f"hydra.sweep.dir={tmp_path}", f"runs_dir={tmp_path}", f"data.path={token_folder}"]
     small = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "data.seq_len=16"]
     points = ["name=w${optim.warmup_steps}", "train.steps=2", "optim.warmup_steps=1,9,0", "train.batch_size=2"]
@@ -134,7 +134,7 @@ def test_a_sweep_goes_on_past_what_cannot_be_run(token_folder, tmp_path):
     assert text.count("Trained to step 2") == 2 and "optim.warmup_steps=9 is longer than train.steps=2" in text
 
 
-def test_a_file_of_configs_that_is_no_yaml_is_named(tmp_path, monkeypatch):
+def test_config_file_that_is_not_yaml_is_named(tmp_path, monkeypatch):
     from glalm import cli
     from glalm.config.strict import ConfigError
 

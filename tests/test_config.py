@@ -32,7 +32,7 @@ def test_every_file_of_configs_builds(group):
 
 @pytest.mark.parametrize("experiment", [p.stem for p in (CONFIGS / "experiment").glob("[!l]*.yaml")])
 def test_experiments_are_the_papers(experiment):
-    """Steps, warm-up and rates of the GLA paper's appendix, and the same batch in tokens on 1 to 256 GPUs."""
+    """They have the steps, warm-up and rates of the GLA paper's appendix, and its batch on 1 to 256 GPUs."""
     config = composed(f"experiment={experiment}")
     steps, warmup, batch = {"340m": (28611, 954, 2**19), "1b3": (47684, 477, 2**21)}[experiment.split("_")[-1]]
     assert (config.steps, config.warmup_steps, config.tokens_per_step) == (steps, warmup, batch)
@@ -47,14 +47,14 @@ def test_experiments_are_the_papers(experiment):
         assert plan.micro_batch * plan.accumulation * world * 2048 == batch == plan.tokens_per_step
 
 
-def test_the_ladders_budgets():
+def test_budgets_of_the_ladder():
     tiny, small, paper = (composed(f"experiment=ladder_{size}") for size in ("tiny", "small", "340m"))
     assert (tiny.steps * tiny.tokens_per_step, tiny.data.path) == (240 * 8 * 128, "data/demo")
     assert (small.steps * small.tokens_per_step, small.tokens_per_step % (12 * 2048)) == (51_609_600, 0)
     assert (paper.steps, paper.warmup_steps, paper.data.path) == (13352, 954, "data/slimpajama")
 
 
-def test_an_experiment_takes_changes():
+def test_experiment_can_be_changed():
     config = composed("experiment=gla_340m", "model=mamba2_340m", "name=other", "train.log_every=3")
     assert (config.name, config.model.mixer, config.train.log_every, config.steps) == ("other", "mamba2", 3, 28611)
 
@@ -90,7 +90,7 @@ def test_overrides_reach_the_dataclasses():
         ("zzz=3", "valid keys: name, runs_dir, seed, model"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(override, message):
+def test_unknown_key_suggests_the_nearest(override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_overrides([override], RunConfig, ["model", "data"])
 
@@ -132,7 +132,7 @@ def test_bad_values_say_what_to_write(tree, message):
         build_dataclass(RunConfig, tree)
 
 
-def test_the_papers_length_generalisation_by_name():
+def test_extrapolation_settings_of_the_paper():
     config = composed("extrapolation=paper", "extrapolation.documents=4", config="eval", cls=EvalConfig).extrapolation
     assert (config.max_length, config.bucket, config.text, config.documents) == (28672, 2048, "stream", 4)
     assert composed(config="eval", cls=EvalConfig).extrapolation == ExtrapolationConfig()
@@ -159,7 +159,7 @@ def test_the_batch_is_divided_over_processes_and_micro_batches():
 
 
 def test_lengths_in_tokens():
-    """The GLA paper's 340M model: 15B tokens in batches of 0.5M, warm-up over 0.5B."""
+    """The GLA paper trains its 340M model on 15B tokens in batches of 0.5M, with a warm-up over 0.5B."""
     tokens = {"steps": None, "tokens": 15e9, "batch_size": None, "batch_tokens": 2**19}
     tree = {"data": {"seq_len": 2048}, "optim": {"warmup_steps": None, "warmup_tokens": 5e8}, "train": tokens}
     config = build_dataclass(RunConfig, tree)
@@ -193,7 +193,7 @@ def test_lengths_that_do_not_fit(tree, message):
         build_dataclass(RunConfig, tree)
 
 
-def test_identity_leaves_out_what_may_change():
+def test_identity_ignores_what_may_change():
     one = RunConfig()
     two = dataclasses.replace(one, name="other", train=dataclasses.replace(one.train, log_every=1))
     assert run_identity(one) == run_identity(two)
@@ -218,13 +218,13 @@ def test_infinite_clip_is_a_number():
     assert build_dataclass(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
 
 
-def test_home_is_spelled_out(monkeypatch):
+def test_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     config = build_dataclass(RunConfig, {"runs_dir": "~/runs", "data": {"path": "~/my data"}})
     assert (config.runs_dir, config.data.path) == ("/home/ada/runs", "/home/ada/my data")
 
 
-def test_weights_of_sources_are_a_mapping_of_the_users():
+def test_weights_of_sources_have_any_keys():
     assert composed("data.weights={books: 0.7, code: 1}").data.weights == {"books": 0.7, "code": 1.0}
     assert composed("+data.weights.books=0.5").data.weights == {"books": 0.5}
     check_overrides(["data.weights={a: 1}", "+data.weights.books=0.5"], RunConfig, ["data"])
@@ -250,6 +250,6 @@ def test_weights_of_sources_are_a_mapping_of_the_users():
         ("gate_logit_normalizer", float("inf"), "model.gate_logit_normalizer must be positive and finite, not inf"),
     ],
 )
-def test_a_models_values_are_of_their_types_wherever_they_come_from(field, value, message):
+def test_types_of_model_options_are_checked(field, value, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**{field: value})

@@ -1,4 +1,4 @@
-"""Processes to do harm to: forked, within milliseconds, from a clean one that has imported everything."""
+"""Start processes to inject faults into. They are forked from a clean process that has all imports."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ SERVER.set_forkserver_preload(["glalm.train.trainer", "processes"])
 
 
 def start(function: Callable, *args, log: Path, world: int = 1, launched: bool | None = None) -> list:
-    """`world` processes that call function(*args) and end as the command line would: with its exit codes.
+    """Start `world` processes that call function(*args) and end with the exit codes of the command line.
 
-    What they print goes to files beside `log`; see `text`. With `launched`, or more than one, they have the
-    environment that torchrun gives.
+    Their output goes to files beside `log`, which `text` reads. With `launched`, or more than one process, they have
+    torchrun's environment.
     """
     port = _free_port()
     found = []
@@ -36,7 +36,7 @@ def start(function: Callable, *args, log: Path, world: int = 1, launched: bool |
 
 
 def wait(processes: list, seconds: float = 60) -> list[int]:
-    """Their exit codes: -9 for one that was killed. Kills what is left after `seconds`, and fails."""
+    """Return the exit codes, -9 for a killed process. Fail if one runs for more than `seconds`."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -54,7 +54,7 @@ def text(log: Path, rank: int = 0) -> str:
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Waits for it; fails after `seconds`."""
+    """Wait until `condition` holds. Fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"

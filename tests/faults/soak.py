@@ -1,9 +1,9 @@
-"""Faults without end: `python tests/faults/soak.py --minutes 30` trains a tiny model on two processes, again and again.
+"""Inject random faults into runs of a tiny model on two processes: `python tests/faults/soak.py --minutes 30`.
 
-Each start is struck at a random time by a random fault: a rank or both killed, a signal to one, a checkpoint's file
-damaged after a kill, a rank stopped. The same command goes on from what is left. Each run that comes to its end must
-equal the unbroken one, bit for bit, with every step in its metrics once. Prints a line for each finished run, and the
-count of faults at the end; exits 1 at the first thing that is lost.
+A random fault strikes each start at a random time: one or both ranks are killed, one gets a signal or is stopped, or a
+file of a checkpoint is damaged after a kill. The same command then resumes the run. Every finished run must equal an
+undisturbed one bit for bit, with each step once in its metrics. Prints a line for each finished run and the number of
+faults at the end, and exits 1 at the first difference.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def signal_one(processes: list, saves: Path) -> None:
 
 
 def damage(processes: list, saves: Path) -> None:
-    """A random file of the newest checkpoint: one bit flipped, the end cut off, or gone."""
+    """Flip a bit of a random file of the newest checkpoint, truncate the file, or remove it."""
     kill_both(processes, saves)
     wait(processes)
     if not (newest := latest_checkpoint(saves)):
@@ -123,7 +123,7 @@ def damage(processes: list, saves: Path) -> None:
 
 
 def stop_one(processes: list, saves: Path) -> None:
-    """Without a sign of life: the other notices, ends, and the launcher would kill the one that is left."""
+    """Stop one process. The other notices and ends, after which a launcher would kill the stopped one."""
     stopped, other = random.sample(processes, 2)
     os.kill(stopped.pid, signal.SIGSTOP)
     other.join(60)

@@ -39,16 +39,18 @@ def run(config: RunConfig, world: int, log, function=train, *args) -> list[int]:
     return wait(start(function, *args, config, log=log, world=world, launched=True), 90)
 
 
-def close(one: dict, other: dict) -> None:
+def assert_close(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("modes", [["ddp"] * 3, ["ddp", "fsdp2", "ddp"], ["fsdp2", "hsdp", "fsdp2"]])
-def test_another_number_of_processes_goes_on_with_the_same_tokens(run_config, change, unbroken, tmp_path, modes):
-    """4 processes, then 2, then 4; and DDP to FSDP2 and back. The state that is loaded is the one that was saved, bit
-    for bit, and the run's losses are those of one process but for the order of sums."""
+def test_another_number_of_processes_resumes_with_the_same_tokens(run_config, change, unbroken, tmp_path, modes):
+    """Train with 4 processes, then 2, then 4, also from DDP to FSDP2 and back.
+
+    The loaded state equals the saved one bit for bit. The losses equal those of one process up to the order of sums.
+    """
     log = tmp_path / "log"
     config = change(run_config, **{"train.micro_batch_size": 1, "train.checkpoint.keep_last": 9})
     stages = [(4, 2), (2, 4), (4, 6)]
@@ -59,7 +61,7 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(run_config, ch
         assert run(now, world, log, train_part, 6) == [0] * world, text(log)
         files = {p.name for p in (config.folder / "checkpoints" / f"step_{steps}").glob("model*")}
         assert files == {f"model-{r + 1:05d}-of-{world:05d}.safetensors" for r in range(world)}
-    close(weights(config.folder / "checkpoints/step_6"), weights(unbroken / "checkpoints/step_6"))
+    assert_close(weights(config.folder / "checkpoints/step_6"), weights(unbroken / "checkpoints/step_6"))
     for a, b in zip(rows(config.folder), rows(unbroken), strict=True):
         assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
         if "loss" in a:
@@ -73,8 +75,8 @@ def train_part(steps: int, config: RunConfig) -> int:
     return train(config)
 
 
-def test_one_ranks_file_is_missing(run_config, tmp_path):
-    """Both processes take the same older checkpoint."""
+def test_missing_file_of_one_rank(run_config, tmp_path):
+    """Both processes resume from the same older checkpoint."""
     assert run(run_config, 2, tmp_path / "log") == [0, 0]
     before = rows(run_config.folder)
     (run_config.folder / "checkpoints/step_6/training-00002-of-00002.safetensors").unlink()
@@ -93,7 +95,7 @@ def train_poisoned(config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mode):
+def test_nan_on_one_rank_makes_all_ranks_skip(run_config, change, tmp_path, mode):
     every = {"train.micro_batch_size": 1, "train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
     config = change(run_config, **every, **{"parallel.mode": mode})
     assert run(config, 2, tmp_path / "log", train_poisoned) == [0, 0], text(tmp_path / "log")
@@ -104,15 +106,15 @@ def test_one_rank_with_nan_makes_all_skip_alike(run_config, change, tmp_path, mo
     assert rows(config.folder)[-1]["skipped_steps"] == 2
 
 
-def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path):
+def test_signal_to_one_rank_stops_all_with_one_checkpoint(run_config, tmp_path):
     assert run(run_config, 2, tmp_path / "log", train_signalled, signal.SIGUSR1, 3) == [128 + signal.SIGUSR1] * 2
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
     assert run(run_config, 2, tmp_path / "log") == [0, 0]
     assert [row["step"] for row in rows(run_config.folder)] == list(range(7))
 
 
-def without_host_memory(config: RunConfig) -> int:
-    """Rank 1 has no memory for the copy of its second save."""
+def train_without_host_memory(config: RunConfig) -> int:
+    """Train, but let rank 1 find no host memory for the copy of its second save."""
     real, calls = staging.HostBuffers.allocate, []
 
     def allocate(self, files):
@@ -126,18 +128,18 @@ def without_host_memory(config: RunConfig) -> int:
     return train(config)
 
 
-def test_one_rank_without_memory_for_its_copy(run_config, change, tmp_path):
-    """It saves at once, the other beside the training, and the checkpoint is whole."""
+def test_one_rank_without_host_memory(run_config, change, tmp_path):
+    """That rank saves synchronously, the other in the background, and the checkpoint is complete."""
     config = change(run_config, **{"train.micro_batch_size": 1, "train.checkpoint.keep_last": 9})
-    assert run(config, 2, tmp_path / "log", without_host_memory) == [0, 0], text(tmp_path / "log")
+    assert run(config, 2, tmp_path / "log", train_without_host_memory) == [0, 0], text(tmp_path / "log")
     assert "rank 1 has no host memory to copy step 4: " in text(tmp_path / "log", 1)
     for step in (2, 4, 6):
         verify_checkpoint(config.folder / "checkpoints" / f"step_{step}")
     assert "failed_saves" not in rows(config.folder)[-1]
 
 
-def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monkeypatch):
-    """What two processes saved of a sharded model: transformers is told what to do, and loads what comes of it."""
+def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path, monkeypatch):
+    """transformers refuses the shards of two processes with advice, and loads the export."""
     from transformers import AutoModelForCausalLM
 
     import glalm.hf  # noqa: F401 (registers the model)
@@ -154,7 +156,9 @@ def test_slices_are_exported_whole(run_config, change, unbroken, tmp_path, monke
     loaded, saved = AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), weights(path)
     assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters())
     expected = weights(unbroken / "checkpoints" / "step_6")
-    close({n: p.detach() for n, p in loaded.named_parameters()}, {n: expected[n] for n, _ in loaded.named_parameters()})
+    assert_close(
+        {n: p.detach() for n, p in loaded.named_parameters()}, {n: expected[n] for n, _ in loaded.named_parameters()}
+    )
 
 
 def train_struck(fault: str, struck_rank: int, config: RunConfig) -> int:
@@ -200,7 +204,7 @@ def fail_at_seventh_batch(hangs: bool):
         ("loader raises", "OSError: stale file handle"),
     ],
 )
-def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change, tmp_path, fault, diagnosis, rank):
+def test_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change, tmp_path, fault, diagnosis, rank):
     config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 3.0})
     processes = start(train_struck, fault, rank, config, log=tmp_path / "log", world=2)
     other = processes[1 - rank]
@@ -213,7 +217,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, chan
     assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({diagnosis})", found[-1]), found
 
 
-def test_every_ranks_generators_are_restored(run_config, tmp_path):
+def test_random_states_of_every_rank_are_restored(run_config, tmp_path):
     assert run(run_config, 2, tmp_path / "log", draw_after_loading, str(tmp_path)) == [0, 0], text(tmp_path / "log")
 
 
@@ -252,8 +256,8 @@ def draw_after_loading(folder: str, config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", "hsdp"])
-def test_what_one_process_saved_others_load_bit_for_bit_and_back(run_config, change, unbroken, tmp_path, mode):
-    """A single process's checkpoint, loaded by four that shard it, saved by them, and read again."""
+def test_checkpoint_of_one_process_is_loaded_bit_for_bit_by_others(run_config, change, unbroken, tmp_path, mode):
+    """A checkpoint of one process is loaded and saved by four that shard it, and read again."""
     parallel = {"parallel.mode": mode} | ({"parallel.replicate": 2} if mode == "hsdp" else {})
     config = change(run_config, **parallel, **{"train.micro_batch_size": 1})
     saved = unbroken / "checkpoints" / "step_6"

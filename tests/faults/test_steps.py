@@ -1,4 +1,4 @@
-"""Numbers that are not finite, spikes, signals, damaged data, and other things that happen to one process's steps."""
+"""Faults of one process: bad numbers, spikes, signals, damaged data, failing trackers."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ from glalm.train.trainer import Trainer, train
 
 @pytest.mark.parametrize("what", [{"gradient": math.nan}, {"gradient": math.inf}, {"loss": math.nan}])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_update_is_skipped_whole(run_config, change, what, optimizer):
+def test_bad_update_is_skipped(run_config, change, what, optimizer):
     """After step 4, which is bad, weights and moments are those after step 3. Training continues from there."""
     every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9, "optim.name": optimizer}
     config = change(run_config, **every)
@@ -47,7 +47,7 @@ def test_a_bad_update_is_skipped_whole(run_config, change, what, optimizer):
         json.loads(line, parse_constant=pytest.fail)  # no NaN: that is no JSON
 
 
-def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, change, token_folder):
+def test_consecutive_bad_updates_end_the_run_and_name_their_samples(run_config, change, token_folder):
     config = change(run_config, **{"train.guard.bad_steps": 3, "train.log_every": 6})
     message = r"in 3 consecutive updates, steps 3 to 5. All of them were skipped.*bad_steps_3.json"
     with poisoned_steps({3, 4, 5, 6}, gradient=math.nan), pytest.raises(BadSteps, match=message):
@@ -59,7 +59,7 @@ def test_bad_updates_in_a_row_end_the_run_and_name_their_samples(run_config, cha
     assert train(config) == 0  # No checkpoint was saved since the first bad step.
 
 
-def test_a_spike_is_skipped_by_config(run_config, change):
+def test_spike_is_skipped(run_config, change):
     spiky = {"train.steps": 12, "train.guard.spike_factor": 6.0, "train.guard.spike_window": 4}
     every = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 9}
     config = change(run_config, **spiky, **every)
@@ -71,7 +71,7 @@ def test_a_spike_is_skipped_by_config(run_config, change):
     assert rows(config.folder)[-1]["skipped_steps"] == 1
 
 
-def test_the_norms_statistics_are_resumed(run_config, change):
+def test_statistics_of_norms_are_resumed(run_config, change):
     """A spike right after a resume is compared with the norms before it."""
     spiky = {"train.guard.spike_factor": 6.0, "train.guard.spike_window": 3}
     config = change(run_config, **spiky, **{"train.allow_changes": ["train.steps"]})
@@ -89,7 +89,7 @@ def train_signalled(signum: int, step: int, config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_at_the_next_step_and_says_so_by_its_exit_code(run_config, unbroken, tmp_path, signum):
+def test_signal_saves_a_checkpoint_and_sets_the_exit_code(run_config, unbroken, tmp_path, signum):
     assert wait(start(train_signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
     assert "checkpoints/step_3. To resume, run the same command again." in text(tmp_path / "log")
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_3"
@@ -111,16 +111,16 @@ class SlowDisk(CheckpointWriter):
         return super().write_file(path, chunks)
 
 
-def on_a_slow_disk(config: RunConfig) -> int:
-    """The second checkpoint takes a minute."""
+def train_with_slow_second_checkpoint(config: RunConfig) -> int:
+    """Train with a second checkpoint that takes a minute per file."""
     return train(config, checkpoint_writer=SlowDisk(60, ".step_4.tmp"))
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_second_signal_waits_for_no_write(run_config, change, unbroken, tmp_path, asynchronous):
-    """The newest whole checkpoint is as it was, and the same command goes on from it."""
+def test_second_signal_does_not_wait_for_a_save(run_config, change, unbroken, tmp_path, asynchronous):
+    """The newest complete checkpoint is unaffected, and the same command resumes from it."""
     config = change(run_config, **{"train.checkpoint.asynchronous": asynchronous})
-    [process] = start(on_a_slow_disk, config, log=tmp_path / "log")
+    [process] = start(train_with_slow_second_checkpoint, config, log=tmp_path / "log")
     until((config.folder / "checkpoints" / ".step_4.tmp" / "slow").exists)
     os.kill(process.pid, signal.SIGINT)
     until(lambda: "A second signal" in text(tmp_path / "log"))
@@ -149,7 +149,7 @@ def train_slowly(part: str, seconds: float, config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize(("part", "asynchronous"), [("saving", True), ("saving", False), ("validating", True)])
-def test_what_takes_longer_than_a_hang_but_goes_on_is_none(run_config, change, unbroken, tmp_path, part, asynchronous):
+def test_slow_progress_is_no_hang(run_config, change, unbroken, tmp_path, part, asynchronous):
     slowly = {"train.guard.hang_seconds": 2.0, "train.checkpoint.asynchronous": asynchronous}
     config = change(run_config, **slowly, **{"train.checkpoint.every": 6})
     seconds = 1.5 if part == "saving" else 0.6
@@ -157,7 +157,7 @@ def test_what_takes_longer_than_a_hang_but_goes_on_is_none(run_config, change, u
     assert_same(unbroken, config.folder)
 
 
-def test_bad_updates_in_a_row_are_counted_across_a_resume(run_config, change):
+def test_consecutive_bad_updates_are_counted_across_a_resume(run_config, change):
     config = change(run_config, **{"train.guard.bad_steps": 4, "train.steps": 9, "train.checkpoint.every": 1})
     with poisoned_steps({3, 4, 5, 6}, loss=math.nan), before_steps({4: send_signal}):
         assert train(config) == signal.SIGTERM
@@ -165,7 +165,7 @@ def test_bad_updates_in_a_row_are_counted_across_a_resume(run_config, change):
             train(config)
 
 
-def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, unbroken):
+def test_signal_saves_before_an_evaluation(run_config, unbroken):
     """A scheduler that stops a run may not wait for the evaluation. Its metrics are not lost either."""
     checkpoints = []
 
@@ -184,7 +184,7 @@ def test_a_signal_at_an_evaluation_step_saves_before_the_evaluation(run_config, 
     assert [{k: v for k, v in row.items() if k != "seen"} for row in found] == rows(unbroken)
 
 
-def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
+def test_batch_after_the_last_is_not_read(run_config, monkeypatch):
     """Batches may be read ahead, but none after the last step's is waited for."""
     original = trainer.training_batches
 
@@ -197,8 +197,8 @@ def test_the_batch_after_the_last_is_not_read(run_config, monkeypatch):
     assert train(run_config) == 0
 
 
-def test_a_bit_flipped_in_a_data_shard(run_config, change, token_folder, tmp_path):
-    """The step that would read it ends the run, naming the shard; repaired, the run goes on."""
+def test_flipped_bit_in_a_data_shard(run_config, change, token_folder, tmp_path):
+    """The step that reads it ends the run with an error that names the shard. Once repaired, the run resumes."""
     folder = shutil.copytree(token_folder, tmp_path / "set")
     config = change(run_config, **{"data.path": str(folder)})
     whole = change(config, name="whole")
@@ -221,8 +221,8 @@ def train_and_hang(config: RunConfig) -> int:
         return train(config)
 
 
-def test_two_runs_on_one_directory(run_config, unbroken, tmp_path):
-    """The second is refused while the first lives, and not when it was killed."""
+def test_two_runs_in_one_directory(run_config, unbroken, tmp_path):
+    """The second run is refused while the first one lives, but not after it was killed."""
     [first] = start(train_and_hang, run_config, log=tmp_path / "log")
     until(lambda: "step 1/" in text(tmp_path / "log"))
     with pytest.raises(ConfigError, match=rf"tiny is in use by another run: process {first.pid} on .*choose another"):
@@ -240,7 +240,7 @@ def test_paths_with_spaces_and_unicode(run_config, change, unbroken, tmp_path):
     assert latest_checkpoint(config.folder / "checkpoints").name == "step_6"
 
 
-def test_a_clock_that_jumps(run_config, unbroken, monkeypatch):
+def test_jumping_clock(run_config, unbroken, monkeypatch):
     """The wall clock goes back by years, forward by centuries, and stands still, at every reading."""
     times = [0.0, 1e10, -1e9, 5.0]
     readings = itertools.cycle(times)
@@ -251,7 +251,7 @@ def test_a_clock_that_jumps(run_config, unbroken, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["init", "log", "finish"])
-def test_a_tracker_that_fails(run_config, change, unbroken, monkeypatch, method):
+def test_failing_tracker(run_config, change, unbroken, monkeypatch, method):
     """wandb raises at its start, in the middle, or at the end. The run and its metrics are complete."""
     failures = []
 

@@ -1,7 +1,7 @@
-"""The same few steps by one process and by two, compared.
+"""Train a few steps by one process and by two, and compare the results.
 
-Run by itself, it makes the steps under each of several configs, in every process: parallel_runs.py TREES.json OUT.
-TREES.json: {name: the tree of a RunConfig}. OUT: where the first process leaves {name: what `run` returns}.
+As a script, parallel_runs.py TREES.json OUT trains with each of several configs in every process.
+TREES.json: {name: tree of a RunConfig}. OUT: the first process writes {name: result of `run`}.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ TOLERANCES = {"bf16": 5e-3, "rounded": 2e-3}
 
 
 def run(config: RunConfig) -> dict:
-    """{"losses", "norms", "val_loss", and each parameter after the last step}: mean over processes, whole, on the CPU.
+    """Train, and return {"losses", "norms", "val_loss", and each full parameter after the last step}, on the CPU.
 
-    Validates after the last step, as training does before it saves.
+    Losses are means over processes. The validation follows the last step, as it does in training before a save.
     """
     torch._dynamo.reset()
     accelerator = parallel.start_processes(config)
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> dict:
 
 
 def launched(arguments: list[str]) -> subprocess.CompletedProcess:
-    """torchrun on two processes."""
+    """Run torchrun with two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=540)
 
@@ -87,8 +87,9 @@ def check(name: str, found: dict, expected: dict, tolerance: float) -> None:
 
 
 def compare(config, change, tmp_path, variants: dict[str, dict], tolerance: float = 2e-6) -> dict[str, dict]:
-    """Each variant on several processes, whose results are returned, with its kind ("reset, fsdp2" is of the kind
-    "reset") on this one alone.
+    """Compare each variant on several processes with its kind on this process alone, and return the former's results.
+
+    The variant "reset, fsdp2" is of the kind "reset".
 
     Tolerances, relative and absolute, on losses (about 5), gradient norms (about 3) and weights (of at most 1) after
     four steps at a learning rate of 0.01. On the CPU: 2e-6 in float32 (found: 4e-7), 5e-3 in bf16 (2.4e-3),

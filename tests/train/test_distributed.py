@@ -1,4 +1,4 @@
-"""Many processes train the same model as one: the same losses, norms and weights, but for the order of sums."""
+"""Several processes train the same model as one, up to the order of floating-point sums."""
 
 import json
 import subprocess
@@ -10,9 +10,10 @@ import pytest
 import torch
 from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 
-from glalm.config.run import ParallelConfig, RunConfig
+from glalm.config.run import ParallelConfig
 from glalm.config.strict import ConfigError, build_dataclass
 from glalm.data.files import read_jsonl
+from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel, trainer
 from glalm.train.parallel import check_devices, has_fp32_parameters, refuse_launcher_settings
@@ -32,7 +33,7 @@ ROUNDED = ["ddp, accumulating", "fsdp2", "hsdp 2 x 1"]  # where sums over proces
 
 @pytest.fixture
 def config(run_config, change):
-    """Four steps of eight sequences, with gradients that are clipped, of a model that mixes two mixers."""
+    """Return a config of four steps of eight sequences with clipped gradients, for a model with two kinds of mixers."""
     return change(
         run_config,
         **{
@@ -55,17 +56,17 @@ def test_every_mode_gives_the_losses_and_weights_of_one_process(config, change, 
 
 
 @pytest.mark.slow
-def test_compiled_too(config, change, tmp_path):
+def test_compiled_modes_give_the_same(config, change, tmp_path):
     compiled = {"train.compile": True}
     compare(config, change, tmp_path, {"ddp": compiled, "fsdp2": compiled | MODES["fsdp2, selective"]})
 
 
-def test_fsdp2_on_one_process_is_the_plain_run(config, change):
+def test_fsdp2_on_one_process_equals_the_plain_run(config, change):
     check("alone", run(change(config, **MODES["fsdp2"])), run(config), 1e-6)
 
 
-def test_gradients_are_summed_over_processes_once_a_step(config, change, monkeypatch):
-    """With the last segment of the last micro-batch: until then FSDP2's shards have no gradient."""
+def test_gradients_are_reduced_once_per_step(config, change, monkeypatch):
+    """FSDP2's shards have gradients only after the last segment of the last micro-batch."""
     given = {"parallel.mode": "fsdp2", "train.micro_batch_size": 4, "train.tbptt_length": 8}
     config = change(config, **given)
     has_gradients = []
@@ -111,12 +112,12 @@ def test_mesh(given, world, local, mesh):
         ({"replicate": 3}, r"parallel.replicate=3 times parallel.shard=1 needs 3 processes"),
     ],
 )
-def test_processes_that_do_not_make_up_the_mesh(given, message):
+def test_mesh_must_match_the_number_of_processes(given, message):
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(mode="hsdp", **given).mesh(4, 4)
 
 
-def test_mesh_sizes_belong_to_hsdp():
+def test_mesh_sizes_are_options_of_hsdp():
     with pytest.raises(ConfigError, match="are options of parallel=hsdp, not of fsdp2"):
         ParallelConfig(mode="fsdp2", shard=2)
 
@@ -132,7 +133,7 @@ def test_mesh_sizes_belong_to_hsdp():
         ("ACCELERATE_MIXED_PRECISION", "fp16", "Use train.precision=bf16"),
     ],
 )
-def test_what_accelerate_is_told_otherwise_is_refused(name, value, message):
+def test_contradictory_launcher_settings_are_refused(name, value, message):
     refuse_launcher_settings({name: {"true": "false", "4": "1", "INDUCTOR": "no", "fp16": "bf16"}[value]})
     with pytest.raises(ConfigError, match=message):
         refuse_launcher_settings({name: value})
@@ -141,19 +142,22 @@ def test_what_accelerate_is_told_otherwise_is_refused(name, value, message):
 @pytest.mark.parametrize(
     "environ, message",
     [
-        ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, r"process 2 of this machine finds 2 GPUs: .*--nproc-per-node=2"),
+        (
+            {"LOCAL_RANK": "2", "WORLD_SIZE": "4"},
+            r"Process 2 of this machine has no GPU: 2 are visible.*--nproc-per-node=2",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes that do not know of each other"),
     ],
 )
-def test_processes_without_a_gpu_of_their_own(environ, message):
-    check_devices({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, gpus=2)
-    check_devices({}, gpus=1)
+def test_processes_need_a_gpu_each(environ, message):
+    check_devices({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, gpu_count=2)
+    check_devices({}, gpu_count=1)
     with pytest.raises(ConfigError, match=message):
-        check_devices(environ, gpus=2)
+        check_devices(environ, gpu_count=2)
 
 
-def test_mixers_with_parameters_of_their_own_are_gathered_in_float32(config):
+def test_mixers_with_fp32_parameters_are_gathered_in_fp32(config):
     model = CausalLM(config.model)
     gla, mamba2 = model.model.layers
     assert has_fp32_parameters(mamba2) and not has_fp32_parameters(gla)
@@ -167,7 +171,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher, mode", [("torchrun", "fsdp2"), ("accelerate", "ddp")])
 def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
-    """A sweep from the command line to its runs' last steps, with the losses of one process."""
+    """A sweep by the command line finishes, and its losses are those of one process."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "train.py", "--multirun", f"hydra.sweep.dir={tmp_path}"]
     command += [f"data.path={token_folder}", "train.batch_size=4", "train.micro_batch_size=1"]
     command += ["name=${train.precision}", "train.precision=fp32,bf16", f"runs_dir={tmp_path}", f"parallel={mode}"]
@@ -181,14 +185,14 @@ def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
     assert read_jsonl(tmp_path / "bf16" / "metrics.jsonl")[-1]["step"] == 4
     tree = json.loads((tmp_path / "fp32" / "run.json").read_text())["config"]
     tree |= {"name": "alone", "parallel": {"mode": "ddp"}}
-    trainer.train(build_dataclass(RunConfig, tree))
+    trainer.train(build_dataclass(TrainingRun, tree))
     pair, alone = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("fp32", "alone"))
     for one, two in zip(alone, pair, strict=True):
         for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
 
 
-def test_a_mesh_of_more_processes_than_run_ends_with_its_message():
+def test_too_large_mesh_ends_with_a_message():
     done = launched(["train.py", "parallel=hsdp", "parallel.shard=4"])
     assert done.returncode != 0
     assert (

@@ -1,4 +1,4 @@
-"""The estimates against what a real model has, keeps and needs."""
+"""Estimates compared with the parameters, activations and optimizer states of real models."""
 
 import dataclasses
 
@@ -57,8 +57,8 @@ def test_parameters_and_moments_are_exact(run_config, change, optimizer):
 
 @pytest.mark.parametrize("mixer", ["gla", "attention", "mamba2"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
-    """Everything that autograd saves in a forward of the whole model, loss included, but for parameters."""
+def test_activations_are_what_a_model_saves(run_config, change, mixer, bf16):
+    """Compare with everything that autograd saves in a forward pass with the loss, without the parameters."""
     config = change(run_config, model=ModelConfig(**MODEL, mixer=mixer), **{"data.seq_len": 192})
     model, ids = real(config), torch.randint(100, (2, 192))  # a micro-batch
     saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -80,17 +80,17 @@ def test_activations_are_what_a_model_keeps(run_config, change, mixer, bf16):
 
 
 def test_no_part_is_negative(run_config, change):
-    """Mamba's scan keeps one state less than it has chunks: its activations begin below 0."""
+    """Mamba saves one state less than it has chunks, so a linear fit of its activations starts below 0."""
     config = change(run_config, model=ModelConfig(**MODEL, mixer="mamba"), **{"data.seq_len": 256})
     assert all(size >= 0 for size in estimate(config, 1, 1, True, True).values())
 
 
-def test_full_checkpointing_keeps_a_blocks_input():
+def test_full_checkpointing_saves_only_a_blocks_input():
     kept = measure_activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
     assert kept.per_token == 2 * 64 and abs(kept.fixed) < 1000
 
 
-def test_less_is_kept_the_more_is_recomputed():
+def test_more_recomputation_saves_less():
     model = ModelConfig(**MODEL)
     eager = measure_activations(model, "gla", TrainConfig(), True, False).per_token
     compiled, lean, selective = (
@@ -100,8 +100,8 @@ def test_less_is_kept_the_more_is_recomputed():
     assert eager > compiled > lean > 4 * 64 and compiled > selective > 4 * 64
 
 
-def test_shares(run_config, change):
-    """Sharding over 4 quarters weights and moments; what is gathered is counted; gradients are whole while summed."""
+def test_sharding_divides_the_memory(run_config, change):
+    """Over 4 processes, each holds a quarter of weights, gradients and moments, and gathered weights and gradients."""
     one = estimate(run_config, 1, 1, False, False)
     four = estimate(change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1}), 4, 4, False, False)
     size = count_parameters(run_config)
@@ -119,7 +119,7 @@ def test_shares(run_config, change):
     assert estimate(segments, 1, 1, False, False)["activations"] * 4 == pytest.approx(one["activations"], rel=1e-6)
 
 
-def test_what_is_printed(run_config, change):
+def test_report_of_a_dry_run(run_config, change):
     config = change(run_config, **{"train.steps": 1000, "train.assumed_mfu": 0.5, "train.compile": False})
     text = "\n".join(describe_needs(config, 2, H200))
     total, tokens = count_parameters(config).total, 1000 * 4 * 16
@@ -134,12 +134,12 @@ def test_what_is_printed(run_config, change):
     assert "the peak of A small one is unknown" in small
 
 
-def test_a_batch_that_does_not_divide_is_refused(run_config, change):
+def test_indivisible_batch_is_refused(run_config, change):
     with pytest.raises(ConfigError, match="Choose a multiple of 3"):
         list(describe_needs(run_config, 3, H200))
 
 
-def test_a_dry_run_needs_no_data_and_leaves_nothing(run_config, change, capsys):
+def test_dry_run_needs_no_data_and_writes_nothing(run_config, change, capsys):
     from glalm.train.trainer import train
 
     config = change(run_config, **{"train.dry_run": True, "train.assumed_gpus": 2, "data.path": "nowhere"})

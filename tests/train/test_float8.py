@@ -1,4 +1,4 @@
-"""train.float8: the large linear layers of the blocks, in training alone, by torchao's emulation on the CPU."""
+"""train.float8: large linear layers train in float8, here by torchao's emulation on the CPU."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ SMALL = {"attn.q_proj", "attn.k_proj", "attn.gk_proj.0", "attn.gk_proj.1"}  # ha
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """torchao computes the float8 products by casting to float8 and back: what a GPU does, on any machine."""
+    """Let torchao emulate float8 products by casts to float8 and back, which runs on any machine."""
     torchao = pytest.importorskip("torchao.float8")
     recipes = {"tensorwise": torchao.Float8LinearConfig(emulate=True)}
     monkeypatch.setattr(torchao.Float8LinearConfig, "from_recipe_name", staticmethod(recipes.__getitem__))
@@ -50,7 +50,7 @@ def tokens(T: int = 64) -> dict[str, torch.Tensor]:
 
 
 def step(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient of all parameters in a row."""
+    """Return the loss, and the gradients of all parameters as one vector."""
     model.zero_grad()
     loss = model(**tokens()).loss
     loss.backward()
@@ -74,7 +74,7 @@ def test_only_the_large_layers_of_blocks_are_converted(emulated):
     assert all(after[n] is parameters[n] and torch.equal(after[n], before[n]) for n in before)
 
 
-def test_layers_with_a_forward_of_their_own_or_odd_sides_stay(emulated):
+def test_subclasses_and_unaligned_layers_are_not_converted(emulated):
     class Other(nn.Linear):
         pass
 
@@ -85,8 +85,8 @@ def test_layers_with_a_forward_of_their_own_or_odd_sides_stay(emulated):
         float8.convert_to_float8(gla(hidden_size=256))
 
 
-def test_a_step_is_near_the_plain_one_and_validation_is_the_plain_one(emulated):
-    """One product is off by 4% forward and 6% backward, a layer's gradient by 13% (found; bfloat16's by 1%)."""
+def test_training_is_close_to_the_plain_model_and_validation_equal(emulated):
+    """Measured errors: a product 4% forward and 6% backward, a layer's gradient 13% (bfloat16: 1%)."""
     plain, model = gla(), gla()
     float8.convert_to_float8(model)
     (loss, gradient), (loss8, gradient8) = step(plain), step(model)
@@ -116,7 +116,7 @@ def test_compiled_blocks_share_a_graph_without_a_break(emulated, kept, monkeypat
 
 
 def wide(run_config, change):
-    """A model with large layers, at a learning rate that it bears."""
+    """Return a config with large layers, and a learning rate low enough for them."""
     more = {"optim.lr": 1e-3, "optim.min_lr": 1e-4, "train.checkpoint.keep_last": 9}
     return change(run_config, model=ModelConfig(**SHAPE, num_hidden_layers=1), **more)
 
@@ -126,7 +126,7 @@ def rows(config, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_run_goes_on_with_or_without(emulated, run_config, change, first):
+def test_run_can_resume_with_or_without_float8(emulated, run_config, change, first):
     config = change(wide(run_config, change), **{"train.float8": first})
     assert train(config) == 0
     source = config.folder / "checkpoints" / "step_4"
@@ -174,7 +174,7 @@ def test_refused_before_the_run_has_a_folder(run_config, change, monkeypatch):
     assert not run_config.folder.exists()
 
 
-def test_the_run_says_so(emulated, run_config, change, capfd):
+def test_float8_is_logged_and_recorded(emulated, run_config, change, capfd):
     config = change(wide(run_config, change), **{"train.float8": True, "train.steps": 2})
     assert train(config) == 0
     assert "1 x cpu, fp32, large linear layers in float8\n" in capfd.readouterr().err
@@ -186,7 +186,7 @@ def test_the_run_says_so(emulated, run_config, change, capfd):
 
 @pytest.mark.gpu
 def test_on_a_gpu(run_config, change, monkeypatch):
-    """Compiled without a graph break, near bfloat16's losses, validated in bfloat16, and resumed without."""
+    """It compiles without a graph break, trains close to bfloat16, validates in it, and resumes without float8."""
     pytest.importorskip("torchao.float8")
     if torch.cuda.get_device_capability() < float8.MIN_CAPABILITY:
         pytest.skip("needs a GPU with float8")

@@ -10,7 +10,7 @@ from glalm.train.guards import STOP_SIGNALS, BadSteps, StopSignal, UpdateGuard
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_one_that_is_sent_twice_is_one(signum, capfd):
+def test_repeated_signal_counts_once(signum, capfd):
     before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     with StopSignal() as stop:
         os.kill(os.getpid(), signum)
@@ -20,10 +20,10 @@ def test_a_signal_is_noted_and_one_that_is_sent_twice_is_one(signum, capfd):
     assert "A second signal stops at once" in capfd.readouterr().err
 
 
-def stepped(norms: list[float], fused: bool = True, saved=None, **config) -> tuple[UpdateGuard, list[bool]]:
-    """A guard after steps with these gradient norms, and which of them moved the weights.
+def take_steps(norms: list[float], fused: bool = True, saved=None, **config) -> tuple[UpdateGuard, list[bool]]:
+    """Return a guard after steps with these gradient norms, and which of the steps moved the weights.
 
-    saved: what a guard before it had, of which it takes what fits, as a checkpoint is loaded.
+    The guard loads the tensors of `saved` that have the same shape, as a resumed run does.
     """
     guard = UpdateGuard(GuardConfig(**config), torch.device("cpu"))
     for name, t in guard.state_dict().items():
@@ -42,15 +42,15 @@ def stepped(norms: list[float], fused: bool = True, saved=None, **config) -> tup
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_skipped(fused):
+def test_non_finite_updates_are_skipped(fused):
     nan, inf = float("nan"), float("inf")
-    _, moved = stepped([1.0, nan, 1.0, inf, 100.0, 1.0], fused)
+    _, moved = take_steps([1.0, nan, 1.0, inf, 100.0, 1.0], fused)
     assert moved == [True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Muon"])
 def test_gradients_are_clipped(name):
-    """As torch clips them before the step: by what divides a fused step's gradients, or in place."""
+    """Compare with clipping by torch before the step. The guard divides a fused step's gradients, or clips in place."""
     options = {} if name == "Muon" else {"fused": True}
     gradient, steps = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), []
     for largest in (0.5, 100.0):
@@ -71,30 +71,35 @@ def test_gradients_are_clipped(name):
     assert not torch.allclose(steps[0], steps[2])
 
 
-def test_spikes_are_judged_by_the_window_before_them():
-    """Mean 1, deviation 0.1: 1.5 passes at 6 deviations and 1.7 does not; a skipped norm does not count as one."""
+def test_spikes_are_compared_with_the_window_before_them():
+    """With mean 1 and deviation 0.1, 1.5 is within 6 deviations and 1.7 is not. A skipped norm is not in the window."""
     window = [0.9, 1.1, 0.9, 1.1]
-    assert stepped([*window, 1.7, 1.7, 1.0], spike_factor=6.0, spike_window=4)[1] == [*[True] * 4, False, False, True]
-    assert stepped([*window, 1.5], spike_factor=6.0, spike_window=4)[1][-1]
-    assert stepped([1.0, 50.0, 1.0], spike_factor=6.0, spike_window=4)[1] == [True] * 3  # too few to judge by
-    assert stepped([*window, 50.0])[1][-1]  # off by default
+    assert take_steps([*window, 1.7, 1.7, 1.0], spike_factor=6.0, spike_window=4)[1] == [
+        *[True] * 4,
+        False,
+        False,
+        True,
+    ]
+    assert take_steps([*window, 1.5], spike_factor=6.0, spike_window=4)[1][-1]
+    assert take_steps([1.0, 50.0, 1.0], spike_factor=6.0, spike_window=4)[1] == [True] * 3  # too few to judge by
+    assert take_steps([*window, 50.0])[1][-1]  # off by default
 
 
-def test_another_window_begins_empty():
-    """As a resumed run with another spike_window, which loads the counts but not the norms."""
-    before, _ = stepped([1.0, 1.1] * 4, spike_factor=6.0, spike_window=8)
+def test_window_of_another_size_starts_empty():
+    """A resumed run with another spike_window loads the counters but not the norms."""
+    before, _ = take_steps([1.0, 1.1] * 4, spike_factor=6.0, spike_window=8)
     steps = [1.0, 1.1, 1.0, 50.0, 1.0]
-    after, moved = stepped(steps, saved=before.state_dict(), spike_factor=6.0, spike_window=3)
+    after, moved = take_steps(steps, saved=before.state_dict(), spike_factor=6.0, spike_window=3)
     assert moved == [True, True, True, False, True] and int(after.accepted) == 12
 
 
-def test_after_too_many_nothing_moves_until_it_is_looked_at(tmp_path):
+def test_after_too_many_skips_nothing_moves_until_check_raises(tmp_path):
     nan = float("nan")
-    guard, moved = stepped([1.0, nan, 1.0, nan, nan, nan, 1.0, 1.0], bad_steps=3)
+    guard, moved = take_steps([1.0, nan, 1.0, nan, nan, nan, 1.0, 1.0], bad_steps=3)
     assert moved == [True, False, True, False, False, False, False, False]
     with pytest.raises(BadSteps, match="3 consecutive updates, steps 4 to 6"):
         guard.check(Order(0, 2, {"a": 10}), tmp_path)
     assert (tmp_path / "bad_steps_4.json").exists()
     with pytest.raises(BadSteps):  # of several processes one writes
         guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", is_main_process=False)
-    assert stepped([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}
+    assert take_steps([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}

@@ -20,13 +20,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_rows_are_on_disk_at_once(folder, run_config):
+def test_rows_are_written_at_once(folder, run_config):
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics.write_row({"step": 1, "loss": 2.5})
         assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
-def test_resuming_drops_later_rows_and_a_line_cut_short(folder, run_config):
+def test_resuming_drops_later_rows_and_a_torn_line(folder, run_config):
     written = "".join(json.dumps({"step": i}) + "\n" for i in range(6))
     (folder / "metrics.jsonl").write_text(written + '{"step": 6, "lo')
     with MetricsWriter(folder, run_config, "id", 3, is_main_process=True) as metrics:
@@ -46,15 +46,15 @@ def test_resuming_skips_the_rows_that_a_crash_of_the_machine_damaged(folder, run
     assert read_metrics(folder / "nothing.jsonl") == ([], 0)
 
 
-def test_brackets_are_text(folder, run_config, capsys):
-    """gloo's errors begin with what rich would take for the end of a style, and raise at."""
+def test_brackets_in_messages_are_not_markup(folder, run_config, capsys):
+    """gloo's errors start with brackets that rich would parse as the end of a style, and raise an error."""
     said = "step 4 of run[a] is not saved: [/pytorch/gloo/pair.cc:534] Connection closed by peer"
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics.log_message(said)
     assert capsys.readouterr().err == said + "\n"
 
 
-def test_the_rows_before_a_checkpoint_are_on_the_disk(folder, run_config, monkeypatch):
+def test_durable_rows_are_flushed_to_disk(folder, run_config, monkeypatch):
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
@@ -74,8 +74,8 @@ def test_other_processes_write_nothing(folder, run_config):
 
 
 @contextmanager
-def room_for(more: int, path):
-    """The kernel writes `more` bytes of what would make a file larger than `path` is now, and refuses the rest."""
+def limit_growth(more: int, path):
+    """Let the kernel refuse to make any file more than `more` bytes larger than `path` is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, hard))
     try:
@@ -84,19 +84,19 @@ def room_for(more: int, path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_rows_wait_while_there_is_no_room(folder, run_config, capsys):
-    """For a row and a half, then for none: each row is in the file once, in order, as soon as there is room again."""
+def test_rows_wait_while_the_disk_is_full(folder, run_config, capsys):
+    """There is space for one and a half rows, then for none, then again. Every row is written once, in order."""
     path, made = folder / "metrics.jsonl", [{"step": i, "loss": 2.5} for i in range(6)]
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics.write_row(made[0])
-        with room_for(36, path):  # a row is 25 bytes
+        with limit_growth(36, path):  # a row is 25 bytes
             for row in made[1:4]:
                 metrics.write_row(row)
         assert read_jsonl(path) == made[:2] and path.read_text()[-1] != "\n"  # as a kill would leave it
         assert list(metrics.unwritten) == made[2:4] and metrics.failure_metrics() == {"failed_writes": 2}
         metrics.write_row(made[4])
         assert read_jsonl(path) == made[:5] and not metrics.unwritten
-        with room_for(0, path):
+        with limit_growth(0, path):
             metrics.write_row(made[5])
     assert read_jsonl(path) == made  # at the end, without another row
     said = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_rows_wait_while_there_is_no_room(folder, run_config, capsys):
     assert "complete again, with the 3 rows that had to wait" in said
 
 
-def test_what_waits_is_bounded_and_told_of_at_the_end(folder, run_config, monkeypatch, capsys):
+def test_waiting_rows_are_bounded_and_reported_at_the_end(folder, run_config, monkeypatch, capsys):
     monkeypatch.setattr(metrics_module, "MAX_UNWRITTEN_ROWS", 3)
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics._path = folder / "gone" / "metrics.jsonl"
@@ -114,14 +114,14 @@ def test_what_waits_is_bounded_and_told_of_at_the_end(folder, run_config, monkey
     assert "3 rows of metrics.jsonl could not be written. The newest checkpoint has" in capsys.readouterr().err
 
 
-def test_what_a_checkpoint_kept_is_written_when_resuming(folder, run_config):
-    """Rows 2 and 3 waited as step 3 was saved; 2 was written after that, and 4."""
+def test_rows_of_a_checkpoint_are_written_when_resuming(folder, run_config):
+    """Rows 2 and 3 were waiting when step 3 was saved. Row 2 was written after that, and so was 4."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (0, 1, 2, 4)))
     with MetricsWriter(folder, run_config, "id", 3, is_main_process=True, unwritten=[{"step": 2}, {"step": 3}]):
         assert read_jsonl(folder / "metrics.jsonl") == [{"step": i} for i in range(4)]
 
 
-def test_a_file_that_is_moved_away_begins_anew(folder, run_config):
+def test_file_that_was_moved_away_is_started_again(folder, run_config):
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics.write_row({"step": 1})
         (folder / "metrics.jsonl").rename(folder / "moved")
@@ -163,7 +163,7 @@ def process_state():
 @pytest.mark.parametrize(
     "wanted, logged_in, mode", [("online", True, "online"), ("online", False, "offline"), ("offline", True, "offline")]
 )
-def test_wandb_is_a_view_of_the_rows(process_state, folder, run_config, change, monkeypatch, wanted, logged_in, mode):
+def test_wandb_receives_the_rows(process_state, folder, run_config, change, monkeypatch, wanted, logged_in, mode):
     fake = FakeWandb(logged_in)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = change(run_config, **{"track.wandb": wanted})
@@ -223,7 +223,7 @@ def test_an_offline_run_is_in_wandbs_own_files(process_state, folder, run_config
     assert logged == rows
 
 
-def test_wandb_absent_does_no_harm(folder, run_config, change, monkeypatch, capsys):
+def test_missing_wandb_is_harmless(folder, run_config, change, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb: ImportError
     config = change(run_config, **{"track.wandb": "online"})
     with MetricsWriter(folder, config, "id", 0, is_main_process=True) as metrics:
@@ -232,7 +232,7 @@ def test_wandb_absent_does_no_harm(folder, run_config, change, monkeypatch, caps
     assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
-def test_wandb_failing_does_no_harm(process_state, folder, run_config, change, monkeypatch, capsys):
+def test_failing_wandb_is_harmless(process_state, folder, run_config, change, monkeypatch, capsys):
     fake = FakeWandb(True)
     failures = []
 
@@ -251,7 +251,7 @@ def test_wandb_failing_does_no_harm(process_state, folder, run_config, change, m
     assert len(read_jsonl(folder / "metrics.jsonl")) == 2
 
 
-def test_what_the_console_shows(folder, run_config, capsys):
+def test_console_line(folder, run_config, capsys):
     row = {"step": 3, "loss": 2.5, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 216000.4, "mfu": None}
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
         metrics.write_row(row)
@@ -261,7 +261,7 @@ def test_what_the_console_shows(folder, run_config, capsys):
     assert two == one.replace("3/6", "4/6") + "  MFU 45.7%  40.0 GiB"
 
 
-def test_wandb_off_is_not_imported(folder, run_config, monkeypatch):
+def test_wandb_is_not_imported_when_off(folder, run_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True):
         pass

@@ -14,7 +14,7 @@ from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 TINY = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
 
 
-def rates(steps: int = 110, **optim) -> list[float]:
+def learning_rates(steps: int = 110, **optim) -> list[float]:
     optim = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10} | optim
     config = RunConfig(optim=OptimConfig(**optim), train=TrainConfig(steps=steps))
     return [learning_rate(step, config) for step in range(1, steps + 1)]
@@ -22,14 +22,14 @@ def rates(steps: int = 110, **optim) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_warmup_is_linear_to_the_peak(schedule):
-    found = rates(schedule=schedule)
+    found = learning_rates(schedule=schedule)
     assert found[0] == pytest.approx(0.1 + 0.9 / 10) and found[4] == pytest.approx(0.1 + 0.9 / 2)
     assert found[9] == 1.0 == max(found)
     assert found[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
 def test_cosine_and_linear():
-    cosine, linear = rates(), rates(schedule="linear")
+    cosine, linear = learning_rates(), learning_rates(schedule="linear")
     assert cosine[59] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
     assert cosine[34] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert linear[34] == pytest.approx(0.1 + 0.9 * 0.75)
@@ -37,20 +37,22 @@ def test_cosine_and_linear():
 
 
 def test_wsd_is_flat_and_then_decays():
-    sqrt, linear = (rates(schedule="wsd", decay_fraction=0.2, decay_shape=shape) for shape in ("sqrt", "linear"))
+    sqrt, linear = (
+        learning_rates(schedule="wsd", decay_fraction=0.2, decay_shape=shape) for shape in ("sqrt", "linear")
+    )
     for found in (sqrt, linear):
         assert set(found[9:88]) == {1.0} and found[88] < 1.0  # 22 of the 110 steps
     assert linear[98] == pytest.approx(0.1 + 0.9 * 0.5) and sqrt[98] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
-    all_decay = rates(20, schedule="wsd", decay_fraction=1.0, decay_shape="linear")[10:]
+    all_decay = learning_rates(20, schedule="wsd", decay_fraction=1.0, decay_shape="linear")[10:]
     assert all_decay == pytest.approx([0.1 + 0.09 * i for i in range(9, -1, -1)])  # no more than what warm-up leaves
 
 
 def test_schedule_without_warmup_and_all_warmup():
-    assert rates(1, warmup_steps=0) == [pytest.approx(0.1)]
-    assert rates(5, warmup_steps=5)[-1] == 1.0
+    assert learning_rates(1, warmup_steps=0) == [pytest.approx(0.1)]
+    assert learning_rates(5, warmup_steps=5)[-1] == 1.0
 
 
-def test_every_group_gets_the_rate():
+def test_learning_rate_of_all_groups_is_set():
     made = build_optimizers(CausalLM(ModelConfig(**TINY)), OptimConfig(name="muon", lr=0.5))
     set_learning_rate(made, 0.25)
     groups = [group for optimizer in made for group in optimizer.param_groups]
@@ -59,7 +61,7 @@ def test_every_group_gets_the_rate():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_who_decays_and_who_is_orthogonalised(name, tied):
+def test_which_parameters_decay_and_which_are_muons(name, tied):
     model = CausalLM(ModelConfig(**TINY, tie_word_embeddings=tied))
     made = build_optimizers(model, OptimConfig(name=name, weight_decay=0.5))
     found = {
@@ -76,7 +78,7 @@ def test_who_decays_and_who_is_orthogonalised(name, tied):
     assert len(found) == len(list(model.parameters()))
 
 
-def test_one_step_is_adamws():
+def test_one_step_equals_adamw():
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()
     config = OptimConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, lr=0.01, min_lr=0.01)
@@ -87,8 +89,8 @@ def test_one_step_is_adamws():
     torch.testing.assert_close(model.weight.detach(), expected)
 
 
-def test_adamws_moments_are_the_configs():
-    """Loshchilov and Hutter's two steps, with betas and an eps that are nobody's defaults."""
+def test_two_steps_equal_adamw_with_the_configs_betas():
+    """Compare with Loshchilov and Hutter's formulas, with betas and eps that are not the defaults."""
     model = torch.nn.Linear(3, 2)
     config = OptimConfig(weight_decay=0.1, betas=(0.5, 0.75), eps=0.1, lr=0.01, min_lr=0.01)
     [optimizer] = build_optimizers(model, config)
@@ -104,7 +106,7 @@ def test_adamws_moments_are_the_configs():
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Five of Muon's Newton-Schulz iterations as what they do to the singular values, in float64."""
+    """Apply five of Muon's Newton-Schulz iterations to the singular values, in float64."""
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / x.norm()
     for _ in range(5):
@@ -112,7 +114,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return u @ s.diag() @ v
 
 
-def test_two_steps_are_muons():
+def test_two_steps_equal_muon():
     model = CausalLM(ModelConfig(**TINY))
     w = model.model.layers[0].mlp.down_proj.weight
     [muon, _] = build_optimizers(model, OptimConfig(name="muon", weight_decay=0.1, momentum=0.5, lr=0.01, min_lr=0.01))
@@ -149,5 +151,5 @@ def muon_on_shards(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_muon_works_on_shards(tmp_path):
+def test_muon_on_shards_equals_muon_on_one_process(tmp_path):
     torch.multiprocessing.spawn(muon_on_shards, (str(tmp_path),), nprocs=2)

@@ -9,7 +9,7 @@ from glalm.train.profile import Profiler
 
 
 @pytest.mark.parametrize("start, recorded", [(0, 2), (3, 1), (4, 0)])
-def test_the_steps_asked_for_are_traced(run_config, change, start, recorded):
+def test_requested_steps_are_traced(run_config, change, start, recorded):
     config = change(run_config, **{"train.profile_steps": (3, 4)})
     with Profiler(config, torch.device("cpu"), rank=1, step=start) as profiler:
         for step in range(start + 1, 7):
@@ -22,20 +22,20 @@ def test_the_steps_asked_for_are_traced(run_config, change, start, recorded):
         assert sum(event["name"] == "aten::mm" for event in events) == recorded
 
 
-def test_a_run_that_ends_while_profiled_leaves_its_trace(run_config, change):
+def test_run_that_ends_while_profiled_writes_its_trace(run_config, change):
     config = change(run_config, **{"train.profile_steps": (1, 9)})
     with Profiler(config, torch.device("cpu"), rank=0, step=0):
         torch.ones(2, 2) @ torch.ones(2, 2)
     assert (config.folder / "profile" / "rank_0.json.gz").exists()
 
 
-def test_nothing_is_done_unasked(run_config):
+def test_nothing_is_profiled_by_default(run_config):
     with Profiler(run_config, torch.device("cpu"), rank=0, step=0) as profiler:
         profiler.advance(1)
     assert not run_config.folder.exists()
 
 
-def test_a_memory_snapshot_needs_a_gpu(run_config, change):
+def test_memory_snapshot_needs_a_gpu(run_config, change):
     config = change(run_config, **{"train.profile_steps": (1, 2)})
     config.train.memory_snapshot = True
     with pytest.raises(ConfigError, match=r"train\.memory_snapshot=true needs a CUDA device"):

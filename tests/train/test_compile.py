@@ -1,4 +1,4 @@
-"""Blocks that are compiled, or made again in the backward, compute what plain ones do."""
+"""Compiled blocks, and blocks that recompute activations in the backward pass, equal plain ones."""
 
 from functools import partial
 
@@ -40,8 +40,8 @@ def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def counting(monkeypatch):
-    """torch.compile of whole graphs alone, which are then run as they are: .frame_count of them were made."""
+def compile_counter(monkeypatch):
+    """Let torch.compile accept only full graphs and run them without a compiler. `.frame_count` counts the graphs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=counter))
@@ -50,38 +50,38 @@ def counting(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [*MIXERS, "2*gla+attention"])
-def test_one_graph_without_a_break_for_each_mixer(layers, counting):
-    """However many layers; the same losses and gradients. Validation, of whatever shape, makes no more of them."""
+def test_each_mixer_compiles_to_one_graph(layers, compile_counter):
+    """The number of layers does not matter, and a validation of another shape compiles nothing more."""
     kinds = len(set(layers.replace("2*", "").split("+")))
     model, batch = tiny(layers, compile=True), tokens(16)
     gradients(model, batch)
     with torch.no_grad():
         model.eval()(**tokens(9))
     found = gradients(model.train(), batch)
-    assert counting.frame_count == kinds
+    assert compile_counter.frame_count == kinds
     torch.testing.assert_close(found, gradients(tiny(layers), batch), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", ["gla", "mamba2", "gated_deltanet"])
-def test_documents_and_segments_of_any_number_share_a_graph(layers, counting):
+def test_any_number_of_documents_and_segments_shares_a_graph(layers, compile_counter):
     model = tiny(layers, compile=True)
     ids = torch.zeros(2, 16, dtype=torch.int64)
     for starts in ([0], [0, 3, 9], [0, 1, 2, 3, 4]):
         at = torch.zeros(2, 16, dtype=torch.bool)
         at[:, starts] = True
         model(**model_inputs({"input_ids": ids, "labels": ids, "starts": at})).loss.backward()
-    assert counting.frame_count == 1
+    assert compile_counter.frame_count == 1
     state = None
     for _ in range(4):
         out = model(**tokens(8), cache=state, return_cache=True)
         out.loss.backward()
         state = detach_cache(out.cache)
-    assert counting.frame_count == 3  # from an empty state, and from a given one
+    assert compile_counter.frame_count == 3  # from an empty state, and from a given one
 
 
 @pytest.mark.parametrize("kept", ["elementwise", "selective", "full"])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])  # the latter differentiates the graph, as Inductor does
-def test_what_is_made_again_changes_nothing(kept, backend, monkeypatch):
+def test_recomputation_does_not_change_gradients(kept, backend, monkeypatch):
     if backend is not None:
         torch._dynamo.reset()
         monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=backend))
@@ -89,8 +89,8 @@ def test_what_is_made_again_changes_nothing(kept, backend, monkeypatch):
     torch.testing.assert_close(found, gradients(tiny("gla+attention"), tokens(16)), rtol=1e-5, atol=1e-6)
 
 
-def test_steps_after_a_validation_are_training(run_config, monkeypatch):
-    """Where blocks run as the config asks for; in evaluation mode they are plain."""
+def test_blocks_train_again_after_a_validation(run_config, monkeypatch):
+    """In training, the blocks run as the config says. In evaluation mode they run their own forward."""
     calls = []
 
     def counted(block, x, **mixing):
@@ -102,12 +102,12 @@ def test_steps_after_a_validation_are_training(run_config, monkeypatch):
     assert len(calls) == 6 * 2 * 2  # steps, micro-batches, layers
 
 
-def test_matrix_products_and_kernels_are_not_made_again():
-    """Under `selective` the backward makes the forward's operators a second time, but for these."""
+def test_selective_recomputes_neither_matrix_products_nor_kernels():
+    """With `selective`, the backward pass runs all other operators of the forward pass a second time."""
     counts = {}
     for how in KEPT:
         model, batch = tiny("gla", activation_checkpointing=how), tokens(16)
-        with Counting() as counter:
+        with OperatorCounter() as counter:
             model(**batch).loss.backward()
         counts[how] = counter.calls
     forward = torch.ops.glalm.chunk_gla.default
@@ -118,8 +118,8 @@ def test_matrix_products_and_kernels_are_not_made_again():
     assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
 
 
-class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-    """How often each operator is called."""
+class OperatorCounter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Count the calls of each operator."""
 
     def __enter__(self):
         self.calls = {}

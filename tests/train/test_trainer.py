@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}
 
 
-def finished(config) -> dict[str, torch.Tensor]:
-    """The model's and optimiser's tensors, the guard's, and the random generators' states after the last step."""
+def final_tensors(config) -> dict[str, torch.Tensor]:
+    """Return all tensors of the checkpoint after the last step."""
     path = config.folder / "checkpoints" / f"step_{config.train.steps}"
     return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
 
@@ -36,21 +36,21 @@ def rows(config) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Filled by the first test that runs the whole run: (tensors, rows)."""
+    """Hold the tensors and rows of an uninterrupted run, once the first test has run it."""
     return {}
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, unbroken, stop):
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(run_config, change, unbroken, stop):
     if not unbroken:
         whole = change(run_config, name="whole")
         assert trainer.train(whole) == 0
-        unbroken.update(tensors=finished(whole), rows=rows(whole))
+        unbroken.update(tensors=final_tensors(whole), rows=rows(whole))
     with before_steps({stop: partial(send_signal, signal.SIGINT)}):
         assert trainer.train(run_config) == signal.SIGINT
     assert latest_checkpoint(run_config.folder / "checkpoints").name == f"step_{stop}"
     assert trainer.train(run_config) == 0
-    got = finished(run_config)
+    got = final_tensors(run_config)
     assert got.keys() == unbroken["tensors"].keys()
     for name, tensor in unbroken["tensors"].items():
         assert torch.equal(got[name], tensor), name
@@ -58,7 +58,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(run_config, change, unb
     assert timeless == [{k: v for k, v in row.items() if k not in TIMES} for row in unbroken["rows"]]
 
 
-def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config):
+def test_killed_run_repeats_only_the_steps_since_its_checkpoint(run_config):
     """For the files, an exception between checkpoints is as abrupt as a kill. The rows of lost steps are repeated."""
     with before_steps({4: fail}), pytest.raises(RuntimeError, match="injected"):
         trainer.train(run_config)
@@ -67,7 +67,7 @@ def test_killed_after_a_checkpoint_loses_only_the_steps_since(run_config):
     assert [row["step"] for row in rows(run_config)] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_run_leaves(run_config):
+def test_files_of_a_finished_run(run_config):
     trainer.train(run_config)
     left = {p.name for p in run_config.folder.iterdir()}
     assert left == {"run.json", "data.json", "metrics.jsonl", "checkpoints", ".lock"}
@@ -81,15 +81,15 @@ def test_what_a_run_leaves(run_config):
     assert last["tokens"] == 6 * 4 * 16 and last["lr"] == pytest.approx(1e-3)
 
 
-def test_a_complete_run_is_left_alone(run_config):
+def test_finished_run_is_not_changed(run_config):
     trainer.train(run_config)
-    before = finished(run_config), rows(run_config)
+    before = final_tensors(run_config), rows(run_config)
     assert trainer.train(run_config) == 0
-    assert all(torch.equal(before[0][n], t) for n, t in finished(run_config).items())
+    assert all(torch.equal(before[0][n], t) for n, t in final_tensors(run_config).items())
     assert rows(run_config) == before[1]
 
 
-def test_accumulation_gives_the_same_run(run_config, change):
+def test_accumulation_does_not_change_the_run(run_config, change):
     whole = change(run_config, name="whole", **{"train.micro_batch_size": 4})
     for config in (run_config, whole):
         trainer.train(config)
@@ -98,7 +98,7 @@ def test_accumulation_gives_the_same_run(run_config, change):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
 
 
-def test_out_of_memory_says_what_to_change(run_config):
+def test_out_of_memory_error_says_what_to_change(run_config):
     def run_out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -107,13 +107,13 @@ def test_out_of_memory_says_what_to_change(run_config):
         trainer.train(run_config)
 
 
-def test_a_changed_config_is_refused_with_the_difference(run_config, change):
+def test_changed_config_is_refused_with_the_differences(run_config, change):
     trainer.train(change(run_config, **{"train.steps": 2}))
     with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.02\n.*train.steps: 2 -> 6\n.*choose another name"):
         trainer.train(change(run_config, **{"optim.lr": 0.02}))
 
 
-def test_what_may_change_does(run_config, change):
+def test_some_keys_may_change(run_config, change):
     trainer.train(run_config)
     trainer.train(change(run_config, **{"train.log_every": 5, "train.micro_batch_size": 4, "track.project": "other"}))
 
@@ -126,20 +126,20 @@ def test_what_may_change_does(run_config, change):
         ({"data.seq_len": 10**6}, "shorten the windows"),
     ],
 )
-def test_data_that_does_not_fit_is_refused_before_any_work(run_config, change, changes, message):
+def test_unsuitable_data_is_refused_before_any_work(run_config, change, changes, message):
     with pytest.raises(ConfigError, match=message):
         trainer.train(change(run_config, **changes))
     assert not run_config.folder.exists()
 
 
-def test_what_is_refused_before_the_first_step_leaves_no_trace(run_config, change):
-    """The same name then takes what is right."""
+def test_refused_start_leaves_no_trace(run_config, change):
+    """The same name can then be used with a correct config."""
     with pytest.raises(ConfigError, match=r"train.init_from=nowhere is not a folder with a model.safetensors"):
         trainer.train(change(run_config, **{"train.init_from": "nowhere"}))
     assert trainer.train(run_config) == 0
 
 
-def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_is_not_saved(run_config, change, monkeypatch):
     train_step = trainer.Trainer.step
     damaged_steps = []
 
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(run_config, change, mo
 
 
 def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
-    """python train.py, Ctrl-C, the same command again: exit code 130, then the run is finished."""
+    """Ctrl-C ends the command with exit code 130. The same command again finishes the run."""
     command = [sys.executable, "train.py", f"runs_dir={tmp_path}", f"data.path={token_folder}", "name=cli"]
     command += ["train.steps=400", "train.checkpoint.every=400", "train.eval_every=400", "train.log_every=1"]
     command += ["data.seq_len=16", "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1"]
@@ -184,8 +184,8 @@ def test_precision():
     assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
-def test_each_run_of_a_process_has_its_own_precision(run_config, change):
-    """As those of a sweep."""
+def test_runs_of_one_process_have_their_own_precision(run_config, change):
+    """Like the runs of a sweep."""
     given = [change(run_config, **{"train.precision": precision}) for precision in ("fp32", "bf16", "fp32")]
     assert [start_processes(config).mixed_precision for config in given] == ["no", "bf16", "no"]
 

@@ -18,7 +18,7 @@ def build_meter(config, world_size: int, step: int) -> ThroughputMeter:
     return ThroughputMeter(config, BatchPlan.from_config(config, world_size), torch.device("cpu"), step)
 
 
-def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
+def test_speed_and_mfu(run_config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e9)
@@ -42,8 +42,8 @@ def test_speed_and_its_part_of_the_peak(run_config, monkeypatch):
     assert meter.metrics(15)["tokens_per_second"] == pytest.approx(64) and meter.metrics(15)["data_wait_seconds"] == 0
 
 
-def test_tokens_are_counted_from_those_of_the_checkpoint(run_config):
-    """Also where the batch has changed since: a step adds the tokens of its own batch."""
+def test_tokens_continue_from_those_of_the_checkpoint(run_config):
+    """If the batch size has changed since, a step adds the tokens of its own batch."""
     accelerator = start_processes(run_config)
     trainer = Trainer(run_config, BatchPlan.from_config(run_config, 1), accelerator)
     trainer.state.step = 2
@@ -62,13 +62,13 @@ def test_peaks_by_name(name, tera):
     assert peak_flops(name) == tera * 1e12
 
 
-def test_an_unknown_device_has_no_peak(run_config):
+def test_unknown_device_has_no_peak(run_config):
     assert peak_flops("NVIDIA L400") is None and peak_flops("x86_64") is None
     meter = build_meter(run_config, world_size=1, step=0)
     assert meter.mfu_per_speed is None and meter.metrics(1)["mfu"] is None
 
 
-def test_the_commit_and_whether_the_source_differs(tmp_path):
+def test_commit_and_whether_the_source_differs_from_it(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""Options of the optimiser, the loss and the reports, through a whole run."""
+"""Options of the optimizer, the loss and the metrics, tested by complete runs."""
 
 import json
 
@@ -38,8 +38,8 @@ def test_muon_wsd_lengths_in_tokens_and_a_profile(run_config, change):
     assert record["config"]["optim"]["name"] == "muon" and {"git", "device", "versions"} <= record.keys()
 
 
-def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
-    """Evenly spaced, in two batches of unequal size."""
+def test_validation_uses_eval_sequences_windows(run_config, change):
+    """They are evenly spaced, here in two batches of unequal size."""
     config = change(run_config, **{"train.eval_sequences": 3, "train.steps": 2, "train.eval_every": 2})
     assert trainer.train(config) == 0
     windows = Windows(TokenSet(config.data.path, "validation"), 16)
@@ -49,7 +49,7 @@ def test_validation_is_of_as_many_windows_as_asked_for(run_config, change):
     assert len(windows) > 3 and rows(config)[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, change):
+def test_last_step_is_always_validated_and_saved(run_config, change):
     config = change(run_config, **{"train.steps": 5, "train.checkpoint.every": 3, "train.log_every": 3})
     assert trainer.train(config) == 0
     found = read_jsonl(config.folder / "metrics.jsonl")
@@ -58,7 +58,7 @@ def test_the_last_step_is_validated_and_saved_whatever_its_number(run_config, ch
     assert {p.name for p in (config.folder / "checkpoints").iterdir()} == {"step_3", "step_5"}
 
 
-def test_speed_is_of_the_steps_since_the_row_before(run_config, change, monkeypatch):
+def test_speed_is_measured_since_the_previous_row(run_config, change, monkeypatch):
     steps = []
     metrics = ThroughputMeter.metrics
 
@@ -71,7 +71,7 @@ def test_speed_is_of_the_steps_since_the_row_before(run_config, change, monkeypa
     assert steps == [2, 2, 2]
 
 
-def test_z_loss_is_trained_with_but_not_validated(run_config, change):
+def test_z_loss_is_part_of_training_only(run_config, change):
     trainer.train(run_config)
     penalised = change(run_config, name="penalised", **{"train.z_loss": 0.1})
     trainer.train(penalised)

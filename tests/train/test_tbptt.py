@@ -1,4 +1,4 @@
-"""Truncated backpropagation: the state is handed from segment to segment, the gradient is not."""
+"""Truncated backpropagation through time: the state is carried from segment to segment, the gradient is not."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
-def model_of(config: RunConfig) -> CausalLM:
+def build_model(config: RunConfig) -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(config.model)
     with torch.no_grad():  # for gates and states that matter
@@ -38,27 +38,27 @@ def model_of(config: RunConfig) -> CausalLM:
 
 
 def trained(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss and gradients of one step."""
+    """Return the loss and gradients of one step."""
     accelerator = parallel.start_processes(config)
     trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
-    trainer.module = model_of(config)
+    trainer.module = build_model(config)
     loss = trainer.accumulate_gradients(batch())
     return loss.item(), {name: p.grad for name, p in trainer.module.named_parameters()}
 
 
 @pytest.mark.parametrize("layers", MIXERS)
-def test_losses_are_those_of_the_whole_window(segmented, layers):
+def test_loss_equals_that_of_the_full_window(segmented, layers):
     loss, _ = trained(segmented(layers))
     whole, _ = trained(segmented(layers, **{"train.tbptt_length": None}))
     assert loss == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("layers", ["gla", "mamba2", "gla+attention"])
-def test_gradients_are_those_of_each_segment_from_its_given_state(segmented, layers):
-    """Against the window run from its start up to each segment, with gradients in that segment alone."""
+def test_gradients_equal_those_of_segments_from_constant_states(segmented, layers):
+    """Compare with runs of the window up to each segment, with gradients in that segment only."""
     config = segmented(layers)
     _, found = trained(config)
-    model, rows = model_of(config).train(), batch()
+    model, rows = build_model(config).train(), batch()
     for start in range(0, T, SEGMENT):
         state = None
         if start:
@@ -71,15 +71,15 @@ def test_gradients_are_those_of_each_segment_from_its_given_state(segmented, lay
         torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_the_cut_is_a_cut(segmented):
+def test_gradient_does_not_flow_between_segments(segmented):
     _, cut = trained(segmented())
     _, whole = trained(segmented(**{"train.tbptt_length": None}))
     name = "model.layers.0.attn.k_proj.weight"
     assert (cut[name] - whole[name]).norm() > 0.01 * whole[name].norm()
 
 
-def test_memory_is_that_of_a_segment(segmented, monkeypatch):
-    """No more than one segment's activations are alive at a time."""
+def test_activations_of_one_segment_are_alive_at_a_time(segmented, monkeypatch):
+    """Count the segments whose graph is alive."""
     alive, most = 0, []
     forward = CausalLM.forward
 
@@ -109,6 +109,6 @@ def test_memory_is_that_of_a_segment(segmented, monkeypatch):
         ({"model.attention.window": None}, "set model.attention.window=N or train.tbptt_length=null"),
     ],
 )
-def test_what_makes_no_sense_is_refused(segmented, more, message):
+def test_contradictory_settings_are_refused(segmented, more, message):
     with pytest.raises(ConfigError, match=message):
         segmented("gla+attention", **more)

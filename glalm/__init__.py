@@ -4,3 +4,6 @@ Importing this package imports and registers nothing. `import glalm.hf` register
 """
 
 __version__ = "0.1.0"
+
+# The label of a position that the loss ignores. This is the default of torch.nn.functional.cross_entropy.
+IGNORE_INDEX = -100

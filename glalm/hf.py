@@ -32,9 +32,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from glalm import IGNORE_INDEX
 from glalm.compat import fla
 from glalm.config.strict import require
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks

@@ -11,7 +11,7 @@ ALLOWED = {
     "config": {"model.config"},
     "cli": {"config", "model.mixers"},
     "kernels": set(),
-    "data": {"kernels.cross_entropy"},
+    "data": set(),
     "progress": set(),
     "prepare": {"data", "progress"},
     "model": {"config.strict", "kernels"},
@@ -50,7 +50,7 @@ def test_imports_only_upstream(name, path):
         if not target.startswith("glalm."):
             continue
         inner = target.removeprefix("glalm.")
-        allowed = ALLOWED[part] | {part}
+        allowed = ALLOWED[part] | {part, "IGNORE_INDEX"}  # The constant is in glalm/__init__.py.
         assert any(inner == a or inner.startswith(a + ".") or a.startswith(inner + ".") for a in allowed), (
             f"glalm.{name} imports {target}, but glalm.{part} may import only {sorted(allowed)}"
         )

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from glalm import IGNORE_INDEX
 from glalm.data.order import Order, rank_slice
 from glalm.data.shards import TokenSet, count_leftover_tokens
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 Item = TypeVar("Item")

@@ -17,6 +17,7 @@ from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+from glalm import IGNORE_INDEX
 from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass, require
@@ -26,7 +27,6 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
 from glalm.hf import GLALMConfig, GLALMForCausalLM
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
 from glalm.model.precision import choose_precision

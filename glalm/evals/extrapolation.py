@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
@@ -30,7 +31,6 @@ from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarise
 from glalm.evals.plot import plot_extrapolation, plot_ratios
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 
 def job(subject: Subject, config: EvalConfig) -> Job:

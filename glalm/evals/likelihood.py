@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import LongTensor, Tensor
 
+from glalm import IGNORE_INDEX
 from glalm.evals.eval_model import Subject
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the likeliest
 # Tokens that sharing its context has to save a continuation, as many as keeping and copying a state costs: 24 to 37 for

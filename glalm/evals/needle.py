@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glalm import IGNORE_INDEX
 from glalm.config.strict import require
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ from glalm.evals.evaluator import Job, Work
 from glalm.evals.likelihood import padded, within_states
 from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_needle
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 
 NEEDLE = "\nThe secret number of the {key} is {value}. Remember it.\n"
 QUESTION = "\nAs was said, the secret number of the {key} is"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Batch, Windows, pack_documents
 from glalm.evals.eval_model import Subject, open_split
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.loss import token_losses
 
 

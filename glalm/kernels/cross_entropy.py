@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from glalm import IGNORE_INDEX
 from glalm.kernels.common import at_least_float32
-
-IGNORE_INDEX = -100  # a target that is not scored, as everywhere in PyTorch
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor:

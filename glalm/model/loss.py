@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from glalm import IGNORE_INDEX
 from glalm.kernels.common import at_least_float32, wide_dtype
-from glalm.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_
+from glalm.kernels.cross_entropy import cross_entropy_
 from glalm.model.precision import matmul_dtype
 
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Batch, Windows, pack_documents, sequential_batches, training_batches
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
 from glalm.train import run_dir

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from glalm import IGNORE_INDEX
 from glalm.data.loader import Windows, pack_documents, read_ahead, sequential_batches, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.prepare.pipeline import prepare_data
 
 T = 16

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError
 from glalm.data.loader import Windows
 from glalm.evals.eval_model import Subject, learned_positions, open_split, open_subject
@@ -16,7 +17,6 @@ from glalm.evals.evaluator import Work
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import perplexity
 from glalm.hf import GLALMConfig, GLALMForCausalLM
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.prepare.pipeline import prepare_data
 
 CPU = torch.device("cpu")

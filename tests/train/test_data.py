@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from injection import before_steps, fail
 
+from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.data.loader import Windows, pack_documents
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
-from glalm.kernels.cross_entropy import IGNORE_INDEX
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data

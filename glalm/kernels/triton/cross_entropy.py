@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glalm.kernels.cross_entropy import IGNORE_INDEX
+from glalm import IGNORE_INDEX
 from glalm.kernels.triton.launch import launch
 
 IGNORE = tl.constexpr(IGNORE_INDEX)

@@ -97,7 +97,7 @@ class Windows:
         return int(self._token_starts[source] + (i - self._window_ends[source]) * self.length)
 
 
-def pack_documents(batch: Batch) -> Batch:
+def flatten_batch(batch: Batch) -> Batch:
     """Return a batch of one row, [1, B * T], with the documents' bounds in place of `starts`.
 
     The bounds are cu_seqlens, int64 [documents + 1].

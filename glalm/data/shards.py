@@ -208,7 +208,7 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
     return manifest
 
 
-def pinned_manifest(folder: Path, recorded: dict | None) -> dict:
+def select_manifest(folder: Path, recorded: dict | None) -> dict:
     """Return the manifest that a run has recorded if `folder` is still the same set, else the current manifest.
 
     So a run keeps to its tokens, even if sources were added to the set later. Raises what `read_manifest` raises.

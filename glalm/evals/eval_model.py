@@ -22,7 +22,7 @@ from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
-from glalm.data.shards import TokenSet, pinned_manifest, read_manifest
+from glalm.data.shards import TokenSet, read_manifest, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
@@ -379,7 +379,7 @@ def open_split(config: EvalConfig, subject: Subject, split: str) -> TokenSet:
     folder = config.data_path or (subject.run.data.path if subject.run else None)
     require(folder is not None, f"{subject.name} is no run's checkpoint: write data_path=, a folder of prepared data")
     try:
-        tokens = TokenSet(folder, split, pinned_manifest(Path(folder), subject.data_manifest))
+        tokens = TokenSet(folder, split, select_manifest(Path(folder), subject.data_manifest))
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
     require(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError
-from glalm.data.loader import Batch, Windows, pack_documents
+from glalm.data.loader import Batch, Windows, flatten_batch
 from glalm.evals.eval_model import Subject, open_split
 from glalm.evals.evaluator import Job, Work
 from glalm.evals.options import EvalConfig
@@ -67,7 +67,7 @@ def window_losses(subject: Subject, batch: Batch) -> Tensor:
     """Nats of every token; where the batch says where documents start, of its rows end to end, in one row."""
     if "starts" not in batch:
         return subject.score(batch["input_ids"].to(subject.device), batch["labels"].to(subject.device))[0]
-    row = {name: x.to(subject.device) for name, x in pack_documents(batch).items()}
+    row = {name: x.to(subject.device) for name, x in flatten_batch(batch).items()}
     with torch.no_grad():
         features = subject.model.model(row["input_ids"], cu_seqlens=row["cu_seqlens"], use_cache=False)
     return token_losses(features.last_hidden_state, subject.model.lm_head.weight, row["labels"])

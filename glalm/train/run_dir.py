@@ -26,7 +26,7 @@ from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import fsync_path, try_lock, write_json
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
-from glalm.data.shards import TokenSet, pinned_manifest
+from glalm.data.shards import TokenSet, select_manifest
 from glalm.train.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -173,7 +173,7 @@ def _choose_manifest(config: RunConfig) -> dict:
     if origin and DATA_TOKENS not in config.train.allow_changes:
         record = Path(origin).parent.parent / DATA_RECORD
         recorded = json.loads(record.read_text()) if record.exists() else None
-    return pinned_manifest(Path(config.data.path), recorded)
+    return select_manifest(Path(config.data.path), recorded)
 
 
 # ----------------------------------------------------------------------------------------------- Identity and records

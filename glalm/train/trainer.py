@@ -15,7 +15,7 @@ from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedFile
-from glalm.data.loader import Batch, Windows, pack_documents, sequential_batches, training_batches
+from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, training_batches
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
 from glalm.train import run_dir
@@ -278,7 +278,7 @@ def split_batch(batch: Batch, size: int, dim: int) -> list[Batch]:
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """Return the model's arguments for a batch: its rows, or one row of packed documents if it has `starts`."""
-    batch = pack_documents(batch) if "starts" in batch else batch
+    batch = flatten_batch(batch) if "starts" in batch else batch
     inputs = {"shift_labels" if name == "labels" else name: x for name, x in batch.items()}
     if "cu_seqlens" in inputs:
         # Its length differs from batch to batch. One compiled graph serves all lengths.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glalm import IGNORE_INDEX
-from glalm.data.loader import Windows, pack_documents, read_ahead, sequential_batches, training_batches
+from glalm.data.loader import Windows, flatten_batch, read_ahead, sequential_batches, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.prepare.pipeline import prepare_data
@@ -262,7 +262,7 @@ def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
 
 def test_packed_rows(mixed_set):
     batch = Windows(TokenSet(mixed_set, "train"), T, reset_state=True).load_batch(np.arange(5))
-    row = pack_documents(batch)
+    row = flatten_batch(batch)
     assert row["input_ids"].shape == row["labels"].shape == (1, 5 * T)
     bounds = row["cu_seqlens"].tolist()
     assert bounds[0] == 0 and bounds[-1] == 5 * T and {T, 2 * T, 3 * T, 4 * T} <= set(bounds)

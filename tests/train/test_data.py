@@ -12,7 +12,7 @@ from injection import before_steps, fail
 from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
-from glalm.data.loader import Windows, pack_documents
+from glalm.data.loader import Windows, flatten_batch
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.model.config import ModelConfig
@@ -60,7 +60,7 @@ def test_reset_equals_separate_documents(two_sources):
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    bounds = pack_documents(batch)["cu_seqlens"].tolist()
+    bounds = flatten_batch(batch)["cu_seqlens"].tolist()
     ids, labels = (batch[name].flatten() for name in ("input_ids", "labels"))
     assert len(bounds) > 6 + 4  # Some documents begin within a window.
     nats, targets = 0, 0

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from glalm import IGNORE_INDEX
-from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
@@ -26,7 +25,7 @@ from glalm.data.shards import TokenSet, read_manifest, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
-from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
 from glalm.model.precision import choose_precision
@@ -268,7 +267,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     files = sorted(path.glob("*.safetensors"))
     require(bool(files), f"{where}: {path} has no .safetensors; pickled weights are not read: convert them first")
     kind = json.loads((path / "config.json").read_text()).get("model_type")
-    ours = kind == GLALMConfig.model_type or kind in fla.FORMATS
+    ours = kind in MODEL_TYPES
     # Ours stay in float32 under autocast, as in training; others run in the precision asked for, as the harness has it.
     dtype = torch.bfloat16 if precision == "bf16" and not ours else torch.float32
     try:

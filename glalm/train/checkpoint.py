@@ -341,17 +341,17 @@ def load_train_state(path: Path, state: TrainState, seed: int) -> dict:
     live = state.state_dict()["training"].items()
     fitting = {name: t for name, t in live if name in stored and stored[name].shape == tuple(t.shape)}
     staging.read_tensors(stored, fitting)
-    state.step = metadata["step"]
-    state.tokens = metadata["tokens"]
 
+    loaded = {"step": metadata["step"], "tokens": metadata["tokens"]}
     rank, world_size = rank_and_world_size()
-    if metadata["processes"] != world_size:
-        random_states.seed_random_states(seed, state.step, rank)
-        return metadata
-    prefix = f"rng.{rank}."
-    saved = {name: torch.empty(stored[name].shape, dtype=torch.uint8) for name in stored if name.startswith(prefix)}
-    staging.read_tensors(stored, saved)
-    random_states.restore_random_states({name.removeprefix(prefix): tensor for name, tensor in saved.items()})
+    if metadata["processes"] == world_size:
+        prefix = f"rng.{rank}."
+        saved = {name: torch.empty(stored[name].shape, dtype=torch.uint8) for name in stored if name.startswith(prefix)}
+        staging.read_tensors(stored, saved)
+        loaded["random_states"] = {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+    else:
+        random_states.seed_random_states(seed, metadata["step"], rank)
+    state.load_state_dict(loaded)
     return metadata
 
 

@@ -110,18 +110,19 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Set this state to `saved`, a dict of the form that `state_dict` returns.
+        """Set this state to `saved`, of the form that `state_dict` returns. Without an entry, its part is kept.
 
-        A tensor that already is the live one, because it was read in place, is not copied. A group of tensors, or a
-        tensor of a group, that `saved` lacks keeps its value.
+        A checkpoint's tensors are read in place instead, so that no second copy of them is in memory.
         """
         self.step = saved["step"]
         self.tokens = saved["tokens"]
+        training = saved.get("training", {})
+        self.allocate_optimizer_state({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in training.items()})
         live = self.state_dict()
-        for group in ("model", "training"):
-            for name, tensor in saved.get(group, {}).items():
-                if live[group][name] is not tensor:
-                    live[group][name].copy_(tensor)
+        for name, tensor in saved.get("model", {}).items():
+            live["model"][name].copy_(tensor)
+        for name, tensor in training.items():
+            live["training"][name].copy_(tensor)
         if "random_states" in saved:
             random_states.restore_random_states(saved["random_states"])
 

@@ -18,9 +18,9 @@ from glalm.data.checksums import DamagedFile
 from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, training_batches
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
-from glalm.train import run_dir
+from glalm.train import parallel, run_dir
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
-from glalm.train.collectives import max_over_processes, rank_and_world_size
+from glalm.train.collectives import max_over_processes
 from glalm.train.compile import apply_training_forward
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
@@ -28,13 +28,6 @@ from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.init_weights import build_initial_model
 from glalm.train.metrics import MetricsWriter
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
-from glalm.train.parallel import (
-    free_gathered_weights,
-    gradient_norm,
-    no_sync_unless,
-    parallelize_model,
-    start_processes,
-)
 from glalm.train.profile import Profiler
 from glalm.train.state import BatchPlan, TrainState
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
@@ -65,7 +58,7 @@ def train(
     """
     if config.train.dry_run:
         return dry_run(config)
-    accelerator = start_processes(config)
+    accelerator = parallel.start_processes(config)
     plan = BatchPlan.from_config(config, accelerator.num_processes)
     if config.train.float8:
         check_float8_support(plan, accelerator.device)
@@ -73,7 +66,7 @@ def train(
     with (
         StopSignal() as stop,
         run_dir.open_run_dir(config.folder),
-        Watchdog(config.train.guard.hang_seconds, *rank_and_world_size()) as watchdog,
+        Watchdog(config.train.guard.hang_seconds) as watchdog,
         _explain_errors(config, plan),
     ):
         record = run_dir.prepare_run_record(config, training.tokens)
@@ -151,7 +144,7 @@ class Trainer:
         if config.train.float8:
             convert_to_float8(model)
         apply_training_forward(model, config.train, accelerator.device)
-        self.module = parallelize_model(model, config, accelerator)
+        self.module = parallel.parallelize_model(model, config, accelerator)
         guard = UpdateGuard(config.train.guard, accelerator.device)
         self.state = TrainState(model, build_optimizers(model, config.optim), guard)
 
@@ -164,7 +157,7 @@ class Trainer:
         state = self.state
         step = state.step + 1
         loss = self.accumulate_gradients(batch)
-        grad_norm = gradient_norm(self.module.parameters())
+        grad_norm = parallel.gradient_norm(self.module.parameters())
         lr = learning_rate(step, self.config)
         set_learning_rate(state.optimizers, lr)
         state.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
@@ -191,7 +184,7 @@ class Trainer:
             for segment in segments:
                 # Gradients are averaged over processes once per step, with the last backward pass.
                 is_last = micro_batch is micro_batches[-1] and segment is segments[-1]
-                with no_sync_unless(is_last, self.module):
+                with parallel.no_sync_unless(is_last, self.module):
                     with self.accelerator.autocast():
                         output = self.module(
                             **model_inputs(segment),
@@ -232,7 +225,7 @@ class Trainer:
             targets = (batch["labels"] != IGNORE_INDEX).sum()
             total += torch.stack([loss * targets, targets])
             heartbeat()
-        free_gathered_weights(self.module)
+        parallel.free_gathered_weights(self.module)
         nats, targets = self.accelerator.reduce(total, "sum").tolist()
         return {"val_loss": nats / targets, "val_perplexity": perplexity(nats / targets)}
 

@@ -14,10 +14,11 @@ from datetime import timedelta
 
 from torch import distributed
 
-from glalm.train.collectives import run_on_rank_0
+from glalm.train.collectives import rank_and_world_size, run_on_rank_0
 
 WATCHDOG_EXIT_CODE = 70
 VERDICT_KEY = "verdict"
+REPORT_INTERVAL = 0.5  # Seconds between two reports, at most.
 MAX_SILENCE = 60.0  # Seconds until a process without a sign of life counts as dead, at most.
 
 
@@ -57,25 +58,21 @@ class Watchdog:
 
     Args:
         hang_seconds: None tolerates hangs.
-        rank: This process's rank.
-        world_size: The number of processes.
-        interval: Seconds between two reports.
     """
 
-    def __init__(self, hang_seconds: float | None, rank: int = 0, world_size: int = 1, interval: float = 0.5):
+    def __init__(self, hang_seconds: float | None):
+        self.rank, self.world_size = rank_and_world_size()
         self.hang_seconds = hang_seconds or math.inf
-        self.rank = rank
-        self.world_size = world_size
-        self.interval = min(interval, self.hang_seconds / 10)
+        self.interval = min(REPORT_INTERVAL, self.hang_seconds / 10)
         # A busy machine may delay a living process's thread, hence at least ten intervals.
         self.silence_limit = max(10 * self.interval, min(self.hang_seconds, MAX_SILENCE))
         self._status = Status(process=f"process {os.getpid()} on {socket.gethostname()}")
         self._observations: dict[int, Observation] = {}
         self._first_failure_at: float | None = None
         self._is_over = threading.Event()
-        self._store = self._connect() if world_size > 1 else None
+        self._store = self._connect() if self.world_size > 1 else None
         self._store_answered_at = time.monotonic()
-        loops = [self._watch] if rank == 0 else [self._watch, self._watch_store]
+        loops = [self._watch] if self.rank == 0 else [self._watch, self._watch_store]
         self._threads = [threading.Thread(target=loop, name="glalm-watchdog", daemon=True) for loop in loops]
 
     def begin_phase(self, phase: str) -> None:

@@ -48,7 +48,7 @@ def train_tiny(seed: int = 0, steps: int = 2, tied: bool = False, optimizer: str
 
 def make_guard(**tensors: torch.Tensor) -> SimpleNamespace:
     """Return a stand-in for UpdateGuard that has these tensors."""
-    return SimpleNamespace(tensors=lambda: tensors)
+    return SimpleNamespace(state_dict=lambda: tensors)
 
 
 def save(folder: Path, step: int, state: TrainState | None = None, writer=None, **metadata) -> Path:
@@ -177,7 +177,7 @@ def test_guard_tensors_that_do_not_fit_keep_their_values(tmp_path):
     other = train_tiny()
     other.guard = make_guard(a=torch.zeros(3), b=torch.full((4,), 7.0), c=torch.full((1,), 7.0))
     load(path, other)
-    assert [t.tolist() for t in other.guard.tensors().values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
+    assert [t.tolist() for t in other.guard.state_dict().values()] == [[0.0, 1.0, 2.0], [7.0] * 4, [7.0]]
 
 
 def test_another_model_is_refused(tmp_path):

@@ -73,13 +73,15 @@ def test_gradients_are_reduced_once_per_step(config, change, monkeypatch):
     accelerator = parallel.start_processes(config)
     sharded = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
 
+    no_sync_unless = parallel.no_sync_unless
+
     @contextmanager
-    def no_sync_unless(sync, module):
-        with parallel.no_sync_unless(sync, module):
+    def recorded(sync, module):
+        with no_sync_unless(sync, module):
             yield
         has_gradients.append([p.grad is not None for p in module.parameters()])
 
-    monkeypatch.setattr(trainer, "no_sync_unless", no_sync_unless)
+    monkeypatch.setattr(parallel, "no_sync_unless", recorded)
     ids = torch.ones(8, 16, dtype=torch.int64)
     sharded.accumulate_gradients({"input_ids": ids, "labels": ids})
     assert [any(found) for found in has_gradients] == [False, False, False, True] and all(has_gradients[-1])

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import time
 
@@ -52,6 +53,25 @@ def test_tokens_continue_from_those_of_the_checkpoint(run_config):
     for _ in range(4):
         trainer.step({"input_ids": ids, "labels": ids})
     assert (trainer.state.step, trainer.state.tokens) == (6, 100 + 4 * 4 * 16)
+
+
+def test_state_dict_of_one_trainer_makes_another_equal(run_config, change):
+    """Its next step is the same, with the moments, the guard and the random states."""
+    accelerator = start_processes(run_config)
+    plan = BatchPlan.from_config(run_config, 1)
+    one, other = (Trainer(change(run_config, seed=seed), plan, accelerator) for seed in (1, 2))
+    ids = torch.arange(64).view(4, 16)
+    batch = {"input_ids": ids, "labels": ids}
+    one.step(batch)
+    saved = copy.deepcopy(one.state.state_dict())
+    expected = one.step(batch), torch.rand(3)
+    other.state.load_state_dict(saved)
+    found = other.step(batch), torch.rand(3)
+    assert found[0].loss == expected[0].loss and torch.equal(found[1], expected[1])
+    states = [trainer.state.state_dict() for trainer in (one, other)]
+    assert states[0]["step"] == states[1]["step"] == 2 and states[0]["tokens"] == states[1]["tokens"] == 128
+    for group in ("model", "training"):
+        assert all(torch.equal(tensor, states[1][group][name]) for name, tensor in states[0][group].items())
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,7 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
 
     def __post_init__(self):
-        require(
-            0 <= self.min_lr <= self.lr,
-            f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}",
-        )
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
         require_exactly_one(self, "optim", "warmup_steps", "warmup_tokens")
         for name in ("warmup_steps", "warmup_tokens"):
             require((getattr(self, name) or 0) >= 0, f"optim.{name} must not be negative")

@@ -87,12 +87,7 @@ class UpdateGuard:
         return {name: getattr(self, name) for name in names}
 
     def step(
-        self,
-        optimizers: Iterable[Optimizer],
-        step: int,
-        loss: Tensor,
-        grad_norm: Tensor,
-        max_norm: float = math.inf,
+        self, optimizers: Iterable[Optimizer], step: int, loss: Tensor, grad_norm: Tensor, max_norm: float = math.inf
     ) -> None:
         """Clip the gradients and step the optimizers, or skip the update.
 

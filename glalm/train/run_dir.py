@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from glalm.config.run import DATA_RECORD, RunConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, describe_unknown_key, require
@@ -111,25 +112,21 @@ def _describe_lock_holder(content: str) -> str:
 
 def check_filesystem(folder: Path) -> None:
     """Raise ConfigError if no checkpoint could be completed in `folder`: a directory must sync and rename."""
-    probe = folder / ".probe.tmp"
-    renamed = folder / ".probe"
-    for leftover in (probe, renamed):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        probe.mkdir()
-        (probe / "file").write_bytes(b"content")
-        fsync_path(probe)
-        probe.rename(renamed)
-        if probe.exists() or (renamed / "file").read_bytes() != b"content":
-            raise OSError("the renamed directory has other files than before")
+        with TemporaryDirectory(dir=folder, prefix=".probe", ignore_cleanup_errors=True) as name:
+            probe = Path(name) / "probe"
+            renamed = Path(name) / "renamed"
+            probe.mkdir()
+            (probe / "file").write_bytes(b"content")
+            fsync_path(probe)
+            probe.rename(renamed)
+            if probe.exists() or (renamed / "file").read_bytes() != b"content":
+                raise OSError("the renamed directory has other files than before")
     except OSError as error:
         raise ConfigError(
             f"The filesystem of {folder} cannot sync and rename a directory ({error}), so no checkpoint can be "
             "completed there. Choose a runs_dir=... on a local disk, NFS or Lustre."
         ) from error
-    finally:
-        for leftover in (probe, renamed):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- Data

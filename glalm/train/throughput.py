@@ -1,7 +1,7 @@
 """Measure a run's speed: tokens per second, model FLOPs utilization, peak memory, and tokens read of each source."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -43,17 +43,13 @@ class ThroughputMeter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def time_waiting(self, stream: Iterator[Item]) -> Iterator[Item]:
+    def time_waiting(self, stream: Iterable[Item]) -> Iterator[Item]:
         """Yield the items of `stream` and measure how long each one takes to arrive."""
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            finally:
-                self.data_wait += time.perf_counter() - start
+        start = time.perf_counter()
+        for item in stream:
+            self.data_wait += time.perf_counter() - start
             yield item
+            start = time.perf_counter()
 
     def metrics(self, step: int) -> dict[str, float | None]:
         """Return the metrics of the steps since the last restart. Call it after the device has finished `step`."""

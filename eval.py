@@ -1,11 +1,12 @@
-"""Evaluates a checkpoint of a run: `python eval.py [KEY=VALUE ...]`, see `python eval.py --help`."""
+"""Evaluate a checkpoint of a run: `python eval.py [KEY=VALUE ...]`, see `python eval.py --help`."""
 
 from glalm.cli import hydra_entry
 from glalm.evals.options import EvalConfig
 
 
 def main(config: EvalConfig) -> int:
-    from glalm.evals.runner import evaluate  # after the config is checked: torch takes seconds to import
+    # Import torch, which takes seconds, only after the config has been checked.
+    from glalm.evals.runner import evaluate
 
     return evaluate(config)
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_kernels.py                       the table of docs/performance.md, in Markdown
     python benchmarks/bench_kernels.py --gates              every gate of the family, and logits fused or not
     python benchmarks/bench_kernels.py --figure speed.png   tokens a second against the length, and speed.json
-    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch.py
+    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch_configs.py
 
 Times are medians in ms, each call with a cold L2 cache. Without --graph they are the GPU's from a call's beginning to
 its end, its waits for the host included: where Python and launches take longer than the kernels, the host is measured.
@@ -31,9 +31,8 @@ from triton.testing import do_bench
 from glalm import kernels
 from glalm.generation.cuda_graph import GraphCapture
 from glalm.kernels import chunk_gla
-from glalm.kernels.triton import gla
-from glalm.kernels.triton.gla import SavedForBackward
-from glalm.kernels.triton.launch import LaunchConfig
+from glalm.kernels.triton import gla, launch_configs
+from glalm.kernels.triton.saved import SavedForBackward
 
 SHAPES = {  # B, T, H, K, V and the attention heads of the same width
     "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
@@ -224,10 +223,10 @@ def tune(B: int, T: int, K: int, V: int) -> None:
 
     def with_starts() -> SavedForBackward:
         """Return `saved` with room for as many segment starts as the current forward configuration needs."""
-        return saved._replace(segment_starts=allocate_state(plan.segments_of_scan(reverse=False)))
+        return saved._replace(segment_starts=allocate_state(plan.count_segments(reverse=False)))
 
     def compute_starts() -> None:
-        segments = plan.segments_of_scan(reverse=False)
+        segments = plan.count_segments(reverse=False)
         plan.compute_segment_starts(allocate_state(segments), segments, saved, v, None, None, False)
 
     candidates = {
@@ -240,13 +239,13 @@ def tune(B: int, T: int, K: int, V: int) -> None:
         "gradients_fixed_gate": (square, lambda: ungated.compute_gradients(saved, do, states, dstates)),
     }
     for kernel, (tiles, call) in candidates.items():
-        if kernel == "scan_segment_starts" and plan.segments_of_scan(reverse=False) == 1:
+        if kernel == "scan_segment_starts" and plan.count_segments(reverse=False) == 1:
             continue
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
             if warps == 8 and (limit or "STORE_BANDS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
-            launch = LaunchConfig(tile, warps, stages, limit)
+            launch = launch_configs.LaunchConfig(tile, warps, stages, limit)
             plan.config = ungated.config = plan.config._replace(**{kernel: launch})
             try:
                 call()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from glalm.evals import plot
-from glalm.evals.html_report import names
+from glalm.evals.html_report import distinct_names
 
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),
@@ -22,18 +22,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "training"])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="its suffix does not matter")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="its suffix is replaced by .png and .svg")
     args = parser.parse_args()
     out = args.out or args.folders[0].resolve().parent / "plots" / args.figure
-    labels = names(args.folders)
+    folders = list(zip(distinct_names(args.folders), args.folders, strict=True))  # One may be named twice.
     try:
         if args.figure == "training":
-            curves = {name: folder / "metrics.jsonl" for name, folder in zip(labels, args.folders, strict=True)}
-            paths = plot.plot_losses(curves, out)
+            paths = plot.plot_losses({name: folder / "metrics.jsonl" for name, folder in folders}, out)
         else:
             draw, evaluator = FIGURES[args.figure]
-            files = (plot.existing(folder / "eval" / f"{evaluator}.json", evaluator) for folder in args.folders)
-            paths = draw([file | {"model": name} for file, name in zip(files, labels, strict=True)], out)
+            records = []
+            for name, folder in folders:
+                record = plot.load_record(folder / "eval" / f"{evaluator}.json", evaluator)
+                records.append(record | {"model": name})
+            paths = draw(records, out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

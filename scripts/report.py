@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from glalm.data.files import atomic_write
-from glalm.evals.html_report import page
-from glalm.evals.report import report
+from glalm.evals.html_report import render_report
+from glalm.evals.report import print_report
 
 
 def main() -> int:
@@ -26,10 +26,10 @@ def main() -> int:
     try:
         for folder in args.folders:
             if (folder / "run.json").is_file():
-                report(folder, console)
+                print_report(folder, console)
         above = args.folders[0] if len(args.folders) == 1 else args.folders[0].resolve().parent
         target = args.html or above / "report.html"
-        content = page(args.folders).encode()
+        content = render_report(args.folders).encode()
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as file:
             file.write(content)

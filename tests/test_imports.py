@@ -15,11 +15,11 @@ ALLOWED = {
     "progress": set(),
     "prepare": {"data", "progress"},
     "model": {"config.strict", "kernels"},
-    "hf": {"config.strict", "kernels", "model"},
+    "hf": {"config.strict", "kernels", "model", "compat.fla"},
     "train": {"config", "data", "progress", "hf", "kernels", "model"},
     "generation": CORE,
-    "compat": {*CORE, "evals.options"},
-    "evals": {*CORE, "generation"},
+    "compat": CORE,
+    "evals": {*CORE, "generation", "compat"},
     "studies": {*CORE, "evals", "generation"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}

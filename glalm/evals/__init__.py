@@ -1,4 +1,4 @@
-"""What a trained model is worth: each evaluator is a function of a model and data; `run.evaluate` runs them.
+"""Evaluation of trained models. Each evaluator is a subclass of `evaluator.Evaluator`; `runner.evaluate` runs them.
 
-Results are JSON files in the run's directory. The plots and the closing report are made from these files alone.
+The results are JSON files in the run's folder. Figures and reports are made from these files alone.
 """

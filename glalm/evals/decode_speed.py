@@ -1,6 +1,6 @@
-"""Tokens a second when decoding one at a time, and the bytes of the state, by the number of tokens behind.
+"""Decoding speed, one token at a time, and the size of the state, by the number of tokens already read.
 
-A recurrent model's are the same at every length; softmax attention reads all its keys and values for every token.
+Both are the same at every length for a recurrent model; softmax attention reads all keys and values for every token.
 """
 
 import copy
@@ -8,118 +8,138 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glalm.config.strict import require
-from glalm.evals.eval_model import Subject, state_bytes
-from glalm.evals.evaluator import Job, Work
+from glalm.evals.eval_model import EvalModel, count_state_bytes
+from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.options import EvalConfig
-from glalm.evals.plot import bytes_of, plot_decoding
+from glalm.evals.plot import format_bytes, plot_decoding
 from glalm.generation.cuda_graph import CudaGraphGenerator
+from glalm.train import environment
 
 LENGTHS = (1, 2, 4, 8, 16)  # training lengths
-SEGMENT = 2048  # tokens read at once on the way to a length
-WARM_UP = 3  # tokens decoded before the first timing
+SEGMENT = 2048  # tokens read at once before decoding
+WARM_UP_STEPS = 3  # tokens decoded before the first timing
 
 
-def job(subject: Subject, config: EvalConfig) -> Job:
-    c = config.decode_speed
-    lengths = sorted(c.lengths or [n * subject.need_train_length("decode_speed") for n in LENGTHS])
-    new = WARM_UP + c.steps * c.repeats
-    require(
-        subject.can_resume,
-        f"evals=[decode_speed]: transformers' {type(subject.model).__name__} is not timed, since it cannot read a text "
-        "in segments",
-    )
-    subject.need_length(lengths[-1] + new, "decode_speed.lengths")
-    return Job(
-        settings={
-            **dataclasses.asdict(c),
+class DecodeSpeedEvaluator(Evaluator):
+    """Tokens a second after each of `decode_speed.lengths`."""
+
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        super().__init__(model, config)
+        options = config.decode_speed
+        lengths = sorted(options.lengths or [n * model.require_train_length("decode_speed") for n in LENGTHS])
+        require(
+            model.accepts_state,
+            f"evals=[decode_speed]: transformers' {type(model.causal_lm).__name__} is not timed, since it cannot read "
+            "a text in segments",
+        )
+        model.require_length(lengths[-1] + WARM_UP_STEPS + options.steps * options.repeats, "decode_speed.lengths")
+        self.lengths = lengths
+        self.total_units = config.batch_size * sum(lengths)
+        self.settings = {
+            **dataclasses.asdict(options),
             "lengths": lengths,
             "batch_size": config.batch_size,
             "seed": config.seed,
-            "device": subject.device_name,
-        },
-        run=partial(run, subject, lengths, config),
-        total=config.batch_size * sum(lengths),
-        summary=summary,
-        plots=lambda record, folder: plot_decoding([record], folder / "decode_speed.png"),
-    )
+            "device": environment.device_name(model.device.type == "cuda"),
+        }
 
+    def run(self, context: EvalContext) -> dict:
+        model = self.model
+        unused_bytes = 0
+        if model.is_ours and model.precision == "bf16":
+            # Autocast would cast all float32 weights again for every token.
+            model = dataclasses.replace(model, causal_lm=copy.deepcopy(model.causal_lm).bfloat16())
+            unused_bytes = sum(p.nbytes for p in self.model.causal_lm.parameters())
+        rows = []
+        with torch.autocast(model.device.type, enabled=False):
+            for length in self.lengths:
+                action = partial(measure_decoding, model, length, self.config, context.advance, unused_bytes)
+                rows.append(context.run_on_rank_0(action))
+        return {"lengths": rows}
 
-def run(subject: Subject, lengths: list[int], config: EvalConfig, work: Work) -> dict:
-    """Ours in bf16 decode with weights of bf16: autocast would cast all of the float32 ones again for every token."""
-    decoding, idle = subject, 0
-    if subject.ours and subject.precision == "bf16":
-        decoding = dataclasses.replace(subject, model=copy.deepcopy(subject.model).bfloat16())
-        idle = sum(p.nbytes for p in subject.model.parameters())
-    with torch.autocast(subject.device.type, enabled=False):
-        return {"lengths": [work.first(partial(decode, decoding, n, config, work, idle)) for n in lengths]}
+    def summarize(self, results: dict) -> list[str]:
+        return [
+            f"decoding after {row['length']} tokens: {row['tokens_per_second']:,.0f} tokens/s in {row['batch_size']} "
+            f"sequences, state of each {format_bytes(row['state_bytes'] / row['batch_size'])}"
+            for row in results["lengths"]
+        ]
 
-
-def summary(results: dict) -> list[str]:
-    return [
-        f"decoding after {r['length']} tokens: {r['tokens_per_second']:,.0f} tokens/s in {r['batch_size']} sequences, "
-        f"state of each {bytes_of(r['state_bytes'] / r['batch_size'])}"
-        for r in results["lengths"]
-    ]
+    def plot(self, record: dict, folder: Path) -> list[Path]:
+        return plot_decoding([record], folder / "decode_speed.png")
 
 
 @torch.no_grad()
-def decode(subject: Subject, length: int, config: EvalConfig, work: Work, idle: int) -> dict:
-    """After `length` random tokens: `tokens_per_second` of the batch, the median over timings, with the `slowest` and
-    the `fastest`; `state_bytes` of the batch; `peak_bytes` that a GPU held while decoding, weights included, but for
-    `idle` bytes of others; None on a CPU."""
-    c, batch_size = config.decode_speed, config.batch_size
+def measure_decoding(
+    model: EvalModel, length: int, config: EvalConfig, advance: Callable[[int], object], unused_bytes: int
+) -> dict:
+    """Time decoding after `length` random tokens.
+
+    Args:
+        unused_bytes: GPU memory of weights that this model does not use, which is not counted in `peak_bytes`.
+
+    Returns:
+        `tokens_per_second` of the batch, the median over timings, with the `slowest` and the `fastest`; `state_bytes`
+        of the batch; `peak_bytes` of GPU memory while decoding, weights included, or None on a CPU.
+    """
+    options = config.decode_speed
     generator = torch.Generator().manual_seed(config.seed)
-    text = torch.randint(subject.vocab_size, (batch_size, length), generator=generator).to(subject.device)
+    tokens = torch.randint(model.vocab_size, (config.batch_size, length), generator=generator).to(model.device)
     state = None
-    for segment in text.split(SEGMENT, dim=1):
-        features, state = subject.read(segment, state=state, keep_state=True)
-        work.advance(segment.numel())
-    held, token = state_bytes(state), subject.logits(features[:, -1:]).argmax(-1)
-    del features
-    step = stepping(subject, state)
-    del state
-    token = decoded(step, token, WARM_UP)
-    cuda = subject.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(subject.device)
+    for segment in tokens.split(SEGMENT, dim=1):
+        features, state = model.forward_features(segment, state=state, return_state=True)
+        advance(segment.numel())
+    state_bytes = count_state_bytes(state)
+    token = model.compute_logits(features[:, -1:]).argmax(-1)
+    decode_next = make_greedy_step(model, state)
+    # Free what decoding does not need, so that it is not counted in the peak.
+    del features, state
+    token = decode_tokens(decode_next, token, WARM_UP_STEPS)
+    is_cuda = model.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
     speeds = []
-    for _ in range(c.repeats):
-        begun = time.perf_counter()
-        token = decoded(step, token, c.steps)
-        speeds.append(batch_size * c.steps / (time.perf_counter() - begun))
+    for _ in range(options.repeats):
+        start_time = time.perf_counter()
+        token = decode_tokens(decode_next, token, options.steps)
+        speeds.append(config.batch_size * options.steps / (time.perf_counter() - start_time))
     return {
         "length": length,
-        "batch_size": batch_size,
+        "batch_size": config.batch_size,
         "tokens_per_second": median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
-        "state_bytes": held,
-        "peak_bytes": torch.cuda.max_memory_allocated(subject.device) - idle if cuda else None,
+        "state_bytes": state_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated(model.device) - unused_bytes if is_cuda else None,
     }
 
 
-def stepping(subject: Subject, state) -> Callable[[Tensor], Tensor]:
-    """From a token [B, 1] to the likeliest next one, and on. Ours step as generation by model/decode.py does."""
-    if subject.ours:
-        step = CudaGraphGenerator(subject.model).start_step(state)
+def make_greedy_step(model: EvalModel, state: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function of a token [B, 1] that returns the likeliest next one and moves the state on.
+
+    Our models step as generation does, by glalm/generation/cuda_graph.py.
+    """
+    if model.is_ours:
+        step = CudaGraphGenerator(model.causal_lm).start_step(state)
         return lambda token: step(token).argmax(-1, keepdim=True)
 
-    def read(token: Tensor) -> Tensor:
+    def read_token(token: Tensor) -> Tensor:
         nonlocal state
-        features, state = subject.read(token, state=state, keep_state=True)
-        return subject.logits(features).argmax(-1)
+        features, state = model.forward_features(token, state=state, return_state=True)
+        return model.compute_logits(features).argmax(-1)
 
-    return read
+    return read_token
 
 
-def decoded(step: Callable[[Tensor], Tensor], token: Tensor, count: int) -> Tensor:
-    """The last of `count` tokens after `token`, computed: a GPU's work is done when its result is on the host."""
+def decode_tokens(decode_next: Callable[[Tensor], Tensor], token: Tensor, count: int) -> Tensor:
+    """Return the last of `count` tokens after `token`, copied to the host and back, which waits for the GPU's work."""
     for _ in range(count):
-        token = step(token)
+        token = decode_next(token)
     return token.cpu().to(token.device)

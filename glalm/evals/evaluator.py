@@ -1,101 +1,134 @@
-"""What an evaluator is to `python eval.py`: a Job, made by a function(subject, config), that runs with Work."""
+"""The protocol of an evaluator, and the context in which it runs: its processes, its progress, its partial results."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from glalm.config.strict import RunError
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.options import EvalConfig
 from glalm.evals.result_files import read_json, write_json
+from glalm.train.collectives import gather_or_raise, rank_and_world_size
 
 
-class Work:
-    """The processes that share an evaluator's work, the bar, and what an earlier start of it left.
+class EvalContext:
+    """The processes that share one evaluation, its progress, and the results that an interrupted evaluation saved.
 
-    rank, world: this process of how many. Whatever one process does with `gather`, `first` or `part`, all do, in the
-    same order. `advance(n)` moves the bar by n units done by this process.
+    All ranks must call `gather`, `run_on_rank_0` and `load_or_compute` in the same order.
+
+    Attributes:
+        advance: Called with the number of units (see Evaluator.unit) that this rank has finished.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1):
-        self.rank, self.world = rank, world
-        self.advance: Callable[[int], object] = int
-        self._parts: dict[str, Any] = {}
-        self._path: Path | None = None
-        self._over = False
+    def __init__(self):
+        self.rank, self.world_size = rank_and_world_size()
+        self.advance: Callable[[float], object] = lambda units: None
+        self._partial_results: dict[str, Any] = {}
+        self._partial_path: Path | None = None
+        self._all_ranks_raised = False
 
-    def mine(self, items: Iterable) -> list:
-        """Every `world`th of the items: this process's share."""
-        return list(items)[self.rank :: self.world]
+    def share(self, items: Iterable) -> list:
+        """Return this rank's share of the items: every `world_size`th of them."""
+        return list(items)[self.rank :: self.world_size]
 
-    def gather(self, mine: list) -> list:
-        """The inverse of `mine`: the results of all processes' shares, in the order of the items, on every process."""
-        shares = self._exchange(mine)
+    def gather(self, results: list) -> list:
+        """Return the results of all ranks' shares on every rank, in the order of the items that `share` divided."""
+        shares = self._gather_or_raise(lambda: results)
         gathered: list[Any] = [None] * sum(map(len, shares))
         for rank, share in enumerate(shares):
-            gathered[rank :: self.world] = share
+            gathered[rank :: self.world_size] = share
         return gathered
 
-    def first(self, make: Callable[[], Any]) -> Any:
-        """make() of the first process, on every process."""
-        return self._exchange(make() if self.rank == 0 else None)[0]
+    def run_on_rank_0(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 only, and return its result on every rank."""
+        return self._gather_or_raise(lambda: action() if self.rank == 0 else None)[0]
 
-    def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """make(), JSON, which is written down: when the evaluator is killed and started again, it is not made again."""
-        if name not in self._parts:
-            self._parts[name] = make()
-            if self._path and self.rank == 0:
-                write_json(self._path, self._parts)
-        return self._parts[name]
+    def load_or_compute(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result that an interrupted evaluation saved under `name`, or else compute and save it.
 
-    def keep_parts(self, path: Path, of: dict) -> None:
-        """From here on `part` writes into `path`, beginning with what it holds, if that is of the same `of`."""
+        The result must be JSON. All ranks call `compute`, which must return the same on each.
+        """
+        if name not in self._partial_results:
+            self._partial_results[name] = compute()
+            if self._partial_path is not None and self.rank == 0:
+                write_json(self._partial_path, self._partial_results)
+        return self._partial_results[name]
 
-        def left() -> dict:
-            parts = read_json(path) or {}
-            return parts if parts.get("of") == of else {"of": of}
+    def use_partial_results(self, path: Path, inputs: dict) -> None:
+        """Load the partial results at `path`, if they are of the same `inputs`, and save all further ones there."""
 
-        self._path, self._parts = path, self.first(left)
+        def load_matching() -> dict:
+            saved = read_json(path) or {}
+            return saved if saved.get("inputs") == inputs else {"inputs": inputs}
 
-    def agree(self) -> None:
-        """Called at the end. Raises RunError if another process failed."""
-        self._exchange(None)
+        self._partial_results = self.run_on_rank_0(load_matching)
+        self._partial_path = path
 
-    def fail(self, error: Exception) -> None:
-        """Tells the other processes, at their next exchange, lest they wait for this one."""
-        if not self._over:
-            self._exchange(None, f"{type(error).__name__}: {error}")
+    @contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Where the block raises on one rank, raise RunError on the others: when they next wait for that rank, or here.
 
-    def _exchange(self, mine: Any, error: str | None = None) -> list:
-        """What each process has, in order of rank."""
-        if self.world == 1:
-            return [mine]
-        heard: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(heard, (mine, error))
-        if failed := {rank: text for rank, (_, text) in enumerate(heard) if text}:
-            self._over = True
-            if error is None:
-                raise RunError("; ".join(f"process {rank}: {text}" for rank, text in failed.items()))
-        return [content for content, _ in heard]
+        Without this, an error between two collective calls would leave the other ranks waiting.
+        """
+        try:
+            yield
+            self._gather_or_raise(lambda: None)
+        except Exception as error:
+            if not self._all_ranks_raised:
+                with suppress(Exception):
+                    self._gather_or_raise(partial(_raise, error))
+            raise
+
+    def _gather_or_raise(self, action: Callable[[], Any]) -> list:
+        try:
+            return gather_or_raise(action)
+        except Exception:
+            self._all_ranks_raised = True
+            raise
 
 
-@dataclass
-class Job:
-    """An evaluator with its inputs, opened and checked: what is left is to run the model."""
+def _raise(error: Exception) -> None:
+    raise error
 
-    # JSON: all that the results depend on but the model; with equal ones a finished job is not run again.
+
+class Evaluator:
+    """One kind of measurement of one model.
+
+    The constructor of a subclass opens and checks its inputs, and raises ConfigError where they do not fit.
+
+    Attributes:
+        settings: Everything that the results depend on besides the model, as JSON. An evaluation that finished with
+            equal settings is not repeated.
+        total_units: Units of work of all ranks together, for the progress bar.
+        unit: What the progress bar counts.
+    """
+
+    unit = "tokens"
     settings: dict
-    run: Callable[[Work], dict | list]  # JSON: the results; all processes call it, the first one's are kept
-    total: int  # units of work of all processes together, for the bar
-    summary: Callable[[Any], list[str]]  # of the results: lines for the console
-    unit: str = "tokens"
-    # Of what eval/NAME.json holds, and a folder to draw into: the paths of the figures.
-    plots: Callable[[dict, Path], list[Path]] = lambda record, folder: []
-    # Of the results: the few numbers that a run's metrics (see in_training.py) and an export's card have.
-    metrics: Callable[[Any], dict[str, float | None]] = lambda results: {}
+    total_units: int
+
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        self.model = model
+        self.config = config
+
+    def run(self, context: EvalContext) -> dict | list:
+        """Return the results, as JSON. All ranks call it, and those of rank 0 are written."""
+        raise NotImplementedError
+
+    def summarize(self, results: Any) -> list[str]:
+        """Return the lines that the console shows of the results."""
+        raise NotImplementedError
+
+    def metrics(self, results: Any) -> dict[str, float | None]:
+        """Return the few numbers of the results that training logs as metrics and a model card lists."""
+        return {}
+
+    def plot(self, record: dict, folder: Path) -> list[Path]:
+        """Draw the figures of `record`, the content of eval/NAME.json, into `folder`. Return their paths."""
+        return []
 
 
-def lacking(results: Any) -> dict[str, str]:
-    """What an evaluator could not do although it did the rest, and why."""
+def missing_tasks(results: Any) -> dict[str, str]:
+    """Return {task: reason} of what an evaluator could not do although it did the rest."""
     return results.get("missing", {}) if isinstance(results, dict) else {}

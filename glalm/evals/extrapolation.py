@@ -1,22 +1,25 @@
 """Perplexity by position on text longer than the training length (GLA, arXiv 2312.06635, section 5.1).
 
-Text is read in segments of the training length. What a token may see of the text before it is the `context`:
+Text is read in segments of the training length. How much of the text before it a token sees is its `context`:
 
-    stateful        all of it, by the state that each segment leaves to the next. A recurrent state has one size, so
-                    memory does not depend on how far is read; softmax attention's keys and values grow with it.
-    sliding_window  a window of the training length that moves by half of it: each token sees the half window before
-                    its segment or more, whatever the model. Twice the work.
-    reset           what its own segment holds: the state is emptied every training length.
+    stateful        All of it: each segment starts from the state of the one before. A recurrent state has one size, so
+                    memory does not grow with the length; the keys and values of softmax attention do.
+    sliding_window  A window of the training length that moves by half of it: each token sees at least the half window
+                    before its segment. This takes twice the work.
+    reset           Its own segment: the state is emptied every training length.
 
-The numbers differ. Stateful is what a model reaches at that length; the others are what it would reach without its
-long memory, at the same positions of the same text, which may be easier or harder further in whatever the model.
+Stateful shows what a model reaches at a length. The other two show what it would reach without long memory, at the same
+positions of the same text: text further in may be easier or harder for any model.
 """
 
 import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,91 +29,94 @@ from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
-from glalm.evals.eval_model import Subject, open_split
-from glalm.evals.evaluator import Job, Work
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.inputs import describe_data, open_split
 from glalm.evals.options import EvalConfig
-from glalm.evals.perplexity import summarise
+from glalm.evals.perplexity import summarize_losses
 from glalm.evals.plot import plot_extrapolation, plot_ratios
 
 
-def job(subject: Subject, config: EvalConfig) -> Job:
-    """Reads documents, or blocks of the whole stream, in every context asked for."""
-    c, train_length = config.extrapolation, subject.need_train_length("extrapolation")
-    require(
-        c.max_length >= train_length,
-        f"extrapolation.max_length={c.max_length} is under the training length {train_length}; "
-        f"write extrapolation.max_length={10 * train_length} for ten times it",
-    )
-    require(
-        c.bucket is None or train_length % c.bucket == 0,
-        f"extrapolation.bucket={c.bucket} does not divide the training length {train_length}, at which a bucket has to "
-        "end for others to be compared with it; write a divisor of it, or null for a half",
-    )
-    subject.need_length(c.max_length if "stateful" in c.contexts else train_length, "extrapolation.max_length")
-    require(
-        c.text == "documents" or subject.document_boundaries == "ignore",
-        "extrapolation.text=stream reads on from document to document, which a model trained with "
-        "data.document_boundaries=reset_state never did; write extrapolation.text=documents",
-    )
-    tokens = open_split(config, subject, c.split)
-    edges = bucket_edges(train_length, c.max_length, c.bucket)
-    texts = (furthest_documents if c.text == "documents" else blocks)(tokens, edges, c.documents)
+class ExtrapolationEvaluator(Evaluator):
+    """Perplexity by position of documents, or of blocks of the text end to end, in each of `extrapolation.contexts`."""
 
-    def run(work: Work) -> dict:
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        super().__init__(model, config)
+        options = config.extrapolation
+        train_length = model.require_train_length("extrapolation")
+        require(
+            options.max_length >= train_length,
+            f"extrapolation.max_length={options.max_length} is under the training length {train_length}; "
+            f"write extrapolation.max_length={10 * train_length} for ten times it",
+        )
+        require(
+            options.bucket is None or train_length % options.bucket == 0,
+            f"extrapolation.bucket={options.bucket} does not divide the training length {train_length}, but a bucket "
+            "must end there for others to be compared with it; write a divisor of it, or null for a half",
+        )
+        longest_input = options.max_length if "stateful" in options.contexts else train_length
+        model.require_length(longest_input, "extrapolation.max_length")
+        require(
+            options.text == "documents" or model.document_boundaries == "ignore",
+            "extrapolation.text=stream reads on from document to document, which a model trained with "
+            "data.document_boundaries=reset_state never did; write extrapolation.text=documents",
+        )
+        tokens = open_split(config, model, options.split)
+        self.train_length = train_length
+        self.edges = bucket_edges(train_length, options.max_length, options.bucket)
+        load_texts = load_longest_documents if options.text == "documents" else load_blocks
+        self.texts = load_texts(tokens, self.edges, options.documents)
+        self.total_units = len(options.contexts) * sum(last_filled_edge(len(text), self.edges) for text in self.texts)
+        self.settings = {**describe_data(tokens), **dataclasses.asdict(options), "train_length": train_length}
+
+    def run(self, context: EvalContext) -> dict:
         nats = {}
-        for context in c.contexts:
-            # A model that cannot go on from a state reads a text whole.
-            whole = context == "stateful" and not subject.can_resume
-            segment = edges[-1] if whole else train_length
-            nats[context] = position_losses(subject, texts, edges, segment, context, config.batch_size, work)
-        return extrapolation(nats, edges, train_length)
+        batch_size = self.config.batch_size
+        for name in self.config.extrapolation.contexts:
+            # A model that does not accept a state must read a text at once.
+            segment = self.edges[-1] if name == "stateful" and not self.model.accepts_state else self.train_length
+            nats[name] = losses_by_bucket(self.model, self.texts, self.edges, segment, name, batch_size, context)
+        return build_results(nats, self.edges, self.train_length)
 
-    return Job(
-        settings={
-            "data": str(tokens.folder),
-            "data_fingerprint": tokens.fingerprint,
-            **dataclasses.asdict(c),
-            "train_length": train_length,
-        },
-        run=run,
-        total=len(c.contexts) * sum(reach(len(text), edges) for text in texts),
-        summary=summary,
-        plots=lambda record, folder: [
+    def summarize(self, results: dict) -> list[str]:
+        lines = []
+        for name, found in results["contexts"].items():
+            ratios = ", ".join(f"{r['ratio']:.3f} at {n}x" for n, r in found["ratios"].items() if r["documents"])
+            lines.append(f"{name}: perplexity relative to that at the training length: {ratios or 'nothing beyond it'}")
+            if empty := [bucket for bucket in found["buckets"] if bucket["documents"] == 0]:
+                lines.append(f"no document fills the {len(empty)} buckets from position {empty[0]['start']} on")
+        return lines
+
+    def metrics(self, results: dict) -> dict[str, float | None]:
+        """Return the ratios of the first context."""
+        first = next(iter(results["contexts"].values()))
+        return {f"{n}x": ratio["ratio"] for n, ratio in first["ratios"].items()}
+
+    def plot(self, record: dict, folder: Path) -> list[Path]:
+        return [
             *plot_extrapolation([record], folder / "extrapolation.png"),
             *plot_ratios([record], folder / "extrapolation_ratio.png"),
-        ],
-        metrics=metrics,
-    )
+        ]
 
 
-def summary(results: dict) -> list[str]:
-    lines = []
-    for context, found in results["contexts"].items():
-        ratios = ", ".join(f"{r['ratio']:.3f} at {n}x" for n, r in found["ratios"].items() if r["documents"])
-        lines.append(f"{context}: perplexity relative to that at the training length: {ratios or 'nothing beyond it'}")
-        if empty := [b for b in found["buckets"] if b["documents"] == 0]:
-            lines.append(f"no document fills the {len(empty)} buckets from position {empty[0]['start']} on")
-    return lines
+# --------------------------------------------------------------------------------------------------------- results
 
 
-def metrics(results: dict) -> dict[str, float | None]:
-    """The first context's ratios."""
-    context = next(iter(results["contexts"].values()))
-    return {f"{n}x": r["ratio"] for n, r in context["ratios"].items()}
+def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) -> dict:
+    """Return the results of `losses_by_bucket`. Warn when the buckets end before ten training lengths.
 
+    Args:
+        nats: {context: nats of each text in each bucket, [texts, buckets]}
 
-def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) -> dict:
-    """The record of what `position_losses` found: nats by context, each [texts, buckets].
-
-    Returns `train_length` and, for each context in `contexts`: `buckets`, in order, each with `start` and `end`
-    (positions start < p <= end, the first predicted token of a text being at 1), what `perplexity.summarise` gives
-    over the texts that fill it, and counts of these `documents` and their `tokens`. A bucket that no text fills has
-    counts of 0 and None for the rest. `ratios` {"2": ..., "4": ...}: the bucket at n training lengths over that at
-    one, `ratio` with `low` and `high` one standard error away, of the `documents` that fill both: the errors are those
-    of paired differences. With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at
-    the same position: below 1 where the carried state helps.
-
-    Warns when the edges end before ten training lengths.
+    Returns:
+        `train_length` and, for each context in `contexts`:
+            `buckets`, in order: `start` and `end`, for positions start < p <= end where a text's first predicted token
+                is at position 1; `summarize_losses` over the texts that fill the bucket; the number of these
+                `documents` and of their `tokens` in it.
+            `ratios`, {"2": ..., "4": ...}: the perplexity at n training lengths over that at one, as of
+                `summarize_ratio`.
+        With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at the same position:
+        below 1 where long memory helps.
     """
     if edges[-1] < 10 * train_length:
         warnings.warn(
@@ -118,138 +124,191 @@ def extrapolation(nats: dict[str, Tensor], edges: list[int], train_length: int) 
             f"for ten times, write extrapolation.max_length={10 * train_length}",
             stacklevel=2,
         )
-    first = bucket_of(train_length, edges)
-    at = {n: bucket_of(n * train_length, edges) for n in multiples(edges[-1] // train_length)}
-    result = {"train_length": train_length, "contexts": {}}
-    for context, x in nats.items():
-        result["contexts"][context] = {
-            "buckets": [bucket(x[:, i], a, b) for i, (a, b) in enumerate(pairwise(edges))],
-            "ratios": {str(n): ratio(x[:, i] - x[:, first]) for n, i in at.items()},
+    first = bucket_index(train_length, edges)
+    index_of = {n: bucket_index(n * train_length, edges) for n in length_multiples(edges[-1] // train_length)}
+    results = {"train_length": train_length, "contexts": {}}
+    for name, losses in nats.items():
+        results["contexts"][name] = {
+            "buckets": [summarize_bucket(losses[:, i], *bounds) for i, bounds in enumerate(pairwise(edges))],
+            "ratios": {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()},
         }
     if {"stateful", "reset"} <= nats.keys():
-        gained = nats["stateful"] - nats["reset"]
-        result["stateful_over_reset"] = {str(n): ratio(gained[:, i]) for n, i in at.items()}
-    return result
+        gain = nats["stateful"] - nats["reset"]
+        results["stateful_over_reset"] = {str(n): summarize_ratio(gain[:, i]) for n, i in index_of.items()}
+    return results
 
 
-def bucket(nats: Tensor, start: int, end: int) -> dict:
-    """nats [texts], nan of a text that does not fill the bucket."""
+def summarize_bucket(nats: Tensor, start: int, end: int) -> dict:
+    """Return the record of one bucket. nats: [texts], NaN of a text that does not fill it."""
     filled = nats[~nats.isnan()]
     counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
-    return {"start": start, "end": end, **summarise(filled), **counts}
+    return {"start": start, "end": end, **summarize_losses(filled), **counts}
 
 
-def ratio(differences: Tensor) -> dict:
-    """exp of the mean of differences in nats [texts], nan left out."""
-    filled = differences[~differences.isnan()]
-    s = summarise(filled)
-    found = {"ratio": s["perplexity"], "low": s["perplexity_low"], "high": s["perplexity_high"]}
-    return {**found, "documents": len(filled)}
+def summarize_ratio(differences: Tensor) -> dict:
+    """Return the ratio of two perplexities from the differences in nats of the same texts, [texts].
+
+    Returns:
+        `ratio`, with `low` and `high` one standard error of the paired differences away, and the number of `documents`
+        of which both are known: differences that are not NaN.
+    """
+    known = differences[~differences.isnan()]
+    summary = summarize_losses(known)
+    return {
+        "ratio": summary["perplexity"],
+        "low": summary["perplexity_low"],
+        "high": summary["perplexity_high"],
+        "documents": len(known),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def position_losses(
-    model, texts: Sequence[np.ndarray], edges: list[int], segment: int, context: str, batch_size: int, work: Work
+def losses_by_bucket(
+    model: EvalModel,
+    texts: Sequence[np.ndarray],
+    edges: list[int],
+    segment: int,
+    context_name: str,
+    batch_size: int,
+    context: EvalContext,
 ) -> Tensor:
-    """Mean nats of each text in each bucket: float64 [texts, len(edges) - 1] on the CPU, nan where it does not fill it.
+    """Return the mean nats of each text in each bucket that it fills.
 
-    model: anything with `device` and `score(input_ids, targets, state) -> (nats, state)`. A text is read to the end of
-    the last bucket that it fills. Texts that go equally far are read together, `batch_size` at a time, a batch a
-    process. Raises ValueError when a text fills no bucket, RunError where losses are no numbers.
+    Texts that fill as many buckets are read together, `batch_size` at a time, each rank another batch.
+
+    Args:
+        texts: Token ids of each. A text is read to the end of the last bucket that it fills.
+        edges: The buckets' edges, as of `bucket_edges`.
+        segment: Tokens read at once.
+        context_name: One of options.Context.
+
+    Returns:
+        float64 [texts, len(edges) - 1] on the CPU; NaN where a text does not fill the bucket.
+
+    Raises:
+        ValueError: A text fills no bucket.
+        RunError: Some losses are not finite.
     """
-    reaches = np.array([reach(len(text), edges) for text in texts])
-    if (reaches == 0).any():
-        short = int(reaches.argmin())
+    last_edges = np.array([last_filled_edge(len(text), edges) for text in texts])
+    if (last_edges == 0).any():
+        short = int(last_edges.argmin())
         raise ValueError(f"texts: number {short} has fewer than {edges[1] + 1} tokens: it fills no bucket")
-    order = np.argsort(-reaches, kind="stable")
+    order = np.argsort(-last_edges, kind="stable")
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-    def losses(batch: np.ndarray) -> list[list[float]]:
-        return batch_losses(model, [texts[i] for i in batch], edges, segment, context, work.advance)
+    def compute_round(round_batches: list[np.ndarray]) -> list[list[list[float]]]:
+        """Return the losses of one batch of each rank."""
+        return context.gather(
+            [
+                read_batch(model, [texts[i] for i in batch], edges, segment, context_name, context.advance)
+                for batch in context.share(round_batches)
+            ]
+        )
 
     nats = torch.full((len(texts), len(edges) - 1), math.nan, dtype=torch.float64)
-    for first in range(0, len(batches), work.world):
-        found = batches[first : first + work.world]
-        chosen = np.concatenate(found).tolist()
-        rows = work.part(f"{context} {chosen}", lambda: work.gather([losses(b) for b in work.mine(found)]))  # noqa: B023
-        for i, row in zip(chosen, chain.from_iterable(rows), strict=True):
+    for first in range(0, len(batches), context.world_size):
+        round_batches = batches[first : first + context.world_size]
+        indices = np.concatenate(round_batches).tolist()
+        rows = context.load_or_compute(f"{context_name} {indices}", partial(compute_round, round_batches))
+        for i, row in zip(indices, chain.from_iterable(rows), strict=True):
             nats[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
     return nats
 
 
-def batch_losses(
-    model, texts: Sequence[np.ndarray], edges: list[int], segment: int, context: str, advance: Callable[[int], object]
+def read_batch(
+    model: EvalModel,
+    texts: Sequence[np.ndarray],
+    edges: list[int],
+    segment: int,
+    context_name: str,
+    advance: Callable[[int], object],
 ) -> list[list[float]]:
-    """Of each text its mean nats in the buckets that it fills. Raises RunError where one is not finite."""
-    ends = [reach(len(text), edges) for text in texts]
+    """Return the mean nats of each text in the buckets that it fills. Raise RunError where they are not finite."""
+    ends = [last_filled_edge(len(text), edges) for text in texts]
     total = torch.zeros(len(texts), len(edges) - 1, dtype=torch.float64, device=model.device)
     state = None
-    for begin, scored, stop in spans(max(ends), segment, context):
-        rows, live = segment_rows(texts, ends, begin, scored, stop)
-        inputs, targets = rows[:, :-1].to(model.device), rows[:, 1:].masked_fill(~live, IGNORE_INDEX).to(model.device)
-        losses, state = model.score(inputs, targets, state if context == "stateful" else None)
-        buckets = np.searchsorted(edges, np.arange(begin, stop), side="right") - 1
+    for span in iterate_spans(max(ends), segment, context_name):
+        rows, is_scored = load_span(texts, ends, span)
+        inputs = rows[:, :-1].to(model.device)
+        targets = rows[:, 1:].masked_fill(~is_scored, IGNORE_INDEX).to(model.device)
+        is_continued = context_name == "stateful" and span.stop < max(ends)
+        losses, state = model.score_tokens(inputs, targets, state, return_state=is_continued)
+        if not is_continued:
+            state = None
+        buckets = np.searchsorted(edges, np.arange(span.start, span.stop), side="right") - 1
         total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())
-        advance(int(live.sum()))
+        advance(int(is_scored.sum()))
     means = total.cpu() / torch.tensor(np.diff(edges))
-    if broken := (~means.isfinite()).any(0).nonzero().flatten().tolist():
-        at = edges[broken[0]]
+    if overflows := (~means.isfinite()).any(0).nonzero().flatten().tolist():
+        edge = edges[overflows[0]]
         raise RunError(
-            f"context {context}: from a position after {at} on the losses are not finite: the model's state or logits "
-            f"overflow there; extrapolation.max_length={at} reads what is before"
+            f"context {context_name}: the losses after position {edge} are not finite: the model's state or logits "
+            f"overflow there; extrapolation.max_length={edge} evaluates the positions before"
         )
     return [row[: edges.index(end)].tolist() for row, end in zip(means, ends, strict=True)]
 
 
-def spans(length: int, segment: int, context: str) -> Iterator[tuple[int, int, int]]:
-    """(begin, scored, stop): the model reads inputs [begin, stop), and of their targets those from `scored` count."""
-    if context != "sliding_window":
-        yield from ((a, a, min(a + segment, length)) for a in range(0, length, segment))
+class Span(NamedTuple):
+    """Input positions [start, stop) that are read at once. Targets are scored from `first_scored` on."""
+
+    start: int
+    first_scored: int
+    stop: int
+
+
+def iterate_spans(length: int, segment: int, context_name: str) -> Iterator[Span]:
+    """Yield the spans by which `length` positions are read. Each position is scored once."""
+    if context_name != "sliding_window":
+        for start in range(0, length, segment):
+            yield Span(start, start, min(start + segment, length))
         return
-    yield 0, 0, min(segment, length)
+    yield Span(0, 0, min(segment, length))
     stride = max(1, segment // 2)
-    for a in range(segment, length, stride):
-        stop = min(a + stride, length)
-        yield stop - segment, a, stop
+    for first_scored in range(segment, length, stride):
+        stop = min(first_scored + stride, length)
+        yield Span(stop - segment, first_scored, stop)
 
 
-def segment_rows(
-    texts: Sequence[np.ndarray], ends: Sequence[int], begin: int, scored: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens [begin, stop + 1) of each text, int64 [texts, ...], zeros past its end; and which targets count."""
-    rows = np.zeros((len(texts), stop + 1 - begin), dtype=np.int64)
+def load_span(texts: Sequence[np.ndarray], ends: Sequence[int], span: Span) -> tuple[Tensor, Tensor]:
+    """Return the span's tokens and the one after it, int64 [texts, T + 1], and which targets are scored, [texts, T].
+
+    Tokens past a text's end are 0; targets past its entry in `ends` are not scored.
+    """
+    rows = np.zeros((len(texts), span.stop + 1 - span.start), dtype=np.int64)
     for row, text in zip(rows, texts, strict=True):
-        piece = text[begin : stop + 1]
+        piece = text[span.start : span.stop + 1]
         row[: len(piece)] = piece
-    positions = np.arange(begin, stop)
-    live = (positions >= scored) & (positions < np.array(ends)[:, None])
-    return torch.from_numpy(rows), torch.from_numpy(live)
+    positions = np.arange(span.start, span.stop)
+    is_scored = (positions >= span.first_scored) & (positions < np.array(ends)[:, None])
+    return torch.from_numpy(rows), torch.from_numpy(is_scored)
 
 
-def furthest_documents(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
-    """The `count` documents of a split that fill most buckets, in order; the first of those that fill as many.
+def load_longest_documents(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
+    """Return the `count` documents of a split that fill most buckets, in the split's order; None: all that fill one.
 
-    So where enough documents reach the end, every bucket is of the same documents; elsewhere the last buckets have
-    fewer, or none. ConfigError when no document fills a bucket.
+    Where enough documents reach the end, all buckets are of the same documents; elsewhere the last ones have fewer.
+
+    Raises:
+        ConfigError: No document fills a bucket.
     """
     lengths = tokens.document_lengths
-    reaches = np.array([reach(n, edges) for n in lengths])
-    order = np.argsort(-reaches, kind="stable")[:count]
-    chosen = sorted(int(i) for i in order if reaches[i])
-    if not chosen:
+    last_edges = np.array([last_filled_edge(n, edges) for n in lengths])
+    order = np.argsort(-last_edges, kind="stable")[:count]
+    indices = sorted(int(i) for i in order if last_edges[i])
+    if not indices:
         longest = ", ".join(map(str, np.sort(lengths)[::-1][:3])) or "none"
         raise ConfigError(
             f"evals=[extrapolation]: no document of the split {tokens.split} of {tokens.folder} has the "
             f"{edges[1] + 1} tokens that fill one bucket (the longest have {longest}); write a smaller "
             "extrapolation.bucket, or prepare longer documents"
         )
-    return [tokens.read_document(i) for i in chosen]
+    return [tokens.read_document(i) for i in indices]
 
 
-def blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
-    """The first `count` blocks of a split, its documents end to end, that fill every bucket."""
+def load_blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
+    """Return the first `count` blocks of a split's documents, end to end, of the length of all buckets; None: all."""
     try:
         windows = Windows(tokens, edges[-1])
     except ValueError as error:
@@ -261,26 +320,26 @@ def blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.nda
 
 
 def bucket_edges(train_length: int, max_length: int, width: int | None = None) -> list[int]:
-    """Every `width` tokens from 0 to max_length, less a last incomplete bucket; None: every half training length.
+    """Return 0, width, 2 width, ... up to max_length, without a last incomplete bucket. None: half a training length.
 
-    An odd one's halves differ by a token, so that every multiple of it is an edge.
+    Half of an odd training length alternates between two integers, so that every multiple of it is an edge.
     """
     if width is not None:
         return list(range(0, max_length + 1, width))
     return sorted({k * train_length // 2 for k in range(2 * max_length // train_length + 1)})
 
 
-def reach(tokens: int, edges: list[int]) -> int:
-    """The last edge that a text of so many tokens, the first of which is no target, fills: 0 for none."""
+def last_filled_edge(tokens: int, edges: list[int]) -> int:
+    """Return the last edge that a text of `tokens` tokens reaches, or 0. Its first token is not a target."""
     return edges[max(0, int(np.searchsorted(edges, tokens - 1, side="right")) - 1)]
 
 
-def bucket_of(position: int, edges: list[int]) -> int:
-    """Which bucket holds a position: start < position <= end."""
+def bucket_index(position: int, edges: list[int]) -> int:
+    """Return the index of the bucket with start < position <= end."""
     return int(np.searchsorted(edges, position, side="left")) - 1
 
 
-def multiples(largest: int) -> list[int]:
-    """2, 4, 8, 10, 16, 20, 32, 40, ... up to `largest`, and that."""
+def length_multiples(largest: int) -> list[int]:
+    """Return 2, 4, 8, 10, 16, 20, 32, 40, ... up to `largest`, and `largest`."""
     series = {base * 2**k for base in (2, 10) for k in range(largest.bit_length())} | {largest}
     return sorted(n for n in series if 2 <= n <= largest)

@@ -4,54 +4,63 @@ import dataclasses
 
 import torch
 
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Job, Work
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.options import EvalConfig, GenerateConfig
 from glalm.train.random_states import seeded
 
 
-def job(subject: Subject, config: EvalConfig) -> Job:
-    c = config.generate
-    subject.need_tokenizer("generate")
-    return Job(
-        settings={**dataclasses.asdict(c), "seed": config.seed},
-        run=lambda work: samples(subject, c, config.seed, work),
-        total=len(c.prompts) * c.tokens,
-        summary=lambda texts: [f"--- {t['prompt']}{t['continuation']}" for t in texts],
-    )
+class GenerateEvaluator(Evaluator):
+    """Continuations of `generate.prompts`."""
+
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        super().__init__(model, config)
+        model.require_tokenizer("generate")
+        self.settings = {**dataclasses.asdict(config.generate), "seed": config.seed}
+        self.total_units = len(config.generate.prompts) * config.generate.tokens
+
+    def run(self, context: EvalContext) -> list[dict[str, str]]:
+        return sample_continuations(self.model, self.config.generate, self.config.seed, context)
+
+    def summarize(self, results: list[dict[str, str]]) -> list[str]:
+        return [f"--- {text['prompt']}{text['continuation']}" for text in results]
 
 
-def samples(subject: Subject, config: GenerateConfig, seed: int, work: Work) -> list[dict[str, str]]:
-    """[{"prompt", "continuation"}] for config.prompts, at most config.tokens tokens each, ended early by eos.
+def sample_continuations(
+    model: EvalModel, options: GenerateConfig, seed: int, context: EvalContext
+) -> list[dict[str, str]]:
+    """Return [{"prompt", "continuation"}] of all prompts.
 
-    Every prompt starts as a document does. Each is drawn by a seed of its own, seed + its number, so that the same seed
-    gives the same text on the same device however many processes there are; the global random state is left as it was.
+    A prompt starts as a document does. Its continuation has at most `options.tokens` tokens and ends at EOS. Prompt i
+    is sampled with seed + i, so that a text does not depend on the number of processes. Random states are restored.
     """
     texts = []
-    for i, prompt in work.mine(enumerate(config.prompts)):
-        with seeded(seed + i, subject.device):
-            texts.append({"prompt": prompt, "continuation": continuation(subject, config, prompt)})
-        work.advance(config.tokens)
-    return work.gather(texts)
+    for i, prompt in context.share(enumerate(options.prompts)):
+        with seeded(seed + i, model.device):
+            texts.append({"prompt": prompt, "continuation": sample_continuation(model, options, prompt)})
+        context.advance(options.tokens)
+    return context.gather(texts)
 
 
-def continuation(subject: Subject, config: GenerateConfig, prompt: str) -> str:
-    """One continuation, drawn from torch's global random state."""
-    tokenizer = subject.tokenizer
-    unspellable = list(range(tokenizer.vocab_size, subject.vocab_size))  # a model may have room for more tokens
-    start = [*subject.start, *tokenizer.encode(prompt)] or [tokenizer.eos_id]  # a document follows another's end
-    input_ids = torch.tensor([start], device=subject.device)
-    output = subject.model.generate(
+def sample_continuation(model: EvalModel, options: GenerateConfig, prompt: str) -> str:
+    """Return one continuation, sampled from torch's global random state."""
+    tokenizer = model.tokenizer
+    # The embedding may have more rows than the tokenizer has tokens.
+    unused_ids = list(range(tokenizer.vocab_size, model.vocab_size))
+    # An empty prompt without BOS starts from EOS, since a document follows the end of another.
+    start = [*model.document_prefix, *tokenizer.encode(prompt)] or [tokenizer.eos_id]
+    input_ids = torch.tensor([start], device=model.device)
+    output = model.causal_lm.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=True,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=0,  # transformers cuts to the 50 likeliest unless told not to
-        max_new_tokens=config.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=0,  # transformers would otherwise sample from the 50 likeliest tokens.
+        max_new_tokens=options.tokens,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id,
-        suppress_tokens=unspellable or None,
+        suppress_tokens=unused_ids or None,
     )
     # A tokenizer may drop the space that a text starts with, so the continuation is not decoded by itself.
     return tokenizer.decode(output[0].tolist())[len(tokenizer.decode(start)) :]

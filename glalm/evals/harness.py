@@ -1,11 +1,12 @@
-"""Tasks of lm-evaluation-harness (Gao et al., zenodo.org/records/12608602), scored in batches of our own."""
+"""Tasks of lm-evaluation-harness (Gao et al., zenodo.org/records/12608602), scored in our own batches."""
 
 import dataclasses
 import importlib.metadata
 import logging
 import math
 import os
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,299 +22,343 @@ from lm_eval.tasks import TaskManager
 from transformers import StoppingCriteria
 
 from glalm.config.strict import ConfigError, require
-from glalm.data.tokenizer import Tokenizer
 from glalm.evals import local_tasks
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Job, Work
-from glalm.evals.likelihood import Answer, batches, carried, log_likelihoods, padded
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.likelihood import Answer, Choices, make_batches, pad_rows, score_choices, score_documents
 from glalm.evals.options import EvalConfig, HarnessConfig
 from glalm.evals.published import PAPER, RECALL, paper_table
-from glalm.evals.result_files import scores
+from glalm.evals.result_files import select_scores
 from glalm.train.random_states import seeded
 
-# Standard errors are resampled here, not in processes that the harness forks: these would inherit train.py's handler of
-# SIGTERM, by which the harness ends them, and go on waiting, and it for them.
+# Standard errors must be bootstrapped in this process. lm-eval would fork workers and end them by SIGTERM; forked from
+# train.py, they would inherit its signal handler, ignore the signal, and wait forever, as would lm-eval.
 os.environ["DISABLE_MULTIPROC"] = "1"
 
-# Those of the GLA paper's table, and four more that are often reported.
+# The tasks of the GLA paper's table, and four more that are often reported.
 PAPER_TASKS = [*dict.fromkeys(task for task, _ in PAPER.values()), "copa", "openbookqa", "sciq", "boolq"]
 RECALL_TASKS = [task for task, _ in RECALL.values()]
-BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is no mean
-SAMPLING = ("temperature", "top_p", "top_k")  # where nothing is drawn, transformers warns of them
-DEFAULT_LENGTH = 2048  # where a model does not say, as in the harness
+BOOTSTRAP_ITERATIONS = 1000  # for the standard error of a metric that is not a mean
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")  # transformers warns of them where nothing is sampled
+DEFAULT_MAX_LENGTH = 2048  # tokens; the harness's default
 
 
-def paper_zero_shot(subject: Subject, config: EvalConfig) -> Job:
-    return job("paper_zero_shot", PAPER_TASKS, subject, config)
+class HarnessEvaluator(Evaluator):
+    """Scores of a list of the harness's tasks, groups and tags."""
+
+    name = "zero_shot"
+    unit = "tasks"
+
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        super().__init__(model, config)
+        options = config.harness
+        data_dir = config.data_dir
+        tokenizer = model.require_tokenizer(self.name)
+        max_length = options.max_length or model.train_length or DEFAULT_MAX_LENGTH
+        model.require_length(max_length, "harness.max_length")
+        require(
+            tokenizer.vocab_size <= model.vocab_size,
+            f"evals=[{self.name}]: the tokenizer has {tokenizer.vocab_size} tokens, {model.name} only "
+            f"{model.vocab_size}",
+        )
+        require(
+            not options.stateful or (model.accepts_state and model.max_length is None),
+            f"harness.stateful: {model.name} cannot read a text of any length in parts; write harness.stateful=false",
+        )
+        require(data_dir is None or Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
+        self.max_length = max_length
+        self.tasks = self.list_tasks(options)
+        self.total_units = len(self.tasks)
+        self.settings = dataclasses.asdict(options) | {
+            "tasks": self.tasks,
+            "max_length": max_length,
+            "lm_eval": importlib.metadata.version("lm-eval"),
+            "data": {
+                task: local_tasks.checksum_files(Path(data_dir), task) if data_dir else "hub" for task in self.tasks
+            },
+        }
+        del self.settings["batch_tokens"]  # It does not change the results.
+
+    def list_tasks(self, options: HarnessConfig) -> list[str]:
+        return options.tasks
+
+    def run(self, context: EvalContext) -> dict:
+        """Return {"tasks": {name: its metrics}, "missing": {name: reason}}, and the paper's table if it is complete."""
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        lm = HarnessLM(self.model, self.config.harness, self.max_length, context)
+        found = {}
+        missing = {}
+        with TemporaryDirectory() as folder:
+            manager = local_tasks.build_task_manager(self.config.data_dir, Path(folder))
+            for name in self.tasks:
+                try:
+                    found |= context.load_or_compute(name, partial(run_task, name, lm, manager, self.config.data_dir))
+                except ConfigError as error:
+                    missing[name] = str(error)
+        results = {"tasks": found, "missing": missing}
+        if all(task in found for task, _ in PAPER.values()):
+            results["table"] = paper_table(found)
+        return results
+
+    def summarize(self, results: dict) -> list[str]:
+        lines = []
+        for task, metrics in results["tasks"].items():
+            scores = []
+            for name, value in select_scores(metrics).items():
+                error = metrics.get(f"{name}_stderr")
+                scores.append(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+            lines.append(f"{task}: {', '.join(scores)}")
+        lines += [f"{task}: not evaluated: {reason}" for task, reason in results["missing"].items()]
+        if "table" in results:
+            row = ", ".join(f"{name} {x:.2f}" for name, x in results["table"].items() if x is not None)
+            lines.append(f"the paper's table: {row}")
+        return lines
+
+    def metrics(self, results: dict) -> dict[str, float]:
+        """Return {"piqa/acc": ...}: every metric of every task, without its standard error."""
+        values = {}
+        for task, metrics in results["tasks"].items():
+            values |= {f"{task}/{name}": value for name, value in select_scores(metrics).items()}
+        return values
 
 
-def zero_shot(subject: Subject, config: EvalConfig) -> Job:
-    return job("zero_shot", config.harness.tasks, subject, config)
+class PaperZeroShotEvaluator(HarnessEvaluator):
+    """The zero-shot tasks of the GLA paper."""
+
+    name = "paper_zero_shot"
+
+    def list_tasks(self, options: HarnessConfig) -> list[str]:
+        return PAPER_TASKS
 
 
-def recall(subject: Subject, config: EvalConfig) -> Job:
-    return job("recall", RECALL_TASKS, subject, config)
+class RecallEvaluator(HarnessEvaluator):
+    """The recall-intensive tasks of the GLA paper."""
 
+    name = "recall"
 
-def job(name: str, tasks: list[str], subject: Subject, config: EvalConfig) -> Job:
-    options, data_dir = config.harness, config.data_dir
-    tokenizer = subject.need_tokenizer(name)
-    length = options.max_length or subject.train_length or DEFAULT_LENGTH
-    subject.need_length(length, "harness.max_length")
-    require(
-        tokenizer.vocab_size <= subject.vocab_size,
-        f"evals=[{name}]: the tokenizer has {tokenizer.vocab_size} tokens, {subject.name} only {subject.vocab_size}",
-    )
-    require(
-        not options.stateful or (subject.can_resume and subject.max_length is None),
-        f"harness.stateful: {subject.name} cannot read on from a state without end; write harness.stateful=false",
-    )
-    require(data_dir is None or Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
-    settings = dataclasses.asdict(options) | {
-        "tasks": tasks,
-        "max_length": length,
-        "lm_eval": importlib.metadata.version("lm-eval"),
-        "data": {task: local_tasks.checksums(Path(data_dir), task) if data_dir else "hub" for task in tasks},
-    }
-    del settings["batch_tokens"]  # which changes no result
-    return Job(
-        settings=settings,
-        run=lambda work: run_tasks(tasks, HarnessLM(subject, tokenizer, options, length, work), data_dir),
-        total=len(tasks),
-        unit="tasks",
-        summary=summary,
-        metrics=numbers,
-    )
-
-
-def run_tasks(tasks: list[str], lm: "HarnessLM", data_dir: str | None) -> dict:
-    """{"tasks": {name: its metrics}, "missing": {name: why}}, and where all of it is there, the paper's table."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    found, missing = {}, {}
-    with TemporaryDirectory() as folder:
-        manager = local_tasks.task_manager(data_dir, Path(folder))
-        for name in tasks:
-            try:
-                found |= lm.work.part(name, lambda name=name: run_task(name, lm, manager, data_dir))
-            except ConfigError as error:
-                missing[name] = str(error)
-    results = {"tasks": found, "missing": missing}
-    if all(task in found for task, _ in PAPER.values()):
-        results["table"] = paper_table(found)
-    return results
+    def list_tasks(self, options: HarnessConfig) -> list[str]:
+        return RECALL_TASKS
 
 
 def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | None) -> dict:
-    """{task: its metrics} of a task, a group or a tag. Raises ConfigError, on all processes, if it cannot be had."""
-    local_tasks.check(manager, name, data_dir)
-    loaded, problem = None, None
+    """Return {task: its metrics} of a task, or of all tasks of a group or a tag.
+
+    Raises:
+        ConfigError: On all ranks, where the task is unknown or one rank cannot read its data.
+    """
+    local_tasks.check_task(manager, name, data_dir)
+    loaded = None
+    problem = None
     try:
         loaded = manager.load([name])
-    except Exception as error:  # of the hub, of the data set's reader, of the task's own code
+    except Exception as error:  # The hub, the data set's reader and the task's own code raise their own.
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if any(problems := lm.work.gather([problem])):
+    if any(problems := lm.context.gather([problem])):
         where = f"in data_dir={data_dir}" if data_dir else "from the hub (with data_dir=FOLDER it is read from there)"
         raise ConfigError(f"its data cannot be read {where}: {next(filter(None, problems))}")
     for task in loaded["tasks"].values():
         set_fewshot(task, lm.options.num_fewshot)
-    # Every process builds all requests and shares out only the model's work, so that there is one harness to the eye.
-    limit = lm.options.limit
-    # What a task samples does not depend on those before it, which a killed evaluator does not run again.
-    with seeded(DEFAULT_OTHER_SEED + lm.work.rank, lm.subject.device):
-        found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
-    return {task: metrics(task, found) for task in found["results"]}
+    # lm-eval runs on every rank as if it were alone: HarnessLM shares out the model's work. The seed is set for each
+    # task, because a resumed evaluation skips the tasks before it.
+    with seeded(DEFAULT_OTHER_SEED + lm.context.rank, lm.model.device):
+        output = evaluator.evaluate(
+            lm, loaded, limit=lm.options.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False
+        )
+    return {task: collect_metrics(task, output) for task in output["results"]}
 
 
-def set_fewshot(task: Task, wanted: int | None) -> None:
-    """As the harness's command line does: a task that has none by its own config keeps none."""
+def set_fewshot(task: Task, num_fewshot: int | None) -> None:
+    """Set the number of examples as lm-eval's command line does: a task that sets 0 itself keeps 0."""
     own = task.get_config("num_fewshot")
-    if wanted is not None and own != 0:
-        task.set_config(key="num_fewshot", value=wanted)
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def metrics(task: str, found: dict) -> dict:
-    """What the harness found on a task: {"acc": ..., "acc_stderr": ..., "samples": ..., "num_fewshot", "version"}."""
-    values = {}
-    for key, value in found["results"][task].items():
-        name, _, kind = key.partition(",")
-        if isinstance(value, (int, float)) and kind:
-            metric, error, _ = name.partition("_stderr")
-            label = metric if kind == "none" else f"{metric} ({kind})"
-            values[label + error] = float(value) if math.isfinite(value) else None
-    return values | {
-        "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
-        "num_fewshot": found.get("n-shot", {}).get(task),
-        "version": found.get("versions", {}).get(task),
+def collect_metrics(task: str, output: dict) -> dict:
+    """Return {"acc": ..., "acc_stderr": ..., "samples", "num_fewshot", "version"} of a task in lm-eval's output."""
+    metrics = {}
+    for key, value in output["results"][task].items():
+        name, _, filter_name = key.partition(",")
+        if isinstance(value, (int, float)) and filter_name:
+            metric, suffix, _ = name.partition("_stderr")
+            label = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            metrics[label + suffix] = float(value) if math.isfinite(value) else None
+    return metrics | {
+        "samples": output.get("n-samples", {}).get(task, {}).get("effective"),
+        "num_fewshot": output.get("n-shot", {}).get(task),
+        "version": output.get("versions", {}).get(task),
     }
 
 
-def numbers(results: dict) -> dict[str, float]:
-    """{"piqa/acc": ...}: every metric of every task, without its error."""
-    return {f"{task}/{name}": x for task, found in results["tasks"].items() for name, x in scores(found).items()}
-
-
-def summary(results: dict) -> list[str]:
-    lines = []
-    for task, found in results["tasks"].items():
-        shown = [
-            f"{name} {value:.4g}" + (f" ± {found[error]:.2g}" if (error := f"{name}_stderr") in found else "")
-            for name, value in scores(found).items()
-        ]
-        lines.append(f"{task}: {', '.join(shown)}")
-    lines += [f"{task}: not evaluated: {why}" for task, why in results["missing"].items()]
-    if "table" in results:
-        lines.append(
-            "the paper's table: " + ", ".join(f"{k} {v:.2f}" for k, v in results["table"].items() if v is not None)
-        )
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------- the harness's model
+# ---------------------------------------------------------------------------------------------- lm-eval's interface
 
 
 class HarnessLM(TemplateLM):
-    """A Subject as the harness sees it: one process, whatever their number; they share each call's requests.
+    """An EvalModel in lm-eval's interface. lm-eval sees one process; each call's requests are shared by all ranks.
 
-    A text begins with the ids that the model's documents begin with. Those before a text are never scored.
+    A text begins with the model's document prefix. A prefix is never scored.
     """
 
-    def __init__(self, subject: Subject, tokenizer: Tokenizer, options: HarnessConfig, max_length: int, work: Work):
+    def __init__(self, model: EvalModel, options: HarnessConfig, max_length: int, context: EvalContext):
         super().__init__()
-        self.subject, self.codec, self.options = subject, tokenizer, options
-        self.max_length, self.work = max_length, work
-        self.batch_tokens = options.batch_tokens or (65536 if subject.device.type == "cuda" else 2048)
-        self._ids = lru_cache(maxsize=256)(lambda text: tuple(tokenizer.encode(text)))  # a question's choices share it
+        self.model = model
+        self.options = options
+        self.max_length = max_length
+        self.context = context
+        self.batch_tokens = options.batch_tokens or (65536 if model.device.type == "cuda" else 2048)
+        # The choices of a question share their text.
+        self._encode = lru_cache(maxsize=256)(lambda text: tuple(model.tokenizer.encode(text)))
 
     @property
     def eot_token_id(self) -> int:
-        return self.codec.eos_id
+        return self.model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self.codec.bos_id
+        return self.model.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        start = () if add_special_tokens is False else self.subject.start
-        return [*start, *self._ids(string)]
+        prefix = () if add_special_tokens is False else self.model.document_prefix
+        return [*prefix, *self._encode(string)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        together: dict[str, list[int]] = {}
+        """Return an answer for each request (context, continuation). Requests of one context go to one rank."""
+        by_context: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            together.setdefault(request.args[0], []).append(i)
-        order = sorted(together.values(), key=lambda ids: -len(requests[ids[0]].args[0]))
-        mine = self.work.mine(order)
-        found = iter(super().loglikelihood([requests[i] for ids in mine for i in ids], disable_tqdm=True))
-        return _in_order(order, self.work.gather([[next(found) for _ in ids] for ids in mine]))
+            by_context.setdefault(request.args[0], []).append(i)
+        groups = sorted(by_context.values(), key=lambda indices: -len(requests[indices[0]].args[0]))
+        share = self.context.share(groups)
+        flat = [requests[i] for indices in share for i in indices]
+        answers = iter(super().loglikelihood(flat, disable_tqdm=True))
+        share_answers = [[next(answers) for _ in indices] for indices in share]
+        return restore_order(groups, self.context.gather(share_answers))
 
     def _loglikelihood_tokens(self, requests: list, **_) -> list[Answer]:
-        # Of any process: every one has to raise, or the others would wait for it.
-        longest = max(self.work.gather([max((len(c) for _, _, c in requests), default=0)]))
+        """Score the requests (texts, context ids, continuation ids) of this rank."""
+        # The longest of all ranks counts: if only one rank raised, the others would wait for it.
+        longest = max(self.context.gather([max((len(tokens) for _, _, tokens in requests), default=0)]))
         require(
             longest <= self.max_length,
             f"harness.max_length={self.max_length} is less than the {longest} tokens of an answer to score; "
             f"write harness.max_length={longest} or more",
         )
-        contexts: dict[tuple[int, ...], list[int]] = {}
+        by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
-            contexts.setdefault(tuple(context), []).append(i)
-        groups = [(list(context), [requests[i][2] for i in ids]) for context, ids in contexts.items()]
-        return _in_order(contexts.values(), self._score(groups))
+            by_context.setdefault(tuple(context), []).append(i)
+        groups = [Choices(list(context), [requests[i][2] for i in ids]) for context, ids in by_context.items()]
+        return restore_order(by_context.values(), self._score(groups))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood in nats of each text: in lm-eval's windows, or with options.stateful in full."""
         documents = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         if self.options.stateful:
-            mine = self.work.mine(documents)
-            return self.work.gather(
-                carried(self.subject, mine, self.prefix_token_id, self.max_length, self.batch_tokens)
+            share = self.context.share(documents)
+            return self.context.gather(
+                score_documents(self.model, share, self.prefix_token_id, self.max_length, self.batch_tokens)
             )
-        windows = [(i, window) for i, document in enumerate(documents) for window in self._windows(document)]
-        mine = self.work.mine(windows)
-        found = self.work.gather([answers[0][0] for answers in self._score([(c, [k]) for _, (c, k) in mine])])
+        windows = []
+        owners = []
+        for i, document in enumerate(documents):
+            document_windows = list(self._iterate_windows(document))
+            windows += document_windows
+            owners += [i] * len(document_windows)
+        answers = self._score([Choices(context, [tokens]) for context, tokens in self.context.share(windows)])
         totals = [0.0] * len(documents)
-        for (i, _), value in zip(windows, found, strict=True):
-            totals[i] += value
+        for i, nats in zip(owners, self.context.gather([answer.log_likelihood for [answer] in answers]), strict=True):
+            totals[i] += nats
         return totals
 
-    def _windows(self, document: list[int]):
-        """The harness's own: each token predicted once, each window after the first given one token before it."""
+    def _iterate_windows(self, document: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Return lm-eval's own windows: each token is predicted once, and a later window starts one token early."""
         windows = utils.get_rolling_token_windows(document, self.prefix_token_id, self.max_length, context_len=1)
         return map(utils.make_disjoint_window, windows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As the harness asks: up to a stop string, the end of the document or max_gen_toks tokens."""
+        """Continue each text up to a stop string, the end of the document or max_gen_toks tokens, as lm-eval asks."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
-        mine = self.work.mine(order)
-        alike = {repr(r.args[1]): normalize_gen_kwargs(r.args[1], 256) for r in requests}
-        most = max((options["max_gen_toks"] for options in alike.values()), default=0)
-        require(  # of all requests: every process has to raise, or the others would wait for it
-            most < self.max_length,
-            f"harness.max_length={self.max_length} leaves no room before the {most} tokens that a task generates; "
-            f"write harness.max_length={2 * most} or more",
+        share = self.context.share(order)
+        options_by_kind = {repr(r.args[1]): normalize_gen_kwargs(r.args[1], 256) for r in requests}
+        # The most of all requests counts: if only one rank raised, the others would wait for it.
+        max_new = max((options["max_gen_toks"] for options in options_by_kind.values()), default=0)
+        require(
+            max_new < self.max_length,
+            f"harness.max_length={self.max_length} leaves no room before the {max_new} tokens that a task generates; "
+            f"write harness.max_length={2 * max_new} or more",
         )
         texts = {}
-        for kind, options in alike.items():
-            ids, new = [i for i in mine if repr(requests[i].args[1]) == kind], options["max_gen_toks"]
-            contexts = {i: self.tok_encode(requests[i].args[0])[new - self.max_length :] for i in ids}
-            for batch in batches(ids, [len(contexts[i]) + new for i in ids], self.batch_tokens):
+        for kind, options in options_by_kind.items():
+            new = options["max_gen_toks"]
+            indices = [i for i in share if repr(requests[i].args[1]) == kind]
+            contexts = {i: self.tok_encode(requests[i].args[0])[new - self.max_length :] for i in indices}
+            for batch in make_batches(indices, [len(contexts[i]) + new for i in indices], self.batch_tokens):
                 texts |= zip(batch, self._generate([contexts[i] for i in batch], **options), strict=True)
-                self.work.advance(len(batch) / (len(mine) * self.work.world))
-        found = dict(zip(order, self.work.gather([texts[i] for i in mine]), strict=True))
-        return [found[i] for i in range(len(requests))]
+                self.context.advance(len(batch) / (len(share) * self.context.world_size))
+        all_texts = dict(zip(order, self.context.gather([texts[i] for i in share]), strict=True))
+        return [all_texts[i] for i in range(len(requests))]
 
     def _generate(
         self, contexts: list[list[int]], max_gen_toks: int, until: list[str], do_sample: bool, **options
     ) -> list[str]:
-        until = [text for text in until if text]
-        input_ids = padded(contexts, self.subject.device, left=True)
-        output = self.subject.model.generate(
+        stop_texts = [text for text in until if text]
+        device = self.model.device
+        input_ids = pad_rows(contexts, device, left=True)
+        length = input_ids.shape[1]
+        if not do_sample:
+            options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
+        output = self.model.causal_lm.generate(
             input_ids,
-            attention_mask=padded([[1] * len(ids) for ids in contexts], self.subject.device, left=True),
+            attention_mask=pad_rows([[1] * len(ids) for ids in contexts], device, left=True),
             max_new_tokens=max_gen_toks,
             do_sample=do_sample,
             eos_token_id=self.eot_token_id,
             pad_token_id=self.eot_token_id,
-            stopping_criteria=[UntilText(lambda ids: self._text(ids, input_ids.shape[1]), until)],
-            **(options if do_sample else {k: v for k, v in options.items() if k not in SAMPLING}),
+            stopping_criteria=[StopTexts(partial(self._decode_new, length=length), stop_texts)],
+            **options,
         )
-        texts = (self._text(row, input_ids.shape[1]) for row in output)
-        return [postprocess_generated_text(text, until, think_end_token=None) for text in texts]
+        texts = [self._decode_new(row, length) for row in output]
+        return [postprocess_generated_text(text, stop_texts, think_end_token=None) for text in texts]
 
-    def _text(self, ids: torch.Tensor, start: int) -> str:
-        """What ids [T] from `start` on add to the few before: a tokenizer may drop a text's first space."""
-        before = ids[max(0, start - 4) : start].tolist()
-        after = ids[start:].tolist()
-        if self.eot_token_id in after:
-            after = after[: after.index(self.eot_token_id)]
-        return self.codec.decode(before + after)[len(self.codec.decode(before)) :]
+    def _decode_new(self, ids: torch.Tensor, length: int) -> str:
+        """Return the text of ids [T] from position `length` to the end of the document."""
+        new = ids[length:].tolist()
+        if self.eot_token_id in new:
+            new = new[: new.index(self.eot_token_id)]
+        # A few tokens before are decoded with it, because a tokenizer may drop a text's first space.
+        before = ids[max(0, length - 4) : length].tolist()
+        return self.model.tokenizer.decode(before + new)[len(self.model.tokenizer.decode(before)) :]
 
-    def _score(self, groups: list) -> list[list[Answer]]:
-        total = sum(len(continuations) for _, continuations in groups) * self.work.world
+    def _score(self, groups: list[Choices]) -> list[list[Answer]]:
+        total = sum(len(group.continuations) for group in groups) * self.context.world_size
 
-        def advance(scored: int) -> None:  # a task is one unit
-            self.work.advance(scored / total)
+        def advance(scored: int) -> None:
+            self.context.advance(scored / total)  # A task is one unit of progress.
 
-        return log_likelihoods(self.subject, groups, self.max_length, self.batch_tokens, advance)
+        return score_choices(self.model, groups, self.max_length, self.batch_tokens, advance)
 
 
-class UntilText(StoppingCriteria):
-    """Ends each row whose continuation holds one of the texts."""
+class StopTexts(StoppingCriteria):
+    """Ends each row whose new text holds one of the stop texts."""
 
-    def __init__(self, text_of, until: list[str]):
-        self.text_of, self.until = text_of, until
+    def __init__(self, decode: Callable[[torch.Tensor], str], stop_texts: list[str]):
+        self.decode = decode
+        self.stop_texts = stop_texts
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        ended = [any(stop in self.text_of(row) for stop in self.until) for row in input_ids]
-        return torch.tensor(ended, device=input_ids.device)
+        is_done = []
+        for row in input_ids:
+            text = self.decode(row)
+            is_done.append(any(stop in text for stop in self.stop_texts))
+        return torch.tensor(is_done, device=input_ids.device)
 
 
-def _in_order(places, found: list[list]) -> list:
-    """found: for each of the groups `places` of positions its results. All results, by position."""
-    results: list = [None] * sum(map(len, found))
-    for ids, values in zip(places, found, strict=True):
-        for i, value in zip(ids, values, strict=True):
-            results[i] = value
-    return results
+def restore_order(groups: list[list[int]], results: list[list]) -> list:
+    """Return all results by index, given each group's results in the order of its indices."""
+    ordered: list = [None] * sum(map(len, results))
+    for indices, group_results in zip(groups, results, strict=True):
+        for i, result in zip(indices, group_results, strict=True):
+            ordered[i] = result
+    return ordered

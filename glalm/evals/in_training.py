@@ -6,17 +6,18 @@ states of the random number generators are restored: a run with evaluators ends 
 
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
-from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from glalm.config.strict import RunError
-from glalm.evals.eval_model import Subject, run_tokenizer
-from glalm.evals.evaluator import Work, lacking
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext, missing_tasks
+from glalm.evals.inputs import load_run_tokenizer
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
-from glalm.evals.runner import make_job
+from glalm.evals.runner import build_evaluator
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train.checkpoint import latest_checkpoint
@@ -34,80 +35,69 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
     options = config.train_evals
     resumed = config.train.resume_from or latest_checkpoint(config.folder / "checkpoints")
     already_succeeded = set(options.evals if resumed else ())
-    settings = EvalConfig(
-        name=config.name,
-        runs_dir=config.runs_dir,
-        data_path=config.data.path,
-        data_dir=options.data_dir,
-        seed=config.seed,
-        batch_size=options.batch_size,
-        evals=options.evals,
-        extrapolation=options.extrapolation,
-        needle=options.needle,
-        harness=options.harness,
+    shared = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "every"}
+    eval_config = EvalConfig(
+        name=config.name, runs_dir=config.runs_dir, data_path=config.data.path, seed=config.seed, **shared
     )
 
-    def evaluate(model: CausalLM, step: int, precision: str, heartbeat: Callable[[int], object]) -> dict[str, float]:
+    def evaluate(model: CausalLM, step: int, precision: str, heartbeat: Callable[[float], object]) -> dict[str, float]:
         if step % options.every != 0 and step != config.steps:
             return {}
         metrics = {}
         with preserve_random_states(next(model.parameters()).device):
-            subject = as_subject(model, precision, config, settings)
+            eval_model = copy_for_evaluation(model, precision, config, eval_config)
             for name in options.evals:
                 try:
-                    found = run_one(name, subject, settings, heartbeat)
+                    values = run_evaluator(name, eval_model, eval_config, heartbeat)
                 except Exception as error:
                     if name not in already_succeeded:
                         raise
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)
                     continue
                 already_succeeded.add(name)
-                metrics |= {f"{name}/{key}": value for key, value in found.items() if value is not None}
+                metrics |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
         return metrics
 
     return evaluate
 
 
-def run_one(name: str, subject: Subject, settings: EvalConfig, heartbeat: Callable[[int], object]) -> dict[str, float]:
-    """Return the metrics of one evaluator. All ranks call it; when it fails on one of them, it raises on all."""
-    here = distributed.is_initialized()
-    work = Work(distributed.get_rank(), distributed.get_world_size()) if here else Work()
-    work.advance = heartbeat
-    try:
-        job = make_job(name, subject, settings)
-        with subject.autocast():
-            results = job.run(work)
-        if missing := lacking(results):
-            raise RunError("; ".join(f"{what}: {why}" for what, why in missing.items()))
-        work.agree()
-    except Exception as error:
-        work.fail(error)
-        raise
-    return job.metrics(results)
+def run_evaluator(
+    name: str, model: EvalModel, config: EvalConfig, heartbeat: Callable[[float], object]
+) -> dict[str, float | None]:
+    """Return the metrics of one evaluator. All ranks call it; where it fails on one of them, it raises on all."""
+    context = EvalContext()
+    context.advance = heartbeat
+    with context.raise_on_all_ranks():
+        evaluator = build_evaluator(name, model, config)
+        with model.autocast():
+            results = evaluator.run(context)
+        if missing := missing_tasks(results):
+            raise RunError("; ".join(f"{task}: {reason}" for task, reason in missing.items()))
+    return evaluator.metrics(results)
 
 
-def as_subject(model: CausalLM, precision: str, config: TrainingRun, settings: EvalConfig) -> Subject:
-    """Return a copy of `model` as evaluators see it."""
-    return Subject(
-        model=copy_of(model),
+def copy_for_evaluation(model: CausalLM, precision: str, config: TrainingRun, eval_config: EvalConfig) -> EvalModel:
+    """Return a copy of the model as evaluators see it. All ranks call it where parameters are sharded."""
+    return EvalModel(
+        causal_lm=copy_model(model),
         name=config.name,
-        tokenizer=run_tokenizer(settings, config),
+        tokenizer=load_run_tokenizer(eval_config, config),
         train_length=config.data.seq_len,
         precision=precision,
-        run=config,
-        folder=config.folder,
+        run_config=config,
+        output_folder=config.folder,
         data_manifest=read_json(config.data_record),
     )
 
 
 @torch.no_grad()
-def copy_of(model: CausalLM) -> GLALMForCausalLM:
-    """Return a copy of the model as transformers has it, in evaluation mode, on its device.
+def copy_model(model: CausalLM) -> GLALMForCausalLM:
+    """Return a copy for transformers in evaluation mode, on the same device.
 
     All ranks call it where parameters are sharded.
     """
     with next(model.parameters()).device:  # The initial weights, overwritten below, are drawn faster on a GPU.
         twin = GLALMForCausalLM(GLALMConfig.from_model_config(model.config))
-    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+    for target, source in zip(twin.parameters(), model.parameters(), strict=True):
+        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return twin.eval()

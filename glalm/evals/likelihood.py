@@ -1,152 +1,211 @@
-"""Log-likelihoods of continuations of contexts, in batches of about one length.
+"""Log-likelihoods of continuations of contexts, in batches of similar length.
 
-A causal model sees nothing of what comes after a token, so rows are padded on the right: it changes no state and no
-score that counts. Where several continuations share a context (multiple choice), the context is read once and each
-continuation goes on from its state; contexts are then padded on the left, where both kinds of model have masks.
-Logits are made at the scored positions only, which is most of the advantage over scoring whole rows.
+A causal model sees nothing of what follows a token, so padding on the right of a row changes no state and no score.
+Where several continuations share a context (multiple choice), the context is read once and each continuation starts
+from its state; contexts are then padded on the left, where our models and those of transformers have masks. Logits are
+computed at the scored positions only, which is most of the advantage over scoring entire rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import LongTensor, Tensor
 
 from glalm import IGNORE_INDEX
-from glalm.evals.eval_model import Subject
+from glalm.evals.eval_model import EvalModel
 
-Answer = tuple[float, bool]  # log-likelihood in nats; whether every token is the likeliest
-# Tokens that sharing its context has to save a continuation, as many as keeping and copying a state costs: 24 to 37 for
-# a 340M GLA on an H200, 10 to 100 for a 135M Llama.
-WORTH_SHARING = 32
-STATES_AT_ONCE = 2**30  # bytes of states held for the continuations on the CPU; a tenth of a GPU's memory
+# Tokens per continuation that sharing a context must save to be worth it, since a state must be kept and copied: the
+# break-even was 24 to 37 for a 340M GLA on an H200, and 10 to 100 for a 135M Llama.
+MIN_SAVED_TOKENS = 32
+MAX_STATE_BYTES = 2**30  # states held for continuations on the CPU; on a GPU, a tenth of its memory
 
 
-def log_likelihoods(
-    subject: Subject,
-    contexts: list[tuple[list[int], list[list[int]]]],
+class Choices(NamedTuple):
+    """A context and its continuations, as token ids."""
+
+    context: Sequence[int]
+    continuations: list[list[int]]
+
+
+class Answer(NamedTuple):
+    """The score of one continuation."""
+
+    log_likelihood: float  # nats
+    is_greedy: bool  # whether each of its tokens is the likeliest
+
+
+class Row(NamedTuple):
+    """A context with one continuation, the last `scored` of `tokens`. group and index: the place of its answer."""
+
+    group: int
+    index: int
+    tokens: list[int]
+    scored: int
+
+
+def score_choices(
+    model: EvalModel,
+    groups: list[Choices],
     max_length: int,
     batch_tokens: int,
-    advance: Callable[[int], object] = int,
+    advance: Callable[[int], object] = lambda continuations: None,
 ) -> list[list[Answer]]:
-    """The answer to each continuation of each context (context, [continuation, ...]), ids, none of them empty.
+    """Return the answer to each continuation of each group.
 
-    At most max_length tokens are read: the earliest of a context are dropped, as lm-evaluation-harness does. A batch is
-    at most batch_tokens, padding included, or one row. `advance` is called with the number of continuations scored.
-    Raises ValueError at a continuation longer than max_length.
+    Args:
+        groups: No context or continuation is empty.
+        max_length: Tokens read at most: the earliest of a context are dropped, as lm-evaluation-harness does.
+        batch_tokens: Tokens of a batch at most, padding included, unless a single row is longer.
+        advance: Called with the number of continuations that were scored.
+
+    Raises:
+        ValueError: A continuation is longer than max_length.
     """
-    longest = max((len(c) for _, continuations in contexts for c in continuations), default=0)
+    longest = max((len(tokens) for group in groups for tokens in group.continuations), default=0)
     if longest > max_length:
         raise ValueError(f"a continuation has {longest} tokens, more than max_length={max_length}")
-    answers: list[list[Answer | None]] = [[None] * len(continuations) for _, continuations in contexts]
-    together, rows = [], []
-    for i, (context, continuations) in enumerate(contexts):
-        if subject.can_resume and _worth_sharing(context, continuations, max_length):
-            together.append(i)
+    answers: list[list[Answer | None]] = [[None] * len(group.continuations) for group in groups]
+    shared = []
+    rows = []
+    for i, (context, continuations) in enumerate(groups):
+        if model.accepts_state and _is_sharing_worthwhile(context, continuations, max_length):
+            shared.append(i)
         else:
-            rows += [(i, j, (context + c)[-(max_length + 1) :], len(c)) for j, c in enumerate(continuations)]
-    rows.sort(key=lambda row: -len(row[2]))
-    for batch in batches(rows, [len(row[2]) - 1 for row in rows], batch_tokens):
-        found = score_rows(subject, [(tokens, scored) for _, _, tokens, scored in batch])
-        for (i, j, _, _), answer in zip(batch, found, strict=True):
-            answers[i][j] = answer
+            for j, tokens in enumerate(continuations):
+                rows.append(Row(i, j, (context + tokens)[-(max_length + 1) :], len(tokens)))
+    rows.sort(key=lambda row: -len(row.tokens))
+    for batch in make_batches(rows, [len(row.tokens) - 1 for row in rows], batch_tokens):
+        for row, answer in zip(batch, score_rows(model, batch), strict=True):
+            answers[row.group][row.index] = answer
         advance(len(batch))
-    together.sort(key=lambda i: -len(contexts[i][0]))
-    for batch in batches(together, [_tokens_together(*contexts[i]) for i in together], batch_tokens):
+    shared.sort(key=lambda i: -len(groups[i].context))
+    for batch in make_batches(shared, [_longest_read(groups[i]) for i in shared], batch_tokens):
         found = []
-        for part in within_states(subject, [contexts[i] for i in batch]):
-            found += score_shared(subject, part)
-            advance(sum(len(continuations) for _, continuations in part))
-        for i, answer in zip(batch, found, strict=True):
-            answers[i] = answer
+        for part in split_by_memory(model, [groups[i] for i in batch]):
+            found += score_shared(model, part)
+            advance(sum(len(group.continuations) for group in part))
+        for i, group_answers in zip(batch, found, strict=True):
+            answers[i] = group_answers
     return answers
 
 
-def batches(items: list, lengths: list[int], tokens: int) -> Iterator[list]:
-    """Items in order, as many at once as fit into `tokens` when all are as long as the longest of them, or one."""
+def make_batches(items: list, lengths: list[int], max_tokens: int) -> Iterator[list]:
+    """Yield the items in order, as many at once as fit into `max_tokens` when padded to the longest; at least one."""
     start = 0
     while start < len(items):
-        stop, longest = start + 1, lengths[start]
-        while stop < len(items) and max(longest, lengths[stop]) * (stop + 1 - start) <= tokens:
+        stop = start + 1
+        longest = lengths[start]
+        while stop < len(items) and max(longest, lengths[stop]) * (stop + 1 - start) <= max_tokens:
             longest = max(longest, lengths[stop])
             stop += 1
         yield items[start:stop]
         start = stop
 
 
-def score_rows(subject: Subject, rows: list[tuple[list[int], int]]) -> list[Answer]:
-    """The answer to the last `scored` tokens of each row (tokens, scored), after those before them."""
-    input_ids = padded([tokens[:-1] for tokens, _ in rows], subject.device)
-    features, _ = subject.read(input_ids)
-    ends = [len(tokens) - 1 for tokens, _ in rows]
-    found = [row[end - scored : end] for row, end, (_, scored) in zip(features, ends, rows, strict=True)]
-    targets = [token for tokens, scored in rows for token in tokens[-scored:]]
-    return answers_of(subject, torch.cat(found), targets, [scored for _, scored in rows])
+def score_rows(model: EvalModel, rows: list[Row]) -> list[Answer]:
+    """Return the answer to the continuation of each row."""
+    input_ids = pad_rows([row.tokens[:-1] for row in rows], model.device)
+    features, _ = model.forward_features(input_ids)
+    scored = []
+    targets = []
+    for row, row_features in zip(rows, features, strict=True):
+        end = len(row.tokens) - 1
+        scored.append(row_features[end - row.scored : end])
+        targets += row.tokens[-row.scored :]
+    return score_targets(model, torch.cat(scored), targets, [row.scored for row in rows])
 
 
-def score_shared(subject: Subject, groups: list[tuple[list[int], list[list[int]]]]) -> list[list[Answer]]:
-    """The answers to all continuations of each context, which is read once."""
-    device, contexts = subject.device, [context for context, _ in groups]
-    continuations = [(g, c) for g, (_, many) in enumerate(groups) for c in many]
-    longer = [i for i, (_, c) in enumerate(continuations) if len(c) > 1]
-    mask = left_mask(contexts, device)
-    features, state = subject.read(padded(contexts, device, left=True), mask, keep_state=bool(longer))
-    parts = {i: [features[g, -1:]] for i, (g, _) in enumerate(continuations)}
+def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
+    """Return the answers to all continuations of each group, whose context is read once."""
+    device = model.device
+    contexts = [group.context for group in groups]
+    continuations = []
+    owners = []
+    for i, group in enumerate(groups):
+        continuations += group.continuations
+        owners += [i] * len(group.continuations)
+    # The features after the context predict a continuation's first token, so only longer ones read from the state.
+    longer = [i for i, tokens in enumerate(continuations) if len(tokens) > 1]
+    mask = make_left_mask(contexts, device)
+    context_features, state = model.forward_features(
+        pad_rows(contexts, device, left=True), mask, return_state=bool(longer)
+    )
+    parts = [[context_features[owner, -1:]] for owner in owners]
     if longer:
-        owners = index([continuations[i][0] for i in longer], device)
-        inputs = padded([continuations[i][1][:-1] for i in longer], device)
-        after = None if mask is None or subject.ours else torch.cat([mask[owners], torch.ones_like(inputs)], 1)
-        features, _ = subject.read(inputs, after, state=subject.repeat(state, owners))
-        for row, i in zip(features, longer, strict=True):
-            parts[i].append(row[: len(continuations[i][1]) - 1])
-    scored = [x for i in range(len(continuations)) for x in parts[i]]
-    targets = [token for _, c in continuations for token in c]
-    flat = iter(answers_of(subject, torch.cat(scored), targets, [len(c) for _, c in continuations]))
-    return [[next(flat) for _ in many] for _, many in groups]
+        rows = make_ids([owners[i] for i in longer], device)
+        inputs = pad_rows([continuations[i][:-1] for i in longer], device)
+        full_mask = None if mask is None or model.is_ours else torch.cat([mask[rows], torch.ones_like(inputs)], 1)
+        features, _ = model.forward_features(inputs, full_mask, state=model.select_states(state, rows))
+        for row_features, i in zip(features, longer, strict=True):
+            parts[i].append(row_features[: len(continuations[i]) - 1])
+    scored = torch.cat([part for continuation_parts in parts for part in continuation_parts])
+    targets = [token for tokens in continuations for token in tokens]
+    answers = iter(score_targets(model, scored, targets, [len(tokens) for tokens in continuations]))
+    return [[next(answers) for _ in group.continuations] for group in groups]
 
 
-def within_states(subject: Subject, groups: list[tuple]) -> Iterator[list[tuple]]:
-    """The groups (context, continuations), fewer at once where all continuations' states are too large."""
-    total = torch.cuda.get_device_properties(subject.device).total_memory if subject.device.type == "cuda" else 0
-    budget = total // 10 or STATES_AT_ONCE
-    part, used = [], 0
+def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Choices]]:
+    """Yield the groups in order, as many at once as the states of all their continuations fit into memory."""
+    if model.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(model.device).total_memory // 10
+    else:
+        budget = MAX_STATE_BYTES
+    part = []
+    used = 0
     for group in groups:
-        context, continuations = group
-        tokens = 1 if subject.recurrent else len(context) + max(map(len, continuations))
-        size = subject.state_size * len(continuations) * tokens
+        tokens = 1 if model.is_recurrent else len(group.context) + max(map(len, group.continuations))
+        size = model.bytes_per_state * len(group.continuations) * tokens
         if part and used + size > budget:
             yield part
-            part, used = [], 0
+            part = []
+            used = 0
         part.append(group)
         used += size
     yield part
 
 
 @torch.no_grad()
-def answers_of(subject: Subject, features: Tensor, targets: list[int], lengths: list[int]) -> list[Answer]:
-    """features: [sum of lengths, ...], in order, which predict the targets; an answer for each length."""
-    nats, greedy = [], []
-    for logits, wanted in subject.predictions(features, index(targets, subject.device)):
-        nats.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1))
-        greedy.append(logits.argmax(-1) == wanted)
-    nats, greedy = torch.cat(nats).double().cpu(), torch.cat(greedy).cpu()
-    ends = list(accumulate(lengths))
-    return [(nats[e - n : e].sum().item(), bool(greedy[e - n : e].all())) for e, n in zip(ends, lengths, strict=True)]
+def score_targets(model: EvalModel, features: Tensor, targets: list[int], lengths: list[int]) -> list[Answer]:
+    """Return an answer for each length.
+
+    Args:
+        features: Those of the positions before the targets, [sum(lengths), ...].
+        targets: The tokens of all continuations, end to end.
+        lengths: Tokens of each continuation.
+    """
+    nats = []
+    is_greedy = []
+    for logits, part in model.iterate_logits(features, make_ids(targets, model.device)):
+        nats.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
+        is_greedy.append(logits.argmax(-1) == part)
+    nats = torch.cat(nats).double().cpu()
+    is_greedy = torch.cat(is_greedy).cpu()
+    answers = []
+    for end, length in zip(accumulate(lengths), lengths, strict=True):
+        span = slice(end - length, end)
+        answers.append(Answer(nats[span].sum().item(), bool(is_greedy[span].all())))
+    return answers
 
 
-def carried(subject: Subject, documents: list[list[int]], prefix: int, segment: int, batch_tokens: int) -> list[float]:
-    """Log-likelihood of each document after the token `prefix`, read `segment` tokens at a time with the state carried
-    on, so that every token is given all before it."""
+def score_documents(
+    model: EvalModel, documents: list[list[int]], prefix_id: int, segment: int, batch_tokens: int
+) -> list[float]:
+    """Return the log-likelihood in nats of each document after the token `prefix_id`.
+
+    A document is read `segment` tokens at a time, each from the state of the one before, so that every token is
+    predicted from all before it.
+    """
     totals = [0.0] * len(documents)
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-    for batch in batches(order, [min(len(documents[i]), segment) for i in order], batch_tokens):
-        rows = [[prefix, *documents[i]] for i in batch]
-        input_ids = padded([row[:-1] for row in rows], subject.device)
-        targets = padded([row[1:] for row in rows], subject.device, fill=IGNORE_INDEX)
+    for batch in make_batches(order, [min(len(documents[i]), segment) for i in order], batch_tokens):
+        rows = [[prefix_id, *documents[i]] for i in batch]
+        inputs = pad_rows([row[:-1] for row in rows], model.device).split(segment, 1)
+        targets = pad_rows([row[1:] for row in rows], model.device, fill=IGNORE_INDEX).split(segment, 1)
         state = None
-        for start in range(0, input_ids.shape[1], segment):
-            part = slice(start, start + segment)
-            losses, state = subject.score(input_ids[:, part], targets[:, part], state)
+        for k in range(len(inputs)):
+            losses, state = model.score_tokens(inputs[k], targets[k], state, return_state=k + 1 < len(inputs))
             for i, loss in zip(batch, losses.double().sum(1).tolist(), strict=True):
                 totals[i] -= loss
     return totals
@@ -155,27 +214,32 @@ def carried(subject: Subject, documents: list[list[int]], prefix: int, segment: 
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
-def padded(rows: list[list[int]], device: torch.device, left: bool = False, fill: int = 0) -> LongTensor:
+def pad_rows(rows: list[Sequence[int]], device: torch.device, left: bool = False, fill: int = 0) -> LongTensor:
+    """Return rows of ids as [B, T], padded with `fill` on the right, or on the left."""
     longest = max(map(len, rows))
-    gaps = [[fill] * (longest - len(row)) for row in rows]
-    return index([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)], device)
+    padded = []
+    for row in rows:
+        padding = [fill] * (longest - len(row))
+        padded.append([*padding, *row] if left else [*row, *padding])
+    return make_ids(padded, device)
 
 
-def left_mask(rows: list[list[int]], device: torch.device) -> LongTensor | None:
-    """1 at the tokens of rows padded on the left; None where there is no padding."""
+def make_left_mask(rows: list[Sequence[int]], device: torch.device) -> LongTensor | None:
+    """Return 1 at the tokens of rows that are padded on the left, and 0 at the padding; None: there is no padding."""
     if len({len(row) for row in rows}) == 1:
         return None
-    return padded([[1] * len(row) for row in rows], device, left=True)
+    return pad_rows([[1] * len(row) for row in rows], device, left=True)
 
 
-def index(values: Iterable, device: torch.device) -> LongTensor:
+def make_ids(values: Iterable, device: torch.device) -> LongTensor:
     return torch.tensor(list(values), dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _tokens_together(context: list[int], continuations: list[list[int]]) -> int:
-    return max(len(context), len(continuations) * max(map(len, continuations)))
+def _longest_read(group: Choices) -> int:
+    """Return the tokens that a group reads at once: its context, then all its continuations."""
+    return max(len(group.context), len(group.continuations) * max(map(len, group.continuations)))
 
 
-def _worth_sharing(context: list[int], continuations: list[list[int]], max_length: int) -> bool:
+def _is_sharing_worthwhile(context: Sequence[int], continuations: list[list[int]], max_length: int) -> bool:
     saved = (len(continuations) - 1) * len(context) / len(continuations)
-    return len(context) + max(map(len, continuations)) - 1 <= max_length and saved > WORTH_SHARING
+    return len(context) + max(map(len, continuations)) - 1 <= max_length and saved > MIN_SAVED_TOKENS

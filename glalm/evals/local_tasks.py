@@ -1,9 +1,10 @@
-"""The harness's tasks on data of one's own: DATA_DIR/TASK/SPLIT.jsonl, or .json, .parquet, .txt (WikiText's form).
+"""Local data of lm-evaluation-harness's tasks: DATA_DIR/TASK/SPLIT.jsonl, .json, .parquet or .txt (WikiText).
 
 SPLIT is train, validation (or valid) or test, alone or between . - or _ (test-00000-of-00001.parquet). Rows have the
-columns of the task's data set on the hub. For the tasks in ROWS they may also be in the form of MosaicML's evaluation
-suites, from which the columns are made again, so that prompts and metrics stay the harness's own. The folder wikitext2
-stands for wikitext: in its tokenised text rare words are <unk>, so that its perplexity is not that of the raw text.
+columns of the task's data set on the hub. For the tasks in ROW_CONVERTERS, rows may also be in the form of MosaicML's
+evaluation suites; they are converted to the hub's columns, so that prompts and metrics remain the harness's own. The
+folder wikitext2 also serves the task wikitext; in its tokenized text rare words are <unk>, so its perplexity is not
+that of the raw text.
 """
 
 import json
@@ -30,69 +31,85 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 FOLDERS = {"wikitext": ("wikitext", "wikitext2")}
 
 
-def find_files(data_dir: Path, task: str) -> dict[str, list[Path]]:
-    """The files of each split that DATA_DIR/TASK has. A file SPLIT.jsonl is all of that split."""
+def find_task_files(data_dir: Path, task: str) -> dict[str, list[Path]]:
+    """Return the files of each split in DATA_DIR/TASK. If one is called SPLIT.jsonl, it is the entire split."""
     folders = [data_dir / name for name in FOLDERS.get(task, (task,))]
-    files = [p for folder in folders for p in sorted(folder.rglob("*")) if p.suffix in SUFFIXES]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
     found = {}
     for split, names in SPLITS.items():
-        exact = [p for p in files if p.stem in names]
-        if matching := exact[:1] or [p for p in files if {*re.split(r"[._-]", p.stem)} & {*names}]:
+        exact = [path for path in files if path.stem in names]
+        if matching := exact[:1] or [path for path in files if {*re.split(r"[._-]", path.stem)} & {*names}]:
             found[split] = matching
     return found
 
 
-def load(data_dir: str, task: str, **_) -> datasets.DatasetDict:
-    """What the harness would have from the hub."""
-    files = find_files(Path(data_dir), task)
-    rows = {split: [row for path in paths for row in read_rows(path, task)] for split, paths in files.items()}
-    return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in rows.items()})
+def load_task_data(data_dir: str, task: str, **_) -> datasets.DatasetDict:
+    """Return the task's data as the harness would load it from the hub."""
+    splits = {}
+    for split, paths in find_task_files(Path(data_dir), task).items():
+        rows = []
+        for path in paths:
+            rows += read_rows(path, task)
+        splits[split] = datasets.Dataset.from_list(rows)
+    return datasets.DatasetDict(splits)
 
 
 def read_rows(path: Path, task: str) -> Iterator[dict]:
+    """Yield the rows of a file in the hub's columns."""
     if path.suffix == ".parquet":
         rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix == ".txt":
-        rows = [{"page": page} for page in wikitext_pages(path.read_text(encoding="utf-8"))]
+        rows = [{"page": page} for page in split_wikitext(path.read_text(encoding="utf-8"))]
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
     else:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     for row in rows:
-        yield ROWS[task](row) if task in ROWS and row.keys() & {"query", "context_options"} else row
+        is_suite_row = task in ROW_CONVERTERS and row.keys() & {"query", "context_options"}
+        yield ROW_CONVERTERS[task](row) if is_suite_row else row
 
 
-def checksums(data_dir: Path, task: str) -> dict[str, str]:
-    """Of the files that the task's data is in: {path in DATA_DIR: sha256}. Where none are its own, as with a group or a
-    tag of tasks, of all files."""
-    files = [path for paths in find_files(data_dir, task).values() for path in paths]
+def checksum_files(data_dir: Path, task: str) -> dict[str, str]:
+    """Return {path in DATA_DIR: SHA-256} of the task's files; of all files for a group or a tag, which has none."""
+    files = []
+    for paths in find_task_files(data_dir, task).values():
+        files += paths
     files = files or [path for path in sorted(data_dir.rglob("*")) if path.suffix in SUFFIXES]
     return {str(path.relative_to(data_dir)): file_sha256(path) for path in files}
 
 
-CUSTOM = f"custom_dataset: !function {__name__}.load"
-
-
 @lru_cache(maxsize=1)
-def all_tasks() -> TaskManager:
-    """The harness's own. It reads thousands of files to know them, for seconds."""
+def load_harness_tasks() -> TaskManager:
+    """Return the harness's own tasks. It takes seconds to read thousands of files for that."""
     return TaskManager()
 
 
-def task_manager(data_dir: str | None, folder: Path) -> TaskManager:
-    """The harness's tasks; those of which DATA_DIR has a folder read from there. `folder`: for the configs that say so,
-    which has to stay."""
-    tasks = all_tasks()
+def build_task_manager(data_dir: str | None, folder: Path) -> TaskManager:
+    """Return the harness's tasks, of which those with a folder in DATA_DIR read their data there.
+
+    Args:
+        folder: Where the configs of those tasks are written. It must exist as long as the manager is used.
+    """
+    tasks = load_harness_tasks()
     if data_dir is None:
         return tasks
     for name in {*(path.name for path in Path(data_dir).iterdir()), *FOLDERS}:
-        entry, files = tasks.task_index.get(name), find_files(Path(data_dir), name)
+        entry = tasks.task_index.get(name)
+        files = find_task_files(Path(data_dir), name)
         if not (entry and entry.yaml_path and files):
             continue
-        kwargs = {"data_dir": data_dir, "task": name}
-        config = {"include": str(entry.yaml_path), "task": name, "dataset_kwargs": kwargs}
-        keys = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-        config |= {key: None for key, split in keys.items() if split not in files}
-        reader = f"class: !function {__name__}.{CLASSES[name].__name__}" if name in CLASSES else CUSTOM
+        config = {
+            "include": str(entry.yaml_path),
+            "task": name,
+            "dataset_kwargs": {"data_dir": data_dir, "task": name},
+        }
+        for key, split in (("training_split", "train"), ("validation_split", "validation"), ("test_split", "test")):
+            if split not in files:
+                config[key] = None
+        if name in LOCAL_CLASSES:
+            reader = f"class: !function {__name__}.{LOCAL_CLASSES[name].__name__}"
+        else:
+            reader = f"custom_dataset: !function {__name__}.{load_task_data.__name__}"
         lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
         (folder / f"{name}.yaml").write_text("\n".join([*lines, reader, ""]))
     local = TaskManager(include_defaults=False, include_path=[folder])
@@ -100,20 +117,20 @@ def task_manager(data_dir: str | None, folder: Path) -> TaskManager:
     return local
 
 
-def check(tasks: TaskManager, name: str, data_dir: str | None) -> None:
-    """Raises ConfigError if the harness has no task, group or tag of that name, or DATA_DIR lacks its data."""
+def check_task(tasks: TaskManager, name: str, data_dir: str | None) -> None:
+    """Raise ConfigError where the harness has no task, group or tag of that name, or DATA_DIR lacks a task's data."""
     entry = tasks.task_index.get(name)
     if entry is None:
-        near = [n for n in sorted(tasks.task_index) if n.startswith(name[:4])][:6]
-        raise ConfigError(
-            f"harness has no task {name}" + (f"; some of similar names: {', '.join(near)}" if near else "")
-        )
+        near = [other for other in sorted(tasks.task_index) if other.startswith(name[:4])][:6]
+        hint = f"; some of similar names: {', '.join(near)}" if near else ""
+        raise ConfigError(f"harness has no task {name}{hint}")
     config = entry.cfg or {}
-    if data_dir is None or not ("output_type" in config or "class" in config):
+    is_task = "output_type" in config or "class" in config
+    if data_dir is None or not is_task:
         return
     split = config.get("test_split") or config.get("validation_split") or "validation"
-    if split not in find_files(Path(data_dir), name):
-        path = CLASSES[name].DATASET_PATH if name in CLASSES else config.get("dataset_path")
+    if split not in find_task_files(Path(data_dir), name):
+        path = LOCAL_CLASSES[name].DATASET_PATH if name in LOCAL_CLASSES else config.get("dataset_path")
         source = " ".join(filter(None, (path, config.get("dataset_name"))))
         raise ConfigError(
             f"no data: put the split {split} of the data set {source} at "
@@ -121,93 +138,104 @@ def check(tasks: TaskManager, name: str, data_dir: str | None) -> None:
         )
 
 
-# --------------------------------------------------------------------------- rows of other forms, in the hub's columns
+# ----------------------------------------------------------------------- rows of MosaicML's suites to the hub's columns
 
 
-def _lettered(row: dict) -> dict:
+def convert_choices(row: dict) -> dict:
     letters = "ABCDEFGH"[: len(row["choices"])]
     return {"choices": {"text": row["choices"], "label": list(letters)}, "answerKey": letters[row["gold"]]}
 
 
-def _arc(row: dict) -> dict:
-    return {"question": row["query"].removeprefix("Question: "), **_lettered(row)}
+def convert_arc(row: dict) -> dict:
+    return {"question": row["query"].removeprefix("Question: "), **convert_choices(row)}
 
 
-def _openbookqa(row: dict) -> dict:
-    return {"question_stem": row["query"], **_lettered(row)}
+def convert_openbookqa(row: dict) -> dict:
+    return {"question_stem": row["query"], **convert_choices(row)}
 
 
-def _hellaswag(row: dict) -> dict:
+def convert_hellaswag(row: dict) -> dict:
     activity, _, context = row["query"].partition(": ")
     return {
         "activity_label": activity,
         "ctx_a": context,
-        "ctx_b": "",  # of which the harness would make the first letter a capital
+        "ctx_b": "",  # The harness would capitalize it, and the suite's text is already joined.
         "endings": row["choices"],
         "label": str(row["gold"]),
     }
 
 
-def _boolq(row: dict) -> dict:
+def convert_boolq(row: dict) -> dict:
     passage, _, question = row["query"].rpartition("\nQuestion: ")
-    passage, question = passage.removeprefix("Passage: "), question.removesuffix("?")
-    return {"passage": passage, "question": question, "label": row["gold"]}
+    return {
+        "passage": passage.removeprefix("Passage: "),
+        "question": question.removesuffix("?"),
+        "label": row["gold"],
+    }
 
 
-def _copa(row: dict) -> dict:
+def convert_copa(row: dict) -> dict:
     premise, _, connector = row["query"].rpartition(", ")
     question = {"because": "cause", "therefore": "effect"}[connector]
     first, second = row["choices"]
     return {"premise": premise + ".", "question": question, "choice1": first, "choice2": second, "label": row["gold"]}
 
 
-def _winogrande(row: dict) -> dict:
-    """Two contexts that end in the options, cut at a space: what they are called matters not, only the whole."""
+def convert_winogrande(row: dict) -> dict:
+    """Divide two contexts that end in the options at the space before their first difference.
+
+    The harness scores the joined text, so it does not matter how much of a context counts as the option.
+    """
     first, second = (option.split(" ") for option in row["context_options"])
     n = next(i for i, (a, b) in enumerate(zip_longest(first, second)) if a != b)
-    sentence = " ".join([*first[:n], "_", row["continuation"]])
-    options = {"option1": " ".join(first[n:]), "option2": " ".join(second[n:])}
-    return {"sentence": sentence, **options, "answer": str(row["gold"] + 1)}
+    return {
+        "sentence": " ".join([*first[:n], "_", row["continuation"]]),
+        "option1": " ".join(first[n:]),
+        "option2": " ".join(second[n:]),
+        "answer": str(row["gold"] + 1),
+    }
 
 
-def wikitext_pages(text: str) -> list[str]:
-    """The documents of WikiText's one text, each from its " = Title = " to the next."""
-    return [page for page in re.split(r"(?m)^(?= = [^=].* = $)", text) if page.strip()]
-
-
-ROWS: dict[str, Callable[[dict], dict]] = {
-    "arc_easy": _arc,
-    "arc_challenge": _arc,
-    "openbookqa": _openbookqa,
-    "hellaswag": _hellaswag,
-    "boolq": _boolq,
-    "copa": _copa,
-    "winogrande": _winogrande,
+ROW_CONVERTERS: dict[str, Callable[[dict], dict]] = {
+    "arc_easy": convert_arc,
+    "arc_challenge": convert_arc,
+    "openbookqa": convert_openbookqa,
+    "hellaswag": convert_hellaswag,
+    "boolq": convert_boolq,
+    "copa": convert_copa,
+    "winogrande": convert_winogrande,
 }
 
 
-# ---------------------------------------------------------------- the harness's tasks that are classes, not configs
+def split_wikitext(text: str) -> list[str]:
+    """Return the documents of WikiText's single text, each from its " = Title = " to the next."""
+    return [page for page in re.split(r"(?m)^(?= = [^=].* = $)", text) if page.strip()]
 
 
-class _Local(ConfigurableTask):
+# ------------------------------------------------------------------- tasks that the harness has as classes, not configs
+
+
+class LocalTask(ConfigurableTask):
+    """Replaces the download from the hub."""
+
     def __init__(self, config: dict):
-        self._where = config["dataset_kwargs"]
+        self._dataset_kwargs = config["dataset_kwargs"]
         super().__init__()
 
     def download(self, dataset_kwargs: dict | None = None, **_) -> None:
-        self.dataset = load(**self._where)
+        self.dataset = load_task_data(**self._dataset_kwargs)
 
 
-class FDA(_Local, fda.FDA):
+class FDA(LocalTask, fda.FDA):
     pass
 
 
-class SWDE(_Local, swde.SWDE):
+class SWDE(LocalTask, swde.SWDE):
     pass
 
 
-class SQUADCompletion(_Local, squad.SQUADCompletion):
+class SQUADCompletion(LocalTask, squad.SQUADCompletion):
     pass
 
 
-CLASSES = {"fda": FDA, "swde": SWDE, "squad_completion": SQUADCompletion}
+LOCAL_CLASSES = {"fda": FDA, "swde": SWDE, "squad_completion": SQUADCompletion}

@@ -1,15 +1,16 @@
-"""A needle in a haystack: a number, told once somewhere in a long text, is asked for at its end.
+"""Needle in a haystack: a number, stated once somewhere in a long text, is asked for at its end.
 
-The haystack is real text of a prepared split; what is told and asked are sentences, so that any tokenizer serves. The
-model reads up to the question as it would any text, its state carried from segment to segment. Nothing is generated:
-the answer's tokens are scored with those before them given, which suits models that were never taught to answer.
+The haystack is text of a prepared split; needle and question are sentences, so that any tokenizer serves. The model
+reads up to the question in segments, from state to state. Nothing is generated: the answer's tokens are scored, each
+after the right ones before it, which suits models that were never taught to answer.
 """
 
 import dataclasses
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,175 +21,193 @@ from glalm import IGNORE_INDEX
 from glalm.config.strict import require
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
-from glalm.evals.eval_model import Subject, open_split
-from glalm.evals.evaluator import Job, Work
-from glalm.evals.likelihood import padded, within_states
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.inputs import describe_data, open_split
+from glalm.evals.likelihood import Choices, pad_rows, split_by_memory
 from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_needle
 
 NEEDLE = "\nThe secret number of the {key} is {value}. Remember it.\n"
 QUESTION = "\nAs was said, the secret number of the {key} is"
 KEYS = ("river", "castle", "teacher", "window", "garden", "captain", "mountain", "letter", "engine", "market")
-HAY = 2**22  # tokens of the split at most that haystacks are cut from
+MAX_FILLER = 2**22  # tokens of the split that haystacks are cut from
 LENGTHS = (1, 2, 4, 8)  # training lengths
-ROOM = 32  # tokens for the answer
+ANSWER_ROOM = 32  # tokens
 
 
-class Sample(NamedTuple):
-    """haystack: ids up to the question's end, the needle in it. answers: ids of each candidate, the right one first."""
+class NeedleEvaluator(Evaluator):
+    """Accuracy of the answer by the haystack's length and the needle's depth."""
 
-    haystack: np.ndarray
-    answers: list[list[int]]
-
-
-def job(subject: Subject, config: EvalConfig) -> Job:
-    c = config.needle
-    lengths = sorted(c.lengths or [n * subject.need_train_length("needle") for n in LENGTHS])
-    tokenizer = subject.need_tokenizer("needle")
-    tokens = open_split(config, subject, c.split)
-    task = Task(tokenizer, subject.start, filler(tokens, tokenizer), c.candidates, config.seed)
-    overhead = max(len(task.sample(0, 0.0, i).haystack) for i in range(8))
-    require(
-        lengths[0] >= 2 * overhead,
-        f"needle.lengths={lengths}: needle and question alone are {overhead} tokens; write {2 * overhead} or more",
-    )
-    require(
-        len(task.filler) >= lengths[-1],
-        f"needle.lengths={lengths}: the split {c.split} has {len(task.filler)} tokens of text; write shorter lengths",
-    )
-    subject.need_length(lengths[-1] + ROOM, "needle.lengths")
-
-    def run(work: Work) -> dict:
-        grid = itertools.product(lengths, sorted(c.depths))
-        cells = [work.part(f"{n} {d}", partial(cell, subject, task, n, d, config, work)) for n, d in grid]
-        return {"cells": cells, "chance": 1 / c.candidates}
-
-    return Job(
-        settings={
-            "data": str(tokens.folder),
-            "data_fingerprint": tokens.fingerprint,
-            **dataclasses.asdict(c),
+    def __init__(self, model: EvalModel, config: EvalConfig):
+        super().__init__(model, config)
+        options = config.needle
+        lengths = sorted(options.lengths or [n * model.require_train_length("needle") for n in LENGTHS])
+        tokenizer = model.require_tokenizer("needle")
+        tokens = open_split(config, model, options.split)
+        filler = load_filler(tokens, tokenizer)
+        self.task = NeedleTask(tokenizer, model.document_prefix, filler, options.candidates, config.seed)
+        overhead = max(len(self.task.build_sample(0, 0.0, i).context) for i in range(8))
+        require(
+            lengths[0] >= 2 * overhead,
+            f"needle.lengths={lengths}: needle and question alone are {overhead} tokens; write {2 * overhead} or more",
+        )
+        require(
+            len(filler) >= lengths[-1],
+            f"needle.lengths={lengths}: the split {options.split} has {len(filler)} tokens of text; write shorter "
+            "lengths",
+        )
+        model.require_length(lengths[-1] + ANSWER_ROOM, "needle.lengths")
+        self.lengths = lengths
+        self.total_units = sum(lengths) * len(options.depths) * options.samples
+        self.settings = {
+            **describe_data(tokens),
+            **dataclasses.asdict(options),
             "lengths": lengths,
             "seed": config.seed,
             "needle": NEEDLE,
             "question": QUESTION,
-        },
-        run=run,
-        total=sum(lengths) * len(c.depths) * c.samples,
-        summary=summary,
-        plots=lambda record, folder: plot_needle(record, folder / "needle.png"),
-        metrics=metrics,
-    )
+        }
+
+    def run(self, context: EvalContext) -> dict:
+        cells = []
+        for length, depth in itertools.product(self.lengths, sorted(self.config.needle.depths)):
+            compute = partial(evaluate_cell, self.model, self.task, length, depth, self.config, context)
+            cells.append(context.load_or_compute(f"{length} {depth}", compute))
+        return {"cells": cells, "chance": 1 / self.config.needle.candidates}
+
+    def summarize(self, results: dict) -> list[str]:
+        lines = []
+        for length, row in itertools.groupby(results["cells"], key=lambda cell: cell["length"]):
+            cells = ", ".join(f"{c['token_accuracy']:.2f} ({c['ranked_first']:.2f}) at {c['depth']:.0%}" for c in row)
+            lines.append(f"needle in {length} tokens, tokens right (ranked first): {cells}")
+        return [*lines, f"ranked first by chance: {results['chance']:.2f}"]
+
+    def metrics(self, results: dict) -> dict[str, float]:
+        """Return means over lengths and depths."""
+        cells = results["cells"]
+        return {key: sum(cell[key] for cell in cells) / len(cells) for key in ("token_accuracy", "ranked_first")}
+
+    def plot(self, record: dict, folder: Path) -> list[Path]:
+        return plot_needle(record, folder / "needle.png")
 
 
-def summary(results: dict) -> list[str]:
-    lines = []
-    for length, row in itertools.groupby(results["cells"], key=lambda cell: cell["length"]):
-        shown = ", ".join(f"{c['token_accuracy']:.2f} ({c['ranked_first']:.2f}) at {c['depth']:.0%}" for c in row)
-        lines.append(f"needle in {length} tokens, tokens right (ranked first): {shown}")
-    return [*lines, f"ranked first by chance: {results['chance']:.2f}"]
-
-
-def metrics(results: dict) -> dict[str, float]:
-    """Means over lengths and depths."""
-    cells = results["cells"]
-    return {key: sum(c[key] for c in cells) / len(cells) for key in ("token_accuracy", "ranked_first")}
-
-
-# ---------------------------------------------------------------------------------------------------- the haystacks
-
-
-def filler(tokens: TokenSet, tokenizer: Tokenizer) -> np.ndarray:
-    """The beginning of a split's text, without the tokens that begin and end documents."""
-    ids = tokens.read_tokens(0, min(tokens.num_tokens, HAY))
+def load_filler(tokens: TokenSet, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the first MAX_FILLER tokens of a split, without the tokens that begin and end documents."""
+    ids = tokens.read_tokens(0, min(tokens.num_tokens, MAX_FILLER))
     return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])]
 
 
 @dataclass
-class Task:
+class NeedleTask:
+    """Builds haystacks from a split's text.
+
+    Attributes:
+        document_prefix: Ids before a document.
+        filler: Ids of the text around needles.
+        candidates: Numbers among which the right one is ranked.
+    """
+
     tokenizer: Tokenizer
-    start: tuple[int, ...]  # ids before a document
+    document_prefix: tuple[int, ...]
     filler: np.ndarray
     candidates: int
     seed: int
 
-    def sample(self, length: int, depth: float, number: int) -> Sample:
-        """Sample `number` of those of a length, exactly `length` tokens (without filler, if needle and question are
-        more), the needle after `depth` of the filler. Keys, values and text do not depend on the depth.
+    def build_sample(self, length: int, depth: float, index: int) -> Choices:
+        """Return a haystack up to the question's end, and the ids of each candidate answer, the right one first.
+
+        Keys, values and text depend on `length` and `index`, not on `depth`.
+
+        Args:
+            length: Tokens of the haystack, which is longer only where needle and question alone are.
+            depth: Part of the filler before the needle, from 0 to 1.
         """
-        random = np.random.default_rng([self.seed, number, length])
+        random = np.random.default_rng([self.seed, index, length])
         key = KEYS[random.integers(len(KEYS))]
         values = random.choice(np.arange(10_000, 100_000), self.candidates, replace=False)
-        asked = QUESTION.format(key=key)
-        answered = [self.tokenizer.encode(f"{asked} {value}") for value in values]
-        # The question ends where the candidates part: after a space that is a token for itself, or before one that the
-        # tokenizer joins with the digits.
-        agreed = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*answered, strict=False))
-        question = [ids[0] for ids in agreed]
+        question_text = QUESTION.format(key=key)
+        answered = [self.tokenizer.encode(f"{question_text} {value}") for value in values]
+        # The question ends where the candidates part: after a space that is a token of its own, or before a space that
+        # the tokenizer joins with the digits.
+        common = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*answered, strict=False))
+        question = [ids[0] for ids in common]
         needle = self.tokenizer.encode(NEEDLE.format(key=key, value=values[0]))
-        room = max(0, length - len(self.start) - len(needle) - len(question))
-        begin = random.integers(len(self.filler) - room + 1)
-        hay, cut = self.filler[begin : begin + room], round(depth * room)
-        parts = [self.start, hay[:cut], needle, hay[cut:], question]
+        room = max(0, length - len(self.document_prefix) - len(needle) - len(question))
+        start = random.integers(len(self.filler) - room + 1)
+        hay = self.filler[start : start + room]
+        cut = round(depth * room)
+        parts = [self.document_prefix, hay[:cut], needle, hay[cut:], question]
         haystack = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
-        return Sample(haystack, [ids[len(question) :] for ids in answered])
+        return Choices(haystack, [ids[len(question) :] for ids in answered])
 
 
-# -------------------------------------------------------------------------------------------------------- the cells
+def evaluate_cell(
+    model: EvalModel, task: NeedleTask, length: int, depth: float, config: EvalConfig, context: EvalContext
+) -> dict:
+    """Return the scores of `needle.samples` haystacks of one length and depth.
 
-
-def cell(subject: Subject, task: Task, length: int, depth: float, config: EvalConfig, work: Work) -> dict:
-    """Of `samples` haystacks of a length and depth: `token_accuracy`, the part of the answers' tokens that are the
-    likeliest given those before; `exact_match`, the part of answers with all tokens so, which greedy decoding would
-    give; `ranked_first`, the part of answers likelier than all other candidates; their `mean_rank`, from 1."""
-    found, mine = [], work.mine(range(config.needle.samples))
-    for start in range(0, len(mine), config.batch_size):
-        samples = [task.sample(length, depth, i) for i in mine[start : start + config.batch_size]]
-        for part in within_states(subject, samples):
-            found += score(subject, part)
-        work.advance(length * len(samples))
-    found = work.gather(found)
+    Returns:
+        `token_accuracy`: part of the answers' tokens that are the likeliest, each after the right ones before it.
+        `exact_match`: part of the answers of which all tokens are, which greedy decoding would give.
+        `ranked_first`: part of the answers that are likelier than all other candidates; `mean_rank`: their rank from 1.
+    """
+    scores = []
+    indices = context.share(range(config.needle.samples))
+    for start in range(0, len(indices), config.batch_size):
+        samples = [task.build_sample(length, depth, i) for i in indices[start : start + config.batch_size]]
+        for part in split_by_memory(model, samples):
+            scores += score_samples(model, part)
+        context.advance(length * len(samples))
+    scores = context.gather(scores)
     return {
         "length": length,
         "depth": depth,
-        "samples": len(found),
-        "token_accuracy": sum(r["right"] for r in found) / sum(r["tokens"] for r in found),
-        "exact_match": float(np.mean([r["right"] == r["tokens"] for r in found])),
-        "ranked_first": float(np.mean([r["rank"] == 1 for r in found])),
-        "mean_rank": float(np.mean([r["rank"] for r in found])),
+        "samples": len(scores),
+        "token_accuracy": sum(s["right"] for s in scores) / sum(s["tokens"] for s in scores),
+        "exact_match": float(np.mean([s["right"] == s["tokens"] for s in scores])),
+        "ranked_first": float(np.mean([s["rank"] == 1 for s in scores])),
+        "mean_rank": float(np.mean([s["rank"] for s in scores])),
     }
 
 
 @torch.no_grad()
-def score(subject: Subject, samples: list[Sample]) -> list[dict]:
-    """Of each sample, all of one length, {"right": tokens of the answer that are the likeliest, "tokens": of it,
-    "rank": of the answer among the candidates by log likelihood}."""
-    haystacks = torch.from_numpy(np.stack([s.haystack for s in samples])).to(subject.device)
-    count = len(samples[0].answers)
-    each = torch.arange(len(samples), device=subject.device).repeat_interleave(count)
-    answers = padded([ids for s in samples for ids in s.answers], subject.device, fill=IGNORE_INDEX)
-    state, read = read_on(subject, haystacks[:, :-1])
+def score_samples(model: EvalModel, samples: list[Choices]) -> list[dict]:
+    """Return the scores of samples of one length.
+
+    Returns:
+        Of each, `tokens` of its answer, how many of them are `right`, the likeliest, and the answer's `rank` among the
+        candidates by log-likelihood.
+    """
+    haystacks = torch.from_numpy(np.stack([sample.context for sample in samples])).to(model.device)
+    count = len(samples[0].continuations)
+    sample_indices = torch.arange(len(samples), device=model.device).repeat_interleave(count)
+    candidates = [ids for sample in samples for ids in sample.continuations]
+    answers = pad_rows(candidates, model.device, fill=IGNORE_INDEX)
+    state, tokens_read = read_haystacks(model, haystacks[:, :-1])
     if state is not None:
-        state = subject.repeat(state, each)
-    inputs = torch.cat([haystacks[each, read:], answers[:, :-1].clamp(min=0)], 1)
-    features, _ = subject.read(inputs, state=state)
-    logits = subject.logits(features[:, -answers.shape[1] :])
+        state = model.select_states(state, sample_indices)
+    inputs = torch.cat([haystacks[sample_indices, tokens_read:], answers[:, :-1].clamp(min=0)], 1)
+    features, _ = model.forward_features(inputs, state=state)
+    logits = model.compute_logits(features[:, -answers.shape[1] :])
     nats = F.cross_entropy(logits.mT, answers, ignore_index=IGNORE_INDEX, reduction="none").sum(1).view(-1, count)
     right = (logits.argmax(-1) == answers).sum(1).view(-1, count)[:, 0]
-    ranks = 1 + (~(nats[:, 1:] > nats[:, :1])).sum(1)  # a tie is no victory, nor are losses that are no numbers
+    # The answer loses against equal candidates, and where losses are NaN.
+    ranks = 1 + (~(nats[:, 1:] > nats[:, :1])).sum(1)
     return [
-        {"right": int(r), "tokens": len(s.answers[0]), "rank": int(rank)}
-        for r, rank, s in zip(right, ranks, samples, strict=True)
+        {"right": int(r), "tokens": len(sample.continuations[0]), "rank": int(rank)}
+        for r, rank, sample in zip(right, ranks, samples, strict=True)
     ]
 
 
-def read_on(subject: Subject, rows: Tensor) -> tuple[object, int]:
-    """The state after the rows, read in segments of the training length, and how many of their tokens it has seen: none
-    where the model cannot go on from a state, and has to read everything with each candidate."""
-    if not subject.can_resume:
+def read_haystacks(model: EvalModel, rows: Tensor) -> tuple[Any, int]:
+    """Return the state after the rows, [B, T], read in segments of the training length, and T.
+
+    A model that does not accept a state returns (None, 0): it must read everything again with each candidate.
+    """
+    if not model.accepts_state:
         return None, 0
-    state, length = None, rows.shape[1]
-    segment = subject.train_length or length
-    for start in range(0, length, segment):
-        _, state = subject.read(rows[:, start : start + segment], state=state, keep_state=True)
-    return state, length
+    state = None
+    for segment in rows.split(model.train_length or rows.shape[1], dim=1):
+        _, state = model.forward_features(segment, state=state, return_state=True)
+    return state, rows.shape[1]

@@ -1,6 +1,6 @@
-"""The GLA paper's own rows (arXiv 2312.06635v6, table 2 and the recall table), to stand beside ours in a report."""
+"""The GLA paper's own rows (arXiv 2312.06635v6, table 2 and the recall table), which reports compare ours with."""
 
-# Its columns: lm-evaluation-harness's task and metric. Perplexities, then accuracies.
+# The columns, as lm-evaluation-harness's task and metric: perplexities, then accuracies.
 PAPER = {
     "Wiki ppl": ("wikitext", "word_perplexity"),
     "LMB ppl": ("lambada_openai", "perplexity"),
@@ -13,8 +13,8 @@ PAPER = {
 }
 RECALL = {"FDA": ("fda", "contains"), "SWDE": ("swde", "contains"), "SQuAD": ("squad_completion", "contains")}
 
-# In the order of PAPER, accuracies in percent, then the mean of the six accuracies. The 340M models are trained on 15B
-# tokens of SlimPajama, the 1.3B models on 100B.
+# In the order of PAPER, with accuracies in percent, then the mean of the six accuracies. The 340M models were trained
+# on 15B tokens of SlimPajama, the 1.3B models on 100B.
 ZERO_SHOT = {
     "Transformer++ 340M": (28.39, 42.69, 31.0, 63.3, 34.0, 50.4, 44.5, 24.2, 41.2),
     "RetNet 340M": (32.33, 49.19, 28.6, 63.5, 33.5, 52.5, 44.5, 23.4, 41.0),
@@ -35,18 +35,18 @@ RECALL_ROWS = {
     "Mamba 1.3B": (6.2, 41.4, 35.2),
     "GLA 1.3B": (19.9, 50.6, 42.6),
 }
-# Copies of the paper differ here, and the row's own mean does not follow from it.
+# Copies of the paper differ in this number, and the row's mean does not follow from it.
 UNSURE = {("Mamba 1.3B", "Hella")}
 
 
-def our_row(tasks: dict[str, dict], columns: dict[str, tuple[str, str]]) -> dict[str, float | None]:
-    """The harness's results in such columns, accuracies in percent; None where there is none."""
+def select_columns(tasks: dict[str, dict], columns: dict[str, tuple[str, str]]) -> dict[str, float | None]:
+    """Return the metrics of `tasks` in a table's columns, accuracies in percent; None where a task is missing."""
     values = {label: tasks.get(task, {}).get(metric) for label, (task, metric) in columns.items()}
     return {label: x if x is None or "ppl" in label else 100 * x for label, x in values.items()}
 
 
 def paper_table(tasks: dict[str, dict]) -> dict[str, float | None]:
-    """The row of table 2: perplexities, accuracies and `Avg`, the mean of the six accuracies, if all are there."""
-    row = our_row(tasks, PAPER)
+    """Return the row of table 2: perplexities, accuracies, and `Avg`, the mean of the six accuracies if all exist."""
+    row = select_columns(tasks, PAPER)
     accuracies = [x for label, x in row.items() if "ppl" not in label]
     return row | {"Avg": None if None in accuracies else sum(accuracies) / len(accuracies)}

@@ -1,24 +1,39 @@
-"""The closing table of a run, from its JSON files alone."""
+"""The table that sums up a run, from its JSON files alone."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glalm.evals.result_files import read_json, read_metrics, tokens_of, training_speed
+from glalm.evals.result_files import infer_tokens, median_training_speed, read_json
+from glalm.train.metrics import read_metrics
 
-Row = tuple[str, str | None, str, str]  # what, its value or None when it is missing, its file, the command to make it
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
-def report(folder: Path, console: Console) -> None:
-    """Prints what the run in `folder` reached and the paths of everything it wrote.
+class Row(NamedTuple):
+    """A row of the table. value: None if it is missing. source: the file that it is from. command: what writes that."""
 
-    What is missing is said, with the command that makes it. Raises ValueError naming a file that is damaged.
+    quantity: str
+    value: str | None
+    source: str
+    command: str
+
+
+def print_report(folder: Path, console: Console) -> None:
+    """Print what the run in `folder` reached, and the paths of everything it wrote.
+
+    A missing value is shown as the command that computes it.
+
+    Raises:
+        ValueError: A file is damaged; the message names it.
     """
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
-    train, evaluate = f"python train.py {where}", f"python eval.py {where} evals="
-    metrics = read_metrics(folder / "metrics.jsonl")
+    train_command = f"python train.py {where}"
+    eval_command = f"python eval.py {where} evals="
+    metrics, skipped = read_metrics(folder / "metrics.jsonl")
     perplexity = read_json(folder / "eval" / "perplexity.json")
     extrapolation = read_json(folder / "eval" / "extrapolation.json")
     table = Table(title=Text(f"run {folder.name}"), title_justify="left")
@@ -26,77 +41,80 @@ def report(folder: Path, console: Console) -> None:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("from", style="dim", overflow="fold")
     for section in (
-        training_rows(metrics, perplexity or extrapolation, train, f"{evaluate}[perplexity]"),
-        perplexity_rows(metrics, perplexity, train, f"{evaluate}[perplexity]"),
-        extrapolation_rows(extrapolation, f"{evaluate}[extrapolation]"),
+        training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command}[perplexity]"),
+        perplexity_rows(metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
+        extrapolation_rows(extrapolation, f"{eval_command}[extrapolation]"),
     ):
-        for quantity, value, source, command in section:
-            cells = (quantity, value, source) if value else (quantity, "missing", command)
-            table.add_row(*map(Text, cells), style=None if value else "yellow")  # Text: a command's [...] is no markup
+        for row in section:
+            cells = (row.quantity, row.value, row.source) if row.value else (row.quantity, "missing", row.command)
+            # As Text, because the [...] of a command would be read as markup.
+            table.add_row(*map(Text, cells), style=None if row.value else "yellow")
         table.add_section()
     console.print(table)
     console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
+    if skipped:
+        console.print(f"{skipped} unreadable lines of metrics.jsonl were skipped", style="yellow", **PLAIN)
     console.print("written:", **PLAIN)
-    for path in written(folder):
+    for path in list_outputs(folder):
         console.print(f"  {path}", **PLAIN)
 
 
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
-
-
-def training_rows(metrics: list[dict], result: dict | None, train: str, evaluate: str) -> list[Row]:
-    speed = training_speed(metrics)
-    tokens = max(tokens_of(metrics), default=0)
+def training_rows(metrics: list[dict], record: dict | None, train_command: str, eval_command: str) -> list[Row]:
+    speed = median_training_speed(metrics)
+    tokens = max(infer_tokens(metrics), default=0)
     return [
-        ("parameters", result and f"{result['parameters']:,}", "eval/*.json", evaluate),
-        ("tokens trained on", tokens and f"{tokens:,}", "metrics.jsonl", train),
-        ("training tokens/s (median)", speed and f"{speed:,.0f}", "metrics.jsonl", train),
+        Row("parameters", record and f"{record['parameters']:,}", "eval/*.json", eval_command),
+        Row("tokens trained on", tokens and f"{tokens:,}", "metrics.jsonl", train_command),
+        Row("training tokens/s (median)", speed and f"{speed:,.0f}", "metrics.jsonl", train_command),
     ]
 
 
-def perplexity_rows(metrics: list[dict], result: dict | None, train: str, evaluate: str) -> list[Row]:
-    """Before training from the run's own first validation, of its first windows; after it of the whole split."""
-    before = next((r["val_perplexity"] for r in metrics if r["step"] == 0 and "val_perplexity" in r), None)
-    after = result and result["results"]["perplexity"]
-    step = result["checkpoint"].replace("_", " ") if result else "training"
+def perplexity_rows(metrics: list[dict], record: dict | None, train_command: str, eval_command: str) -> list[Row]:
+    """Return the validation perplexity before training, of the run's first validation, and after it, of the split."""
+    before = next((row["val_perplexity"] for row in metrics if row["step"] == 0 and "val_perplexity" in row), None)
+    after = record and record["results"]["perplexity"]
+    checkpoint = record["checkpoint"].replace("_", " ") if record else "training"
+    ratio = f"{after / before:.3g}" if before and after else None
     return [
-        ("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train),
-        (f"  after {step}", after and f"{after:,.3f}", "eval/perplexity.json", evaluate),
-        ("  after / before", before and after and f"{after / before:.3g}", "both", evaluate),
+        Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
+        Row(f"  after {checkpoint}", after and f"{after:,.3f}", "eval/perplexity.json", eval_command),
+        Row("  after / before", ratio, "both", eval_command),
     ]
 
 
-def extrapolation_rows(result: dict | None, evaluate: str) -> list[Row]:
-    """Perplexity at 2, 4, 10 and the most training lengths that documents reach over that at one, with one standard
-    error down and up; and what carrying the state gains at the most, against resetting it every training length.
+def extrapolation_rows(record: dict | None, eval_command: str) -> list[Row]:
+    """Return ratios of the perplexity at several training lengths to that at one, and the gain by keeping the state.
+
+    The ratios are at 2, 4, 10 and the most training lengths that documents reach, with one standard error down and up.
     """
     source = "eval/extrapolation.json"
-    if result is None:
-        return [("perplexity at 10x / 1x", None, source, evaluate)]
-    results, train_length = result["results"], result["results"]["train_length"]
-    ratios = reached(next(iter(results["contexts"].values()))["ratios"])
+    if record is None:
+        return [Row("perplexity at 10x / 1x", None, source, eval_command)]
+    results = record["results"]
+    ratios = select_reached(next(iter(results["contexts"].values()))["ratios"])
     rows = []
     for n in sorted({2, 4, 10, *map(int, [*ratios][-1:])}):
-        value = _with_band(**ratios[str(n)]) if str(n) in ratios else None
-        longer = f"{evaluate} extrapolation.max_length={n * train_length}"
-        rows.append((f"perplexity at {n}x / 1x", value, source, longer))
-    for n, gained in [*reached(results.get("stateful_over_reset", {})).items()][-1:]:
-        rows.append((f"state carried / reset at {n}x", f"{gained['ratio']:.3f}", source, evaluate))
+        value = format_ratio(**ratios[str(n)]) if str(n) in ratios else None
+        longer = f"{eval_command} extrapolation.max_length={n * results['train_length']}"
+        rows.append(Row(f"perplexity at {n}x / 1x", value, source, longer))
+    for n, gain in [*select_reached(results.get("stateful_over_reset", {})).items()][-1:]:
+        rows.append(Row(f"stateful / reset at {n}x", f"{gain['ratio']:.3f}", source, eval_command))
     return rows
 
 
-def reached(ratios: dict[str, dict]) -> dict[str, dict]:
-    """Those of at least one document."""
-    return {n: r for n, r in ratios.items() if r["documents"]}
+def select_reached(ratios: dict[str, dict]) -> dict[str, dict]:
+    """Return the ratios of at least one document."""
+    return {n: ratio for n, ratio in ratios.items() if ratio["documents"]}
 
 
-def written(folder: Path) -> list[Path]:
-    """The files of a run and the folders of its checkpoints, in the order in which they are made."""
-    steps = sorted(folder.glob("checkpoints/step_*"), key=lambda p: int(p.name.removeprefix("step_")))
-    fixed = [p for p in (folder / "run.json", folder / "metrics.jsonl") if p.is_file()]
-    kinds = ("eval/[!.]*.json", "plots/[!.]*.png", "plots/[!.]*.svg")
-    return [*fixed, *steps, *(p for kind in kinds for p in sorted(folder.glob(kind)))]
-
-
-def _with_band(ratio: float, low: float | None, high: float | None, documents: int) -> str:
+def format_ratio(ratio: float, low: float | None, high: float | None, documents: int) -> str:
     return f"{ratio:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
+
+
+def list_outputs(folder: Path) -> list[Path]:
+    """Return the files of a run, and the folders of its checkpoints, in the order in which they are written."""
+    paths = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
+    paths += sorted(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    for pattern in ("eval/[!.]*.json", "plots/[!.]*.png", "plots/[!.]*.svg"):
+        paths += sorted(folder.glob(pattern))
+    return paths

@@ -23,9 +23,10 @@ from glalm.cli import CONFIGS, compose_config
 from glalm.config.strict import ConfigError, check_overrides, require
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import read_json, read_metrics, training_speed, write_json
+from glalm.evals.result_files import median_training_speed, read_json, write_json
 from glalm.model.flops import model_cost
 from glalm.model.mixers import MIXERS
+from glalm.train.metrics import read_metrics
 
 # Overrides of the GLA preset. {length}, {window} and {tokens} are the run's training length, twelve times it, and its
 # tokens a step.
@@ -285,7 +286,7 @@ def build_row(model: str, runs: list[LadderRun]) -> dict:
     """
     config = runs[0].config
     found = [run.results("perplexity") for run in runs]
-    metrics = [read_metrics(run.config.folder / "metrics.jsonl") for run in runs]
+    metrics = [read_metrics(run.config.folder / "metrics.jsonl")[0] for run in runs]
     ratios = []
     for run in runs:
         [context] = run.results("extrapolation")["results"]["contexts"].values()
@@ -296,7 +297,7 @@ def build_row(model: str, runs: list[LadderRun]) -> dict:
         "parameters": found[0]["parameters"],
         "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
         "tokens": config.steps * config.tokens_per_step,
-        "tokens/s": training_speed(chain.from_iterable(metrics)),
+        "tokens/s": median_training_speed(chain.from_iterable(metrics)),
         "perplexity": math.exp(fmean(f["results"]["nats_per_token"] for f in found)),
         "seeds": {str(run.config.seed): f["results"]["perplexity"] for run, f in zip(runs, found, strict=True)},
         **{f"{n}x / 1x": math.exp(fmean(math.log(r[n]["ratio"]) for r in ratios)) for n in reached},

@@ -1,8 +1,11 @@
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from glalm.evals.evaluator import EvalContext
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
@@ -51,5 +54,35 @@ def stream():
     def make(*lengths: int) -> Stream:
         generator = np.random.default_rng(len(lengths))
         return Stream([generator.integers(0, 64, n).astype(np.uint16) for n in lengths])
+
+    return make
+
+
+class ThreadContext(EvalContext):
+    """One of several ranks that are threads: they exchange results through a list."""
+
+    def __init__(self, rank: int, board: list, barrier: Barrier):
+        super().__init__()
+        self.rank = rank
+        self.world_size = len(board)
+        self.board = board
+        self.barrier = barrier
+
+    def _gather_or_raise(self, action) -> list:
+        self.board[self.rank] = action()
+        self.barrier.wait(30)
+        gathered = list(self.board)
+        self.barrier.wait(30)
+        return gathered
+
+
+@pytest.fixture
+def thread_contexts():
+    """thread_contexts(n): the contexts of n ranks, each for a thread of its own."""
+
+    def make(count: int) -> list[ThreadContext]:
+        board = [None] * count
+        barrier = Barrier(count)
+        return [ThreadContext(rank, board, barrier) for rank in range(count)]
 
     return make

@@ -6,8 +6,8 @@ from tiny import llama
 
 from glalm.config.strict import ConfigError
 from glalm.evals import decode_speed
-from glalm.evals.eval_model import Subject, state_bytes
-from glalm.evals.evaluator import Work
+from glalm.evals.eval_model import EvalModel, count_state_bytes
+from glalm.evals.evaluator import EvalContext
 from glalm.evals.options import DecodeSpeedConfig, EvalConfig
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
@@ -16,9 +16,9 @@ SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads
 
 def rows(mixer: str) -> list[dict]:
     torch.manual_seed(0)
-    subject = Subject(GLALMForCausalLM(GLALMConfig(**SHAPE, mixer=mixer)).eval(), train_length=8)
+    eval_model = EvalModel(GLALMForCausalLM(GLALMConfig(**SHAPE, mixer=mixer)).eval(), train_length=8)
     config = EvalConfig(batch_size=3, decode_speed=DecodeSpeedConfig(lengths=[40, 8], steps=2, repeats=3))
-    results = decode_speed.job(subject, config).run(Work())
+    results = decode_speed.DecodeSpeedEvaluator(eval_model, config).run(EvalContext())
     json.dumps(results, allow_nan=False)
     return results["lengths"]
 
@@ -39,36 +39,36 @@ def test_a_recurrent_state_has_one_size_and_attentions_grows():
 
 def test_bf16_steps_with_weights_of_bf16(model, monkeypatch):
     """And no autocast, which would cast float32 ones at every step."""
-    decoding, stepping = [], decode_speed.stepping
+    decoding, make_greedy_step = [], decode_speed.make_greedy_step
 
-    def seen(subject, state):
-        decoding.append((subject.model.dtype, torch.is_autocast_enabled("cpu")))
-        return stepping(subject, state)
+    def seen(eval_model, state):
+        decoding.append((eval_model.causal_lm.dtype, torch.is_autocast_enabled("cpu")))
+        return make_greedy_step(eval_model, state)
 
-    monkeypatch.setattr(decode_speed, "stepping", seen)
+    monkeypatch.setattr(decode_speed, "make_greedy_step", seen)
     config = EvalConfig(batch_size=3, decode_speed=DecodeSpeedConfig(lengths=[8], steps=2, repeats=1))
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        subject = Subject(model, train_length=8, precision=precision)
-        with subject.autocast():
-            decode_speed.job(subject, config).run(Work())
+        eval_model = EvalModel(model, train_length=8, precision=precision)
+        with eval_model.autocast():
+            decode_speed.DecodeSpeedEvaluator(eval_model, config).run(EvalContext())
         assert decoding.pop() == (dtype, False)
         assert model.dtype == torch.float32
 
 
 def test_a_transformers_cache_is_counted():
-    subject = Subject(llama())
-    _, state = subject.read(torch.zeros(3, 10, dtype=torch.int64), keep_state=True)
-    assert state_bytes(state) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, keys and values, B, heads, T, D
+    eval_model = EvalModel(llama())
+    _, state = eval_model.forward_features(torch.zeros(3, 10, dtype=torch.int64), return_state=True)
+    assert count_state_bytes(state) == 2 * 2 * 3 * 2 * 10 * 8 * 4  # layers, keys and values, B, heads, T, D
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [None, lambda: llama(vocab_size=64)], ids=["ours", "transformers'"])
 def test_every_step_goes_on_from_the_one_before(model, make):
     model = make() if make else model
-    subject = Subject(model)
+    eval_model = EvalModel(model)
     text = torch.randint(64, (2, 10), generator=torch.Generator().manual_seed(0))
-    _, state = subject.read(text[:, :-1], keep_state=True)
-    last = decode_speed.decoded(decode_speed.stepping(subject, state), text[:, -1:], 5)
+    _, state = eval_model.forward_features(text[:, :-1], return_state=True)
+    last = decode_speed.decode_tokens(decode_speed.make_greedy_step(eval_model, state), text[:, -1:], 5)
     ids = text
     for _ in range(5):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
@@ -79,4 +79,4 @@ def test_settings_that_cannot_be(model):
     with pytest.raises(ConfigError, match=r"decode_speed\.lengths must be positive"):
         DecodeSpeedConfig(lengths=[0])
     with pytest.raises(ConfigError, match="learned positions for 50"):
-        decode_speed.job(Subject(model, train_length=8, max_length=50), EvalConfig())
+        decode_speed.DecodeSpeedEvaluator(EvalModel(model, train_length=8, max_length=50), EvalConfig())

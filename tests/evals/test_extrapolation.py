@@ -2,7 +2,6 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Barrier
 
 import numpy as np
 import pytest
@@ -14,18 +13,18 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.evals import extrapolation as module
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Work
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext
 from glalm.evals.extrapolation import (
-    blocks,
     bucket_edges,
-    bucket_of,
-    extrapolation,
-    furthest_documents,
-    multiples,
-    position_losses,
-    reach,
-    spans,
+    bucket_index,
+    build_results,
+    iterate_spans,
+    last_filled_edge,
+    length_multiples,
+    load_blocks,
+    load_longest_documents,
+    losses_by_bucket,
 )
 from glalm.evals.options import EvalConfig, ExtrapolationConfig
 from glalm.hf import GLALMConfig, GLALMForCausalLM
@@ -58,13 +57,13 @@ def truth(texts, true_losses):
 
 
 def read(model, texts, context="stateful", segment=T, batch_size=3, advance=int) -> torch.Tensor:
-    return position_losses(Subject(model), texts, EDGES, segment, context, batch_size, working(advance))
+    return losses_by_bucket(EvalModel(model), texts, EDGES, segment, context, batch_size, context_of(advance))
 
 
-def working(advance) -> Work:
-    work = Work()
-    work.advance = advance
-    return work
+def context_of(advance) -> EvalContext:
+    context = EvalContext()
+    context.advance = advance
+    return context
 
 
 def test_carried_is_one_forward_over_the_whole_text(model, texts, truth):
@@ -106,21 +105,22 @@ def test_sliding_sees_half_a_window_or_more_before_each_token(model, texts, true
 @pytest.mark.parametrize("context", ["stateful", "sliding_window", "reset"])
 @pytest.mark.parametrize("length, segment", [(23, 8), (8, 8), (3, 8), (64, 7), (5, 1)])
 def test_every_position_is_scored_once(context, length, segment):
-    scored = [p for _, first, stop in spans(length, segment, context) for p in range(first, stop)]
+    spans = list(iterate_spans(length, segment, context))
+    scored = [position for span in spans for position in range(span.first_scored, span.stop)]
     assert scored == list(range(length))
-    assert all(stop - begin <= segment and begin >= 0 for begin, _, stop in spans(length, segment, context))
+    assert all(span.stop - span.start <= segment and span.start >= 0 for span in spans)
 
 
 def test_counts_sum_to_the_tokens_read(model, texts):
     done = []
     nats = read(model, texts, advance=done.append)
-    buckets = extrapolation({"stateful": nats}, EDGES, T)["contexts"]["stateful"]["buckets"]
+    buckets = build_results({"stateful": nats}, EDGES, T)["contexts"]["stateful"]["buckets"]
     assert [b["documents"] for b in buckets] == [4] * 12 + [3] * 12
     assert sum(b["tokens"] for b in buckets) == sum(done) == 3 * 96 + 48
 
 
 def test_a_bucket_is_a_mean_over_the_documents_that_fill_it(model, texts, truth):
-    buckets = extrapolation({"stateful": read(model, texts)}, EDGES, T)["contexts"]["stateful"]["buckets"]
+    buckets = build_results({"stateful": read(model, texts)}, EDGES, T)["contexts"]["stateful"]["buckets"]
     assert [(b["start"], b["end"]) for b in buckets] == [(4 * i, 4 * i + 4) for i in range(24)]
     np.testing.assert_allclose([b["nats_per_token"] for b in buckets], np.nanmean(truth, 0), atol=1e-5)
     np.testing.assert_allclose([b["perplexity"] for b in buckets], np.exp(np.nanmean(truth, 0)), rtol=1e-5)
@@ -129,7 +129,7 @@ def test_a_bucket_is_a_mean_over_the_documents_that_fill_it(model, texts, truth)
 
 
 def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
-    result = extrapolation({n: read(model, texts, n) for n in ("stateful", "reset")}, EDGES, T)
+    result = build_results({n: read(model, texts, n) for n in ("stateful", "reset")}, EDGES, T)
     ratios = result["contexts"]["stateful"]["ratios"]
     assert [*ratios] == ["2", "4", "8", "10", "12"]
     for n, r in ratios.items():
@@ -146,7 +146,7 @@ def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
 
 
 def test_a_bucket_that_no_document_fills_is_reported_empty(model, texts):
-    result = extrapolation({"stateful": read(model, texts[1:2])}, EDGES, T)["contexts"]["stateful"]
+    result = build_results({"stateful": read(model, texts[1:2])}, EDGES, T)["contexts"]["stateful"]
     assert len(result["buckets"]) == 24
     empty = result["buckets"][12]
     assert (empty["documents"], empty["tokens"]) == (0, 0)
@@ -156,30 +156,15 @@ def test_a_bucket_that_no_document_fills_is_reported_empty(model, texts):
     json.dumps(result, allow_nan=False)
 
 
-class Together(Work):
-    """Processes as threads: what each has is exchanged through a list that they share."""
-
-    def __init__(self, rank: int, world: int, shared: list, barrier: Barrier):
-        super().__init__(rank, world)
-        self.shared, self.barrier = shared, barrier
-
-    def _exchange(self, mine, error=None) -> list:
-        self.shared[self.rank] = mine
-        self.barrier.wait(20)
-        heard = list(self.shared)
-        self.barrier.wait(20)
-        return heard
-
-
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_processes_share_the_batches(model, texts, truth, batch_size):
-    works = [Together(rank, 2, shared, barrier) for shared, barrier in [([None] * 2, Barrier(2))] for rank in range(2)]
+def test_processes_share_the_batches(model, texts, truth, batch_size, thread_contexts):
+    contexts = thread_contexts(2)
     done = [[], []]
-    for work, counts in zip(works, done, strict=True):
-        work.advance = counts.append
+    for context, counts in zip(contexts, done, strict=True):
+        context.advance = counts.append
     with ThreadPoolExecutor(2) as pool:
-        read_share = partial(position_losses, Subject(model), texts, EDGES, T, "stateful", batch_size)
-        found = list(pool.map(read_share, works))
+        read_share = partial(losses_by_bucket, EvalModel(model), texts, EDGES, T, "stateful", batch_size)
+        found = list(pool.map(read_share, contexts))
     for nats in found:
         np.testing.assert_allclose(nats, truth, atol=1e-5)
     assert sum(map(sum, done)) == 3 * 96 + 48 and all(map(sum, done))
@@ -188,11 +173,10 @@ def test_processes_share_the_batches(model, texts, truth, batch_size):
 def test_what_was_read_before_a_restart_is_not_read_again(model, texts, truth, tmp_path):
     counts = []
     for advance in (lambda n: counts.append(n) if len(counts) < 15 else 1 / 0, counts.append):
-        work = Work()
-        work.advance = advance
-        work.keep_parts(tmp_path / "parts.json", {})
+        context = context_of(advance)
+        context.use_partial_results(tmp_path / "parts.json", {})
         try:
-            nats = position_losses(Subject(model), texts, EDGES, T, "stateful", 2, work)
+            nats = losses_by_bucket(EvalModel(model), texts, EDGES, T, "stateful", 2, context)
         except ZeroDivisionError:
             counts.clear()
     np.testing.assert_allclose(nats, truth, atol=1e-5)
@@ -214,7 +198,7 @@ def test_memory_does_not_grow_with_the_length(model, stream):
 
     def largest(length: int) -> int:
         with LargestTensor() as seen:
-            position_losses(Subject(model), [text], bucket_edges(32, length), 32, "stateful", 1, Work())
+            losses_by_bucket(EvalModel(model), [text], bucket_edges(32, length), 32, "stateful", 1, EvalContext())
         return seen.numel
 
     assert largest(4800) < 1.2 * largest(320) < 4800
@@ -222,9 +206,9 @@ def test_memory_does_not_grow_with_the_length(model, stream):
 
 def test_less_than_ten_lengths_is_allowed_with_a_warning(model, texts):
     edges = bucket_edges(T, 79)
-    nats = position_losses(Subject(model), texts[:1], edges, T, "stateful", 1, Work())
+    nats = losses_by_bucket(EvalModel(model), texts[:1], edges, T, "stateful", 1, EvalContext())
     with pytest.warns(UserWarning, match="extrapolation.max_length=80"):
-        result = extrapolation({"stateful": nats}, edges, T)["contexts"]["stateful"]
+        result = build_results({"stateful": nats}, edges, T)["contexts"]["stateful"]
     assert result["buckets"][-1]["end"] == 76  # the last, incomplete bucket is left out
     assert [*result["ratios"]] == ["2", "4", "8", "9"]
 
@@ -236,23 +220,23 @@ def test_a_text_that_fills_no_bucket_is_refused(model, stream):
 
 def test_the_documents_that_reach_furthest_are_read(stream):
     split = stream(10, 41, 40, 300, 41)
-    assert [len(d) for d in furthest_documents(split, [0, 20, 40], 2)] == [41, 300]
-    assert [len(d) for d in furthest_documents(split, [0, 20, 40], 4)] == [41, 40, 300, 41]
-    assert [len(d) for d in furthest_documents(split, [0, 9], None)] == [10, 41, 40, 300, 41]
+    assert [len(d) for d in load_longest_documents(split, [0, 20, 40], 2)] == [41, 300]
+    assert [len(d) for d in load_longest_documents(split, [0, 20, 40], 4)] == [41, 40, 300, 41]
+    assert [len(d) for d in load_longest_documents(split, [0, 9], None)] == [10, 41, 40, 300, 41]
 
 
 def test_no_document_fills_a_bucket(stream):
     with pytest.raises(ConfigError, match=r"301 tokens that fill one bucket \(the longest have 300, 41, 41\)"):
-        furthest_documents(stream(10, 41, 40, 300, 41), [0, 300], 2)
+        load_longest_documents(stream(10, 41, 40, 300, 41), [0, 300], 2)
 
 
 def test_blocks_are_the_stream_cut_end_to_end(stream):
     split = stream(10, 41, 40)
-    found = blocks(split, [0, 10, 20], None)
+    found = load_blocks(split, [0, 10, 20], None)
     np.testing.assert_array_equal(np.stack(found), [split.stream[i * 20 : i * 20 + 21] for i in range(4)])
-    assert len(blocks(split, [0, 10, 20], 3)) == 3
-    with pytest.raises(ConfigError, match="length=91 needs 92 tokens"):
-        blocks(split, [0, 91], None)
+    assert len(load_blocks(split, [0, 10, 20], 3)) == 3
+    with pytest.raises(ConfigError, match="length=91 need 92 tokens"):
+        load_blocks(split, [0, 91], None)
 
 
 def test_edges_include_every_multiple_of_the_training_length():
@@ -264,15 +248,15 @@ def test_edges_include_every_multiple_of_the_training_length():
 
 def test_buckets_by_position():
     edges = [0, 3, 6, 9]
-    assert [bucket_of(p, edges) for p in (1, 3, 4, 9)] == [0, 0, 1, 2]
-    assert [reach(tokens, edges) for tokens in (0, 3, 4, 9, 10, 50)] == [0, 0, 3, 6, 9, 9]
+    assert [bucket_index(p, edges) for p in (1, 3, 4, 9)] == [0, 0, 1, 2]
+    assert [last_filled_edge(tokens, edges) for tokens in (0, 3, 4, 9, 10, 50)] == [0, 0, 3, 6, 9, 9]
 
 
 def test_multiples():
-    assert multiples(1) == []
-    assert multiples(3) == [2, 3]
-    assert multiples(24) == [2, 4, 8, 10, 16, 20, 24]
-    assert multiples(80) == [2, 4, 8, 10, 16, 20, 32, 40, 64, 80]
+    assert length_multiples(1) == []
+    assert length_multiples(3) == [2, 3]
+    assert length_multiples(24) == [2, 4, 8, 10, 16, 20, 24]
+    assert length_multiples(80) == [2, 4, 8, 10, 16, 20, 32, 40, 64, 80]
 
 
 # -------------------------------------------------------------------------------------------------------- the job
@@ -282,7 +266,7 @@ def test_multiples():
 def split(stream, monkeypatch):
     split = stream(100, 50, 97, 140)
     split.fingerprint = "f"
-    monkeypatch.setattr(module, "open_split", lambda config, subject, name: split)
+    monkeypatch.setattr(module, "open_split", lambda config, model, name: split)
 
 
 def config(**settings) -> EvalConfig:
@@ -290,15 +274,17 @@ def config(**settings) -> EvalConfig:
 
 
 def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth):
-    job = module.job(Subject(model, train_length=T), config(contexts=["reset", "stateful"], max_length=160))
+    evaluator = module.ExtrapolationEvaluator(
+        EvalModel(model, train_length=T), config(contexts=["reset", "stateful"], max_length=160)
+    )
     done = []
-    results = job.run(working(done.append))
+    results = evaluator.run(context_of(done.append))
     assert [*results["contexts"]] == ["reset", "stateful"]
-    assert job.total == sum(done) == 2 * (96 + 48 + 96 + 136)
+    assert evaluator.total_units == sum(done) == 2 * (96 + 48 + 96 + 136)
     found = [b["nats_per_token"] for b in results["contexts"]["stateful"]["buckets"]]
     np.testing.assert_allclose(found[:24], np.nanmean(truth, 0), atol=1e-5)
-    assert "no document fills the 6 buckets from position 136 on" in job.summary(results)
-    assert job.settings["train_length"] == T and job.settings["max_length"] == 160
+    assert "no document fills the 6 buckets from position 136 on" in evaluator.summarize(results)
+    assert evaluator.settings["train_length"] == T and evaluator.settings["max_length"] == 160
 
 
 @torch.no_grad()
@@ -306,7 +292,9 @@ def test_a_model_that_cannot_go_on_from_a_state_reads_carried_text_whole(texts, 
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
     mamba = MambaForCausalLM(MambaConfig(**shape)).eval()
-    results = module.job(Subject(mamba, train_length=T), config(contexts=["stateful", "reset"])).run(Work())
+    results = module.ExtrapolationEvaluator(
+        EvalModel(mamba, train_length=T), config(contexts=["stateful", "reset"])
+    ).run(EvalContext())
     ids = torch.tensor(np.stack([x[:97] for x in texts if len(x) >= 97]).astype(np.int64))
     log_p = mamba(ids[:, :-1], use_cache=False).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
     expected = -log_p.view(3, 24, 4).mean((0, 2))[12:]  # the buckets that these three alone fill
@@ -319,29 +307,33 @@ def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):
     class Overflows:
         device = torch.device("cpu")
 
-        def score(self, ids, targets, state):
+        def score_tokens(self, ids, targets, state, return_state):
             read = (state or 0) + ids.shape[1]
             losses = torch.zeros(ids.shape)
             losses[0] = math.nan if read > 48 else 1  # of one document
             return losses.masked_fill(targets == -100, 0), read
 
-    with pytest.raises(RunError, match=r"context stateful: .* after 48 on .* extrapolation\.max_length=48 reads"):
-        position_losses(Overflows(), texts, EDGES, T, "stateful", 2, Work())
+    with pytest.raises(
+        RunError, match=r"context stateful: .* after position 48 .* extrapolation\.max_length=48 evaluates"
+    ):
+        losses_by_bucket(Overflows(), texts, EDGES, T, "stateful", 2, EvalContext())
 
 
 def test_demands(model, split):
     for width in (16, 3):  # with 16 the buckets of one and of two training lengths were the same
         with pytest.raises(ConfigError, match=rf"extrapolation\.bucket={width} does not divide the training length 8"):
-            module.job(Subject(model, train_length=T), config(bucket=width))
-    module.job(Subject(model, train_length=T), config(bucket=2))
+            module.ExtrapolationEvaluator(EvalModel(model, train_length=T), config(bucket=width))
+    module.ExtrapolationEvaluator(EvalModel(model, train_length=T), config(bucket=2))
     with pytest.raises(ConfigError, match=r"max_length=7 is under the training length 8; write .*max_length=80"):
-        module.job(Subject(model, train_length=T), config(max_length=7))
-    with pytest.raises(ConfigError, match="does not say at what length it was trained"):
-        module.job(Subject(model), config())
-    limited = Subject(model, train_length=T, max_length=64)
+        module.ExtrapolationEvaluator(EvalModel(model, train_length=T), config(max_length=7))
+    with pytest.raises(ConfigError, match="the training length of model is not known"):
+        module.ExtrapolationEvaluator(EvalModel(model), config())
+    limited = EvalModel(model, train_length=T, max_length=64)
     with pytest.raises(ConfigError, match=r"extrapolation\.max_length: model has learned positions for 64"):
-        module.job(limited, config())
-    module.job(limited, config(contexts=["sliding_window", "reset"]))  # which read the training length alone
+        module.ExtrapolationEvaluator(limited, config())
+    module.ExtrapolationEvaluator(
+        limited, config(contexts=["sliding_window", "reset"])
+    )  # which read the training length alone
 
 
 def test_settings():

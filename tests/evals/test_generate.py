@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from glalm.config.strict import ConfigError
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Work
-from glalm.evals.generate import job
-from glalm.evals.generate import samples as sampled
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext
+from glalm.evals.generate import GenerateEvaluator, sample_continuations
 from glalm.evals.options import EvalConfig, GenerateConfig
 
 
@@ -24,7 +23,9 @@ class Numbers:
 
 
 def samples(model, tokenizer, config: GenerateConfig, seed: int) -> list[dict]:
-    return sampled(Subject(model, tokenizer=tokenizer, start=(1,)), config, seed, Work())
+    return sample_continuations(
+        EvalModel(model, tokenizer=tokenizer, document_prefix=(1,)), config, seed, EvalContext()
+    )
 
 
 CONFIG = GenerateConfig(tokens=12, temperature=1.0, top_p=1.0, prompts=["5 6 7", "9", "9"])
@@ -94,18 +95,26 @@ def test_an_empty_prompt_is_a_document_from_its_start(model, prompts):
 
 def test_the_job_prints_its_texts_and_needs_a_tokenizer(model):
     config = EvalConfig(generate=dataclasses.replace(CONFIG, temperature=1e-5))
-    made = job(Subject(model, tokenizer=Numbers(), start=(1,)), config)
-    texts = made.run(Work())
-    assert made.summary(texts)[0] == f"--- 5 6 7{texts[0]['continuation']}"
-    with pytest.raises(ConfigError, match=r"evals=\[generate\]: model comes with no tokenizer"):
-        job(Subject(model), config)
+    evaluator = GenerateEvaluator(EvalModel(model, tokenizer=Numbers(), document_prefix=(1,)), config)
+    texts = evaluator.run(EvalContext())
+    assert evaluator.summarize(texts)[0] == f"--- 5 6 7{texts[0]['continuation']}"
+    with pytest.raises(ConfigError, match=r"evals=\[generate\]: model has no readable tokenizer"):
+        GenerateEvaluator(EvalModel(model), config)
 
 
 def test_processes_share_the_prompts_without_changing_a_text(model):
-    class Half(Work):
-        def gather(self, mine):
-            return mine
+    class Half(EvalContext):
+        """One of two ranks, which exchange nothing."""
 
-    subject = Subject(model, tokenizer=Numbers(), start=(1,))
-    whole = sampled(subject, CONFIG, 3, Work())
-    assert [sampled(subject, CONFIG, 3, Half(rank, 2)) for rank in (0, 1)] == [whole[0::2], whole[1::2]]
+        def __init__(self, rank: int):
+            super().__init__()
+            self.rank = rank
+            self.world_size = 2
+
+        def gather(self, results):
+            return results
+
+    eval_model = EvalModel(model, tokenizer=Numbers(), document_prefix=(1,))
+    texts = sample_continuations(eval_model, CONFIG, 3, EvalContext())
+    shares = [sample_continuations(eval_model, CONFIG, 3, Half(rank)) for rank in (0, 1)]
+    assert shares == [texts[0::2], texts[1::2]]

@@ -20,10 +20,18 @@ from lm_eval.models.huggingface import HFLM
 
 from glalm.config.strict import ConfigError
 from glalm.evals import local_tasks
-from glalm.evals.eval_model import Subject, open_subject
-from glalm.evals.evaluator import Work
-from glalm.evals.harness import PAPER, HarnessLM, numbers, paper_table, recall, set_fewshot, summary, zero_shot
-from glalm.evals.harness import metrics as metrics_of
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext
+from glalm.evals.harness import (
+    PAPER,
+    HarnessEvaluator,
+    HarnessLM,
+    RecallEvaluator,
+    collect_metrics,
+    paper_table,
+    set_fewshot,
+)
+from glalm.evals.inputs import open_eval_model
 from glalm.evals.options import EvalConfig, HarnessConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
@@ -36,7 +44,7 @@ def few_tasks():
     folders = [tasks / name for name in ("arc", "lambada", "wikitext", "sciq", "fda", "swde", "squad_completion")]
     with pytest.MonkeyPatch.context() as patch:
         few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
-        patch.setattr(local_tasks, "all_tasks", lambda: few)
+        patch.setattr(local_tasks, "load_harness_tasks", lambda: few)
         yield
 
 
@@ -46,13 +54,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(folder, tmp_path_factory) -> Subject:
+def eval_model(folder, tmp_path_factory) -> EvalModel:
     config = EvalConfig(checkpoint=str(folder), runs_dir=str(tmp_path_factory.mktemp("runs")))
-    return open_subject(config, torch.device("cpu"))
+    return open_eval_model(config, torch.device("cpu"))
 
 
-def harness_lm(subject: Subject, max_length: int = 64, **options) -> HarnessLM:
-    return HarnessLM(subject, subject.tokenizer, HarnessConfig(**options), max_length, Work())
+def harness_lm(eval_model: EvalModel, max_length: int = 64, **options) -> HarnessLM:
+    return HarnessLM(eval_model, HarnessConfig(**options), max_length, EvalContext())
 
 
 def text(words: int, seed: int) -> str:
@@ -70,116 +78,106 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_log_likelihoods_are_those_of_the_harness_own_model(adds_bos, tmp_path):
     folder = tiny.saved(tmp_path / "model", tiny.llama(), adds_bos)
-    subject = open_subject(EvalConfig(checkpoint=str(folder), runs_dir=str(tmp_path)), torch.device("cpu"))
+    eval_model = open_eval_model(EvalConfig(checkpoint=str(folder), runs_dir=str(tmp_path)), torch.device("cpu"))
     asked = [(text(n, n), " " + text(1 + k % 2, 10 * n + k)) for n in range(1, 9) for k in range(1 + n % 4)]
     asked += [("", "alpha"), ("ends in a space ", "beta"), (text(20, 0), " too long")]  # more than 64 bytes
     requests = instances("loglikelihood", asked)
-    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path, adds_bos), max_length=64, batch_size=3)
-    ours = harness_lm(subject, batch_tokens=100).loglikelihood(requests)
+    theirs = HFLM(
+        pretrained=eval_model.causal_lm, tokenizer=tiny.tokenizer(tmp_path, adds_bos), max_length=64, batch_size=3
+    )
+    ours = harness_lm(eval_model, batch_tokens=100).loglikelihood(requests)
     for (nats, greedy), (expected, likeliest) in zip(ours, theirs.loglikelihood(requests, True), strict=True):
         assert nats == pytest.approx(expected, abs=1e-4)
         assert greedy == likeliest
 
 
-def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(subject, tmp_path):
+def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(eval_model, tmp_path):
     requests = instances("loglikelihood_rolling", [(text(n, n),) for n in (3, 40, 11, 12)])
-    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=3)
+    theirs = HFLM(pretrained=eval_model.causal_lm, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=3)
     expected = theirs.loglikelihood_rolling(requests, True)
-    assert harness_lm(subject, batch_tokens=100).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-6)
-    carried = harness_lm(subject, batch_tokens=100, stateful=True).loglikelihood_rolling(requests)
+    assert harness_lm(eval_model, batch_tokens=100).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-6)
+    carried = harness_lm(eval_model, batch_tokens=100, stateful=True).loglikelihood_rolling(requests)
     assert carried[0] == pytest.approx(expected[0], rel=1e-5)  # shorter than 64
     assert carried[1] != pytest.approx(expected[1], rel=1e-3)
-    whole = harness_lm(subject, max_length=10_000).loglikelihood_rolling(requests)
+    whole = harness_lm(eval_model, max_length=10_000).loglikelihood_rolling(requests)
     assert carried == pytest.approx(whole, rel=1e-5)
 
 
-def test_generation_is_that_of_the_harness_own_model(subject, tmp_path):
+def test_generation_is_that_of_the_harness_own_model(eval_model, tmp_path):
     requests = instances(
         "generate_until",
         [(text(n, n), {"until": ["\n", "e"], "max_gen_toks": 20}) for n in (1, 7, 3)]
         + [(text(30, 30), {"until": "zz", "max_gen_toks": 5}), ("alpha", {"until": ["\n"], "max_gen_toks": 9})],
     )
-    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=2)
+    theirs = HFLM(pretrained=eval_model.causal_lm, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=2)
     expected = theirs.generate_until(requests, True)
-    assert harness_lm(subject, batch_tokens=130).generate_until(requests) == expected
+    assert harness_lm(eval_model, batch_tokens=130).generate_until(requests) == expected
     assert max(map(len, expected)) > 3
     with pytest.raises(ConfigError, match=r"max_length=20 leaves no room before the 20 tokens"):
-        harness_lm(subject, max_length=20).generate_until(requests)
+        harness_lm(eval_model, max_length=20).generate_until(requests)
 
 
 @pytest.mark.parametrize(
     "options", [{"do_sample": True, "temperature": 3.0, "top_p": 0.8}, {"temperature": 0.5}], ids=str
 )
-def test_a_tasks_options_of_sampling_reach_generation(options, subject, tmp_path):
+def test_a_tasks_options_of_sampling_reach_generation(options, eval_model, tmp_path):
     """Drawn from the same random numbers, a text is that of the harness's own model."""
     [request] = instances("generate_until", [(text(7, 7), {"until": ["zz"], "max_gen_toks": 30, **options})])
-    theirs = HFLM(pretrained=subject.model, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=1)
+    theirs = HFLM(pretrained=eval_model.causal_lm, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=1)
     found = []
-    for lm in (harness_lm(subject), theirs):
+    for lm in (harness_lm(eval_model), theirs):
         torch.manual_seed(5)
         found.append(lm.generate_until([request], True))
     assert found[0] == found[1]
 
 
-def test_greedy_tasks_give_generation_no_options_of_sampling(subject, monkeypatch):
+def test_greedy_tasks_give_generation_no_options_of_sampling(eval_model, monkeypatch):
     given = []
-    monkeypatch.setattr(subject.model, "generate", lambda ids, **options: given.append(options) or ids)
+    monkeypatch.setattr(eval_model.causal_lm, "generate", lambda ids, **options: given.append(options) or ids)
     for options in ({}, {"do_sample": False, "temperature": 0.7, "top_p": 0.5}, {"temperature": 0.0, "num_beams": 3}):
         arguments = ("alpha", {"until": ["zz"], "max_gen_toks": 5, **options})
-        harness_lm(subject).generate_until(instances("generate_until", [arguments]))
+        harness_lm(eval_model).generate_until(instances("generate_until", [arguments]))
     assert [options["do_sample"] for options in given] == [False] * 3
     assert not {"temperature", "top_p", "top_k"} & set().union(*given)
     assert [options.get("num_beams") for options in given] == [None, None, 3]
 
 
-def test_a_text_ends_where_the_model_ends_it(subject, monkeypatch):
+def test_a_text_ends_where_the_model_ends_it(eval_model, monkeypatch):
     """Rows of a batch go on until the last one has ended."""
-    lm = harness_lm(subject)
-    after = torch.tensor([[*subject.tokenizer.encode("beta"), lm.eot_token_id, *subject.tokenizer.encode("gamma")]])
-    monkeypatch.setattr(subject.model, "generate", lambda ids, **_: torch.cat([ids, after], 1))
+    lm = harness_lm(eval_model)
+    after = torch.tensor(
+        [[*eval_model.tokenizer.encode("beta"), lm.eot_token_id, *eval_model.tokenizer.encode("gamma")]]
+    )
+    monkeypatch.setattr(eval_model.causal_lm, "generate", lambda ids, **_: torch.cat([ids, after], 1))
     for until, expected in ((["zz"], "beta"), (["zz", "t", "e"], "b")):
         [found] = lm.generate_until(instances("generate_until", [("alpha", {"until": until, "max_gen_toks": 20})]))
         assert found.strip() == expected
 
 
-class Thread(Work):
-    """One of two processes, as a thread."""
-
-    def __init__(self, rank: int, board: list, barrier: threading.Barrier):
-        super().__init__(rank, 2)
-        self.board, self.barrier = board, barrier
-
-    def _exchange(self, mine, error=None) -> list:
-        self.board[self.rank] = mine
-        self.barrier.wait()
-        heard = list(self.board)
-        self.barrier.wait()
-        return heard
-
-
-def test_processes_share_the_requests(subject, monkeypatch):
+def test_processes_share_the_requests(eval_model, monkeypatch, thread_contexts):
     asked = {
         "loglikelihood": [(text(2 + i % 5, i % 5), " " + text(1 + i % 3, 50 + i)) for i in range(15)],
         "loglikelihood_rolling": [(text(n, n),) for n in (3, 40, 11)],
         "generate_until": [(text(n, n), {"until": ["e"], "max_gen_toks": 9}) for n in (1, 7, 3, 2, 5)],
     }
     read = [0, 0]
-    count = Subject.read
+    count = EvalModel.forward_features
 
     def counted(self, input_ids, *args, **kwargs):
         if threading.current_thread().name in ("0", "1"):
             read[int(threading.current_thread().name)] += len(input_ids)
         return count(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Subject, "read", counted)
+    monkeypatch.setattr(EvalModel, "forward_features", counted)
     for options in ({}, {"stateful": True}):
-        alone = harness_lm(subject, batch_tokens=100, **options)
+        alone = harness_lm(eval_model, batch_tokens=100, **options)
         expected = {kind: getattr(alone, kind)(instances(kind, arguments)) for kind, arguments in asked.items()}
-        board, barrier, found = [None, None], threading.Barrier(2, timeout=30), [None, None]
+        contexts = thread_contexts(2)
+        found = [None, None]
 
-        def process(rank: int, options=options, board=board, barrier=barrier, found=found) -> None:
-            lm = harness_lm(subject, batch_tokens=100, **options)
-            lm.work = Thread(rank, board, barrier)
+        def process(rank: int, options=options, contexts=contexts, found=found) -> None:
+            lm = harness_lm(eval_model, batch_tokens=100, **options)
+            lm.context = contexts[rank]
             found[rank] = {kind: getattr(lm, kind)(instances(kind, arguments)) for kind, arguments in asked.items()}
 
         threads = [threading.Thread(target=process, args=(rank,), name=str(rank)) for rank in range(2)]
@@ -224,23 +222,23 @@ def data_dir(tmp_path):
     return tmp_path / "tasks"
 
 
-def found(subject: Subject, data_dir, tasks: list[str], work: Work | None = None, **options) -> dict:
+def found(eval_model: EvalModel, data_dir, tasks: list[str], context: EvalContext | None = None, **options) -> dict:
     config = EvalConfig(
         evals=["zero_shot"], data_dir=str(data_dir), harness=HarnessConfig(tasks=tasks, max_length=128, **options)
     )
-    return zero_shot(subject, config).run(work or Work())
+    return HarnessEvaluator(eval_model, config).run(context or EvalContext())
 
 
-def test_scores_of_tasks_equal_those_computed_directly(subject, data_dir):
-    results = found(subject, data_dir, ["arc_easy", "lambada_openai", "wikitext"])
+def test_scores_of_tasks_equal_those_computed_directly(eval_model, data_dir):
+    results = found(eval_model, data_dir, ["arc_easy", "lambada_openai", "wikitext"])
     assert results["missing"] == {}
-    tasks, encode = results["tasks"], subject.tokenizer.encode
+    tasks, encode = results["tasks"], eval_model.tokenizer.encode
 
     @torch.no_grad()
     def nats(context: str, continuation: str) -> float:
         before = encode(context) or [1]
         row = torch.tensor([before + encode(continuation)])
-        logp = subject.model(row[:, :-1]).logits.double().log_softmax(-1)[0, len(before) - 1 :]
+        logp = eval_model.causal_lm(row[:, :-1]).logits.double().log_softmax(-1)[0, len(before) - 1 :]
         return logp.gather(-1, row[0, len(before) :, None]).sum().item()
 
     right = normalised = 0
@@ -261,7 +259,7 @@ def test_scores_of_tasks_equal_those_computed_directly(subject, data_dir):
         " = One thing = \n \n Some <unk> text . \n \n = = A part = = \n \n More . \n",
         " = Another = \n \n Other text . \n",
     ]
-    assert local_tasks.wikitext_pages((data_dir / "wikitext2/wiki.test.tokens.txt").read_text()) == pages
+    assert local_tasks.split_wikitext((data_dir / "wikitext2/wiki.test.tokens.txt").read_text()) == pages
     words = 0
     total = 0.0
     for page, clean in zip(
@@ -277,20 +275,22 @@ def test_scores_of_tasks_equal_those_computed_directly(subject, data_dir):
 def test_rows_of_evaluation_suites_become_the_hubs():
     options = ["Ann told Maria that Ann", "Ann told Maria that Maria"]
     row = {"context_options": options, "continuation": "was late.", "gold": 1}
-    made = local_tasks.ROWS["winogrande"](row)
+    made = local_tasks.ROW_CONVERTERS["winogrande"](row)
     assert made == {"sentence": "Ann told Maria that _ was late.", "option1": "Ann", "option2": "Maria", "answer": "2"}
-    made = local_tasks.ROWS["copa"]({"query": "It rained, therefore", "choices": ["a.", "b."], "gold": 1})
+    made = local_tasks.ROW_CONVERTERS["copa"]({"query": "It rained, therefore", "choices": ["a.", "b."], "gold": 1})
     assert made == {"premise": "It rained.", "question": "effect", "choice1": "a.", "choice2": "b.", "label": 1}
-    made = local_tasks.ROWS["boolq"]({"query": "Passage: P\nQuestion: is it?", "choices": ["no", "yes"], "gold": 0})
+    made = local_tasks.ROW_CONVERTERS["boolq"](
+        {"query": "Passage: P\nQuestion: is it?", "choices": ["no", "yes"], "gold": 0}
+    )
     assert made == {"passage": "P", "question": "is it", "label": 0}
-    made = local_tasks.ROWS["hellaswag"]({"query": "Ironing: A man: he", "choices": ["a", "b"], "gold": 1})
+    made = local_tasks.ROW_CONVERTERS["hellaswag"]({"query": "Ironing: A man: he", "choices": ["a", "b"], "gold": 1})
     assert (made["activity_label"], made["ctx_a"], made["endings"], made["label"]) == (
         "Ironing",
         "A man: he",
         ["a", "b"],
         "1",
     )
-    made = local_tasks.ROWS["openbookqa"]({"query": "Q", "choices": ["x", "y"], "gold": 1})
+    made = local_tasks.ROW_CONVERTERS["openbookqa"]({"query": "Q", "choices": ["x", "y"], "gold": 1})
     assert made == {"question_stem": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
 
 
@@ -304,21 +304,21 @@ def test_files_of_a_split(tmp_path):
     ):
         (tmp_path / "piqa").mkdir(exist_ok=True)
         (tmp_path / "piqa" / name).touch()
-    names = {split: [p.name for p in paths] for split, paths in local_tasks.find_files(tmp_path, "piqa").items()}
+    names = {split: [p.name for p in paths] for split, paths in local_tasks.find_task_files(tmp_path, "piqa").items()}
     assert names == {"validation": ["validation.jsonl"], "test": ["test-1-of-2.parquet", "test-2-of-2.parquet"]}
 
 
-def test_parquet(tmp_path, subject, data_dir):
-    before = found(subject, data_dir, ["lambada_openai"])
+def test_parquet(tmp_path, eval_model, data_dir):
+    before = found(eval_model, data_dir, ["lambada_openai"])
     file = data_dir / "lambada_openai" / "test-00000-of-00001.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     datasets.Dataset.from_list(rows).to_parquet(file.with_suffix(".parquet"))
     file.unlink()
-    assert found(subject, data_dir, ["lambada_openai"]) == before
+    assert found(eval_model, data_dir, ["lambada_openai"]) == before
 
 
-def test_missing_data_or_task_leaves_the_others(subject, data_dir):
-    results = found(subject, data_dir, ["sciq", "arc_easy", "arc_esay"], limit=2)
+def test_missing_data_or_task_leaves_the_others(eval_model, data_dir):
+    results = found(eval_model, data_dir, ["sciq", "arc_easy", "arc_esay"], limit=2)
     assert [*results["tasks"]] == ["arc_easy"]
     assert results["tasks"]["arc_easy"]["samples"] == 2
     assert "put the split test of the data set allenai/sciq at" in results["missing"]["sciq"]
@@ -327,51 +327,54 @@ def test_missing_data_or_task_leaves_the_others(subject, data_dir):
 
     (data_dir / "sciq").mkdir()
     (data_dir / "sciq" / "test.jsonl").write_text('{"question": "no more columns"}\n')
-    broken = found(subject, data_dir, ["sciq", "arc_easy"], limit=2)
+    broken = found(eval_model, data_dir, ["sciq", "arc_easy"], limit=2)
     assert [*broken["tasks"]] == ["arc_easy"]
     assert "its data cannot be read in data_dir" in broken["missing"]["sciq"]
     assert "'support' is undefined" in broken["missing"]["sciq"]
 
 
-def test_an_answer_longer_than_is_read_leaves_the_other_tasks(subject, data_dir):
-    results = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+def test_an_answer_longer_than_is_read_leaves_the_other_tasks(eval_model, data_dir):
+    results = found(eval_model, data_dir, ["arc_easy", "lambada_openai"])
     long = json.dumps({**ARC[0], "choices": ["a", "b", "c", "d" * 140]}) + "\n"
     with (data_dir / "arc_easy" / "test.jsonl").open("a") as file:
         file.write(long)
-    changed = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+    changed = found(eval_model, data_dir, ["arc_easy", "lambada_openai"])
     assert changed["tasks"] == {"lambada_openai": results["tasks"]["lambada_openai"]}
     assert changed["missing"]["arc_easy"].startswith("harness.max_length=128 is less than the 141 tokens of an answer")
 
 
-def test_a_metric_by_a_filter_keeps_its_error_and_is_the_only_score():
+def test_a_metric_by_a_filter_keeps_its_error_and_is_the_only_score(eval_model):
     found = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.25, "alias": "gsm8k"}
     about = {"versions": {"gsm8k": 3.0}, "n-shot": {"gsm8k": 5}, "n-samples": {"gsm8k": {"effective": 1319}}}
-    values = metrics_of("gsm8k", {"results": {"gsm8k": found}, **about})
+    values = collect_metrics("gsm8k", {"results": {"gsm8k": found}, **about})
     assert (values["version"], values["num_fewshot"], values["samples"]) == (3.0, 5, 1319)
-    assert summary({"tasks": {"gsm8k": values}, "missing": {}}) == ["gsm8k: exact_match (strict-match) 0.5 ± 0.25"]
-    assert numbers({"tasks": {"gsm8k": values}}) == {"gsm8k/exact_match (strict-match)": 0.5}
+    config = EvalConfig(harness=HarnessConfig(tasks=["gsm8k"], max_length=128))
+    evaluator = HarnessEvaluator(eval_model, config)
+    results = {"tasks": {"gsm8k": values}, "missing": {}}
+    assert evaluator.summarize(results) == ["gsm8k: exact_match (strict-match) 0.5 ± 0.25"]
+    assert evaluator.metrics(results) == {"gsm8k/exact_match (strict-match)": 0.5}
 
 
-def test_other_data_of_a_tag_are_other_settings(subject, data_dir):
+def test_other_data_of_a_tag_are_other_settings(eval_model, data_dir):
     harness = HarnessConfig(tasks=["ai2_arc"], max_length=128)
     config = EvalConfig(evals=["zero_shot"], data_dir=str(data_dir), harness=harness)
-    before = zero_shot(subject, config).settings
-    assert zero_shot(subject, config).settings == before
+    before = HarnessEvaluator(eval_model, config).settings
+    assert HarnessEvaluator(eval_model, config).settings == before
     (data_dir / "arc_easy" / "test.jsonl").write_text(json.dumps(ARC[0]))
-    assert zero_shot(subject, config).settings != before
+    assert HarnessEvaluator(eval_model, config).settings != before
 
 
-def test_bad_settings(subject, data_dir, tmp_path):
+def test_bad_settings(eval_model, data_dir, tmp_path):
     with pytest.raises(ConfigError, match="there is no such folder"):
-        found(subject, tmp_path / "nowhere", ["arc_easy"])
+        found(eval_model, tmp_path / "nowhere", ["arc_easy"])
     with pytest.raises(ConfigError, match=r"harness\.max_length: model has learned positions for 100 tokens"):
-        bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=100)
+        bounded = EvalModel(eval_model.causal_lm, tokenizer=eval_model.tokenizer, max_length=100)
         found(bounded, data_dir, ["arc_easy"])
-    with pytest.raises(ConfigError, match=r"harness\.stateful: model cannot read on from a state without end"):
-        bounded = Subject(subject.model, tokenizer=subject.tokenizer, max_length=200)
+    with pytest.raises(ConfigError, match=r"harness\.stateful: model cannot read a text of any length in parts"):
+        bounded = EvalModel(eval_model.causal_lm, tokenizer=eval_model.tokenizer, max_length=200)
         found(bounded, data_dir, ["wikitext"], stateful=True)
     with pytest.raises(ConfigError, match="the tokenizer has 259 tokens, model only 200"):
-        found(Subject(tiny.llama(vocab_size=200), tokenizer=subject.tokenizer), data_dir, ["arc_easy"])
+        found(EvalModel(tiny.llama(vocab_size=200), tokenizer=eval_model.tokenizer), data_dir, ["arc_easy"])
 
 
 @pytest.mark.parametrize("own, wanted, shots", [(None, None, 0), (None, 5, 5), (3, None, 3), (3, 5, 5), (0, 5, 0)])
@@ -386,18 +389,18 @@ def test_a_task_that_has_no_examples_by_its_own_config_keeps_none(own, wanted, s
     assert config == {"num_fewshot": shots}
 
 
-def test_few_shot_comes_from_the_split_at_hand(subject, data_dir):
-    assert found(subject, data_dir, ["arc_easy"], num_fewshot=2)["tasks"]["arc_easy"]["num_fewshot"] == 2
+def test_few_shot_comes_from_the_split_at_hand(eval_model, data_dir):
+    assert found(eval_model, data_dir, ["arc_easy"], num_fewshot=2)["tasks"]["arc_easy"]["num_fewshot"] == 2
 
 
-def test_recall_tasks_generate(subject, data_dir, monkeypatch):
+def test_recall_tasks_generate(eval_model, data_dir, monkeypatch):
     asked = []
     generate = HarnessLM.generate_until
     monkeypatch.setattr(
         HarnessLM, "generate_until", lambda self, r, *_: asked.append([x.args for x in r]) or generate(self, r)
     )
     config = EvalConfig(evals=["recall"], data_dir=str(data_dir), harness=HarnessConfig(max_length=128))
-    results = recall(subject, config).run(Work())
+    results = RecallEvaluator(eval_model, config).run(EvalContext())
     assert results["tasks"]["fda"]["samples"] == 3
     assert 0 <= results["tasks"]["fda"]["contains"] <= 1
     assert asked[0][0] == (text(6, 0), {"until": ["\n"], "max_gen_toks": 48})
@@ -405,33 +408,33 @@ def test_recall_tasks_generate(subject, data_dir, monkeypatch):
     assert "hazyresearch/based-swde-v2" in results["missing"]["swde"]
 
 
-def test_a_killed_evaluator_goes_on_after_its_last_task(subject, data_dir, tmp_path, monkeypatch):
+def test_a_killed_evaluator_goes_on_after_its_last_task(eval_model, data_dir, tmp_path, monkeypatch):
     ran = []
     run = HarnessLM.loglikelihood
     monkeypatch.setattr(HarnessLM, "loglikelihood", lambda self, r, *_: ran.append(len(r)) or run(self, r))
-    whole = found(subject, data_dir, ["arc_easy", "lambada_openai"])
+    whole = found(eval_model, data_dir, ["arc_easy", "lambada_openai"])
     assert ran == [24, 4]
 
     for tasks in (["arc_easy"], ["arc_easy", "lambada_openai"]):
-        work = Work()
-        work.keep_parts(tmp_path / "parts.json", {"of": "this"})
-        results = found(subject, data_dir, tasks, work)
+        context = EvalContext()
+        context.use_partial_results(tmp_path / "parts.json", {"settings": "these"})
+        results = found(eval_model, data_dir, tasks, context)
     assert ran == [24, 4, 24, 4]
     assert results == whole
-    work = Work()
-    work.keep_parts(tmp_path / "parts.json", {"of": "other settings"})
-    found(subject, data_dir, ["arc_easy"], work)
+    context = EvalContext()
+    context.use_partial_results(tmp_path / "parts.json", {"settings": "others"})
+    found(eval_model, data_dir, ["arc_easy"], context)
     assert ran == [24, 4, 24, 4, 24]
 
 
-def test_what_a_task_samples_depends_on_no_task_before_it(subject, data_dir, monkeypatch):
+def test_what_a_task_samples_depends_on_no_task_before_it(eval_model, data_dir, monkeypatch):
     drawn, generate = [], HarnessLM.generate_until
     monkeypatch.setattr(
         HarnessLM, "generate_until", lambda self, r, *_: drawn.append(torch.rand(3).tolist()) or generate(self, r)
     )
     for seed, tasks in enumerate((["fda"], ["lambada_openai", "fda"])):
         expected = torch.manual_seed(seed).clone_state()
-        found(subject, data_dir, tasks)
+        found(eval_model, data_dir, tasks)
         assert torch.equal(torch.get_rng_state(), expected.get_state())  # nor does anything outside on what it samples
     assert drawn[0] == drawn[1]
 

@@ -13,9 +13,9 @@ from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.data.shards import TokenSet
 from glalm.evals import in_training as module
-from glalm.evals.eval_model import open_checkpoint, open_split
-from glalm.evals.evaluator import Job
-from glalm.evals.in_training import as_subject, copy_of, make_evaluator
+from glalm.evals.evaluator import Evaluator
+from glalm.evals.in_training import copy_for_evaluation, copy_model, make_evaluator
+from glalm.evals.inputs import open_checkpoint, open_split
 from glalm.evals.options import (
     EvalConfig,
     ExtrapolationConfig,
@@ -88,30 +88,36 @@ def test_what_a_set_has_got_since_the_run_began_is_left_out(run_config, change, 
     settings = EvalConfig(name=config.name, runs_dir=config.runs_dir, data_path=str(folder))
     model = CausalLM(config.model)
     afterwards = open_checkpoint(settings, config.folder / "checkpoints/step_6", torch.device("cpu"), "fp32")
-    for subject in (as_subject(model, "fp32", config, settings), afterwards):
-        assert open_split(settings, subject, "validation").num_documents == before
+    for eval_model in (copy_for_evaluation(model, "fp32", config, settings), afterwards):
+        assert open_split(settings, eval_model, "validation").num_documents == before
 
 
 def test_evaluators_are_given_what_the_config_says(evaluating, change, monkeypatch):
     seen = []
 
-    def make_job(name, subject, settings):
-        seen.append((subject, settings))
-        return Job({}, lambda work: {}, 1, list)
+    class Idle(Evaluator):
+        def __init__(self, model, config):
+            seen.append((model, config))
 
-    monkeypatch.setattr(module, "make_job", make_job)
+        def run(self, context):
+            return {}
+
+    monkeypatch.setattr(module, "build_evaluator", lambda name, model, config: Idle(model, config))
     options = dataclasses.replace(
         CHEAP, evals=["generate"], batch_size=3, data_dir="tasks", needle=NeedleConfig(), harness=HarnessConfig(limit=5)
     )
     config = change(evaluating, train_evals=options, seed=7)
     model = CausalLM(config.model)
     assert make_evaluator(config)(model, 0, "bf16", int) == {}
-    [(subject, settings)] = seen
+    [(eval_model, settings)] = seen
     given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}
     assert given == {name: getattr(options, name) for name in given}
     assert (settings.seed, settings.data_path) == (7, config.data.path)
-    assert (subject.precision, subject.train_length, subject.run) == ("bf16", 16, config)
-    assert subject.tokenizer.vocab_size <= 320 and subject.start == tuple(subject.tokenizer.bos_ids) != ()
+    assert (eval_model.precision, eval_model.train_length, eval_model.run_config) == ("bf16", 16, config)
+    assert (
+        eval_model.tokenizer.vocab_size <= 320
+        and eval_model.document_prefix == tuple(eval_model.tokenizer.bos_ids) != ()
+    )
 
 
 def test_random_states_are_kept():
@@ -133,7 +139,7 @@ def test_random_states_are_kept():
 def test_the_copy_is_the_model_and_nothing_of_it_is_shared():
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
     model = CausalLM(ModelConfig(**shape, tie_word_embeddings=True)).train()
-    twin = copy_of(model)
+    twin = copy_model(model)
     ids = torch.arange(20)[None]
     assert torch.equal(twin(ids).logits, model(ids).logits)
     assert model.training and not twin.training
@@ -146,16 +152,17 @@ def test_the_copy_is_the_model_and_nothing_of_it_is_shared():
 def test_a_failure_stops_at_once_or_never(evaluating, change, monkeypatch):
     calls = []
 
-    def fails_later(subject, config):
-        def run(work):
-            calls.append(subject)
+    class FailsLater(Evaluator):
+        def run(self, context):
+            calls.append(context)
             if len(calls) == 2:
                 raise MemoryError("no room")
             return {"n": len(calls)}
 
-        return Job({}, run, 1, list, metrics=lambda r: {"n": r["n"], "none": None})
+        def metrics(self, results):
+            return {"n": results["n"], "none": None}
 
-    monkeypatch.setattr(module, "make_job", lambda name, subject, config: fails_later(subject, config))
+    monkeypatch.setattr(module, "build_evaluator", lambda name, model, config: FailsLater(model, config))
     evaluating = change(evaluating, **{"train_evals.evals": ["generate"]})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -175,7 +182,7 @@ def test_a_failure_after_a_restart_is_a_warning_too(evaluating, change, monkeypa
     def broken(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(module, "run_one", broken)
+    monkeypatch.setattr(module, "run_evaluator", broken)
     with pytest.warns(UserWarning, match="evaluator extrapolation: MemoryError: no room"):
         train(evaluating, make_evaluator(evaluating))
     assert (evaluating.folder / "checkpoints/step_6").is_dir()

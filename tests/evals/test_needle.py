@@ -8,9 +8,10 @@ from tiny import llama
 
 from glalm.config.strict import ConfigError
 from glalm.evals import needle
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Work
-from glalm.evals.needle import Sample, Task
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext
+from glalm.evals.likelihood import Choices
+from glalm.evals.needle import NeedleEvaluator, NeedleTask
 from glalm.evals.options import EvalConfig, NeedleConfig
 
 
@@ -29,22 +30,22 @@ class Letters:
 class Lookup:
     """A model that remembers the last `memory` tokens and says what came after the longest match of what it reads."""
 
-    start, train_length, vocab_size, tokenizer = (2,), 64, 128, Letters()
-    device, can_resume, recurrent, state_size = torch.device("cpu"), True, False, 2**12
+    document_prefix, train_length, vocab_size, tokenizer = (2,), 64, 128, Letters()
+    device, accepts_state, is_recurrent, bytes_per_state = torch.device("cpu"), True, False, 2**12
 
     def __init__(self, memory: int = 10**6):
         self.memory, self.segments = memory, []
 
-    def need_tokenizer(self, evaluator):
+    def require_tokenizer(self, evaluator):
         return self.tokenizer
 
-    def need_train_length(self, evaluator):
+    def require_train_length(self, evaluator):
         return self.train_length
 
-    def need_length(self, length, key):
+    def require_length(self, length, key):
         pass
 
-    def read(self, ids, mask=None, state=None, keep_state=False):
+    def forward_features(self, ids, mask=None, state=None, return_state=False):
         self.segments.append(ids.shape[1])
         before = [[]] * len(ids) if state is None else state
         said = [row + new for row, new in zip(before, ids.tolist(), strict=True)]
@@ -57,10 +58,10 @@ class Lookup:
         ends = [i for i in range(12, len(text)) if text[i - 12 : i] == text[-12:]]
         return text[ends[-1]] if ends else 0
 
-    def repeat(self, state, rows):
+    def select_states(self, state, rows):
         return [list(state[i]) for i in rows.tolist()]
 
-    def logits(self, features):
+    def compute_logits(self, features):
         return 10.0 * F.one_hot(features, 128)
 
 
@@ -72,42 +73,44 @@ def hay(monkeypatch):
     class Split:
         folder, fingerprint, num_tokens = "memory", "f", len(HAY) + 2
 
-        def tokens(self, start, stop):
+        def read_tokens(self, start, stop):
             return np.concatenate([[2], HAY, [3]])[start:stop]
 
-    monkeypatch.setattr(needle, "open_split", lambda config, subject, split: Split())
+    monkeypatch.setattr(needle, "open_split", lambda config, model, split: Split())
 
 
 def config(**settings) -> EvalConfig:
     return EvalConfig(batch_size=3, needle=NeedleConfig(**{"samples": 4, "candidates": 5} | settings))
 
 
-def task(**changes) -> Task:
-    return Task(**{"tokenizer": Letters(), "start": (2,), "filler": HAY, "candidates": 5, "seed": 1} | changes)
+def task(**changes) -> NeedleTask:
+    return NeedleTask(
+        **{"tokenizer": Letters(), "document_prefix": (2,), "filler": HAY, "candidates": 5, "seed": 1} | changes
+    )
 
 
 def test_a_sample_is_text_with_the_needle_at_its_depth():
     for depth in (0.0, 0.25, 1.0):
-        sample = task().sample(600, depth, 7)
-        assert len(sample.haystack) == 600 and sample.haystack[0] == 2
-        text = Letters().decode(sample.haystack[1:])
+        sample = task().build_sample(600, depth, 7)
+        assert len(sample.context) == 600 and sample.context[0] == 2
+        text = Letters().decode(sample.context[1:])
         told = text.index("\nThe secret number of the ")
         question = text.index("\nAs was said, the secret number of the ")
         value = text[told:].split(" is ")[1][:5]
         assert text.endswith(" is ") and value.isdigit()
-        assert Letters().decode(sample.answers[0]) == value
-        assert len({tuple(a) for a in sample.answers}) == 5
+        assert Letters().decode(sample.continuations[0]) == value
+        assert len({tuple(a) for a in sample.continuations}) == 5
         filled = question - text.count("\n", 0, told) - (text.index("Remember it.\n") + 13 - told)
         assert told == pytest.approx(depth * filled, abs=1)
         assert text[told + 26 :].split(" is ")[0] == text[question + 39 :].removesuffix(" is ")  # the same key
 
 
 def test_only_the_needles_place_depends_on_the_depth():
-    shallow, deep = (task().sample(600, depth, 3) for depth in (0.0, 1.0))
-    assert shallow.answers == deep.answers
-    assert sorted(shallow.haystack.tolist()) == sorted(deep.haystack.tolist())
-    assert task().sample(600, 0.0, 4).answers != shallow.answers
-    assert task(seed=2).sample(600, 0.0, 3).answers != shallow.answers
+    shallow, deep = (task().build_sample(600, depth, 3) for depth in (0.0, 1.0))
+    assert shallow.continuations == deep.continuations
+    assert sorted(shallow.context.tolist()) == sorted(deep.context.tolist())
+    assert task().build_sample(600, 0.0, 4).continuations != shallow.continuations
+    assert task(seed=2).build_sample(600, 0.0, 3).continuations != shallow.continuations
 
 
 def test_the_question_ends_where_the_candidates_part():
@@ -115,33 +118,33 @@ def test_the_question_ends_where_the_candidates_part():
         def encode(self, text):
             return super().encode(text.replace(" 1", "X").replace(" 2", "Y"))
 
-    sample = task(tokenizer=Joins(), candidates=50).sample(600, 0.5, 1)
-    assert Joins().decode(sample.haystack).endswith(" is") and len(sample.haystack) == 600
-    assert {Joins().decode(a)[0] for a in sample.answers} == {"X", "Y", " "}
+    sample = task(tokenizer=Joins(), candidates=50).build_sample(600, 0.5, 1)
+    assert Joins().decode(sample.context).endswith(" is") and len(sample.context) == 600
+    assert {Joins().decode(a)[0] for a in sample.continuations} == {"X", "Y", " "}
 
 
 def test_a_model_that_remembers_finds_every_needle(hay):
     model = Lookup()
-    job = needle.job(model, config(lengths=[400, 1000], depths=[1.0, 0.0]))
+    evaluator = NeedleEvaluator(model, config(lengths=[400, 1000], depths=[1.0, 0.0]))
     done = []
-    work = Work()
-    work.advance = done.append
-    results = job.run(work)
+    context = EvalContext()
+    context.advance = done.append
+    results = evaluator.run(context)
     assert [(c["length"], c["depth"]) for c in results["cells"]] == [(400, 0.0), (400, 1.0), (1000, 0.0), (1000, 1.0)]
     for cell in results["cells"]:
         assert (cell["token_accuracy"], cell["exact_match"], cell["ranked_first"], cell["mean_rank"]) == (1, 1, 1, 1)
         assert cell["samples"] == 4
     assert results["chance"] == 0.2
     assert max(model.segments) == 64  # the state carried in segments of the training length
-    assert sum(done) == job.total
+    assert sum(done) == evaluator.total_units
     assert (
-        job.summary(results)[0]
+        evaluator.summarize(results)[0]
         == "needle in 400 tokens, tokens right (ranked first): 1.00 (1.00) at 0%, 1.00 (1.00) at 100%"
     )
 
 
 def test_a_model_that_forgets_finds_what_is_near(hay):
-    results = needle.job(Lookup(memory=300), config(lengths=[1000], depths=[0.0, 1.0])).run(Work())
+    results = NeedleEvaluator(Lookup(memory=300), config(lengths=[1000], depths=[0.0, 1.0])).run(EvalContext())
     far, near = results["cells"]
     assert near["exact_match"] == 1
     assert far["exact_match"] == far["ranked_first"] == 0  # a tie ranks last
@@ -149,13 +152,13 @@ def test_a_model_that_forgets_finds_what_is_near(hay):
 
 
 def test_few_states_at_once(hay, monkeypatch):
-    rows, repeat = [], Lookup.repeat
-    monkeypatch.setattr(Lookup, "repeat", lambda self, s, each: rows.append(len(each)) or repeat(self, s, each))
+    rows, select = [], Lookup.select_states
+    monkeypatch.setattr(Lookup, "select_states", lambda self, s, each: rows.append(len(each)) or select(self, s, each))
     wanted = config(lengths=[400], depths=[0.5])
-    together = needle.job(Lookup(), wanted).run(Work())
+    together = NeedleEvaluator(Lookup(), wanted).run(EvalContext())
     assert rows == [3 * 5, 5]  # batch_size=3 of four samples, each with five candidates
-    monkeypatch.setattr("glalm.evals.likelihood.STATES_AT_ONCE", 1)
-    assert needle.job(Lookup(), wanted).run(Work()) == together
+    monkeypatch.setattr("glalm.evals.likelihood.MAX_STATE_BYTES", 1)
+    assert NeedleEvaluator(Lookup(), wanted).run(EvalContext()) == together
     assert rows[2:] == [5] * 4
 
 
@@ -166,12 +169,12 @@ def test_scores_are_those_of_whole_forwards(model, make, train_length):
     model = make() if make else model
     random = np.random.default_rng(0)
     answers = [[random.integers(64, size=n).tolist() for n in (3, 5, 1, 4)] for _ in range(3)]
-    samples = [Sample(random.integers(64, size=70), a) for a in answers]
-    found = needle.score(Subject(model, train_length=train_length), samples)
+    samples = [Choices(random.integers(64, size=70), a) for a in answers]
+    found = needle.score_samples(EvalModel(model, train_length=train_length), samples)
     for sample, result in zip(samples, found, strict=True):
         nats = []
-        for i, answer in enumerate(sample.answers):
-            ids = torch.tensor([[*sample.haystack.tolist(), *answer]])
+        for i, answer in enumerate(sample.continuations):
+            ids = torch.tensor([[*sample.context.tolist(), *answer]])
             logits = model(ids[:, :-1], use_cache=False).logits[0, -len(answer) :]
             nats.append(F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item())
             if i == 0:
@@ -182,17 +185,17 @@ def test_scores_are_those_of_whole_forwards(model, make, train_length):
 
 def test_a_model_whose_losses_are_no_numbers_finds_nothing(hay):
     class Broken(Lookup):
-        def logits(self, features):
-            return super().logits(features) * math.nan
+        def compute_logits(self, features):
+            return super().compute_logits(features) * math.nan
 
-    [cell] = needle.job(Broken(), config(lengths=[400], depths=[0.5])).run(Work())["cells"]
+    [cell] = NeedleEvaluator(Broken(), config(lengths=[400], depths=[0.5])).run(EvalContext())["cells"]
     assert (cell["ranked_first"], cell["mean_rank"]) == (0, 5)
 
 
 def test_demands(hay):
     with pytest.raises(ConfigError, match=r"needle and question alone are 1\d\d tokens"):
-        needle.job(Lookup(), config(lengths=[150]))
+        NeedleEvaluator(Lookup(), config(lengths=[150]))
     with pytest.raises(ConfigError, match="the split test has 2960 tokens of text"):
-        needle.job(Lookup(), config(lengths=[4000]))
+        NeedleEvaluator(Lookup(), config(lengths=[4000]))
     with pytest.raises(ConfigError, match="depths must lie in"):
         config(depths=[1.5])

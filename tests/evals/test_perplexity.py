@@ -11,18 +11,18 @@ from tiny import llama
 from glalm.config.strict import RunError
 from glalm.data.loader import Windows
 from glalm.evals import perplexity as module
-from glalm.evals.eval_model import Subject
-from glalm.evals.evaluator import Work
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.evaluator import EvalContext
 from glalm.evals.options import EvalConfig
-from glalm.evals.perplexity import perplexity, summarise
+from glalm.evals.perplexity import PerplexityEvaluator, compute_perplexity, summarize_losses
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 def test_of_all_windows_each_from_a_fresh_state(model, true_losses, stream):
     windows = Windows(stream(7 * 12 + 5), 12)  # 7 windows, the last batch of 3 is smaller
-    work, done = Work(), []
-    work.advance = done.append
-    result = perplexity(Subject(model), windows, 3, work)
+    context, done = EvalContext(), []
+    context.advance = done.append
+    result = compute_perplexity(EvalModel(model), windows, 3, context)
 
     means = np.array([true_losses(windows[i]).mean() for i in range(7)])
     assert result["nats_per_token"] == pytest.approx(means.mean(), abs=1e-5)
@@ -40,7 +40,7 @@ def test_of_transformers_own_model_as_transformers_computes_it(stream):
     model, windows = llama(vocab_size=64), Windows(stream(50), 12)
     rows = torch.from_numpy(np.stack([windows[i] for i in range(4)]).astype(np.int64))
     expected = np.mean([model(row[None], labels=row[None]).loss.item() for row in rows])
-    result = perplexity(Subject(model), windows, 3, Work())
+    result = compute_perplexity(EvalModel(model), windows, 3, EvalContext())
     assert result["nats_per_token"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -55,8 +55,8 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
     borders = np.cumsum([0, 7, 20, 1, 15, 30])
     split.document_starts = lambda start, stop: borders[(borders >= start) & (borders < stop)]
     run = SimpleNamespace(data=SimpleNamespace(document_boundaries="reset_state"))
-    monkeypatch.setattr(module, "open_split", lambda config, subject, name: split)
-    job = module.job(Subject(model, train_length=12, run=run), EvalConfig(batch_size=4))
+    monkeypatch.setattr(module, "open_split", lambda config, model, name: split)
+    evaluator = PerplexityEvaluator(EvalModel(model, train_length=12, run_config=run), EvalConfig(batch_size=4))
 
     nats, tokens = [], []
     for i in range(6):  # windows of 12, cut again wherever a document starts
@@ -69,33 +69,33 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
             losses += F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none").tolist()
         nats.append(sum(losses))
         tokens.append(len(losses))
-    result = job.run(Work())
+    result = evaluator.run(EvalContext())
     assert result["tokens"] == sum(tokens) < 72
     assert result["nats_per_token"] == pytest.approx(sum(nats) / sum(tokens), abs=1e-5)
-    assert job.settings["document_boundaries"] == "reset_state"
+    assert evaluator.settings["document_boundaries"] == "reset_state"
 
 
 def test_one_window_has_no_standard_error(model, stream):
-    result = perplexity(Subject(model), Windows(stream(13), 12), 4, Work())
+    result = compute_perplexity(EvalModel(model), Windows(stream(13), 12), 4, EvalContext())
     assert result["standard_error"] is result["perplexity_low"] is result["perplexity_high"] is None
 
 
 def test_weighted_means_are_ratios():
     means, weights = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([10, 30, 5])
-    result = summarise(means, weights)
+    result = summarize_losses(means, weights)
     ratio = (10 + 60 + 20) / 45
     assert result["nats_per_token"] == pytest.approx(ratio)
     residuals = [10 * (1 - ratio), 30 * (2 - ratio), 5 * (4 - ratio)]
     assert result["standard_error"] == pytest.approx(math.sqrt(sum(r * r for r in residuals) * 3 / 2) / 45)
-    assert summarise(means, torch.tensor([7, 7, 7])) == pytest.approx(summarise(means))
-    assert set(summarise(torch.empty(0)).values()) == {None}
+    assert summarize_losses(means, torch.tensor([7, 7, 7])) == pytest.approx(summarize_losses(means))
+    assert set(summarize_losses(torch.empty(0)).values()) == {None}
 
 
 def test_losses_that_are_no_numbers_are_named(model, stream, monkeypatch):
-    monkeypatch.setattr(Subject, "score", lambda self, ids, *_: (torch.full(ids.shape, math.nan), None))
+    monkeypatch.setattr(EvalModel, "score_tokens", lambda self, ids, *_: (torch.full(ids.shape, math.nan), None))
     with pytest.raises(RunError, match="the losses of 6 of 6 windows are not finite"):
-        perplexity(Subject(model), Windows(stream(50), 8), 2, Work())
+        compute_perplexity(EvalModel(model), Windows(stream(50), 8), 2, EvalContext())
 
 
 def test_a_diverged_model_still_has_a_finite_perplexity():
-    assert math.isfinite(summarise(torch.tensor([1e4, 2e4]))["perplexity_high"])
+    assert math.isfinite(summarize_losses(torch.tensor([1e4, 2e4]))["perplexity_high"])

@@ -58,7 +58,7 @@ METRICS = [
 @pytest.fixture
 def figures(monkeypatch) -> list:
     kept = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: kept.append(figure) or path)
+    monkeypatch.setattr(plot, "_save_figure", lambda figure, path: kept.append(figure) or path)
     return kept
 
 
@@ -135,7 +135,7 @@ def test_a_dozen_models_are_told_apart_and_leave_the_axes_their_size(monkeypatch
         assert legend.x0 >= 0 and legend.x1 <= inside.width and legend.y0 >= 0 and legend.y1 <= inside.height
         assert not legend.overlaps(ax.get_tightbbox())
 
-    monkeypatch.setattr(plot, "_save", measured)
+    monkeypatch.setattr(plot, "_save_figure", measured)
     for count in (1, 3, 5, 12, 24):
         plot_extrapolation([result(f"a_model_of_some_kind-{i}") for i in range(count)], "x.png")
     assert [len({*each}) for each in styles] == [1, 3, 5, 12, 24]
@@ -172,7 +172,7 @@ def test_a_single_point_is_seen(monkeypatch):
         blue = np.all(np.abs(np.asarray(canvas.buffer_rgba())[..., :3].astype(int) - [0x00, 0x72, 0xB2]) < 9, axis=-1)
         drawn.append(blue[blue.shape[0] // 4 :].sum())  # below the legend
 
-    monkeypatch.setattr(plot, "_save", pixels)
+    monkeypatch.setattr(plot, "_save_figure", pixels)
     plot_extrapolation([short], "x.png")
     assert drawn[0] > 5
 
@@ -266,7 +266,7 @@ def test_figures_of_a_papers_size_are_written_whole(tmp_path):
 
 
 def test_nothing_to_plot(tmp_path):
-    with pytest.raises(ValueError, match=r"e\.json is missing: python eval\.py"):
+    with pytest.raises(ValueError, match=r"e\.json is missing; to write it, run: python eval\.py"):
         plot_extrapolation([tmp_path / "e.json"], tmp_path / "e.png")
     with pytest.raises(ValueError, match="at least one run"):
         plot_extrapolation([], tmp_path / "e.png")
@@ -277,10 +277,15 @@ def test_nothing_to_plot(tmp_path):
 
 def test_quantities():
     values = (999, 9_996, 999_600, 1_234_567, 374_500_000, 1_365_500_000, 15e9)
-    assert [plot.quantity(n) for n in values] == ["999", "10K", "1M", "1.23M", "374M", "1.37B", "15B"]
-    assert [plot.bytes_of(n) for n in (512, 1536, 3 * 2**20, 2.5 * 2**30)] == ["512 B", "1.5 KiB", "3 MiB", "2.5 GiB"]
-    assert [plot.bytes_of(n * 2**10) for n in (999, 1008, 1024)] == ["999 KiB", "0.984 MiB", "1 MiB"]
-    assert [plot.length(n) for n in (128, 1000, 1024, 1536, 20480)] == ["128", "1000", "1K", "1536", "20K"]
+    assert [plot.format_quantity(n) for n in values] == ["999", "10K", "1M", "1.23M", "374M", "1.37B", "15B"]
+    assert [plot.format_bytes(n) for n in (512, 1536, 3 * 2**20, 2.5 * 2**30)] == [
+        "512 B",
+        "1.5 KiB",
+        "3 MiB",
+        "2.5 GiB",
+    ]
+    assert [plot.format_bytes(n * 2**10) for n in (999, 1008, 1024)] == ["999 KiB", "0.984 MiB", "1 MiB"]
+    assert [plot.format_length(n) for n in (128, 1000, 1024, 1536, 20480)] == ["128", "1000", "1K", "1536", "20K"]
 
 
 def test_plots_and_reports_need_no_torch():

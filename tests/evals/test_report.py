@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from glalm.evals.report import report
+from glalm.evals.report import print_report
 
 METRICS = [
     {"step": 0, "val_loss": 7.0, "val_perplexity": 2000.0},
@@ -59,7 +59,7 @@ def run(tmp_path: Path, monkeypatch) -> Path:
 def printed(folder: Path, width: int = 160) -> list[list[str]]:
     """The cells of each printed line."""
     console = Console(file=io.StringIO(), width=width)
-    report(folder, console)
+    print_report(folder, console)
     lines = console.file.getvalue().splitlines()
     return [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in lines]
 
@@ -76,7 +76,7 @@ def test_the_table(run):
         ["perplexity at 2x / 1x", "0.950 (0.940-0.960)", "eval/extrapolation.json"],
         ["perplexity at 10x / 1x", "1.125 (1.100-1.150)", "eval/extrapolation.json"],
         ["perplexity at 16x / 1x", "1.500", "eval/extrapolation.json"],
-        ["state carried / reset at 16x", "0.875", "eval/extrapolation.json"],
+        ["stateful / reset at 16x", "0.875", "eval/extrapolation.json"],
     ):
         assert row in lines
     assert not any("8x" in line[0] for line in lines)
@@ -116,6 +116,11 @@ def test_a_damaged_file_is_named(run):
     (run / "eval" / "perplexity.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval/perplexity\.json is damaged"):
         printed(run)
-    (run / "metrics.jsonl").write_text('{"step":\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
-        printed(run)
+
+
+def test_a_torn_row_of_metrics_is_skipped(run):
+    lines = printed(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('\0\0\0\n{"step":')
+    lines.insert(lines.index(["written:"]), ["2 unreadable lines of metrics.jsonl were skipped"])
+    assert printed(run) == lines

@@ -27,9 +27,10 @@ def check(limit, *shape, **options):
 
 def cut_into_segments(count, monkeypatch):
     """Cut every sequence into `count` segments."""
-    from glalm.kernels.triton import gla
+    from glalm.kernels.triton import gla, saved
 
-    monkeypatch.setattr(gla, "count_segments", lambda *_: count)
+    for module in (gla, saved):
+        monkeypatch.setattr(module, "count_segments", lambda *_: count)
 
 
 @interpreted

@@ -21,13 +21,14 @@ from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfi
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
-from glalm.evals.eval_model import run_tokenizer
-from glalm.evals.evaluator import Work
+from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.inputs import load_run_tokenizer
 from glalm.evals.options import EVALUATORS, EvalConfig, ExtrapolationConfig, GenerateConfig
-from glalm.evals.runner import evaluate, processes
+from glalm.evals.runner import evaluate, start_processes
 from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
+from glalm.train.parallel import leave_process_group
 from glalm.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -170,14 +171,14 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
     first = record(run, "perplexity")
     capsys.readouterr()
     ran = []
-    count = "glalm.evals.perplexity.perplexity"
-    from glalm.evals.perplexity import perplexity
+    count = "glalm.evals.perplexity.compute_perplexity"
+    from glalm.evals.perplexity import compute_perplexity
 
-    monkeypatch.setattr(count, lambda *a: ran.append(1) or perplexity(*a))
+    monkeypatch.setattr(count, lambda *a: ran.append(1) or compute_perplexity(*a))
     evaluate(config)
     out = capsys.readouterr().out
     assert not ran and record(run, "perplexity") == first
-    assert "perplexity.json is there already; force=true makes it again" in out
+    assert "perplexity.json is up to date; to evaluate again, add force=true" in out
     assert f"validation perplexity {first['results']['perplexity']:.3f}" in out
     evaluate(dataclasses.replace(config, batch_size=5))  # which changes no result
     assert not ran
@@ -186,20 +187,20 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
         assert len(ran) == i
     assert evaluate(dataclasses.replace(config, checkpoint="step_2")) == 0
     assert len(ran) == 3
-    other = run_tokenizer(config, run)
+    other = load_run_tokenizer(config, run)
     other.fingerprint = "another"
-    monkeypatch.setattr("glalm.evals.eval_model.run_tokenizer", lambda *_: other)
+    monkeypatch.setattr("glalm.evals.inputs.load_run_tokenizer", lambda *_: other)
     evaluate(dataclasses.replace(config, checkpoint="step_2"))
     assert len(ran) == 4
 
 
 def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):
-    def broken(subject, config):
+    def broken(eval_model, config):
         raise ZeroDivisionError("by design")
 
-    monkeypatch.setattr("glalm.evals.perplexity.job", broken)
+    monkeypatch.setattr("glalm.evals.perplexity.PerplexityEvaluator", broken)
     too_long = ExtrapolationConfig(max_length=16)
-    with pytest.raises(RunError, match="of 3 evaluators, these failed, as said above: perplexity, extrapolation"):
+    with pytest.raises(RunError, match=r"2 of 3 evaluators failed \(see above\): perplexity, extrapolation"):
         changes = {"extrapolation": dataclasses.replace(too_long, max_length=8)}
         evaluate(wanted(run, evals=["perplexity", "extrapolation", "generate"], **changes))
     assert [p.name for p in (run.folder / "eval").glob("*.json")] == ["generate.json"]
@@ -224,39 +225,43 @@ def test_one_that_fails_leaves_its_memory(run, monkeypatch):
 
     held = []
 
-    def broken(subject, config):
+    def broken(eval_model, config):
         large = Large()
         held.append(weakref.ref(large))
         raise MemoryError("no room")
 
-    def after(subject, config):
+    def after(eval_model, config):
         held.append(held[0]())
         raise ConfigError("enough")
 
-    monkeypatch.setattr("glalm.evals.perplexity.job", broken)
-    monkeypatch.setattr("glalm.evals.generate.job", after)
+    monkeypatch.setattr("glalm.evals.perplexity.PerplexityEvaluator", broken)
+    monkeypatch.setattr("glalm.evals.generate.GenerateEvaluator", after)
     with pytest.raises(RunError, match="perplexity, generate"):
         evaluate(wanted(run, evals=["perplexity", "generate"]))
     assert held[1] is None
 
 
 def test_what_is_missing_is_told_and_tried_again(run, capsys, monkeypatch):
-    from glalm.evals.evaluator import Job
-
     there, ran = {}, []
 
-    def job(subject, config):
-        def work(work):
-            found = {k: work.part(k, lambda k=k: ran.append(k) or 1) for k in ("a", *there)}
+    class Partial(Evaluator):
+        settings, total_units = {}, 1
+
+        def __init__(self, model, config):
+            pass
+
+        def run(self, context):
+            found = {k: context.load_or_compute(k, lambda k=k: ran.append(k) or 1) for k in ("a", *there)}
             return {"found": found, "missing": {} if there else {"b": "put it there"}}
 
-        return Job(settings={}, run=work, total=1, summary=lambda r: [f"found {len(r['found'])}"])
+        def summarize(self, results):
+            return [f"found {len(results['found'])}"]
 
-    monkeypatch.setattr("glalm.evals.perplexity.job", job)
-    with pytest.raises(RunError, match="failed, as said above: perplexity"):
+    monkeypatch.setattr("glalm.evals.perplexity.PerplexityEvaluator", Partial)
+    with pytest.raises(RunError, match=r"1 of 1 evaluators failed \(see above\): perplexity"):
         evaluate(wanted(run, evals=["perplexity"]))
     assert record(run, "perplexity")["results"]["found"] == {"a": 1}
-    assert "perplexity failed: RunError: done but for b" in capsys.readouterr().out
+    assert "perplexity failed: RunError: these tasks were not evaluated: b" in capsys.readouterr().out
     there["b"] = True
     assert evaluate(wanted(run, evals=["perplexity"])) == 0
     assert ran == ["a", "b"]
@@ -292,59 +297,53 @@ def test_a_group_that_was_joined_is_left_before_the_process_ends(monkeypatch):
     """Else gloo's threads abort one process in six: exit code 134 behind results that are all there."""
     joined, at_exit = [], []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever tests were before this one
-    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
     monkeypatch.setattr(atexit, "register", at_exit.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes()
-    assert (joined, at_exit) == (["gloo"], [torch.distributed.destroy_process_group])
+    start_processes()
+    assert (joined, at_exit) == (["gloo"], [leave_process_group])
 
 
-def test_an_error_of_one_process_reaches_the_others():
-    heard: list = []
-
-    class Pair(Work):
-        """Two processes as two threads."""
-
-        def __init__(self, rank: int, board: list, barrier: threading.Barrier):
-            self.board, self.barrier = board, barrier
-            super().__init__(rank, 2)
-
-    def gather(mine: list, content: tuple) -> None:
-        work = current.work
-        work.board[work.rank] = content
-        work.barrier.wait()
-        mine[:] = list(work.board)
-        work.barrier.wait()
-
+def test_an_error_of_one_process_reaches_the_others(monkeypatch):
+    """Two ranks as two threads: one raises while the other waits for it."""
+    raised: list = []
     current = threading.local()
     board, barrier = [None, None], threading.Barrier(2, timeout=20)
 
-    def process(rank: int) -> None:
-        current.work = work = Pair(rank, board, barrier)
-        try:
-            assert work.gather([rank, rank + 2]) == [0, 1, 2, 3]
-            assert work.first(lambda: "of the first") == "of the first"
-            if rank == 1:
-                raise ValueError("on one only")
-            work.gather([0])
-        except Exception as error:
-            work.fail(error)
-            heard.append(f"{rank}: {type(error).__name__}: {error}")
+    def all_gather_object(gathered: list, content: tuple, group=None) -> None:
+        board[current.rank] = content
+        barrier.wait()
+        gathered[:] = list(board)
+        barrier.wait()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "all_gather_object", gather)
-        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-    assert sorted(heard) == ["0: RunError: process 1: ValueError: on one only", "1: ValueError: on one only"]
+    def process(rank: int) -> None:
+        current.rank = rank
+        context = EvalContext()
+        try:
+            with context.raise_on_all_ranks():
+                assert context.gather([rank, rank + 2]) == [0, 1, 2, 3]
+                assert context.run_on_rank_0(lambda: "of the first") == "of the first"
+                if rank == 1:
+                    raise ValueError("on one only")
+                context.gather([0])
+        except Exception as error:
+            raised.append(f"{rank}: {type(error).__name__}: {error}")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    for module in ("glalm.train.collectives", "glalm.evals.evaluator"):
+        monkeypatch.setattr(f"{module}.rank_and_world_size", lambda: (current.rank, 2))
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(raised) == ["0: RunError: rank 1: ValueError: on one only", "1: ValueError: on one only"]
 
 
 def test_an_evaluator_that_does_not_exist():
     with pytest.raises(ConfigError, match="no evaluator is called perplexitty; did you mean perplexity"):
         EvalConfig(evals=["perplexitty"])
-    with pytest.raises(ConfigError, match=r"evals=\[zero_shot\] wants harness\.tasks"):
+    with pytest.raises(ConfigError, match=r"evals=\[zero_shot\] needs harness\.tasks"):
         EvalConfig(evals=["zero_shot"])
 
 
@@ -362,7 +361,7 @@ def test_a_run_that_does_not_exist(run):
 
 
 def test_a_checkpoint_that_does_not_exist(run):
-    with pytest.raises(ConfigError, match=r"no checkpoint step_7 .*there: step_2, step_4"):
+    with pytest.raises(ConfigError, match=r"no checkpoint step_7 .*Existing checkpoints: step_2, step_4"):
         evaluate(wanted(run, checkpoint="step_7"))
 
 

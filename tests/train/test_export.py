@@ -12,8 +12,8 @@ import glalm.hf  # noqa: F401 (registers the model)
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity
-from glalm.evals.eval_model import open_subject
-from glalm.evals.evaluator import Work
+from glalm.evals.evaluator import EvalContext
+from glalm.evals.inputs import open_eval_model
 from glalm.evals.options import EvalConfig
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
@@ -72,9 +72,11 @@ def test_export_is_evaluated_like_its_run(kind, run_config, change, token_folder
     found = []
     for checkpoint_, more in (("latest", {}), (str(out), {"data_path": str(data)})):
         config = EvalConfig(name=run.name, runs_dir=run.runs_dir, checkpoint=checkpoint_, **more)
-        subject = open_subject(config, torch.device("cpu"))
-        job = perplexity.job(subject, config)
-        found.append((subject.tokenizer.fingerprint, subject.start, job.settings, job.run(Work())))
+        subject = open_eval_model(config, torch.device("cpu"))
+        evaluator = perplexity.PerplexityEvaluator(subject, config)
+        found.append(
+            (subject.tokenizer.fingerprint, subject.document_prefix, evaluator.settings, evaluator.run(EvalContext()))
+        )
     assert found[0] == found[1] and found[0][2]["document_boundaries"] == "reset_state"
 
 

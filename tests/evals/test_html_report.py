@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from glalm.evals.html_report import names, page
+from glalm.evals.html_report import distinct_names, render_report
 from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, ZERO_SHOT
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def run(tmp_path) -> Path:
 
 
 def test_one_run(run):
-    found = Page(page([run]))
+    found = Page(render_report([run]))
     assert found.row("demo")[1:] == ["gla", "1.23M", "81.9K", "2,000", "19.50", "0.900 at 2×"]
     assert found.row("0-128") == ["0-128", "20.000", "19.000 to 21.000", "3", "384"]
     assert found.row("256-384") == ["256-384", "–", "–", "0", "0"]  # reported, though empty
@@ -129,21 +129,21 @@ def test_one_run(run):
 
 def test_what_an_older_checkpoint_reached_is_said_to_be_its(run):
     write(run, "perplexity", {"perplexity": 19.5}, checkpoint="step_10")
-    assert Page(page([run])).row("demo")[5] == "19.50 (step_10)"
+    assert Page(render_report([run])).row("demo")[5] == "19.50 (step_10)"
     (run / "eval" / "perplexity.json").unlink()
-    assert Page(page([run])).row("demo")[5] == "20.10"  # training's own
+    assert Page(render_report([run])).row("demo")[5] == "20.10"  # training's own
 
 
 def test_far_over_near_is_of_the_carried_state(run):
     reset = EXTRAPOLATION | {"contexts": {"reset": EXTRAPOLATION["contexts"]["stateful"]}}
     write(run, "extrapolation", reset)
-    assert Page(page([run])).row("demo")[6] == "–"
+    assert Page(render_report([run])).row("demo")[6] == "–"
 
 
 def test_type_in_wide_figures_can_be_read_on_a_phone(run):
     runs = [run, *(make_run(run.parent / f"run-{i}") for i in range(6))]
     narrow, wide = (
-        [int(re.search(r"min-width: (\d+)px", image["style"])[1]) for image in Page(page(some)).images]
+        [int(re.search(r"min-width: (\d+)px", image["style"])[1]) for image in Page(render_report(some)).images]
         for some in ([run], runs)
     )
     assert narrow == [324] * 3  # all of it on a screen of 360
@@ -151,7 +151,7 @@ def test_type_in_wide_figures_can_be_read_on_a_phone(run):
 
 
 def test_nothing_is_fetched(run):
-    text = page([run])
+    text = render_report([run])
     found = Page(text)
     assert found.links == []
     assert not re.search(r"https?://", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
@@ -162,7 +162,7 @@ def test_nothing_is_fetched(run):
 
 def test_runs_are_compared(run):
     other = make_run(run.parent / "other", lr=2e-3)
-    found = Page(page([run, other]))
+    found = Page(render_report([run, other]))
     assert found.row("optim.lr") == ["optim.lr", "0.001", "0.002"]
     assert found.marked.count("differs") == 1
     assert found.row("other")[1] == "gla"
@@ -176,7 +176,7 @@ def test_zero_shot_stands_beside_the_published_rows(run):
         tasks.setdefault(task, {"samples": 100})[metric] = values[label]
     tasks["piqa"]["acc_stderr"] = 0.011
     write(run, "paper_zero_shot", {"tasks": tasks | {"copa": {"acc": 0.7}}, "missing": {"sciq": "no data"}})
-    found = Page(page([run]))
+    found = Page(render_report([run]))
     [table] = [t for t in found.tables if "Wiki ppl" in t[0]]
     mean = (31 + 65 + 34.5 + 50 + 45 + 23.5) / 6
     assert table[1] == ["demo", "30.50", "40.25", "31.0", "65.0", "34.5", "50.0", "45.0", "23.5", f"{mean:.1f}"]
@@ -191,7 +191,7 @@ def test_scores_of_other_settings_than_the_papers_say_so(run):
     tasks = {"wikitext": {"word_perplexity": 9.0}}
     plain = {"limit": None, "num_fewshot": None, "stateful": False, "data": {"wikitext": "hub"}}
     write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=plain)
-    assert "unlike the paper" not in Page(page([run])).text
+    assert "unlike the paper" not in Page(render_report([run])).text
     other = {
         "limit": 100,
         "num_fewshot": None,
@@ -199,13 +199,13 @@ def test_scores_of_other_settings_than_the_papers_say_so(run):
         "data": {"wikitext": {"wikitext2/test.txt": "c0ffee"}},
     }
     write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=other)
-    said = "demo, unlike the paper: harness.limit=100, harness.stateful=True, Wiki ppl of the tokenised text"
-    assert said in Page(page([run])).text
+    said = "demo, unlike the paper: harness.limit=100, harness.stateful=True, Wiki ppl of the tokenized text"
+    assert said in Page(render_report([run])).text
 
 
 def test_a_part_of_the_tasks_leaves_the_rest_empty(run):
     write(run, "zero_shot", {"tasks": {"piqa": {"acc": 0.6}}, "missing": {}})
-    [table] = [t for t in Page(page([run])).tables if "Wiki ppl" in t[0]]
+    [table] = [t for t in Page(render_report([run])).tables if "Wiki ppl" in t[0]]
     assert table[1] == ["demo", "–", "–", "–", "60.0", "–", "–", "–", "–", "–"]
 
 
@@ -222,7 +222,7 @@ def test_recall_decoding_and_samples(run):
     write(run, "generate", [{"prompt": "def ", "continuation": "f(x): <b>"}])
     point = {"mixer": "gla", "length": 64, "pairs": 4, "width": 64, "accuracy": 0.75}
     write(run, "mqar", point, file="gla_64x4_d64_lr0.01")
-    found = Page(page([run]))
+    found = Page(render_report([run]))
     assert found.row("demo")[1:]
     [recall] = [t for t in found.tables if "SWDE" in t[0]]
     assert recall[1] == ["demo", "25.0", "25.0", "25.0"]
@@ -236,17 +236,17 @@ def test_recall_decoding_and_samples(run):
 def test_a_sweep_alone_is_a_page(tmp_path):
     point = {"mixer": "gla", "length": 64, "pairs": 4, "width": 64, "accuracy": 0.75}
     write(tmp_path / "mqar", "mqar", point, file="gla_64x4_d64_lr0.01")
-    assert len(Page(page([tmp_path / "mqar"])).images) == 1
+    assert len(Page(render_report([tmp_path / "mqar"])).images) == 1
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
-    assert names([tmp_path / "a" / "demo", tmp_path / "b" / "demo"]) == ["a/demo", "b/demo"]
-    assert names([tmp_path / "a" / "demo"]) == ["demo"]
+    assert distinct_names([tmp_path / "a" / "demo", tmp_path / "b" / "demo"]) == ["a/demo", "b/demo"]
+    assert distinct_names([tmp_path / "a" / "demo"]) == ["demo"]
 
 
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match="holds no run and no results"):
-        page([tmp_path])
+        render_report([tmp_path])
 
 
 def test_the_published_rows_add_up():

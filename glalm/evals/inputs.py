@@ -1,0 +1,235 @@
+"""Open the inputs of an evaluation: a run's checkpoint, an exported folder or a hub model; its tokenizer; its data."""
+
+import hashlib
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from glalm.compat import fla
+from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.strict import ConfigError, build_dataclass, require
+from glalm.data.files import file_sha256
+from glalm.data.shards import TokenSet, read_manifest, select_manifest
+from glalm.data.tokenizer import Tokenizer
+from glalm.evals.eval_model import EvalModel
+from glalm.evals.options import EvalConfig, TrainingRun
+from glalm.evals.result_files import read_json
+from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.model.precision import choose_precision
+from glalm.train import checkpoint, run_dir
+from glalm.train.checkpoint import CheckpointError
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def open_eval_model(config: EvalConfig, device: torch.device) -> EvalModel:
+    """Open the model that `config.checkpoint` names, and verify its checksums where it has any.
+
+    Raises:
+        ConfigError: There is no such model, it is damaged, or it is not a causal language model.
+    """
+    path = Path(config.checkpoint).expanduser()
+    precision = choose_precision(config.precision, device)
+    try:
+        if re.fullmatch(r"latest|step_\d+", config.checkpoint):
+            return open_checkpoint(config, find_run_checkpoint(config), device, precision)
+        if (path / checkpoint.MANIFEST).is_file():
+            return open_checkpoint(config, path, device, precision)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
+    return open_pretrained(config, path if path.is_dir() else download_model(config.checkpoint), device, precision)
+
+
+def find_run_checkpoint(config: EvalConfig) -> Path:
+    """Return the folder of the run's checkpoint `latest` or `step_N`. Raise CheckpointError where there is none."""
+    require(
+        (config.folder / "run.json").is_file(),
+        f"{config.folder} is not a run (run.json is missing); to train one, run: python train.py name={config.name}",
+    )
+    return run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
+
+
+def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precision: str) -> EvalModel:
+    """Open a checkpoint of training, which may lie outside of its run's folder.
+
+    Raises:
+        CheckpointError: A file does not match its checksum.
+    """
+    path = path.resolve()
+    folder = path.parent.parent
+    checkpoint.verify_checkpoint(path)
+    identity = checkpoint.read_metadata(path)["identity"]
+    # Only a checkpoint in its own run's folder has a record: a copy elsewhere must not write into another run's folder.
+    record = run_dir.read_run_record(path)
+    run_config = build_dataclass(TrainingRun, record["config"]) if record else None
+    manifest = (read_json(folder / DATA_RECORD) if record else None) or {}
+    causal_lm = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
+    checkpoint.load_model(path, causal_lm)
+    return EvalModel(
+        causal_lm=causal_lm.to(device).eval(),
+        name=f"{folder.name}/{path.name}" if record else path.name,
+        tokenizer=load_run_tokenizer(config, run_config),
+        train_length=config.train_length or identity["data.seq_len"],
+        document_boundaries=identity["data.document_boundaries"],
+        checksum=checkpoint.weights_sha256(path),
+        precision=precision,
+        run_config=run_config,
+        output_folder=Path(config.out or folder) if record else choose_output_folder(config, path.name),
+        data_fingerprint=record["identity"]["data fingerprint"] if record else None,
+        tokenizer_fingerprint=(manifest.get("tokenizer") or {}).get("fingerprint"),
+        data_manifest=manifest,
+    )
+
+
+def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precision: str) -> EvalModel:
+    """Open a folder that from_pretrained reads: our export, another project's GLA model, or any model of transformers.
+
+    Raises:
+        ConfigError: transformers cannot load it, or its weights do not fit its config.json.
+    """
+    where = f"checkpoint={config.checkpoint}"
+    require((path / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a model's folder")
+    files = sorted(path.glob("*.safetensors"))
+    require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
+    model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    is_export = model_type == GLALMConfig.model_type
+    is_ours = is_export or model_type in fla.FORMATS
+    # Our weights stay in float32 and run under autocast, as in training. Other models are loaded in the precision to
+    # run in, as lm-evaluation-harness does.
+    dtype = torch.bfloat16 if precision == "bf16" and not is_ours else torch.float32
+    try:
+        model_class = GLALMForCausalLM if is_ours else AutoModelForCausalLM
+        causal_lm, info = model_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{where}: transformers cannot load {path}: {error}") from error
+    wrong = {problem: sorted(map(str, names))[:3] for problem, names in info.items() if names}
+    require(not wrong, f"{where}: the weights in {path} do not fit its config.json: {wrong}")
+    tokenizer = load_folder_tokenizer(path, is_export)
+    max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
+    name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
+    return EvalModel(
+        causal_lm=causal_lm.to(device).eval(),
+        name=name,
+        tokenizer=tokenizer,
+        document_prefix=None if is_export else find_document_prefix(path, tokenizer),
+        train_length=config.train_length or getattr(causal_lm.config, "train_length", max_positions),
+        document_boundaries=getattr(causal_lm.config, "document_boundaries", None),
+        max_length=count_learned_positions(causal_lm),
+        # The config is part of the checksum: the same weights with other settings are another model.
+        checksum=combine_checksums([path / "config.json", *files]),
+        precision=precision,
+        output_folder=choose_output_folder(config, name),
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+    )
+
+
+def choose_output_folder(config: EvalConfig, name: str) -> Path:
+    """Return where the results of a model outside of a run are written. Raise ConfigError where that is a run."""
+    folder = Path(config.out) if config.out else Path(config.runs_dir) / name.replace("/", "--")
+    require(
+        not (folder / "run.json").exists(),
+        f"checkpoint={config.checkpoint}: {folder} holds a run of that name; write out=FOLDER for this model's results",
+    )
+    return folder
+
+
+def download_model(name: str) -> Path:
+    """Return the local folder of a model of the Hugging Face hub: its safetensors, config and tokenizer."""
+    require(
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith("."),
+        f"checkpoint={name}: there is no such folder. Write latest or step_N (of the run name=...), the folder of a "
+        "checkpoint or of a transformers model, or a model's name on the Hugging Face hub",
+    )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # The hub's client raises its own errors, httpx's and the operating system's.
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"checkpoint={name}: there is no such folder, and the hub gave no model of that name ({reason})"
+        ) from error
+
+
+def combine_checksums(files: list[Path]) -> str:
+    """Return the SHA-256 of the files' SHA-256s."""
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def count_learned_positions(causal_lm: PreTrainedModel) -> int | None:
+    """Return how many tokens a model with a table of positions can read. None: it has no such table."""
+    tables = [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"wpe|pos", name)
+    ]
+    return getattr(causal_lm.config, "max_position_embeddings", None) if tables else None
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers and data
+
+
+def load_run_tokenizer(config: EvalConfig, run_config: RunConfig | None) -> Tokenizer | None:
+    """Return the tokenizer of `config.data_path`, or else of the run's data. None: it is not there any more."""
+    folder = Path(config.data_path or (run_config.data.path if run_config else "."))
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        return Tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
+
+
+def load_folder_tokenizer(path: Path, is_export: bool) -> Tokenizer | None:
+    """Return the tokenizer of a model's folder, or None.
+
+    Our exports hold the SentencePiece model that prepared the data, beside its conversion for transformers.
+    """
+    original = path / "tokenizer.model"
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        return Tokenizer(original if is_export and original.is_file() else path)
+
+
+def find_document_prefix(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...] | None:
+    """Return the ids that transformers' own tokenizer puts before a text. None: data preparation's, for want of one."""
+    if tokenizer is None or not (path / "tokenizer.json").is_file():
+        return None
+    first = AutoTokenizer.from_pretrained(path)("a").input_ids[:1]
+    return (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
+
+
+def describe_data(tokens: TokenSet) -> dict[str, str]:
+    """Return the settings of an evaluator that say which data it read."""
+    return {"data": str(tokens.folder), "data_fingerprint": tokens.fingerprint}
+
+
+def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
+    """Open a split of `config.data_path`, or else of the data that the run was trained on.
+
+    Raises:
+        ConfigError: It is missing, damaged, or prepared with another tokenizer, or the run's data was replaced.
+    """
+    folder = config.data_path or (model.run_config.data.path if model.run_config else None)
+    require(
+        folder is not None, f"{model.name} is not a checkpoint of a run: write data_path=, a folder of prepared data"
+    )
+    try:
+        tokens = TokenSet(folder, split, select_manifest(Path(folder), model.data_manifest))
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data_path={folder}: {error}") from error
+    require(
+        config.data_path is not None or tokens.fingerprint == model.data_fingerprint,
+        f"{folder} is not the data that this run was trained on: it was prepared anew since; prepare the old "
+        f"data again, or write data_path={folder} to evaluate on the new data (prepared with the same tokenizer)",
+    )
+    require(
+        tokens.vocab_size <= model.vocab_size,
+        f"data_path={folder} has a vocabulary of {tokens.vocab_size}, the model one of {model.vocab_size}; "
+        "prepare it with the tokenizer that the model was trained with (scripts/prepare_data.py --tokenizer)",
+    )
+    require(
+        model.tokenizer_fingerprint in (None, tokens.tokenizer_fingerprint),
+        f"data_path={folder} was prepared with another tokenizer than {model.name} has; prepare it with that "
+        "(scripts/prepare_data.py --tokenizer)",
+    )
+    return tokens

@@ -1,4 +1,4 @@
-"""Prepare text for training: split it, tokenise it, and write token shards. `inspect` shows what is in a set."""
+"""Prepare text for training: split it, tokenize it, and write token shards. `inspect` shows what is in a set."""
 
 import argparse
 import sys
@@ -70,7 +70,7 @@ def prepare() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Split text by document into train, validation and test, tokenise it on all cores, and write token "
+        description="Split text by document into train, validation and test, tokenize it on all cores, and write token "
         "shards. The same command again resumes an interrupted preparation, and does nothing if the set is complete.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         help="at a bad record: stop with its file and line, or skip and count it (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that tokenise (default: all cores); the result is the same"
+        "--workers", type=int, metavar="N", help="processes that tokenize (default: all cores); the result is the same"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")
@@ -130,7 +130,7 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
     print("\n".join(format_counts(manifest["books"])))
     tokenizer = manifest["tokenizer"]
     if not tokenizer["round_trips"]:
-        print("Note: this tokenizer normalises, so decoding does not return every text unchanged.")
+        print("Note: this tokenizer normalizes, so decoding does not return every text unchanged.")
     print(f"{folder} is ready: vocabulary of {tokenizer['vocab_size']:,}, prepared in {seconds:.1f} s")
 
 

@@ -29,7 +29,7 @@ class CheckedArray:
         path: The file's name, for error messages.
         content: The bytes of the whole file: uint8 [bytes].
         header: The byte at which the array begins.
-        dtype: Of the array.
+        dtype: The dtype of the array.
         sums: The checksums that `block_sums` returned when the file was written.
 
     Raises:
@@ -56,12 +56,9 @@ class CheckedArray:
         end_block = -(-(self._header + stop * itemsize) // BLOCK)
         for block in range(first_block, end_block):
             if not self._verified[block]:
-                self._verify_block(block)
+                begin = block * BLOCK
+                data = self._content[begin : begin + BLOCK]
+                if zlib.crc32(data) != self._sums[block]:
+                    raise DamagedFile(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
+                self._verified[block] = True
         return self._array[start:stop]
-
-    def _verify_block(self, block: int) -> None:
-        begin = block * BLOCK
-        data = self._content[begin : begin + BLOCK]
-        if zlib.crc32(data) != self._sums[block]:
-            raise DamagedFile(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
-        self._verified[block] = True

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block ends, and only once all of it is on disk."""
+    """Open a temporary file that replaces `path` when the block ends, once its content is on disk."""
     with open(temporary_path(path), "wb") as file:
         yield file
         rename_into_place(file, path)
@@ -43,7 +43,7 @@ def rename_into_place(file: IO[bytes], path: Path) -> None:
 
 
 def flush_to_disk(file: IO[bytes]) -> int:
-    """Write what is buffered for `file` to disk, and return the file's size in bytes."""
+    """Flush `file` to disk, and return the position in it, which is its size in bytes after appending."""
     file.flush()
     os.fsync(file.fileno())
     return file.tell()
@@ -87,7 +87,7 @@ def try_lock(file: IO | int) -> bool:
     `local_lock=flock`.
 
     Raises:
-        OSError: The filesystem supports no locks.
+        OSError: The filesystem does not support locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

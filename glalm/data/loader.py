@@ -21,7 +21,9 @@ READ_AHEAD = 4  # batches
 
 
 class Windows:
-    """The windows of T = `length` positions into which the stream of each source is cut. Documents are packed.
+    """The windows of T = `length` positions into which the stream of each source is cut.
+
+    Documents are packed: a window continues in the next document where one ends.
 
     Window i of a source holds the T + 1 tokens from i * T on. Its last token is the first one of the next window, so
     every token but the first of the stream is a target exactly once.
@@ -49,18 +51,18 @@ class Windows:
         counts = tokens.source_tokens
         self.source_windows = {source: max(count - 1, 0) // length for source, count in counts.items()}
         self.dropped_tokens = sum(count_leftover_tokens(count, length) for count in counts.values())
-        self._window_ends = np.cumsum([0, *self.source_windows.values()])  # of each source, in windows
-        self._token_starts = np.cumsum([0, *counts.values()])  # of each source, in tokens
+        # The first window and the first token of each source, and then the total.
+        self._first_window = np.cumsum([0, *self.source_windows.values()])
+        self._first_token = np.cumsum([0, *counts.values()])
         if not len(self):
             unfinished = "" if tokens.is_complete else " so far, because it is still being prepared"
             raise ValueError(
-                f"Windows of length={length} need {length + 1} tokens of a source, but {tokens.folder} has "
-                f"{tokens.num_tokens} for {tokens.split}{unfinished}. Choose shorter windows, prepare more text, or "
-                "prepare a larger share for this split."
+                f"Windows of length={length} need {length + 1} tokens of a source, but {tokens.folder} has only "
+                f"{tokens.num_tokens} for {tokens.split}{unfinished}. Choose shorter windows or prepare more text."
             )
 
     def __len__(self) -> int:
-        return int(self._window_ends[-1])
+        return int(self._first_window[-1])
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return the token ids of window i, in the dtype of the set: [T + 1]."""
@@ -93,19 +95,21 @@ class Windows:
         """Return the position in the stream at which window i begins."""
         if not 0 <= i < len(self):
             raise IndexError(f"There is no window {i}: there are {len(self)}.")
-        source = int(np.searchsorted(self._window_ends, i, side="right")) - 1
-        return int(self._token_starts[source] + (i - self._window_ends[source]) * self.length)
+        source = int(np.searchsorted(self._first_window, i, side="right")) - 1
+        return int(self._first_token[source] + (i - self._first_window[source]) * self.length)
 
 
 def flatten_batch(batch: Batch) -> Batch:
-    """Return a batch of one row, [1, B * T], with the documents' bounds in place of `starts`.
+    """Return the batch as one row, [1, B * T], for kernels that take sequences of different lengths.
 
-    The bounds are cu_seqlens, int64 [documents + 1].
+    `cu_seqlens`, int64 [segments + 1], replaces `starts`: the boundaries of the segments, each of which is a document
+    or the part of one that lies in a window. The batch must be one of `Windows` with `reset_state`.
     """
+    # `starts` may still be on the CPU, where counting the segments does not wait for the GPU.
     starts = batch["starts"].flatten()
     cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
-    rows = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
-    return {**rows, "cu_seqlens": cu_seqlens.to(rows["input_ids"].device, non_blocking=True)}
+    row = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
+    return {**row, "cu_seqlens": cu_seqlens.to(row["input_ids"].device, non_blocking=True)}
 
 
 def training_batches(
@@ -140,7 +144,9 @@ def training_batches(
 
     def read_step(step: int) -> tuple[int, Batch]:
         batch = windows.load_batch(rank_slice(order.window_ids(step), rank, world_size))
-        return step, {name: x.pin_memory() for name, x in batch.items()} if pin else batch
+        if pin:
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return step, batch
 
     return read_ahead(read_step, itertools.count(start_step), workers)
 
@@ -150,9 +156,9 @@ def sequential_batches(
 ) -> Iterator[Batch]:
     """Yield all windows once, in order, or `limit` of them, evenly spaced: for validation.
 
-    All ranks get the same number of batches, of the same shapes; the last batch may be smaller. Where the windows do
-    not divide among the ranks, missing rows repeat a window with all labels IGNORE_INDEX. So weigh each loss by its
-    number of other labels, of which the last ranks may have none.
+    All ranks get the same number of batches, of the same shapes; the last batch may be smaller. If the ranks cannot
+    share it evenly, it is padded with copies of the last window whose labels are all IGNORE_INDEX. Weight the loss of
+    each batch by its number of other labels, which may be 0.
 
     Args:
         batch_size: Windows of one batch of one rank. The ranks share batch_size * world_size neighbours at a time.
@@ -165,9 +171,9 @@ def sequential_batches(
     def read_batch(start: int) -> Batch:
         size = min(batch_size * world_size, count - start)
         padded_size = -(-size // world_size) * world_size
-        places = rank_slice(start + np.arange(padded_size), rank, world_size)
-        batch = windows.load_batch(places.clip(max=count - 1) * len(windows) // count)
-        batch["labels"][torch.from_numpy(places >= count)] = IGNORE_INDEX
+        positions = rank_slice(start + np.arange(padded_size), rank, world_size)
+        batch = windows.load_batch(positions.clip(max=count - 1) * len(windows) // count)
+        batch["labels"][torch.from_numpy(positions >= count)] = IGNORE_INDEX
         return batch
 
     return read_ahead(read_batch, range(0, count, batch_size * world_size))
@@ -176,21 +182,25 @@ def sequential_batches(
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], workers: int = 1, depth: int = READ_AHEAD
 ) -> Iterator[Result]:
-    """Yield read(item) for each item, computed by `workers` threads that are at most `depth` results ahead.
+    """Yield read(item) for each item, in order, computed by threads at most max(depth, workers) results ahead.
 
-    The threads end with the iterator. An error of `read` is raised here, after the results that precede it.
+    The iterator raises an exception of `read` after the results that precede it. The threads stop when the iterator is
+    exhausted or closed.
     """
+    # A generator's body runs at its first `next`. The inner one lets this check run at the call.
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
 
     def yield_results() -> Iterator[Result]:
+        """Submit the first items, then one more for each result that is taken."""
         pool = ThreadPoolExecutor(workers, "glalm-read-ahead")
         try:
             remaining = iter(items)
             pending = deque(pool.submit(read, item) for item in itertools.islice(remaining, max(depth, workers)))
             while pending:
                 result = pending.popleft().result()
-                pending.extend(pool.submit(read, item) for item in itertools.islice(remaining, 1))
+                for item in itertools.islice(remaining, 1):
+                    pending.append(pool.submit(read, item))
                 yield result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

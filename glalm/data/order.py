@@ -12,8 +12,9 @@ from functools import lru_cache
 import numpy as np
 
 ROUNDS = 8
-CYCLE = 1024  # windows in which a mixture has its shares exactly, so a weight counts to a thousandth
-COUNT_BLOCK = 2**18  # windows that are listed at once to be counted
+# After each CYCLE windows a mixture has its exact shares, so a weight is rounded to 1 / CYCLE.
+CYCLE = 1024
+COUNT_BLOCK = 2**18  # Window ids are counted in blocks of this size, which bounds memory.
 
 
 @dataclass(frozen=True)
@@ -56,44 +57,49 @@ class Order:
         This takes constant time with weights. Without, it takes the time to list the windows of the first and the last
         epoch that are read in part.
         """
-        first = start * self.batch_size
-        last = stop * self.batch_size
+        begin = start * self.batch_size
+        end = stop * self.batch_size
         if self.weights is None:
             epoch = sum(self.windows.values())
-            # Complete epochs, if any, lie between `begin` and `end`.
-            begin = min(last, -(-first // epoch) * epoch)
-            end = max(begin, last // epoch * epoch)
-            complete = (end - begin) // epoch * np.array(list(self.windows.values()))
-            total = complete + self._count_listed(first, begin) + self._count_listed(end, last)
+            epochs_begin = min(end, -(-begin // epoch) * epoch)
+            epochs_end = max(epochs_begin, end // epoch * epoch)
+            complete = (epochs_end - epochs_begin) // epoch * np.array(list(self.windows.values()))
+            total = complete + self._count_listed(begin, epochs_begin) + self._count_listed(epochs_end, end)
         else:
-            total = self._count_mixed(last) - self._count_mixed(first)
+            total = self._count_mixed(end) - self._count_mixed(begin)
         return dict(zip(self.windows, total.tolist(), strict=True))
 
-    def _count_listed(self, first: int, last: int) -> np.ndarray:
-        """Count the windows of each source at the places [first, last) by their ids."""
+    def _count_listed(self, begin: int, end: int) -> np.ndarray:
+        """Count the windows of each source at positions [begin, end) of the run by their ids: int64 [sources]."""
         ends = np.cumsum(list(self.windows.values()))
         total = np.zeros(len(ends), dtype=np.int64)
-        for place in range(first, last, COUNT_BLOCK):
-            ids = self._ids_at(np.arange(place, min(place + COUNT_BLOCK, last), dtype=np.int64))
+        for block in range(begin, end, COUNT_BLOCK):
+            ids = self._ids_at(np.arange(block, min(block + COUNT_BLOCK, end), dtype=np.int64))
             total += np.bincount(np.searchsorted(ends, ids, side="right"), minlength=len(ends))
         return total
 
-    def _count_mixed(self, places: int) -> np.ndarray:
-        """Count the windows of each source among the first `places` of a mixture. All cycles have the same counts."""
+    def _count_mixed(self, windows: int) -> np.ndarray:
+        """Count the windows of each source among the first `windows` of a mixture: int64 [sources].
+
+        All cycles have the same counts, so only the last, incomplete cycle is counted window by window.
+        """
         counts = self._cycle_counts()
-        cycles, rest = divmod(places, CYCLE)
+        cycles, rest = divmod(windows, CYCLE)
         sources, _ = assign_sources(self.seed, cycles, counts)
         return cycles * np.array(counts) + np.bincount(sources[:rest], minlength=len(counts))
 
     def _cycle_counts(self) -> tuple[int, ...]:
         return cycle_counts([self.weights[name] for name in self.windows])
 
-    def _ids_at(self, places: np.ndarray) -> np.ndarray:
-        """Return the window ids at neighbouring places of the run, which count the windows that precede them."""
+    def _ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the window ids at consecutive positions of the run: int64 [positions].
+
+        A position is the number of windows that are read before it.
+        """
         if self.weights is None:
-            return shuffled_ids(places, sum(self.windows.values()), self.seed)
-        sources, numbers = mix_sources(places, self.seed, self._cycle_counts())
-        ids = np.empty_like(places)
+            return shuffled_ids(positions, sum(self.windows.values()), self.seed)
+        sources, numbers = mix_sources(positions, self.seed, self._cycle_counts())
+        ids = np.empty_like(positions)
         first = 0
         for i, (name, size) in enumerate(self.windows.items()):
             mask = sources == i
@@ -103,25 +109,25 @@ class Order:
         return ids
 
 
-def shuffled_ids(places: np.ndarray, n: int, seed: int | str) -> np.ndarray:
-    """Return what stands at `places` (int64, rising) of an endless sequence of permutations of range(n)."""
-    epochs, places = np.divmod(places, n)
-    ids = np.empty(len(places), dtype=np.int64)
+def shuffled_ids(positions: np.ndarray, n: int, seed: int | str) -> np.ndarray:
+    """Return the elements at `positions` of the infinite sequence of epochs, each a permutation of range(n): int64."""
+    epochs, within = np.divmod(positions, n)
+    ids = np.empty(len(positions), dtype=np.int64)
     for epoch in np.unique(epochs).tolist():
         mask = epochs == epoch
-        ids[mask] = permute_indices(places[mask], n, round_keys(seed, epoch))
+        ids[mask] = permute_indices(within[mask], n, round_keys(seed, epoch))
     return ids
 
 
-def mix_sources(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source at each of the neighbouring `places` of a mixture, and its index within that source.
+def mix_sources(positions: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source at each of the consecutive `positions` of a mixture, and its position within that source.
 
     Args:
-        counts: How many of the CYCLE places of each cycle every source has. The order differs between cycles.
+        counts: The number of windows that each source has in every cycle. The order differs between cycles.
     """
-    sources = np.empty_like(places)
-    numbers = np.empty_like(places)
-    cycles, within = np.divmod(places, CYCLE)
+    sources = np.empty_like(positions)
+    numbers = np.empty_like(positions)
+    cycles, within = np.divmod(positions, CYCLE)
     for cycle in range(int(cycles[0]), int(cycles[-1]) + 1):
         mask = cycles == cycle
         cycle_sources, cycle_numbers = assign_sources(seed, cycle, counts)
@@ -133,7 +139,7 @@ def mix_sources(places: np.ndarray, seed: int, counts: tuple[int, ...]) -> tuple
 
 @lru_cache(maxsize=4)
 def assign_sources(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source at each place of a cycle, and its index among that source's places in the cycle."""
+    """Return the source at each position of a cycle, and the number of its windows that precede it in the cycle."""
     cells = permute_indices(np.arange(CYCLE), CYCLE, round_keys(f"{seed}/mixture", cycle))
     sources = np.searchsorted(np.cumsum(counts), cells, side="right")
     numbers = np.empty(CYCLE, dtype=np.int64)
@@ -143,7 +149,7 @@ def assign_sources(seed: int, cycle: int, counts: tuple[int, ...]) -> tuple[np.n
 
 
 def cycle_counts(weights: list[float]) -> tuple[int, ...]:
-    """Share CYCLE places out by weight: by the largest remainders, and at least one place for a weight above 0."""
+    """Return the windows of each source in a cycle, by largest remainders; at least 1 for a weight above 0."""
     shares = np.array(weights) / sum(weights) * CYCLE
     positive = np.array(weights) > 0
     counts = np.where(positive, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
@@ -178,33 +184,37 @@ def rank_slice(ids: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def round_keys(seed: int | str, epoch: int) -> np.ndarray:
-    """Return the keys of a permutation: uint64 [ROUNDS]. They are hashed, so neighbouring seeds are unrelated."""
+    """Return the keys of a permutation: uint64 [ROUNDS].
+
+    They are a hash of the seed and the epoch, so neighbouring seeds give unrelated permutations.
+    """
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
 
 
 def permute_indices(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Return where a keyed permutation of range(n) sends each of `indices`: int64, same shape, in O(1) memory.
+    """Return where a keyed permutation of range(n) maps each of `indices`: int64, same shape.
 
-    This is a Feistel network on a x b cells, a * b >= n, with addition modulo a and b in place of xor, and cycle
-    walking: a result beyond n is permuted again until it is below n, which keeps the map one to one (Black and
-    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    The permutation is never stored. It is a Feistel network on rows x columns >= n cells, with addition modulo rows
+    and columns in place of xor, and cycle walking: a result of n or more is permuted again until it is below n, which
+    keeps the map one to one (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    a = math.isqrt(n - 1) + 1
-    b = -(-n // a)
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
     x = indices.astype(np.uint64)
-    outside = np.ones(x.shape, dtype=bool)
-    while outside.any():
-        left, right = np.divmod(x[outside], np.uint64(b))
-        for key in keys.reshape(-1, 2):
-            left = (left + _mix_bits(right ^ key[0])) % np.uint64(a)
-            right = (right + _mix_bits(left ^ key[1])) % np.uint64(b)
-        x[outside] = left * np.uint64(b) + right
-        outside = x >= n
+    pending = np.ones(x.shape, dtype=bool)
+    while pending.any():
+        row, column = np.divmod(x[pending], np.uint64(columns))
+        for row_key, column_key in keys.reshape(-1, 2):  # two rounds for each pair of keys
+            row = (row + _mix_bits(column ^ row_key)) % np.uint64(rows)
+            column = (column + _mix_bits(row ^ column_key)) % np.uint64(columns)
+        x[pending] = row * np.uint64(columns) + column
+        pending = x >= n
     return x.astype(np.int64)
 
 
 def _mix_bits(x: np.ndarray) -> np.ndarray:
-    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014), cut to 63 bits so that the sum above does not wrap.
+    """Hash each uint64 to 63 bits by the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    # The products overflow on purpose. 63 bits are returned so that the sums in permute_indices do not.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)

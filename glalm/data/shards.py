@@ -3,19 +3,19 @@
     tokenizer.model | tokenizer/       a SentencePiece model, or a folder with a Hugging Face tokenizer
     SPLIT/SOURCE/00000.npy             token ids, uint16 or uint32: documents end to end, each with its BOS and EOS
     SPLIT/SOURCE/00000.docs.npy        int64 [documents + 1]: document i is shard[docs[i] : docs[i + 1]]
-    SPLIT/SOURCE/00000.crc32           uint32: checksums of the blocks of the first file, then of the second
+    SPLIT/SOURCE/00000.crc32           uint32: checksums of the blocks of 00000.npy, then of 00000.docs.npy
     inputs.jsonl                       the input files, in order: bytes, time, SHA-256, documents
     skipped.jsonl                      every record without a document: file, line, reason
     manifest.json                      settings, counts, and the size and SHA-256 of every file
 
-SPLIT is train, validation or test. A document never spans two shards. A shard is complete when it has its name, and
-never changes: what is added to a set goes to new shards. The manifest is replaced as shards are completed, so training
-can begin before preparation ends.
+SPLIT is train, validation or test. A document never spans two shards. A shard is complete once it is renamed to its
+final name, and never changes: text that is added to a set goes to new shards. The manifest is replaced as shards are
+completed, so training can begin before preparation ends.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from glalm.data.files import file_sha256
 FORMAT = "glalm-tokens"
 VERSION = 3
 MANIFEST = "manifest.json"
-PLAN = ".plan.json"  # It is there while a set is being prepared.
+PLAN = ".plan.json"  # This file exists while a set is being prepared.
 SPLITS = ("train", "validation", "test")
 
 
@@ -44,11 +44,11 @@ class TokenSet:
 
     Attributes:
         source_tokens: {source: its number of tokens}, in the order of the stream.
-        fingerprint: Of the sources and the settings with which the set was begun.
+        fingerprint: The SHA-256 of the settings and the sources with which the preparation of the set began.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is not what the manifest says.
+        ValueError: A file does not match the manifest.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str, manifest: dict | None = None):
@@ -71,37 +71,36 @@ class TokenSet:
         self.num_documents: int = entry["documents"]
         self.source_tokens: dict[str, int] = {name: source["tokens"] for name, source in entry["sources"].items()}
 
+        self._advice = _advise_overwrite(self.folder)
         for file in tokenizer["files"]:
-            _require_file(self.folder, file["file"])
+            self._find_file(file)
         shards = list(chain.from_iterable(source["shards"] for source in entry["sources"].values()))
-        self._files = _list_files(shards)
+        self._files = _list_files(entry)
         if manifest:
             self._check_unchanged(current["splits"][split])
         self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
-        # Each shard's document borders: where its documents begin and end.
+        # The borders of a shard are the positions in it at which its documents begin and end.
         self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]
         self._first_token = np.cumsum([0, *map(len, self._shards)])
         self._first_document = np.cumsum([0, *(len(borders) - 1 for borders in self._borders)])
         if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
             path = self.folder / MANIFEST
-            raise ValueError(
-                f"{path}: the shards of {split} do not add up to its counts. {_advise_overwrite(self.folder)}"
-            )
+            raise ValueError(f"{path}: the shards of {split} do not add up to its counts. {self._advice}")
 
     def read_tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of the stream: [stop - start], a read-only view if one shard holds them all."""
-        parts = [self._shards[i].read_range(first, last) for i, first, last in self._locate_range(start, stop)]
+        parts = [self._shards[i].read_range(begin, end) for i, begin, end in self._locate_range(start, stop)]
         if not parts:
             return np.empty(0, dtype=self.manifest["dtype"])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return those of the positions [start, stop) of the stream at which a document begins: int64, rising."""
+        """Return those of the positions [start, stop) of the stream at which a document begins: int64, increasing."""
         found = [np.empty(0, dtype=np.int64)]
-        for i, first, last in self._locate_range(start, stop):
+        for i, begin, end in self._locate_range(start, stop):
             borders = self._borders[i].read_range(0, len(self._borders[i]))
-            begin, end = np.searchsorted(borders[:-1], (first, last))
-            found.append(borders[begin:end] + self._first_token[i])
+            first, after_last = np.searchsorted(borders[:-1], (begin, end))
+            found.append(borders[first:after_last] + self._first_token[i])
         return np.concatenate(found)
 
     def read_document(self, i: int) -> np.ndarray:
@@ -122,11 +121,9 @@ class TokenSet:
     def verify_checksums(self) -> None:
         """Read the tokenizer and every file of the split. Raises ValueError for the first with another SHA-256."""
         for file in [*self.manifest["tokenizer"]["files"], *self._files]:
-            path = _require_file(self.folder, file["file"])
+            path = self._find_file(file)
             if file_sha256(path) != file["sha256"]:
-                raise ValueError(
-                    f"{path} is damaged: its SHA-256 is not that of the manifest. {_advise_overwrite(self.folder)}"
-                )
+                raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest. {self._advice}")
 
     def _locate_range(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield where tokens [start, stop) lie: the index of a shard, and start and stop within it."""
@@ -141,20 +138,18 @@ class TokenSet:
             i += 1
 
     def _check_unchanged(self, entry: dict) -> None:
-        shards = chain.from_iterable(source["shards"] for source in entry["sources"].values())
-        found = {file["file"]: file for file in _list_files(shards)}
+        """Raise ValueError unless the current manifest's `entry` of this split lists all files of this TokenSet."""
+        found = {file["file"]: file for file in _list_files(entry)}
         for file in self._files:
             if found.get(file["file"]) != file:
-                raise ValueError(
-                    f"{self.folder / file['file']} has changed since the run began: the set was prepared again. "
-                    "Prepare it as it was, or begin another run."
-                )
+                changed = f"{self.folder / file['file']} has changed since the run began: the set was prepared again."
+                raise ValueError(f"{changed} Prepare it as it was, or begin another run.")
 
     def _map_array(self, shard: dict, name: str, length: int, dtype: str) -> CheckedArray:
         """Map the array in one of the shard's .npy files into memory."""
-        import torch  # The processes that tokenise import this module, and do not need it.
+        import torch  # The processes that tokenize import this module, and do not need it.
 
-        path, size = self._check_size(shard["files"][name])
+        path = self._find_file(shard["files"][name])
         try:
             with open(path, "rb") as file:
                 if np.lib.format.read_magic(file) != (1, 0):
@@ -162,26 +157,26 @@ class TokenSet:
                 shape, _, found = np.lib.format.read_array_header_1_0(file)
                 header = file.tell()
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}). {_advise_overwrite(self.folder)}") from error
+            raise ValueError(f"{path} is damaged ({error}). {self._advice}") from error
         if shape != (length,) or found != dtype:
-            expected = f"{dtype}[{length}]"
-            raise ValueError(f"{path} holds {found}{list(shape)}, not {expected}. {_advise_overwrite(self.folder)}")
+            raise ValueError(f"{path} holds {found}{list(shape)}, not {dtype}[{length}]. {self._advice}")
         # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands.
-        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         content.flags.writeable = False
-        sums = np.fromfile(self._check_size(shard["files"]["checksums"])[0], dtype="<u4")
+        sums = np.fromfile(self._find_file(shard["files"]["checksums"]), dtype="<u4")
         token_blocks = -(-shard["files"]["tokens"]["bytes"] // BLOCK)
         sums = sums[:token_blocks] if name == "tokens" else sums[token_blocks:]
         return CheckedArray(path, content, header, dtype, sums)
 
-    def _check_size(self, file: dict) -> tuple[Path, int]:
-        path = _require_file(self.folder, file["file"])
+    def _find_file(self, entry: dict) -> Path:
+        """Return the path of a file that the manifest lists. Raises if it is missing or has another size."""
+        path = self.folder / entry["file"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, so the set is incomplete. {self._advice}")
         size = path.stat().st_size
-        if size != file["bytes"]:
-            raise ValueError(
-                f"{path} has {size} bytes, not the manifest's {file['bytes']}. {_advise_overwrite(self.folder)}"
-            )
-        return path, size
+        if size != entry["bytes"]:
+            raise ValueError(f"{path} has {size} bytes, not the manifest's {entry['bytes']}. {self._advice}")
+        return path
 
 
 def read_manifest(folder: Path, any_version: bool = False) -> dict:
@@ -195,6 +190,7 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
         ValueError: It is damaged, or of another format.
     """
     path = folder / MANIFEST
+    advice = _advise_overwrite(folder)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {_explain_missing_manifest(folder)}")
     try:
@@ -202,16 +198,18 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
         name = manifest.get("format")
         version = manifest.get("version")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_advise_overwrite(folder)}") from error
+        raise ValueError(f"{path} is damaged ({error}). {advice}") from error
     if name != FORMAT or (version != VERSION and not (any_version and isinstance(version, int))):
-        raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {_advise_overwrite(folder)}")
+        raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {advice}")
     return manifest
 
 
 def select_manifest(folder: Path, recorded: dict | None) -> dict:
-    """Return the manifest that a run has recorded if `folder` is still the same set, else the current manifest.
+    """Return the manifest with which a run, or its model, reads the set in `folder`.
 
-    So a run keeps to its tokens, even if sources were added to the set later. Raises what `read_manifest` raises.
+    This is `recorded`, the manifest that the training run saved, if the set still has its fingerprint and tokenizer: a
+    resumed run reads the same tokens after sources were added. Otherwise it is the current manifest, because the caller
+    may have chosen another set. Raises what `read_manifest` raises.
     """
     current = read_manifest(folder)
     same = recorded is not None and all(current[key] == recorded.get(key) for key in ("fingerprint", "tokenizer"))
@@ -223,25 +221,27 @@ def count_leftover_tokens(tokens: int, length: int) -> int:
     return (tokens - 1) % length if tokens > length else tokens
 
 
-def _list_files(shards: Iterable[dict]) -> list[dict]:
-    return list(chain.from_iterable(shard["files"].values() for shard in shards))
-
-
-def _require_file(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so the set is incomplete. {_advise_overwrite(folder)}")
-    return path
+def _list_files(split: dict) -> list[dict]:
+    """Return the entries of all files of a split in the manifest."""
+    files = []
+    for source in split["sources"].values():
+        for shard in source["shards"]:
+            files += shard["files"].values()
+    return files
 
 
 def _explain_missing_manifest(folder: Path) -> str:
-    command = "python scripts/prepare_data.py --out"
+    """Return what to type in order to have a manifest in `folder`."""
     if (folder / PLAN).exists():
-        return "The set is not finished. To resume, run the command that began it again."
-    if folder.is_file() or (any(folder.glob("*")) and not any(folder.glob("train/*/*.npy"))):
-        return f"{folder} is not a prepared set. If it is text, prepare it into another folder: {command} SET {folder}"
-    return f"To prepare a set, run: {command} {folder} SOURCE"
+        return "The set is unfinished. To resume, rerun the command that started it."
+    has_shards = any(folder.glob("train/*/*.npy"))
+    if folder.is_file() or (any(folder.glob("*")) and not has_shards):
+        command = f"python scripts/prepare_data.py --out SET {folder}"
+        return f"{folder} is not a prepared set. If it is text, prepare it into another folder: {command}"
+    # The folder is empty, or has shards without a manifest, which this command replaces.
+    return f"To prepare a set, run: python scripts/prepare_data.py --out {folder} SOURCE"
 
 
 def _advise_overwrite(folder: Path) -> str:
+    """Return how to replace a damaged set."""
     return f"To prepare the set again, run: python scripts/prepare_data.py --out {folder} --overwrite SOURCE"

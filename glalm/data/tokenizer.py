@@ -35,7 +35,7 @@ class Tokenizer:
         bos_ids, eos_ids: What preparation puts before and after a document: lists of no or one id.
         fingerprint: The SHA-256 of what determines the ids.
         round_trips: Whether decode(encode(text)) returned a text with spaces, line ends and several scripts unchanged.
-            Some tokenizers normalise.
+            Some tokenizers normalize.
 
     Raises:
         FileNotFoundError: There is no such tokenizer.
@@ -57,7 +57,9 @@ class Tokenizer:
         self.round_trips: bool = self.decode(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without BOS and EOS. Text that looks like a special token is text.
+        """Return the token ids of `text`, without BOS and EOS.
+
+        A special token that is spelled in the text, such as "<s>", is encoded as ordinary text.
 
         Raises:
             UnicodeEncodeError: The text has lone surrogates.
@@ -78,8 +80,13 @@ class Tokenizer:
 
 
 def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
+    """Return the backend of the tokenizer that `Tokenizer` calls `name`."""
     if name == MISTRAL_V1:
-        return _SentencePiece(_find_mistral_v1())
+        spec = importlib.util.find_spec("mistral_common")
+        if not spec:
+            install = "In the repository, run: pip install -c constraints.txt -e '.[mistral]'"
+            raise ValueError(f"{name} needs the package mistral-common, which is not installed. {install}")
+        return _SentencePiece(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
     path = Path(name)
     if path.is_file():
         return _SentencePiece(path)
@@ -89,15 +96,6 @@ def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
     if not path.is_dir() and (name.endswith(".model") or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{name} does not exist. Name a .model file, a folder, or a Hugging Face tokenizer.")
     return _HuggingFace(name)
-
-
-def _find_mistral_v1() -> Path:
-    spec = importlib.util.find_spec("mistral_common")
-    if not spec:
-        raise ValueError(
-            f"{MISTRAL_V1} is in the package mistral-common. Run: pip install -c constraints.txt -e '.[mistral]'"
-        )
-    return Path(spec.origin).parent / "data" / "tokenizer.model.v1"
 
 
 # ------------------------------------------------------------------------------------------------ cutting long texts
@@ -119,7 +117,7 @@ def split_text(text: str, size: int, max_search: int, can_cut: Callable[[str, in
 
 
 def is_word_end(text: str, place: int) -> bool:
-    """Return whether a word ends right before text[place]."""
+    """Return whether a word ends directly before text[place]."""
     return text[place] in " \n" and not text[place - 1].isspace()
 
 
@@ -129,7 +127,7 @@ def is_word_end(text: str, place: int) -> bool:
 class _SentencePiece:
     """A SentencePiece model.
 
-    Models of `train_sentencepiece` return every text unchanged. Others may add a leading space or normalise: their text
+    Models of `train_sentencepiece` return every text unchanged. Others may add a leading space or normalize: their text
     is as faithful as they were trained to be, and their ids are those of SentencePiece.
     """
 
@@ -142,9 +140,8 @@ class _SentencePiece:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
-            raise ValueError(
-                f"{path} is not a SentencePiece model. For a Hugging Face tokenizer, use its folder or its name."
-            ) from error
+            advice = "For a Hugging Face tokenizer, use its folder or its name."
+            raise ValueError(f"{path} is not a SentencePiece model. {advice}") from error
         processor = self.processor
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
         self.vocab_size = processor.get_piece_size()
@@ -190,12 +187,16 @@ class _SentencePiece:
         return np.concatenate(ids)
 
     def _is_between_tokens(self, text: str, place: int) -> bool:
-        # Only characters that are neighbours in a piece of the vocabulary can be part of one token.
+        """Return whether no token contains both text[place - 1] and text[place]."""
+        # A token contains only pairs of characters that are neighbours in a piece of the vocabulary.
         return text[place - 1 : place + 1].replace(" ", SPACE_MARK) not in self._pairs
 
     def _find_mark_ids(self) -> np.ndarray | None:
-        # SentencePiece decodes a U+2581 of the text as a space. Encoded as bytes it survives, if the model has byte
-        # pieces and does not add a space before each part that is encoded by itself.
+        """Return the byte pieces of U+2581, or None if the model has no byte pieces.
+
+        SentencePiece decodes a U+2581 of the text as a space. Encoded as bytes it survives, if the model does not add
+        a space before each part that is encoded by itself.
+        """
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         return np.array(ids, dtype=np.int32) if all(self.processor.is_byte(i) for i in ids) else None
 
@@ -247,7 +248,7 @@ class _HuggingFace:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _is_between_tokens(self, text: str, place: int) -> bool:
-        # What a tokenizer does at a place is decided by the text near it.
+        """Return whether the text near `place` has the same tokens when it is cut there."""
         if not is_word_end(text, place):
             return False
         left = text[place - self.CONTEXT : place]

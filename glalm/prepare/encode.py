@@ -54,7 +54,7 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_batch(batch: RecordBatch, options: EncodeOptions) -> EncodedBatch:
-    """Tokenise the documents in a batch of records and assign each of them to a split.
+    """Tokenize the documents in a batch of records and assign each of them to a split.
 
     Raises:
         ValueError: The tokenizer returned an id outside of its vocabulary.

@@ -51,7 +51,7 @@ def prepare_data(
     progress: bool = True,
     commit_seconds: float = 15,
 ) -> dict[str, Any]:
-    """Tokenise `sources` into the folder `out`, and return the manifest of the set.
+    """Tokenize `sources` into the folder `out`, and return the manifest of the set.
 
     The same call again resumes an interrupted preparation, and returns at once if the set is complete. Input files are
     recognised by name, size and time of change, or else by name, size and SHA-256.
@@ -68,7 +68,7 @@ def prepare_data(
             source is that of the input.
         on_error: For a record without a document, either raise ValueError with its file and line ("stop"), or skip it
             and count it by reason ("skip"). Empty documents are always skipped and counted.
-        workers: The number of processes that tokenise. None uses all cores.
+        workers: The number of processes that tokenize. None uses all cores.
         add: Append to a complete set those of `sources` that it lacks, with the settings and tokenizer of the set.
         overwrite: Replace a set in `out`, once a document of each input was read and the tokenizer is available.
         progress: Show a progress bar and messages on stderr.
@@ -111,7 +111,7 @@ def prepare_data(
 def run_plan(
     plan: Plan, inputs: list[Input], out: Path, on_error: str, workers: int, commit_seconds: float, bar: ProgressBar
 ) -> None:
-    """Read, tokenise and write what is left of the plan.
+    """Read, tokenize and write what is left of the plan.
 
     Args:
         inputs: The plan's inputs, and possibly others.
@@ -124,7 +124,7 @@ def run_plan(
     tokenizer = plan.tokenizer
     options = EncodeOptions(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
     writer = SetWriter(out, plan)
-    bar.start_task("tokenising", starts[-1], starts[writer.position[0]])
+    bar.start_task("tokenizing", starts[-1], starts[writer.position[0]])
     start_time = commit_time = time.monotonic()
     documents = 0
     tokens = 0

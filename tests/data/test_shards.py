@@ -97,7 +97,7 @@ def test_without_a_manifest_it_is_told_what_the_folder_is(copy, tmp_path):
         with pytest.raises(FileNotFoundError, match=rf"manifest\.json is missing\. .*{message}$"):
             read_manifest(path)
     (copy / ".plan.json").touch()
-    with pytest.raises(FileNotFoundError, match=r"not finished\. To resume, run the command that began it again"):
+    with pytest.raises(FileNotFoundError, match=r"unfinished\. To resume, rerun the command that started it"):
         read_manifest(copy)
 
 

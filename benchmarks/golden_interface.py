@@ -77,7 +77,7 @@ def compute_data_order(
 
 def export_to_fla(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint of one process in the format of flash-linear-attention."""
-    from glalm.compat.fla import export
+    from glalm.compat.fla import export_checkpoint
     from glalm.hf import GLALMForCausalLM
 
-    export(GLALMForCausalLM.from_pretrained(checkpoint), folder)
+    export_checkpoint(GLALMForCausalLM.from_pretrained(checkpoint), folder)

@@ -33,16 +33,16 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from glalm import IGNORE_INDEX
-from glalm.compat import fla
 from glalm.config.strict import require
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
+from glalm.model.fla_checkpoints import FORMATS, config_from_fla, weights_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
-MODEL_TYPES = ("glalm", *fla.FORMATS)
+MODEL_TYPES = ("glalm", *FORMATS)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Arguments of from_pretrained with which the caller says where the weights are.
@@ -55,7 +55,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 class GLALMConfig(ModelConfig, PreTrainedConfig):
     """A `ModelConfig` that is also a transformers config, saved as config.json and loaded by AutoConfig.
 
-    A config.json of a library that glalm.compat.fla reads is translated. A key that neither ModelConfig nor
+    A published config.json (see glalm.model.fla_checkpoints) is translated. A key that neither ModelConfig nor
     transformers knows is kept, as everywhere in transformers, unless it looks like a misspelt key of ModelConfig.
 
     Raises ConfigError (a ValueError) for a misspelt key or a shape that ModelConfig refuses.
@@ -87,12 +87,12 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return fla.config_in(tree), unused
+        return config_from_fla(tree), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         # A config.json may name an attention kernel, which would be fetched from the hub and run, and a pickle to load.
-        tree = fla.config_in(config_dict)
+        tree = config_from_fla(config_dict)
         safe = {k: v for k, v in tree.items() if "_implementation" not in k and k != "transformers_weights"}
         # transformers would set these after all checks, and leave a mapping of options a mapping.
         for name in kwargs.keys() & set(MODEL_FIELDS):
@@ -403,8 +403,8 @@ def cu_seqlens_of_positions(
 def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kwargs) -> nn.Module:
     """Load a model by `read`, the from_pretrained of a transformers class, whose arguments the others are.
 
-    This also reads the checkpoints that glalm.compat.fla translates. It reads safetensors files alone and never runs
-    code of a checkpoint.
+    This also reads published checkpoints (see glalm.model.fla_checkpoints). It reads safetensors files alone and never
+    runs code of a checkpoint.
 
     With output_loading_info=True, missing and unknown weights are not refused but reported, as transformers does. With
     ignore_mismatched_sizes=True, everything that fits is loaded, and transformers warns about the rest.
@@ -424,7 +424,7 @@ def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kw
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         tree, _ = PreTrainedConfig.get_config_dict(where, **hub)
         files = find_weight_files(where, hub)
-    if files is not None and tree.get("model_type") in fla.FORMATS:
+    if files is not None and tree.get("model_type") in FORMATS:
         model, info = load_translated(read, where, files, hub, *args, **kwargs)
     else:
         model, info = read(where, *args, **kwargs)
@@ -469,7 +469,7 @@ def explain_missing_weights(where: str | os.PathLike, folder: Path) -> str:
 
 
 def load_translated(read: Callable, where, files: list[str], hub: dict, *args, **kwargs) -> tuple[nn.Module, dict]:
-    """Load a checkpoint of another library, whose parameter names glalm.compat.fla translates."""
+    """Load a published checkpoint, whose config and parameter names glalm.model.fla_checkpoints translates."""
     kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -479,7 +479,7 @@ def load_translated(read: Callable, where, files: list[str], hub: dict, *args, *
         weights |= load_file(path)
     if cached_file(where, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(where, **hub))
-    model, info = read(None, *args, config=config, state_dict=fla.weights_in(weights, config), **kwargs)
+    model, info = read(None, *args, config=config, state_dict=weights_from_fla(weights, config), **kwargs)
     model.config.name_or_path = model.name_or_path = str(where)
     return model, info
 

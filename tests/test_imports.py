@@ -15,11 +15,11 @@ ALLOWED = {
     "progress": set(),
     "prepare": {"data", "progress"},
     "model": {"config.strict", "kernels"},
-    "hf": {"config.strict", "kernels", "model", "compat.fla"},
+    "hf": {"config.strict", "kernels", "model"},
     "train": {"config", "data", "progress", "hf", "kernels", "model"},
     "generation": CORE,
-    "compat": CORE,
-    "evals": {*CORE, "generation", "compat"},
+    "compat": {*CORE, "evals.options"},
+    "evals": {*CORE, "generation"},
     "studies": {*CORE, "evals", "generation"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}

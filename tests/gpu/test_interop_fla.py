@@ -12,7 +12,7 @@ fla_models = pytest.importorskip("fla.models", reason="needs flash-linear-attent
 
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
-from glalm.compat import fla  # noqa: E402
+from glalm.compat.fla import config_to_fla, export_checkpoint  # noqa: E402
 from glalm.hf import GLALMConfig, GLALMForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -149,8 +149,8 @@ def test_theirs_load_here(name, tmp_path):
 def test_ours_load_there(name, tmp_path):
     shape = {k: v for k, v in SHAPE.items() if k != "fuse_cross_entropy"}
     ours = stirred(lambda: GLALMForCausalLM(GLALMConfig(**shape, **OURS[name])))
-    fla.export(ours, tmp_path)
-    cls = getattr(fla_models, fla.config_out(ours.config)["architectures"][0])
+    export_checkpoint(ours, tmp_path)
+    cls = getattr(fla_models, config_to_fla(ours.config)["architectures"][0])
     theirs, report = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert_same(ours, theirs.to(DEVICE).eval())

@@ -28,9 +28,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import glalm.hf
-from glalm.compat import fla
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
 from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel
+from glalm.model.fla_checkpoints import FORMATS
 from glalm.model.mixers.gla import GLAOptions
 
 HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
@@ -79,7 +79,7 @@ def test_another_librarys_model_types_stay_its_own(monkeypatch):
         "transformer": GLALMConfig,
         "retnet": "another library's",
     }
-    assert set(glalm.hf.MODEL_TYPES) == {"glalm", *fla.FORMATS}
+    assert set(glalm.hf.MODEL_TYPES) == {"glalm", *FORMATS}
 
 
 def test_auto_classes(saved, tokens):

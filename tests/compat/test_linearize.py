@@ -22,10 +22,10 @@ def llama():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_with_every_layer_kept_it_is_the_same_model(llama, tokens, tied, theta):
+def test_with_every_layer_kept_it_is_the_same_model(llama, random_tokens, tied, theta):
     original, ids = (
         llama(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": theta}),
-        tokens(2, 40),
+        random_tokens(2, 40),
     )
     model = linearize(original, softmax_layers=[0, 1, 2])
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
@@ -40,7 +40,7 @@ def test_generation_is_set_as_before(llama):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "regla"])
-def test_only_gates_and_head_norms_are_new(llama, tokens, mixer):
+def test_only_gates_and_head_norms_are_new(llama, random_tokens, mixer):
     original = llama()
     model = linearize(original, mixer, softmax_layers=[1])
     assert [type(b.attn).__name__ == "Attention" for b in model.model.layers] == [False, True, False]
@@ -55,11 +55,11 @@ def test_only_gates_and_head_norms_are_new(llama, tokens, mixer):
             source = torch.cat([part for half in source.chunk(2) for part in (half, half)])
         assert torch.equal(x, source), name
     assert old == len(theirs)
-    logits = model(tokens(1, 30)).logits
-    assert logits.isfinite().all() and not torch.equal(logits, original(tokens(1, 30)).logits)
+    logits = model(random_tokens(1, 30)).logits
+    assert logits.isfinite().all() and not torch.equal(logits, original(random_tokens(1, 30)).logits)
 
 
-def test_heads_meet_the_keys_and_values_of_their_group(llama, tokens):
+def test_heads_meet_the_keys_and_values_of_their_group(llama, random_tokens):
     """ReGLA's copies and GLA's shared heads agree with softmax attention's grouping: one group's values at 0 silence
     the same heads."""
     original = llama()
@@ -74,11 +74,11 @@ def test_heads_meet_the_keys_and_values_of_their_group(llama, tokens):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "regla"])
-def test_distillation_brings_the_outputs_near_the_attentions(llama, tokens, mixer):
+def test_distillation_brings_the_outputs_near_the_attentions(llama, random_tokens, mixer):
     original = llama()
     model = linearize(original, mixer, softmax_layers=[2])
     before = {n: p.clone() for n, p in model.named_parameters()}
-    losses = list(distil(model, original, [tokens(8, 24, seed=s % 4) for s in range(60)], lr=1e-2))
+    losses = list(distil(model, original, [random_tokens(8, 24, seed=s % 4) for s in range(60)], lr=1e-2))
     assert losses[0] < 2.5  # outputs of the right size but unrelated would give 2
     assert losses[-1] < 0.5 * losses[0]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -86,10 +86,10 @@ def test_distillation_brings_the_outputs_near_the_attentions(llama, tokens, mixe
     assert not original.model.layers[0].self_attn._forward_hooks
 
 
-def test_with_every_layer_kept_there_is_nothing_to_distil(llama, tokens):
+def test_with_every_layer_kept_there_is_nothing_to_distil(llama, random_tokens):
     original = llama()
     with pytest.raises(ConfigError, match="softmax_layers"):
-        next(distil(linearize(original, softmax_layers=[0, 1, 2]), original, [tokens(2, 8)]))
+        next(distil(linearize(original, softmax_layers=[0, 1, 2]), original, [random_tokens(2, 8)]))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python benchmarks/bench_kernels.py                       the table of docs/performance.md, in Markdown
     python benchmarks/bench_kernels.py --gates              every gate of the family, and logits fused or not
     python benchmarks/bench_kernels.py --figure speed.png   tokens a second against the length, and speed.json
-    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch_configs.py
+    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch.py
 
 Times are medians in ms, each call with a cold L2 cache. Without --graph they are the GPU's from a call's beginning to
 its end, its waits for the host included: where Python and launches take longer than the kernels, the host is measured.
@@ -31,8 +31,9 @@ from triton.testing import do_bench
 from glalm import kernels
 from glalm.generation.cuda_graph import GraphCapture
 from glalm.kernels import chunk_gla
-from glalm.kernels.triton import gla, launch_configs
-from glalm.kernels.triton.saved import SavedForBackward
+from glalm.kernels.triton import gla
+from glalm.kernels.triton.gla import SavedForBackward
+from glalm.kernels.triton.launch import LaunchConfig
 
 SHAPES = {  # B, T, H, K, V and the attention heads of the same width
     "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
@@ -245,7 +246,7 @@ def tune(B: int, T: int, K: int, V: int) -> None:
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
             if warps == 8 and (limit or "STORE_BANDS" not in tile):
                 continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
-            launch = launch_configs.LaunchConfig(tile, warps, stages, limit)
+            launch = LaunchConfig(tile, warps, stages, limit)
             plan.config = ungated.config = plan.config._replace(**{kernel: launch})
             try:
                 call()

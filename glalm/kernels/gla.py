@@ -168,7 +168,7 @@ def chunk_forward_fake(
     final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     kept = [((0,), q.dtype)] * 6
     if keep and has_kernel(q):
-        from glalm.kernels.triton.saved import saved_shapes
+        from glalm.kernels.triton.gla import saved_shapes
 
         kept = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
     return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)

@@ -1,4 +1,4 @@
-"""Compile every kernel of launch_configs.TABLE for Hopper, which needs no GPU, and count how many programs fit.
+"""Compile every kernel of launch.TABLE for Hopper, which needs no GPU, and count how many programs fit.
 
 A multiprocessor's shared memory and registers bound how many programs it runs at once.
 """
@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.triton import gla, launch_configs
+from glalm.kernels.triton import gla, launch
 
 SHARED, REGISTERS, WARPS = 227 * 1024, 65536, 64  # of a multiprocessor
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -85,11 +85,11 @@ def name_of(kernel, constants: dict, args: tuple) -> str:
     return kernel.__name__.split("_")[0]
 
 
-def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> launch_configs.LaunchConfig:
+def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> launch.LaunchConfig:
     """The table's, for that kernel."""
     fixed = name == "gradients" and gate in ("fixed", "none")
     variant = "_pairwise" if constants.get("PAIRWISE") else "_fixed_gate" if fixed else ""
-    return getattr(launch_configs.TABLE[9, *sizes], name + variant)
+    return getattr(launch.TABLE[9, *sizes], name + variant)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -98,7 +98,7 @@ def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> 
 )
 @pytest.mark.parametrize("sizes", PROGRAMS, ids=str)
 def test_as_many_programs_fit_as_the_table_counts_on(sizes, gate, T, launches):
-    assert (9, *sizes) in launch_configs.TABLE
+    assert (9, *sizes) in launch.TABLE
     run(*sizes, gate, T)
     names = set()
     for kernel, args, constants, options in launches:

@@ -27,10 +27,9 @@ def check(limit, *shape, **options):
 
 def cut_into_segments(count, monkeypatch):
     """Cut every sequence into `count` segments."""
-    from glalm.kernels.triton import gla, saved
+    from glalm.kernels.triton import gla
 
-    for module in (gla, saved):
-        monkeypatch.setattr(module, "count_segments", lambda *_: count)
+    monkeypatch.setattr(gla, "count_segments", lambda *_: count)
 
 
 @interpreted

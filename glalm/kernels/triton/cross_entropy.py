@@ -41,7 +41,8 @@ def cross_entropy_kernel(
                 tl.store(logits + start + columns, zeros, mask=start + columns < V)
         return
     goal = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
-    highest, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
+    highest = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):  # Each lane keeps its own maximum and sum; threads are reduced once, at the end.
         x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
         higher = tl.maximum(highest, x)

@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from glalm.kernels.triton.launch import launch
+from glalm.kernels.triton.launch import launch, padded_head_size
 from glalm.kernels.triton.matvec import supports_dependent_launch
 from glalm.kernels.triton.recurrent import columns_per_program
-from glalm.kernels.triton.saved import padded_head_size
 from glalm.kernels.triton.tiles import compute_log_gates
 
 

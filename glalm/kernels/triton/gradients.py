@@ -87,7 +87,8 @@ def gradients_kernel(
         item = tl.program_id(0) + i * tl.num_programs(0)
         tile = (tl.minimum(item, items - 1) // BLOCKS).to(tl.int64)
         k0 = item % BLOCKS * BK
-        chunk, h = tile // H, tile % H
+        chunk = tile // H
+        h = tile % H
         row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
         marked = tl.load(pairwise_marks + tile) != 0
         if PAIRWISE:
@@ -147,7 +148,8 @@ def add_pairwise_gradients(
 
     Only gates between the write and the read are summed, so no difference of large sums appears.
     """
-    t, c = tl.arange(0, C), tl.arange(0, BK)
+    t = tl.arange(0, C)
+    c = tl.arange(0, BK)
     between = tl.zeros([C, BK], tl.float32)
     next_gate = tl.zeros([BK], tl.float32)  # log gates of token j + 1
     x = load_tile(q, H * K, rows, width, C, BK).to(tl.float32) * scale

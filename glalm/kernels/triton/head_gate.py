@@ -59,7 +59,8 @@ def compute_decays(
     t = tl.arange(0, C)
     if FIXED_GATE:
         gate = compute_log_gates(tl.load(g + h), inv_normalizer, FROM_LOGITS) * LOG2E
-        before, after = flushed_exp2((t + 1) * gate), flushed_exp2(tl.maximum(rows - 1 - t, 0) * gate)
+        before = flushed_exp2((t + 1) * gate)
+        after = flushed_exp2(tl.maximum(rows - 1 - t, 0) * gate)
         return before, after, flushed_exp2(tl.maximum(t[:, None] - t[None, :], 0) * gate), flushed_exp2(rows * gate)
     g += row * H + h
     gate = load_head_gates(g, t, H, rows, inv_normalizer, FROM_LOGITS)
@@ -87,7 +88,8 @@ def rescale_head_kernel(
     g: [B, T, H], [H] where FIXED_GATE, or None. Writes what rescale_kernel writes, with decay = exp(total) [tiles].
     """
     tile = tl.program_id(0).to(tl.int64)
-    chunk, h = tile // H, tile % H
+    chunk = tile // H
+    h = tile % H
     row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
@@ -103,7 +105,8 @@ def rescale_head_kernel(
         x = load_tile(q + p, H * K, rows, K - k0, C, BK)
         y = load_tile(k + p, H * K, rows, K - k0, C, BK)
         A = dot_add(x, tl.trans(y), A, PRECISION)
-        x_hat, y_hat = x.to(tl.float32) * scale, y.to(tl.float32)
+        x_hat = x.to(tl.float32) * scale
+        y_hat = y.to(tl.float32)
         if g is not None:
             x_hat *= before[:, None]
             y_hat *= after[:, None]
@@ -133,7 +136,8 @@ def gradients_head_kernel(
     tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     k0 = block * BK
-    chunk, h = tile // H, tile % H
+    chunk = tile // H
+    h = tile % H
     row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
@@ -157,7 +161,8 @@ def gradients_head_kernel(
     dA_high, dA_low = round_in_two(dA, states.dtype.element_ty)
     x = load_tile(q + p, H * K, rows, K - k0, C, BK)
     y = load_tile(k + p, H * K, rows, K - k0, C, BK)
-    x_operand, y_operand = x.to(states.dtype.element_ty), y.to(states.dtype.element_ty)
+    x_operand = x.to(states.dtype.element_ty)
+    y_operand = y.to(states.dtype.element_ty)
     ended_products = tl.sum(y.to(tl.float32) * dy)
     dx = dot_add_left_split(dA_high, dA_low, y_operand, dx, PRECISION)
     dy = dot_add_left_split(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)

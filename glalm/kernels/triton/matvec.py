@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.launch_configs import architecture
-from glalm.kernels.triton.saved import padded_head_size
+from glalm.kernels.triton.launch import architecture, launch, padded_head_size
 
 WEIGHTS_PER_PROGRAM = 8192  # of one matrix
 

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glalm.kernels.triton.launch import launch
-from glalm.kernels.triton.saved import padded_head_size
+from glalm.kernels.triton.launch import launch, padded_head_size
 
 # A program holds this many numbers of a state: 32 for each thread, and enough programs for a batch of one.
 STATE_NUMBERS_PER_PROGRAM = 4096
@@ -61,7 +60,8 @@ def recurrent_kernel(
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     head = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    n, h = head // H, head % H
+    n = head // H
+    h = head % H
     kk = tl.arange(0, KP)
     vv = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
     state = head * K * V + kk[:, None] * V + vv[None, :]
@@ -70,7 +70,8 @@ def recurrent_kernel(
     if initial is not None:
         S = tl.load(initial + state, mask=inside, other=0)
     if cu_seqlens is None:
-        first, count = n * T, T
+        first = n * T
+        count = T
     else:
         first = tl.load(cu_seqlens + n).to(tl.int64)
         count = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)

@@ -40,7 +40,8 @@ def load_gates(g, stride, rows, cols, inv_normalizer, R: tl.constexpr, C: tl.con
     """Load a tile [R, C] of log gates, with zeros from row `rows` and column `cols` on."""
     gate = compute_log_gates(load_tile(g, stride, rows, cols, R, C), inv_normalizer, FROM_LOGITS)
     if FROM_LOGITS:  # A padded logit of 0 is not a log gate of 0.
-        i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+        i = tl.arange(0, R)[:, None]
+        j = tl.arange(0, C)[None, :]
         gate = tl.where((i < rows) & (j < cols), gate, 0)
     return gate
 
@@ -87,7 +88,8 @@ def rescale_kernel(
     for i in range(ITEMS):
         item = tl.program_id(0) + i * tl.num_programs(0)
         tile = tl.minimum(item, tiles - 1).to(tl.int64)
-        chunk, h = tile // H, tile % H
+        chunk = tile // H
+        h = tile % H
         row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
         if PAIRWISE:
             rows = tl.where((item < tiles) & (tl.load(pairwise_marks + tile) != 0), rows, 0)

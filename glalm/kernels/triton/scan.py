@@ -43,8 +43,11 @@ def scan_kernel(
     """
     BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
     pid = tl.program_id(0)
-    block, head = pid % BLOCKS, (pid // BLOCKS).to(tl.int64)
-    h, segment, n = head % H, (head // H) % segments, head // H // segments
+    block = pid % BLOCKS
+    head = (pid // BLOCKS).to(tl.int64)
+    h = head % H
+    segment = (head // H) % segments
+    n = head // H // segments
     first, count = chunks_of_sequence(n, T, offsets, C)
     each = tl.cdiv(count, segments)
     begin = tl.minimum((segment * each).to(tl.int32), count)
@@ -138,7 +141,8 @@ def join_segments_kernel(
     pid = pid // (VP // BV)
     kk = pid % (KP // BK) * BK + tl.arange(0, BK)
     head = (pid // (KP // BK)).to(tl.int64)
-    n, h = head // H, head % H
+    n = head // H
+    h = head % H
     p = kk[:, None] * V + vv[None, :]
     mask = (kk < K)[:, None] & (vv < V)[None, :]
     S = tl.zeros([BK, BV], tl.float32)

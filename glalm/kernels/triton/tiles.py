@@ -81,14 +81,16 @@ def chunks_of_sequence(n, T, offsets, C: tl.constexpr):
 @triton.jit
 def load_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
     """Load a tile [R, C] at x, with zeros from row `rows` and column `cols` on."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, C)[None, :]
     return tl.load(x + i * stride + j, mask=(i < rows) & (j < cols), other=0)
 
 
 @triton.jit
 def store_tile(x, stride, rows, cols, tile):
     """Store the first `rows` rows and `cols` columns of a tile at x, in x's dtype."""
-    i, j = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+    i = tl.arange(0, tile.shape[0])[:, None]
+    j = tl.arange(0, tile.shape[1])[None, :]
     tl.store(x + i * stride + j, tile.to(x.dtype.element_ty), mask=(i < rows) & (j < cols))
 
 
@@ -98,7 +100,8 @@ def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
     if not _INTERPRETED:
         LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = (C + LINE - 1) // LINE
-        i, j = tl.arange(0, R)[:, None], tl.arange(0, LINES)[None, :] * LINE
+        i = tl.arange(0, R)[:, None]
+        j = tl.arange(0, LINES)[None, :] * LINE
         p = x + tl.minimum(i, rows - 1) * stride + tl.minimum(j, cols - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1

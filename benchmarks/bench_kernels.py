@@ -224,10 +224,10 @@ def tune(B: int, T: int, K: int, V: int) -> None:
 
     def with_starts() -> SavedForBackward:
         """Return `saved` with room for as many segment starts as the current forward configuration needs."""
-        return saved._replace(segment_starts=allocate_state(plan.count_segments(reverse=False)))
+        return saved._replace(segment_starts=allocate_state(plan.segments_of_scan(reverse=False)))
 
     def compute_starts() -> None:
-        segments = plan.count_segments(reverse=False)
+        segments = plan.segments_of_scan(reverse=False)
         plan.compute_segment_starts(allocate_state(segments), segments, saved, v, None, None, False)
 
     candidates = {
@@ -240,7 +240,7 @@ def tune(B: int, T: int, K: int, V: int) -> None:
         "gradients_fixed_gate": (square, lambda: ungated.compute_gradients(saved, do, states, dstates)),
     }
     for kernel, (tiles, call) in candidates.items():
-        if kernel == "scan_segment_starts" and plan.count_segments(reverse=False) == 1:
+        if kernel == "scan_segment_starts" and plan.segments_of_scan(reverse=False) == 1:
             continue
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):

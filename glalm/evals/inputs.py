@@ -11,7 +11,6 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from glalm.compat import fla
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
@@ -20,7 +19,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import read_json
-from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import choose_precision
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
@@ -99,7 +98,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
     model_type = json.loads((path / "config.json").read_text()).get("model_type")
     is_export = model_type == GLALMConfig.model_type
-    is_ours = is_export or model_type in fla.FORMATS
+    is_ours = model_type in MODEL_TYPES
     # Our weights stay in float32 and run under autocast, as in training. Other models are loaded in the precision to
     # run in, as lm-evaluation-harness does.
     dtype = torch.bfloat16 if precision == "bf16" and not is_ours else torch.float32

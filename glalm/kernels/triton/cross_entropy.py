@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient in one kernel, which reads each row of logits from memory once and writes it once."""
+"""Cross-entropy and its gradient in one kernel, which reads each row of logits from DRAM once and writes it once."""
 
 import torch
 import triton
@@ -28,7 +28,10 @@ def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: boo
 def cross_entropy_kernel(
     logits, targets, losses, z_loss, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    """Process one token in each program. Its row is read twice, the second time from the L2 cache."""
+    """Store the loss of one token in each program and, with GRADIENT, overwrite its logits by the gradient.
+
+    The second pass over the row hits the L2 cache. A target out of range gives a loss of NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     target = tl.load(targets + row)
@@ -40,17 +43,19 @@ def cross_entropy_kernel(
                 zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < V)
         return
-    goal = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
-    highest = tl.full([BLOCK], LOWEST, tl.float32)
+    target_logit = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    maxima = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):  # Each lane keeps its own maximum and sum; threads are reduced once, at the end.
+    for start in range(
+        0, V, BLOCK
+    ):  # Each element of the block keeps a maximum and a sum; they are combined once, at the end.
         x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
-        higher = tl.maximum(highest, x)
-        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
-        highest = higher
-    top = tl.max(highest, 0)
-    lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    tl.store(losses + row, lse - goal + z_loss * lse * lse)
+        new_maxima = tl.maximum(maxima, x)
+        total = total * tl.exp(maxima - new_maxima) + tl.exp(x - new_maxima)
+        maxima = new_maxima
+    maximum = tl.max(maxima, 0)
+    lse = maximum + tl.log(tl.sum(total * tl.exp(maxima - maximum), 0))
+    tl.store(losses + row, lse - target_logit + z_loss * lse * lse)
     if GRADIENT:
         factor = 1 + 2 * z_loss * lse
         for start in range(0, V, BLOCK):

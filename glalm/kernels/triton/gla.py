@@ -17,17 +17,18 @@ from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_k
 from glalm.kernels.triton.launch import LaunchConfig, config_for, launch, multiprocessors, padded_head_size
 from glalm.kernels.triton.rescale import rescale_kernel
 from glalm.kernels.triton.scan import join_segments_kernel, scan_kernel
-from glalm.kernels.triton.tiles import CHUNK, Chunks, count_chunks, triangular_masks
+from glalm.kernels.triton.tiles import CHUNK, Chunks, count_chunks, running_sum_matrices
 
-# A program of the pairwise path checks this many tiles, because it rarely finds one to work on.
+# Chunks that forget too much for the fast path (see rescale.py) are processed by a second launch, the pairwise variant.
+# Few chunks need it, so each of its programs checks this many.
 PAIRWISE_ITEMS = 4
 
 
 class SavedForBackward(NamedTuple):
     """Buffers indexed by tile (one chunk of one head). KP is K padded to a power of two.
 
-    With one gate a key channel, `decay` is exp(total / 2) for each channel of each tile (see rescale.py). With one gate
-    a head, it is exp(total) for each tile, and `pairwise_marks` is empty.
+    With one gate per key channel, `decay` is exp(total / 2) for each channel of each tile (see rescale.py). With one
+    gate a head, it is exp(total) for each tile, and `pairwise_marks` is empty.
     """
 
     q_hat: Tensor  # [tiles, CHUNK, KP]
@@ -56,13 +57,13 @@ def saved_shapes(
         config = config_for(q.device, KP, padded_head_size(V), dtype.itemsize * 8)
         segments = count_segments(config.scan_forward, B, H, V, chunks, q.device)
     score_parts = 2 if with_residual and dtype == torch.bfloat16 else 1
-    gate_per_head = has_gate_per_head(g)
+    scalar_decay = has_scalar_decay(g)
     return [
         ((tiles, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),
         ((tiles, score_parts, CHUNK, CHUNK), dtype),
-        ((tiles,) if gate_per_head else (tiles, KP), torch.float32),
-        ((0,) if gate_per_head else (tiles,), torch.int32),
+        ((tiles,) if scalar_decay else (tiles, KP), torch.float32),
+        ((0,) if scalar_decay else (tiles,), torch.int32),
         ((0,) if segments == 1 else (B, segments, H, K, V), torch.float32),
     ]
 
@@ -79,13 +80,14 @@ def forward(
     cu_seqlens: Tensor | None,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor | None, SavedForBackward | None]:
-    """Compute the outputs, the final state if asked for, and what `backward` needs if asked for.
+    """Return the outputs, the final state if `output_final_state`, and what `backward` needs if `save_for_backward`.
 
     Args:
         q, k: [B, T, H, K]
         v: [B, T, H, V]
-        g: log gates (logits where `normalizer` is not None): [B, T, H, K], [B, T, H], [H], or None for no gate
-        initial_state: float32 [N, H, K, V] or None
+        g: [B, T, H, K], [B, T, H], [H], or None for no gate: log gates or, with a normalizer, logits of the log gates
+            logsigmoid(g) / normalizer
+        initial_state: float32 [N, H, K, V] or None, for N sequences
 
     Returns o, shaped like v; the final state, float32 [N, H, K, V], or None; and SavedForBackward or None.
     """
@@ -150,7 +152,7 @@ class LaunchPlan:
         self.k = k.contiguous()
         self.v = v.contiguous()
         self.g = None if g is None else g.contiguous()
-        self.gate_per_head = has_gate_per_head(g)
+        self.scalar_decay = has_scalar_decay(g)
         self.fixed_gate = g is not None and not gate_has_gradient(g)
         self.scale = float(scale)  # Triton would compile another kernel for the integer 1.
         self.from_logits = normalizer is not None
@@ -183,7 +185,7 @@ class LaunchPlan:
     def rescale(self, with_residual: bool) -> SavedForBackward:
         """Compute q_hat, k_hat, the gated scores and the chunks' decays.
 
-        With `with_residual`, also store what rounding the scores to bfloat16 took from them, for the backward pass.
+        With `with_residual`, also store the rounding error of the bfloat16 scores, for the backward pass.
         """
         shapes = saved_shapes(self.q, self.v, self.g, self.chunks.cu_seqlens, with_residual)
         saved = SavedForBackward(*(self.allocate(*shape, dtype=dtype) for shape, dtype in shapes))
@@ -191,14 +193,15 @@ class LaunchPlan:
             H=self.H, K=self.K, KP=self.KP, BK=self.config.rescale.tile["BK"], C=CHUNK, FROM_LOGITS=self.from_logits,
             GATE_PARTS=self.gate_parts, PRECISION=self.precision, WITH_RESIDUAL=saved.scores.shape[1] == 2,
         )  # fmt: skip
-        inputs = self.q, self.k, self.g, triangular_masks(self.q.device)
+        inputs = self.q, self.k, self.g, running_sum_matrices(self.q.device)
         outputs = saved.q_hat, saved.k_hat, saved.scores, saved.decay
-        sizes = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
-        if self.gate_per_head:
+        common = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
+        if self.scalar_decay:
             constants["FIXED_GATE"] = self.fixed_gate
-            launch(rescale_head_kernel, self.tiles, (*inputs, *outputs, *sizes), constants, self.config.rescale.options)
+            args = *inputs, *outputs, *common
+            launch(rescale_head_kernel, self.tiles, args, constants, self.config.rescale.options)
             return saved
-        args = *inputs, *outputs, saved.pairwise_marks, *sizes, self.tiles
+        args = *inputs, *outputs, saved.pairwise_marks, *common, self.tiles
         for pairwise, config in ((False, self.config.rescale), (True, self.config.rescale_pairwise)):
             items = PAIRWISE_ITEMS if pairwise else 1
             variant = {**constants, "BK": config.tile["BK"], "PAIRWISE": pairwise, "ITEMS": items}
@@ -224,7 +227,7 @@ class LaunchPlan:
             self._copy_state(initial, final)
             return
         initial = None if initial is None else initial.contiguous()
-        segments = self.count_segments(reverse)
+        segments = self.segments_of_scan(reverse)
         config = self.config.scan_forward
         if reverse:
             config = self.config.scan_backward
@@ -233,8 +236,8 @@ class LaunchPlan:
         if segments == 1:
             self.launch_scan(1, config, saved, w, initial, final, out, states, reverse)
             return
-        # The forward pass saves the starting states of unpacked sequences, so that the backward pass need not find
-        # them again.
+        # The forward pass saves the initial states of the segments if the sequences are not packed. The backward pass,
+        # which asks for no output, reuses them.
         saves_starts = not reverse and self.chunks.cu_seqlens is None
         starts = saved.segment_starts if saves_starts else self.allocate_state(segments)
         already_computed = saves_starts and out is None
@@ -243,7 +246,7 @@ class LaunchPlan:
         self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
 
     def _copy_state(self, initial: Tensor | None, final: Tensor | None) -> None:
-        """Without a token, the final state is the initial one."""
+        """Set `final`, if given, to `initial`, or to zeros: the scan of no tokens."""
         if final is None:
             return
         if initial is None:
@@ -301,14 +304,15 @@ class LaunchPlan:
         )
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=BV, C=CHUNK, STORE_BANDS=bands,
-            SCORE_PARTS=saved.scores.shape[1], GATE_PER_HEAD=self.gate_per_head, REVERSE=reverse,
+            SCORE_PARTS=saved.scores.shape[1], SCALAR_DECAY=self.scalar_decay, REVERSE=reverse,
             PRECISION=self.precision, PREFETCH=config.tile["PREFETCH"],
         )  # fmt: skip
         column_blocks = triton.cdiv(self.V if states is None else self.VP, BV)
         programs = self.chunks.sequences * self.H * segments * column_blocks
         launch(scan_kernel, programs, args, constants, config.options)
 
-    def count_segments(self, reverse: bool) -> int:
+    def segments_of_scan(self, reverse: bool) -> int:
+        """Return count_segments for the forward or the backward scan."""
         config = self.config.scan_backward if reverse else self.config.scan_forward
         return count_segments(config, self.chunks.sequences, self.H, self.V, self.chunks.count, self.q.device)
 
@@ -318,19 +322,19 @@ class LaunchPlan:
         """Compute dq, dk and dg from the states and their gradients, which the two scans stored."""
         dq = torch.empty_like(self.q)
         dk = torch.empty_like(self.k)
-        inputs = self.q, self.k, self.g, self.v, do, triangular_masks(self.q.device)
-        sizes = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
+        inputs = self.q, self.k, self.g, self.v, do, running_sum_matrices(self.q.device)
+        common = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=CHUNK, FROM_LOGITS=self.from_logits,
             GATE_PARTS=self.gate_parts, PRECISION=self.precision,
         )  # fmt: skip
-        if self.gate_per_head:
+        if self.scalar_decay:
             wants_dg = gate_has_gradient(self.g)
             config = self.config.gradients if wants_dg else self.config.gradients_fixed_gate
             key_blocks = self.KP // config.tile["BK"]
             # Each block of key channels writes its share of dg; the shares are summed below.
             dg = self.allocate(key_blocks, *self.g.shape, dtype=torch.float32) if wants_dg else None
-            args = *inputs, saved.decay, states, dstates, dq, dk, dg, *sizes, self.B * self.T
+            args = *inputs, saved.decay, states, dstates, dq, dk, dg, *common, self.B * self.T
             constants |= {**config.tile, "FIXED_GATE": self.fixed_gate}
             launch(gradients_head_kernel, self.tiles * key_blocks, args, constants, config.options)
             return dq, dk, dg.sum(0).to(self.g.dtype) if wants_dg else None
@@ -339,7 +343,7 @@ class LaunchPlan:
         for pairwise, config in ((False, self.config.gradients), (True, self.config.gradients_pairwise)):
             items = self.tiles * (self.KP // config.tile["BK"])
             items_per_program = PAIRWISE_ITEMS if pairwise else 1
-            args = *inputs, saved.pairwise_marks, states, dstates, dq, dk, dg, *sizes, items
+            args = *inputs, saved.pairwise_marks, states, dstates, dq, dk, dg, *common, items
             variant = {**constants, **config.tile, "PAIRWISE": pairwise, "ITEMS": items_per_program}
             launch(gradients_kernel, triton.cdiv(items, items_per_program), args, variant, config.options)
         return dq, dk, dg
@@ -348,7 +352,8 @@ class LaunchPlan:
 def count_segments(config: LaunchConfig, sequences: int, H: int, V: int, chunks: int, device: torch.device) -> int:
     """Return how many segments the scan cuts each sequence into.
 
-    Enough segments to give each multiprocessor eight warps, but at least four chunks a segment on average.
+    This is the largest number for which all programs run at once, at eight warps per multiprocessor, and for which a
+    segment has at least four chunks on average.
     """
     programs = sequences * H * triton.cdiv(V, config.tile["BV"])
     programs_at_once = multiprocessors(device) * max(1, 8 // config.warps)
@@ -356,8 +361,8 @@ def count_segments(config: LaunchConfig, sequences: int, H: int, V: int, chunks:
     return max(1, min(programs_at_once // max(1, programs), chunks_per_sequence // 4))
 
 
-def has_gate_per_head(g: Tensor | None) -> bool:
-    """Return whether the kernels in head_gate.py serve this gate: one gate a head, or none."""
+def has_scalar_decay(g: Tensor | None) -> bool:
+    """Return whether a token's decay is one number per head, or there is none: the case of head_gate.py."""
     return g is None or g.dim() < 4
 
 

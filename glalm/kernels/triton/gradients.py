@@ -69,7 +69,7 @@ def contract_states(
 
 @triton.jit(do_not_specialize=["N", "T", "items"])
 def gradients_kernel(
-    q, k, g, v, do, masks, pairwise_marks, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
+    q, k, g, v, do, sum_matrices, pairwise_marks, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
     inv_normalizer, N, T, items, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, SUM_PARTS:
     tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, PAIRWISE: tl.constexpr, ITEMS: tl.constexpr,
@@ -104,7 +104,7 @@ def gradients_kernel(
                 v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
             )
             gate = load_gates(g + p, H * K, rows, width, inv_normalizer, C, BK, FROM_LOGITS)
-            sign = load_tile(masks, C, C, C, C, C)
+            sign = load_tile(sum_matrices, C, C, C, C, C)
             for_q = compute_exponents(sign, gate, GATE_PARTS)
             for_k = -for_q
             if PAIRWISE:
@@ -131,8 +131,8 @@ def gradients_kernel(
                 rows = tl.where(marked, 0, rows)
             store_tile(dq + p, H * K, rows, width, dx)
             store_tile(dk + p, H * K, rows, width, dy)
-            sums = exact_dot(load_tile(masks + C * C, C, C, C, C, C), r, SUM_PARTS) + state_products[None, :]
-            if PAIRWISE:  # A clamped gate has no gradient.
+            sums = exact_dot(load_tile(sum_matrices + C * C, C, C, C, C, C), r, SUM_PARTS) + state_products[None, :]
+            if PAIRWISE:  # The gradient of a clamped gate is 0.
                 sums = tl.where(gate > MIN_LOG_GATE, sums, 0)
             if FROM_LOGITS:
                 sums *= gate_derivative(load_tile(g + p, H * K, rows, width, C, BK), inv_normalizer)

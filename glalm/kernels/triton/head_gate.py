@@ -1,4 +1,4 @@
-"""The counterparts of rescale.py and gradients.py for one gate a head (per token or fixed) or no gate.
+"""The counterparts of rescale.py and gradients.py for one gate per head (per token or fixed) or no gate.
 
 The decay between two tokens is one number for all channels. With b_t the running sum of the log gate and `total` its
 sum over the chunk,
@@ -32,8 +32,8 @@ from glalm.kernels.triton.tiles import (
     locate_chunk,
     prefetch_tile,
     round_in_two,
-    store_in_parts,
     store_tile,
+    store_with_residual,
 )
 
 
@@ -48,7 +48,7 @@ def load_head_gates(g, t, stride, rows, inv_normalizer, FROM_LOGITS: tl.constexp
 
 @triton.jit
 def compute_decays(
-    g, masks, row, rows, h, inv_normalizer,
+    g, sum_matrices, row, rows, h, inv_normalizer,
     H: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, PARTS: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
     """Return the decays of one chunk: before [C], after [C], between [C, C] and total.
@@ -67,7 +67,7 @@ def compute_decays(
     later = load_head_gates(g, t + 1, H, rows, inv_normalizer, FROM_LOGITS)
     before = tl.cumsum(gate, 0)
     after = tl.cumsum(later, 0, reverse=True)
-    up_to = tl.load(masks + C * C + t[None, :] * C + t[:, None])  # 1 on and below the diagonal
+    up_to = tl.load(sum_matrices + C * C + t[None, :] * C + t[:, None])  # 1 on and below the diagonal
     between = exact_dot(tl.where(t[:, None] > t[None, :], later[None, :], 0), up_to, PARTS)
     return (
         flushed_exp2(before * LOG2E),
@@ -79,7 +79,7 @@ def compute_decays(
 
 @triton.jit(do_not_specialize=["N", "T"])
 def rescale_head_kernel(
-    q, k, g, masks, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inv_normalizer, N, T,
+    q, k, g, sum_matrices, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inv_normalizer, N, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, WITH_RESIDUAL: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def rescale_head_kernel(
     t = tl.arange(0, C)
     if g is not None:
         before, after, between, total = compute_decays(
-            g, masks, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
+            g, sum_matrices, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
         )  # fmt: skip
         tl.store(decay + tile, total)
     A = tl.zeros([C, C], tl.float32)
@@ -115,18 +115,17 @@ def rescale_head_kernel(
     A *= scale
     if g is not None:
         A *= between
-    store_in_parts(
+    store_with_residual(
         scores + tile * (1 + WITH_RESIDUAL) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, WITH_RESIDUAL
     )
 
 
 @triton.jit(do_not_specialize=["N", "T", "tokens"])
 def gradients_head_kernel(
-    q, k, g, v, do, masks, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale, inv_normalizer,
-    N, T, tokens,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
-    GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr,
+    q, k, g, v, do, sum_matrices, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
+    inv_normalizer, N, T, tokens, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, PRECISION:
+    tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, dk and dg for BK channels of one chunk of one head in each program.
 
@@ -153,7 +152,7 @@ def gradients_head_kernel(
     dx *= scale
     if g is not None:
         before, after, between, _ = compute_decays(
-            g, masks, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
+            g, sum_matrices, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
         )
         dA *= between
         dx *= before[:, None]
@@ -163,6 +162,7 @@ def gradients_head_kernel(
     y = load_tile(k + p, H * K, rows, K - k0, C, BK)
     x_operand = x.to(states.dtype.element_ty)
     y_operand = y.to(states.dtype.element_ty)
+    # Pairs whose write lies in the chunk and whose read lies after it. Taken before dy gets its share inside the chunk.
     ended_products = tl.sum(y.to(tl.float32) * dy)
     dx = dot_add_left_split(dA_high, dA_low, y_operand, dx, PRECISION)
     dy = dot_add_left_split(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)
@@ -172,7 +172,7 @@ def gradients_head_kernel(
         r = tl.sum(x.to(tl.float32) * dx - y.to(tl.float32) * dy, 1)
         sums = tl.cumsum(r, 0, reverse=True) + tl.sum(state_products) * tl.load(decay + tile) + ended_products
         gate = load_head_gates(g + row * H + h, t, H, rows, inv_normalizer, FROM_LOGITS)
-        sums = tl.where(gate > MIN_LOG_GATE, sums, 0)  # A clamped gate has no gradient.
+        sums = tl.where(gate > MIN_LOG_GATE, sums, 0)  # The gradient of a clamped gate is 0.
         at = (row + t) * H + h
         if FROM_LOGITS:
             sums *= gate_derivative(tl.load(g + at, mask=t < rows, other=0), inv_normalizer)

@@ -169,8 +169,9 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], options: dict[str, int | None]) -> None:
     """Run kernel[(programs,)](*args, **constants, **options) on the current stream of the arguments' device.
 
-    `args` are the kernel's first parameters and `constants` all that follow. Kernels list their integer arguments in
-    do_not_specialize, because the cache does not distinguish integers by value. With no programs nothing is launched.
+    `args` are the kernel's first parameters and `constants` all that follow. A kernel must list its integer arguments
+    in do_not_specialize, because the cache does not distinguish integers by value. With no programs nothing is
+    launched.
     """
     if programs == 0:
         return
@@ -178,7 +179,7 @@ def launch(kernel, programs: int, args: tuple, constants: dict[str, Any], option
         kernel[(programs,)](*args, **constants, **options)
         return
     device = _device_of_arguments(args)
-    if device != torch.cuda.current_device():  # The model is spread over several GPUs.
+    if device != torch.cuda.current_device():  # This happens when a model is spread over several GPUs.
         with torch.cuda.device(device):
             return launch(kernel, programs, args, constants, options)
     # Triton hashes a kernel by its source, which is slow. The kernels are module-level, so their ids are stable.

@@ -27,8 +27,8 @@ from glalm.kernels.triton.tiles import (
     load_tile,
     locate_chunk,
     round_to_tf32,
-    store_in_parts,
     store_tile,
+    store_with_residual,
 )
 
 # Two factors of exp(40) leave float32 room for q, k and the sums over them.
@@ -47,27 +47,27 @@ def load_gates(g, stride, rows, cols, inv_normalizer, R: tl.constexpr, C: tl.con
 
 
 @triton.jit
-def compute_exponents(masks, gate, PARTS: tl.constexpr):
+def compute_exponents(sum_matrices, gate, PARTS: tl.constexpr):
     """Return (b_t - total/2) log2(e), which is half of: the gates up to token t minus the gates after it."""
-    return exact_dot(masks, gate, PARTS) * (0.5 * LOG2E)
+    return exact_dot(sum_matrices, gate, PARTS) * (0.5 * LOG2E)
 
 
 @triton.jit
-def compute_clamped_exponents(masks, gate, PARTS: tl.constexpr):
+def compute_clamped_exponents(sum_matrices, gate, PARTS: tl.constexpr):
     """Return log2 of the factors of q and of k, with the lift by -total/2 clamped to MAX_LIFT.
 
     Each is a sum of gates on one side of the token. A difference of running sums would lose the low bits of the gates
     on the other side of a gate that forgets everything.
     """
-    before = ((masks.to(tl.float32) + 1) * 0.5).to(tl.bfloat16)
-    after = ((1 - masks.to(tl.float32)) * 0.5).to(tl.bfloat16)
+    before = ((sum_matrices.to(tl.float32) + 1) * 0.5).to(tl.bfloat16)
+    after = ((1 - sum_matrices.to(tl.float32)) * 0.5).to(tl.bfloat16)
     lift = tl.minimum(-0.5 * tl.sum(gate, axis=0), MAX_LIFT)[None, :]
     return (exact_dot(before, gate, PARTS) + lift) * LOG2E, (exact_dot(after, gate, PARTS) + lift) * LOG2E
 
 
 @triton.jit(do_not_specialize=["N", "T", "tiles"])
 def rescale_kernel(
-    q, k, g, masks, q_hat, k_hat, scores, half_decay, pairwise_marks, cu_seqlens, offsets, owners, scale,
+    q, k, g, sum_matrices, q_hat, k_hat, scores, half_decay, pairwise_marks, cu_seqlens, offsets, owners, scale,
     inv_normalizer, N, T, tiles,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, WITH_RESIDUAL: tl.constexpr, PAIRWISE: tl.constexpr,
@@ -94,7 +94,7 @@ def rescale_kernel(
         if PAIRWISE:
             rows = tl.where((item < tiles) & (tl.load(pairwise_marks + tile) != 0), rows, 0)
         if rows > 0:
-            sign = load_tile(masks, C, C, C, C, C)
+            sign = load_tile(sum_matrices, C, C, C, C, C)
             A = tl.zeros([C, C], tl.float32)
             lowest = 0.0
             for k0 in range(0, KP, BK):
@@ -130,7 +130,7 @@ def rescale_kernel(
                 A = pairwise_scores(q, k, g, row, rows, h, scale, inv_normalizer, H, K, KP, 16, C, FROM_LOGITS)
             else:
                 tl.store(pairwise_marks + tile, (lowest < -2 * MAX_LIFT).to(tl.int32))
-            store_in_parts(
+            store_with_residual(
                 scores + tile * (1 + WITH_RESIDUAL) * C * C, tl.where(t[:, None] >= t[None, :], A, 0), C, WITH_RESIDUAL
             )
 

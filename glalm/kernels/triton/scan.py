@@ -1,11 +1,11 @@
 """The pass over the chunks of a sequence, which carries the state in registers.
 
 Forward in time (W = v, X = q_hat, Y = k_hat) it computes o and the states. Backward in time (W = do, X = k_hat, Y =
-q_hat, A transposed) the same lines compute dv and the gradients of the states. With one gate a key channel:
+q_hat, A transposed) the same lines compute dv and the gradients of the states. With one gate per key channel:
 
     S_hat = half_decay * S;  out = X S_hat + A W;  S = half_decay * (S_hat + Y^T W)
 
-With one gate a head (see head_gate.py):
+With one gate per head (see head_gate.py):
 
     out = X S + A W;  S = exp(total) S + Y^T W
 
@@ -22,7 +22,7 @@ from glalm.kernels.triton.tiles import chunks_of_sequence, dot_add, locate_chunk
 def scan_kernel(
     x, y, w, scores, decay, out, states, initial, final, segment_decay, cu_seqlens, offsets, owners, N, T, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, STORE_BANDS: tl.constexpr, SCORE_PARTS: tl.constexpr, GATE_PER_HEAD: tl.constexpr,
+    C: tl.constexpr, STORE_BANDS: tl.constexpr, SCORE_PARTS: tl.constexpr, SCALAR_DECAY: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Carry BV columns of one head's state through one segment (a run of chunks) of one sequence in each program.
@@ -30,16 +30,19 @@ def scan_kernel(
     Inputs:
         x, y: [tiles, C, KP]; w: v or do, [B, T, H, V]
         scores: A in SCORE_PARTS parts; the second part is used backward in time, where dv's accuracy depends on it
-        decay: half_decay [tiles, KP]; with GATE_PER_HEAD exp(total) [tiles]; None without a gate
+        decay: half_decay [tiles, KP]; with SCALAR_DECAY exp(total) [tiles]; None without a gate
         initial: float32 [N, segments, H, K, V] or None for zeros
-    Outputs, each may be None:
+    Outputs, each of which may be None:
         out: [B, T, H, V]
-        states: [tiles * VP, KP], S_hat^T of every tile with its padding, which gradients.py reads too
+        states: [tiles * VP, KP], S_hat^T of every tile including its padding, which gradients.py reads too
         final: float32 [N, segments, H, K, V]
         segment_decay: float32 [N, segments, H, KP], the factor by which the segment multiplies its initial state
 
-    x, y, scores and states are tensor descriptors: the copy engine computes addresses without registers, and the state
-    needs them all.
+    x, y, scores and states are tensor descriptors, whose addresses the copy engine computes: the state needs all
+    registers.
+
+    The forward pass asks for `out`, the backward pass for `states` alone and then, in reverse, for `out` and `states`;
+    finding the segments' initial states asks for `final` and `segment_decay` alone.
     """
     BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
     pid = tl.program_id(0)
@@ -49,9 +52,9 @@ def scan_kernel(
     segment = (head // H) % segments
     n = head // H // segments
     first, count = chunks_of_sequence(n, T, offsets, C)
-    each = tl.cdiv(count, segments)
-    begin = tl.minimum((segment * each).to(tl.int32), count)
-    end = tl.minimum(begin + each, count)
+    chunks_per_segment = tl.cdiv(count, segments)
+    begin = tl.minimum((segment * chunks_per_segment).to(tl.int32), count)
+    end = tl.minimum(begin + chunks_per_segment, count)
 
     t = tl.arange(0, C)
     kk = tl.arange(0, KP)
@@ -61,57 +64,59 @@ def scan_kernel(
     S = tl.zeros([BV, KP], tl.float32)
     if initial is not None:
         S = tl.load(initial + state, mask=inside, other=0)
-    product = tl.full([KP], 1.0, tl.float32)
+    segment_factor = tl.full([KP], 1.0, tl.float32)
 
     for i in range(begin, end):
-        at = (begin + end - 1 - i) if REVERSE else i
-        chunk = (first + at).to(tl.int64)
+        position = (begin + end - 1 - i) if REVERSE else i
+        chunk = (first + position).to(tl.int64)
         tile = chunk * H + h
         row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
-        rc = (tile * C).to(tl.int32)
-        if GATE_PER_HEAD:
-            factor = 1.0 if decay is None else tl.load(decay + tile)
+        xy_row = (tile * C).to(tl.int32)
+        if SCALAR_DECAY:
+            chunk_decay = 1.0 if decay is None else tl.load(decay + tile)
         else:
-            factor = tl.load(decay + tile * KP + kk)
-            last = tile + (H if REVERSE else -H)
-            pending_decay = tl.load(decay + last * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
+            chunk_decay = tl.load(decay + tile * KP + kk)
+            # The second chunk_decay half_decay of the preceding chunk is applied together with this chunk's first one.
+            previous_tile = tile + (H if REVERSE else -H)
+            pending_decay = tl.load(decay + previous_tile * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
         p = (row + t)[:, None] * H * V + h * V + vv[None, :]
         mask = (t < rows)[:, None] & (vv < V)[None, :]
         if PREFETCH:  # noqa: SIM102 (a compile-time condition)
             if i + 1 < end:
-                ahead, there = locate_chunk(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
-                prefetch_tile(w + ahead * H * V + h * V + block * BV, H * V, there, V - block * BV, C, BV)
+                next_row, next_rows = locate_chunk(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
+                prefetch_tile(w + next_row * H * V + h * V + block * BV, H * V, next_rows, V - block * BV, C, BV)
         w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
-        y_tile = y.load([rc, 0])
-        if not GATE_PER_HEAD:
-            S *= (pending_decay * factor)[None, :]
+        y_tile = y.load([xy_row, 0])
+        if not SCALAR_DECAY:
+            S *= (pending_decay * chunk_decay)[None, :]
         if segment_decay is not None:
-            product *= factor if GATE_PER_HEAD else factor * factor
+            segment_factor *= chunk_decay if SCALAR_DECAY else chunk_decay * chunk_decay
         S_hat = S.to(y.dtype)
         if states is not None:
             store_in_bands(states, (tile * VP + block * BV).to(tl.int32), 0, S_hat, STORE_BANDS)
         if out is not None:
-            x_tile = x.load([rc, 0])
-            ra = rc * SCORE_PARTS
-            a = scores.load([ra, 0])
+            x_tile = x.load([xy_row, 0])
+            scores_row = xy_row * SCORE_PARTS
+            a = scores.load([scores_row, 0])
             o = dot_add(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
             o = dot_add(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
             if REVERSE and SCORE_PARTS == 2:
-                a = scores.load([ra + C, 0])
+                a = scores.load([scores_row + C, 0])
                 o = dot_add(w_tile, a, o, PRECISION)
             tl.store(out + p, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
-        if GATE_PER_HEAD:
-            S *= factor
+        if SCALAR_DECAY:
+            S *= chunk_decay
         S = dot_add(w_tile, y_tile, S, PRECISION)
 
     if final is not None:
-        if not GATE_PER_HEAD:
-            last = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
-            S *= tl.load(decay + last * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
+        if not SCALAR_DECAY:
+            # The second chunk_decay half_decay of the last chunk.
+            final_tile = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
+            S *= tl.load(decay + final_tile * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
         tl.store(final + state, S, mask=inside)
     if segment_decay is not None:  # noqa: SIM102 (a compile-time condition, unlike the next one)
         if block == 0:
-            tl.store(segment_decay + ((n * segments + segment) * H + h) * KP + kk, product)
+            tl.store(segment_decay + ((n * segments + segment) * H + h) * KP + kk, segment_factor)
 
 
 @triton.jit

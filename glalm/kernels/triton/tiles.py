@@ -96,13 +96,15 @@ def store_tile(x, stride, rows, cols, tile):
 
 @triton.jit
 def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
-    """Start bringing the tile that load_tile would load into the L2 cache, without waiting for it."""
+    """Start fetching into the L2 cache what load_tile would read, without waiting for it."""
     if not _INTERPRETED:
+        # One prefetch for each cache line of 128 bytes. Lines beyond the tile are clamped to its last element.
         LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = (C + LINE - 1) // LINE
         i = tl.arange(0, R)[:, None]
         j = tl.arange(0, LINES)[None, :] * LINE
         p = x + tl.minimum(i, rows - 1) * stride + tl.minimum(j, cols - 1)
+        # Inline assembly must return a value: the mov writes a dummy.
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )  # fmt: skip
@@ -131,10 +133,10 @@ def flushed_exp2(x):
 
 @triton.jit
 def dot_add(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a b in float32.
+    """Return acc + a @ b in float32.
 
-    PRECISION concerns float32 operands only: "tf32", or "tf32x3", which is three tf32 products with nearly the error
-    of IEEE float32.
+    PRECISION matters for float32 operands only: "tf32", "tf32x3" (three tf32 products, with nearly the error of IEEE
+    float32) or "ieee".
     """
     if _INTERPRETED:  # The interpreter's matmul does not support bfloat16.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -156,7 +158,7 @@ def round_to_tf32(x):
 
 @triton.jit
 def dot_add_both_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
-    """Return acc + a x to twice the bits of a bfloat16, for a = a_high + a_low and float32 x.
+    """Return acc + a @ x to twice the bits of a bfloat16, for a = a_high + a_low and float32 x.
 
     If a_high is float32, a_low is ignored.
     """
@@ -173,7 +175,7 @@ def dot_add_both_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_add_left_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
-    """Return acc + a x for a = a_high + a_low and an x that its own dtype represents exactly.
+    """Return acc + a @ x for a = a_high + a_low, where x is not a rounded value and so needs no low part.
 
     If a_high is float32, a_low is ignored.
     """
@@ -209,8 +211,8 @@ def gate_derivative(x, inv_normalizer):
 
 
 @triton.jit
-def store_in_parts(x, tile, C: tl.constexpr, WITH_RESIDUAL: tl.constexpr):
-    """Store a tile [C, C] rounded to x's dtype and, behind it, the rounding error where WITH_RESIDUAL."""
+def store_with_residual(x, tile, C: tl.constexpr, WITH_RESIDUAL: tl.constexpr):
+    """Store a tile [C, C], rounded to x's dtype, at x and, if WITH_RESIDUAL, its rounding error right after it."""
     high, low = round_in_two(tile, x.dtype.element_ty)
     store_tile(x, C, C, C, high)
     if WITH_RESIDUAL:
@@ -218,11 +220,12 @@ def store_in_parts(x, tile, C: tl.constexpr, WITH_RESIDUAL: tl.constexpr):
 
 
 @functools.cache
-def triangular_masks(device: torch.device) -> Tensor:
-    """Return two matrices whose products with a tile are running sums over a chunk, bfloat16 [2, CHUNK, CHUNK].
+def running_sum_matrices(device: torch.device) -> Tensor:
+    """Return two matrices, bfloat16 [2, CHUNK, CHUNK], that sum over the tokens of a chunk by a matmul.
 
-    The first has 1 on and below the diagonal and -1 above it, the second 1 on and above the diagonal and 0 below it.
-    Loading them costs less than computing them in registers.
+    The first has 1 on and below the diagonal and -1 above it: row t sums the tokens up to t and subtracts those after
+    t, for the exponents of rescale.py. The second has 1 on and above the diagonal: row t sums the tokens from t on, for
+    the gate's gradient; transposed, it sums those up to t. Loading the matrices costs less than computing them.
     """
     lower = torch.ones(CHUNK, CHUNK, device=device).tril()
     return torch.stack([2 * lower - 1, lower.T]).bfloat16()
@@ -230,7 +233,7 @@ def triangular_masks(device: torch.device) -> Tensor:
 
 @triton.jit
 def exact_dot(a, b, PARTS: tl.constexpr):
-    """Return a b computed on tensor cores, where one operand holds small integers in bfloat16.
+    """Return a @ b computed on tensor cores, where one operand holds small integers in bfloat16.
 
     The other operand is float32 and is split into PARTS bfloat16 parts: one part is exact if it holds bfloat16 values,
     three parts are exact for any float32.

@@ -39,7 +39,7 @@ def check_mixer_name(key: str, name: str) -> None:
         return
     if ":" in name:
         hint = (
-            "; a command line of train.py imports a mixer of your own code, anywhere else call "
+            ". train.py imports a package.module:Class given on its command line; elsewhere, call "
             "glalm.model.mixers.import_mixer first"
         )
     else:
@@ -51,10 +51,10 @@ def check_mixer_name(key: str, name: str) -> None:
 def register_mixer(name: str, mixer: type[Mixer]) -> None:
     """Make `mixer` available as `model.mixer=name`, and to config.json files that name it.
 
-    Raises ConfigError if the name is taken by another class, or if the mixer has options of its own: the keys of the
-    model's config are those of the mixers in this package.
+    Raises ConfigError if the name is taken by another class, or if the mixer has its own Options class: only mixers of
+    this package can add keys to the model's config.
     """
-    require(MIXERS.get(name, mixer) is mixer, f"the mixer {name!r} is already registered as another class")
+    require(MIXERS.get(name, mixer) is mixer, f"the mixer name {name!r} is taken by another class")
     require(
         mixer.options_name is None or options_by_name().get(mixer.options_name) is mixer.Options,
         f"the mixer {name!r} has options of its own (model.{mixer.options_name}), which only a mixer inside glalm can "
@@ -87,7 +87,10 @@ def import_mixer(path: str) -> None:
 
 
 def import_user_mixers(model: dict) -> None:
-    """Import every `package.module:Class` in `mixer` and `layers` of a model's config that the user wrote."""
+    """Import every `package.module:Class` that a user's config names in `mixer` or `layers`.
+
+    `layers` is a list or a pattern such as "3*gla+package.module:Class".
+    """
     layers = model.get("layers") or []
     parts = layers.split("+") if isinstance(layers, str) else layers
     for name in (model.get("mixer"), *parts):

@@ -115,20 +115,22 @@ class Attention(Mixer):
             o = masked_attention(q, k, v, None)
         else:
             o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
-        state = (*self.trim_cache(k, v, key_positions, padding), start + is_token.sum(1)) if return_state else None
-        return self.o_proj(o.flatten(-2)), state
+        if return_state:
+            state = *self.trim_cache(k, v, key_positions, padding), start + is_token.sum(1)
+        return self.o_proj(o.flatten(-2)), state if return_state else None
 
     def trim_cache(
         self, k: Tensor, v: Tensor, key_positions: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the keys, values and positions [B, S, ...] that later tokens can see."""
+        """Return the keys, values and positions [B, S, ...] to cache; with a window, the newest window - 1 per row."""
         if self.window is None:
             return k, v, key_positions
         surplus = max(0, k.shape[1] - (self.window - 1))
         if padding is not None:
             # Padding may lie between the cached keys and the new ones. A stable sort moves it to the front of each row.
             row = torch.arange(len(k), device=k.device)[:, None]
-            newest = (key_positions != PADDED).int().argsort(stable=True)[:, surplus:]
+            is_token = key_positions != PADDED
+            newest = is_token.int().argsort(stable=True)[:, surplus:]
             return tuple(y[row, newest] for y in (k, v, key_positions))
         # A copy, because a view would keep the surplus in memory.
         return tuple(y[:, surplus:].clone() if surplus else y for y in (k, v, key_positions))
@@ -153,7 +155,7 @@ def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax attention [B, T, H, D]. Without a mask, each token sees itself and all tokens before it."""
+    """Return softmax attention [B, T, H, D], causal without a mask [B, 1, T, S]."""
     grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(
@@ -187,14 +189,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seql
 def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Turn packed sequences into a batch that is padded on the left.
 
-    This copies cu_seqlens to the host.
+    This copies cu_seqlens to the host, which waits for the GPU.
 
     Args:
         x: [1, T, ...].
         cu_seqlens: [N + 1].
 
     Returns:
-        [N, longest, ...] with zeros at padding, and its mask [N, longest, 1].
+        x as [N, longest, ...] with zeros at padding, and a mask [N, longest, 1], 1 at tokens and 0 at padding.
     """
     lengths = cu_seqlens.diff().tolist()
     longest = max(lengths)

@@ -18,8 +18,8 @@ class Mixer(nn.Module):
     appear in the model's config as `model.<options_name>.*`. The options check themselves in __post_init__, and
     `check_config` checks what depends on the rest of the model.
 
-    Parameters whose initial value is neither normally distributed, as that of matrices, nor 1, as that of norms, nor
-    0, as that of biases, are set by `init_parameters()` of the module that owns them.
+    By default matrices are initialized from a normal distribution, norm weights to 1 and biases to 0. A module with
+    other initial values sets them in `init_parameters()`.
     """
 
     options_name: ClassVar[str | None] = None
@@ -46,8 +46,8 @@ class Mixer(nn.Module):
                 tensor or a tuple of tensors whose first axis is the sequences, [N, ...], and is never changed in place.
             return_state: whether to return the state after x.
             cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one.
-            padding: [B, T, 1], 0 at padded tokens, which all come first in their row and where x is 0 too. A mixer
-                whose state is not affected by such tokens may ignore it.
+            padding: [B, T, 1], 0 at padding and 1 at tokens. Padding precedes all tokens of its row, and x is 0 there.
+                A mixer whose state is not affected by such input may ignore it.
 
         Returns:
             y [B, T, d], and the new state or None.
@@ -67,8 +67,8 @@ def is_decoding_step(x: Tensor) -> bool:
 def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK) -> int:
     """Return the operations per token of `heads` linear recurrences with a state [K, V], computed chunk by chunk.
 
-    In a chunk of C tokens, the scores take 2 C K and their values 2 C V, including the masked half; reading the state
-    and updating it take 2 K V each.
+    Per token and head, with chunks of C tokens: 2 C K for the scores and 2 C V to sum the values by them, including the
+    masked half, and 2 K V each to read and to update the state.
     """
     C = min(T, chunk)
     return heads * (2 * C * (K + V) + 4 * K * V)
@@ -77,8 +77,8 @@ def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK) -> i
 def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:
     """Return the operations per token of the delta rule with a state [K, V], computed chunk by chunk.
 
-    In addition to `chunkwise_flops`, a chunk of C tokens needs its triangular system 2 C K, the solution C (K + V), and
-    the values that the state already holds 2 K V.
+    On top of `chunkwise_flops`, each token and head takes 2 C K to build the triangular system, C (K + V) to solve it,
+    and 2 K V to read the values that the state already holds for the keys.
     """
     C = min(T, CHUNK)
     return chunkwise_flops(heads, K, V, T) + heads * (2 * C * K + C * (K + V) + 2 * K * V)

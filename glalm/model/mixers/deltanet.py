@@ -29,7 +29,7 @@ class DeltaNetOptions:
 
 
 class DeltaNet(Mixer):
-    """Linear attention whose state is written by the delta rule: only the part of v_t that k_t does not yet read.
+    """Linear attention by the delta rule: the state learns the difference between v_t and what it returns for k_t.
 
         S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,   beta_t = sigmoid(x_t W_beta)
         o_t = K^-1/2 q_t S_t,   y_t = RMSNorm_head(o_t) W_o
@@ -79,12 +79,17 @@ class DeltaNet(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.o_proj(self.normalize_output(o, x).flatten(-2))
-        return y, (S, conv_state) if return_state and self.conv is not None else S
+        if return_state and self.conv is not None:
+            return y, (S, conv_state)
+        return y, S
 
     def project_qkv(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-        """Return q, k and v, each [B, T, H, ...], and the convolution's new state."""
+        """Return q, k and v, each [B, T, H, ...] and ready for the operator, and the convolution's new state."""
         x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        x, conv_state = (F.silu(x), None) if self.conv is None else self.conv(x, conv_state, cu_seqlens)
+        if self.conv is None:
+            x = F.silu(x)
+        else:
+            x, conv_state = self.conv(x, conv_state, cu_seqlens)  # ends with a SiLU
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
         return l2_normalize(q), l2_normalize(k), v, conv_state
 

@@ -31,7 +31,7 @@ RECURRENT = {
 class GLAOptions:
     """The keys model.gla.*: the GLA paper's ablations and later additions. The defaults are the paper's model."""
 
-    # The forget gate: one per key channel, one per head, 1 - 2^(-5-h) in head h, or 1.
+    # vector: one forget gate per key channel; scalar: one per head; fixed: 1 - 2^(-5-h) in head h; none: no gate.
     gate: Literal["vector", "scalar", "fixed", "none"] = "vector"
     min_log_gate: float | None = None  # lower bound of every log gate; null: no bound
     output_gate: bool = True  # y = norm(o) * swish(x W_r) instead of norm(o)
@@ -116,6 +116,7 @@ class GatedLinearAttention(Mixer):
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+        # `padding` is not needed: where x is 0, k is 0, and the state stays as it is.
         q = self.q_proj(x)
         k = self.k_proj(x)
         v = self.v_proj(x)

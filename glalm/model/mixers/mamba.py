@@ -62,7 +62,7 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.empty(self.inner))
         self.out_proj = nn.Linear(self.inner, d, bias=False)
         if torch.cuda.is_available():
-            log_scan_once(mamba_ssm_scan() is not None)
+            log_scan_once(find_mamba_ssm_scan() is not None)
 
     def init_parameters(self) -> None:
         self.A_log.copy_(torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
@@ -81,14 +81,15 @@ class Mamba(Mixer):
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv_state = self.conv1d(x, conv_state, cu_seqlens)
         if padding is not None:
-            x = x * padding.to(x.dtype)  # The convolution's bias makes padded tokens nonzero.
+            x = x * padding.to(x.dtype)  # The convolution's bias has made padding nonzero.
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
         dt = self.dt_proj(dt)
         A = -at_least_float32(self.A_log).exp()
-        if kernel_supports(x, h, cu_seqlens) and mamba_ssm_scan() is not None:
+        kernel = find_mamba_ssm_scan()
+        if kernel is not None and kernel_supports(x, h, cu_seqlens):
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
             bias = self.dt_proj.bias.float()
-            o, h = mamba_ssm_scan()(
+            o, h = kernel(
                 x.mT,
                 (dt - bias).to(x.dtype).mT,
                 A,
@@ -105,7 +106,8 @@ class Mamba(Mixer):
             o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
             o = (o + x * self.D) * F.silu(z)
         # Both scans return a view that would keep the states of all tokens in memory.
-        return self.out_proj(o.to(z.dtype)), (h.clone(), conv_state) if return_state else None
+        state = (h.clone(), conv_state) if return_state else None
+        return self.out_proj(o.to(z.dtype)), state
 
     def flops(self, T: int) -> int:
         """Count the convolution and reading the state; the scan has no matrix product."""
@@ -132,7 +134,7 @@ def kernel_supports(x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> b
 
 
 @cache
-def mamba_ssm_scan() -> Callable | None:
+def find_mamba_ssm_scan() -> Callable | None:
     """Return mamba_ssm's kernel, or None if that package is not installed."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn

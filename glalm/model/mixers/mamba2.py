@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060), which by state-space duality is linear attention with one gate a head."""
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060), which by state-space duality is linear attention with one gate per head."""
 
 from dataclasses import dataclass
 
@@ -87,11 +87,11 @@ class Mamba2(Mixer):
         z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
         xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens)
         if padding is not None:
-            xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias makes padded tokens nonzero.
+            xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias has made padding nonzero.
         x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
         x = x.unflatten(-1, (self.num_heads, -1))
         heads_per_group = self.num_heads // self.groups
-        k, q = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(heads_per_group, 2) for y in (b, c))
+        q, k = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(heads_per_group, 2) for y in (c, b))
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)
         operator = fused_recurrent_simple_gla if is_decoding_step(x) else chunk_simple_gla
         o, S = operator(
@@ -105,7 +105,8 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens,
         )
         o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
-        return self.out_proj(self.norm(o).to(z.dtype)), (S, conv_state) if return_state else None
+        state = (S, conv_state) if return_state else None
+        return self.out_proj(self.norm(o).to(z.dtype)), state
 
     def flops(self, T: int) -> int:
         return self.conv1d.flops() + chunkwise_flops(self.num_heads, self.K, self.head_dim, T)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
-from glalm.kernels.common import at_least_float32, sequence_ids
+from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
+from glalm.kernels.value_gate import CHUNK as VALUE_GATE_CHUNK
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
@@ -48,8 +49,9 @@ class ReGLA(Mixer):
         o_t = phi(q_t) S_t / (e sqrt(K (e^2 - 1))),   y_t = RMSNorm_head(o_t) W_o
 
     r moves F away from g where g saturates. At r = 1/2, F equals g, so b_r starts at 0, and b_g starts where F is
-    model.regla.initial_forget. Near 1 the state remembers: because the feature map is nearly flat at first, the mixer
-    then averages over many tokens. Runs of a few hundred steps learn faster from 1/2, the value in regla_tiny.yaml.
+    model.regla.initial_forget. With F near 1 the state forgets slowly, and since the feature map is nearly flat at
+    first, the mixer averages over many tokens. Runs of a few hundred steps learn faster from 1/2, the value in
+    regla_tiny.yaml.
 
     Choices that the published descriptions leave open:
 
@@ -141,10 +143,12 @@ class ReGLA(Mixer):
             cu_seqlens=cu_seqlens,
         )
         o = self.o_norm(o) if self.options.output_norm else divide_by_weights(o).to(dtype)
-        return self.o_proj(o.flatten(-2)), (state, final_maximum) if return_state and exponential else state
+        if return_state and exponential:
+            state = state, final_maximum
+        return self.o_proj(o.flatten(-2)), state
 
     def compute_log_gate(self, x: Tensor) -> Tensor:
-        """Return log F, [B, T, H, K or V], at most 0."""
+        """Return the log forget gate log F, [B, T, H, features or V]."""
         logit = at_least_float32(self.forget_proj(x))
         log_gate = F.logsigmoid(logit)
         if self.options.refined_gate:
@@ -166,10 +170,12 @@ class ReGLA(Mixer):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def flops(self, T: int) -> int:
-        K = num_features(self.options.feature_map, self.K)
+        features = num_features(self.options.feature_map, self.K)
+        # Hedgehog multiplies q and k of each head by a K x K matrix.
         maps = 4 * self.num_heads * self.K**2 if self.options.feature_map == "hedgehog" else 0
-        chunk = 64 if self.options.gate_axis == "key" else 16
-        return maps + chunkwise_flops(self.num_heads, K, self.V + (not self.options.output_norm), T, chunk)
+        V = self.V if self.options.output_norm else self.V + 1  # with the sum of the weights
+        chunk = CHUNK if self.options.gate_axis == "key" else VALUE_GATE_CHUNK
+        return maps + chunkwise_flops(self.num_heads, features, V, T, chunk)
 
 
 class BiasedLinear(nn.Linear):

@@ -94,9 +94,9 @@ def test_the_mamba_ssm_kernel_is_given_the_same_problem(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
     monkeypatch.setattr(mamba, "kernel_supports", lambda x, h, cu_seqlens: True)
-    mamba.mamba_ssm_scan.cache_clear()
+    mamba.find_mamba_ssm_scan.cache_clear()
     found, fast_states = layer(x, return_state=True)
-    mamba.mamba_ssm_scan.cache_clear()
+    mamba.find_mamba_ssm_scan.cache_clear()
     assert [tuple(shape) for shape in calls] == [(2, 64, 20)]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast_states, states, rtol=1e-5, atol=1e-6, check_dtype=False)

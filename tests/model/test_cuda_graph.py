@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from test_generation import GREEDY, SAMPLED, left_padded
-from test_mixers import CHOICES
+from choices import every_choice
+from prompts import GREEDY, SAMPLED, left_padded
 
 from glalm.generation import cuda_graph
 from glalm.generation.cuda_graph import CudaGraphGenerator
-
-every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 
 
 @every_choice

@@ -40,7 +40,7 @@ def copy(tmp_path_factory) -> Path:
     insert_after(mixers / "__init__.py", "MIXERS: dict[str, type[Mixer]] = {\n", registry_line)
     (root / "configs" / "model" / "average_tiny.yaml").write_text(config)
     (root / "tests" / "model" / "mixers" / "test_average.py").write_text(parity)
-    insert_after(root / "tests" / "model" / "test_mixers.py", "CHOICES = {\n", row)
+    insert_after(root / "tests" / "model" / "choices.py", "CHOICES = {\n", row)
     return root
 
 

@@ -1,26 +1,15 @@
-"""Generation through transformers, for every mixer, in float64: equal means the same tokens."""
+"""Generation through transformers, for every mixer, in float64, where equal results give the same tokens."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
+from choices import every_choice
+from prompts import GREEDY, SAMPLED, left_padded
 from safetensors.torch import save_file
-from test_mixers import CHOICES
 from transformers.generation.streamers import BaseStreamer
 
 from glalm.generation.cuda_graph import CudaGraphGenerator
 from glalm.model.cache import StateCache
-
-every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": -1}
-SAMPLED = GREEDY | {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95}
-
-
-def left_padded(*rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (longest - len(row), 0), value=3) for row in rows])
-    mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def sampled(model, seed: int = 0, **inputs) -> torch.Tensor:

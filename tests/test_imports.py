@@ -20,7 +20,7 @@ ALLOWED = {
     "generation": CORE,
     "compat": {*CORE, "evals.options"},
     "evals": {*CORE, "generation"},
-    "studies": {*CORE, "evals", "generation"},
+    "studies": {*CORE, "cli", "evals", "generation", "prepare"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}
 PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.html_report", "evals.published"), NO_MODEL)

@@ -85,8 +85,8 @@ class Mamba(Mixer):
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
         dt = self.dt_proj(dt)
         A = -at_least_float32(self.A_log).exp()
-        kernel = find_mamba_ssm_scan()
-        if kernel is not None and kernel_supports(x, h, cu_seqlens):
+        kernel = find_mamba_ssm_scan() if kernel_supports(x, h, cu_seqlens) else None
+        if kernel is not None:
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
             bias = self.dt_proj.bias.float()
             o, h = kernel(

@@ -1,156 +1,189 @@
-"""From softmax attention to a linear mixer: a LLaMA-style checkpoint becomes one of ours that was not trained yet.
+"""Turn a Llama's checkpoint into one of a linear model, and fit its new layers to the attention that they replace."""
 
-Embeddings, norms, q, k, v, o, MLPs and head stay what they were. New are the forget gates and the norm on each head's
-output, which start as in a new model. The rotary positions go: the gates order the tokens. GLA gets a ReLU as its
-feature map and no output gate (the recipe of flash-linear-attention's authors for Mistral-7B); ReGLA has its own map.
-`distil` then fits each new mixer to the attention that it replaces (as in LoLCATs, arXiv 2410.10254), layer by layer;
-what remains is a continuation of the pretraining.
-"""
-
-import copy
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from torch import LongTensor, Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from glalm.config.strict import require
-from glalm.hf import GLALMConfig, GLALMForCausalLM
-from glalm.model.mixers.attention import attention_heads
+from glalm.compat.llama import convert_llama, load_llama
+from glalm.config.strict import ConfigError, RunError, require
+from glalm.data.loader import Windows, training_batches
+from glalm.data.shards import TokenSet, read_manifest
+from glalm.hf import GLALMForCausalLM
+from glalm.train.init_weights import model_fields
 
-MIXERS = ("gla", "regla")
-BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm", "self_attn": "attn"}
-OUTSIDE = {"model.embed_tokens.weight": "model.embeddings.weight"}
 
+@dataclass
+class LinearizeOptions:
+    """The options of scripts/linearize.py, where they are documented.
 
-def linearize(llama: LlamaForCausalLM, mixer: str = "gla", softmax_layers: Iterable[int] = ()) -> GLALMForCausalLM:
-    """A model of ours with llama's weights, float32, whose layers but softmax_layers have `mixer`: gla or regla.
-
-    Grouped key-value heads stay grouped in GLA; ReGLA, which has no such heads, gets copies of them.
-    Raises ConfigError when the checkpoint has something that our skeleton has not, or a layer is not there.
+    Raises ConfigError for everything that can be found before the Llama is loaded, which may take minutes.
     """
-    config = converted_config(llama.config, mixer, set(softmax_layers))
-    model = GLALMForCausalLM(config)
-    weights = dict(renamed(llama.state_dict()))
-    if mixer == "regla":
-        repeat_heads(weights, config)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    new = [n for n in missing if not is_new(n) and not (config.tie_word_embeddings and n == "lm_head.weight")]
-    require(not new and not unexpected, f"weights without a counterpart: {', '.join([*new, *unexpected])}")
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(llama.generation_config)  # it may end at tokens that config.json lacks
-    return model.eval()
+
+    llama: Path
+    out: Path
+    gguf: str | None = None
+    mixer: str = "gla"
+    softmax_layers: list[int] = field(default_factory=list)
+    distil: int = 0  # steps
+    data: Path | None = None
+    batch_size: int = 8
+    seq_len: int = 512
+    lr: float = 1e-3
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+
+    def __post_init__(self):
+        require(not self.out.exists(), f"{self.out} exists. Choose another OUT")
+        for name, minimum in (("distil", 0), ("batch_size", 1), ("seq_len", 1)):
+            value = getattr(self, name)
+            require(value >= minimum, f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+        if self.distil:
+            require(self.data is not None, "--distil needs --data, the folder of a prepared set")
+            try:
+                torch.zeros(1, device=self.device).item()
+            except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of them
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(
+                    f"--device {self.device} cannot be used here ({reason}). Choose cpu or cuda"
+                ) from error
 
 
-def converted_config(llama, mixer: str, softmax_layers: set[int]) -> GLALMConfig:
-    layers, heads = llama.num_hidden_layers, llama.num_attention_heads
-    rope = llama.rope_parameters or {}
-    width = getattr(llama, "head_dim", None) or llama.hidden_size // heads
-    require(mixer in MIXERS, f"mixer={mixer!r} is none of: {', '.join(MIXERS)}")
-    strange = sorted(softmax_layers - set(range(layers)))
-    require(not strange, f"softmax_layers: there is no layer {strange} among 0 to {layers - 1}")
-    for name, value, served in (
-        ("model_type", llama.model_type, "llama"),
-        ("hidden_act", llama.hidden_act, "silu"),
-        ("attention_bias", llama.attention_bias, False),
-        ("mlp_bias", llama.mlp_bias, False),
-        ("head_dim", width * heads, llama.hidden_size),
-        ("rope_type", rope.get("rope_type", "default") if softmax_layers else "default", "default"),
-    ):
-        require(value == served, f"the checkpoint's {name} is {value!r}; only {served!r} can be converted")
-    kv_heads = llama.num_key_value_heads
-    return GLALMConfig(
-        layers=["attention" if i in softmax_layers else mixer for i in range(layers)],
-        vocab_size=llama.vocab_size,
-        hidden_size=llama.hidden_size,
-        num_hidden_layers=layers,
-        num_heads=heads,
-        expand_k=1.0,
-        expand_v=1.0,
-        intermediate_size=llama.intermediate_size,
-        norm_eps=llama.rms_norm_eps,
-        initializer_range=llama.initializer_range,
-        tie_word_embeddings=llama.tie_word_embeddings,
-        gla={"output_gate": False, "num_kv_heads": kv_heads, "feature_map": "relu"},
-        attention={"num_heads": heads, "num_kv_heads": kv_heads, "rope_theta": float(rope.get("rope_theta", 10000.0))},
-        bos_token_id=llama.bos_token_id,
-        eos_token_id=llama.eos_token_id,
-        pad_token_id=llama.pad_token_id,
+def linearize_checkpoint(options: LinearizeOptions) -> None:
+    """Write the converted model, its tokenizer and its config for train.py to options.out.
+
+    Raises:
+        ConfigError: The Llama cannot be converted, or options.data does not fit it.
+        RunError: The distillation diverged. Nothing is written.
+    """
+    llama = load_llama(options.llama, options.gguf)
+    torch.manual_seed(0)
+    model = convert_llama(llama, options.mixer, options.softmax_layers)
+    if options.distil:
+        run_distillation(model, llama, options)
+    model.save_pretrained(options.out)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.llama, gguf_file=options.gguf, local_files_only=True)
+        tokenizer.save_pretrained(options.out)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"No tokenizer was written: {error}".splitlines()[0])
+    config_file = options.out / "configs" / "model" / "linearized.yaml"
+    config_file.parent.mkdir(parents=True)
+    config_file.write_text(OmegaConf.to_yaml(OmegaConf.create(model_fields(model.config))))
+
+
+def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:
+    """Fit the linear mixers of `model` in place, for options.distil steps on options.device, and print the loss."""
+
+    def check_finite(is_finite: bool, finding: str) -> None:
+        if not is_finite:
+            raise RunError(
+                f"{finding}. The distillation diverged and nothing was written. Choose a lower --lr than {options.lr:g}"
+            )
+
+    llama.to(options.device, torch.bfloat16 if options.device != "cpu" else torch.float32)
+    model.to(options.device)
+    batches = read_batches(options, llama.vocab_size)
+    print_every = max(1, options.distil // 20)
+    for step, loss in enumerate(distil_mixers(model, llama, batches, options.lr), 1):
+        check_finite(math.isfinite(loss), f"step {step}: the loss is {loss}")
+        if step % print_every == 0 or step == 1:
+            print(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}", flush=True)
+    model.cpu()
+    with torch.no_grad():  # No loss was computed after the last update.
+        logits = model(torch.arange(min(16, llama.vocab_size))[None]).logits
+    check_finite(bool(logits.isfinite().all()), f"the logits after step {options.distil} are not finite")
+
+
+def read_batches(options: LinearizeOptions, vocab_size: int) -> Iterator[LongTensor]:
+    """Yield token ids [B, T] of the training split of options.data, one batch for each step of the distillation.
+
+    Raises:
+        ConfigError: The vocabulary of the data is larger than vocab_size.
+    """
+    tokens = TokenSet(options.data, "train", read_manifest(options.data))
+    require(
+        tokens.vocab_size <= vocab_size,
+        f"--data {options.data} has a vocabulary of {tokens.vocab_size}, but {options.llama} has one of {vocab_size}. "
+        "Prepare the data with the tokenizer of that model (scripts/prepare_data.py --tokenizer)",
     )
+    batches = training_batches(Windows(tokens, options.seq_len), seed=0, batch_size=options.batch_size)
+    for _ in range(options.distil):
+        _, batch = next(batches)
+        yield batch["input_ids"].to(options.device)
 
 
-def renamed(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, x in weights.items():
-        for theirs, ours in BLOCK.items():
-            name = name.replace(f".{theirs}.", f".{ours}.")
-        yield OUTSIDE.get(name, name), x
-
-
-def repeat_heads(weights: dict[str, Tensor], config: GLALMConfig) -> None:
-    """A copy of its group's keys and values for every head of the linear layers, in place."""
-    heads, kv_heads = attention_heads(config)
-    for i, mixer in enumerate(config.layer_mixers()):
-        for name in (f"model.layers.{i}.attn.{n}_proj.weight" for n in "kv"):
-            if mixer != "attention":
-                x = weights[name].unflatten(0, (kv_heads, -1))
-                weights[name] = x.repeat_interleave(heads // kv_heads, 0).flatten(0, 1)
-
-
-def is_new(name: str) -> bool:
-    return any(part in name for part in (".gk_proj.", ".g_norm.", ".forget_proj.", ".refine_proj.", ".o_norm."))
-
-
-def distil(
+def distil_mixers(
     student: GLALMForCausalLM, teacher: LlamaForCausalLM, batches: Iterable[LongTensor], lr: float = 1e-3
 ) -> Iterator[float]:
-    """Fits every linear mixer, all its weights, to the outputs of the attention it replaces, given that one's inputs.
+    """Fit every linear mixer to the outputs of the attention that it replaces (LoLCATs, arXiv 2410.10254).
 
-    batches: token ids [B, T], a step of Adam each. Layers do not see each other: no error adds up on the way through.
-    Before the first step each head norm is scaled so that the outputs are of the attention's size: after a norm they
-    are several times larger. Yields each step's loss: the squared error over the target's variance, a mean over the
-    layers. Runs in the teacher's dtype by autocast, with the student's weights in float32. Raises ConfigError when
-    every layer is softmax attention.
+    Each mixer reads the inputs of the teacher's attention, so errors do not accumulate from layer to layer. Before the
+    first step each head norm is scaled so that the outputs match the attention's in size; a norm would make them
+    several times larger. The teacher's dtype is the dtype of autocast. The student's weights are float32.
+
+    Args:
+        batches: Token ids [B, T], one batch for each step of AdamW.
+
+    Yields:
+        The loss of each step: squared error divided by the variance of the target, averaged over the layers.
+
+    Raises:
+        ConfigError: Every layer of the student is softmax attention.
     """
-    mixers = {i: b.attn for i, b in enumerate(student.model.layers) if student.config.layer_mixers()[i] != "attention"}
-    require(len(mixers) > 0, "softmax_layers names every layer: there is none to distil; keep fewer, or do not distil")
-    optimizer = torch.optim.AdamW([p for m in mixers.values() for p in m.parameters()], lr=lr, weight_decay=0.0)
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    hooks = [watch(teacher.model.layers[i].self_attn, seen, i) for i in mixers]
-    try:
+    mixers = {}
+    for layer, (name, block) in enumerate(zip(student.config.layer_mixers(), student.model.layers, strict=True)):
+        if name != "attention":
+            mixers[layer] = block.attn
+    require(len(mixers) > 0, "softmax_layers names every layer, so no layer is left to distil. Name fewer layers")
+    parameters = [parameter for mixer in mixers.values() for parameter in mixer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    with capture_attention(teacher, mixers) as captured:
         for step, ids in enumerate(batches):
             with torch.no_grad():
                 teacher.model(ids, use_cache=False)
             losses = []
-            for i, mixer in mixers.items():
-                x, target = seen.pop(i)
+            for layer, mixer in mixers.items():
+                x, target = captured.pop(layer)
                 if step == 0:
-                    match_size(mixer, x, target)
-                losses.append((output(mixer, x) - target.float()).square().mean() / target.float().var())
-                (losses[-1] / len(mixers)).backward()
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+                    scale_head_norm(mixer, x, target)
+                loss = (run_mixer(mixer, x) - target.float()).square().mean() / target.float().var()
+                (loss / len(mixers)).backward()
+                losses.append(loss.detach())
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            yield float(torch.stack(losses).detach().mean())
-    finally:
-        for hook in hooks:
-            hook.remove()
+            yield float(torch.stack(losses).mean())
 
 
-def output(mixer: nn.Module, x: Tensor) -> Tensor:
+@contextmanager
+def capture_attention(teacher: LlamaForCausalLM, layers: Iterable[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Provide a dict that every forward pass fills with the attention's input and output [B, T, d] by layer."""
+    captured = {}
+    with ExitStack() as hooks:
+        for layer in layers:
+
+            def capture(module, args, kwargs, output, layer=layer):
+                captured[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0])
+
+            attention = teacher.model.layers[layer].self_attn
+            hooks.enter_context(attention.register_forward_hook(capture, with_kwargs=True))
+        yield captured
+
+
+def run_mixer(mixer: nn.Module, x: Tensor) -> Tensor:
+    """Return the mixer's output in float32, computed by autocast to the dtype of x."""
     with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
         return mixer(x)[0].float()
 
 
 @torch.no_grad()
-def match_size(mixer: nn.Module, x: Tensor, target: Tensor) -> None:
+def scale_head_norm(mixer: nn.Module, x: Tensor, target: Tensor) -> None:
+    """Scale the norm on the heads' outputs so that the mixer's output for x is as large as `target`."""
     norm = mixer.g_norm if hasattr(mixer, "g_norm") else mixer.o_norm
-    norm.weight *= target.float().std() / output(mixer, x).std()
-
-
-def watch(attention: nn.Module, seen: dict[int, tuple[Tensor, Tensor]], layer: int):
-    """Keeps what goes in and out of a layer's attention."""
-
-    def keep(module, args, kwargs, output):
-        seen[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]), output[0]
-
-    return attention.register_forward_hook(keep, with_kwargs=True)
+    norm.weight *= target.float().std() / run_mixer(mixer, x).std()

@@ -12,66 +12,28 @@ from torch import Tensor
 
 from glalm.config.strict import require
 
-SHARED_FIELDS = {  # fields that mean the same in both formats, with their defaults in a published config.json
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "vocab_size": 32000,
-    "norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+# Fields that mean the same in both formats, with their defaults in a published config.json.
+SHARED_FIELDS = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "norm_eps": 1e-6}
+SHARED_FIELDS |= {"initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True}
+SHARED_FIELDS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 SWIGLU_FIELDS = {"hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "attnres_block_size": None}
-RECURRENT_FIELDS = {
-    "num_kv_heads": None,
-    "feature_map": None,
-    "use_output_gate": True,
-    "elementwise_affine": True,
-    "attn": None,
-}
+RECURRENT_FIELDS = {"num_kv_heads": None, "feature_map": None, "use_output_gate": True, "elementwise_affine": True}
+RECURRENT_FIELDS |= {"attn": None}
 FORMATS = {  # model_type: its other fields that change what the model computes, with their defaults
-    "gla": {
-        **SWIGLU_FIELDS,
-        **RECURRENT_FIELDS,
-        "expand_k": 0.5,
-        "expand_v": 1.0,
-        "num_heads": 4,
-        "use_short_conv": False,
-        "conv_size": 4,
-        "clamp_min": None,
-        "use_gk": True,
-        "use_gv": False,
-    },
+    "gla": SWIGLU_FIELDS
+    | RECURRENT_FIELDS
+    | {"num_heads": 4, "expand_k": 0.5, "expand_v": 1.0, "use_short_conv": False, "conv_size": 4}
+    | {"clamp_min": None, "use_gk": True, "use_gv": False},
     # RetNet's use_short_conv is not listed, because that library ignores it.
-    "retnet": {
-        **SWIGLU_FIELDS,
-        **RECURRENT_FIELDS,
-        "hidden_ratio": 2,
-        "expand_k": 1.0,
-        "expand_v": 2.0,
-        "num_heads": 8,
-    },
-    "transformer": {
-        **SWIGLU_FIELDS,
-        "num_heads": 32,
-        "num_kv_heads": None,
-        "qkv_bias": False,
-        "qk_norm": False,
-        "window_size": None,
-        "rope_theta": 10000.0,
-    },
+    "retnet": SWIGLU_FIELDS | RECURRENT_FIELDS | {"num_heads": 8, "expand_k": 1.0, "expand_v": 2.0, "hidden_ratio": 2},
+    "transformer": SWIGLU_FIELDS
+    | {"num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False}
+    | {"window_size": None, "rope_theta": 10000.0},
 }
-FIXED_FIELDS = {  # fields of which only this value can be loaded
-    "hidden_act": "swish",
-    "elementwise_affine": True,
-    "use_gk": True,
-    "use_gv": False,
-    "qkv_bias": False,
-    "qk_norm": False,
-    "attnres_block_size": None,
+FIXED_FIELDS = {  # model_type: fields of which only the default can be loaded
+    "gla": ("hidden_act", "attnres_block_size", "elementwise_affine", "use_gk", "use_gv"),
+    "retnet": ("hidden_act", "attnres_block_size", "elementwise_affine", "feature_map", "use_output_gate"),
+    "transformer": ("hidden_act", "attnres_block_size", "qkv_bias", "qk_norm"),
 }
 MIXERS = {"gla": "gla", "retnet": "retention", "transformer": "attention"}  # model_type: our mixer
 FEATURE_MAPS = {None: "identity", "relu": "relu"}  # GLA's feature_map: ours
@@ -88,9 +50,8 @@ def config_from_fla(tree: dict) -> dict:
         return tree
     defaults = SHARED_FIELDS | FORMATS[kind]
     fields = defaults | {name: value for name, value in tree.items() if name in defaults}
-    for name, value in FIXED_FIELDS.items():
-        if name in fields:
-            check_supported(kind, name, fields[name], [value])
+    for name in FIXED_FIELDS[kind]:
+        check_supported(kind, name, fields[name], [defaults[name]])
 
     ours = {name: fields[name] for name in SHARED_FIELDS} | {"model_type": "glalm", "mixer": MIXERS[kind]}
     ours |= {name: tree[name] for name in ("dtype", "torch_dtype") if name in tree}
@@ -113,9 +74,7 @@ def config_from_fla(tree: dict) -> dict:
             "short_conv": fields["conv_size"] if fields["use_short_conv"] else 0,
         }
     else:
-        check_supported(kind, "feature_map", fields["feature_map"], [None])
         check_supported(kind, "num_kv_heads", fields["num_kv_heads"], [None, fields["num_heads"]])
-        check_supported(kind, "use_output_gate", bool(fields["use_output_gate"]), [True])
     if fields["attn"]:
         ours |= hybrid_from_fla(kind, fields["attn"], fields["num_hidden_layers"])
     return ours

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import glalm.hf  # noqa: F401 (registers the model)
+from glalm.compat.export import export_run
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity
@@ -21,8 +22,7 @@ from glalm.prepare.tokenizer_training import train_sentencepiece
 from glalm.train import checkpoint
 from glalm.train.trainer import train
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-export_hf = pytest.importorskip("export_hf")
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export_hf.py"
 
 
 def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
@@ -34,7 +34,7 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
         result = {"checkpoint": "step_6", "checksum": checksum, "results": {"chance": 0.1}, "metrics": numbers}
         (run_config.folder / "eval" / f"{name}.json").write_text(json.dumps(result))
     out = tmp_path / "exported model"
-    export_hf.export(run_config.folder, "latest", out)
+    export_run(run_config.folder, "latest", out)
 
     import dataclasses
 
@@ -82,7 +82,7 @@ def test_export_is_evaluated_like_its_run(kind, run_config, change, token_folder
 
 def exported(config, out: Path) -> Path:
     assert train(config) == 0
-    export_hf.export(config.folder, "latest", out)
+    export_run(config.folder, "latest", out)
     return out
 
 
@@ -106,10 +106,10 @@ def test_tokenizer_that_transformers_misreads_is_not_exported(run_config, change
 
 def test_failed_export_leaves_nothing(run_config, tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
-        broken.setattr(export_hf, "card", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        broken.setattr("glalm.compat.export.format_model_card", lambda *_: (_ for _ in ()).throw(OSError("full")))
         exported(run_config, tmp_path / "to" / "out")
     assert not list((tmp_path / "to").iterdir())
-    export_hf.export(run_config.folder, "latest", tmp_path / "to" / "out")
+    export_run(run_config.folder, "latest", tmp_path / "to" / "out")
 
 
 def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
@@ -118,11 +118,11 @@ def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
     data["tokenizer"]["fingerprint"] = "another"
     (run_config.folder / "data.json").write_text(json.dumps(data))
     with pytest.raises(RunError, match="has another tokenizer now than"):
-        export_hf.export(run_config.folder, "latest", tmp_path / "out")
+        export_run(run_config.folder, "latest", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_errors_are_one_line(run_config, tmp_path):
-    command = [sys.executable, export_hf.__file__, str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("CheckpointError: There is no checkpoint latest in")

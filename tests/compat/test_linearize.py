@@ -2,13 +2,14 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from glalm.compat.linearize import distil, is_new, linearize
+from glalm.compat.linearize import distil_mixers
+from glalm.compat.llama import convert_llama, is_new_parameter
 from glalm.config.strict import ConfigError
 
 
 @pytest.fixture
 def llama():
-    def made(**changes) -> LlamaForCausalLM:
+    def build(**changes) -> LlamaForCausalLM:
         torch.manual_seed(0)
         shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
         shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
@@ -17,36 +18,36 @@ def llama():
             p.data += 0.1 * torch.randn_like(p)
         return model
 
-    return made
+    return build
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_with_every_layer_kept_it_is_the_same_model(llama, random_tokens, tied, theta):
+def test_model_with_softmax_layers_only_computes_the_same(llama, random_tokens, tied, theta):
     original, ids = (
         llama(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": theta}),
         random_tokens(2, 40),
     )
-    model = linearize(original, softmax_layers=[0, 1, 2])
+    model = convert_llama(original, softmax_layers=[0, 1, 2])
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
     assert (model.lm_head.weight is model.model.embeddings.weight) == tied
 
 
-def test_generation_is_set_as_before(llama):
+def test_generation_config_is_copied(llama):
     original = llama()
     original.generation_config = GenerationConfig(eos_token_id=[7, 8], do_sample=True, temperature=0.6)
-    settings = linearize(original).generation_config
+    settings = convert_llama(original).generation_config
     assert settings.to_dict() == original.generation_config.to_dict() and settings is not original.generation_config
 
 
 @pytest.mark.parametrize("mixer", ["gla", "regla"])
 def test_only_gates_and_head_norms_are_new(llama, random_tokens, mixer):
     original = llama()
-    model = linearize(original, mixer, softmax_layers=[1])
+    model = convert_llama(original, mixer, softmax_layers=[1])
     assert [type(b.attn).__name__ == "Attention" for b in model.model.layers] == [False, True, False]
     theirs, old = original.state_dict(), 0
     for name, x in model.state_dict().items():
-        if is_new(name):
+        if is_new_parameter(name):
             continue
         old += 1
         name = name.replace(".attn.", ".self_attn.").replace("attn_norm", "input_layernorm")
@@ -59,14 +60,14 @@ def test_only_gates_and_head_norms_are_new(llama, random_tokens, mixer):
     assert logits.isfinite().all() and not torch.equal(logits, original(random_tokens(1, 30)).logits)
 
 
-def test_heads_meet_the_keys_and_values_of_their_group(llama, random_tokens):
+def test_heads_read_keys_and_values_of_their_group(llama, random_tokens):
     """ReGLA's copies and GLA's shared heads agree with softmax attention's grouping: one group's values at 0 silence
     the same heads."""
     original = llama()
     for layer in original.model.layers:
         layer.self_attn.v_proj.weight.data[8:] = 0  # the second of two groups
     for mixer in ("gla", "regla"):
-        attention, heads = linearize(original, mixer).model.layers[0].attn, []
+        attention, heads = convert_llama(original, mixer).model.layers[0].attn, []
         attention.o_proj.register_forward_pre_hook(lambda module, args, heads=heads: heads.append(args[0]))
         attention(torch.randn(1, 5, 32))
         norms = heads[0].unflatten(-1, (4, 8)).square().sum((0, 1, 3))
@@ -74,11 +75,11 @@ def test_heads_meet_the_keys_and_values_of_their_group(llama, random_tokens):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "regla"])
-def test_distillation_brings_the_outputs_near_the_attentions(llama, random_tokens, mixer):
+def test_distillation_fits_outputs_of_attention(llama, random_tokens, mixer):
     original = llama()
-    model = linearize(original, mixer, softmax_layers=[2])
+    model = convert_llama(original, mixer, softmax_layers=[2])
     before = {n: p.clone() for n, p in model.named_parameters()}
-    losses = list(distil(model, original, [random_tokens(8, 24, seed=s % 4) for s in range(60)], lr=1e-2))
+    losses = list(distil_mixers(model, original, [random_tokens(8, 24, seed=s % 4) for s in range(60)], lr=1e-2))
     assert losses[0] < 2.5  # outputs of the right size but unrelated would give 2
     assert losses[-1] < 0.5 * losses[0]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -86,19 +87,19 @@ def test_distillation_brings_the_outputs_near_the_attentions(llama, random_token
     assert not original.model.layers[0].self_attn._forward_hooks
 
 
-def test_with_every_layer_kept_there_is_nothing_to_distil(llama, random_tokens):
+def test_distilling_softmax_layers_only_is_an_error(llama, random_tokens):
     original = llama()
     with pytest.raises(ConfigError, match="softmax_layers"):
-        next(distil(linearize(original, softmax_layers=[0, 1, 2]), original, [random_tokens(2, 8)]))
+        next(distil_mixers(convert_llama(original, softmax_layers=[0, 1, 2]), original, [random_tokens(2, 8)]))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"softmax_layers": [3]}, r"there is no layer \[3\] among 0 to 2"),
-        ({"mixer": "mamba"}, "mixer='mamba' is none of: gla, regla"),
-        ({"llama": {"attention_bias": True}}, "attention_bias is True; only False"),
-        ({"llama": {"head_dim": 16}}, "head_dim is 64; only 32"),
+        ({"softmax_layers": [3]}, r"the model has no layers \[3\], only 0 to 2"),
+        ({"mixer": "mamba"}, "mixer='mamba' is unknown. Choose one of: gla, regla"),
+        ({"llama": {"attention_bias": True}}, "attention_bias is True, but only False"),
+        ({"llama": {"head_dim": 16}}, "head_dim is 64, but only 32"),
         (
             {
                 "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -108,7 +109,7 @@ def test_with_every_layer_kept_there_is_nothing_to_distil(llama, random_tokens):
         ),
     ],
 )
-def test_what_cannot_be_converted_is_named(llama, options, message):
+def test_unsupported_property_is_an_error(llama, options, message):
     original = llama(**options.pop("llama", {}))
     with pytest.raises(ConfigError, match=message):
-        linearize(original, **options)
+        convert_llama(original, **options)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from glalm.hf import GLALMForCausalLM
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_what_cannot_work_is_refused_before_the_llama_is_loaded(script, tmp_path
 def test_nothing_is_overwritten(script, llama):
     before = {file: file.read_bytes() for file in llama.iterdir()}
     code, said = script(llama, llama)
-    assert code == 2 and f"{llama} exists; choose another OUT" in said
+    assert code == 2 and f"{llama} exists. Choose another OUT" in said
     assert {file: file.read_bytes() for file in llama.iterdir()} == before
     assert f"{llama} exists" in script(llama / "no-llama", llama)[1]  # nor is anything loaded first
 

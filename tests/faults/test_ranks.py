@@ -143,16 +143,14 @@ def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path, 
     from transformers import AutoModelForCausalLM
 
     import glalm.hf  # noqa: F401 (registers the model)
-
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    from export_hf import export
+    from glalm.compat.export import export_run
 
     config = change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1})
     assert run(config, 2, tmp_path / "log") == [0, 0], text(tmp_path / "log")
     path = config.folder / "checkpoints" / "step_6"
     with pytest.raises(ValueError, match=r"export_hf\.py RUN --checkpoint step_6 --out FOLDER"):
         AutoModelForCausalLM.from_pretrained(path)
-    export(config.folder, "step_6", tmp_path / "exported")
+    export_run(config.folder, "step_6", tmp_path / "exported")
     loaded, saved = AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), weights(path)
     assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters())
     expected = weights(unbroken / "checkpoints" / "step_6")

@@ -138,7 +138,7 @@ def test_one_rank_without_host_memory(run_config, change, tmp_path):
     assert "failed_saves" not in rows(config.folder)[-1]
 
 
-def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path, monkeypatch):
+def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path):
     """transformers refuses the shards of two processes with advice, and loads the export."""
     from transformers import AutoModelForCausalLM
 

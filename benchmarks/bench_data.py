@@ -21,7 +21,7 @@ from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import parse_records
-from glalm.prepare.sources import open_source, read_batches
+from glalm.prepare.sources import parse_source, read_batches
 
 NEEDED = 50 * 250_000  # tokens per second: 50 times what a 340M model consumes on one H200
 
@@ -49,7 +49,7 @@ def bench_prepare(args: argparse.Namespace) -> None:
     tokenizer's own batch encoding of the same documents in one thread. Both are the best of measurements in turns."""
     texts = []
     for spec in args.files:
-        for batch in read_batches(list(open_source(spec).inputs), ["text"]):
+        for batch in read_batches(list(parse_source(spec).inputs), ["text"]):
             texts += [document.text for document in parse_records(batch.records, batch.first, "text", None)]
     encode = bare_encoder(Tokenizer(args.tokenizer))
     bare = []

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from glalm.prepare.encode import HELD_OUT
-from glalm.prepare.sources import describe_skipped_files, open_source
+from glalm.prepare.sources import describe_skipped_files, parse_source
 from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
 from glalm.progress import ProgressBar
 
@@ -14,7 +14,7 @@ def main() -> int:
     args = parse_arguments()
     held_out = {split: getattr(args, split) for split in HELD_OUT}
     try:
-        sources = [open_source(spec) for spec in args.sources]
+        sources = [parse_source(spec) for spec in args.sources]
         inputs = []
         for source in sources:
             inputs += source.inputs

@@ -24,9 +24,12 @@ def write_json(path: Path, content: Any, **options) -> None:
         file.write(json.dumps(content, **options).encode())
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """Return the rows of a JSON Lines file. A last line without its newline was cut short by a kill, and is skipped."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+def read_jsonl(path: Path, size: int | None = None) -> list[Any]:
+    """Return the rows in the first `size` bytes of a JSON Lines file, or in all of it.
+
+    A last line without its newline was cut short by a kill, and is skipped.
+    """
+    return [json.loads(line) for line in path.read_bytes()[:size].split(b"\n")[:-1] if line]
 
 
 def temporary_path(path: Path) -> Path:

@@ -72,12 +72,12 @@ class TokenSet:
         self.source_tokens: dict[str, int] = {name: source["tokens"] for name, source in entry["sources"].items()}
 
         self._advice = _advise_overwrite(self.folder)
-        for file in tokenizer["files"]:
-            self._find_file(file)
         shards = list(chain.from_iterable(source["shards"] for source in entry["sources"].values()))
         self._files = _list_files(entry)
         if manifest:
             self._check_unchanged(current["splits"][split])
+        for file in tokenizer["files"]:
+            self._find_file(file)
         self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
         # The borders of a shard are the positions in it at which its documents begin and end.
         self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]

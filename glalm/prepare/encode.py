@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,23 +13,6 @@ from glalm.prepare.records import SkippedRecord, parse_records
 from glalm.prepare.sources import RecordBatch
 
 HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}  # shares of the documents
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """How records become tokens.
-
-    Attributes:
-        tokenizer: The path of the tokenizer.
-        fingerprint: The tokenizer's fingerprint.
-        dtype: The dtype of the ids, "uint16" or "uint32".
-        settings: The settings of the set. Its held_out, text_field and source_field are those of `prepare_data`.
-    """
-
-    tokenizer: Path
-    fingerprint: str
-    dtype: str
-    settings: dict
 
 
 class EncodedDocument(NamedTuple):
@@ -53,19 +35,25 @@ class EncodedBatch(NamedTuple):
     skipped: list[SkippedRecord]
 
 
-def encode_batch(batch: RecordBatch, options: EncodeOptions) -> EncodedBatch:
+def encode_batch(
+    batch: RecordBatch, tokenizer_path: Path, fingerprint: str, dtype: str, settings: dict
+) -> EncodedBatch:
     """Tokenize the documents in a batch of records and assign each of them to a split.
+
+    Args:
+        fingerprint: The fingerprint of the tokenizer at `tokenizer_path`.
+        dtype: The dtype of the ids, "uint16" or "uint32".
+        settings: The settings of the set. Its held_out, text_field and source_field are those of `prepare_data`.
 
     Raises:
         ValueError: The tokenizer returned an id outside of its vocabulary.
     """
-    tokenizer = _open_tokenizer(options.tokenizer, options.fingerprint)
+    tokenizer = _open_tokenizer(tokenizer_path, fingerprint)
     bos_ids = np.array(tokenizer.bos_ids, dtype=np.int32)
     eos_ids = np.array(tokenizer.eos_ids, dtype=np.int32)
     parts = [np.empty(0, np.int32)]
     documents = []
     skipped = []
-    settings = options.settings
     for item in parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"]):
         if isinstance(item, SkippedRecord):
             skipped.append(item)
@@ -78,22 +66,24 @@ def encode_batch(batch: RecordBatch, options: EncodeOptions) -> EncodedBatch:
         documents.append(EncodedDocument(split, item.source or batch.source, tokens, len(data)))
     ids = np.concatenate(parts)
     if len(ids) and ids.max() >= tokenizer.vocab_size:
-        raise ValueError(
-            f"{options.tokenizer} returned the token id {ids.max()}, but its vocabulary has {tokenizer.vocab_size} ids."
-        )
-    return EncodedBatch(ids.astype(options.dtype), documents, skipped)
+        vocabulary = f"its vocabulary has {tokenizer.vocab_size} ids"
+        raise ValueError(f"{tokenizer_path} returned the token id {ids.max()}, but {vocabulary}.")
+    return EncodedBatch(ids.astype(dtype), documents, skipped)
 
 
 @lru_cache(maxsize=1)
 def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
-    # The fingerprint is part of the key, because another tokenizer may have replaced the one at `path`.
+    """Return the tokenizer at `path`, loaded once by each process.
+
+    The fingerprint is part of the cache's key, because another tokenizer may have replaced the one at `path`.
+    """
     return Tokenizer(path)
 
 
 def split_of(text: str | bytes, held_out: Mapping[str, float] = HELD_OUT) -> str:
     """Return the split of a document, "train", "validation" or "test", which depends on the SHA-256 of its text alone.
 
-    So copies of a document are never on both sides, and a document stays in its split as a set grows.
+    Therefore copies of a document are never on both sides, and a document stays in its split as a set grows.
     """
     data = text.encode() if isinstance(text, str) else text
     point = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64

@@ -20,10 +20,10 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
     """Print what is in a set, and write lengths.png into its folder.
 
     Args:
-        verify: Read every file and compare its SHA-256.
+        verify: Read every file and compare its SHA-256 with the manifest.
 
     Returns:
-        0, or 1 if the counts of documents are inconsistent.
+        The exit code: 0, or 1 if the counts of documents are inconsistent.
 
     Raises:
         ValueError: A file is damaged.
@@ -31,8 +31,8 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
     folder = Path(folder)
     console = Console(highlight=False, soft_wrap=True)
     manifest = read_manifest(folder)
-    sets = {split: TokenSet(folder, split) for split in SPLITS}
-    train = sets["train"]
+    splits = {split: TokenSet(folder, split) for split in SPLITS}
+    train = splits["train"]
     tokenizer = Tokenizer(train.tokenizer_path)
     state = "complete" if manifest["complete"] else "still being prepared; this is what is complete so far"
     console.print(f"{folder} ({state}): {manifest['dtype']}, vocabulary of {tokenizer.vocab_size:,}")
@@ -43,14 +43,19 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
     console.print("These counts are consistent." if consistent else "ERROR: These counts are inconsistent.")
     console.print(f"Lengths of the documents: {plot_lengths(train, folder / PLOT)}")
     if train.num_documents:
-        _print_sample(train, tokenizer, console)
+        middle = train.num_documents // 2
+        ids = train.read_document(middle)
+        console.rule(f"the beginning of document {middle} of train, {len(ids):,} tokens", style="dim")
+        console.print(tokenizer.decode(ids[:SAMPLE].tolist())[:SAMPLE], markup=False)
+        console.print(f"ids: {' '.join(map(str, ids[:12].tolist()))} ... {' '.join(map(str, ids[-3:].tolist()))}")
+        console.rule(style="dim")
     if verify:
-        for tokens in sets.values():
+        for tokens in splits.values():
             tokens.verify_checksums()
         for log in manifest["logs"].values():
             if file_sha256(folder / log["file"]) != log["sha256"]:
-                raise ValueError(f"{folder / log['file']} is damaged: its SHA-256 is not that of the manifest.")
-        console.print("Every file has the SHA-256 of the manifest.")
+                raise ValueError(f"{folder / log['file']} is damaged: its SHA-256 does not match the manifest.")
+        console.print("The SHA-256 of every file matches the manifest.")
     return 0 if consistent else 1
 
 
@@ -72,6 +77,7 @@ def plot_lengths(tokens: TokenSet, path: Path) -> Path:
 
 
 def _make_table(manifest: dict) -> Table:
+    """Return a table with a row for each source of each split."""
     table = Table("split", "source", "documents", "tokens", "% of split", "bytes/token", "shards", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -88,17 +94,9 @@ def _make_table(manifest: dict) -> Table:
 
 
 def _counts_are_consistent(manifest: dict) -> bool:
-    counts = manifest["books"].values()
-    all_counted = all(entry["read"] == entry["written"] + sum(entry["skipped"].values()) for entry in counts)
-    in_shards = sum(entry["documents"] for entry in manifest["splits"].values())
-    written = sum(entry["written"] for entry in counts)
+    """Return whether read = written + skipped for each source, and the shards of a complete set have all documents."""
+    sources = manifest["books"].values()
+    all_counted = all(source["read"] == source["written"] + sum(source["skipped"].values()) for source in sources)
+    in_shards = sum(split["documents"] for split in manifest["splits"].values())
+    written = sum(source["written"] for source in sources)
     return all_counted and (not manifest["complete"] or written == in_shards)
-
-
-def _print_sample(tokens: TokenSet, tokenizer: Tokenizer, console: Console) -> None:
-    middle = tokens.num_documents // 2
-    ids = tokens.read_document(middle)
-    console.rule(f"the beginning of document {middle} of {tokens.split}, {len(ids):,} tokens", style="dim")
-    console.print(tokenizer.decode(ids[:SAMPLE].tolist())[:SAMPLE], markup=False)
-    console.print(f"ids: {' '.join(map(str, ids[:12].tolist()))} ... {' '.join(map(str, ids[-3:].tolist()))}")
-    console.rule(style="dim")

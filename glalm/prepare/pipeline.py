@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.encode import HELD_OUT, EncodeOptions, encode_batch
+from glalm.prepare.encode import HELD_OUT, encode_batch
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.set_folder import explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
@@ -23,7 +23,7 @@ from glalm.prepare.sources import (
     Source,
     collect_inputs,
     describe_skipped_files,
-    open_source,
+    parse_source,
     read_batches,
 )
 from glalm.prepare.workers import map_in_order
@@ -57,7 +57,7 @@ def prepare_data(
     recognised by name, size and time of change, or else by name, size and SHA-256.
 
     Args:
-        sources: Source objects, or what `open_source` takes: "stdlib", paths, "hf:DATASET".
+        sources: Source objects, or what `parse_source` takes: "stdlib", paths, "hf:DATASET".
         tokenizer: What `Tokenizer` takes. None trains a SentencePiece model of `vocab_size` on the training documents.
         held_out: The shares of the documents in "validation" and "test". A document's split depends on its text alone,
             so it stays there as data is added, and copies of a document are never on both sides.
@@ -83,7 +83,7 @@ def prepare_data(
     out = Path(out)
     if out.is_file():
         raise ValueError(f"{out} is a file. Name a folder to write the set to with --out.")
-    sources = [open_source(source) for source in sources]
+    sources = [parse_source(source) for source in sources]
     inputs = collect_inputs(sources, out.resolve())
     # Open the tokenizer now, because it may be part of the set that is replaced.
     opened = Tokenizer(tokenizer) if tokenizer else None
@@ -122,14 +122,19 @@ def run_plan(
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
-    options = EncodeOptions(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
     writer = SetWriter(out, plan)
     bar.start_task("tokenizing", starts[-1], starts[writer.position[0]])
     start_time = commit_time = time.monotonic()
     documents = 0
     tokens = 0
     batches = read_batches(inputs, list_fields(plan.settings), tuple(writer.position))
-    encode = partial(encode_batch, options=options)
+    encode = partial(
+        encode_batch,
+        tokenizer_path=out / tokenizer["name"],
+        fingerprint=tokenizer["fingerprint"],
+        dtype=plan.dtype,
+        settings=plan.settings,
+    )
     for batch, encoded in map_in_order(encode, batches, workers, size_of=lambda batch: batch.size):
         source_input = inputs[batch.input_index]
         errors = [record for record in encoded.skipped if record.reason != "empty"]

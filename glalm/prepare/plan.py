@@ -1,4 +1,4 @@
-"""Decide what there is to do: begin a set, resume an interrupted preparation, or add inputs to a complete set."""
+"""Plan a preparation: begin a set, resume an interrupted preparation, or add inputs to a complete set."""
 
 import dataclasses
 import hashlib
@@ -22,25 +22,20 @@ class Plan:
     """What a preparation reads and how. It is saved in the folder of the set until the set is complete.
 
     Attributes:
-        fingerprint: Of the settings, the tokenizer and the inputs with which the set was begun.
-        settings: What the caller chose; see `prepare_data`.
-        tokenizer: What the manifest says of the tokenizer.
-        dtype: Of the token ids.
-        inputs: The inputs to read, as `describe_input` gives them.
+        fingerprint: The SHA-256 of the settings, the tokenizer and the inputs with which the set was begun.
+        settings: The caller's settings; see `prepare_data`.
+        tokenizer: The tokenizer's entry in the manifest.
+        dtype: The dtype of the token ids.
+        inputs: The inputs to read, as `Input.describe` returns them.
         base: The commit of the complete set to add to, or None to begin a set.
     """
 
-    version: int
     fingerprint: str
     settings: dict
     tokenizer: dict
     dtype: str
     inputs: list[dict]
     base: dict | None
-
-    def save(self, out: Path) -> "Plan":
-        write_json(out / PLAN, dataclasses.asdict(self))
-        return self
 
 
 def make_plan(
@@ -54,7 +49,9 @@ def make_plan(
     overwrite: bool,
     bar: ProgressBar,
 ) -> Plan | None:
-    """Return what is to be done in `out`, or None if nothing is.
+    """Return the plan of the work in `out`, saved in `out`, or None if nothing is to be done.
+
+    A set of an older format is prepared again, as with `overwrite`.
 
     Args:
         tokenizer: The tokenizer to use, or None to train one.
@@ -63,30 +60,34 @@ def make_plan(
     Raises:
         ValueError: `out` has a set with other settings or inputs, or files that are not part of a set.
     """
-    if overwrite or (not add and _has_older_format(out, bar)):
-        return _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
+    has_manifest = (out / MANIFEST).exists()
+    if has_manifest and not (add or overwrite):
+        version = read_manifest(out, any_version=True)["version"]
+        if version < VERSION:
+            bar.log(f"{out} has a set of format {version}; it is prepared again in the current format, {VERSION}.")
+            overwrite = True
     required = None if add else settings
-    if (out / PLAN).exists():
+    if not overwrite and (out / PLAN).exists():
         return _resume_plan(out, required, inputs)
-    (out / JOURNAL).unlink(missing_ok=True)  # It is left where a process was killed just after it completed the set.
-    if (out / MANIFEST).exists():
-        return _plan_addition(out, required, inputs, bar)
-    if add:
+    if not overwrite and has_manifest:
+        (out / JOURNAL).unlink(missing_ok=True)  # A process that was killed just after it completed the set left it.
+        plan = _plan_addition(out, required, inputs, bar)
+    elif add:
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
-    return _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
-
-
-def _has_older_format(out: Path, bar: ProgressBar) -> bool:
-    version = read_manifest(out, any_version=True)["version"] if (out / MANIFEST).exists() else VERSION
-    if version < VERSION:
-        bar.log(f"{out} has a set of format {version}. The current format is {VERSION}, so the set is prepared again.")
-    return version < VERSION
+    else:
+        plan = _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
+    if plan:
+        write_json(out / PLAN, dataclasses.asdict(plan))
+    return plan
 
 
 def _plan_new_set(
     out: Path, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None, on_error: str, bar: ProgressBar
 ) -> Plan:
-    """Save the plan and the tokenizer of a new set. A set in `out` is removed once nothing can be refused any more."""
+    """Save the tokenizer of a new set, and return the plan.
+
+    An existing set in `out` is removed only after the new inputs have been checked.
+    """
     if list_set_files(out):
         check_first_documents(inputs, settings, on_error)
     tokenizer = tokenizer or train_on_inputs(inputs, settings, bar)
@@ -96,18 +97,17 @@ def _plan_new_set(
     identities = [{key: entry[key] for key in ("source", "name", "bytes")} for entry in inputs]
     identity = [FORMAT, VERSION, settings, tokenizer.fingerprint, identities]
     return Plan(
-        version=VERSION,
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         settings=settings,
         tokenizer=described,
         dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         inputs=inputs,
         base=None,
-    ).save(out)
+    )
 
 
 def check_first_documents(inputs: list[Input], settings: dict, on_error: str) -> None:
-    """Read the first document of each input, so that what would be refused later is refused now.
+    """Read the first document of each input, so that a bad input is reported before an existing set is removed.
 
     Raises:
         ValueError: An input cannot be read, a record before its first document is bad and `on_error` is "stop", or no
@@ -131,6 +131,7 @@ def check_first_documents(inputs: list[Input], settings: dict, on_error: str) ->
 
 
 def _parse_lazily(source_input: Input, settings: dict) -> Iterator[Document | SkippedRecord]:
+    """Yield the documents of an input one by one, and read no further than is asked for."""
     for batch in read_batches([source_input], list_fields(settings), batch_bytes=1):
         yield from parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"])
 
@@ -141,39 +142,40 @@ def list_fields(settings: dict) -> list[str]:
 
 
 def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
-    """Return the plan that was interrupted.
+    """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
+
+    `inputs` that are not in the plan are ignored here; `prepare_data` logs them at the end.
 
     Raises:
-        ValueError: It has other settings, or inputs that are gone or have changed.
+        ValueError: The settings differ, or an input is missing or has changed.
     """
     plan = Plan(**json.loads((out / PLAN).read_bytes()))
     available = {source_input.key: source_input for source_input in inputs}
+    planned = {(entry["source"], entry["name"]): entry for entry in plan.inputs}
     changed = _differing_keys(plan.settings, settings)
-    for entry in plan.inputs:
-        if (entry["source"], entry["name"]) not in available:
-            changed.append(f"inputs: {entry['name']} is gone")
-            break
-    if changed:
-        raise ValueError(
-            f"{out} has an unfinished set that was begun otherwise (different {', '.join(changed)}). Finish it with "
-            "the command that began it, choose another folder, or replace it with --overwrite."
-        )
+    missing = [name for source, name in planned if (source, name) not in available]
+    if changed or missing:
+        difference = f"with different {', '.join(changed)}"
+        if not changed:
+            difference = f"but {len(missing)} of its inputs are missing, such as {missing[0]}"
+        advice = "Finish it with the command that started it, choose another folder, or replace it with --overwrite."
+        raise ValueError(f"{out} has an unfinished set, {difference}. {advice}")
     commit = last_commit(out)
     log = out / "inputs.jsonl"
-    lines = log.read_bytes()[: commit["logs"][log.name]].splitlines() if commit and log.exists() else []
-    written = {(row["source"], row["name"]): row["sha256"] for row in map(json.loads, lines)}
-    for entry in plan.inputs:
-        key = (entry["source"], entry["name"])
-        if entry == available[key].describe():
-            continue
-        # Only the time of an input that is written already may differ, because its hash tells that it is the same.
-        if not written.get(key) or written[key] != available[key].compute_sha256():
+    # Rows after the last commit do not count, because their inputs will be read again.
+    rows = read_jsonl(log, commit["logs"][log.name]) if commit and log.exists() else []
+    written = {(row["source"], row["name"]): row["sha256"] for row in rows}
+    for key, entry in planned.items():
+        # A changed modification time is accepted only for an input that was written completely, because the hash
+        # that was logged for it shows that the content is the same.
+        same = entry == available[key].describe()
+        if not same and (not written.get(key) or written[key] != available[key].compute_sha256()):
             raise changed_error(available[key], out)
     return plan
 
 
 def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: ProgressBar) -> Plan | None:
-    """Save the plan to add to a complete set what it lacks of `inputs`. Return None if it has all of them.
+    """Return a plan that adds to a complete set those of `inputs` that it does not have, or None if it has all.
 
     Args:
         settings: The settings and, implicitly, the inputs that the set must have; None to add inputs to any set.
@@ -189,31 +191,26 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
         if source_input.key in written:
             raise ValueError(
                 f"{source_input} differs from what {out} has as {source_input.name!r} of the source "
-                f"{source_input.source!r}. If the file has changed, prepare the set again with --overwrite; to add it "
-                "would repeat documents. If it is another file, or holds new documents only, name it: NAME=PATH."
+                f"{source_input.source!r}. If the file has changed, prepare the set again with --overwrite. If it "
+                "has only new documents, give it another name: NAME=PATH."
             )
     changed = _differing_keys(manifest["settings"], settings)
     if new and settings:
         changed.append("sources")
     if changed:
-        raise ValueError(
-            f"{out} has a set that was prepared otherwise (different {', '.join(changed)}). Choose another folder, "
-            "replace the set with --overwrite, or add new sources to it with --add."
-        )
+        difference = f"{out} has a set that was prepared otherwise (different {', '.join(changed)})."
+        advice = "Choose another folder, replace the set with --overwrite, or add new sources to it with --add."
+        raise ValueError(f"{difference} {advice}")
     if not new:
         return None
-    kept = {key: manifest[key] for key in ("version", "fingerprint", "settings", "tokenizer", "dtype")}
-    descriptions = [source_input.describe() for source_input in new]
-    return Plan(**kept, inputs=descriptions, base=_commit_of_complete_set(manifest)).save(out)
-
-
-def _commit_of_complete_set(manifest: dict) -> dict:
-    """Return the state from which SetWriter continues a complete set; see SetWriter.commit."""
+    # SetWriter continues from this state as from one that SetWriter.commit wrote.
     splits = {}
     for split, entry in manifest["splits"].items():
         splits[split] = {name: {"shards": source["shards"], "open": None} for name, source in entry["sources"].items()}
     logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
-    return {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+    base = {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+    kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
+    return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=base)
 
 
 def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[Input]:
@@ -239,24 +236,23 @@ def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[In
 
 def bad_record_error(source_input: Input, record: SkippedRecord) -> ValueError:
     """Return the error of a record without a document."""
-    return ValueError(
-        f"{source_input}:{record.number}: {record.detail}. To skip such records and count them, use --on-error skip."
-    )
+    advice = "To skip such records and count them, use --on-error skip."
+    return ValueError(f"{source_input}:{record.number}: {record.detail}. {advice}")
 
 
 def changed_error(source_input: Input, out: Path) -> ValueError:
     """Return the error of an input that has changed since its preparation began."""
-    return ValueError(
-        f"{source_input} has changed since {out} was begun, which may hold documents of the old version. Restore the "
-        "file and the time of its last change, or prepare the set again with --overwrite."
-    )
+    problem = f"{source_input} has changed since the preparation of {out} began, so {out} may have old documents."
+    return ValueError(f"{problem} Restore the file and its time, or prepare the set again with --overwrite.")
 
 
 def _differing_keys(old: dict, new: dict | None) -> list[str]:
+    """Return the settings that differ. None stands for any settings."""
     return [key for key in new or () if old.get(key) != new[key]]
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
+    """Save the tokenizer in the folder of a set, and return its entry in the manifest."""
     name = tokenizer.save(out)
     paths = sorted((out / name).iterdir()) if (out / name).is_dir() else [out / name]
     return {

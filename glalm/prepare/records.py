@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,8 @@ TABLES = (".parquet", ".arrow")  # one document per row
 SUFFIXES = (*TEXT, *JSONL, *TABLES)
 MAX_RECORD_BYTES = 2**30  # bounds memory
 ROWS_PER_BATCH = 256
-# The size of one read of a compressed file is small, because repetitive text can be a thousand times as long.
+# The size of one read of a compressed file is small, because repetitive text can be a thousand times as long
+# once it is decompressed.
 COMPRESSED_READ_BYTES = 2**16
 NAME_A_FIELD = "name one of them with --text-field or --source-field"
 
@@ -112,11 +114,17 @@ def estimate_bytes(value: Any) -> int:
 
 
 def read_file(path: Path, fields: list[str]) -> Chunks:
-    """Yield the records of a file in order. Of a table, only the columns that hold `fields` are read."""
+    """Yield the records of a file in order. From a table, only the columns that hold `fields` are read."""
     name = path.name.lower()
+    size = path.stat().st_size
     if name.endswith(TABLES):
-        return _read_table(path, fields)
-    return _read_lines(path) if name.endswith(JSONL) else _read_text(path)
+        yield from _read_table(path, fields)
+    elif name.endswith(JSONL):
+        yield from _read_lines(path)
+    elif size > MAX_RECORD_BYTES:
+        yield [_oversized_record("file", size)], size
+    else:
+        yield [TextFile(path.read_bytes())], size
 
 
 def read_rows(rows: Iterable[dict], size: int) -> Chunks:
@@ -147,6 +155,7 @@ def select_columns(where: str, fields: list[str], found: list[str]) -> list[str]
 
 
 def _parse_json(line: bytes) -> dict:
+    """Return the object in a line of JSON. Raises BadRecord, which is no ValueError, if the line is anything else."""
     try:
         row = json.loads(_decode_utf8(line))
     except ValueError as error:
@@ -159,6 +168,7 @@ def _parse_json(line: bytes) -> dict:
 
 
 def _get_field(row: dict, field: str) -> str:
+    """Return the text in a field of a row. Raises BadRecord if there is none."""
     value: Any = row
     for key in [field] if field in row else field.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -176,6 +186,7 @@ def _get_field(row: dict, field: str) -> str:
 
 
 def _decode_utf8(data: bytes) -> str:
+    """Return the text of UTF-8 bytes, without a byte order mark. Raises BadRecord for bytes that are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,19 +197,13 @@ def _decode_utf8(data: bytes) -> str:
 # ------------------------------------------------------------------------------------------------ from file to record
 
 
-def _read_text(path: Path) -> Chunks:
-    size = path.stat().st_size
-    if size > MAX_RECORD_BYTES:
-        yield [_too_large("file", size)], size
-    else:
-        yield [TextFile(path.read_bytes())], size
-
-
-def _too_large(kind: str, size: int) -> BadRecord:
-    return BadRecord("too large", f"a {kind} of {size} bytes; the limit is {MAX_RECORD_BYTES}")
+def _oversized_record(kind: str, size: int) -> BadRecord:
+    """Return the record in place of a file or a line that is too large."""
+    return BadRecord("too large", f"the {kind} has {size} bytes, more than the limit of {MAX_RECORD_BYTES}")
 
 
 def _read_lines(path: Path) -> Chunks:
+    """Yield the lines of a JSON Lines file, and a `BadRecord` where a compressed file is damaged."""
     read_blocks = {".zst": _read_zstd, ".gz": _read_gzip}.get(path.suffix.lower(), _read_plain)
     splitter = _LineSplitter()
     with open(path, "rb") as file:
@@ -222,30 +227,31 @@ class _LineSplitter:
     def split(self, block: bytes) -> list[Record]:
         """Return the lines that end in this block."""
         first, *others = block.split(b"\n")
-        self._append(first)
+        self._extend_pending(first)
         if not others:
             return []
         lines = [self.take_pending(), *others[:-1]]
-        self._append(others[-1])
+        self._extend_pending(others[-1])
         return lines
 
     def take_pending(self) -> Record:
         """Return the pending line, which may be empty, and begin another one."""
-        line = _too_large("line", self._size) if self._size > MAX_RECORD_BYTES else b"".join(self._parts)
+        line = _oversized_record("line", self._size) if self._size > MAX_RECORD_BYTES else b"".join(self._parts)
         self._parts = []
         self._size = 0
         return line
 
-    def _append(self, part: bytes) -> None:
+    def _extend_pending(self, part: bytes) -> None:
+        """Append to the pending line. The content of an overlong line is dropped, and its bytes are still counted."""
+        self._parts.append(part)
         self._size += len(part)
         if self._size > MAX_RECORD_BYTES:
             self._parts = []
-        else:
-            self._parts.append(part)
 
 
 def _read_plain(file: IO[bytes]) -> Iterator[bytes]:
-    # `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
+    """Yield blocks of a file, or of a decompressed one."""
+    # This calls `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
     while block := file.read1(2**20):
         yield block
 
@@ -256,11 +262,12 @@ def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield blocks of the text in a file of zstd frames."""
     # zstandard's stream_reader does not notice that a file is cut short, so we track the frames ourselves.
     frame = None
     while data := file.read(COMPRESSED_READ_BYTES):
         while data:
-            # By default windows of more than 128 MiB are refused, but `zstd --long=31` writes windows of 2 GiB.
+            # By default, windows of more than 128 MiB are refused, but `zstd --long=31` writes windows of 2 GiB.
             frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             yield frame.decompress(data)
             data = frame.unused_data
@@ -271,6 +278,7 @@ def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read_table(path: Path, fields: list[str]) -> Chunks:
+    """Yield the rows of a Parquet or Arrow file, and a `BadRecord` where it is damaged."""
     import pyarrow
 
     read_batches = _read_parquet if path.suffix.lower() == ".parquet" else _read_arrow
@@ -328,7 +336,5 @@ def _convert_rows(batch) -> list[Record]:
     except pyarrow.ArrowInvalid as error:
         if len(batch) == 1:
             return [BadRecord("damaged row", f"the row is damaged or not UTF-8 ({error})")]
-    rows = []
-    for i in range(len(batch)):
-        rows += _convert_rows(batch.slice(i, 1))
-    return rows
+    # One of the rows is damaged, so each is validated by itself.
+    return list(chain.from_iterable(_convert_rows(batch.slice(i, 1)) for i in range(len(batch))))

@@ -1,7 +1,7 @@
 """Find the text to prepare: files and folders, Python's standard library, and data sets of the Hugging Face hub.
 
-A source is a name and its inputs, in order. An input is read from its beginning: a file, or one file of a data set that
-is streamed. `read_batches` reads inputs; what is inside of a file is the subject of glalm.prepare.records.
+A source is a name and its inputs, in order. An input is a local file, or one file of a data set that is streamed.
+`read_batches` reads inputs; what is inside of a file is the subject of glalm.prepare.records.
 """
 
 import os
@@ -23,13 +23,13 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 @dataclass(frozen=True)
 class Input:
-    """What is read from its beginning, as part of a source.
+    """One file of a source, which is read from its beginning to its end.
 
     Attributes:
         source: The name of its source.
         name: A file's path below the folder of its source, or the address of a streamed file.
-        size: Its bytes, by which progress is measured.
-        mtime_ns: The time of a file's last change.
+        size: Its size in bytes, estimated for a streamed file. Progress is measured by it.
+        mtime_ns: The time of a local file's last change.
     """
 
     source: str
@@ -46,15 +46,15 @@ class Input:
         return self.source, self.name
 
     def has_changed(self) -> bool:
-        """Return whether a file has changed since its source was opened."""
+        """Return whether the input has changed since its size and time were read. A streamed file never does."""
         return False
 
     def compute_sha256(self) -> str | None:
-        """Return the SHA-256 of a file."""
+        """Return the SHA-256 of the content, or None for a streamed file."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return what the plan and inputs.jsonl say of an input."""
+        """Return what the plan and inputs.jsonl record of an input."""
         return {"source": self.source, "name": self.name, "bytes": self.size, "mtime_ns": self.mtime_ns}
 
 
@@ -152,7 +152,7 @@ def read_batches(
         first = 0
 
 
-def open_source(spec: str | os.PathLike | Source) -> Source:
+def parse_source(spec: str | os.PathLike | Source) -> Source:
     """Return the source that the command line calls `spec`, which is [NAME=] followed by one of
 
         stdlib                                 the standard library of the running interpreter
@@ -170,37 +170,41 @@ def open_source(spec: str | os.PathLike | Source) -> Source:
     if not Path(address).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", address)):
         name, address = match.groups()
     if address == "stdlib":
-        return stdlib_source(name=name or "stdlib")
+        return find_stdlib(name=name or "stdlib")
     if address.startswith("hf:"):
-        return hub_source(address.removeprefix("hf:"), name)
-    return local_source(address, name)
+        return find_hub_dataset(address.removeprefix("hf:"), name)
+    return find_local_files(address, name)
 
 
-def stdlib_source(root: str | os.PathLike | None = None, name: str = "stdlib") -> Source:
-    """Return the running interpreter's standard library: its .py files in the order of their paths, without tests.
+def find_stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> Source:
+    """Return Python's standard library as a source: its .py files in the order of their paths, without tests.
 
-    These are some 700 documents and 12 MB, the longest of hundreds of thousands of characters. Files that were
-    generated when the interpreter was built are skipped, so that one version of Python always gives the same text.
+    These are about 700 documents and 12 MB; the longest have several hundred thousand characters.
+
+    Args:
+        root: The folder of the library. None is that of the running interpreter.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
-    inputs = [_open_file(name, root, file) for file in _list_files(root) if _is_library_module(file)]
+    inputs = []
+    for file in _list_files(root):
+        parts = file.split("/")
+        # These were written when the interpreter was built. Without them, a version of Python always gives one text.
+        is_generated = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
+        if file.endswith(".py") and NOT_LIBRARY.isdisjoint(parts) and not is_generated:
+            inputs.append(_describe_file(name, root, file))
     if not inputs:
         raise ValueError(f"{root} has no .py files of a standard library. Name a folder of text instead.")
     return Source(name, tuple(inputs))
 
 
-def _is_library_module(file: str) -> bool:
-    parts = file.split("/")
-    is_generated = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
-    return file.endswith(".py") and NOT_LIBRARY.isdisjoint(parts) and not is_generated
+def find_local_files(path: str | os.PathLike, name: str = "") -> Source:
+    """Return the source that consists of one file, or of all files below a folder.
 
-
-def local_source(path: str | os.PathLike, name: str = "") -> Source:
-    """Return a file, or the files below a folder that end in one of SUFFIXES, in any case, without hidden ones.
+    Only files whose names end in one of SUFFIXES, ignoring case, are read. Hidden files and folders are skipped.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: It is, or holds, no file with one of SUFFIXES.
+        ValueError: No file has one of SUFFIXES.
     """
     path = Path(path)
     if not path.exists():
@@ -212,17 +216,22 @@ def local_source(path: str | os.PathLike, name: str = "") -> Source:
         raise ValueError(f"{path}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
     name = name or folder.resolve().name or "files"
     skipped = sorted(set(files) - set(readable))
-    inputs = [_open_file(name, folder, file) for file in readable]
+    inputs = [_describe_file(name, folder, file) for file in readable]
     return Source(name, tuple(inputs), tuple(folder / file for file in skipped))
 
 
-def _open_file(source: str, root: Path, name: str) -> FileInput:
+def _describe_file(source: str, root: Path, name: str) -> FileInput:
+    """Return the file `root` / `name` as an input, with its current size and time."""
     status = (root / name).stat()
     return FileInput(source, name, status.st_size, status.st_mtime_ns, root / name)
 
 
-def hub_source(spec: str, name: str = "") -> Source:
-    """Return a data set that `datasets` streams. `spec` is DATASET[:CONFIG[:SPLIT]][@REVISION]; SPLIT is train."""
+def find_hub_dataset(spec: str, name: str = "") -> Source:
+    """Return a data set that `datasets` streams as a source.
+
+    Args:
+        spec: DATASET[:CONFIG[:SPLIT]][@REVISION]. SPLIT defaults to train.
+    """
     from datasets import load_dataset  # takes seconds
 
     address, _, revision = spec.partition("@")
@@ -239,10 +248,13 @@ def hub_source(spec: str, name: str = "") -> Source:
 
 
 def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
-    """Return all inputs of `sources` in order, without the files of a set in the folder `out` that lies among them.
+    """Return the inputs of all `sources`, in order.
+
+    Files inside `out`, an absolute path without links, are excluded: a set that is written into the folder of a source
+    is not read as text.
 
     Raises:
-        ValueError: There are none, or two of them have the same source and name.
+        ValueError: There are no inputs, or two have the same source and name.
     """
     if not sources:
         raise ValueError("There are no sources. Name at least one: 'stdlib', a file or folder of text, or hf:DATASET.")
@@ -251,16 +263,12 @@ def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
         for new in source.inputs:
             if isinstance(new, FileInput) and out in new.path.resolve().parents:
                 continue
-            other = inputs.setdefault(new.key, new)
-            if other is not new:
-                raise ValueError(
-                    f"{other} and {new} would both be {new.name!r} of the source {new.source!r}. Give one of them "
-                    "another name (NAME=PATH), or remove it if they are the same."
-                )
+            if new.key in inputs:
+                both = f"{inputs[new.key]} and {new} would both be {new.name!r} of the source {new.source!r}."
+                raise ValueError(f"{both} Give one of them another name (NAME=PATH), or remove it if it is a copy.")
+            inputs[new.key] = new
     if not inputs:
-        raise ValueError(
-            f"All sources lie in {out}, the folder of the set. Write the set to another folder with --out."
-        )
+        raise ValueError(f"All sources lie in {out}, the folder of the set. Choose another folder with --out.")
     return list(inputs.values())
 
 

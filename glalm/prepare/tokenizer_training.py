@@ -20,7 +20,7 @@ from glalm.prepare.sources import FileInput, Input, read_batches
 from glalm.progress import ProgressBar
 
 MAX_INPUT_BYTES = 2**32  # of input that `train_on_inputs` reads
-# SentencePiece skips a sentence of more than 4192 bytes without a warning; 1000 characters are always fewer.
+# SentencePiece skips a sentence of more than 4192 bytes without a warning; 1000 characters are at most 4000 bytes.
 MAX_SENTENCE_CHARACTERS = 1000
 
 
@@ -54,7 +54,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_split_sentences(sample),
+            sentence_iterator=_cut_lines(sample),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -85,16 +85,19 @@ def train_on_inputs(inputs: list[Input], settings: dict, bar: ProgressBar) -> To
     """Train a tokenizer on the training documents of `inputs`, as the settings of a set say.
 
     Raises:
-        ValueError: The inputs are too large to be read twice, or have no text.
+        ValueError: The inputs are too large, or streamed, so they cannot be read twice; or they have no text.
     """
     size = sum(source_input.size for source_input in inputs)
-    if size > MAX_INPUT_BYTES or not all(isinstance(source_input, FileInput) for source_input in inputs):
-        raise ValueError(
-            "These sources are too large to train a tokenizer on, because they would be read twice. Train one on a "
-            "part of them with scripts/train_tokenizer.py, or choose an existing one, and name it with --tokenizer."
-        )
+    problem = ""
+    if size > MAX_INPUT_BYTES:
+        problem = f"These sources have {size:,} bytes, but a tokenizer is trained on at most {MAX_INPUT_BYTES:,}."
+    if not all(isinstance(source_input, FileInput) for source_input in inputs):
+        problem = "Streamed data sets would be downloaded twice to train a tokenizer."
+    if problem:
+        advice = "Train one on a part of the text with scripts/train_tokenizer.py, or choose an existing one, and name "
+        raise ValueError(f"{problem} {advice}it with --tokenizer.")
     texts = read_training_texts(inputs, settings["held_out"], settings["text_field"], bar)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:  # A Tokenizer keeps its model in memory.
         return train_sentencepiece(texts, Path(folder) / "tokenizer.model", settings["tokenizer"]["vocab_size"])
 
 
@@ -146,7 +149,8 @@ def sample_texts(texts: Iterable[str], max_bytes: int, chunk: int = 2**16) -> li
     return [piece.decode() for _, piece in sorted(heap, reverse=True)]
 
 
-def _split_sentences(texts: Iterable[str]) -> Iterator[str]:
+def _cut_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yield SentencePiece's sentences: the lines of `texts` that are not empty, cut to MAX_SENTENCE_CHARACTERS."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):

@@ -2,15 +2,17 @@
 
 Unfinished files have temporary names and only grow. A commit records how long each of them is, together with the
 position in the inputs, in one small journal that is replaced atomically. The next process truncates the files to these
-lengths, so what a killed process wrote after its last commit is neither lost nor repeated.
+lengths, so what a killed process wrote after its last commit is discarded and written again, and no
+document is lost or duplicated.
 """
 
 import json
 import re
 import resource
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 
@@ -29,8 +31,9 @@ from glalm.prepare.plan import Plan, changed_error
 from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
 from glalm.prepare.sources import Input, RecordBatch
 
-# The position in the inputs, the counts of each source and of the input that is being read, the sizes of the logs, and
-# the states of the shard writers. These keys are part of the format on disk.
+# The journal's keys, which are part of the format on disk, stand for these attributes of SetWriter: "cursor" for
+# `position`, "books" for `counts` (the documents of each source, as in the manifest), "current" for `_input_counts`.
+# "logs" has the sizes of the logs, and "splits" the states of the shard writers.
 EMPTY_STATE = {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
 NO_DOCUMENTS = {"read": 0, "written": 0}
 COUNTS = ("documents", "tokens", "text_bytes")
@@ -56,7 +59,7 @@ class GrowingArray:
         self.path = path
         self.dtype = dtype
         self.length = length
-        self._file = _reopen(temporary_path(path), HEADER_BYTES + length * dtype.itemsize if length else 0)
+        self._file = _reopen_or_advise(temporary_path(path), HEADER_BYTES + length * dtype.itemsize if length else 0)
         if not length:
             self._write_header()
 
@@ -97,7 +100,15 @@ class ShardWriter:
         self.shards: list[dict] = list(state["shards"])
         self._counts: dict[str, int] | None = state["open"] and dict(state["open"])  # of the unfinished shard
         folder.mkdir(parents=True, exist_ok=True)
-        self._remove_uncommitted_files()
+        committed = set()
+        for shard in self.shards:
+            committed |= {root / file["file"] for file in shard["files"].values()}
+        for path in self._shard_paths() if self._counts else ():
+            committed.add(temporary_path(path))
+            if path.exists():  # The shard was finished after the commit.
+                path.rename(temporary_path(path))
+        for path in set(folder.iterdir()) - committed:
+            path.unlink()
         if self._counts:
             self._open_arrays(self._counts["tokens"], self._counts["documents"] + 1)
 
@@ -128,17 +139,17 @@ class ShardWriter:
             return
         self._tokens.finish()
         self._borders.finish()
-        tokens = self._tokens.path
-        documents = self._borders.path
-        checksums = tokens.with_suffix(".crc32")
-        with atomic_write(checksums) as file:
-            file.write(np.concatenate([block_sums(tokens), block_sums(documents)]).tobytes())
-        paths = {"tokens": tokens, "documents": documents, "checksums": checksums}
+        tokens_path, borders_path = self._shard_paths()
+        sums_path = tokens_path.with_suffix(".crc32")
+        with atomic_write(sums_path) as file:
+            file.write(np.concatenate([block_sums(tokens_path), block_sums(borders_path)]).tobytes())
+        paths = {"tokens": tokens_path, "documents": borders_path, "checksums": sums_path}
         files = {name: describe_file(path, self.root) for name, path in paths.items()}
         self.shards.append({**self._counts, "files": files})
         self._counts = None
 
     def _shard_paths(self) -> tuple[Path, Path]:
+        """Return the final names of the unfinished shard's tokens and document borders."""
         number = f"{len(self.shards):05d}"
         return self.folder / f"{number}.npy", self.folder / f"{number}.docs.npy"
 
@@ -146,17 +157,6 @@ class ShardWriter:
         tokens_path, borders_path = self._shard_paths()
         self._tokens = GrowingArray(tokens_path, self.dtype, tokens)
         self._borders = GrowingArray(borders_path, np.dtype("int64"), borders)
-
-    def _remove_uncommitted_files(self) -> None:
-        committed = set()
-        for shard in self.shards:
-            committed |= {self.root / file["file"] for file in shard["files"].values()}
-        for path in self._shard_paths() if self._counts else ():
-            committed.add(temporary_path(path))
-            if path.exists():  # The shard was finished after the commit.
-                path.rename(temporary_path(path))
-        for path in set(self.folder.iterdir()) - committed:
-            path.unlink()
 
 
 class SetWriter:
@@ -174,13 +174,17 @@ class SetWriter:
         self.position: list[int] = state["cursor"]
         self.counts: dict[str, dict] = dict(state["books"])
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
-        self._logs = {name: _reopen(out / name, state["logs"].get(name, 0)) for name in LOGS}
+        self._logs = {name: _reopen_or_advise(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._source_of_folder: dict[str, str] = {}
-        _allow_open_files()
+        _raise_open_file_limit()
         for split in SPLITS:
             sources = state["splits"].get(split, {})
-            self._remove_uncommitted_folders(split, sources)
+            committed = set(map(_folder_name, sources))
+            self.out.joinpath(split).mkdir(exist_ok=True)
+            for folder in self.out.joinpath(split).iterdir():
+                if folder.name not in committed:
+                    shutil.rmtree(folder)
             for source, shard_state in sources.items():
                 self._open_writer(split, source, shard_state)
 
@@ -197,16 +201,24 @@ class SetWriter:
             writer = writer or self._open_writer(document.split, document.source)
             writer.add_document(encoded.ids[start:stop], document.text_bytes)
             start = stop
+        counts = self.counts.setdefault(source_input.source, {"read": 0, "written": 0, "skipped": {}})
+        skipped = counts["skipped"]
         for record in encoded.skipped:
             row = {"source": source_input.source, "name": source_input.name, "record": record.number}
             self._log("skipped.jsonl", {**row, "reason": record.reason, "detail": record.detail[:200]})
-        self._count(source_input.source, encoded)
+            skipped[record.reason] = skipped.get(record.reason, 0) + 1
+        for entry in (counts, self._input_counts):
+            entry["read"] += len(encoded.documents) + len(encoded.skipped)
+            entry["written"] += len(encoded.documents)
         self.position = [batch.input_index, batch.first + len(batch.records)]
         if batch.is_last:
             self._finish_input(source_input)
 
     def commit(self) -> None:
-        """Flush everything to disk, so that a process that is killed later loses nothing that was written so far."""
+        """Flush all files to disk, and record their lengths in the journal, from which a later process resumes.
+
+        Then update the manifest, which is still marked as incomplete.
+        """
         splits: dict[str, dict] = {split: {} for split in SPLITS}
         for (split, source), writer in self._writers.items():
             splits[split][source] = writer.commit()
@@ -221,17 +233,21 @@ class SetWriter:
         self.write_manifest(complete=False)
 
     def finish(self) -> None:
-        """Complete all shards and the set."""
+        """Finish the last shards, write the final manifest, and delete the plan and the journal."""
         for writer in self._writers.values():
             writer.finish_shard()
         self.commit()
         self.write_manifest(complete=True)
-        # The plan goes before the journal, because a plan without a journal would begin the work again.
+        # The plan is deleted first, because a plan without a journal would start the work from the beginning.
         (self.out / PLAN).unlink()
         (self.out / JOURNAL).unlink()
 
     def write_manifest(self, complete: bool) -> None:
-        """Write the manifest of the shards that are complete. `complete` says whether these are all."""
+        """Write the manifest of the finished shards.
+
+        Args:
+            complete: Whether these are all shards of the set. Only then are the hashes of the logs included.
+        """
         logs = {name: describe_file(self.out / name, self.out) for name in LOGS} if complete else {}
         manifest = {
             "format": FORMAT,
@@ -248,16 +264,17 @@ class SetWriter:
         write_json(self.out / MANIFEST, manifest, indent=1)
 
     def _describe_split(self, split: str) -> dict:
+        """Return what the manifest lists of a split."""
         sources = {}
-        for source in sorted(source for other, source in self._writers if other == split):
-            shards = self._writers[split, source].shards
-            if shards:
-                sources[source] = {**_sum_counts(shards), "shards": shards}
+        for (other, source), writer in sorted(self._writers.items()):
+            if other == split and writer.shards:
+                sources[source] = {**_sum_counts(writer.shards), "shards": writer.shards}
         tokens = [entry["tokens"] for entry in sources.values()]
         leftover = {str(T): sum(count_leftover_tokens(count, T) for count in tokens) for T in LEFTOVER_LENGTHS}
         return {**_sum_counts(sources.values()), "sources": sources, "left_over": leftover}
 
     def _finish_input(self, source_input: Input) -> None:
+        """Log an input that was read completely, and move the position to the next one."""
         sha256 = source_input.compute_sha256()
         if source_input.has_changed():
             raise changed_error(source_input, self.out)
@@ -265,45 +282,28 @@ class SetWriter:
         self.position = [self.position[0] + 1, 0]
         self._input_counts = dict(NO_DOCUMENTS)
 
-    def _count(self, source: str, encoded: EncodedBatch) -> None:
-        source_counts = self.counts.setdefault(source, {"read": 0, "written": 0, "skipped": {}})
-        for counts in (source_counts, self._input_counts):
-            counts["read"] += len(encoded.documents) + len(encoded.skipped)
-            counts["written"] += len(encoded.documents)
-        skipped = source_counts["skipped"]
-        for record in encoded.skipped:
-            skipped[record.reason] = skipped.get(record.reason, 0) + 1
-
     def _log(self, name: str, row: dict) -> None:
+        """Append a row to one of LOGS."""
         # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
         self._logs[name].write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
     def _open_writer(self, split: str, source: str, state: dict | None = None) -> ShardWriter:
+        """Return a new writer for the documents of one source in one split, which resumes from `state`."""
         folder = _folder_name(source)
         other = self._source_of_folder.setdefault(folder, source)
         if other != source:
             raise ValueError(f"The sources {source!r} and {other!r} would share the folder {folder}. Rename one.")
         if len(self._source_of_folder) > MAX_SOURCES:
-            raise ValueError(
-                f"There are more than {MAX_SOURCES} sources, among them {source!r}. Check that --source-field names a "
-                "field with few values."
-            )
-        path = self.out / split / folder
+            problem = f"There are more than {MAX_SOURCES} sources, among them {source!r}."
+            raise ValueError(f"{problem} Check that --source-field names a field with few values.")
         shard_tokens = self.plan.settings["shard_tokens"]
         if split != "train":
             # Smaller shards for held-out text, so that the first shards of all splits are complete at about one time.
             share = self.plan.settings["held_out"][split]
             shard_tokens = min(shard_tokens, max(MIN_HELD_OUT_SHARD, int(shard_tokens * share)))
-        writer = ShardWriter(path, self.out, self.plan.dtype, shard_tokens, state)
+        writer = ShardWriter(self.out / split / folder, self.out, self.plan.dtype, shard_tokens, state)
         self._writers[split, source] = writer
         return writer
-
-    def _remove_uncommitted_folders(self, split: str, sources: dict) -> None:
-        self.out.joinpath(split).mkdir(exist_ok=True)
-        committed = set(map(_folder_name, sources))
-        for folder in self.out.joinpath(split).iterdir():
-            if folder.name not in committed:
-                shutil.rmtree(folder)
 
 
 def format_counts(counts: dict[str, dict]) -> list[str]:
@@ -315,14 +315,15 @@ def format_counts(counts: dict[str, dict]) -> list[str]:
     return lines
 
 
-def _allow_open_files() -> None:
-    """Raise the process's limit of open files, which is often 1,024, as far as the system permits."""
+def _raise_open_file_limit() -> None:
+    """Raise the limit on open files (often 1,024) to MAX_OPEN_FILES, or as far as the hard limit permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < MAX_OPEN_FILES:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_OPEN_FILES, hard), hard))
 
 
-def _reopen(path: Path, size: int) -> Any:
+def _reopen_or_advise(path: Path, size: int) -> IO[bytes]:
+    """Do what `reopen_truncated` does, and add to its error what to type next."""
     try:
         return reopen_truncated(path, size)
     except ValueError as error:
@@ -330,9 +331,10 @@ def _reopen(path: Path, size: int) -> Any:
 
 
 def _folder_name(source: str) -> str:
+    """Return the name of a source's folders: the source without characters that a path cannot have."""
     return re.sub(r"[^\w.-]+", "_", source).strip(".") or "_"
 
 
-def _sum_counts(entries) -> dict[str, int]:
-    entries = list(entries)
+def _sum_counts(entries: Collection[dict]) -> dict[str, int]:
+    """Return the sums of COUNTS over shards, or over sources."""
     return {key: sum(entry[key] for entry in entries) for key in COUNTS}

@@ -247,7 +247,7 @@ def test_it_does_not_go_on_with_inputs_that_have_changed(copied, settings, tmp_p
     interrupted(blocks, [copied], tmp_path / "set", **settings)
     path = copied / f"{name}.jsonl"
     path.write_text(path.read_text().replace("return", "RETURN"))
-    with pytest.raises(ValueError, match=rf"{path} has changed since .*set was begun.*--overwrite"):
+    with pytest.raises(ValueError, match=rf"{path} has changed since .*set began, .*--overwrite"):
         prepare_data([copied], tmp_path / "set", **settings)
     manifest = prepare_data([copied], tmp_path / "set", overwrite=True, **settings)
     [row] = [r for r in files.read_jsonl(tmp_path / "set/inputs.jsonl") if r["name"] == path.name]
@@ -262,14 +262,14 @@ def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, s
 
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tmp_path, monkeypatch):
-    path, count = copied / "b.jsonl", writer.SetWriter._count
+    path, finish = copied / "b.jsonl", writer.SetWriter._finish_input
 
     def changing(self, *args):
         path.touch()
-        count(self, *args)
+        finish(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.SetWriter, "_count", changing)
+        patch.setattr(writer.SetWriter, "_finish_input", changing)
         with pytest.raises(ValueError, match=rf"{path} has changed since"):
             prepare_data([copied], tmp_path / "set", workers=1, **settings)
     with pytest.raises(ValueError, match=rf"{path} has changed since"):
@@ -386,7 +386,7 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
         prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
     with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
-    with pytest.raises(ValueError, match=r"unfinished set.*a\.jsonl is gone"):
+    with pytest.raises(ValueError, match=r"unfinished set.*inputs are missing, such as a\.jsonl"):
         prepare_data([sources / "b.jsonl"], tmp_path / "set", **settings)
     with pytest.raises(ValueError, match="so far, because it is still being prepared"):
         from glalm.data.loader import Windows

@@ -20,7 +20,7 @@ from glalm.prepare import sources as sources_module
 from glalm.prepare.encode import split_of
 from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
-from glalm.prepare.sources import stdlib_source
+from glalm.prepare.sources import find_stdlib
 from glalm.prepare.tokenizer_training import train_sentencepiece
 
 SMALL = {"vocab_size": 400, "progress": False}
@@ -243,7 +243,7 @@ def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
 
 def test_command_line(tmp_path):
     root = Path(__file__).parents[2]
-    library = stdlib_source()
+    library = find_stdlib()
     mine = tmp_path / "mine"
     mine.mkdir()
     names = [i.name for i in library.inputs]
@@ -371,7 +371,7 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
         prepare_data([corpus], out, vocab_size=400, add=True)
     assert (out / "train/00000.npy").exists()
     prepare_data([corpus], out, vocab_size=400)
-    assert "has a set of format 1. The current format is 3, so the set is prepared again." in capsys.readouterr().err
+    assert "has a set of format 1; it is prepared again in the current format, 3." in capsys.readouterr().err
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
 
 
@@ -513,7 +513,7 @@ def test_inspect(prepared, tmp_path, capsys):
         and "60 documents read = 60 written" in shown
         and "counts are consistent" in shown
     )
-    assert "Every file has the SHA-256" in shown
+    assert "The SHA-256 of every file matches the manifest" in shown
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     text = Tokenizer(tokens.tokenizer_path).decode(tokens.read_document(tokens.num_documents // 2))
     assert text.split("\n")[0] in shown

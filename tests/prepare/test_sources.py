@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from glalm.prepare.sources import FileInput, hub_source, local_source, open_source, stdlib_source
+from glalm.prepare.sources import FileInput, find_hub_dataset, find_local_files, find_stdlib, parse_source
 
 
 def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
     for name in ("b.md", "a/z.py", "a/.hidden.py", ".git/c.txt", "a/c.bin", "C.JSONL", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = local_source(tmp_path)
+    found = find_local_files(tmp_path)
     assert [i.name for i in found.inputs] == ["C.JSONL", "a/z.py", "b.md", "d.parquet"]
     assert found.skipped_files == (tmp_path / "a/c.bin",)
 
@@ -24,7 +24,7 @@ def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
     (tmp_path / "corpus/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus/a/up").symlink_to(tmp_path / "corpus")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "corpus/link")
-    assert [i.name for i in local_source(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
+    assert [i.name for i in find_local_files(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
 
 
 def test_names(tmp_path):
@@ -38,27 +38,27 @@ def test_names(tmp_path):
         ("std=stdlib", "std"),
         ("stdlib", "stdlib"),
     ]:
-        assert {open_source(spec).name, open_source(spec).inputs[0].source} == {name}
+        assert {parse_source(spec).name, parse_source(spec).inputs[0].source} == {name}
     (tmp_path / "a=b.txt").write_text("x")
-    assert open_source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # a file that is there is no name
+    assert parse_source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # a file that is there is no name
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        local_source(tmp_path / "absent")
+        find_local_files(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"must end in one of \.txt"):
-        local_source(tmp_path)
+        find_local_files(tmp_path)
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match=r"a\.tar.*must end in"):
-        local_source(tmp_path / "a.tar")
+        find_local_files(tmp_path / "a.tar")
     with pytest.raises(ValueError, match="standard library"):
-        stdlib_source(tmp_path)
+        find_stdlib(tmp_path)
     with pytest.raises(ValueError, match="`datasets` cannot open it"):
-        hub_source(str(tmp_path / "absent"))
+        find_hub_dataset(str(tmp_path / "absent"))
 
 
 def test_stdlib_is_the_library_without_tests():
-    library = open_source("stdlib")
+    library = parse_source("stdlib")
     names = [i.name for i in library.inputs]
     assert names == sorted(names)
     assert {"argparse.py", "json/decoder.py", "unittest/mock.py"} <= set(names)
@@ -71,7 +71,7 @@ def test_stdlib_is_the_library_without_tests():
 
 def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"meta.set": "a", "text": "x", "id": 1}) + "\n")
-    [found] = open_source(f"hf:{tmp_path}").inputs
+    [found] = parse_source(f"hf:{tmp_path}").inputs
     assert [r for records, _ in found.read_records(["text", "meta.set"]) for r in records] == [
         {"meta.set": "a", "text": "x"}
     ]
@@ -82,11 +82,11 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     for i in range(3):
         rows = [{"text": f"{i}.{j}", "meta": {"set": "a"}, "more": j} for j in range(5)]
         (tmp_path / f"part-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = open_source(f"wiki=hf:{tmp_path}")
+    found = parse_source(f"wiki=hf:{tmp_path}")
     assert [i.source for i in found.inputs] == ["wiki"] * 3
     texts = [[r["text"] for records, _ in i.read_records(["text", "meta"]) for r in records] for i in found.inputs]
     assert texts == [[f"{i}.{j}" for j in range(5)] for i in range(3)]
     other = shutil.copytree(tmp_path, tmp_path / "other")  # a data set of as many files is another one
-    assert not {i.name for i in found.inputs} & {i.name for i in hub_source(str(other)).inputs}
+    assert not {i.name for i in found.inputs} & {i.name for i in find_hub_dataset(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read_records(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size

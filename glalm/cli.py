@@ -45,10 +45,10 @@ def compose_config(cls: type, config_name: str, overrides: list[str]):
 def build_config(cls: type, tree: DictConfig):
     """Return the `cls` of a composed config. The mixers of the user's own code that it names are imported."""
     container = OmegaConf.to_container(tree, resolve=True)
-    if "model" in container:
+    if "model" in container or container.get("mixers"):
         from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
 
-        import_user_mixers(container["model"])
+        import_user_mixers(container.get("model", {}), container.get("mixers", []))
     return build_dataclass(cls, container)
 
 

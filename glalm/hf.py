@@ -118,6 +118,7 @@ class CheckpointedBlock(GradientCheckpointingLayer, Block):
 class GLALMPreTrainedModel(PreTrainedModel):
     config_class = GLALMConfig
     base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CheckpointedBlock"]  # noqa: RUF012 (transformers reads a plain list)
     _is_stateful = True  # transformers then refuses assisted decoding, which would have to rewind the state
@@ -152,12 +153,6 @@ class GLALMModel(GLALMPreTrainedModel):
         self.norm = decoder.norm
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings
-
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.embeddings = embeddings
 
     @can_return_tuple
     def forward(

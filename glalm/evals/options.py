@@ -151,6 +151,7 @@ class EvalConfig:
     data_dir: str | None = None  # zero-shot tasks' own data, TASK/SPLIT.jsonl or .parquet; null: from the hub
     train_length: int | None = None  # tokens; null: the run's, or the model's max_position_embeddings
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if the GPU supports it, else fp32
+    mixers: list[str] = field(default_factory=list)  # mixers of your own code that the model has: package.module:Class
     force: bool = False  # run evaluators again that are up to date
     seed: int = 1
     batch_size: int = 16  # sequences at once

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from glalm.cli import compose_config
 from glalm.config.strict import ConfigError, build_dataclass
+from glalm.evals.options import EvalConfig
 from glalm.hf import GLALMConfig
 from glalm.model.config import ModelConfig
 from glalm.model.mixers import MIXERS, import_mixer, import_user_mixers
@@ -84,7 +86,9 @@ def test_what_is_wrong_is_named(tree, message):
 def test_misspelt_keys_are_refused_without_transformers(tree, message):
     code = f"""
 import sys
+from glalm.cli import compose_config
 from glalm.config.strict import ConfigError, build_dataclass
+from glalm.evals.options import EvalConfig
 from glalm.model.config import ModelConfig
 try:
     build_dataclass(ModelConfig, {tree}, "model")
@@ -121,6 +125,12 @@ def test_a_command_line_may_name_a_mixer_of_the_users_code(user_module, tiny):
     assert build_dataclass(ModelConfig, {"mixer": path, "num_hidden_layers": 2}).layer_mixers() == [path] * 2
     assert type(tiny(mixer=path).model.layers[0].attn).__name__ == "Mine"
     assert GLALMConfig.from_dict(GLALMConfig(mixer=path).to_dict()).mixer == path
+
+
+def test_an_evaluation_may_name_the_mixers_of_a_checkpoint(user_module):
+    path = f"{user_module}:Mine"
+    assert compose_config(EvalConfig, "eval", [f"mixers=['{path}']"]).mixers == [path]
+    assert MIXERS[path].__name__ == "Mine"
 
 
 def test_a_config_json_imports_nothing(user_module):

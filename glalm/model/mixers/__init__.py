@@ -1,6 +1,7 @@
 """The registry of token mixers: the names that `model.mixer` and `model.layers` may contain."""
 
 import difflib
+from collections.abc import Iterable
 from importlib import import_module
 
 from glalm.config.strict import ConfigError, require
@@ -39,7 +40,7 @@ def check_mixer_name(key: str, name: str) -> None:
         return
     if ":" in name:
         hint = (
-            ". train.py imports a package.module:Class given on its command line; elsewhere, call "
+            ". train.py imports a package.module:Class in model.mixer, and eval.py in mixers; elsewhere, call "
             "glalm.model.mixers.import_mixer first"
         )
     else:
@@ -86,14 +87,14 @@ def import_mixer(path: str) -> None:
     register_mixer(path, mixer)
 
 
-def import_user_mixers(model: dict) -> None:
-    """Import every `package.module:Class` that a user's config names in `mixer` or `layers`.
+def import_user_mixers(model: dict, more: Iterable[str] = ()) -> None:
+    """Import every `package.module:Class` in `more`, and in `mixer` and `layers` of a model's config by the user.
 
     `layers` is a list or a pattern such as "3*gla+package.module:Class".
     """
     layers = model.get("layers") or []
     parts = layers.split("+") if isinstance(layers, str) else layers
-    for name in (model.get("mixer"), *parts):
+    for name in (model.get("mixer"), *parts, *more):
         path = str(name).replace(" ", "").rpartition("*")[2]
         if ":" in path and path not in MIXERS:
             import_mixer(path)

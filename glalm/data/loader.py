@@ -56,10 +56,9 @@ class Windows:
         self._first_token = np.cumsum([0, *counts.values()])
         if not len(self):
             unfinished = "" if tokens.is_complete else " so far, because it is still being prepared"
-            raise ValueError(
-                f"Windows of length={length} need {length + 1} tokens of a source, but {tokens.folder} has only "
-                f"{tokens.num_tokens} for {tokens.split}{unfinished}. Choose shorter windows or prepare more text."
-            )
+            found = f"{tokens.folder} has only {tokens.num_tokens} for {tokens.split}{unfinished}"
+            problem = f"Windows of length={length} need {length + 1} tokens of a source, but {found}."
+            raise ValueError(f"{problem} Choose shorter windows or prepare more text.")
 
     def __len__(self) -> int:
         return int(self._first_window[-1])

@@ -89,6 +89,7 @@ class Order:
         return cycles * np.array(counts) + np.bincount(sources[:rest], minlength=len(counts))
 
     def _cycle_counts(self) -> tuple[int, ...]:
+        """Return the windows of each source in a cycle of the mixture, in the order of `windows`."""
         return cycle_counts([self.weights[name] for name in self.windows])
 
     def _ids_at(self, positions: np.ndarray) -> np.ndarray:

@@ -179,6 +179,7 @@ class _SentencePiece:
         return "tokenizer.model"
 
     def _encode_pieces(self, text: str) -> np.ndarray:
+        """Return the ids of a text without U+2581, encoded in pieces: int32 [tokens]."""
         pieces = split_text(text, self.SIZE, self.MAX_SEARCH, self._can_cut)
         ids = [np.array(self.processor.encode(next(pieces)), dtype=np.int32)]
         while group := [self._prefix + piece for piece in islice(pieces, self.PIECES_PER_CALL)]:
@@ -245,6 +246,7 @@ class _HuggingFace:
         return "tokenizer"
 
     def _encode_piece(self, text: str) -> list[int]:
+        """Return the ids of a text that is encoded at once."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def _is_between_tokens(self, text: str, place: int) -> bool:

@@ -36,7 +36,7 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_batch(
-    batch: RecordBatch, tokenizer_path: Path, fingerprint: str, dtype: str, settings: dict
+    tokenizer_path: Path, fingerprint: str, dtype: str, settings: dict, batch: RecordBatch
 ) -> EncodedBatch:
     """Tokenize the documents in a batch of records and assign each of them to a split.
 

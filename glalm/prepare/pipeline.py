@@ -94,6 +94,8 @@ def prepare_data(
         "text_field": text_field,
         "source_field": source_field,
     }
+    # Not every system has sched_getaffinity, which counts only the cores that this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
         skipped = describe_skipped_files(sources, out.resolve())
@@ -101,7 +103,7 @@ def prepare_data(
             bar.log(skipped)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if plan:
-            run_plan(plan, inputs, out, on_error, workers or _count_cores(), commit_seconds, bar)
+            run_plan(plan, inputs, out, on_error, workers or cores, commit_seconds, bar)
             new = find_new_inputs(out, inputs, bar) if len(inputs) > len(plan.inputs) else []
             if new:
                 bar.log(f"{len(new)} inputs are not in {out}, because they appeared after it was begun. Use --add.")
@@ -111,7 +113,7 @@ def prepare_data(
 def run_plan(
     plan: Plan, inputs: list[Input], out: Path, on_error: str, workers: int, commit_seconds: float, bar: ProgressBar
 ) -> None:
-    """Read, tokenize and write what is left of the plan.
+    """Read, tokenize and write the inputs of the plan that are not written yet.
 
     Args:
         inputs: The plan's inputs, and possibly others.
@@ -128,13 +130,7 @@ def run_plan(
     documents = 0
     tokens = 0
     batches = read_batches(inputs, list_fields(plan.settings), tuple(writer.position))
-    encode = partial(
-        encode_batch,
-        tokenizer_path=out / tokenizer["name"],
-        fingerprint=tokenizer["fingerprint"],
-        dtype=plan.dtype,
-        settings=plan.settings,
-    )
+    encode = partial(encode_batch, out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
     for batch, encoded in map_in_order(encode, batches, workers, size_of=lambda batch: batch.size):
         source_input = inputs[batch.input_index]
         errors = [record for record in encoded.skipped if record.reason != "empty"]
@@ -161,6 +157,7 @@ def run_plan(
 def _check_arguments(
     held_out: Mapping[str, float], shard_tokens: int, on_error: str, workers: int | None, add_and_overwrite: bool
 ) -> None:
+    """Raise ValueError if an argument of `prepare_data` is invalid."""
     for split in held_out:
         if split not in SPLITS[1:]:
             raise ValueError(f"held_out names an unknown split {split!r}. The splits are {' and '.join(SPLITS[1:])}.")
@@ -176,7 +173,3 @@ def _check_arguments(
         raise ValueError(f"workers={workers} must be at least 1.")
     if add_and_overwrite:
         raise ValueError("add=True and overwrite=True exclude each other: add to the set or replace it.")
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

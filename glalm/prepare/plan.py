@@ -12,7 +12,7 @@ from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet,
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.records import Document, SkippedRecord, parse_records
 from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_set_files, remove_set
-from glalm.prepare.sources import FileInput, HubInput, Input, read_batches
+from glalm.prepare.sources import HubInput, Input, read_batches
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
 
@@ -217,20 +217,19 @@ def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[In
     """Return those of `inputs` whose content a complete set lacks."""
     rows = read_jsonl(out / "inputs.jsonl")
     by_key = {(row["source"], row["name"], row["bytes"]): row for row in rows}
-    name_of_content = {row["sha256"]: row["name"] for row in rows}
+    name_of_content = {row["sha256"]: row["name"] for row in rows if row["sha256"]}  # Streamed files have no hash.
     sizes = {row["bytes"] for row in rows}
     new = []
     for source_input in inputs:
         row = by_key.get((*source_input.key, source_input.size))
-        if row and (row.get("mtime_ns") == source_input.mtime_ns or row["sha256"] == source_input.compute_sha256()):
+        if row and row.get("mtime_ns") == source_input.mtime_ns:
             continue
-        same = None
-        if isinstance(source_input, FileInput) and source_input.size in sizes:
-            same = name_of_content.get(source_input.compute_sha256())
-        if same:
-            bar.log(f"{source_input} is already in the set, as {same}.")
-        else:
+        # A file of another size than all others is new without being hashed.
+        sha256 = source_input.compute_sha256() if source_input.size in sizes else None
+        if sha256 not in name_of_content:
             new.append(source_input)
+        elif not row or row["sha256"] != sha256:
+            bar.log(f"{source_input} is already in the set, as {name_of_content[sha256]}.")
     return new
 
 

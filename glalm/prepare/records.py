@@ -204,11 +204,12 @@ def _oversized_record(kind: str, size: int) -> BadRecord:
 
 def _read_lines(path: Path) -> Chunks:
     """Yield the lines of a JSON Lines file, and a `BadRecord` where a compressed file is damaged."""
-    read_blocks = {".zst": _read_zstd, ".gz": _read_gzip}.get(path.suffix.lower(), _read_plain)
+    suffix = path.suffix.lower()
     splitter = _LineSplitter()
     with open(path, "rb") as file:
+        decompressed = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
         try:
-            for block in read_blocks(file):
+            for block in _read_zstd(file) if suffix == ".zst" else _read_blocks(decompressed):
                 yield splitter.split(block), file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             detail = f"the file is damaged or cut short from here on ({error})"
@@ -249,16 +250,11 @@ class _LineSplitter:
             self._parts = []
 
 
-def _read_plain(file: IO[bytes]) -> Iterator[bytes]:
+def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
     """Yield blocks of a file, or of a decompressed one."""
     # This calls `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
     while block := file.read1(2**20):
         yield block
-
-
-def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as decompressed:
-        yield from _read_plain(decompressed)
 
 
 def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:

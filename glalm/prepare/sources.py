@@ -68,7 +68,7 @@ class FileInput(Input):
         return str(self.path)
 
     def read_records(self, fields: list[str]) -> Chunks:
-        """Yield all records in order. Of a table, only the columns that hold `fields` are read."""
+        """Yield all records in order. From a table, only the columns that hold `fields` are read."""
         return read_file(self.path, fields)
 
     def has_changed(self) -> bool:
@@ -129,7 +129,7 @@ def read_batches(
     """Yield the records of `inputs` in batches of about `batch_bytes` bytes. The last batch of an input may be empty.
 
     Args:
-        fields: The columns to read of a table; see `records.select_columns`.
+        fields: The columns to read from a table; see `records.select_columns`.
         start: The index of an input and a number of its records, before which everything is skipped.
     """
     batch_bytes = batch_bytes or BATCH_BYTES
@@ -260,13 +260,14 @@ def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
         raise ValueError("There are no sources. Name at least one: 'stdlib', a file or folder of text, or hf:DATASET.")
     inputs: dict[tuple[str, str], Input] = {}
     for source in sources:
-        for new in source.inputs:
-            if isinstance(new, FileInput) and out in new.path.resolve().parents:
+        for source_input in source.inputs:
+            if isinstance(source_input, FileInput) and out in source_input.path.resolve().parents:
                 continue
-            if new.key in inputs:
-                both = f"{inputs[new.key]} and {new} would both be {new.name!r} of the source {new.source!r}."
+            other = inputs.get(source_input.key)
+            if other:
+                both = f"{other} and {source_input} would both be {source_input.name!r} of the source {source.name!r}."
                 raise ValueError(f"{both} Give one of them another name (NAME=PATH), or remove it if it is a copy.")
-            inputs[new.key] = new
+            inputs[source_input.key] = source_input
     if not inputs:
         raise ValueError(f"All sources lie in {out}, the folder of the set. Choose another folder with --out.")
     return list(inputs.values())

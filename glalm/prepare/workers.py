@@ -47,15 +47,15 @@ def map_in_order(
         for first, future in pending:
             yield first, future.result()
     except BrokenProcessPool as error:
-        raise ValueError(
-            f"One of the {workers} worker processes was killed, as the system does when memory runs out. Run the same "
-            "command again to resume, with a smaller --workers if memory is short."
-        ) from error
+        problem = f"One of the {workers} worker processes was killed, as the system does when memory runs out."
+        advice = "Run the same command again to resume, with a smaller --workers if memory is short."
+        raise ValueError(f"{problem} {advice}") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker() -> None:
+    """Prepare this worker process before its first item."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
     bind_to_parent()
 
@@ -63,9 +63,9 @@ def _start_worker() -> None:
 def bind_to_parent() -> None:
     """Make this worker process ignore Ctrl-C, on which its parent acts, and exit when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
+    def exit_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
 
-def _exit_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -64,10 +64,12 @@ class GrowingArray:
             self._write_header()
 
     def append(self, values: np.ndarray | list[int]) -> None:
+        """Append `values`, which are on disk after the next `flush`."""
         self._file.write(np.ascontiguousarray(values, dtype=self.dtype))
         self.length += len(values)
 
     def flush(self) -> None:
+        """Flush all elements to disk. The header still has an earlier length."""
         flush_to_disk(self._file)
 
     def finish(self) -> None:
@@ -77,6 +79,7 @@ class GrowingArray:
         rename_into_place(self._file, self.path)
 
     def _write_header(self) -> None:
+        """Write the .npy header of an array of the current length at the current position in the file."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
@@ -154,6 +157,7 @@ class ShardWriter:
         return self.folder / f"{number}.npy", self.folder / f"{number}.docs.npy"
 
     def _open_arrays(self, tokens: int, borders: int) -> None:
+        """Open the unfinished shard's arrays after their first `tokens` and `borders` elements."""
         tokens_path, borders_path = self._shard_paths()
         self._tokens = GrowingArray(tokens_path, self.dtype, tokens)
         self._borders = GrowingArray(borders_path, np.dtype("int64"), borders)

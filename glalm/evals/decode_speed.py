@@ -58,11 +58,9 @@ class DecodeSpeedEvaluator(Evaluator):
             # Autocast would cast all float32 weights again for every token.
             model = dataclasses.replace(model, causal_lm=copy.deepcopy(model.causal_lm).bfloat16())
             unused_bytes = sum(p.nbytes for p in self.model.causal_lm.parameters())
-        rows = []
+        measure = partial(measure_decoding, model, config=self.config, advance=context.advance)
         with torch.autocast(model.device.type, enabled=False):
-            for length in self.lengths:
-                action = partial(measure_decoding, model, length, self.config, context.advance, unused_bytes)
-                rows.append(context.run_on_rank_0(action))
+            rows = [context.run_on_rank_0(partial(measure, length, unused_bytes)) for length in self.lengths]
         return {"lengths": rows}
 
     def summarize(self, results: dict) -> list[str]:
@@ -78,7 +76,7 @@ class DecodeSpeedEvaluator(Evaluator):
 
 @torch.no_grad()
 def measure_decoding(
-    model: EvalModel, length: int, config: EvalConfig, advance: Callable[[int], object], unused_bytes: int
+    model: EvalModel, length: int, unused_bytes: int, config: EvalConfig, advance: Callable[[int], object]
 ) -> dict:
     """Time decoding after `length` random tokens.
 

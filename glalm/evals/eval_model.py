@@ -31,6 +31,8 @@ class EvalModel:
 
     Attributes:
         causal_lm: One of ours (`is_ours`) or any of transformers.
+        is_recurrent: Whether the state has one size, however many tokens were read.
+        accepts_state: Whether the model can continue a text from a state.
         document_prefix: Token ids that documents began with in training: (bos,) or (). None: the ids that data
             preparation with `tokenizer` inserts.
         train_length: Training length in tokens, if known.
@@ -66,30 +68,17 @@ class EvalModel:
             self.document_boundaries = self.run_config.data.document_boundaries if self.run_config else "ignore"
         self.device: torch.device = causal_lm.device
         self.parameters: int = sum(p.numel() for p in causal_lm.parameters())
+        self.vocab_size: int = causal_lm.config.get_text_config().vocab_size
         self.is_ours = isinstance(causal_lm, GLALMForCausalLM)
         # Without a head, features are the logits of all positions, as of models that scale or cap their logits.
         self._head = causal_lm.get_output_embeddings() if self.is_ours or _head_gives_logits(causal_lm) else None
         self._forward_arguments = inspect.signature(causal_lm.forward).parameters.keys()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.causal_lm.config.get_text_config().vocab_size
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether the state has one size, however many tokens were read."""
-        if self.is_ours:
-            return "attention" not in self.causal_lm.config.layer_mixers()
-        return self.causal_lm._is_stateful
-
-    @property
-    def accepts_state(self) -> bool:
-        """Whether the model can read many tokens from a state. Recurrent models of transformers read one at a time."""
-        return self.is_ours or self._uses_cache
-
-    @property
-    def _uses_cache(self) -> bool:
-        return not self.is_ours and not self.causal_lm._is_stateful and "past_key_values" in self._forward_arguments
+        self.is_recurrent = (
+            "attention" not in causal_lm.config.layer_mixers() if self.is_ours else causal_lm._is_stateful
+        )
+        # Recurrent models of transformers cannot read several tokens from a state, only one.
+        self._uses_cache = not self.is_ours and not self.is_recurrent and "past_key_values" in self._forward_arguments
+        self.accepts_state = self.is_ours or self._uses_cache
 
     @cached_property
     def bytes_per_state(self) -> int:

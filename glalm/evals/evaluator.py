@@ -28,6 +28,10 @@ class EvalContext:
         self._partial_path: Path | None = None
         self._all_ranks_raised = False
 
+    def map(self, function: Callable[[Any], Any], items: Iterable) -> list:
+        """Return function(item) of all items on every rank, each computed on one rank."""
+        return self.gather([function(item) for item in self.share(items)])
+
     def share(self, items: Iterable) -> list:
         """Return this rank's share of the items: every `world_size`th of them."""
         return list(items)[self.rank :: self.world_size]

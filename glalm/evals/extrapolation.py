@@ -27,14 +27,15 @@ from torch import Tensor
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError, require
-from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
-from glalm.evals.inputs import describe_data, open_split
+from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarize_losses
 from glalm.evals.plot import plot_extrapolation, plot_ratios
+
+Texts = Sequence[np.ndarray]  # token ids of each
 
 
 class ExtrapolationEvaluator(Evaluator):
@@ -51,8 +52,8 @@ class ExtrapolationEvaluator(Evaluator):
         )
         require(
             options.bucket is None or train_length % options.bucket == 0,
-            f"extrapolation.bucket={options.bucket} does not divide the training length {train_length}, but a bucket "
-            "must end there for others to be compared with it; write a divisor of it, or null for a half",
+            f"extrapolation.bucket={options.bucket} does not divide the training length {train_length}; write one of "
+            "its divisors, or null for half of it",
         )
         longest_input = options.max_length if "stateful" in options.contexts else train_length
         model.require_length(longest_input, "extrapolation.max_length")
@@ -93,10 +94,8 @@ class ExtrapolationEvaluator(Evaluator):
         return {f"{n}x": ratio["ratio"] for n, ratio in first["ratios"].items()}
 
     def plot(self, record: dict, folder: Path) -> list[Path]:
-        return [
-            *plot_extrapolation([record], folder / "extrapolation.png"),
-            *plot_ratios([record], folder / "extrapolation_ratio.png"),
-        ]
+        paths = plot_extrapolation([record], folder / "extrapolation.png")
+        return paths + plot_ratios([record], folder / "extrapolation_ratio.png")
 
 
 # --------------------------------------------------------------------------------------------------------- results
@@ -154,25 +153,15 @@ def summarize_ratio(differences: Tensor) -> dict:
     """
     known = differences[~differences.isnan()]
     summary = summarize_losses(known)
-    return {
-        "ratio": summary["perplexity"],
-        "low": summary["perplexity_low"],
-        "high": summary["perplexity_high"],
-        "documents": len(known),
-    }
+    bounds = {"low": summary["perplexity_low"], "high": summary["perplexity_high"]}
+    return {"ratio": summary["perplexity"], **bounds, "documents": len(known)}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
 def losses_by_bucket(
-    model: EvalModel,
-    texts: Sequence[np.ndarray],
-    edges: list[int],
-    segment: int,
-    context_name: str,
-    batch_size: int,
-    context: EvalContext,
+    model: EvalModel, texts: Texts, edges: list[int], segment: int, name: str, batch_size: int, context: EvalContext
 ) -> Tensor:
     """Return the mean nats of each text in each bucket that it fills.
 
@@ -182,7 +171,7 @@ def losses_by_bucket(
         texts: Token ids of each. A text is read to the end of the last bucket that it fills.
         edges: The buckets' edges, as of `bucket_edges`.
         segment: Tokens read at once.
-        context_name: One of options.Context.
+        name: One of options.Context.
 
     Returns:
         float64 [texts, len(edges) - 1] on the CPU; NaN where a text does not fill the bucket.
@@ -198,42 +187,31 @@ def losses_by_bucket(
     order = np.argsort(-last_edges, kind="stable")
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-    def compute_round(round_batches: list[np.ndarray]) -> list[list[list[float]]]:
-        """Return the losses of one batch of each rank."""
-        return context.gather(
-            [
-                read_batch(model, [texts[i] for i in batch], edges, segment, context_name, context.advance)
-                for batch in context.share(round_batches)
-            ]
-        )
+    def read(batch: np.ndarray) -> list[list[float]]:
+        return read_batch(model, [texts[i] for i in batch], edges, segment, name, context.advance)
 
     nats = torch.full((len(texts), len(edges) - 1), math.nan, dtype=torch.float64)
     for first in range(0, len(batches), context.world_size):
-        round_batches = batches[first : first + context.world_size]
-        indices = np.concatenate(round_batches).tolist()
-        rows = context.load_or_compute(f"{context_name} {indices}", partial(compute_round, round_batches))
+        one_each = batches[first : first + context.world_size]  # a batch for each rank
+        indices = np.concatenate(one_each).tolist()
+        rows = context.load_or_compute(f"{name} {indices}", partial(context.map, read, one_each))
         for i, row in zip(indices, chain.from_iterable(rows), strict=True):
             nats[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
     return nats
 
 
 def read_batch(
-    model: EvalModel,
-    texts: Sequence[np.ndarray],
-    edges: list[int],
-    segment: int,
-    context_name: str,
-    advance: Callable[[int], object],
+    model: EvalModel, texts: Texts, edges: list[int], segment: int, name: str, advance: Callable[[int], object]
 ) -> list[list[float]]:
     """Return the mean nats of each text in the buckets that it fills. Raise RunError where they are not finite."""
     ends = [last_filled_edge(len(text), edges) for text in texts]
     total = torch.zeros(len(texts), len(edges) - 1, dtype=torch.float64, device=model.device)
     state = None
-    for span in iterate_spans(max(ends), segment, context_name):
+    for span in iterate_spans(max(ends), segment, name):
         rows, is_scored = load_span(texts, ends, span)
         inputs = rows[:, :-1].to(model.device)
         targets = rows[:, 1:].masked_fill(~is_scored, IGNORE_INDEX).to(model.device)
-        is_continued = context_name == "stateful" and span.stop < max(ends)
+        is_continued = name == "stateful" and span.stop < max(ends)
         losses, state = model.score_tokens(inputs, targets, state, return_state=is_continued)
         if not is_continued:
             state = None
@@ -244,7 +222,7 @@ def read_batch(
     if overflows := (~means.isfinite()).any(0).nonzero().flatten().tolist():
         edge = edges[overflows[0]]
         raise RunError(
-            f"context {context_name}: the losses after position {edge} are not finite: the model's state or logits "
+            f"context {name}: the losses after position {edge} are not finite: the model's state or logits "
             f"overflow there; extrapolation.max_length={edge} evaluates the positions before"
         )
     return [row[: edges.index(end)].tolist() for row, end in zip(means, ends, strict=True)]
@@ -258,9 +236,9 @@ class Span(NamedTuple):
     stop: int
 
 
-def iterate_spans(length: int, segment: int, context_name: str) -> Iterator[Span]:
+def iterate_spans(length: int, segment: int, name: str) -> Iterator[Span]:
     """Yield the spans by which `length` positions are read. Each position is scored once."""
-    if context_name != "sliding_window":
+    if name != "sliding_window":
         for start in range(0, length, segment):
             yield Span(start, start, min(start + segment, length))
         return
@@ -271,7 +249,7 @@ def iterate_spans(length: int, segment: int, context_name: str) -> Iterator[Span
         yield Span(stop - segment, first_scored, stop)
 
 
-def load_span(texts: Sequence[np.ndarray], ends: Sequence[int], span: Span) -> tuple[Tensor, Tensor]:
+def load_span(texts: Texts, ends: Sequence[int], span: Span) -> tuple[Tensor, Tensor]:
     """Return the span's tokens and the one after it, int64 [texts, T + 1], and which targets are scored, [texts, T].
 
     Tokens past a text's end are 0; targets past its entry in `ends` are not scored.
@@ -309,10 +287,7 @@ def load_longest_documents(tokens: TokenSet, edges: list[int], count: int | None
 
 def load_blocks(tokens: TokenSet, edges: list[int], count: int | None) -> list[np.ndarray]:
     """Return the first `count` blocks of a split's documents, end to end, of the length of all buckets; None: all."""
-    try:
-        windows = Windows(tokens, edges[-1])
-    except ValueError as error:
-        raise ConfigError(f"evals=[extrapolation]: {error}") from error
+    windows = open_windows(tokens, edges[-1], "extrapolation")
     return [windows[i] for i in range(len(windows))[:count]]
 
 

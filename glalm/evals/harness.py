@@ -5,7 +5,6 @@ import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,6 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
-from transformers import StoppingCriteria
 
 from glalm.config.strict import ConfigError, require
 from glalm.evals import local_tasks
@@ -47,6 +45,7 @@ class HarnessEvaluator(Evaluator):
     """Scores of a list of the harness's tasks, groups and tags."""
 
     name = "zero_shot"
+    fixed_tasks: list[str] | None = None  # None: those of harness.tasks
     unit = "tasks"
 
     def __init__(self, model: EvalModel, config: EvalConfig):
@@ -67,20 +66,15 @@ class HarnessEvaluator(Evaluator):
         )
         require(data_dir is None or Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
         self.max_length = max_length
-        self.tasks = self.list_tasks(options)
+        self.tasks = self.fixed_tasks or options.tasks
         self.total_units = len(self.tasks)
         self.settings = dataclasses.asdict(options) | {
             "tasks": self.tasks,
             "max_length": max_length,
             "lm_eval": importlib.metadata.version("lm-eval"),
-            "data": {
-                task: local_tasks.checksum_files(Path(data_dir), task) if data_dir else "hub" for task in self.tasks
-            },
+            "data": {task: local_tasks.checksum_files(data_dir, task) for task in self.tasks},
         }
         del self.settings["batch_tokens"]  # It does not change the results.
-
-    def list_tasks(self, options: HarnessConfig) -> list[str]:
-        return options.tasks
 
     def run(self, context: EvalContext) -> dict:
         """Return {"tasks": {name: its metrics}, "missing": {name: reason}}, and the paper's table if it is complete."""
@@ -127,18 +121,14 @@ class PaperZeroShotEvaluator(HarnessEvaluator):
     """The zero-shot tasks of the GLA paper."""
 
     name = "paper_zero_shot"
-
-    def list_tasks(self, options: HarnessConfig) -> list[str]:
-        return PAPER_TASKS
+    fixed_tasks = PAPER_TASKS
 
 
 class RecallEvaluator(HarnessEvaluator):
     """The recall-intensive tasks of the GLA paper."""
 
     name = "recall"
-
-    def list_tasks(self, options: HarnessConfig) -> list[str]:
-        return RECALL_TASKS
+    fixed_tasks = RECALL_TASKS
 
 
 def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | None) -> dict:
@@ -263,19 +253,16 @@ class HarnessLM(TemplateLM):
         windows = []
         owners = []
         for i, document in enumerate(documents):
-            document_windows = list(self._iterate_windows(document))
-            windows += document_windows
-            owners += [i] * len(document_windows)
-        answers = self._score([Choices(context, [tokens]) for context, tokens in self.context.share(windows)])
+            # Each token is predicted once, and all windows but the first start one token early.
+            for window in utils.get_rolling_token_windows(document, self.prefix_token_id, self.max_length, 1):
+                context, tokens = utils.make_disjoint_window(window)
+                windows.append(Choices(context, [tokens]))
+                owners.append(i)
+        answers = self._score(self.context.share(windows))
         totals = [0.0] * len(documents)
         for i, nats in zip(owners, self.context.gather([answer.log_likelihood for [answer] in answers]), strict=True):
             totals[i] += nats
         return totals
-
-    def _iterate_windows(self, document: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Return lm-eval's own windows: each token is predicted once, and a later window starts one token early."""
-        windows = utils.get_rolling_token_windows(document, self.prefix_token_id, self.max_length, context_len=1)
-        return map(utils.make_disjoint_window, windows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each text up to a stop string, the end of the document or max_gen_toks tokens, as lm-eval asks."""
@@ -307,6 +294,11 @@ class HarnessLM(TemplateLM):
         device = self.model.device
         input_ids = pad_rows(contexts, device, left=True)
         length = input_ids.shape[1]
+
+        def has_stop_text(rows: torch.Tensor, scores, **_) -> torch.Tensor:
+            texts = [self._decode_new(row, length) for row in rows]
+            return torch.tensor([any(stop in text for stop in stop_texts) for text in texts], device=device)
+
         if not do_sample:
             options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
         output = self.model.causal_lm.generate(
@@ -316,7 +308,7 @@ class HarnessLM(TemplateLM):
             do_sample=do_sample,
             eos_token_id=self.eot_token_id,
             pad_token_id=self.eot_token_id,
-            stopping_criteria=[StopTexts(partial(self._decode_new, length=length), stop_texts)],
+            stopping_criteria=[has_stop_text],
             **options,
         )
         texts = [self._decode_new(row, length) for row in output]
@@ -338,21 +330,6 @@ class HarnessLM(TemplateLM):
             self.context.advance(scored / total)  # A task is one unit of progress.
 
         return score_choices(self.model, groups, self.max_length, self.batch_tokens, advance)
-
-
-class StopTexts(StoppingCriteria):
-    """Ends each row whose new text holds one of the stop texts."""
-
-    def __init__(self, decode: Callable[[torch.Tensor], str], stop_texts: list[str]):
-        self.decode = decode
-        self.stop_texts = stop_texts
-
-    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        is_done = []
-        for row in input_ids:
-            text = self.decode(row)
-            is_done.append(any(stop in text for stop in self.stop_texts))
-        return torch.tensor(is_done, device=input_ids.device)
 
 
 def restore_order(groups: list[list[int]], results: list[list]) -> list:

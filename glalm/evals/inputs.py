@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from glalm.config.run import DATA_RECORD, RunConfig
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
+from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet, read_manifest, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
@@ -37,21 +38,17 @@ def open_eval_model(config: EvalConfig, device: torch.device) -> EvalModel:
     precision = choose_precision(config.precision, device)
     try:
         if re.fullmatch(r"latest|step_\d+", config.checkpoint):
-            return open_checkpoint(config, find_run_checkpoint(config), device, precision)
+            require(
+                (config.folder / "run.json").is_file(),
+                f"{config.folder} is not a run (run.json is missing); to train one, run: python train.py "
+                f"name={config.name}",
+            )
+            path = run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
         if (path / checkpoint.MANIFEST).is_file():
             return open_checkpoint(config, path, device, precision)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
     return open_pretrained(config, path if path.is_dir() else download_model(config.checkpoint), device, precision)
-
-
-def find_run_checkpoint(config: EvalConfig) -> Path:
-    """Return the folder of the run's checkpoint `latest` or `step_N`. Raise CheckpointError where there is none."""
-    require(
-        (config.folder / "run.json").is_file(),
-        f"{config.folder} is not a run (run.json is missing); to train one, run: python train.py name={config.name}",
-    )
-    return run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
 
 
 def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precision: str) -> EvalModel:
@@ -111,6 +108,8 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     require(not wrong, f"{where}: the weights in {path} do not fit its config.json: {wrong}")
     tokenizer = load_folder_tokenizer(path, is_export)
     max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
+    # The config is part of the checksum: the same weights with other settings are another model.
+    checksums = map(file_sha256, [path / "config.json", *files])
     name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
     return EvalModel(
         causal_lm=causal_lm.to(device).eval(),
@@ -120,8 +119,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         train_length=config.train_length or getattr(causal_lm.config, "train_length", max_positions),
         document_boundaries=getattr(causal_lm.config, "document_boundaries", None),
         max_length=count_learned_positions(causal_lm),
-        # The config is part of the checksum: the same weights with other settings are another model.
-        checksum=combine_checksums([path / "config.json", *files]),
+        checksum=hashlib.sha256("".join(checksums).encode()).hexdigest(),
         precision=precision,
         output_folder=choose_output_folder(config, name),
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
@@ -154,19 +152,12 @@ def download_model(name: str) -> Path:
         ) from error
 
 
-def combine_checksums(files: list[Path]) -> str:
-    """Return the SHA-256 of the files' SHA-256s."""
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-
-
 def count_learned_positions(causal_lm: PreTrainedModel) -> int | None:
     """Return how many tokens a model with a table of positions can read. None: it has no such table."""
-    tables = [
-        name
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Embedding) and re.search(r"wpe|pos", name)
-    ]
-    return getattr(causal_lm.config, "max_position_embeddings", None) if tables else None
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"wpe|pos", name):
+            return getattr(causal_lm.config, "max_position_embeddings", None)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers and data
@@ -195,6 +186,14 @@ def find_document_prefix(path: Path, tokenizer: Tokenizer | None) -> tuple[int, 
         return None
     first = AutoTokenizer.from_pretrained(path)("a").input_ids[:1]
     return (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
+
+
+def open_windows(tokens: TokenSet, length: int, evaluator: str, reset_state: bool = False) -> Windows:
+    """Return the windows of a split. Raise ConfigError where it is shorter than one."""
+    try:
+        return Windows(tokens, length, reset_state=reset_state)
+    except ValueError as error:
+        raise ConfigError(f"evals=[{evaluator}]: {error}") from error
 
 
 def describe_data(tokens: TokenSet) -> dict[str, str]:

@@ -7,7 +7,7 @@ computed at the scored positions only, which is most of the advantage over scori
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -109,12 +109,10 @@ def score_rows(model: EvalModel, rows: list[Row]) -> list[Answer]:
     input_ids = pad_rows([row.tokens[:-1] for row in rows], model.device)
     features, _ = model.forward_features(input_ids)
     scored = []
-    targets = []
     for row, row_features in zip(rows, features, strict=True):
         end = len(row.tokens) - 1
         scored.append(row_features[end - row.scored : end])
-        targets += row.tokens[-row.scored :]
-    return score_targets(model, torch.cat(scored), targets, [row.scored for row in rows])
+    return score_features(model, scored, [row.tokens[-row.scored :] for row in rows])
 
 
 def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
@@ -129,9 +127,8 @@ def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
     # The features after the context predict a continuation's first token, so only longer ones read from the state.
     longer = [i for i, tokens in enumerate(continuations) if len(tokens) > 1]
     mask = make_left_mask(contexts, device)
-    context_features, state = model.forward_features(
-        pad_rows(contexts, device, left=True), mask, return_state=bool(longer)
-    )
+    inputs = pad_rows(contexts, device, left=True)
+    context_features, state = model.forward_features(inputs, mask, return_state=bool(longer))
     parts = [[context_features[owner, -1:]] for owner in owners]
     if longer:
         rows = make_ids([owners[i] for i in longer], device)
@@ -140,18 +137,14 @@ def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
         features, _ = model.forward_features(inputs, full_mask, state=model.select_states(state, rows))
         for row_features, i in zip(features, longer, strict=True):
             parts[i].append(row_features[: len(continuations[i]) - 1])
-    scored = torch.cat([part for continuation_parts in parts for part in continuation_parts])
-    targets = [token for tokens in continuations for token in tokens]
-    answers = iter(score_targets(model, scored, targets, [len(tokens) for tokens in continuations]))
+    answers = iter(score_features(model, list(chain.from_iterable(parts)), continuations))
     return [[next(answers) for _ in group.continuations] for group in groups]
 
 
 def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Choices]]:
     """Yield the groups in order, as many at once as the states of all their continuations fit into memory."""
-    if model.device.type == "cuda":
-        budget = torch.cuda.get_device_properties(model.device).total_memory // 10
-    else:
-        budget = MAX_STATE_BYTES
+    is_cuda = model.device.type == "cuda"
+    budget = torch.cuda.get_device_properties(model.device).total_memory // 10 if is_cuda else MAX_STATE_BYTES
     part = []
     used = 0
     for group in groups:
@@ -167,17 +160,17 @@ def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Ch
 
 
 @torch.no_grad()
-def score_targets(model: EvalModel, features: Tensor, targets: list[int], lengths: list[int]) -> list[Answer]:
-    """Return an answer for each length.
+def score_features(model: EvalModel, features: list[Tensor], continuations: list[list[int]]) -> list[Answer]:
+    """Return the answer to each continuation.
 
     Args:
-        features: Those of the positions before the targets, [sum(lengths), ...].
-        targets: The tokens of all continuations, end to end.
-        lengths: Tokens of each continuation.
+        features: Those of the positions before each token of the continuations, [..., d], to be read end to end.
     """
+    targets = make_ids(chain.from_iterable(continuations), model.device)
+    lengths = [len(tokens) for tokens in continuations]
     nats = []
     is_greedy = []
-    for logits, part in model.iterate_logits(features, make_ids(targets, model.device)):
+    for logits, part in model.iterate_logits(torch.cat(features), targets):
         nats.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
         is_greedy.append(logits.argmax(-1) == part)
     nats = torch.cat(nats).double().cpu()

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import datasets
@@ -47,10 +47,8 @@ def load_task_data(data_dir: str, task: str, **_) -> datasets.DatasetDict:
     """Return the task's data as the harness would load it from the hub."""
     splits = {}
     for split, paths in find_task_files(Path(data_dir), task).items():
-        rows = []
-        for path in paths:
-            rows += read_rows(path, task)
-        splits[split] = datasets.Dataset.from_list(rows)
+        rows = chain.from_iterable(read_rows(path, task) for path in paths)
+        splits[split] = datasets.Dataset.from_list(list(rows))
     return datasets.DatasetDict(splits)
 
 
@@ -69,12 +67,15 @@ def read_rows(path: Path, task: str) -> Iterator[dict]:
         yield ROW_CONVERTERS[task](row) if is_suite_row else row
 
 
-def checksum_files(data_dir: Path, task: str) -> dict[str, str]:
-    """Return {path in DATA_DIR: SHA-256} of the task's files; of all files for a group or a tag, which has none."""
-    files = []
-    for paths in find_task_files(data_dir, task).values():
-        files += paths
-    files = files or [path for path in sorted(data_dir.rglob("*")) if path.suffix in SUFFIXES]
+def checksum_files(data_dir: str | None, task: str) -> dict[str, str] | str:
+    """Return {path in DATA_DIR: SHA-256} of the task's files; of all files for a group or a tag, which has none.
+
+    Without a DATA_DIR, the data is the hub's: return "hub".
+    """
+    if data_dir is None:
+        return "hub"
+    files = list(chain(*find_task_files(Path(data_dir), task).values()))
+    files = files or [path for path in sorted(Path(data_dir).rglob("*")) if path.suffix in SUFFIXES]
     return {str(path.relative_to(data_dir)): file_sha256(path) for path in files}
 
 
@@ -98,11 +99,8 @@ def build_task_manager(data_dir: str | None, folder: Path) -> TaskManager:
         files = find_task_files(Path(data_dir), name)
         if not (entry and entry.yaml_path and files):
             continue
-        config = {
-            "include": str(entry.yaml_path),
-            "task": name,
-            "dataset_kwargs": {"data_dir": data_dir, "task": name},
-        }
+        source = {"data_dir": data_dir, "task": name}
+        config = {"include": str(entry.yaml_path), "task": name, "dataset_kwargs": source}
         for key, split in (("training_split", "train"), ("validation_split", "validation"), ("test_split", "test")):
             if split not in files:
                 config[key] = None
@@ -167,11 +165,8 @@ def convert_hellaswag(row: dict) -> dict:
 
 def convert_boolq(row: dict) -> dict:
     passage, _, question = row["query"].rpartition("\nQuestion: ")
-    return {
-        "passage": passage.removeprefix("Passage: "),
-        "question": question.removesuffix("?"),
-        "label": row["gold"],
-    }
+    passage = passage.removeprefix("Passage: ")
+    return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
 
 
 def convert_copa(row: dict) -> dict:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from glalm import IGNORE_INDEX
-from glalm.config.strict import ConfigError, RunError
+from glalm.config.strict import RunError
 from glalm.data.loader import Batch, Windows, flatten_batch
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
-from glalm.evals.inputs import describe_data, open_split
+from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
 from glalm.model.loss import token_losses
 
@@ -29,10 +29,7 @@ class PerplexityEvaluator(Evaluator):
         length = model.require_train_length("perplexity")
         model.require_length(length, "train_length")
         tokens = open_split(config, model, "validation")
-        try:
-            self.windows = Windows(tokens, length, reset_state=model.document_boundaries == "reset_state")
-        except ValueError as error:
-            raise ConfigError(f"evals=[perplexity]: {error}") from error
+        self.windows = open_windows(tokens, length, "perplexity", model.document_boundaries == "reset_state")
         self.total_units = len(self.windows) * length
         boundaries = {"document_boundaries": model.document_boundaries}
         self.settings = {**describe_data(tokens), "split": tokens.split, "seq_len": length, **boundaries}
@@ -53,15 +50,17 @@ def compute_perplexity(model: EvalModel, windows: Windows, batch_size: int, cont
     Raises:
         RunError: Some losses are not finite.
     """
-    rows = []
-    for start in context.share(range(0, len(windows), batch_size)):
+
+    def read_batch(start: int) -> list[list[float]]:
+        """Return the mean nats and the number of scored tokens of each window."""
         batch = windows.load_batch(np.arange(start, min(start + batch_size, len(windows))))
         counts = (batch["labels"] != IGNORE_INDEX).sum(1)
         nats = window_losses(model, batch).double().view(len(counts), -1).sum(1).cpu()
-        rows.append(torch.stack([nats / counts.clamp(min=1), counts], 1).tolist())
         context.advance(batch["labels"].numel())
-    all_rows = list(chain.from_iterable(context.gather(rows)))
-    means, weights = torch.tensor(all_rows, dtype=torch.float64).T
+        return torch.stack([nats / counts.clamp(min=1), counts], 1).tolist()
+
+    rows = list(chain.from_iterable(context.map(read_batch, range(0, len(windows), batch_size))))
+    means, weights = torch.tensor(rows, dtype=torch.float64).T
     if count := int((~means.isfinite()).sum()):
         raise RunError(f"the losses of {count} of {len(windows)} windows are not finite: the model's logits overflow")
     return {**summarize_losses(means, weights), "windows": len(windows), "tokens": int(weights.sum())}

@@ -91,24 +91,24 @@ def extrapolation_rows(record: dict | None, eval_command: str) -> list[Row]:
     if record is None:
         return [Row("perplexity at 10x / 1x", None, source, eval_command)]
     results = record["results"]
-    ratios = select_reached(next(iter(results["contexts"].values()))["ratios"])
+    ratios = format_ratios(next(iter(results["contexts"].values()))["ratios"])
     rows = []
-    for n in sorted({2, 4, 10, *map(int, [*ratios][-1:])}):
-        value = format_ratio(**ratios[str(n)]) if str(n) in ratios else None
+    for n in sorted({2, 4, 10, *[*ratios][-1:]}):
         longer = f"{eval_command} extrapolation.max_length={n * results['train_length']}"
-        rows.append(Row(f"perplexity at {n}x / 1x", value, source, longer))
-    for n, gain in [*select_reached(results.get("stateful_over_reset", {})).items()][-1:]:
-        rows.append(Row(f"stateful / reset at {n}x", f"{gain['ratio']:.3f}", source, eval_command))
+        rows.append(Row(f"perplexity at {n}x / 1x", ratios.get(n), source, longer))
+    for n, gain in [*format_ratios(results.get("stateful_over_reset", {})).items()][-1:]:
+        rows.append(Row(f"stateful / reset at {n}x", gain.partition(" ")[0], source, eval_command))
     return rows
 
 
-def select_reached(ratios: dict[str, dict]) -> dict[str, dict]:
-    """Return the ratios of at least one document."""
-    return {n: ratio for n, ratio in ratios.items() if ratio["documents"]}
-
-
-def format_ratio(ratio: float, low: float | None, high: float | None, documents: int) -> str:
-    return f"{ratio:.3f}" + (f" ({low:.3f}-{high:.3f})" if low is not None else "")
+def format_ratios(ratios: dict[str, dict]) -> dict[int, str]:
+    """Return the ratios of at least one document, with one standard error down and up."""
+    formatted = {}
+    for n, ratio in ratios.items():
+        if ratio["documents"]:
+            band = f" ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio["low"] is not None else ""
+            formatted[int(n)] = f"{ratio['ratio']:.3f}{band}"
+    return formatted
 
 
 def list_outputs(folder: Path) -> list[Path]:

@@ -1,14 +1,16 @@
-"""Time decoding: ours, flash-linear-attention's GLA where it is installed, and transformers' Llama with a static cache.
+"""Time decoding of our GLA, flash-linear-attention's if it is installed, and transformers' Llama with a static cache.
 
     python benchmarks/bench_decoding.py --out FOLDER                                  1.3B, bf16, all rows
     python benchmarks/bench_decoding.py --models glalm llama --batches 1 --prompts 2048 16384
 
-Weights are random. A row is one model, batch size and prompt length: ms a step over --new greedy tokens, the peak of
-memory, and what a sequence's state takes. Prompts of at most --read tokens in all are read, and the reading timed;
-beyond, the state is one of that size that was not read, which costs a step the same. Llama's steps are compiled
-(mode="reduce-overhead"). A row that cannot fit is not tried. "x weights": the step over the time of reading every
-weight once at the bandwidth measured here by copying. Prints a table; FOLDER gets decoding.json and decoding.png, where
-rows of earlier calls stay: python benchmarks/bench_decoding.py --models llama --batches 1 --prompts 2048 --out FOLDER
+Weights are random. A row of the table is one model, batch size and prompt length. It shows ms a step over --new greedy
+tokens, peak memory, and the size of the state of one sequence. If the prompts of a batch have at most --read tokens in
+all, the prefill is run and timed. Otherwise decoding starts from an empty state of the same size, which costs a step
+the same. Llama's steps are compiled (mode="reduce-overhead"). Rows that cannot fit into memory are skipped. "x weights"
+is the time of a step divided by the time of reading every weight once, at the bandwidth of a copy on this device.
+
+FOLDER gets decoding.json and decoding.png. Rows of earlier calls are kept, so models can be added one by one:
+python benchmarks/bench_decoding.py --models llama --batches 1 --prompts 2048 --out FOLDER
 """
 
 import argparse
@@ -36,16 +38,24 @@ Stepper = Callable[[Tensor], Tensor]  # tokens [B, 1] to logits [B, vocabulary]
 
 
 class Runner(NamedTuple):
+    """A model, and how to decode with it.
+
+    prefill(ids, room) reads a prompt [B, T] and returns the state after it, with room for so many more tokens.
+    empty_state(B, T, room) returns a state of the same size without reading a prompt.
+    start(state) returns the function that computes the next step.
+    state_bytes(T) is the size of the state of one sequence of T tokens.
+    """
+
     model: nn.Module
-    read: Callable[[Tensor, int], Any]  # prompt [B, T] and room for so many more: the state behind it
-    blank: Callable[[int, int, int], Any]  # the same for B, T and room, without reading
-    step: Callable[[Any], Stepper]
-    state_bytes: Callable[[int], int]  # of one sequence of T tokens
+    prefill: Callable[[Tensor, int], Any]
+    empty_state: Callable[[int, int, int], Any]
+    start: Callable[[Any], Stepper]
+    state_bytes: Callable[[int], int]
 
 
-def made(kind: type[nn.Module], config, device: str) -> nn.Module:
-    with torch.device(device):  # where drawing the weights takes no time
-        return kind(config).to(torch.bfloat16).eval()
+def build_model(model_class: type[nn.Module], config, device: str) -> nn.Module:
+    with torch.device(device):  # Drawing random weights on the CPU would be slow.
+        return model_class(config).to(torch.bfloat16).eval()
 
 
 def glalm(size: str, device: str) -> Runner:
@@ -53,21 +63,21 @@ def glalm(size: str, device: str) -> Runner:
     config = GLALMConfig(
         hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
     )
-    model = made(GLALMForCausalLM, config, device)
+    model = build_model(GLALMForCausalLM, config, device)
 
-    def read(ids: Tensor, room: int):
+    def prefill(ids: Tensor, room: int):
         return prefill_prompt(model, ids, None, None, 2**15)[1]
 
-    def blank(B: int, T: int, room: int):
-        return read(torch.zeros(B, 16, dtype=torch.int64, device=device), room)
+    def empty_state(B: int, T: int, room: int):
+        return prefill(torch.zeros(B, 16, dtype=torch.int64, device=device), room)
 
-    def step(cache) -> Stepper:
-        made = DecodeStep(model, cache)
-        made.load(cache)
-        return made
+    def start(cache) -> Stepper:
+        step = DecodeStep(model, cache)
+        step.load_states(cache)
+        return step
 
-    size_of_state = sum(x.nbytes for x in tree_leaves(blank(1, 1, 0).states))
-    return Runner(model, read, blank, step, lambda T: size_of_state)
+    state_bytes = sum(x.nbytes for x in tree_leaves(empty_state(1, 1, 0).states))
+    return Runner(model, prefill, empty_state, start, lambda T: state_bytes)
 
 
 def fla(size: str, device: str) -> Runner:
@@ -78,15 +88,15 @@ def fla(size: str, device: str) -> Runner:
     config = GLAConfig(
         hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
     )
-    model = made(Peer, config, device)
+    model = build_model(Peer, config, device)
 
-    def read(ids: Tensor, room: int):
+    def prefill(ids: Tensor, room: int):
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
-    def blank(B: int, T: int, room: int):
-        return read(torch.zeros(B, 64, dtype=torch.int64, device=device), room)
+    def empty_state(B: int, T: int, room: int):
+        return prefill(torch.zeros(B, 64, dtype=torch.int64, device=device), room)
 
-    def step(cache) -> Stepper:
+    def start(cache) -> Stepper:
         def next_logits(tokens: Tensor) -> Tensor:
             nonlocal cache
             out = model(tokens, past_key_values=cache, use_cache=True)
@@ -95,7 +105,7 @@ def fla(size: str, device: str) -> Runner:
 
         return next_logits
 
-    return Runner(model, read, blank, step, lambda T: layers * d // 2 * d // heads * 4)
+    return Runner(model, prefill, empty_state, start, lambda T: layers * d // 2 * d // heads * 4)
 
 
 def llama(size: str, device: str) -> Runner:
@@ -107,178 +117,169 @@ def llama(size: str, device: str) -> Runner:
         hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner,
         vocab_size=vocabulary, max_position_embeddings=65536,
     )  # fmt: skip
-    model = made(LlamaForCausalLM, config, device)
+    model = build_model(LlamaForCausalLM, config, device)
 
-    def blank(B: int, T: int, room: int) -> StaticCache:
+    def empty_state(B: int, T: int, room: int) -> StaticCache:
         cache = StaticCache(config, max_cache_len=T + room)
         cache.early_initialization(B, heads, d // heads, torch.bfloat16, torch.device(device))
         for layer in cache.layers:
             layer.cumulative_length.fill_(T)
         return cache
 
-    def read(ids: Tensor, room: int) -> StaticCache:
-        cache = blank(*ids.shape, room)
+    def prefill(ids: Tensor, room: int) -> StaticCache:
+        cache = empty_state(*ids.shape, room)
         for layer in cache.layers:
             layer.cumulative_length.fill_(0)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
-    def step(cache: StaticCache) -> Stepper:
+    def start(cache: StaticCache) -> Stepper:
         forward = model.forward
         if device != "cpu":
             torch._dynamo.reset()
             forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
         return lambda tokens: forward(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
 
-    return Runner(model, read, blank, step, lambda T: layers * 2 * d * 2 * T)
+    return Runner(model, prefill, empty_state, start, lambda T: layers * 2 * d * 2 * T)
 
 
 RUNNERS = {"glalm": glalm, "fla": fla, "llama": llama}
 
 
-def wait(device: str) -> float:
+def synchronized_time(device: str) -> float:
+    """Return the time in seconds after all work of the device is complete."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy."""
+def measure_bandwidth(device: str) -> float:
+    """Return the bytes a second that a copy reads and writes, added up."""
     x = torch.empty(2**30 if device != "cpu" else 2**22, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     y.copy_(x)
-    start = wait(device)
+    start = synchronized_time(device)
     for _ in range(10):
         y.copy_(x)
-    return 20 * x.nbytes / (wait(device) - start)
+    return 20 * x.nbytes / (synchronized_time(device) - start)
 
 
-def row(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict[str, float]:
-    """What is timed of a row."""
+def time_row(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict[str, float]:
+    """Time the prefill, if the prompts are short enough, and the steps of one row."""
     ids = torch.randint(SIZES[args.size][4], (B, T), device=args.device)
-    found = {}
+    times = {}
     if args.read >= B * T:
-        runner.read(ids, args.new)  # compiles
-        start = wait(args.device)
-        cache = runner.read(ids, args.new)
-        found["prefill_tokens_per_second"] = B * T / (wait(args.device) - start)
+        runner.prefill(ids, args.new)  # This compiles.
+        start = synchronized_time(args.device)
+        cache = runner.prefill(ids, args.new)
+        times["prefill_tokens_per_second"] = B * T / (synchronized_time(args.device) - start)
     else:
-        cache = runner.blank(B, T, args.new)
-    step, tokens = runner.step(cache), ids[:, -1:]
-    warm = min(4, args.new // 2)
+        cache = runner.empty_state(B, T, args.new)
+    step = runner.start(cache)
+    tokens = ids[:, -1:]
+    warmup = min(4, args.new // 2)
     for t in range(args.new):
-        if t == warm:
-            start = wait(args.device)
+        if t == warmup:
+            start = synchronized_time(args.device)
         tokens = step(tokens).argmax(-1, keepdim=True)
-    seconds = (wait(args.device) - start) / (args.new - warm)
-    return found | {"ms": 1e3 * seconds, "tokens_per_second": B / seconds}
+    seconds = (synchronized_time(args.device) - start) / (args.new - warmup)
+    return times | {"ms": 1e3 * seconds, "tokens_per_second": B / seconds}
 
 
 def training_forward(runner: Runner, args: argparse.Namespace) -> float:
-    """Tokens a second of the forward pass that training runs, without logits, on 8 sequences of 2048 tokens."""
+    """Return the tokens a second of training's forward pass, without logits, on 8 sequences of 2048 tokens."""
     ids = torch.randint(SIZES[args.size][4], (8, 2048 if args.size != "tiny" else 32), device=args.device)
     runner.model(ids, shift_labels=ids, use_cache=False)
-    start = wait(args.device)
+    start = synchronized_time(args.device)
     for _ in range(3):
         runner.model(ids, shift_labels=ids, use_cache=False)
-    return 3 * ids.numel() / (wait(args.device) - start)
+    return 3 * ids.numel() / (synchronized_time(args.device) - start)
 
 
 @torch.no_grad()
-def bench(args: argparse.Namespace) -> dict:
-    """Prints the table; what it returns is also in args.out, after every row. Rows of earlier calls stay there."""
-    result = {"size": args.size, "device": name_of(args.device)}
-    earlier = read(args.out, result)
-    result = {**earlier, **result, "bandwidth": bandwidth(args.device), "rows": earlier.get("rows", [])}
+def measure_rows(args: argparse.Namespace) -> dict:
+    """Print the table and return it together with the rows of earlier calls. args.out is updated after every row."""
+    result = {"size": args.size, "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(args.device)}
+    earlier = read_result(args.out, result)
+    result = {**earlier, **result, "bandwidth": measure_bandwidth(args.device), "rows": earlier.get("rows", [])}
     print("| model | batch | prompt | ms a step | tokens/s | x weights | prefill tokens/s | state MiB | peak GiB |")
     print("|-|-|-|-|-|-|-|-|-|", flush=True)
     for name in args.models:
         try:
             runner = RUNNERS[name](args.size, args.device)
-        except Exception as error:  # not installed, or not with this transformers: the others are still wanted
+        except Exception as error:  # The library is missing, or it does not support this version of transformers.
             print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
             continue
         if name == "glalm":
             result["training_forward_tokens_per_second"] = training_forward(runner, args)
         for B, T in itertools.product(args.batches, args.prompts):
-            found = {"model": name, "batch": B, "prompt": T, **guarded(runner, B, T, result["bandwidth"], args)}
-            result["rows"] = [r for r in result["rows"] if key(r) != key(found)] + [found]
-            print(line(found), flush=True)
-            write(args.out, result)
+            key = {"model": name, "batch": B, "prompt": T}
+            row = key | measure_row(runner, B, T, result["bandwidth"], args)
+            result["rows"] = [r for r in result["rows"] if not r.items() >= key.items()] + [row]
+            print(format_row(row), flush=True)
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "decoding.json").write_text(json.dumps(result, indent=1))
         del runner
-        clear(args.device)
+        free_memory(args.device)
     return result
 
 
-def key(row: dict) -> tuple:
-    return row["model"], row["batch"], row["prompt"]
-
-
-def read(folder: Path | None, wanted: dict) -> dict:
-    """What earlier calls found for the same size on the same device."""
+def read_result(folder: Path | None, expected: dict) -> dict:
+    """Return the result of earlier calls if its size and device are those of `expected`."""
     path = folder and folder / "decoding.json"
-    found = json.loads(path.read_text()) if path and path.exists() else {}
-    return found if found.items() >= wanted.items() else {}
+    result = json.loads(path.read_text()) if path and path.exists() else {}
+    return result if result.items() >= expected.items() else {}
 
 
-def write(folder: Path | None, result: dict) -> None:
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "decoding.json").write_text(json.dumps(result, indent=1))
-
-
-def guarded(runner: Runner, B: int, T: int, bytes_a_second: float, args: argparse.Namespace) -> dict:
-    """A row, or why there is none: memory, or what a peer's kernels or the compiler raised."""
+def measure_row(runner: Runner, B: int, T: int, bytes_per_second: float, args: argparse.Namespace) -> dict:
+    """Return the numbers of a row, or in `failed` why there are none: memory, or an error of kernels or compiler."""
     weights = sum(p.nbytes for n, p in runner.model.named_parameters() if "embed" not in n)
     states = B * runner.state_bytes(T + args.new)
     sizes = {"new": args.new, "weights_bytes": weights, "state_mib": states / B / 2**20}
-    clear(args.device)
+    free_memory(args.device)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         if weights + states > 0.95 * torch.cuda.get_device_properties(args.device).total_memory:
             return sizes | {"failed": "out of memory"}
     try:
-        found = row(runner, B, T, args)
+        times = time_row(runner, B, T, args)
     except torch.OutOfMemoryError:
         return sizes | {"failed": "out of memory"}
     except Exception as error:
         return sizes | {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device != "cpu" else None
-    return sizes | found | {"times_weights": found["ms"] / 1e3 / (weights / bytes_a_second), "peak_gib": peak}
+    return sizes | times | {"times_weights": times["ms"] / 1e3 / (weights / bytes_per_second), "peak_gib": peak}
 
 
-def clear(device: str) -> None:
-    torch._dynamo.reset()  # a compiled step's graph holds memory
+def free_memory(device: str) -> None:
+    torch._dynamo.reset()  # The graph of a compiled step holds memory.
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
 
 
-def name_of(device: str) -> str:
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def line(found: dict) -> str:
-    if "failed" in found:
-        cells = [found["failed"], *[""] * 3, f"{found['state_mib']:.1f}", ""]
+def format_row(row: dict) -> str:
+    if "failed" in row:
+        cells = [row["failed"], *[""] * 3, f"{row['state_mib']:.1f}", ""]
     else:
-        read, peak = found.get("prefill_tokens_per_second"), found["peak_gib"]
-        cells = [f"{found['ms']:.3f}", f"{found['tokens_per_second']:,.0f}", f"{found['times_weights']:.2f}"]
-        cells += [
-            "" if read is None else f"{read:,.0f}",
-            f"{found['state_mib']:.1f}",
-            "" if peak is None else f"{peak:.1f}",
-        ]
-    return "| " + " | ".join([found["model"], str(found["batch"]), str(found["prompt"]), *cells]) + " |"
+        prefill = row.get("prefill_tokens_per_second")
+        cells = [f"{row['ms']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['times_weights']:.2f}"]
+        cells += ["" if prefill is None else f"{prefill:,.0f}", f"{row['state_mib']:.1f}"]
+        cells += ["" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
+    return "| " + " | ".join([row["model"], str(row["batch"]), str(row["prompt"]), *cells]) + " |"
 
 
-def figure(result: dict, path: Path) -> None:
-    """Tokens a second against the prompt's length: a panel a batch size, a line a model; it ends where memory does."""
+def plot_speed(result: dict, path: Path) -> None:
+    """Plot tokens a second by prompt length: one panel for each batch size, one line for each model.
+
+    A line ends at the last prompt that fits into memory.
+    """
     from matplotlib.figure import Figure
 
     batches = sorted({r["batch"] for r in result["rows"]})
-    drawn = Figure(figsize=(3.2 * len(batches), 3.2), layout="constrained")
-    for axis, B in zip(drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0], batches, strict=True):
+    figure = Figure(figsize=(3.2 * len(batches), 3.2), layout="constrained")
+    for axis, B in zip(figure.subplots(1, len(batches), sharey=True, squeeze=False)[0], batches, strict=True):
         for name in dict.fromkeys(r["model"] for r in result["rows"]):
             points = [r for r in result["rows"] if (r["model"], r["batch"]) == (name, B) and "ms" in r]
             axis.plot([r["prompt"] for r in points], [r["tokens_per_second"] for r in points], "o-", label=name)
@@ -287,9 +288,9 @@ def figure(result: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set_title(f"batch {B}")
         axis.set_xlabel("prompt (tokens)")
-    drawn.axes[0].set_ylabel("tokens a second")
-    drawn.axes[0].legend()
-    drawn.savefig(path, dpi=150)
+    figure.axes[0].set_ylabel("tokens a second")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -298,19 +299,21 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192, 16384, 32768])
     parser.add_argument("--new", type=int, default=256, help="tokens to generate (256)")
-    parser.add_argument("--read", type=int, default=2**17, help="the most tokens of prompts that are read (131072)")
+    parser.add_argument(
+        "--read", type=int, default=2**17, help="run the prefill of batches of at most so many tokens (131072)"
+    )
     parser.add_argument("--size", choices=SIZES, default="1b3")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="folder for decoding.json and decoding.png")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"there is no --device {args.device}; write --device cpu, and smaller --prompts")
-    result = bench(args)
+        parser.error(f"There is no CUDA device for --device {args.device}. Choose --device cpu and smaller --prompts")
+    result = measure_rows(args)
     forward = result.get("training_forward_tokens_per_second")
     print(f"\n{result['device']}: {result['bandwidth'] / 1e12:.2f} TB/s by copying", end="")
     print("" if forward is None else f"; glalm's training forward {forward:,.0f} tokens/s")
     if args.out and result["rows"]:
-        figure(result, args.out / "decoding.png")
+        plot_speed(result, args.out / "decoding.png")
 
 
 if __name__ == "__main__":

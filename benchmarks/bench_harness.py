@@ -1,8 +1,9 @@
-"""Requests a second of this project's scoring against lm-evaluation-harness's own HFLM, with the same model.
+"""Compare the speed of our scoring of lm-evaluation-harness's tasks with that of its HFLM, on the same model.
 
     python benchmarks/bench_harness.py MODEL_FOLDER DATA_DIR [--tasks piqa] [--limit 200] [--batch-sizes 16 64]
 
-The log-likelihoods are compared as well. HFLM runs at each of the batch sizes; the best counts.
+The table also shows the largest difference of the log-likelihoods. HFLM runs at every batch size, and the fastest
+counts.
 """
 
 import argparse

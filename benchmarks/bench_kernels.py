@@ -1,15 +1,15 @@
-"""Time chunk_gla beside torch's causal attention and, where it is installed, flash-linear-attention; on one GPU.
+"""Time chunk_gla, torch's causal attention and, if it is installed, flash-linear-attention on one GPU.
 
     python benchmarks/bench_kernels.py                       the table of docs/performance.md, in Markdown
-    python benchmarks/bench_kernels.py --gates              every gate of the family, and logits fused or not
-    python benchmarks/bench_kernels.py --figure speed.png   tokens a second against the length, and speed.json
-    python benchmarks/bench_kernels.py --tune 128 256       for (K, V) of kernels/triton/launch.py
+    python benchmarks/bench_kernels.py --gates               every gate of the family, with its logits fused or not
+    python benchmarks/bench_kernels.py --figure speed.png    tokens a second by length; also writes speed.json
+    python benchmarks/bench_kernels.py --tune 128 256        configurations for (K, V), for kernels/triton/launch.py
 
-Times are medians in ms, each call with a cold L2 cache. Without --graph they are the GPU's from a call's beginning to
-its end, its waits for the host included: where Python and launches take longer than the kernels, the host is measured.
-With --graph the same call, gradients included, is captured in a CUDA graph, and its replays are timed: the kernels and
-the short gaps between them alone. "-": the call failed, or cannot be captured; stderr has the reason. Peak is the
-memory above the inputs, in MiB, over one forward and backward, never in a graph.
+Times are medians in ms, and every call starts with a cold L2 cache. Without --graph, a time spans from the beginning of
+a call on the GPU to its end, including waits for the host: where Python and launches take longer than the kernels, the
+host is measured. With --graph, the same call, including its gradients, is captured in a CUDA graph and its replays are
+timed: the kernels and the short gaps between them. "-" means that the call failed or cannot be captured; stderr has the
+reason. Peak is the memory above the inputs in MiB over one forward and backward pass, without a graph.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from glalm.kernels.triton import gla
 from glalm.kernels.triton.gla import SavedForBackward
 from glalm.kernels.triton.launch import LaunchConfig
 
-SHAPES = {  # B, T, H, K, V and the attention heads of the same width
+SHAPES = {  # B, T, H, K, V, and the heads of attention and their width in a model of the same size
     "1.3B layer B8 T2048": (8, 2048, 4, 256, 512, 16, 128),
     "1.3B layer B1 T16384": (1, 16384, 4, 256, 512, 16, 128),
     "340M layer B32 T2048": (32, 2048, 4, 128, 256, 16, 64),
@@ -46,7 +46,9 @@ SHAPES = {  # B, T, H, K, V and the attention heads of the same width
 }
 
 
-def attention(backend: SDPBackend) -> Callable[..., Tensor]:
+def causal_attention(backend: SDPBackend) -> Callable[..., Tensor]:
+    """Return torch's causal attention on (q, k, v) by one of its backends."""
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -54,8 +56,8 @@ def attention(backend: SDPBackend) -> Callable[..., Tensor]:
     return call
 
 
-def operators() -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
-    """Name, whether it takes gates, and the call."""
+def list_operators() -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
+    """Yield name, whether it takes gates, and the function of every operator."""
     yield "glalm", True, lambda *inputs: chunk_gla(*inputs)[0]
     try:
         from fla.ops.gla import chunk_gla as peer
@@ -63,27 +65,28 @@ def operators() -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
         yield "fla", True, lambda *inputs: peer(*inputs)[0]
     except ImportError:
         pass
-    yield "FlashAttention-2", False, attention(SDPBackend.FLASH_ATTENTION)
-    yield "cuDNN", False, attention(SDPBackend.CUDNN_ATTENTION)
+    yield "FlashAttention-2", False, causal_attention(SDPBackend.FLASH_ATTENTION)
+    yield "cuDNN", False, causal_attention(SDPBackend.CUDNN_ATTENTION)
 
 
 @functools.cache
 def generator() -> torch.Generator:
-    """Not torch's own, which a capture that failed leaves unusable."""
+    """Return a random generator. A failed capture of a CUDA graph would make torch's own unusable."""
     return torch.Generator("cuda")
 
 
-def random(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator(), device="cuda", dtype=torch.bfloat16)
 
 
 def random_inputs(B: int, T: int, H: int, K: int, V: int) -> list[Tensor]:
-    q, k, v, x = (random(B, T, H, n) for n in (K, K, V, K))
+    """Draw q, k, v and log gates g."""
+    q, k, v, x = (random_tensor(B, T, H, n) for n in (K, K, V, K))
     return [y.detach().requires_grad_() for y in (q, k, v, F.logsigmoid(x) / 16)]
 
 
 def attempt(measure: Callable[..., float], *arguments) -> float | None:
-    """None, and the reason on stderr, where it fails: the others are measured all the same."""
+    """Return the measurement, or None if it fails, after printing the reason to stderr."""
     try:
         return measure(*arguments)
     except Exception as error:
@@ -91,34 +94,34 @@ def attempt(measure: Callable[..., float], *arguments) -> float | None:
         return None
 
 
-def shown(figure: float | None, digits: int = 3) -> str:
-    return "-" if figure is None else f"{figure:.{digits}f}"
+def format_number(number: float | None, digits: int = 3) -> str:
+    return "-" if number is None else f"{number:.{digits}f}"
 
 
-def median(call: Callable[[], object], leaves: list[Tensor], graph: bool) -> float:
-    """ms of a call that leaves gradients in `leaves`."""
-    clear(leaves)
-    return do_bench(captured(call, leaves) if graph else call, grad_to_none=leaves, return_mode="median")
+def median_ms(call: Callable[[], object], leaves: list[Tensor], graph: bool) -> float:
+    """Time a call that may add gradients to `leaves`."""
+    clear_gradients(leaves)
+    return do_bench(capture_graph(call, leaves) if graph else call, grad_to_none=leaves, return_mode="median")
 
 
-def captured(call: Callable[[], object], leaves: list[Tensor]) -> Callable[[], None]:
-    """The call as one CUDA graph. What it makes, the gradients too, lies in the graph's memory."""
+def capture_graph(call: Callable[[], object], leaves: list[Tensor]) -> Callable[[], None]:
+    """Return the replay of a call as one CUDA graph, whose memory holds outputs and gradients."""
     capture = GraphCapture(torch.device("cuda"))
     capture.warm_up(call)
-    clear(leaves)  # The graph would add to gradients that exist.
+    clear_gradients(leaves)  # The graph would add to gradients that exist.
     graph, _ = capture.capture(call)
     return graph.replay
 
 
-def clear(leaves: list[Tensor]) -> None:
+def clear_gradients(leaves: list[Tensor]) -> None:
     for x in leaves:
         x.grad = None
 
 
-def peak(call: Callable[[], object], leaves: list[Tensor]) -> float:
-    """MiB above what there is before."""
+def peak_mib(call: Callable[[], object], leaves: list[Tensor]) -> float:
+    """Return the peak memory of a call above that before it."""
     call()
-    clear(leaves)
+    clear_gradients(leaves)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -126,42 +129,45 @@ def peak(call: Callable[[], object], leaves: list[Tensor]) -> float:
 
 
 def measure(call: Callable[..., Tensor], inputs: list[Tensor], graph: bool) -> tuple[float | None, ...]:
-    """Median ms of the forward and of both passes, and the peak in MiB."""
-    do = random(*inputs[2].shape)  # of v, as the output
+    """Return median ms of the forward pass and of both passes, and the peak in MiB."""
+    do = random_tensor(*inputs[2].shape)  # The output has the shape of v.
 
     def both() -> None:
         call(*inputs).backward(do)
 
     forward = torch.no_grad()(lambda: call(*inputs))
     return (
-        attempt(median, forward, inputs, graph),
-        attempt(median, both, inputs, graph),
-        attempt(peak, both, inputs),
+        attempt(median_ms, forward, inputs, graph),
+        attempt(median_ms, both, inputs, graph),
+        attempt(peak_mib, both, inputs),
     )
 
 
-def table(shapes: dict[str, tuple[int, ...]], graph: bool) -> dict[str, dict[str, tuple[float | None, ...]]]:
+def print_table(shapes: dict[str, tuple[int, ...]], graph: bool) -> dict[str, dict[str, tuple[float | None, ...]]]:
+    """Measure every operator at every shape, print a row for each shape, and return {shape: {operator: numbers}}."""
     rows = {}
     for name, (B, T, H, K, V, heads, width) in shapes.items():
         rows[name] = {}
-        for operator, gated, call in operators():
+        for operator, gated, call in list_operators():
             if gated:
                 inputs = random_inputs(B, T, H, K, V)
             else:
-                inputs = [random(B, heads, T, width).requires_grad_() for _ in range(3)]
+                inputs = [random_tensor(B, heads, T, width).requires_grad_() for _ in range(3)]
             rows[name][operator] = measure(call, inputs, graph)
             torch.cuda.empty_cache()
-        cells = (f"{shown(f)} / {shown(b)} ms, {shown(p, 0)} MiB" for f, b, p in rows[name].values())
+        cells = (
+            f"{format_number(f)} / {format_number(b)} ms, {format_number(p, 0)} MiB" for f, b, p in rows[name].values()
+        )
         if len(rows) == 1:
             print(f"| forward / both, peak | {' | '.join(rows[name])} |\n|{'-|' * (len(rows[name]) + 1)}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return rows
 
 
-def gates(B: int, T: int, H: int, K: int, V: int, graph: bool) -> None:
-    """Forward and both, ms, for every gate."""
+def print_gates(B: int, T: int, H: int, K: int, V: int, graph: bool) -> None:
+    """Print ms of the forward pass and of both passes for every kind of gate."""
     q, k, v, g = random_inputs(B, T, H, K, V)
-    x = random(*g.shape).requires_grad_()
+    x = random_tensor(*g.shape).requires_grad_()
     head, head_x = (y.detach()[..., 0].contiguous().requires_grad_() for y in (g, x))
     fused = {"gate_logit_normalizer": 16.0}
     cases = {
@@ -173,22 +179,20 @@ def gates(B: int, T: int, H: int, K: int, V: int, graph: bool) -> None:
         "fixed decay (RetNet)": lambda: kernels.chunk_retention(q, k, v),
         "no gate": lambda: kernels.chunk_linear_attn(q, k, v),
     }
-    do, leaves = random(*v.shape), [q, k, v, g, x, head, head_x]
+    do = random_tensor(*v.shape)
+    leaves = [q, k, v, g, x, head, head_x]
     for name, call in cases.items():
-        forward = attempt(median, torch.no_grad()(call), leaves, graph)
-        both = attempt(median, lambda c=call: c()[0].backward(do), leaves, graph)
-        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {shown(forward)} / {shown(both)} |", flush=True)
+        forward = attempt(median_ms, torch.no_grad()(call), leaves, graph)
+        both = attempt(median_ms, lambda c=call: c()[0].backward(do), leaves, graph)
+        print(f"| B{B} T{T} H{H} K{K} V{V} | {name} | {format_number(forward)} / {format_number(both)} |", flush=True)
 
 
-def figure(path: str, graph: bool) -> None:
-    """Tokens a second against the length, batch times length constant."""
+def plot_speed(path: str, graph: bool) -> None:
+    """Measure and plot tokens a second by length. The number of tokens in a batch is constant."""
     lengths = [1024 * 2**i for i in range(6)]
-    rows = table({f"T{T}": (2**17 // T, T, 16, 64, 64, 16, 64) for T in lengths}, graph)
-    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))  # ms forward, ms of both passes, MiB
-    draw(rows, lengths, path)
+    rows = print_table({f"T{T}": (2**17 // T, T, 16, 64, 64, 16, 64) for T in lengths}, graph)
+    Path(path).with_suffix(".json").write_text(json.dumps(rows, indent=1))
 
-
-def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int], path: str) -> None:
     import matplotlib.pyplot as plt
 
     plt.figure(figsize=(6, 4))
@@ -196,7 +200,8 @@ def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int
         speeds = [2**17 / (rows[f"T{T}"][operator][1] or math.nan) / 1e3 for T in lengths]
         plt.loglog(lengths, speeds, "o-", base=2, label=operator)
     plt.xticks(lengths, [f"{T // 1024}K" for T in lengths])
-    plt.yticks(speeds := [2**i for i in range(6)], map(str, speeds))
+    ticks = [2**i for i in range(6)]
+    plt.yticks(ticks, map(str, ticks))
     plt.grid(alpha=0.3)
     plt.xlabel("length (tokens)")
     plt.ylabel("million tokens a second, both passes")
@@ -206,7 +211,7 @@ def draw(rows: dict[str, dict[str, tuple[float | None, ...]]], lengths: list[int
     plt.savefig(path, dpi=150)
 
 
-def tune(B: int, T: int, K: int, V: int) -> None:
+def tune_kernels(B: int, T: int, K: int, V: int) -> None:
     """Time each kernel alone with its candidate configurations. Later kernels run with the best of earlier ones."""
     widths = [v for v in (64, 128, 256) if v <= V]
     plain = [{"BV": v, "STORE_BANDS": p, "PREFETCH": False} for v, p in itertools.product(widths, (1, 4))]
@@ -245,7 +250,7 @@ def tune(B: int, T: int, K: int, V: int) -> None:
         found = []
         for tile, warps, stages, limit in itertools.product(tiles, (4, 8), (1, 2, 3, 4), (None, 168, 128)):
             if warps == 8 and (limit or "STORE_BANDS" not in tile):
-                continue  # a chunk's 64 rows are one warp group's worth: the second would only repeat it
+                continue  # A chunk's 64 rows occupy one warp group. A second group would only repeat its work.
             launch = LaunchConfig(tile, warps, stages, limit)
             plan.config = ungated.config = plan.config._replace(**{kernel: launch})
             try:
@@ -266,16 +271,16 @@ if __name__ == "__main__":
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs; not with --tune")
     arguments = parser.parse_args()
     if arguments.graph and arguments.tune:
-        parser.error("--tune times single kernels, without --graph")
+        parser.error("--tune times single kernels. Leave --graph out")
     if not torch.cuda.is_available():
-        parser.error("the kernels are timed on a CUDA device, and there is none")
+        parser.error("There is no CUDA device, which the kernels need")
     if arguments.tune:
         for B, T in ((32, 2048), (2, 32768)):  # many heads, and few
-            tune(B, T, *arguments.tune)
+            tune_kernels(B, T, *arguments.tune)
     elif arguments.gates:
         for name in ("1.3B layer B8 T2048", "340M layer B32 T2048", "D64 B32 T1024"):
-            gates(*SHAPES[name][:5], arguments.graph)
+            print_gates(*SHAPES[name][:5], arguments.graph)
     elif arguments.figure:
-        figure(arguments.figure, arguments.graph)
+        plot_speed(arguments.figure, arguments.graph)
     else:
-        table(SHAPES, arguments.graph)
+        print_table(SHAPES, arguments.graph)

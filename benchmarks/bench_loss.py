@@ -1,13 +1,14 @@
-"""Time the head's cross-entropy, forward and backward: ours at several chunk sizes beside torch's and Liger's.
+"""Time cross-entropy with the output projection, forward and backward: ours by chunk size, torch's and Liger's.
 
     python benchmarks/bench_loss.py                  65,536 tokens x 32,000 words x width 1,024, and 16,384 at 2,048
     python benchmarks/bench_loss.py --tiny           on a CPU, in a second
 
-Median ms, TFLOP/s of the three matmuls, and the peak of memory above the inputs, in MiB; bfloat16 hidden states and a
-float32 weight under bfloat16 autocast. What is not installed is left out.
+The table shows median ms, TFLOP/s of the three matmuls, and peak memory above the inputs in MiB. Hidden states are
+bfloat16 and the weight is float32, under bfloat16 autocast. Libraries that are not installed are skipped.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +22,9 @@ TINY = {"tiny": (256, 32, 100)}
 CUDA = torch.cuda.is_available()
 
 
-def chunked(elements: int) -> Callable[..., Tensor]:
+def chunked_loss(elements: int) -> Callable[..., Tensor]:
+    """Return our loss with chunks of so many logits."""
+
     def call(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
         ours.CHUNK_ELEMENTS = elements
         return ours.linear_cross_entropy(hidden, weight, targets, z_loss)
@@ -29,12 +32,13 @@ def chunked(elements: int) -> Callable[..., Tensor]:
     return call
 
 
-def losses() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def list_losses() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Yield name and function of every loss: (hidden, weight, targets) to a scalar."""
     for power in (25, 26, 27, 28):
-        yield f"glalm, 2^{power} logits a chunk", chunked(2**power)
-    yield "glalm, z-loss", lambda *inputs: chunked(2**27)(*inputs, 1e-4)
+        yield f"glalm, 2^{power} logits a chunk", chunked_loss(2**power)
+    yield "glalm, z-loss", lambda *inputs: chunked_loss(2**27)(*inputs, 1e-4)
     yield "whole logits", lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t)
-    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
         options = torch.nn.LinearCrossEntropyOptions()
         yield "torch", lambda h, w, t: F.linear_cross_entropy(h, w.to(h.dtype), t, options=options)
     try:
@@ -46,15 +50,8 @@ def losses() -> Iterator[tuple[str, Callable[..., Tensor]]]:
         pass
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Median ms of a few calls."""
-    from triton.testing import do_bench
-
-    return do_bench(call, warmup=50, rep=300, return_mode="median")
-
-
 def measure(loss: Callable[..., Tensor], tokens: int, width: int, words: int) -> tuple[float, float, float]:
-    """ms, peak MiB, loss."""
+    """Return median ms and peak MiB above the inputs, both NaN on a CPU, and the loss in nats."""
     device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -70,13 +67,15 @@ def measure(loss: Callable[..., Tensor], tokens: int, width: int, words: int) ->
 
     value = call().item()
     if not CUDA:
-        return float("nan"), float("nan"), value
+        return math.nan, math.nan, value
+    from triton.testing import do_bench
+
     hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return timed(call), peak, value
+    return do_bench(call, warmup=50, rep=300, return_mode="median"), peak, value
 
 
 def main() -> None:
@@ -84,10 +83,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     shapes = TINY if parser.parse_args().tiny else SHAPES
     if not CUDA and shapes is SHAPES:
-        parser.error("there is no CUDA device to time these on; --tiny runs without")
+        parser.error("There is no CUDA device. Add --tiny to run on the CPU")
     for shape, (tokens, width, words) in shapes.items():
         print(f"| {shape} | ms | TFLOP/s | peak MiB | loss |\n|-|-|-|-|-|")
-        for name, loss in losses():
+        for name, loss in list_losses():
             try:
                 ms, peak, value = measure(loss, tokens, width, words)
             except torch.OutOfMemoryError:

@@ -1,15 +1,15 @@
-"""Training throughput of this project, flash-linear-attention's GLA and a compiled Llama of the same size.
+"""Measure the training throughput of our GLA, flash-linear-attention's and a compiled Llama of the same size.
 
-    python benchmarks/bench_training.py                              every row and model, a table in Markdown
-    python benchmarks/bench_training.py --rows 1b3 --models glalm    one of them
-    python benchmarks/bench_training.py --rows 340m --models glalm --profile     and where a step's time goes
+    python benchmarks/bench_training.py                              all rows and models, a table in Markdown
+    python benchmarks/bench_training.py --rows 1b3 --models glalm    one row and model
+    python benchmarks/bench_training.py --rows 340m --models glalm --profile     and the time of a step by kernel
     torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --set parallel=fsdp2     weak scaling
-    python benchmarks/bench_training.py --tiny                       the same on a CPU, in seconds, for its test
+    python benchmarks/bench_training.py --tiny                       tiny sizes, in seconds on a CPU
 
-Forward, backward, clipping and fused AdamW on random tokens: float32 master weights under bfloat16 autocast. Ours is
-the training loop's own step with its own config (--set changes it); the others get the same optimiser. Every model
-runs in a process of its own. First step: seconds from its start to its end, with everything that is compiled then, or
-found in the caches of earlier runs. With an empty Triton cache flash-linear-attention autotunes for minutes.
+A step is forward, backward, clipping and fused AdamW on random tokens, with float32 master weights under bfloat16
+autocast. Our step is that of the training loop with its config, which --set changes; the other models get the same
+optimiser. Every model runs in its own process. The seconds of the first step include everything that is compiled then,
+or loaded from the caches of earlier runs. With an empty Triton cache flash-linear-attention autotunes for minutes.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 
 
-def run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
+def compose_run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
     batch = [f"data.seq_len={row.T}", f"train.batch_size={row.batch * WORLD}", f"train.micro_batch_size={row.batch}"]
     model = f"model={mixer}_{row.size}"
     return compose_config(TrainingRun, "train", [model, "optim=adamw", *batch, "train.steps=1000", *changes])
@@ -64,8 +65,8 @@ def run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
 
 
 def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
-    """A run's config, and a call that makes one step of it on token ids [batch, T + 1] and returns the loss."""
-    config = run_config(row, "gla", changes)
+    """Return the config of a run, and a function that trains one step on token ids [batch, T + 1] for the loss."""
+    config = compose_run_config(row, "gla", changes)
     accelerator = parallel.start_processes(config)
     trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
 
@@ -76,25 +77,26 @@ def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], T
 
 
 def fla(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
-    from fla.models import GLAConfig, GLAForCausalLM  # only where it is installed
+    from fla.models import GLAConfig, GLAForCausalLM
 
-    config = run_config(row, "gla", [])
+    config = compose_run_config(row, "gla", [])
     shape = {name: getattr(config.model, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    return config, plain_step(GLAForCausalLM(GLAConfig(**shape, num_heads=config.model.num_heads)), config)
+    return config, build_step(GLAForCausalLM(GLAConfig(**shape, num_heads=config.model.num_heads)), config)
 
 
 def llama(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = run_config(row, "attention", [])
+    config = compose_run_config(row, "attention", [])
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     shape = {name: getattr(config.model, name) for name in names} | {"max_position_embeddings": row.T}
     heads, _ = attention_heads(config.model)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=heads, attn_implementation="sdpa"))
-    return config, plain_step(torch.compile(model) if CUDA else model, config)
+    return config, build_step(torch.compile(model) if CUDA else model, config)
 
 
-def plain_step(model: torch.nn.Module, config: RunConfig) -> Callable[[Tensor], Tensor]:
+def build_step(model: torch.nn.Module, config: RunConfig) -> Callable[[Tensor], Tensor]:
+    """Return a training step of another library's model."""
     device = torch.device("cuda" if CUDA else "cpu")
     model = model.to(device).train()
     [optimizer] = optim.build_optimizers(model, config.optim)
@@ -118,24 +120,26 @@ MODELS = {"glalm": glalm, "fla": fla, "llama": llama}
 
 
 def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
+    """Train a model for a few steps and return the numbers of its row."""
     torch.set_float32_matmul_precision("high")
     config, step = MODELS[name](row, arguments.set)
     device = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
     ids = torch.randint(config.model.vocab_size, (row.batch, row.T + 1), device=device)
-    begun = clock()
+    start = synchronized_time()
     step(ids)
-    result = {"first_step_seconds": clock() - begun}
+    result = {"first_step_seconds": synchronized_time() - start}
     for _ in range(arguments.warmup - 1):
         step(ids)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    begun = clock()
+    start = synchronized_time()
     for _ in range(arguments.steps):
         loss = step(ids)
-    seconds = (clock() - begun) / arguments.steps
-    each, peak = row.batch * row.T / seconds, peak_flops(device)
-    result |= {"step_ms": 1e3 * seconds, "tokens_per_second": each * WORLD, "tokens_per_second_per_gpu": each}
-    result["mfu"] = peak and each * model_cost(config.model, row.T).training / peak
+    seconds = (synchronized_time() - start) / arguments.steps
+    per_gpu = row.batch * row.T / seconds
+    peak = peak_flops(device)
+    result |= {"step_ms": 1e3 * seconds, "tokens_per_second": per_gpu * WORLD, "tokens_per_second_per_gpu": per_gpu}
+    result["mfu"] = peak and per_gpu * model_cost(config.model, row.T).training / peak
     result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB if CUDA else None
     result["loss"] = loss.item()
     if arguments.estimate and name == "glalm":
@@ -144,66 +148,72 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
         parts = estimate_memory(config, plan, parallel.local_world_size(), CUDA, compiled)
         result["estimate_gib"] = sum(parts.values()) / GIB
     if arguments.profile:
-        result["profile"] = kinds(lambda: step(ids))
+        result["profile"] = profile_step(lambda: step(ids))
     return result
 
 
-def clock() -> float:
-    """Seconds, with everything that was asked of the device done."""
+def synchronized_time() -> float:
+    """Return the time in seconds after all work of the device is complete."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-KINDS = {  # of kernels by their names: the first that fits
+KERNEL_KINDS = {  # kind of a kernel: a pattern of its name; the first that matches counts
     "communication": r"nccl",
     "copies": r"^Mem(cpy|set)",
     "loss, without its matmuls": r"cross_entropy|nll_loss|log_softmax",
     "attention": r"flash|fmha|sdpa|attention",
-    "recurrent kernels": r"(prepare|scan|join|gradients|recurrent)(_head)?_kernel|^chunk_|fused_recurrent",
+    "recurrent kernels": r"(rescale|scan|join_segments|gradients|recurrent)(_head)?_kernel|^chunk_|fused_recurrent",
     "optimiser and clipping": r"multi_tensor|[Ff]used[Aa]dam|lpnorm|foreach",
     "matmuls": r"gemm|cutlass|nvjet|cublas|xmma|splitK|triton_tem_",
     "norms and elementwise": r"^triton_|elementwise|norm|reduce|layer_|swiglu|gate|embedding|index|cat|scatter|gather",
 }
 
 
-def kind(kernel: str) -> str:
-    return next((name for name, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
+def kernel_kind(kernel: str) -> str:
+    return next((kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, kernel)), "other")
 
 
-def kinds(step: Callable[[], object]) -> dict[str, float]:
-    """ms of one step on the device by kind of kernel, and idle; `kernels`: the twenty that take longest."""
+def profile_step(step: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Profile one step on the device.
+
+    Returns:
+        kinds: ms by kind of kernel, and idle.
+        kernels: ms of the twenty kernels that take longest.
+    """
     step()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA) as record:
         step()
-        clock()
-    where = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
-    spans = ("ProfilerStep", "## ", "Optimizer.")  # of many kernels
-    events = [e for e in record.events() if e.device_type == where and not e.name.startswith(spans)]
-    table, each = {}, {}
+        synchronized_time()
+    device_type = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
+    ranges = ("ProfilerStep", "## ", "Optimizer.")  # These events contain those of many kernels.
+    events = [e for e in record.events() if e.device_type == device_type and not e.name.startswith(ranges)]
+    kinds = Counter()
+    kernels = Counter()
     for event in events:
         ms = event.time_range.elapsed_us() / 1e3
-        table[kind(event.name)] = table.get(kind(event.name), 0.0) + ms
-        each[event.name] = each.get(event.name, 0.0) + ms
-    table = dict(sorted(table.items(), key=lambda item: -item[1]))
-    table["idle"] = idle([(e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events])
-    return {"kinds": table, "kernels": dict(sorted(each.items(), key=lambda item: -item[1])[:20])}
+        kinds[kernel_kind(event.name)] += ms
+        kernels[event.name] += ms
+    idle = idle_time([(e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events])
+    return {"kinds": dict(kinds.most_common()) | {"idle": idle}, "kernels": dict(kernels.most_common(20))}
 
 
-def idle(spans: list[tuple[float, float]]) -> float:
-    """How much of the time from the first start to the last end lies in none of `spans`."""
-    gaps, reached = 0.0, min(start for start, _ in spans)
+def idle_time(spans: list[tuple[float, float]]) -> float:
+    """Return the time between the first start and the last end that no span covers."""
+    idle = 0.0
+    last_end = min(start for start, _ in spans)
     for start, end in sorted(spans):
-        gaps += max(0.0, start - reached)
-        reached = max(reached, end)
-    return gaps
+        idle += max(0.0, start - last_end)
+        last_end = max(last_end, end)
+    return idle
 
 
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-def in_a_process(name: str, label: str, arguments: argparse.Namespace) -> dict:
-    """`measure` in a process of its own, so that memory and compiled code are one model's alone."""
+def measure_in_process(name: str, label: str, arguments: argparse.Namespace) -> dict:
+    """Call `measure` in a new process, because memory and compiled code of one model would affect the next."""
     command = [sys.executable, __file__, "--one", name, "--rows", label, "--steps", str(arguments.steps)]
     command += ["--warmup", str(arguments.warmup), "--set", *arguments.set]
     command += [f"--{flag}" for flag in ("tiny", "profile", "estimate") if getattr(arguments, flag)]
@@ -213,7 +223,7 @@ def in_a_process(name: str, label: str, arguments: argparse.Namespace) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(label: str, name: str, result: dict) -> None:
+def print_row(label: str, name: str, result: dict) -> None:
     if "error" in result:
         print(f"| {label} | {name} | {result['error']} |", flush=True)
         return
@@ -232,14 +242,16 @@ def show(label: str, name: str, result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *TINY], help="all")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *TINY], help="default: all")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS] if WORLD == 1 else ["glalm"])
-    parser.add_argument("--steps", type=int, default=8, help="timed")
-    parser.add_argument("--warmup", type=int, default=3, help="before them, the first included")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of our config")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="steps before them, including the first (default: %(default)s)"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="an override of our config")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--estimate", action="store_true", help="the dry run's estimate beside the peak")
+    parser.add_argument("--estimate", action="store_true", help="print the dry run's estimate next to the peak")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -249,17 +261,18 @@ def main() -> None:
         if arguments.one:
             print(json.dumps(measure(arguments.one, next(iter(rows.values())), arguments)))
             return
-        first, results = int(os.environ.get("RANK", 0)) == 0, []
-        if first:
+        is_first = int(os.environ.get("RANK", 0)) == 0
+        results = []
+        if is_first:
             print("| row | model | tokens/s | step, ms | MFU | peak GiB | first step, s |\n|-|-|-|-|-|-|-|", flush=True)
         for label, row in rows.items():
             for name in arguments.models:
                 alone = WORLD == 1
-                result = in_a_process(name, label, arguments) if alone else measure(name, row, arguments)
+                result = measure_in_process(name, label, arguments) if alone else measure(name, row, arguments)
                 results.append({"row": label, "model": name, "gpus": WORLD, **row._asdict(), **result})
-                if first:
-                    show(label, name, result)
-    if first and arguments.json:
+                if is_first:
+                    print_row(label, name, result)
+    if is_first and arguments.json:
         record = {"environment": describe_environment(), "changes": arguments.set, "results": results}
         arguments.json.write_text(json.dumps(record, indent=1))
     if dist.is_initialized():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "bench_decoding.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_decoding.py"
 
 
-def test_every_model_has_its_rows(tmp_path):
+def test_every_model_gets_its_rows(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPT), "--size", "tiny", "--device", "cpu", "--models", "glalm", "llama"]
     command += ["--batches", "1", "2", "--prompts", "20", "--new", "4", "--read", "30", "--out", str(tmp_path)]
@@ -28,8 +28,8 @@ def test_every_model_has_its_rows(tmp_path):
     assert (tmp_path / "decoding.png").stat().st_size > 1000
 
 
-def test_trainings_forward_makes_no_logits():
+def test_training_forward_computes_no_logits():
     bench = runpy.run_path(str(SCRIPT))
     runner = bench["glalm"]("tiny", "cpu")
-    runner.model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were made"))
+    runner.model.lm_head.register_forward_hook(lambda *_: pytest.fail("logits were computed"))
     assert bench["training_forward"](runner, argparse.Namespace(size="tiny", device="cpu")) > 0

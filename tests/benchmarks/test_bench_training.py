@@ -1,4 +1,4 @@
-"""The benchmark's script at sizes for a CPU, and how it reads a profile."""
+"""Run the training benchmark at sizes for a CPU, and check how it reads a profile."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def check(result: dict) -> None:
     assert 7 < result["loss"] < 8.5 and result["first_step_seconds"] > 0  # a vocabulary of 2048, random tokens
 
 
-def test_a_models_row(tmp_path):
+def test_row_of_our_model(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "2", "--warmup", "1", "--profile"]
     command += ["--models", "glalm", "--set", "optim.lr=1e-4", "--json", str(out)]
@@ -43,7 +43,7 @@ def test_a_models_row(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="at a size for a CPU")
-def test_the_llama_beside_it(bench):
+def test_row_of_llama(bench):
     arguments = SimpleNamespace(set=[], steps=1, warmup=1, estimate=False, profile=False)
     check(bench.measure("llama", bench.TINY["tiny"], arguments))
 
@@ -55,6 +55,8 @@ def test_the_llama_beside_it(bench):
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmuls"),
         ("cross_entropy_kernel", "loss, without its matmuls"),
         ("scan_kernel", "recurrent kernels"),
+        ("rescale_head_kernel", "recurrent kernels"),
+        ("join_segments_kernel", "recurrent kernels"),
         ("triton_red_fused__to_copy_add_mul_rms_norm_3", "norms and elementwise"),
         ("void multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser and clipping"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage)", "communication"),
@@ -63,10 +65,10 @@ def test_the_llama_beside_it(bench):
         ("something else", "other"),
     ],
 )  # fmt: skip
-def test_kinds_of_kernels(bench, kernel, wanted):
-    assert bench.kind(kernel) == wanted
+def test_kind_of_kernel(bench, kernel, wanted):
+    assert bench.kernel_kind(kernel) == wanted
 
 
-def test_idle_time_is_what_no_kernel_covers(bench):
-    assert bench.idle([(10, 12), (11, 15), (18, 20), (13, 14)]) == 3
-    assert bench.idle([(1, 2)]) == 0
+def test_idle_time_is_not_covered_by_kernels(bench):
+    assert bench.idle_time([(10, 12), (11, 15), (18, 20), (13, 14)]) == 3
+    assert bench.idle_time([(1, 2)]) == 0

@@ -1,17 +1,14 @@
-"""Pure functions on tensors, named as the field names them."""
+"""Operators of linear recurrences and of the loss: pure functions on tensors, without modules or configs."""
 
 from glalm.kernels.delta import chunk_delta_rule
-from glalm.kernels.family import (
-    chunk_linear_attn,
-    chunk_retention,
-    chunk_simple_gla,
+from glalm.kernels.gla import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla, chunk_value_gla
+from glalm.kernels.recurrent import (
+    fused_recurrent_gla,
     fused_recurrent_linear_attn,
     fused_recurrent_retention,
     fused_recurrent_simple_gla,
 )
-from glalm.kernels.gla import chunk_gla, fused_recurrent_gla
 from glalm.kernels.selective_scan import selective_scan
-from glalm.kernels.value_gate import chunk_value_gla
 
 __all__ = [
     "chunk_delta_rule",

@@ -1,29 +1,30 @@
-"""Chunkwise GLA in plain PyTorch: the path of CPU tensors, and the algorithm to read before the fused kernels.
+"""Chunkwise gated linear attention in PyTorch: the path of CPU tensors, and the algorithm to read before the kernels.
 
-GLA (arXiv 2312.06635) carries a state S of K x V numbers through time and forgets channel by channel:
+GLA (arXiv 2312.06635) carries a state S of K x V numbers through time, and a gate makes it forget channel by channel:
 
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = q_t S_t
 
-Token by token these are T small steps. In chunks of C tokens they are a few large matmuls: with G(a, b] the sum
-of g over the tokens a < l <= b of a chunk, and S the state that enters it,
+Token by token, these are T small steps. In chunks of C tokens, they are a few large matmuls. Let G(a, b] be the sum of
+g over the tokens a < l <= b of a chunk, and let S be the state that enters the chunk. Then
 
     o_i = sum_{j <= i} A_ij v_j + (q_i * exp G(start, i]) S      A_ij = sum_k q_ik k_jk exp G(j, i]_k
     S  <- diag(exp G(start, end]) S + sum_j (k_j * exp G(j, end])^T v_j
 
-Every exponent here is <= 0. The difficulty is A: as a product of q * exp G(start, i] and k * exp -G(start, j] it would
-be one matmul, but the second factor overflows once a chunk forgets much. The paper cuts the chunk into sub-chunks and
-takes one exponent a pair inside them. Here a block whose gates are mild is one such matmul, measured from its middle
-rather than its start; any other block is halved, down to single tokens if need be, and its halves meet in a matmul of
-what they are known by anyway, q * exp G(start, i] of the second and k * exp G(j, end] of the first.
+Every exponent here is <= 0. The difficulty is A. As the product of q * exp G(start, i] and k * exp -G(start, j], it is
+one matmul, but the second factor overflows as soon as a chunk forgets much. The paper cuts the chunk into sub-chunks,
+and computes one exponent per pair of tokens inside them. Here, a block of tokens whose exponents are small takes one
+such matmul, with exponents measured from the middle of the block instead of its start (compute_direct_block). Any
+other block is cut into halves, down to single tokens if necessary. Its halves meet in the matmul of q * exp G(start, i]
+of the second half and k * exp G(j, end] of the first, which both halves need anyway (compute_halved_block).
 
-Only where gates are mild is a G the difference of two sums. A gate of -1e5 would leave such a difference no low bits,
-and so spoil the tokens that follow it.
+G is computed as the difference of two sums only where the exponents are small. After a gate of -1e5, such a
+difference would have no low bits left, which would spoil the tokens that follow.
 
-Gradients: where e scales q as q * exp(e), de = q * dq; where it scales k as k * exp(-e), de = -k * dk (the
-paper's closed form for the gate); and where e is made of sums of g, the transposed sums take de to dg. All of
-it stays within a chunk: what came before meets what comes after only in sum_v S * dS.
+Gradients: where an exponent e scales q as q * exp(e), de = q * dq. Where it scales k as k * exp(-e), de = -k * dk (the
+paper's closed form for the gate). Where e is a sum of g, the transposed sum takes de to dg. All of this stays within a
+chunk: what came before meets what comes after only in sum_v S * dS.
 
-Inside this file the chunks of all heads are one batch, [n, C, K or V].
+In this file, the chunks of all heads are one batch, [n, C, K or V].
 """
 
 from collections.abc import Callable
@@ -33,120 +34,136 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import CHUNK, wide_dtype
+from glalm.kernels.common import CHUNK, sequence_masks, wide_dtype
 
-# The largest exponent that q or k is scaled by: in float32 a sum of gates near 20 is off by a few 1e-6, and so are the
-# results. Larger ones would do before anything overflows, at that cost.
-MILD = 20.0
-# exp of this is 0 in every dtype and, unlike -inf, it survives being multiplied by the zeros of a matmul.
-FORGET_ALL = -800.0
+# The largest exponent that scales q or k. In float32, a sum of gates near 20 is off by a few 1e-6, and so are the
+# results. Larger exponents would lose more digits long before anything overflows.
+MAX_EXPONENT = 20.0
+# The exponential of this gate is 0 in every dtype. Unlike -inf, it can be multiplied by the zeros of a matmul.
+MIN_LOG_GATE = -800.0
+# Chunks of the gate on the value axis are short, because they hold [C, C, V] numbers.
+VALUE_GATE_CHUNK = 16
 
 
 # 1. Tokens to chunks and back ------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-    """Where each token goes when the sequences are cut into chunks.
+class ChunkLayout(NamedTuple):
+    """The position of each token once the sequences are cut into chunks.
 
-    Chunks are ordered by their number within their sequence, then by sequence, longest first. So the chunks
-    number c of all sequences that have one are neighbours, steps[c], and belong to the first of the sorted states.
+    Chunks are sorted by their index within their sequence, and then by sequence, the longest first. So the chunks with
+    index c of all sequences that have one are adjacent rows, steps[c], and belong to the first sequences of `order`.
     """
 
-    chunk: int
+    chunk: int  # tokens
     steps: list[slice]
-    order: Tensor  # [N] the sequence of each sorted state
-    rank: Tensor  # [N] its inverse
-    place: Tensor  # [tokens * H] position of each token and head in the chunks
-    source: Tensor  # [chunks * H * chunk] its inverse; padding points one past the last token
+    order: Tensor  # [N], the sequences by length
+    rank: Tensor  # [N], the inverse of `order`
+    position: Tensor  # [tokens * H], the row of each token and head in the chunks
+    source: Tensor  # [chunks * H * chunk], the inverse of `position`; tokens * H in the padding
 
-    def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, D] to [n, chunk, D], zeros in the padding."""
+    def to_chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cut [B, T, H, D] into [n, chunk, D], with zeros in the padding."""
         x = F.pad(x.reshape(-1, x.shape[-1]).to(dtype), (0, 0, 0, 1))
         return x.index_select(0, self.source).view(-1, self.chunk, x.shape[-1])
 
-    def join(self, x: Tensor, like: Tensor) -> Tensor:
-        """The inverse of cut, in the shape and dtype of `like`."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.place).view(like.shape).to(like.dtype)
+    def to_tokens(self, x: Tensor, like: Tensor) -> Tensor:
+        """Undo to_chunks, with the shape and dtype of `like`."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.position).view(like.shape).to(like.dtype)
 
 
-def lay_out(q: Tensor, cu_seqlens: Tensor | None) -> Layout:
+def lay_out_chunks(q: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
+    """Cut the sequences of q [B, T, H, K], or the packed ones of its single row, into chunks."""
     B, T, H, _ = q.shape
     lengths = torch.full((B,), T) if cu_seqlens is None else cu_seqlens.cpu().long().diff()
-    N, tokens = len(lengths), B * T
+    N = len(lengths)
+    tokens = B * T
     longest = max(lengths.tolist(), default=0)
-    chunk = min(CHUNK, 1 << max(longest - 1, 0).bit_length())  # a power of two, to be halved
+    chunk = min(CHUNK, 1 << max(longest - 1, 0).bit_length())  # a power of two, which can be halved
 
     counts = (lengths + chunk - 1) // chunk
     order = counts.argsort(descending=True, stable=True)
     rank = order.argsort()
-    running = N - counts.bincount().cumsum(0)[:-1]  # how many sequences have a chunk number 0, 1, ...
-    first = F.pad(running.cumsum(0), (1, 0))
+    sequences_per_step = N - counts.bincount().cumsum(0)[:-1]
+    first = F.pad(sequences_per_step.cumsum(0), (1, 0))
     steps = [slice(a, b) for a, b in zip(first[:-1].tolist(), first[1:].tolist(), strict=True)]
 
     sequence = torch.arange(N).repeat_interleave(lengths)
     t = torch.arange(tokens) - (lengths.cumsum(0) - lengths)[sequence]
     row = first[t // chunk] + rank[sequence]
-    place = ((row[:, None] * H + torch.arange(H)) * chunk + (t % chunk)[:, None]).view(-1)
+    position = ((row[:, None] * H + torch.arange(H)) * chunk + (t % chunk)[:, None]).view(-1)
     source = torch.full((int(first[-1]) * H * chunk,), tokens * H)
-    source[place] = torch.arange(tokens * H)
-    return Layout(chunk, steps, *(x.to(q.device) for x in (order, rank, place, source)))
+    source[position] = torch.arange(tokens * H)
+    return ChunkLayout(chunk, steps, *(x.to(q.device) for x in (order, rank, position, source)))
 
 
 # 2. Within a chunk -----------------------------------------------------------------------------------------
 
 
 class Block(NamedTuple):
-    """All that the rest of the computation needs of n blocks of C tokens, and the way back through it."""
+    """What the rest of the computation needs of n blocks of C tokens, and the backward pass through the blocks."""
 
-    A: Tensor  # [n, C, C] A_ij above for i >= j, else 0
-    q: Tensor  # [n, C, K] q_i * exp G(start, i]
-    k: Tensor  # [n, C, K] k_j * exp G(j, end]
-    g: Tensor  # [n, K] G(start, end]
-    # From the gradients of these four (dA may be overwritten) to those of the block's q, k and g.
+    A: Tensor  # [n, C, C], A_ij as above for i >= j, else 0
+    q: Tensor  # [n, C, K], q_i * exp G(start, i]
+    k: Tensor  # [n, C, K], k_j * exp G(j, end]
+    g: Tensor  # [n, K], G(start, end]
+    # Maps the gradients of these four to those of the block's q, k and g. It may overwrite the gradient of A.
     pullback: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def block(q: Tensor, k: Tensor, g: Tensor) -> Block:
-    sums = from_middle(g)
-    e = sums @ g
-    wild = e.abs().amax((1, 2)) >= MILD
-    if not wild.any():
-        return mild_block(q, k, g, e, sums)
-    if wild.all():
-        return halved_block(q, k, g)
+def compute_block(q: Tensor, k: Tensor, g: Tensor) -> Block:
+    """Compute n blocks from q, k, g [n, C, K]: directly where their exponents are small, else by halves."""
+    sums = sums_from_middle(g)
+    exponents = sums @ g
+    large = exponents.abs().amax((1, 2)) >= MAX_EXPONENT
+    if not large.any():
+        return compute_direct_block(q, k, g, exponents, sums)
+    if large.all():
+        return compute_halved_block(q, k, g)
 
-    groups = wild.nonzero().view(-1), (~wild).nonzero().view(-1)
-    parts = [block(q[i], k[i], g[i]) for i in groups]
-    back = torch.cat(groups).argsort()
+    groups = [large.nonzero().view(-1), (~large).nonzero().view(-1)]
+    parts = [compute_block(q[i], k[i], g[i]) for i in groups]
+    restore_order = torch.cat(groups).argsort()
 
     def pullback(*grads):
-        parts_grads = [part.pullback(*(d[i] for d in grads)) for part, i in zip(parts, groups, strict=True)]
-        return tuple(torch.cat(d)[back] for d in zip(*parts_grads, strict=True))
+        part_grads = [part.pullback(*(d[i] for d in grads)) for part, i in zip(parts, groups, strict=True)]
+        return tuple(torch.cat(d)[restore_order] for d in zip(*part_grads, strict=True))
 
-    return Block(*(torch.cat(x)[back] for x in zip(*(part[:4] for part in parts), strict=True)), pullback)
+    results = zip(*(part[:4] for part in parts), strict=True)
+    return Block(*(torch.cat(x)[restore_order] for x in results), pullback)
 
 
-def from_middle(g: Tensor) -> Tensor:
-    """[n, C, C], row i of which sums g from the middle of the block to token i; negated, where i comes first.
+def sums_from_middle(g: Tensor) -> Tensor:
+    """Return the matrices [n, C, C] whose row i sums g [n, C, K] from the middle of its block to token i.
 
-    With e = from_middle(g) @ g, G(j, i] = e_i - e_j for all i > j.
+    The sum is negated where token i comes before the middle. With e = sums_from_middle(g) @ g, G(j, i] = e_i - e_j for
+    all j < i.
     """
     n, C, _ = g.shape
     middle = max(C // 2, 1)
     same_half = g.new_ones(C, C)
-    same_half[middle:, :middle] = same_half[:middle, middle:] = 0
+    same_half[middle:, :middle] = 0
+    same_half[:middle, middle:] = 0
     sums = same_half.tril()
     sums[:middle] -= same_half[:middle]
     return sums.expand(n, C, C)
 
 
-def mild_block(q: Tensor, k: Tensor, g: Tensor, e: Tensor, sums: Tensor) -> Block:
-    """All pairs in one matmul of q * exp(e) and k * exp(-e). What may overflow are pairs i < j, dropped unread."""
+def compute_direct_block(q: Tensor, k: Tensor, g: Tensor, exponents: Tensor, sums: Tensor) -> Block:
+    """Compute all pairs of tokens in one matmul of q * exp(e) and k * exp(-e), for e = `exponents` = `sums` @ g.
+
+    Only pairs with i < j, which are discarded, can overflow. `exponents` is overwritten.
+    """
     middle = max(g.shape[1] // 2, 1)
-    before, after = g[:, :middle].sum(1), g[:, middle:].sum(1)
-    enter, leave, decay = before.exp()[:, None], after.exp()[:, None], e.exp_()
-    q, k = q * decay, k / decay
-    q_start, k_end = q * enter, k * leave
+    first_half = g[:, :middle].sum(1)
+    second_half = g[:, middle:].sum(1)
+    enter = first_half.exp()[:, None]
+    leave = second_half.exp()[:, None]
+    decay = exponents.exp_()
+    q = q * decay
+    k = k / decay
+    q_start = q * enter
+    k_end = k * leave
 
     def pullback(dA, dq_start, dk_end, dtotal):
         dA = dA.tril_()
@@ -157,67 +174,87 @@ def mild_block(q: Tensor, k: Tensor, g: Tensor, e: Tensor, sums: Tensor) -> Bloc
         dg[:, middle:] += ((k_end * dk_end).sum(1) + dtotal)[:, None]
         return dq.mul_(decay), dk.div_(decay), dg
 
-    return Block((q @ k.mT).tril_(), q_start, k_end, before + after, pullback)
+    return Block((q @ k.mT).tril_(), q_start, k_end, first_half + second_half, pullback)
 
 
-def halved_block(q: Tensor, k: Tensor, g: Tensor) -> Block:
+def compute_halved_block(q: Tensor, k: Tensor, g: Tensor) -> Block:
+    """Compute the two halves of each block by compute_block, and the pairs of tokens across them in one matmul."""
     n, C, K = q.shape
     h = C // 2
-    halves = block(*(x.reshape(2 * n, h, K) for x in (q, k, g)))
-    (q1, q2), (k1, k2) = (x.view(n, 2, h, K).unbind(1) for x in (halves.q, halves.k))
-    before, after = halves.g.view(n, 2, K).unbind(1)
-    enter, leave = before.exp()[:, None], after.exp()[:, None]
-    q_start, k_end = torch.cat([q1, q2 * enter], 1), torch.cat([k1 * leave, k2], 1)
+    halves = compute_block(*(x.reshape(2 * n, h, K) for x in (q, k, g)))
+    q1, q2 = halves.q.view(n, 2, h, K).unbind(1)
+    k1, k2 = halves.k.view(n, 2, h, K).unbind(1)
+    first_half, second_half = halves.g.view(n, 2, K).unbind(1)
+    enter = first_half.exp()[:, None]
+    leave = second_half.exp()[:, None]
+    q_start = torch.cat([q1, q2 * enter], 1)
+    k_end = torch.cat([k1 * leave, k2], 1)
     A = q.new_zeros(n, C, C)
     A[:, :h, :h], A[:, h:, h:] = halves.A.view(n, 2, h, h).unbind(1)
     A[:, h:, :h] = q2 @ k1.mT
 
     def pullback(dA, dq_start, dk_end, dtotal):
-        dA1, dA2, dA = dA[:, :h, :h], dA[:, h:, h:], dA[:, h:, :h]
-        (dq1, dq2), (dk1, dk2) = dq_start.split(h, 1), dk_end.split(h, 1)
-        dbefore = (q_start[:, h:] * dq2).sum(1) + dtotal
-        dafter = (k_end[:, :h] * dk1).sum(1) + dtotal
+        dA1 = dA[:, :h, :h]
+        dA2 = dA[:, h:, h:]
+        dA = dA[:, h:, :h]
+        dq1, dq2 = dq_start.split(h, 1)
+        dk1, dk2 = dk_end.split(h, 1)
+        dfirst = (q_start[:, h:] * dq2).sum(1) + dtotal
+        dsecond = (k_end[:, :h] * dk1).sum(1) + dtotal
         dq2 = (dA @ k1).addcmul_(dq2, enter)
         dk1 = (dA.mT @ q2).addcmul_(dk1, leave)
-        pairs = (dA1, dA2), (dq1, dq2), (dk1, dk2), (dbefore, dafter)
+        pairs = (dA1, dA2), (dq1, dq2), (dk1, dk2), (dfirst, dsecond)
         grads = halves.pullback(*(torch.stack(pair, 1).flatten(0, 1) for pair in pairs))
         return tuple(x.view(n, C, K) for x in grads)
 
-    return Block(A, q_start, k_end, before + after, pullback)
+    return Block(A, q_start, k_end, first_half + second_half, pullback)
 
 
 # 3. From chunk to chunk ------------------------------------------------------------------------------------
 
 
-def scan(steps: list[slice], decay: Tensor, update: Tensor, S: Tensor) -> Tensor:
-    """S <- decay * S + update through the chunks of each sequence: the only part that is sequential.
+def scan_chunks(steps: list[slice], decay: Tensor, update: Tensor, S: Tensor) -> Tensor:
+    """Carry S <- decay * S + update through the chunks of each sequence, the only part that is sequential.
 
-    decay: [chunks, H, K, 1]; update: [chunks, H, K, V], overwritten by the S that each chunk meets, and
-    returned; S: [N, H, K, V], sorted, overwritten by the last ones.
+    Args:
+        steps: the rows of the chunks that are computed side by side, in order of time.
+        decay: [chunks, H, K, 1].
+        update: [chunks, H, K, V], overwritten by the states that enter each chunk.
+        S: [N, H, K, V] in the order of the layout, overwritten by the states after the last chunk.
+
+    Returns `update`.
     """
     for rows in steps:
-        met = S[: rows.stop - rows.start]
-        left = torch.addcmul(update[rows], decay[rows], met)
-        update[rows] = met
-        met.copy_(left)
+        entering = S[: rows.stop - rows.start]
+        leaving = torch.addcmul(update[rows], decay[rows], entering)
+        update[rows] = entering
+        entering.copy_(leaving)
     return update
 
 
 # 4. The operator -------------------------------------------------------------------------------------------
 
 
-def prepare(q, k, v, g, scale, initial_state, cu_seqlens):
-    """The layout, the chunks and their values in the dtype to compute in, and the sorted initial states."""
-    (_, _, H, K), V = q.shape, v.shape[3]
+def compute_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[ChunkLayout, Block, Tensor, Tensor]:
+    """Return the layout, the blocks, and the chunks of v and the sorted initial states in the dtype to compute in."""
     dtype = wide_dtype(q)
-    layout = lay_out(q, cu_seqlens)
-    q, k, v, g = (layout.cut(x, dtype) for x in (q, k, v, g))
-    chunks = block(q.mul_(scale), k, g.clamp_(min=FORGET_ALL))
+    layout = lay_out_chunks(q, cu_seqlens)
+    H = q.shape[2]
+    q, k, v, g = (layout.to_chunks(x, dtype) for x in (q, k, v, g))
+    blocks = compute_block(q.mul_(scale), k, g.clamp_(min=MIN_LOG_GATE))
     if initial_state is None:
-        S = q.new_zeros(len(layout.order), H, K, V)
+        S = q.new_zeros(len(layout.order), H, q.shape[-1], v.shape[-1])
     else:
         S = initial_state.to(dtype)[layout.order]
-    return layout, chunks, v, S
+    return layout, blocks, v, S
 
 
 def forward(
@@ -230,13 +267,13 @@ def forward(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """o: [B, T, H, V] and the final states [N, H, K, V], if asked for. Arguments as for `chunk_gla`."""
-    (_, _, H, K), V = q.shape, v.shape[3]
-    layout, chunks, vc, S = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
-    decay = chunks.g.exp().view(-1, H, K, 1)
-    states = scan(layout.steps, decay, (chunks.k.mT @ vc).view(-1, H, K, V), S)
-    o = (chunks.A @ vc).baddbmm_(chunks.q, states.view(-1, K, V))
-    return layout.join(o, v), S[layout.rank] if output_final_state else None
+    """Return o [B, T, H, V], and the final states [N, H, K, V] or None. The arguments are those of `chunk_gla`."""
+    layout, blocks, v_chunks, S = compute_chunks(q, k, v, g, scale, initial_state, cu_seqlens)
+    _, H, K, V = S.shape
+    decay = blocks.g.exp().view(-1, H, K, 1)
+    states = scan_chunks(layout.steps, decay, (blocks.k.mT @ v_chunks).view(-1, H, K, V), S)
+    o = (blocks.A @ v_chunks).baddbmm_(blocks.q, states.view(-1, K, V))
+    return layout.to_tokens(o, v), S[layout.rank] if output_final_state else None
 
 
 def backward(
@@ -250,18 +287,66 @@ def backward(
     do: Tensor,
     dfinal_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, dg and, if there was an initial state, its gradient. All but the inputs is computed again."""
-    (_, _, H, K), V = q.shape, v.shape[3]
-    layout, chunks, vc, S = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
-    doc = layout.cut(do, vc.dtype)
+    """Return dq, dk, dv, dg and, with an initial state, its gradient. All but the inputs is recomputed."""
+    layout, blocks, v_chunks, S = compute_chunks(q, k, v, g, scale, initial_state, cu_seqlens)
+    _, H, K, V = S.shape
+    do_chunks = layout.to_chunks(do, v_chunks.dtype)
     dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)[layout.order]
-    decay = chunks.g.exp().view(-1, H, K, 1)
-    states = scan(layout.steps, decay, (chunks.k.mT @ vc).view(-1, H, K, V), S)
-    dstates = scan(layout.steps[::-1], decay, (chunks.q.mT @ doc).view(-1, H, K, V), dS)
+    decay = blocks.g.exp().view(-1, H, K, 1)
+    states = scan_chunks(layout.steps, decay, (blocks.k.mT @ v_chunks).view(-1, H, K, V), S)
+    dstates = scan_chunks(layout.steps[::-1], decay, (blocks.q.mT @ do_chunks).view(-1, H, K, V), dS)
 
     dtotal = (decay * (states * dstates).sum(-1, keepdim=True)).view(-1, K)
-    states, dstates = states.view(-1, K, V), dstates.view(-1, K, V)
-    dv = (chunks.A.mT @ doc).baddbmm_(chunks.k, dstates)
-    dq, dk, dg = chunks.pullback(doc @ vc.mT, doc @ states.mT, vc @ dstates.mT, dtotal)
-    grads = (layout.join(d, x) for d, x in ((dq.mul_(scale), q), (dk, k), (dv, v), (dg, g)))
+    states = states.view(-1, K, V)
+    dstates = dstates.view(-1, K, V)
+    dv = (blocks.A.mT @ do_chunks).baddbmm_(blocks.k, dstates)
+    dq, dk, dg = blocks.pullback(do_chunks @ v_chunks.mT, do_chunks @ states.mT, v_chunks @ dstates.mT, dtotal)
+    grads = (layout.to_tokens(d, x) for d, x in ((dq.mul_(scale), q), (dk, k), (dv, v), (dg, g)))
     return *grads, None if initial_state is None else dS[layout.rank]
+
+
+# 5. A gate on the value axis -------------------------------------------------------------------------------
+
+
+def value_gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor | None, sequence: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return o [B, T, H, V] and the final state [B, H, K, V] of S_t = S_{t-1} diag(exp g_t) + k_t^T v_t, o_t = q_t S_t.
+
+    Written out, o_t = sum_{s <= t} (q_t . k_s) exp(g_{s+1} + ... + g_t) * v_s. The scores do not depend on the gate, so
+    those of a chunk are one matmul, but the decays of its pairs of tokens are [C, C, V]. Gradients come from autograd.
+
+    Args:
+        q, k: [B, T, H, K].
+        v, g: [B, T, H, V].
+        S: [B, H, K, V], or None for zeros.
+        sequence: [T], sequence_ids of packed sequences, or None.
+    """
+    C = VALUE_GATE_CHUNK
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[3]) if S is None else S
+    n = (T + C - 1) // C
+    q, k, v, g = (F.pad(x, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C)) for x in (q, k, v, g))
+    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # Gates are summed between every two tokens. A difference of two sums would lose its low bits after a strong gate,
+    # and would be NaN after one of -inf.
+    between = g[:, :, :, None].masked_fill(~causal.tril(-1)[:, :, None, None], 0).cumsum(2)
+    decay = between.masked_fill(~causal[:, :, None, None], -torch.inf).exp()
+    entering = g.cumsum(2).exp()
+    leaving = between[:, :, -1].exp()
+    if sequence is not None:
+        same, enters, leaves = (mask[..., None] for mask in sequence_masks(sequence, C))
+        decay = decay * same[..., None]
+        entering = entering * enters
+        leaving = leaving * leaves
+    scores = torch.einsum("bnihk,bnjhk->bnijh", q, k)
+    within = (scores[..., None] * decay * v[:, :, None]).sum(3)
+    values = v * leaving
+    through = entering[:, :, -1]
+    outputs = []
+    # The backward pass of unbind writes one gradient. That of indexing would allocate a full one for every chunk.
+    for chunk in zip(*(x.unbind(1) for x in (q, k, values, entering, through, within)), strict=True):
+        q_n, k_n, values_n, entering_n, through_n, within_n = chunk
+        outputs.append(within_n + torch.einsum("bihk,bhkv->bihv", q_n, S) * entering_n)
+        S = S * through_n[:, :, None] + torch.einsum("bihk,bihv->bhkv", k_n, values_n)
+    return torch.cat(outputs, 1)[:, :T] if outputs else v.flatten(1, 2), S

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 CHUNK = 64  # tokens
 
@@ -33,19 +34,9 @@ def has_kernel(q: Tensor) -> bool:
 
 
 def expand_gate(g: Tensor | None, q: Tensor) -> Tensor:
-    """Expand a gate [B, T, H, K], [B, T, H], [H] or None to one per key channel, [B, T, H, K], without a copy.
-
-    None stands for no gate, a log gate of 0. Shapes that cannot be expanded are passed on for check_inputs to reject.
-    """
-    if q.dim() != 4:
-        return q
+    """Expand a gate [B, T, H, K], [B, T, H], [H] or None (a log gate of 0) to [B, T, H, K] without a copy."""
     if g is None:
         return q.new_zeros((), dtype=wide_dtype(q)).expand(q.shape)
-    if g.dim() == 4 and g.shape != q.shape:
-        return g
-    expected = {1: q.shape[2:3], 3: q.shape[:3]}.get(g.dim(), q.shape)
-    if g.shape != expected:
-        raise ValueError(f"g: expected the shape {list(expected)}, as q is {list(q.shape)}, got {list(g.shape)}")
     return (g if g.dim() == 4 else g[..., None]).expand(q.shape)
 
 
@@ -60,6 +51,13 @@ def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
 def gate_has_gradient(g: Tensor | None) -> bool:
     """Return whether g depends on the token and so gets a gradient. A fixed decay per head, [H], does not."""
     return g is not None and g.dim() > 1
+
+
+def retention_gate(q: Tensor) -> Tensor:
+    """Return RetNet's fixed log gate of every head, log(1 - 2^(-5-h)), [H], in q's wide_dtype."""
+    check_query(q)
+    heads = torch.arange(q.shape[2], device=q.device, dtype=wide_dtype(q))
+    return torch.log1p(-torch.exp2(-5 - heads))
 
 
 def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Tensor | None:
@@ -137,45 +135,61 @@ def sequence_masks(sequence: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor
 # Input checks. Every error is a ValueError whose message begins with the name of the argument. ---------------
 
 
-def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces."""
+def check_query(q: Tensor) -> None:
+    """Check the rank of q, from which the other shapes follow."""
     if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
+
+
+def check_shape(name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
+    """Check that x has one dimension per letter of `axes`, of the size that `sizes` has for the letter."""
+    expected = tuple([sizes[axis] for axis in axes])
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected the shape [{', '.join(axes)}] = {list(expected)}, got {list(x.shape)}")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate_axes: str = "BTHK",
+) -> None:
+    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces."""
+    check_query(q)
+    device = q.device
+    tensors = {"k": k, "v": v, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(x).__name__}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: expected a tensor on the device of q, {device}, got one on {x.device}")
+
     B, T, H, K = q.shape
-    for name, x in (("k", k), ("g", g)):
-        if x.shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(x.shape)}")
     if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v: expected the shape [{B}, {T}, {H}, V], as q is {list(q.shape)}, got {list(v.shape)}")
+    sizes = {"B": B, "T": T, "H": H, "K": K, "V": v.shape[3], "N": B}
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B)
+        sizes["N"] = cu_seqlens.shape[0] - 1
+    if k.shape != q.shape:
+        raise ValueError(f"k: expected the shape of q, {list(q.shape)}, got {list(k.shape)}")
+    if g is not None:
+        check_shape("g", g, gate_axes, sizes)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, "NHKV", sizes)
 
     if not q.is_floating_point():
         raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; only g may differ")
-    if not g.is_floating_point():
+    if g is not None and not g.is_floating_point():
         raise ValueError(f"g: expected a floating-point dtype, got {g.dtype}")
-    tensors = {"k": k, "v": v, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    for name, x in tensors.items():
-        if x is not None and not isinstance(x, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got a {type(x).__name__}")
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on the device of q, {q.device}, got one on {x.device}")
-
-    sequences = B
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B)
-        sequences = cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        shape = [sequences, H, K, v.shape[3]]
-        if list(initial_state.shape) != shape:
-            raise ValueError(
-                f"initial_state: expected the shape [N, H, K, V] = {shape}, got {list(initial_state.shape)}"
-            )
-        if initial_state.dtype != wide_dtype(q):
-            raise ValueError(f"initial_state: expected {wide_dtype(q)}, as q is {q.dtype}, got {initial_state.dtype}")
+    if initial_state is not None and initial_state.dtype != wide_dtype(q):
+        raise ValueError(f"initial_state: expected {wide_dtype(q)}, as q is {q.dtype}, got {initial_state.dtype}")
 
 
 def check_normalizer(gate_logit_normalizer: float | None) -> None:
@@ -205,10 +219,10 @@ def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None
     This runs on the CPU only: on an accelerator, reading a value would make the host wait for the device. It is also
     skipped where there are no values, while a compiler traces and under torch.func. NaN gates pass.
     """
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(q, FakeTensor) or functorch_transform():
         return
     if g is not None and g.numel() and g.max() > 0:
-        raise ValueError(f"g: expected log forget gates <= 0, got a maximum of {g.max():.3g}; take logsigmoid first")
+        raise ValueError(f"g: expected log forget gates <= 0, got a maximum of {g.max():.3g}; apply logsigmoid first")
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         T = q.shape[1]
@@ -216,19 +230,115 @@ def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None
             raise ValueError(f"cu_seqlens: expected non-decreasing bounds from 0 to T = {T}, got {bounds}")
 
 
-# Registration -----------------------------------------------------------------------------------------------
+# Registration and differentiation ---------------------------------------------------------------------------
 
 
 def register_operator(name: str, function: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
-    """Registers a function as the operator glalm::<name>, on every device; returns the operator. fake: what makes its
-    results' shapes and dtypes from the same arguments.
+    """Register a function on every device as the torch.library operator glalm::<name>, and return the operator.
 
-    torch.library.custom_op does the same and checks more, at half a millisecond a call in torch 2.11: longer
-    than the kernels of a small layer take.
+    torch.compile traces the operator as one node, and selective activation checkpointing recognizes its namespace. The
+    operator has no derivative of its own: an autograd.Function calls it, through which Dynamo traces. Called elsewhere
+    on tensors that require a gradient, the operator raises a RuntimeError instead of losing the gradient.
+
+    torch.library.custom_op would add checks that take half a millisecond per call in torch 2.11, longer than the
+    kernels of a small layer.
+
+    Args:
+        function: the implementation, with annotated arguments. It returns tensors that share no memory with them.
+        fake: a function of the same arguments that returns empty tensors of the results' shapes and dtypes.
+        mutates: the names of the arguments that `function` writes to.
     """
+
+    def refuse_gradients(implementation: Callable) -> Callable:
+        def call(*args):
+            if needs_gradient(*args):
+                raise RuntimeError(
+                    f"glalm::{name} has no derivative, and an argument requires a gradient. Call the public operator "
+                    "of glalm.kernels, or this one under torch.no_grad()."
+                )
+            return implementation(*args)
+
+        return call
+
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     torch.library.define(f"glalm::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"glalm::{name}", "default", function)
-    registered = getattr(torch.ops.glalm, name).default
-    torch.library.register_fake(registered, fake)
-    return registered
+    torch.library.impl(f"glalm::{name}", "default", refuse_gradients(function))
+    operator = getattr(torch.ops.glalm, name).default
+    torch.library.register_fake(operator, refuse_gradients(fake))
+    return operator
+
+
+def needs_gradient(*args) -> bool:
+    """Return whether autograd would record an operation on these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """Let Dynamo call a function while it traces, and treat the result as a constant.
+
+    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes as long as all of
+    torch.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+FUNCTORCH_TRANSFORMS = {"Grad": "torch.func.grad or torch.func.vjp", "Vmap": "torch.func.vmap", "Jvp": "torch.func.jvp"}
+
+
+@constant_when_compiled
+def functorch_transform() -> str | None:
+    """Return the name of the torch.func transform that is running, or None."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else FUNCTORCH_TRANSFORMS.get(interpreter.key().name)
+
+
+def active_transform(*tensors: Tensor | None) -> str | None:
+    """Return the name of the transform that differentiates or batches `tensors` other than by .backward(), or None."""
+    transform = functorch_transform()
+    # Outside of forward_ad.dual_level(), the level is -1. Asking each tensor would take 2 us per call of an operator.
+    if transform is not None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return transform
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "forward-mode automatic differentiation"
+    return None
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None, alternative: str | None = None) -> None:
+    """Raise NotImplementedError inside a transform for which the operator `name` has no rule.
+
+    Without this check, forward-mode differentiation would lose the tangent in silence, and torch.func would fail with
+    a message about PyTorch's internals. Rules for the transforms would cost every layer 0.1 ms of host time.
+    """
+    transform = active_transform(*tensors)
+    if transform is not None:
+        raise NotImplementedError(
+            f"{name} does not support {transform}. Call it without the transform and compute gradients by .backward() "
+            f"or torch.autograd.grad{f', or use {alternative}' if alternative else ''}."
+        )
+
+
+def refuse_double_backward(name: str, grads: tuple, alternative: str | None = None) -> tuple:
+    """Return what the backward pass of the operator `name` computed, so that differentiating it raises an error.
+
+    Autograd's once_differentiable would return constants where the gradient of the output is one, and so lose the
+    second derivative in silence.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    message = f"{name} does not support double backward (the gradient of a gradient)."
+    leaf = torch.empty(0, requires_grad=True)
+    return _RefuseDoubleBackward.apply(f"{message} Use {alternative}." if alternative else message, grads, leaf)
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Return the gradients unchanged, and raise NotImplementedError in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, message, grads, leaf):
+        ctx.message = message
+        return grads
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(ctx.message)

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, and its gradient in their place."""
+"""Cross-entropy of logits, with its gradient computed in place."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,35 @@ from glalm.kernels.common import at_least_float32
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor:
-    """Each token's -log softmax(logits)[target] + z_loss * logsumexp(logits)^2, float32 [N]; 0 for IGNORE_INDEX.
+    """Return the loss of every token, and overwrite the logits with the gradient of the losses' sum if asked to.
 
-    logits: [N, vocabulary], contiguous; targets: [N] int64. With `gradient`, the logits are overwritten with the
-    derivative of the sum of what is returned: the caller's matmuls need no third buffer of that size. A target that
-    is neither a token nor IGNORE_INDEX is a RuntimeError on the CPU; on CUDA, where finding it would wait for the
-    device, its loss is NaN.
+    The loss is -log softmax(logits)[target] + z_loss * logsumexp(logits)^2. Since the gradient takes the place of the
+    logits, the caller's matmuls need no further buffer of that size.
+
+    Args:
+        logits: [N, vocabulary], contiguous.
+        targets: [N], int64, tokens or IGNORE_INDEX.
+        z_loss: the factor of logsumexp^2 (arXiv 2204.02311, section 5).
+        gradient: whether to overwrite the logits.
+
+    Returns:
+        float32 [N]; 0 where the target is IGNORE_INDEX. On CUDA, the loss of any other target outside the vocabulary
+        is NaN, because raising an error would make the host wait for the device.
+
+    Raises:
+        RuntimeError: on the CPU, a target is outside the vocabulary and not IGNORE_INDEX.
     """
     if logits.is_cuda:
-        from glalm.kernels.triton.cross_entropy import cross_entropy_ as fused  # Triton is not on every machine
+        from glalm.kernels.triton import cross_entropy  # A machine without a GPU may lack Triton.
 
-        return fused(logits, targets, z_loss, gradient)
+        return cross_entropy.cross_entropy_(logits, targets, z_loss, gradient)
     x = at_least_float32(logits)
-    scored = targets != IGNORE_INDEX
-    goal = targets.where(scored, 0)[:, None]
+    counted = targets != IGNORE_INDEX
+    columns = targets.where(counted, 0)[:, None]
     lse = x.logsumexp(-1, keepdim=True)
-    losses = (lse - x.gather(1, goal) + z_loss * lse**2).squeeze(1)
+    losses = (lse - x.gather(1, columns) + z_loss * lse**2).squeeze(1)
     if gradient:
         x.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
-        x.scatter_add_(1, goal, -torch.ones_like(lse))
-        logits.copy_(x.masked_fill_(~scored[:, None], 0))
-    return losses.where(scored, 0).float()
+        x.scatter_add_(1, columns, -torch.ones_like(lse))
+        logits.copy_(x.masked_fill_(~counted[:, None], 0))
+    return losses.where(counted, 0).float()

@@ -1,15 +1,16 @@
-"""The delta rule, chunkwise (Yang et al., arXiv 2406.06484), and with a gate (arXiv 2412.06464), with autograd.
+"""The delta rule, chunk by chunk (Yang et al., arXiv 2406.06484), and the gated one (arXiv 2412.06464).
 
     S_t = a_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t,   a_t = exp(g_t)
 
-which is S_t = a_t S_{t-1} + k_t^T u_t with u_t = beta_t (v_t - a_t k_t S_{t-1}): what is written is the error of what
-is read. In a chunk that starts from S, with G the running sum of g, all u solve one triangular system,
+This equals S_t = a_t S_{t-1} + k_t^T u_t with u_t = beta_t (v_t - a_t k_t S_{t-1}): the state is updated by the error
+of its own prediction. In a chunk that starts from S, with G the running sum of g, all u solve one triangular system,
 
     (I + L) U = beta V - (beta e^G K) S,        L_ts = beta_t e^(G_t - G_s) k_t . k_s  for s < t
 
-solved for both right-hand sides at once, before S is known (the WY form); from chunk to chunk go two matmuls.
+It is solved for both right-hand sides at once, before S is known (the WY form). Two matmuls per chunk carry the state.
 """
 
+import logging
 import re
 from collections.abc import Callable
 
@@ -20,9 +21,13 @@ from torch import Tensor
 from glalm.kernels.common import (
     CHUNK,
     check_inputs,
+    check_shape,
     check_values,
-    expand_gate,
+    constant_when_compiled,
     map_sequences,
+    needs_gradient,
+    refuse_double_backward,
+    refuse_transforms,
     register_operator,
     sequence_masks,
     wide_dtype,
@@ -41,104 +46,184 @@ def chunk_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence above over whole sequences, or over the next tokens of them.
+    """Compute the (gated) delta rule over whole sequences, or over the next tokens of them.
+
+        S_t = exp(g_t) (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t
+
+    On CUDA, half-precision inputs take flash-linear-attention's kernel if that library is installed and the kernel
+    works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64 inputs). The two differ
+    by rounding; the first call on CUDA logs which one runs. Both are differentiable once.
 
     Args:
-        q, k: [B, T, H, K]; v: [B, T, H, V]; beta: [B, T, H], in [0, 1]; g: [B, T, H], <= 0, or None for no gate.
-            Keys longer than 1 may make the state grow without bound: normalise them.
+        q, k: [B, T, H, K], floating point. Normalize the keys: longer ones may make the state grow without bound.
+        v: [B, T, H, V], in q's dtype.
+        beta: [B, T, H], in [0, 1].
+        g: [B, T, H], natural log of the forget gate, <= 0, or None for no gate.
         scale: factor of the outputs; K**-0.5 if None.
-        initial_state: [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
-        cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1). Read on the host where
-            states go in or out.
+        initial_state: S_0, [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
+        output_final_state: whether to return S_T.
+        cu_seqlens: [N + 1], int32 or int64, the bounds of N sequences packed into one row (B = 1). With states, it is
+            read on the host. Without cu_seqlens, N = B.
 
-    Returns o [B, T, H, V] in v's dtype and, if asked for, the final state. Computed in float32 (float64 for float64
-    inputs). On CUDA, half-precision inputs take flash-linear-attention's kernel where that is installed (see `fused`).
-    Differentiable once. Raises ValueError when a shape, dtype or device does not fit.
+    Returns:
+        o [B, T, H, V] in v's dtype, and S_T, of initial_state's shape and dtype, or None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; on the CPU also if g > 0, or if cu_seqlens does
+            not rise from 0 to T.
+        NotImplementedError: under torch.func's transforms, in forward-mode differentiation, and in double backward.
     """
-    check_inputs(q, k, v, expand_gate(None, q), initial_state, cu_seqlens)
-    for name, x in (("beta", beta), ("g", g)):
-        if x is not None and x.shape != q.shape[:3]:
-            raise ValueError(f"{name}: expected the shape [B, T, H] = {list(q.shape[:3])}, got {list(x.shape)}")
+    check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTH")
+    B, T, H, K = q.shape
+    check_shape("beta", beta, "BTH", {"B": B, "T": T, "H": H})
     check_values(g, q, cu_seqlens)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    options = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    kernel = fused(q.shape[3], v.shape[3], g is not None) if q.is_cuda and half else None
-    if kernel is not None:
-        return kernel(q, k, v, **({} if g is None else {"g": g}), beta=beta, scale=scale, **options)
+    refuse_transforms("chunk_delta_rule", q, k, v, beta, g, initial_state)
+    scale = K**-0.5 if scale is None else scale
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        kernel = find_fla_kernel(K, v.shape[3], g is not None)
+        if kernel is not None:
+            gate = {} if g is None else {"g": g}
+            return kernel(
+                q, k, v, **gate, beta=beta, scale=scale,
+                initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
     dtype = wide_dtype(q)
     g = torch.zeros_like(beta) if g is None else g
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = map_sequences(chunks, inputs, initial_state, output_final_state, cu_seqlens)
+        o, state = map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
 
 
-def fused(K: int, V: int, gated: bool) -> Callable | None:
-    """flash-linear-attention's kernel, or None where it is not installed or does not work."""
+# flash-linear-attention's kernels ---------------------------------------------------------------------------
+
+
+def find_fla_kernel(K: int, V: int, gated: bool) -> Callable | None:
+    """Return flash-linear-attention's kernel, or None if the library is not installed or the kernel does not work.
+
+    Two bugs of its release 0.6.0 on Hopper are avoided: for heads narrower than 64, the backward pass reads memory out
+    of bounds, and with gates, it refuses Triton 3.4 to 3.7.0, which compile it wrongly.
+    """
     try:
         from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
+        log_once("chunk_delta_rule runs in PyTorch: flash-linear-attention, whose kernel is faster, is not installed")
         return None
-    # Of 0.6.0 on Hopper: with heads narrower than 64 its backward reads memory that is not its own, and with gates it
-    # refuses Triton 3.4 to 3.7.0, which compile it wrongly.
-    hopper, triton = machine()
+    hopper, triton = hopper_and_triton_version()
     if hopper and (min(K, V) < 64 or (gated and (3, 4) <= triton < (3, 7, 1))):
+        log_once(
+            "chunk_delta_rule runs in PyTorch: flash-linear-attention's kernel does not work here (docs/mixers.md)"
+        )
         return None
+    log_once("chunk_delta_rule runs flash-linear-attention's kernel")
     return chunk_gated_delta_rule if gated else chunk_delta_rule
 
 
-@torch.compiler.assume_constant_result
-def machine() -> tuple[bool, tuple[int, ...]]:
-    """Whether the GPU is a Hopper, and Triton's version."""
-    import triton  # here, since a machine without a GPU may lack it
+@constant_when_compiled
+def hopper_and_triton_version() -> tuple[bool, tuple[int, ...]]:
+    """Return whether the GPU is a Hopper, and the version of Triton."""
+    import triton  # A machine without a GPU may lack Triton.
 
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
     return torch.cuda.get_device_capability()[0] == 9, version
 
 
-def chunks(
+_logged: set[str] = set()
+
+
+@constant_when_compiled
+def log_once(message: str) -> None:
+    """Log a message, unless this process has logged it before."""
+    if message not in _logged:
+        _logged.add(message)
+        logging.getLogger(__name__).warning(message)
+
+
+# The chunkwise form in PyTorch ------------------------------------------------------------------------------
+
+
+def compute_chunks(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor | None, sequence: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The outputs and the last state; sequence [T]: which of several packed ones each token belongs to."""
-    (B, T, H, K), V = q.shape, v.shape[3]
+    """Return o [B, T, H, V] and the final state [B, H, K, V].
+
+    Args:
+        q, k, v, beta, g: as for chunk_delta_rule, with scaled q, in the dtype to compute in.
+        S: [B, H, K, V], or None for zeros.
+        sequence: [T], sequence_ids of packed sequences, or None.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[3]
     S = q.new_zeros(B, H, K, V) if S is None else S
     if T == 0:
         return v, S
     C = min(CHUNK, T)
+    n = (T + C - 1) // C
 
-    def cut(x: Tensor) -> Tensor:
-        """[B, T, H, D] to [B, H, n, C, D]; tokens of padding write nothing."""
-        return F.pad(x, (0, 0, 0, 0, 0, -T % C)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4)
+    def to_chunks(x: Tensor) -> Tensor:
+        """Cut [B, T, H, D] into [B, H, n, C, D]. Zeros in the padding leave the state unchanged."""
+        return F.pad(x, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C)).permute(0, 3, 1, 2, 4)
 
-    q, k, v, beta, g = (cut(x) for x in (q, k, v, beta[..., None], g[..., None]))
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # The gates between two tokens are summed: a difference of sums from the chunk's start would keep no low bits behind
-    # a strong gate, and be NaN behind one of -inf.
-    between = g.masked_fill(~later.tril(-1), 0).cumsum(3)
-    decay = between.masked_fill(~later, -torch.inf).exp()
-    entering, leaving = g.cumsum(3).exp(), between[:, :, :, -1, :, None].exp()
+    q, k, v, beta, g = (to_chunks(x) for x in (q, k, v, beta[..., None], g[..., None]))
+    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # Gates are summed between every two tokens. A difference of two sums would lose its low bits after a strong gate,
+    # and would be NaN after one of -inf.
+    between = g.masked_fill(~causal.tril(-1), 0).cumsum(3)
+    decay = between.masked_fill(~causal, -torch.inf).exp()
+    entering = g.cumsum(3).exp()
+    leaving = between[:, :, :, -1, :, None].exp()
     if sequence is not None:
-        together, before, after = sequence_masks(sequence, C)
-        decay, entering, leaving = decay * together, entering * before, leaving * after
-    written, through = k * beta, entering[:, :, :, -1:]
-    system = (written @ k.mT * decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
-    sides = torch.cat([v * beta, written * entering], -1)
-    new, read = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split([V, K], -1)
-    scores, q, k = q @ k.mT * decay, q * entering, k * leaving
-    u, starts, S = carry_op(k, new, read, through, S)
+        same, enters, leaves = sequence_masks(sequence, C)
+        decay = decay * same
+        entering = entering * enters
+        leaving = leaving * leaves
+    k_beta = k * beta
+    through = entering[:, :, :, -1:]
+    system = (k_beta @ k.mT * decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
+    right_hand_sides = torch.cat([v * beta, k_beta * entering], -1)
+    solution = torch.linalg.solve_triangular(system, right_hand_sides, upper=False, unitriangular=True)
+    new, read = solution.split([V, K], -1)
+    scores = q @ k.mT * decay
+    q = q * entering
+    carried = (k * leaving, new, read, through, S)
+    u, starts, S = DeltaCarry.apply(*carried) if needs_gradient(*carried) else carry_operator(*carried)
     o = q @ starts + scores @ u
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
 
 
-def carry(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes from chunk to chunk, u_n = new_n - read_n S_n and S_{n+1} = through_n S_n + k_n^T u_n, as one operator:
-    a compiler would unroll the loop, and take a second for every chunk.
+class DeltaCarry(torch.autograd.Function):
+    """Differentiate carry_states by carry_states_backward."""
 
-    Returns u [B, H, n, C, V], the states that the chunks start from [B, H, n, K, V], and the last.
+    @staticmethod
+    def forward(ctx, k, new, read, through, S):
+        u, starts, S = carry_operator(k, new, read, through, S)
+        ctx.save_for_backward(k, read, through, u, starts)
+        return u, starts, S
+
+    @staticmethod
+    def backward(ctx, du, dstarts, dS):
+        with torch.no_grad():
+            grads = carry_backward_operator(*ctx.saved_tensors, du, dstarts, dS)
+        return refuse_double_backward("chunk_delta_rule", grads)
+
+
+def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry the state from chunk to chunk: u_n = new_n - read_n S_n and S_{n+1} = through_n S_n + k_n^T u_n.
+
+    The loop is a registered operator because a compiler would unroll it and take a second for every chunk.
+
+    Args:
+        k, read: [B, H, n, C, K].
+        new: [B, H, n, C, V].
+        through: [B, H, n, 1, 1].
+        S: [B, H, K, V].
+
+    Returns:
+        u [B, H, n, C, V], the states that enter the chunks [B, H, n, K, V], and the final state.
     """
-    u, starts = new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:])
+    u = new.new_empty(new.shape)
+    starts = S.new_empty(*k.shape[:3], *S.shape[2:])
     with torch.autocast(k.device.type, enabled=False):
         for n in range(k.shape[2]):
             starts[:, :, n] = S
@@ -147,11 +232,17 @@ def carry(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> t
     return u, starts, S
 
 
-def carry_backward(
+def carry_states_fake(k, new, read, through, S) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty tensors of the shapes and dtypes that carry_states returns."""
+    return new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:]), S.new_empty(S.shape)
+
+
+def carry_states_backward(
     k: Tensor, read: Tensor, through: Tensor, u: Tensor, starts: Tensor, du: Tensor, dstarts: Tensor, dS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, new, read, through and S."""
-    dnew, dends = du.new_empty(du.shape), starts.new_empty(starts.shape)
+    """Return the gradients of k, new, read, through and S."""
+    dnew = du.new_empty(du.shape)
+    dends = starts.new_empty(starts.shape)
     with torch.autocast(k.device.type, enabled=False):
         for n in reversed(range(k.shape[2])):
             dends[:, :, n] = dS
@@ -161,28 +252,10 @@ def carry_backward(
         return u @ dends.mT, dnew, -(dnew @ starts.mT), dthrough, dS
 
 
-def carry_fake(k, new, read, through, S):
-    return new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:]), S.new_empty(S.shape)
-
-
-def carry_backward_fake(k, read, through, u, starts, du, dstarts, dS):
+def carry_states_backward_fake(k, read, through, u, starts, du, dstarts, dS) -> tuple[Tensor, ...]:
+    """Return empty tensors of the shapes and dtypes that carry_states_backward returns."""
     return tuple(x.new_empty(x.shape) for x in (k, u, read, through, dS))
 
 
-def save(ctx, inputs: tuple, output: tuple) -> None:
-    k, _, read, through, _ = inputs
-    ctx.save_for_backward(k, read, through, *output[:2])
-
-
-def differentiate(ctx, du: Tensor, dstarts: Tensor, dS: Tensor) -> tuple[Tensor, ...]:
-    return carry_backward_op(*ctx.saved_tensors, du, dstarts, dS)
-
-
-def differentiate_twice(ctx, *grads):
-    raise NotImplementedError("chunk_delta_rule: no second derivatives")
-
-
-carry_op = register_operator("delta_carry", carry, carry_fake)
-carry_backward_op = register_operator("delta_carry_backward", carry_backward, carry_backward_fake)
-torch.library.register_autograd(carry_op, differentiate, setup_context=save)
-torch.library.register_autograd(carry_backward_op, differentiate_twice)
+carry_operator = register_operator("delta_carry", carry_states, carry_states_fake)
+carry_backward_operator = register_operator("delta_carry_backward", carry_states_backward, carry_states_backward_fake)

@@ -1,14 +1,20 @@
-"""Gated linear attention: the public operators, and their registration with torch.library.
+"""Gated linear attention and its relatives, chunk by chunk: the operators for training and for reading a prompt.
 
-Registered, they go through torch.compile(fullgraph=True) as one node each, whatever computes them. An op must return
-tensors: one that was not asked for, or does not exist, is an empty one.
+    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    operator            log forget gate g
+    chunk_gla           [B, T, H, K], one per key channel (GLA, arXiv 2312.06635)
+    chunk_simple_gla    [B, T, H], one per head (the state-space dual of Mamba-2, arXiv 2405.21060)
+    chunk_retention     log(1 - 2^(-5-h)) for head h = 0, 1, ... (RetNet, arXiv 2307.08621)
+    chunk_linear_attn   0 (linear attention, arXiv 2006.16236, without its feature map and its normalizer)
+    chunk_value_gla     [B, T, H, V], one per value channel, S_t = S_{t-1} diag(exp g_t) + k_t^T v_t
+
+On CUDA, the Triton kernels compute all but the last; on other devices and in float64, PyTorch does (chunked.py).
+The relatives' keyword arguments, results and errors are those of chunk_gla.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glalm.kernels import chunked
 from glalm.kernels.common import (
@@ -20,10 +26,16 @@ from glalm.kernels.common import (
     gate_has_gradient,
     has_kernel,
     log_gate,
+    map_sequences,
+    needs_gradient,
+    refuse_double_backward,
+    refuse_transforms,
     register_operator,
+    retention_gate,
     wide_dtype,
 )
-from glalm.kernels.recurrent import fused_recurrent
+
+# Public operators -------------------------------------------------------------------------------------------
 
 
 def chunk_gla(
@@ -38,39 +50,57 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention over whole sequences, chunkwise: the operator to train and to prefill with.
+    """Compute gated linear attention (arXiv 2312.06635, section 4) in time and memory linear in T.
 
         S_t = diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
-    (arXiv 2312.06635, section 4). Time and memory are linear in T. Differentiable once, in q, k, v, g and
-    initial_state.
+    It is differentiable once, in q, k, v, g and initial_state.
 
     Args:
         q, k: [B, T, H, K], floating point.
         v: [B, T, H, V], in q's dtype.
-        g: [B, T, H, K], natural log of the forget gate, <= 0, in any floating-point dtype; -inf forgets all.
+        g: [B, T, H, K], natural log of the forget gate, <= 0, in any floating-point dtype; -inf forgets everything.
         scale: factor of the outputs; K**-0.5 if None.
         initial_state: S_0, [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
         output_final_state: whether to return S_T.
         cu_seqlens: [N + 1], int32 or int64, on q's device: the bounds 0, ..., T of N sequences packed into one
-            row (B = 1), which may be empty. Without it, N = B.
-        gate_logit_normalizer: with it, g holds logits x of any sign, and the log gate is
-            logsigmoid(x) / gate_logit_normalizer, computed in float32 inside the kernels; so is its gradient.
+            row (B = 1). A sequence may be empty. Without cu_seqlens, N = B.
+        gate_logit_normalizer: if it is not None, g holds logits x of any sign, and the log gate is
+            logsigmoid(x) / gate_logit_normalizer, computed in float32 inside the kernels, like its gradient.
 
     Returns:
-        o [B, T, H, V] in q's dtype, and S_T as initial_state, or None.
+        o [B, T, H, V] in q's dtype, and S_T, of initial_state's shape and dtype, or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device; on the CPU also g > 0 and bounds in
-            cu_seqlens that do not rise from 0 to T. On other devices these two are not looked at, since reading
-            values would wait for the device: the result is then undefined.
-        NotImplementedError: a gradient of a gradient is asked for.
+        ValueError: an argument has the wrong shape, dtype or device; on the CPU also if g > 0, or if cu_seqlens does
+            not rise from 0 to T. On other devices these two give undefined results, because checking a value
+            would make the host wait for the device.
+        NotImplementedError: under torch.func's transforms, in forward-mode differentiation, and in double backward.
     """
-    check_inputs(q, k, v, g, initial_state, cu_seqlens)
-    return chunk(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, gate_logit_normalizer)
+    return _chunk(
+        "chunk_gla", q, k, v, g, "BTHK", gate_logit_normalizer,
+        scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
-def fused_recurrent_gla(
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_gla` with one gate per head: g [B, T, H], log forget gates <= 0, or their logits."""
+    return _chunk("chunk_simple_gla", q, k, v, g, "BTH", gate_logit_normalizer, **options)
+
+
+def chunk_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
+    return _chunk("chunk_retention", q, k, v, retention_gate(q), "H", **options)
+
+
+def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
+    return _chunk("chunk_linear_attn", q, k, v, None, "", **options)
+
+
+def chunk_value_gla(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -80,56 +110,96 @@ def fused_recurrent_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gla` one token after the other, with the same arguments, results and errors: the operator to decode
-    with, quick at T = 1 with a carried state, slow over long sequences.
+    """Compute `chunk_gla` with the gate on the value axis of the state: g [B, T, H, V], log forget gates <= 0.
 
-    On CUDA one kernel, without a host synchronisation. Where an input requires a gradient, and in float64, it is
-    PyTorch: gradients come from autograd, with T states in memory.
+        S_t = S_{t-1} diag(exp g_t) + k_t^T v_t        o_t = scale * q_t S_t
+
+    This is PyTorch on every device, in float32 (float64 for float64 inputs), for models of an ablation's size. Its
+    derivatives of any order and mode come from autograd. With states, cu_seqlens is read on the host.
     """
-    check_inputs(q, k, v, g, initial_state, cu_seqlens)
-    return fused_recurrent(
-        q,
-        k,
-        v,
-        log_gate(g, gate_logit_normalizer),
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTHV")
+    check_values(g, q, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    dtype = wide_dtype(q)
+    inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = map_sequences(chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens)
+    return o.to(v.dtype), state
 
 
-def chunk(
+def _chunk(
+    name: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gate_axes: str,
+    normalizer: float | None = None,
+    *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    gate_logit_normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gla` for any gate, with inputs that were checked: g [B, T, H, K], [B, T, H], [H] for a fixed one,
-    which gets no gradient, or None for no gate."""
-    check_normalizer(gate_logit_normalizer)
+    """Compute the public operator `name`, whose gate has the axes `gate_axes` of B, T, H and K, or is None."""
+    check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    check_normalizer(normalizer)
+    refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    # What the backward pass uses again is kept only where there may be one.
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, initial_state))
-    args = q, k, v, g, scale, gate_logit_normalizer, initial_state, output_final_state, cu_seqlens, keep
-    o, final_state, *_ = ChunkGLA.apply(*args) if has_kernel(q) and nothing_intercepts(q) else forward_op(*args)
+    args = (q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens)
+    if needs_gradient(q, k, v, g, initial_state):
+        o, final_state = ChunkGLA.apply(name, *args)
+    else:
+        o, final_state, *_ = forward_operator(*args, False)
     return o, final_state if output_final_state else None
 
 
-def nothing_intercepts(q: Tensor) -> bool:
-    """Whether an operator's name means nothing to anybody here: no compiler, no tensor subclass, no dispatch mode (such
-    as selective activation checkpointing). Then it is called directly: its registration with autograd takes 0.3 ms
-    of a step on the host, about as long as the kernels of a small layer."""
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+def _alternative(name: str) -> str:
+    """Name the operator that has all derivatives."""
+    return f"{name.replace('chunk', 'fused_recurrent')} for short sequences"
+
+
+# Differentiation --------------------------------------------------------------------------------------------
+
+
+class ChunkGLA(torch.autograd.Function):
+    """Differentiate the forward operator by the backward operator, under the name of the public one."""
+
+    @staticmethod
+    def forward(ctx, name, q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens):
+        o, final_state, *saved = forward_operator(
+            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, True
+        )
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *saved)
+        ctx.set_materialize_grads(False)  # Autograd would allocate zeros for a final state that the loss ignores.
+        ctx.name = name
+        ctx.scale = scale
+        ctx.normalizer = normalizer
+        ctx.output_final_state = output_final_state
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, dfinal_state):
+        q, k, v, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
+        if not ctx.output_final_state:
+            dfinal_state = None
+        with torch.no_grad():
+            dq, dk, dv, dg, dinitial_state = backward_operator(
+                q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, saved,
+                torch.zeros_like(v) if do is None else do, dfinal_state,
+            )  # fmt: skip
+        if not gate_has_gradient(g):
+            dg = None
+        if initial_state is None:
+            dinitial_state = None
+        dq, dk, dv, dg, dinitial_state = refuse_double_backward(
+            ctx.name, (dq, dk, dv, dg, dinitial_state), alternative=_alternative(ctx.name)
+        )
+        return None, dq, dk, dv, dg, None, None, dinitial_state, None, None
+
+
+# Registered operators. Each returns tensors only: an empty tensor stands for a result that does not exist. ----
 
 
 def chunk_forward(
@@ -142,36 +212,37 @@ def chunk_forward(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
-    keep: bool,
+    save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the final states, and six that chunk_backward takes back as `kept`."""
+    """Compute o, the final states, and the six buffers that the Triton kernels save for chunk_backward."""
     check_values(g if normalizer is None else None, q, cu_seqlens)
-    kept = None
+    saved = None
     if has_kernel(q):
-        from glalm.kernels.triton import gla  # here, since a machine without a GPU may lack triton
+        from glalm.kernels.triton import gla  # A machine without a GPU may lack Triton.
 
-        o, final_state, kept = gla.forward(
-            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, keep
+        o, final_state, saved = gla.forward(
+            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = expand_gate(log_gate(g, normalizer), q)
             o, final_state = chunked.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
-    return o, _or_empty(final_state, q), *(kept or (q.new_empty(0) for _ in range(6)))
+    return o, _tensor_or_empty(final_state, q), *(saved or (q.new_empty(0) for _ in range(6)))
 
 
 def chunk_forward_fake(
-    q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, keep
+    q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
 ) -> tuple[Tensor, ...]:
-    (B, _, H, K), V = q.shape, v.shape[3]
+    """Return empty tensors of the shapes and dtypes that chunk_forward returns."""
+    B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
-    kept = [((0,), q.dtype)] * 6
-    if keep and has_kernel(q):
+    final_state = q.new_empty(N, H, K, v.shape[3], dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
+    saved = [((0,), q.dtype)] * 6
+    if save_for_backward and has_kernel(q):
         from glalm.kernels.triton.gla import saved_shapes
 
-        kept = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
-    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=kind) for shape, kind in kept)
+        saved = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
+    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved)
 
 
 def chunk_backward(
@@ -183,80 +254,38 @@ def chunk_backward(
     normalizer: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    kept: list[Tensor],
+    saved: list[Tensor],
     do: Tensor,
     dfinal_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v, g and initial_state."""
     if has_kernel(q):
         from glalm.kernels.triton import gla
 
-        dq, dk, dv, dg, dinitial = gla.backward(
-            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.SavedForBackward(*kept), do, dfinal_state
+        dq, dk, dv, dg, dinitial_state = gla.backward(
+            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.SavedForBackward(*saved), do, dfinal_state
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = expand_gate(log_gate(g, normalizer), q)
-            dq, dk, dv, dg, dinitial = chunked.backward(
+            dq, dk, dv, dg, dinitial_state = chunked.backward(
                 q, k, v, gates, scale, initial_state, cu_seqlens, do, dfinal_state
             )
             dg = gate_gradient(dg, g, normalizer)
-    return dq, dk, dv, _or_empty(dg, q), _or_empty(dinitial, q)
+    return dq, dk, dv, _tensor_or_empty(dg, q), _tensor_or_empty(dinitial_state, q)
 
 
 def chunk_backward_fake(
-    q, k, v, g, scale, normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gate = g if gate_has_gradient(g) else None
-    maybe = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (gate, initial_state))
-    return *(x.new_empty(x.shape) for x in (q, k, v)), *maybe
+    q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state
+) -> tuple[Tensor, ...]:
+    """Return empty tensors of the shapes and dtypes that chunk_backward returns."""
+    inputs = (q, k, v, g if gate_has_gradient(g) else None, initial_state)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+def _tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-def save(ctx, inputs: tuple, output: tuple) -> None:
-    q, k, v, g, ctx.scale, ctx.normalizer, initial_state, ctx.output_final_state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *output[2:])
-    ctx.set_materialize_grads(False)  # zeros as large as what is kept
-
-
-def differentiate(ctx, do: Tensor | None, dfinal_state: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
-    q, k, v, g, initial_state, cu_seqlens, *kept = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
-    dfinal_state = dfinal_state if ctx.output_final_state else None
-    dq, dk, dv, dg, dinitial = backward(
-        q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, kept, do, dfinal_state
-    )
-    dg = dg if gate_has_gradient(g) else None
-    dinitial = None if initial_state is None else dinitial
-    return dq, dk, dv, dg, None, None, dinitial, None, None, None
-
-
-def differentiate_op(ctx, do, dfinal_state, *_):
-    return differentiate(ctx, do, dfinal_state, backward_op)
-
-
-class ChunkGLA(torch.autograd.Function):
-    """The operator without its registration."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = chunk_forward(*inputs)
-        save(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dfinal_state):
-        return differentiate(ctx, do, dfinal_state, chunk_backward)
-
-
-def differentiate_twice(ctx, *grads):
-    raise NotImplementedError("chunk_gla: no second derivatives; fused_recurrent_gla has them, for short sequences")
-
-
-forward_op = register_operator("chunk_gla", chunk_forward, chunk_forward_fake)
-backward_op = register_operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)
-torch.library.register_autograd(forward_op, differentiate_op, setup_context=save)
-torch.library.register_autograd(backward_op, differentiate_twice)
+forward_operator = register_operator("chunk_gla", chunk_forward, chunk_forward_fake)
+backward_operator = register_operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)

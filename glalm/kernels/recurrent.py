@@ -1,7 +1,8 @@
-"""The recurrence token by token, for every gate: decoding, where a state is carried and T is mostly 1.
+"""Gated linear attention and its relatives, token by token: the operators for decoding, where T is mostly 1.
 
-On CUDA, without gradients, one Triton kernel: the state is read once and written once, cu_seqlens is read on the
-device. With gradients, on the CPU and in float64, plain PyTorch with autograd.
+They compute the same as the chunkwise operators of gla.py, with the same arguments, results and errors. On CUDA and
+without derivatives, one Triton kernel reads and writes the state once. On other devices, in float64, and where a
+derivative is computed, it is PyTorch: derivatives of any order and mode come from autograd, with T states in memory.
 """
 
 import threading
@@ -11,88 +12,144 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from glalm.kernels.common import check_values, expand_gate, has_kernel, register_operator, sequence_ids, wide_dtype
+from glalm.kernels.common import (
+    active_transform,
+    check_inputs,
+    check_values,
+    expand_gate,
+    has_kernel,
+    log_gate,
+    needs_gradient,
+    register_operator,
+    retention_gate,
+    sequence_ids,
+    wide_dtype,
+)
+
+# Public operators -------------------------------------------------------------------------------------------
 
 
-class Mode(threading.local):
-    """Each thread's own: one that decodes must not have another's kept states written over."""
+def fused_recurrent_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_gla` token by token, with the same arguments, results and errors.
+
+    This is fast for T = 1 with a carried state and slow for long sequences. It never synchronizes with the device.
+    """
+    return _fused_recurrent(q, k, v, g, "BTHK", gate_logit_normalizer, **options)
+
+
+def fused_recurrent_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `fused_recurrent_gla` with one gate per head: g [B, T, H]."""
+    return _fused_recurrent(q, k, v, g, "BTH", gate_logit_normalizer, **options)
+
+
+def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    """Compute `fused_recurrent_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
+    return _fused_recurrent(q, k, v, retention_gate(q), "H", **options)
+
+
+def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    """Compute `fused_recurrent_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
+    return _fused_recurrent(q, k, v, None, "", **options)
+
+
+class _StateMode(threading.local):
+    """Whether states are updated in place: for each thread, so that one thread cannot overwrite another's states."""
 
     in_place = False
 
 
-_mode = Mode()
+_state_mode = _StateMode()
 
 
 @contextmanager
 def states_in_place() -> Iterator[None]:
-    """Inside, the fused_recurrent operators write the final state over a given initial one and return that.
+    """Let the fused_recurrent operators write the final state over `initial_state` and return that tensor.
 
-    For a decoder that owns its states: half of the memory, and buffers that stay where a CUDA graph has them.
-    Without gradients, and not for packed sequences nor in compiled code, which do as before.
+    A decoder that owns its states needs half the memory this way, and its buffers keep the addresses that a CUDA graph
+    captured. The context has no effect on packed sequences, on calls that are differentiated, or in compiled code.
     """
-    before, _mode.in_place = _mode.in_place, True
+    previous = _state_mode.in_place
+    _state_mode.in_place = True
     try:
         yield
     finally:
-        _mode.in_place = before
+        _state_mode.in_place = previous
 
 
-def in_place() -> bool:
-    return not torch.compiler.is_compiling() and _mode.in_place  # no guard of a compiled graph would see it change
-
-
-def fused_recurrent(
+def _fused_recurrent(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gate_axes: str,
+    normalizer: float | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t. g: [B, T, H, K], [B, T, H], [H], or None for no gate.
-
-    The other arguments and results are those of `chunk_gla`; the public operators have checked them.
-    """
+    """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none."""
+    check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    g = log_gate(g, normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    inputs = [x for x in (q, k, v, g, initial_state) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
-    elif in_place() and initial_state is not None and cu_seqlens is None:
-        o, final_state = update_op(q, k, v, g, scale, initial_state), initial_state
+    # torch.compile does not guard on the mode, so compiled code ignores it.
+    in_place = not torch.compiler.is_compiling() and _state_mode.in_place
+    if needs_gradient(q, k, v, g, initial_state) or active_transform(q, k, v, g, initial_state):
+        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
+    elif in_place and initial_state is not None and cu_seqlens is None:
+        o = update_operator(q, k, v, g, scale, initial_state)
+        final_state = initial_state
     else:
-        o, final_state = forward_op(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+        o, final_state = forward_operator(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
     return o, final_state if output_final_state else None
 
 
-def recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, initial: Tensor | None, cu_seqlens: Tensor | None
+def run_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """In PyTorch: o [B, T, H, V] and the final states [N, H, K, V]. No accelerator is waited for."""
+    """Compute o [B, T, H, V] and the final states [N, H, K, V] in PyTorch, without waiting for an accelerator."""
     check_values(g, q, cu_seqlens)
-    (B, T, H, K), V = q.shape, v.shape[3]
-    if initial is None:
+    B, T, H, K = q.shape
+    if initial_state is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        initial = q.new_zeros(N, H, K, V, dtype=wide_dtype(q))
+        initial_state = q.new_zeros(N, H, K, v.shape[3], dtype=wide_dtype(q))
+    dtype = initial_state.dtype
     decay = None if g is None else expand_gate(g.to(wide_dtype(q)), q).exp()
-    q, k, values = q.to(initial.dtype) * scale, k.to(initial.dtype), v.to(initial.dtype)
-    final, S, outputs = initial.clone(), initial[:B], []
+    q = q.to(dtype) * scale
+    k = k.to(dtype)
+    values = v.to(dtype)
     if cu_seqlens is not None:
-        owner = sequence_ids(cu_seqlens, T)
-        starts = cu_seqlens[owner] == torch.arange(T, device=q.device)
+        sequence = sequence_ids(cu_seqlens, T)
+        starts = cu_seqlens[sequence] == torch.arange(T, device=q.device)
+    final_state = initial_state.clone()
+    S = initial_state[:B]
+    outputs = []
     for t in range(T):
         if cu_seqlens is not None:
-            S = torch.where(starts[t], initial.index_select(0, owner[t : t + 1]), S)
-        S = S if decay is None else S * decay[:, t, :, :, None]
+            S = torch.where(starts[t], initial_state.index_select(0, sequence[t : t + 1]), S)
+        if decay is not None:
+            S = S * decay[:, t, :, :, None]
         S = torch.addcmul(S, k[:, t, :, :, None], values[:, t, :, None, :])
-        # Not a matmul, which autocast and TF32 would round.
+        # A product and a sum instead of a matmul, which autocast or TF32 would round.
         outputs.append((q[:, t, :, :, None] * S).sum(2))
-        if cu_seqlens is not None:  # the last token's stays
-            final.index_copy_(0, owner[t : t + 1], S)
+        if cu_seqlens is not None:  # The last token of a sequence writes last.
+            final_state.index_copy_(0, sequence[t : t + 1], S)
     o = torch.stack(outputs, 1).to(v.dtype) if T else torch.empty_like(v)
-    return o, S if cu_seqlens is None and T else final
+    return o, S if cu_seqlens is None and T else final_state
+
+
+# Registered operators ---------------------------------------------------------------------------------------
 
 
 def recurrent_forward(
@@ -105,24 +162,28 @@ def recurrent_forward(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Compute o and the final states, or an empty tensor if they are not asked for."""
     if not has_kernel(q):
-        o, final_state = recurrent(q, k, v, g, scale, initial_state, cu_seqlens)
+        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
         return o, final_state if output_final_state else q.new_empty(0)
-    from glalm.kernels.triton.recurrent import forward  # here, since a machine without a GPU may lack triton
+    from glalm.kernels.triton.recurrent import forward  # A machine without a GPU may lack Triton.
 
     _, final_state = recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
     o = forward(q, k, v, g, scale, initial_state, final_state if output_final_state else None, cu_seqlens)
     return o, final_state
 
 
-def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens):
-    (B, _, H, K), V = q.shape, v.shape[3]
+def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """Return empty tensors of the shapes and dtypes that recurrent_forward returns."""
+    B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, V, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
+    shape = (N, H, K, v.shape[3])
+    final_state = q.new_empty(shape, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
     return v.new_empty(v.shape), final_state
 
 
 def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
+    """Compute o and overwrite `state` with the final states."""
     if has_kernel(q) and state.is_contiguous():
         from glalm.kernels.triton.recurrent import forward
 
@@ -132,9 +193,10 @@ def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: f
     return o
 
 
-def recurrent_update_fake(q, k, v, g, scale, state):
+def recurrent_update_fake(q, k, v, g, scale, state) -> Tensor:
+    """Return an empty tensor of the shape and dtype that recurrent_update returns."""
     return v.new_empty(v.shape)
 
 
-forward_op = register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
-update_op = register_operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, mutates=("state",))
+forward_operator = register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
+update_operator = register_operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, ("state",))

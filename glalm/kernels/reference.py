@@ -1,4 +1,4 @@
-"""The GLA recurrence, token by token in float64: the truth that every other implementation is tested against."""
+"""The recurrence of gated linear attention in float64: every other implementation is tested against it."""
 
 from itertools import pairwise
 
@@ -15,11 +15,17 @@ def recurrent_gla(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp g_t) S_{t-1} + k_t^T v_t ; o_t = scale * q_t S_t   (GLA, arXiv 2312.06635, eq. 3)
+    """Compute S_t = diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (GLA, arXiv 2312.06635, equation 3).
 
-    q, k, g: [B, T, H, K]; v: [B, T, H, V]; initial_state: [N, H, K, V]; any floating dtype. With cu_seqlens,
-    B is 1 and N the number of packed sequences, else N = B; scale defaults to K**-0.5.
-    Returns o [B, T, H, V] and the final state [N, H, K, V], both float64; gradients flow through autograd.
+    Args:
+        q, k, g: [B, T, H, K], of any floating-point dtype.
+        v: [B, T, H, V].
+        scale: K**-0.5 if None.
+        initial_state: [N, H, K, V]; zeros if None.
+        cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1). Without it, N = B.
+
+    Returns:
+        o [B, T, H, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
     """
     q, k, v, g = (x.double() for x in (q, k, v, g))
     B, T, H, K = q.shape
@@ -31,7 +37,8 @@ def recurrent_gla(
     else:
         sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
 
-    outputs, states = [q.new_zeros(0, H, V)], []
+    outputs = [q.new_zeros(0, H, V)]
+    states = []
     for n, (b, start, end) in enumerate(sequences):
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
         for t in range(start, end):

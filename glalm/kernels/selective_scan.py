@@ -1,10 +1,11 @@
-"""Mamba's selective scan in plain PyTorch, with autograd (Gu and Dao, arXiv 2312.00752, section 3.3).
+"""Mamba's selective scan in PyTorch (Gu and Dao, arXiv 2312.00752, section 3.3).
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = h_t C_t
 
-for each channel a state of N numbers, with nothing shared between channels that a matmul could use. So that a GPU has
-enough to do at once, the sequence is cut into about sqrt(T) chunks, which all run the recurrence from 0 side by side,
-and what enters each is added after: 2 sqrt(T) steps instead of T. Holds a few times [B, T, D, N] numbers.
+Each channel has a state of N numbers, and channels share nothing that a matmul could use. To give a GPU enough work at
+a time, the sequence is cut into about sqrt(T) chunks. All chunks run the recurrence from 0 side by side, and the
+effect of the states that enter them is added afterwards: 2 sqrt(T) steps instead of T. The scan holds a few times
+[B, T, D, N] numbers.
 """
 
 import math
@@ -27,53 +28,70 @@ def selective_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, dt: [batch, T, D], dt > 0; A: [D, N], < 0; B, C: [batch, T, N]; initial_state: [n, D, N], float32.
+    """Compute the selective scan on any device. Derivatives of any order and mode come from autograd.
 
-    cu_seqlens [n + 1]: the bounds of n sequences packed into one row; without it, n is the batch.
-    Returns y [batch, T, D] in x's dtype and the final states [n, D, N], float32 (both float64 for float64 inputs).
+    Args:
+        x: [batch, T, D], floating point.
+        dt: [batch, T, D], > 0.
+        A: [D, N], < 0.
+        B, C: [batch, T, N].
+        initial_state: h_0, [n, D, N], float32 (float64 for float64 inputs); zeros if None.
+        cu_seqlens: [n + 1], the bounds of n sequences packed into one row (batch = 1). Without it, n is the batch.
+
+    Returns:
+        y [batch, T, D] in x's dtype, and the final states [n, D, N] in initial_state's.
+
+    Raises:
+        ValueError: cu_seqlens has the wrong shape or dtype, or, on the CPU, does not rise from 0 to T.
     """
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(x))
         check_values(None, x, cu_seqlens)
     dtype = wide_dtype(x)
+    T = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         decay = (dt.to(dtype)[..., None] * A.to(dtype)).exp()
         update = (dt.to(dtype) * x.to(dtype))[..., None] * B.to(dtype)[:, :, None]
-        if x.shape[1] == 0:
-            N = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-            given = x.new_zeros(N, *A.shape, dtype=dtype) if initial_state is None else initial_state
-            return torch.empty_like(x), given
+        if T == 0:
+            n = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+            final_state = x.new_zeros(n, *A.shape, dtype=dtype) if initial_state is None else initial_state
+            return torch.empty_like(x), final_state
         if cu_seqlens is None:
-            h = states(decay, update, initial_state)
-            return torch.einsum("btdn,btn->btd", h, C.to(dtype)).to(x.dtype), h[:, -1]
-        T, bounds = x.shape[1], cu_seqlens.long()
-        first, last, filled = bounds[:-1].clamp(max=T - 1), bounds[1:] - 1, bounds.diff()[:, None, None] > 0
-        if initial_state is not None:  # an empty sequence has no first token: another's, which gets nothing
-            update = update.index_add(1, first, torch.where(filled, decay[0, first] * initial_state, 0)[None])
-        starting = torch.isin(torch.arange(T, device=x.device), bounds[:-1])
-        h = states(decay.masked_fill(starting[:, None, None], 0), update, None)
-        final = torch.where(filled, h[0, last], 0 if initial_state is None else initial_state)
-        return torch.einsum("btdn,btn->btd", h, C.to(dtype)).to(x.dtype), final
+            h = scan_states(decay, update, initial_state)
+            final_state = h[:, -1]
+        else:
+            bounds = cu_seqlens.long()
+            first = bounds[:-1].clamp(max=T - 1)
+            last = bounds[1:] - 1
+            has_tokens = bounds.diff()[:, None, None] > 0
+            if initial_state is not None:
+                # `first` of an empty sequence is a token of another sequence, to which it adds 0.
+                entering = torch.where(has_tokens, decay[0, first] * initial_state, 0)
+                update = update.index_add(1, first, entering[None])
+            starts = torch.isin(torch.arange(T, device=x.device), bounds[:-1])
+            h = scan_states(decay.masked_fill(starts[:, None, None], 0), update, None)
+            final_state = torch.where(has_tokens, h[0, last], 0 if initial_state is None else initial_state)
+        return torch.einsum("btdn,btn->btd", h, C.to(dtype)).to(x.dtype), final_state
 
 
-def states(decay: Tensor, update: Tensor, h: Tensor | None) -> Tensor:
-    """h_t = decay_t h_{t-1} + update_t: all of them, [B, T, D, N]."""
+def scan_states(decay: Tensor, update: Tensor, h: Tensor | None) -> Tensor:
+    """Return all states of h_t = decay_t h_{t-1} + update_t, [B, T, D, N], from h [B, D, N] or zeros."""
     T = decay.shape[1]
-    # A CPU is busy enough with one token, and faster while all it needs stays in its cache.
+    # On the CPU, one token is enough work at a time, and its operands stay in the cache.
     chunk = T if decay.device.type == "cpu" else math.ceil(math.sqrt(T))
-    pad = (0, 0, 0, 0, 0, -T % chunk)
-    # unbind and not indexing, whose gradients would each be as large as the whole.
-    a = F.pad(decay, pad, value=1.0).unflatten(1, (-1, chunk)).unbind(2)
-    b = F.pad(update, pad).unflatten(1, (-1, chunk)).unbind(2)
-    inside = [b[0]]
-    for decay_t, update_t in zip(a[1:], b[1:], strict=True):
-        inside.append(torch.addcmul(update_t, decay_t, inside[-1]))
+    padding = (0, 0, 0, 0, 0, -T % chunk)
+    # The backward pass of unbind writes one gradient. That of indexing would allocate a full one for every token.
+    decays = F.pad(decay, padding, value=1.0).unflatten(1, (-1, chunk)).unbind(2)
+    updates = F.pad(update, padding).unflatten(1, (-1, chunk)).unbind(2)
+    from_zero = [updates[0]]
+    for decay_t, update_t in zip(decays[1:], updates[1:], strict=True):
+        from_zero.append(torch.addcmul(update_t, decay_t, from_zero[-1]))
     if h is None and chunk == T:
-        return torch.cat(inside, 1)
-    passed = [*accumulate(a, torch.mul)]
+        return torch.cat(from_zero, 1)
+    products = [*accumulate(decays, torch.mul)]
     entering = [torch.zeros_like(update[:, 0]) if h is None else h]
-    for end, through in zip(inside[-1].unbind(1)[:-1], passed[-1].unbind(1)[:-1], strict=True):
-        entering.append(torch.addcmul(end, through, entering[-1]))
+    for end, product in zip(from_zero[-1].unbind(1)[:-1], products[-1].unbind(1)[:-1], strict=True):
+        entering.append(torch.addcmul(end, product, entering[-1]))
     entering = torch.stack(entering, 1)
-    h = [torch.addcmul(start, through, entering) for start, through in zip(inside, passed, strict=True)]
-    return torch.stack(h, 2).flatten(1, 2)[:, :T]
+    states = [torch.addcmul(start, product, entering) for start, product in zip(from_zero, products, strict=True)]
+    return torch.stack(states, 2).flatten(1, 2)[:, :T]

@@ -3,16 +3,16 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from glalm import IGNORE_INDEX
-from glalm.kernels.common import at_least_float32, wide_dtype
+from glalm.kernels.common import at_least_float32, refuse_double_backward, refuse_transforms, wide_dtype
 from glalm.kernels.cross_entropy import cross_entropy_
 from glalm.model.precision import matmul_dtype
 
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
 # head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
 CHUNK_ELEMENTS = 2**27
+ALTERNATIVE = "torch.nn.functional.cross_entropy of the logits"
 
 
 def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -60,6 +60,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     Returns:
         A float32 scalar in nats; 0 if there are no targets.
     """
+    refuse_transforms("linear_cross_entropy", hidden, weight, alternative=ALTERNATIVE)
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
 
 
@@ -106,14 +107,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         dhidden, dweight, count = ctx.saved_tensors
-        # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
-        scale = (grad / count).view(1, 1)
-        dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
-        dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
-        return dhidden, dweight, None, None, None
+        with torch.no_grad():
+            # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
+            scale = (grad / count).view(1, 1)
+            dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
+            dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
+        grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), alternative=ALTERNATIVE)
+        return *grads, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

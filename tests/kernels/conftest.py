@@ -8,9 +8,11 @@ from glalm.kernels.reference import recurrent_gla
 
 @pytest.fixture
 def draw():
-    """draw(B, T, H, K, V, ...): random arguments of an operator, by name. `gates` is the usual size of a log gate."""
+    """draw(B, T, H, K, V, ...): random arguments of an operator, by name. `gates` is the typical size of a log gate."""
 
-    def drawn(B=2, T=70, H=2, K=12, V=20, *, gates=1 / 16, dtype=torch.float32, gate_dtype=None, bounds=None, seed=0):
+    def draw_arguments(
+        B=2, T=70, H=2, K=12, V=20, *, gates=1 / 16, dtype=torch.float32, gate_dtype=None, bounds=None, seed=0
+    ):
         random = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
@@ -26,14 +28,14 @@ def draw():
             "cu_seqlens": None if bounds is None else torch.tensor(bounds),
         }
 
-    return drawn
+    return draw_arguments
 
 
 @pytest.fixture
 def differentiate():
-    """differentiate(operator, args): its results, and the gradients of a fixed random function of these, by name."""
+    """differentiate(operator, args): the results, and the gradients of their product with fixed random weights."""
 
-    def differentiated(operator, args: dict) -> dict[str, Tensor]:
+    def run_and_differentiate(operator, args: dict) -> dict[str, Tensor]:
         leaves = {n: x.detach().requires_grad_() for n, x in args.items() if x is not None and n != "cu_seqlens"}
         results = operator(**{**args, **leaves})
         random = torch.Generator().manual_seed(1)
@@ -42,27 +44,27 @@ def differentiate():
         names = ["o", "final_state", *("d" + name for name in leaves)]
         return dict(zip(names, (x.detach() for x in (*results, *grads)), strict=True))
 
-    return differentiated
+    return run_and_differentiate
 
 
 @pytest.fixture
-def assert_true(differentiate):
-    """assert_true(operator, args, tolerance): results and gradients agree with the float64 recurrence.
+def assert_matches_reference(differentiate):
+    """assert_matches_reference(operator, args, tolerance): results and gradients agree with the float64 recurrence.
 
-    The tolerance is on the RMS of the error relative to the RMS of the truth, for each tensor by itself.
+    The tolerance bounds the RMS error of each tensor, relative to the RMS of the reference. Returns the results.
     """
 
-    def relative_error(x: Tensor, truth: Tensor) -> float:
-        size = truth.square().mean().sqrt()
-        error = (x.double() - truth).square().mean().sqrt()
+    def relative_error(x: Tensor, expected: Tensor) -> float:
+        size = expected.square().mean().sqrt()
+        error = (x.double() - expected).square().mean().sqrt()
         return float(error / size if size > 0 else error)
 
     def check(operator, args: dict, tolerance: float) -> dict[str, Tensor]:
         found = differentiate(lambda **a: operator(**a, output_final_state=True), args)
         exact = {n: x.double() if x is not None and n != "cu_seqlens" else x for n, x in args.items()}
-        truth = differentiate(recurrent_gla, exact)
-        errors = {name: relative_error(found[name], truth[name]) for name in truth}
-        assert all(error <= tolerance for error in errors.values()), errors  # NaN fails too
+        expected = differentiate(recurrent_gla, exact)
+        errors = {name: relative_error(found[name], expected[name]) for name in expected}
+        assert all(error <= tolerance for error in errors.values()), errors  # A NaN fails, too.
         return found
 
     return check

@@ -1,5 +1,8 @@
-"""Triton's interpreter is chosen by an environment variable when triton is imported: such tests run in a process of
-their own, which one test of the file starts."""
+"""Run the tests of a file in Triton's interpreter.
+
+An environment variable selects the interpreter when triton is imported. So these tests run in a new process, which one
+test of the file starts.
+"""
 
 import os
 import subprocess
@@ -13,9 +16,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run_interpreted(file: str) -> None:
-    """All tests of the file in a new process, in the interpreter."""
-    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
-        pytest.skip("triton's interpreter before 3.7 cannot loop with numpy 2.4 or later: pip install 'numpy<2.4'")
+    """Run all tests of the file in a new process, in the interpreter."""
+    if major_and_minor(triton) < (3, 7) and major_and_minor(numpy) >= (2, 4):
+        pytest.skip("Triton's interpreter before 3.7 cannot run loops with numpy 2.4 or later: pip install 'numpy<2.4'")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", file]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -23,5 +26,6 @@ def run_interpreted(file: str) -> None:
     assert " passed" in result.stdout
 
 
-def release(package) -> tuple[int, ...]:
+def major_and_minor(package) -> tuple[int, ...]:
+    """Return the first two numbers of a package's version."""
     return tuple(int(part) for part in package.__version__.split(".")[:2])

@@ -1,4 +1,4 @@
-"""Every wrong argument is a ValueError that names it."""
+"""A wrong argument is a ValueError whose message begins with the name of the argument."""
 
 import pytest
 import torch
@@ -39,14 +39,14 @@ WRONG = [
 
 @pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
 @pytest.mark.parametrize(("name", "what", "wrong"), WRONG, ids=[f"{name}: {what}" for name, what, _ in WRONG])
-def test_wrong_arguments(draw, operator, name, what, wrong):
+def test_wrong_arguments_are_named(draw, operator, name, what, wrong):
     args = draw(1, 5, bounds=[0, 2, 5])
     operator(**args)
     with pytest.raises(ValueError, match=f"^{name}: "):
         operator(**{**args, **wrong(args)})
 
 
-def test_a_float64_call_wants_a_float64_state(draw):
+def test_float64_inputs_require_a_float64_state(draw):
     args = draw(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^initial_state: .*float64"):
         chunk_gla(**{**args, "initial_state": args["initial_state"].float()})

@@ -4,8 +4,8 @@ import torch
 from glalm.kernels import chunk_delta_rule
 
 
-def truth(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
-    """The recurrence as published, a matrix product with I - beta k^T k at each token."""
+def recurrence(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
+    """Compute the recurrence as published, by a matrix product with I - beta k^T k for each token."""
     (B, T, H, K), V = q.shape, v.shape[3]
     rows = [(b, 0, T) for b in range(B)]
     if cu_seqlens is not None:
@@ -24,20 +24,20 @@ def truth(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bounds", [None, [0, 1, 70, 70, 150]], ids=["batch", "packed"])
-def test_is_the_recurrence(bounds, gated, draw, differentiate):
+def test_matches_the_recurrence(bounds, gated, draw, differentiate):
     args = draw(B=1 if bounds else 2, T=150, K=6, V=4, dtype=torch.float64, bounds=bounds)
     args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
     args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
     if not gated:
         del args["g"]
     found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
-    expected = differentiate(truth, args)
+    expected = differentiate(recurrence, args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_packed_without_states_is_the_recurrence(gated, draw, differentiate):
+def test_packed_sequences_without_states_match_the_recurrence(gated, draw, differentiate):
     args = draw(B=1, T=300, K=6, V=4, dtype=torch.float64, bounds=[0, 1, 70, 70, 128, 140, 300])
     args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
     args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
@@ -45,24 +45,24 @@ def test_packed_without_states_is_the_recurrence(gated, draw, differentiate):
     if not gated:
         del args["g"]
     found = differentiate(lambda **a: (chunk_delta_rule(**a)[0], a["q"].sum()), args)
-    expected = differentiate(lambda **a: (truth(**a)[0], a["q"].sum()), args)
+    expected = differentiate(lambda **a: (recurrence(**a)[0], a["q"].sum()), args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("gate", [-torch.inf, -1e5])
-def test_what_follows_a_gate_that_forgets_all_keeps_its_digits(gate, draw, differentiate):
+def test_digits_survive_after_a_gate_that_forgets_everything(gate, draw, differentiate):
     args = draw(T=100, K=6, V=4)
     args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
     args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1].index_fill(1, torch.tensor([0, 18, 70]), gate)
     found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
     doubles = {n: x if x is None else x.double() for n, x in args.items()}
-    expected = differentiate(lambda **a: tuple(y.float() for y in truth(**a)), doubles)
+    expected = differentiate(lambda **a: tuple(y.float() for y in recurrence(**a)), doubles)
     for name in expected:
         torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_scale_is_the_one_given(draw):
+def test_an_explicit_scale(draw):
     args = draw(K=6, V=4, dtype=torch.float64)
     args["beta"] = args.pop("g")[..., 0].exp()
     half, _ = chunk_delta_rule(**args, scale=0.5 * 6**-0.5)
@@ -78,7 +78,7 @@ def test_float32_keeps_six_digits(draw, differentiate):
     assert (found - exact).norm() / exact.norm() < 3e-6
 
 
-def test_half_precision_inputs_are_rounded_once(draw):
+def test_half_precision_is_rounded_once(draw):
     args = draw(K=12, dtype=torch.bfloat16)
     args["beta"] = args.pop("g")[..., 0].exp()
     o, _ = chunk_delta_rule(**args)
@@ -86,21 +86,24 @@ def test_half_precision_inputs_are_rounded_once(draw):
     assert torch.equal(o, exact.bfloat16())
 
 
-def test_second_derivatives_are_refused(draw):
+def test_double_backward_is_refused(draw):
     args = draw(T=5)
     args["beta"], v = args.pop("g")[..., 0].exp(), args["v"].requires_grad_()
     (dv,) = torch.autograd.grad(chunk_delta_rule(**args)[0].square().sum(), v, create_graph=True)
-    with pytest.raises(NotImplementedError, match="chunk_delta_rule: no second derivatives"):
+    with pytest.raises(NotImplementedError, match="chunk_delta_rule does not support double backward"):
         dv.sum().backward()
 
 
 def test_opcheck():
-    k, new, read = (torch.randn(1, 2, 3, 4, n, requires_grad=True) for n in (5, 6, 5))
-    through, S = (torch.rand(shape, requires_grad=True) for shape in ((1, 2, 3, 1, 1), (1, 2, 5, 6)))
-    torch.library.opcheck(torch.ops.glalm.delta_carry.default, (k, new, read, through, S))
+    k, new, read = (torch.randn(1, 2, 3, 4, n) for n in (5, 6, 5))
+    through, S = torch.rand(1, 2, 3, 1, 1), torch.rand(1, 2, 5, 6)
+    carry, carry_backward = torch.ops.glalm.delta_carry.default, torch.ops.glalm.delta_carry_backward.default
+    torch.library.opcheck(carry, (k, new, read, through, S))
+    u, starts, S = carry(k, new, read, through, S)
+    torch.library.opcheck(carry_backward, (k, read, through, u, starts, u, starts, S))
 
 
-def test_a_wrong_shape_is_named(draw):
+def test_wrong_arguments_are_named(draw):
     args = draw()
     with pytest.raises(ValueError, match="beta: expected the shape"):
         chunk_delta_rule(args["q"], args["k"], args["v"], args["g"])

@@ -36,13 +36,13 @@ SHAPES = [  # B, T, H, K, V
 
 @pytest.mark.parametrize("gates", [1 / 16, 1, 10], ids=lambda x: f"gates {x:.2f}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunk_gla_over_shapes_and_gates(draw, assert_true, shape, gates):
-    assert_true(chunk_gla, draw(*shape, gates=gates), 2e-6)
+def test_chunk_gla_over_shapes_and_gates(draw, assert_matches_reference, shape, gates):
+    assert_matches_reference(chunk_gla, draw(*shape, gates=gates), 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 2, 5, 9), (2, 17, 2, 7, 33)], ids=str)
-def test_fused_recurrent_gla_over_shapes(draw, assert_true, shape):
-    assert_true(fused_recurrent_gla, draw(*shape), 1e-6)
+def test_fused_recurrent_gla_over_shapes(draw, assert_matches_reference, shape):
+    assert_matches_reference(fused_recurrent_gla, draw(*shape), 1e-6)
 
 
 @both
@@ -59,8 +59,8 @@ def test_fused_recurrent_gla_over_shapes(draw, assert_true, shape):
     ],
     ids=str,
 )
-def test_dtypes(draw, assert_true, operator, dtype, gate_dtype, tolerance):
-    found = assert_true(operator, draw(dtype=dtype, gate_dtype=gate_dtype), tolerance)
+def test_dtypes(draw, assert_matches_reference, operator, dtype, gate_dtype, tolerance):
+    found = assert_matches_reference(operator, draw(dtype=dtype, gate_dtype=gate_dtype), tolerance)
     assert {found[n].dtype for n in ("o", "dq", "dk", "dv")} == {dtype}
     assert found["dg"].dtype == gate_dtype
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,8 +88,8 @@ PACKINGS = [
 @both
 @pytest.mark.parametrize("bounds", PACKINGS, ids=str)
 @pytest.mark.parametrize("gates", [1 / 16, 10], ids=lambda x: f"gates {x:.2f}")
-def test_packed_sequences(draw, assert_true, operator, bounds, gates):
-    assert_true(operator, draw(1, bounds[-1], bounds=bounds, gates=gates), 2e-6)
+def test_packed_sequences(draw, assert_matches_reference, operator, bounds, gates):
+    assert_matches_reference(operator, draw(1, bounds[-1], bounds=bounds, gates=gates), 2e-6)
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,13 +4,14 @@ import torch
 from glalm.kernels import selective_scan
 
 
-def truth(x, dt, A, B, C, initial_state, cu_seqlens=None):
+def recurrence(x, dt, A, B, C, initial_state, cu_seqlens=None):
+    """Compute the selective scan token by token."""
     rows, T, D = x.shape
-    pieces = [(b, 0, T) for b in range(rows)]
+    sequences = [(b, 0, T) for b in range(rows)]
     if cu_seqlens is not None:
-        pieces = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+        sequences = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
     outputs, states = [x.new_zeros(0, D)], []
-    for n, (row, start, end) in enumerate(pieces):
+    for n, (row, start, end) in enumerate(sequences):
         h = initial_state[n]
         for t in range(start, end):
             h = (dt[row, t][:, None] * A).exp() * h + (dt[row, t] * x[row, t])[:, None] * B[row, t]
@@ -22,7 +23,7 @@ def truth(x, dt, A, B, C, initial_state, cu_seqlens=None):
 @pytest.mark.parametrize(
     "T, bounds", [(1, None), (2, None), (37, None), (37, [0, 0, 1, 18, 18, 37, 37])], ids=["1", "2", "batch", "packed"]
 )
-def test_is_the_recurrence(T, bounds, differentiate):
+def test_matches_the_recurrence(T, bounds, differentiate):
     torch.manual_seed(0)
     rows, D, N = 2 if bounds is None else 1, 3, 4
     args = {
@@ -34,30 +35,30 @@ def test_is_the_recurrence(T, bounds, differentiate):
         "initial_state": torch.randn(rows if bounds is None else len(bounds) - 1, D, N),
     }
     args = {n: x.double() for n, x in args.items()} | {"cu_seqlens": bounds and torch.tensor(bounds)}
-    found, expected = differentiate(selective_scan, args), differentiate(truth, args)
+    found, expected = differentiate(selective_scan, args), differentiate(recurrence, args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)
-    fresh = {**args, "initial_state": torch.zeros_like(args["initial_state"])}
+    zero_state = {**args, "initial_state": torch.zeros_like(args["initial_state"])}
     without = selective_scan(**{**args, "initial_state": None})
-    torch.testing.assert_close(without, truth(**fresh))
+    torch.testing.assert_close(without, recurrence(**zero_state))
 
 
 @pytest.mark.parametrize("carried", [False, True])
-def test_chunks_are_the_recurrence_too(carried):
-    """The GPU's path, whose chunks a CPU does not make: a tensor that says it is elsewhere."""
-    from glalm.kernels.selective_scan import states
+def test_chunks_match_the_recurrence(carried):
+    """The path of a GPU is taken by tensors that claim to be on another device."""
+    from glalm.kernels.selective_scan import scan_states
 
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
 
     torch.manual_seed(0)
     decay, update, h = torch.rand(2, 38, 3, 4), torch.randn(2, 38, 3, 4), torch.randn(2, 3, 4) if carried else None
-    found = states(decay.as_subclass(Elsewhere), update, h)
-    torch.testing.assert_close(found.as_subclass(torch.Tensor), states(decay, update, h))
+    found = scan_states(decay.as_subclass(Elsewhere), update, h)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), scan_states(decay, update, h))
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 5], [0, 4, 2, 5]])
-def test_bounds_that_are_none_are_refused(bounds):
+def test_wrong_bounds_are_refused(bounds):
     x, dt, A, B = torch.ones(1, 5, 2), torch.ones(1, 5, 2), -torch.ones(2, 3), torch.ones(1, 5, 3)
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected non-decreasing bounds from 0 to T = 5"):
         selective_scan(x, dt, A, B, B, cu_seqlens=torch.tensor(bounds))

@@ -118,6 +118,18 @@ def test_selective_recomputes_neither_matrix_products_nor_kernels():
     assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
 
 
+@pytest.mark.parametrize(("how", "recomputed"), [("none", 0), ("selective", 0), ("full", 3)])
+def test_compiled_blocks_recompute_kernels_as_eager_ones(how, recomputed, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="aot_eager"))
+    model = tiny("gla", activation_checkpointing=how, compile=True)
+    loss = model(**tokens(16)).loss
+    with OperatorCounter() as counter:
+        loss.backward()
+    assert counter.calls[torch.ops.glalm.chunk_gla_backward.default] == 3
+    assert counter.calls.get(torch.ops.glalm.chunk_gla.default, 0) == recomputed
+
+
 class OperatorCounter(torch.utils._python_dispatch.TorchDispatchMode):
     """Count the calls of each operator."""
 

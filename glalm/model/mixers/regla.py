@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
+from glalm.kernels.chunked import VALUE_GATE_CHUNK
 from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
-from glalm.kernels.value_gate import CHUNK as VALUE_GATE_CHUNK
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 

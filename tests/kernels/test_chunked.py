@@ -1,4 +1,4 @@
-"""What chunking could get wrong: strong gates, the choice between ways of computing a block, memory."""
+"""The PyTorch chunkwise path: strong gates, the choice of how a block is computed, and memory."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ INF = float("inf")
 
 @pytest.mark.parametrize("gate", [-30, -88, -104, -745, -800, -1e5, -3e38, -INF], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_strong_gate_in_a_chunk(draw, assert_true, gate, dtype):
+def test_one_strong_gate_in_a_chunk(draw, assert_matches_reference, gate, dtype):
     args = draw(T=140, dtype=dtype)
     args["g"][:, [0, 20, 31, 32, 63, 64, 100], :, ::2] = gate
-    assert_true(chunk_gla, args, 1e-6 if dtype == torch.float32 else 1e-14)
+    assert_matches_reference(chunk_gla, args, 1e-6 if dtype == torch.float32 else 1e-14)
 
 
 def test_a_strong_gate_does_not_blur_the_tokens_after_it(draw, differentiate):
-    """They equal, bit for bit, what they would be had the sequence begun there."""
+    """Their results are, bit for bit, those of a sequence that begins with them."""
     args = draw(B=1, T=64)
     args["g"][:, 32] = -1e5
     reset = differentiate(lambda **a: chunk_gla(**a, output_final_state=True), args)
@@ -30,15 +30,15 @@ def test_a_strong_gate_does_not_blur_the_tokens_after_it(draw, differentiate):
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
 @pytest.mark.parametrize("bounds", [None, [0, 0, 1, 70, 71, 140]], ids=["dense", "packed"])
-def test_gates_that_forget_completely(draw, assert_true, share, bounds):
+def test_gates_that_forget_completely(draw, assert_matches_reference, share, bounds):
     args = draw(1, 140, bounds=bounds)
     forgotten = torch.rand(args["g"].shape, generator=torch.Generator().manual_seed(3)) < share
     args["g"][forgotten] = -INF
-    found = assert_true(chunk_gla, args, 1e-6)
+    found = assert_matches_reference(chunk_gla, args, 1e-6)
     assert (found["dg"][forgotten] == 0).all()
 
 
-def test_nan_gates_give_nan_from_there_on_and_nowhere_else_in_the_batch(draw):
+def test_a_nan_gate_spreads_to_later_tokens_of_its_sequence_only(draw):
     args = draw(B=2, T=140)
     args["g"][1, 70] = float("nan")
     o, final_state = chunk_gla(**args, output_final_state=True)
@@ -47,61 +47,65 @@ def test_nan_gates_give_nan_from_there_on_and_nowhere_else_in_the_batch(draw):
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """Which ways of computing blocks were taken: (function, length of the blocks)."""
-    taken = set()
+def block_calls(monkeypatch):
+    """The functions that computed blocks, each with the length of its blocks."""
+    calls = set()
 
-    def spied(name):
-        way = getattr(chunked, name)
+    def record_calls(name):
+        function = getattr(chunked, name)
 
         def spy(q, *rest):
-            taken.add((name, q.shape[1]))
-            return way(q, *rest)
+            calls.add((name, q.shape[1]))
+            return function(q, *rest)
 
         monkeypatch.setattr(chunked, name, spy)
 
-    spied("mild_block")
-    spied("halved_block")
-    return taken
+    record_calls("compute_direct_block")
+    record_calls("compute_halved_block")
+    return calls
 
 
 @pytest.mark.parametrize(
     ("sum_of_half", "expected"),
     [
-        (0.999 * chunked.MILD, {("mild_block", 64)}),
-        (1.001 * chunked.MILD, {("halved_block", 64), ("mild_block", 32)}),
+        (0.999 * chunked.MAX_EXPONENT, {("compute_direct_block", 64)}),
+        (1.001 * chunked.MAX_EXPONENT, {("compute_halved_block", 64), ("compute_direct_block", 32)}),
     ],
     ids=["below", "above"],
 )
 @pytest.mark.parametrize("half", [0, 1], ids=["first half", "second half"])
-def test_the_boundary_of_mild_gates(draw, assert_true, ways, sum_of_half, expected, half):
+def test_blocks_are_halved_from_the_largest_exponent_on(
+    draw, assert_matches_reference, block_calls, sum_of_half, expected, half
+):
     args = draw(B=1, T=64)
-    tokens = slice(1, 32) if half == 0 else slice(32, 64)  # the gate of the first token is between no two tokens
+    tokens = slice(1, 32) if half == 0 else slice(32, 64)  # No pair of tokens spans the first gate.
     args["g"] /= args["g"][:, tokens].sum(1, keepdim=True) / -sum_of_half
     args["g"][:, 32 * (1 - half) : 32 * (2 - half)] = -0.01
-    assert_true(chunk_gla, args, 4e-6)
-    assert ways == expected
+    assert_matches_reference(chunk_gla, args, 4e-6)
+    assert block_calls == expected
 
 
-def test_every_way_in_one_call(draw, assert_true, ways):
+def test_direct_and_halved_blocks_of_every_length_in_one_call(draw, assert_matches_reference, block_calls):
     args = draw(B=2, T=256)
     args["g"][0, 64:128] *= 100
     args["g"][1, 128:] *= 1e4
-    assert_true(chunk_gla, args, 2e-6)
-    mild = {C for way, C in ways if way == "mild_block"}
-    halved = {C for way, C in ways if way == "halved_block"}
-    assert 64 in mild & halved and 1 in mild and {2, 4, 8, 16, 32} <= halved
+    assert_matches_reference(chunk_gla, args, 2e-6)
+    direct = {C for name, C in block_calls if name == "compute_direct_block"}
+    halved = {C for name, C in block_calls if name == "compute_halved_block"}
+    assert 64 in direct & halved and 1 in direct and {2, 4, 8, 16, 32} <= halved
 
 
-def test_the_largest_mild_gates_overflow_nothing(draw, assert_true):
+def test_the_largest_direct_exponents_do_not_overflow(draw, assert_matches_reference):
     args = draw(B=1, T=64)
-    args["g"][:] = -0.99 * chunked.MILD / 32
+    args["g"][:] = -0.99 * chunked.MAX_EXPONENT / 32
     for n in "qk":
         args[n] *= 1e8
-    assert_true(chunk_gla, args, 1e-5)  # what 32 roundings of a sum near 20 leave of float32
+    assert_matches_reference(chunk_gla, args, 1e-5)  # 32 roundings of a sum near 20 in float32
 
 
 class LargestTensor(TorchDispatchMode):
+    """Record the number of elements of the largest tensor."""
+
     numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -111,7 +115,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("gates", [1 / 16, 10], ids=["mild gates", "wild gates"])
+@pytest.mark.parametrize("gates", [1 / 16, 10], ids=["weak gates", "strong gates"])
 def test_memory_is_linear_in_time(draw, gates):
     def largest(T):
         args = draw(B=1, T=T, gates=gates)
@@ -122,4 +126,4 @@ def test_memory_is_linear_in_time(draw, gates):
         return seen.numel
 
     assert largest(1024) <= 4 * largest(256) + 1024
-    assert largest(1024) <= 1024 * 2 * 64  # one [C, C] matrix a chunk and head
+    assert largest(1024) <= 1024 * 2 * 64  # one [C, C] matrix per chunk and head

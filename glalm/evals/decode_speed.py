@@ -37,8 +37,7 @@ class DecodeSpeedEvaluator(Evaluator):
         lengths = sorted(options.lengths or [n * model.require_train_length("decode_speed") for n in LENGTHS])
         require(
             model.accepts_state,
-            f"evals=[decode_speed]: transformers' {type(model.causal_lm).__name__} is not timed, since it cannot read "
-            "a text in segments",
+            f"evals=[decode_speed]: {model.name} cannot be timed, since it does not read a text in segments",
         )
         model.require_length(lengths[-1] + WARM_UP_STEPS + options.steps * options.repeats, "decode_speed.lengths")
         self.lengths = lengths

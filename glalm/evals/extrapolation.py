@@ -127,21 +127,17 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
     index_of = {n: bucket_index(n * train_length, edges) for n in length_multiples(edges[-1] // train_length)}
     results = {"train_length": train_length, "contexts": {}}
     for name, losses in nats.items():
-        results["contexts"][name] = {
-            "buckets": [summarize_bucket(losses[:, i], *bounds) for i, bounds in enumerate(pairwise(edges))],
-            "ratios": {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()},
-        }
+        buckets = []
+        for i, (start, end) in enumerate(pairwise(edges)):
+            filled = losses[:, i][~losses[:, i].isnan()]
+            counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
+            buckets.append({"start": start, "end": end, **summarize_losses(filled), **counts})
+        ratios = {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()}
+        results["contexts"][name] = {"buckets": buckets, "ratios": ratios}
     if {"stateful", "reset"} <= nats.keys():
         gain = nats["stateful"] - nats["reset"]
         results["stateful_over_reset"] = {str(n): summarize_ratio(gain[:, i]) for n, i in index_of.items()}
     return results
-
-
-def summarize_bucket(nats: Tensor, start: int, end: int) -> dict:
-    """Return the record of one bucket. nats: [texts], NaN of a text that does not fill it."""
-    filled = nats[~nats.isnan()]
-    counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
-    return {"start": start, "end": end, **summarize_losses(filled), **counts}
 
 
 def summarize_ratio(differences: Tensor) -> dict:
@@ -316,5 +312,6 @@ def bucket_index(position: int, edges: list[int]) -> int:
 
 def length_multiples(largest: int) -> list[int]:
     """Return 2, 4, 8, 10, 16, 20, 32, 40, ... up to `largest`, and `largest`."""
-    series = {base * 2**k for base in (2, 10) for k in range(largest.bit_length())} | {largest}
+    powers = [2**k for k in range(largest.bit_length())]
+    series = {*(2 * power for power in powers), *(10 * power for power in powers), largest}
     return sorted(n for n in series if 2 <= n <= largest)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,8 +58,7 @@ class HarnessEvaluator(Evaluator):
         model.require_length(max_length, "harness.max_length")
         require(
             tokenizer.vocab_size <= model.vocab_size,
-            f"evals=[{self.name}]: the tokenizer has {tokenizer.vocab_size} tokens, {model.name} only "
-            f"{model.vocab_size}",
+            f"evals=[{self.name}]: the tokenizer has {tokenizer.vocab_size} tokens, {model.name} {model.vocab_size}",
         )
         require(
             not options.stateful or (model.accepts_state and model.max_length is None),
@@ -81,8 +81,7 @@ class HarnessEvaluator(Evaluator):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         lm = HarnessLM(self.model, self.config.harness, self.max_length, context)
-        found = {}
-        missing = {}
+        found, missing = {}, {}
         with TemporaryDirectory() as folder:
             manager = local_tasks.build_task_manager(self.config.data_dir, Path(folder))
             for name in self.tasks:
@@ -222,8 +221,8 @@ class HarnessLM(TemplateLM):
             by_context.setdefault(request.args[0], []).append(i)
         groups = sorted(by_context.values(), key=lambda indices: -len(requests[indices[0]].args[0]))
         share = self.context.share(groups)
-        flat = [requests[i] for indices in share for i in indices]
-        answers = iter(super().loglikelihood(flat, disable_tqdm=True))
+        share_requests = [requests[i] for i in chain.from_iterable(share)]
+        answers = iter(super().loglikelihood(share_requests, disable_tqdm=True))
         share_answers = [[next(answers) for _ in indices] for indices in share]
         return restore_order(groups, self.context.gather(share_answers))
 
@@ -250,8 +249,7 @@ class HarnessLM(TemplateLM):
             return self.context.gather(
                 score_documents(self.model, share, self.prefix_token_id, self.max_length, self.batch_tokens)
             )
-        windows = []
-        owners = []
+        windows, owners = [], []
         for i, document in enumerate(documents):
             # Each token is predicted once, and all windows but the first start one token early.
             for window in utils.get_rolling_token_windows(document, self.prefix_token_id, self.max_length, 1):

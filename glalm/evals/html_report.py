@@ -87,6 +87,7 @@ def render_report(folders: Sequence[Path]) -> str:
         "integer": "{:,}".format,
         "percent": "{:.0%}".format,
         "bytes": plot.format_bytes,
+        "versions": format_versions,
     }
     return environment.get_template("report.html.jinja").render(
         title=", ".join(run.name for run in runs),
@@ -101,7 +102,7 @@ def render_report(folders: Sequence[Path]) -> str:
         unlike_paper={run.name: describe_unlike_paper(run) for run in runs},
         recall=known_rows({run.name: select_columns(collect_tasks(run, "recall"), RECALL) for run in runs}),
         published_recall=RECALL_ROWS,
-        provenance=provenance_rows(runs),
+        runs=runs,
         **loss_figure(runs),
         **compare_configs(runs),
     )
@@ -220,24 +221,7 @@ def compare_configs(runs: list[Run]) -> dict[str, Any]:
     return {"settings": settings, "different": different, "trained_runs": [*configs]}
 
 
-def provenance_rows(runs: list[Run]) -> list[list]:
-    """Return on what device and by which versions each run was trained and evaluated."""
-    rows = []
-    for run in runs:
-        if record := run.run_record:
-            git = record.get("git") or {}
-            commit = f"{git.get('commit', '')[:12]}{' (changed)' if git.get('dirty') else ''}"
-            rows.append([f"{run.name}: training", record.get("device"), list_versions(record), commit or None, None])
-        for record in run.records:
-            if record.get("evaluator") != "mqar":
-                checkpoint = f"{record.get('checkpoint', '')} {record.get('checksum', '')[:12]}"
-                seconds = f"{record['seconds']:,.0f} s" if "seconds" in record else None
-                name = f"{run.name}: {record['evaluator']}"
-                rows.append([name, record.get("device"), list_versions(record), checkpoint, seconds])
-    return rows
-
-
-def list_versions(record: dict) -> str:
+def format_versions(record: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
 
 

@@ -28,6 +28,11 @@ class Choices(NamedTuple):
     context: Sequence[int]
     continuations: list[list[int]]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(map(len, self.continuations))
+
 
 class Answer(NamedTuple):
     """The score of one continuation."""
@@ -63,25 +68,28 @@ def score_choices(
     Raises:
         ValueError: A continuation is longer than max_length.
     """
-    longest = max((len(tokens) for group in groups for tokens in group.continuations), default=0)
+    longest = max((group.longest for group in groups), default=0)
     if longest > max_length:
         raise ValueError(f"a continuation has {longest} tokens, more than max_length={max_length}")
     answers: list[list[Answer | None]] = [[None] * len(group.continuations) for group in groups]
-    shared = []
-    rows = []
-    for i, (context, continuations) in enumerate(groups):
-        if model.accepts_state and _is_sharing_worthwhile(context, continuations, max_length):
+    shared, rows = [], []
+    for i, group in enumerate(groups):
+        fits = len(group.context) + group.longest - 1 <= max_length
+        count = len(group.continuations)
+        if model.accepts_state and fits and len(group.context) * (count - 1) / count > MIN_SAVED_TOKENS:
             shared.append(i)
         else:
-            for j, tokens in enumerate(continuations):
-                rows.append(Row(i, j, (context + tokens)[-(max_length + 1) :], len(tokens)))
+            for j, tokens in enumerate(group.continuations):
+                rows.append(Row(i, j, (group.context + tokens)[-(max_length + 1) :], len(tokens)))
     rows.sort(key=lambda row: -len(row.tokens))
     for batch in make_batches(rows, [len(row.tokens) - 1 for row in rows], batch_tokens):
         for row, answer in zip(batch, score_rows(model, batch), strict=True):
             answers[row.group][row.index] = answer
         advance(len(batch))
     shared.sort(key=lambda i: -len(groups[i].context))
-    for batch in make_batches(shared, [_longest_read(groups[i]) for i in shared], batch_tokens):
+    # A group reads its context at once, then all its continuations.
+    tokens_at_once = [max(len(groups[i].context), len(groups[i].continuations) * groups[i].longest) for i in shared]
+    for batch in make_batches(shared, tokens_at_once, batch_tokens):
         found = []
         for part in split_by_memory(model, [groups[i] for i in batch]):
             found += score_shared(model, part)
@@ -119,14 +127,14 @@ def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
     """Return the answers to all continuations of each group, whose context is read once."""
     device = model.device
     contexts = [group.context for group in groups]
-    continuations = []
-    owners = []
+    continuations, owners = [], []
     for i, group in enumerate(groups):
         continuations += group.continuations
         owners += [i] * len(group.continuations)
     # The features after the context predict a continuation's first token, so only longer ones read from the state.
     longer = [i for i, tokens in enumerate(continuations) if len(tokens) > 1]
-    mask = make_left_mask(contexts, device)
+    is_padded = len({len(context) for context in contexts}) > 1
+    mask = pad_rows([[1] * len(context) for context in contexts], device, left=True) if is_padded else None
     inputs = pad_rows(contexts, device, left=True)
     context_features, state = model.forward_features(inputs, mask, return_state=bool(longer))
     parts = [[context_features[owner, -1:]] for owner in owners]
@@ -145,15 +153,13 @@ def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Ch
     """Yield the groups in order, as many at once as the states of all their continuations fit into memory."""
     is_cuda = model.device.type == "cuda"
     budget = torch.cuda.get_device_properties(model.device).total_memory // 10 if is_cuda else MAX_STATE_BYTES
-    part = []
-    used = 0
+    part, used = [], 0
     for group in groups:
-        tokens = 1 if model.is_recurrent else len(group.context) + max(map(len, group.continuations))
+        tokens = 1 if model.is_recurrent else len(group.context) + group.longest
         size = model.bytes_per_state * len(group.continuations) * tokens
         if part and used + size > budget:
             yield part
-            part = []
-            used = 0
+            part, used = [], 0
         part.append(group)
         used += size
     yield part
@@ -168,8 +174,7 @@ def score_features(model: EvalModel, features: list[Tensor], continuations: list
     """
     targets = make_ids(chain.from_iterable(continuations), model.device)
     lengths = [len(tokens) for tokens in continuations]
-    nats = []
-    is_greedy = []
+    nats, is_greedy = [], []
     for logits, part in model.iterate_logits(torch.cat(features), targets):
         nats.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
         is_greedy.append(logits.argmax(-1) == part)
@@ -217,22 +222,5 @@ def pad_rows(rows: list[Sequence[int]], device: torch.device, left: bool = False
     return make_ids(padded, device)
 
 
-def make_left_mask(rows: list[Sequence[int]], device: torch.device) -> LongTensor | None:
-    """Return 1 at the tokens of rows that are padded on the left, and 0 at the padding; None: there is no padding."""
-    if len({len(row) for row in rows}) == 1:
-        return None
-    return pad_rows([[1] * len(row) for row in rows], device, left=True)
-
-
 def make_ids(values: Iterable, device: torch.device) -> LongTensor:
     return torch.tensor(list(values), dtype=torch.int64).to(device, non_blocking=True)
-
-
-def _longest_read(group: Choices) -> int:
-    """Return the tokens that a group reads at once: its context, then all its continuations."""
-    return max(len(group.context), len(group.continuations) * max(map(len, group.continuations)))
-
-
-def _is_sharing_worthwhile(context: Sequence[int], continuations: list[list[int]], max_length: int) -> bool:
-    saved = (len(continuations) - 1) * len(context) / len(continuations)
-    return len(context) + max(map(len, continuations)) - 1 <= max_length and saved > MIN_SAVED_TOKENS

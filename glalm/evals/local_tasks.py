@@ -34,7 +34,7 @@ FOLDERS = {"wikitext": ("wikitext", "wikitext2")}
 def find_task_files(data_dir: Path, task: str) -> dict[str, list[Path]]:
     """Return the files of each split in DATA_DIR/TASK. If one is called SPLIT.jsonl, it is the entire split."""
     folders = [data_dir / name for name in FOLDERS.get(task, (task,))]
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
+    files = [path for path in chain(*(sorted(folder.rglob("*")) for folder in folders)) if path.suffix in SUFFIXES]
     found = {}
     for split, names in SPLITS.items():
         exact = [path for path in files if path.stem in names]

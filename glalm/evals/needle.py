@@ -19,7 +19,6 @@ from torch import Tensor
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import require
-from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
@@ -45,7 +44,8 @@ class NeedleEvaluator(Evaluator):
         lengths = sorted(options.lengths or [n * model.require_train_length("needle") for n in LENGTHS])
         tokenizer = model.require_tokenizer("needle")
         tokens = open_split(config, model, options.split)
-        filler = load_filler(tokens, tokenizer)
+        filler = tokens.read_tokens(0, min(tokens.num_tokens, MAX_FILLER))
+        filler = filler[~np.isin(filler, [tokenizer.bos_id, tokenizer.eos_id])]
         self.task = NeedleTask(tokenizer, model.document_prefix, filler, options.candidates, config.seed)
         overhead = max(len(self.task.build_sample(0, 0.0, i).context) for i in range(8))
         require(
@@ -54,8 +54,7 @@ class NeedleEvaluator(Evaluator):
         )
         require(
             len(filler) >= lengths[-1],
-            f"needle.lengths={lengths}: the split {options.split} has {len(filler)} tokens of text; write shorter "
-            "lengths",
+            f"needle.lengths={lengths}: the split {options.split} has {len(filler)} tokens of text; write less",
         )
         model.require_length(lengths[-1] + ANSWER_ROOM, "needle.lengths")
         self.lengths = lengths
@@ -90,12 +89,6 @@ class NeedleEvaluator(Evaluator):
 
     def plot(self, record: dict, folder: Path) -> list[Path]:
         return plot_needle(record, folder / "needle.png")
-
-
-def load_filler(tokens: TokenSet, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the first MAX_FILLER tokens of a split, without the tokens that begin and end documents."""
-    ids = tokens.read_tokens(0, min(tokens.num_tokens, MAX_FILLER))
-    return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])]
 
 
 @dataclass
@@ -182,8 +175,8 @@ def score_samples(model: EvalModel, samples: list[Choices]) -> list[dict]:
     haystacks = torch.from_numpy(np.stack([sample.context for sample in samples])).to(model.device)
     count = len(samples[0].continuations)
     sample_indices = torch.arange(len(samples), device=model.device).repeat_interleave(count)
-    candidates = [ids for sample in samples for ids in sample.continuations]
-    answers = pad_rows(candidates, model.device, fill=IGNORE_INDEX)
+    candidates = itertools.chain.from_iterable(sample.continuations for sample in samples)
+    answers = pad_rows(list(candidates), model.device, fill=IGNORE_INDEX)
     state, tokens_read = read_haystacks(model, haystacks[:, :-1])
     if state is not None:
         state = model.select_states(state, sample_indices)

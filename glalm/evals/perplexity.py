@@ -90,8 +90,7 @@ def summarize_losses(means: Tensor, weights: Tensor | None = None) -> dict:
         of one stretch, everything of none.
     """
     n = len(means)
-    nats = None
-    error = None
+    nats, error = None, None
     weights = torch.ones_like(means) if weights is None else weights.to(means.dtype)
     if n > 0:
         nats = ((weights * means).sum() / weights.sum()).item()

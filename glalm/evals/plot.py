@@ -54,8 +54,7 @@ def plot_extrapolation(records: Sequence[Record], path: str | Path) -> list[Path
     """
     records = _load_records(records, "extrapolation")
     ax = Figure().subplots()
-    other_contexts = []
-    buckets = []
+    other_contexts, buckets = [], []
     for i, record in enumerate(records):
         other_contexts += _draw_contexts(ax, record, i)
         for context in record["results"]["contexts"].values():
@@ -327,15 +326,12 @@ def _format_loss_axes(ax: Axes, label: str) -> None:
     ax.xaxis.set_major_formatter(lambda x, _: format_quantity(x))
     ax.set_xlabel("tokens trained on")
     ax.set_ylabel(label)
-    right = ax.secondary_yaxis("right", functions=(np.exp, _log_positive))
+    # Matplotlib also asks for the logarithm of 0.
+    right = ax.secondary_yaxis("right", functions=(np.exp, lambda perplexity: np.log(np.maximum(perplexity, 1e-9))))
     right.set_ylabel("perplexity")
     right.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
-
-
-def _log_positive(perplexity: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(perplexity, 1e-9))  # Matplotlib also asks about perplexities of 0.
 
 
 def _format_position_axis(ax: Axes, train_lengths: list[int], last: int) -> None:

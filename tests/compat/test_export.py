@@ -36,9 +36,7 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     out = tmp_path / "exported model"
     export_run(run_config.folder, "latest", out)
 
-    import dataclasses
-
-    trained = GLALMForCausalLM(GLALMConfig(**dataclasses.asdict(run_config.model)))
+    trained = GLALMForCausalLM(GLALMConfig.from_model_config(run_config.model))
     checkpoint.load_model(run_config.folder / "checkpoints" / "step_6", trained)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     ours, theirs = Tokenizer(token_folder / "tokenizer.model"), AutoTokenizer.from_pretrained(out)
@@ -64,11 +62,13 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
 def test_export_is_evaluated_like_its_run(kind, run_config, change, token_folder, tmp_path):
     data = token_folder
     if kind == "transformers":
-        AutoTokenizer.from_pretrained(exported(run_config, tmp_path / "first")).save_pretrained(tmp_path / "tokenizer")
+        AutoTokenizer.from_pretrained(train_and_export(run_config, tmp_path / "first")).save_pretrained(
+            tmp_path / "tokenizer"
+        )
         data, tokenizer = tmp_path / "data", str(tmp_path / "tokenizer")
         prepare_data([token_folder.parent / "words.jsonl"], data, tokenizer=tokenizer, progress=False)
     run = change(run_config, name="reset", **{"data.document_boundaries": "reset_state", "data.path": str(data)})
-    out = exported(run, tmp_path / "out")
+    out = train_and_export(run, tmp_path / "out")
     found = []
     for checkpoint_, more in (("latest", {}), (str(out), {"data_path": str(data)})):
         config = EvalConfig(name=run.name, runs_dir=run.runs_dir, checkpoint=checkpoint_, **more)
@@ -80,7 +80,7 @@ def test_export_is_evaluated_like_its_run(kind, run_config, change, token_folder
     assert found[0] == found[1] and found[0][2]["document_boundaries"] == "reset_state"
 
 
-def exported(config, out: Path) -> Path:
+def train_and_export(config, out: Path) -> Path:
     assert train(config) == 0
     export_run(config.folder, "latest", out)
     return out
@@ -88,7 +88,7 @@ def exported(config, out: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_generation_continues_beyond_the_training_length(run_config, tmp_path):
-    out = exported(run_config, tmp_path / "out")
+    out = train_and_export(run_config, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.full((1, 30), 7)  # The model was trained on windows of 16 tokens.
     assert model.generate(ids, attention_mask=ids.ne(0), eos_token_id=None).shape == (1, 50)
@@ -100,14 +100,14 @@ def test_tokenizer_that_transformers_misreads_is_not_exported(run_config, change
     data = tmp_path / "data"
     prepare_data([token_folder.parent / "words.jsonl"], data, tokenizer=str(tmp_path / "unigram.model"), progress=False)
     with pytest.raises(RunError, match=r"nothing was exported.*--type bpe"):
-        exported(change(run_config, **{"data.path": str(data), "model.vocab_size": 400}), tmp_path / "out")
+        train_and_export(change(run_config, **{"data.path": str(data), "model.vocab_size": 400}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_failed_export_leaves_nothing(run_config, tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
         broken.setattr("glalm.compat.export.format_model_card", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        exported(run_config, tmp_path / "to" / "out")
+        train_and_export(run_config, tmp_path / "to" / "out")
     assert not list((tmp_path / "to").iterdir())
     export_run(run_config.folder, "latest", tmp_path / "to" / "out")
 

@@ -1,4 +1,4 @@
-"""scripts/linearize.py on a small Llama, and train.py from what it writes."""
+"""Run scripts/linearize.py on a small Llama, and train.py from the model that it writes."""
 
 import json
 import os
@@ -25,16 +25,16 @@ def llama(tmp_path):
     return tmp_path / "llama"
 
 
-def run(*command) -> subprocess.CompletedProcess:
+def run_script(*command) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_converted_fitted_and_trained_on(llama, token_folder, tmp_path):
+def test_convert_distil_and_train(llama, token_folder, tmp_path):
     out = tmp_path / "out"
     options = ["--softmax-layers", 1, "--distil", 3, "--data", token_folder, "--batch-size", 2, "--seq-len", 16]
-    made = run("scripts/linearize.py", llama, out, *options)
-    assert made.returncode == 0, made.stderr
+    done = run_script("scripts/linearize.py", llama, out, *options)
+    assert done.returncode == 0, done.stderr
     model, source = GLALMForCausalLM.from_pretrained(out), LlamaForCausalLM.from_pretrained(llama)
     assert model.config.layer_mixers() == ["gla", "attention"]
     kept = model.model.layers[1].attn.q_proj.weight, source.model.layers[1].self_attn.q_proj.weight
@@ -49,7 +49,7 @@ def test_converted_fitted_and_trained_on(llama, token_folder, tmp_path):
         "train.batch_size=2",
     ]
     train += ["optim.lr=1e-9", "optim.min_lr=0", "optim.warmup_steps=0", "train.eval_sequences=4"]
-    trained = run(*train)
+    trained = run_script(*train)
     assert trained.returncode == 0, trained.stderr[-2000:]
     row = json.loads((tmp_path / "on" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["step"] == 0 and row["val_loss"] > 0
@@ -58,25 +58,25 @@ def test_converted_fitted_and_trained_on(llama, token_folder, tmp_path):
     end = load_file(checkpoint / "model.safetensors")
     assert all((end[n] - start[n]).abs().max() < 1e-6 for n in end)
 
-    other = run(*train, "name=other", "model.num_hidden_layers=1", "model.layers=[gla]")
+    other = run_script(*train, "name=other", "model.num_hidden_layers=1", "model.layers=[gla]")
     assert other.returncode == 2
     assert "holds another model than model.*" in other.stderr and "model.num_hidden_layers: 2 -> 1" in other.stderr
-    missing = run(*train, "name=missing", f"train.init_from={tmp_path}/nowhere")
+    missing = run_script(*train, "name=missing", f"train.init_from={tmp_path}/nowhere")
     assert missing.returncode == 2 and "train.init_from=" in missing.stderr
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """The script in this process: from its arguments to its exit code and what it says on stderr."""
+def run_linearize(monkeypatch, capsys):
+    """run_linearize(*arguments) runs the script in this process and returns its exit code and stderr."""
     spec = spec_from_file_location("linearize_script", ROOT / "scripts/linearize.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def call(*arguments) -> tuple[int, str]:
+    def run_main(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["linearize.py", *map(str, arguments)])
         return module.main(), capsys.readouterr().err
 
-    return call
+    return run_main
 
 
 @pytest.mark.parametrize(
@@ -90,30 +90,30 @@ def script(monkeypatch, capsys):
         (["--distil", 1, "--data", "set", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_llama_is_loaded(script, tmp_path, options, message):
-    code, said = script(tmp_path / "no-llama", tmp_path / "out", *options)
-    assert code == 2 and said.startswith(f"ConfigError: {message}")
+def test_bad_options_are_errors_before_the_llama_is_loaded(run_linearize, tmp_path, options, message):
+    code, stderr = run_linearize(tmp_path / "no-llama", tmp_path / "out", *options)
+    assert code == 2 and stderr.startswith(f"ConfigError: {message}")
 
 
-def test_nothing_is_overwritten(script, llama):
+def test_existing_folder_is_not_overwritten(run_linearize, llama):
     before = {file: file.read_bytes() for file in llama.iterdir()}
-    code, said = script(llama, llama)
-    assert code == 2 and f"{llama} exists. Choose another OUT" in said
+    code, stderr = run_linearize(llama, llama)
+    assert code == 2 and f"{llama} exists. Choose another OUT" in stderr
     assert {file: file.read_bytes() for file in llama.iterdir()} == before
-    assert f"{llama} exists" in script(llama / "no-llama", llama)[1]  # nor is anything loaded first
+    assert f"{llama} exists" in run_linearize(llama / "no-llama", llama)[1]  # nor is anything loaded first
 
 
 @pytest.mark.parametrize("steps, what", [(6, "step 2: the loss is nan"), (1, "the logits after step 1 are not finite")])
-def test_a_distillation_that_diverged_is_not_written(script, llama, token_folder, tmp_path, steps, what):
+def test_diverged_distillation_writes_nothing(run_linearize, llama, token_folder, tmp_path, steps, what):
     options = ["--data", token_folder, "--batch-size", 2, "--seq-len", 16, "--lr", 1e30, "--device", "cpu"]
-    code, said = script(llama, tmp_path / "out", "--distil", steps, *options)
-    assert code == 1 and f"RunError: {what}" in said and "--lr than 1e+30" in said
+    code, stderr = run_linearize(llama, tmp_path / "out", "--distil", steps, *options)
+    assert code == 1 and f"RunError: {what}" in stderr and "--lr than 1e+30" in stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_data_of_a_larger_vocabulary_is_refused(token_folder, tmp_path):
+def test_data_with_larger_vocabulary_is_an_error(token_folder, tmp_path):
     shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(intermediate_size=48, **shape)).save_pretrained(tmp_path / "llama")
     options = ["--distil", 1, "--data", token_folder, "--seq-len", 16]
-    made = run("scripts/linearize.py", tmp_path / "llama", tmp_path / "out", *options)
-    assert made.returncode == 2 and "has a vocabulary of 300" in made.stderr and "Traceback" not in made.stderr
+    done = run_script("scripts/linearize.py", tmp_path / "llama", tmp_path / "out", *options)
+    assert done.returncode == 2 and "has a vocabulary of 300" in done.stderr and "Traceback" not in done.stderr

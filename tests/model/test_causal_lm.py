@@ -1,3 +1,5 @@
+"""The model by transformers' class: its equations, losses, caches and errors."""
+
 import dataclasses
 
 import pytest
@@ -116,8 +118,8 @@ def test_a_batch_without_labels_adds_nothing(tiny, tokens):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "attention", "mamba2"])
-def test_any_mask_but_zero_is_one(mixer, tiny, tokens):
-    """Masks that number packed or padded segments, and float ones, as transformers takes them."""
+def test_any_mask_value_but_zero_is_one(mixer, tiny, tokens):
+    """transformers accepts masks that number segments, and float masks."""
     model, ids = tiny(mixer=mixer, mamba2={"state_size": 16, "head_dim": 8}), tokens(2, 12)
     mask = torch.tensor([[0] * 3 + [1] * 9, [0] * 5 + [1] * 7])
     expected = model(ids, attention_mask=mask).logits
@@ -125,8 +127,8 @@ def test_any_mask_but_zero_is_one(mixer, tiny, tokens):
         assert torch.equal(model(ids, attention_mask=other).logits, expected)
 
 
-def test_a_head_that_is_more_than_its_weight_is_called(tiny, tokens):
-    """As an adapter of peft in its place: the loss, and scores, are those of the logits."""
+def test_a_head_that_is_not_a_plain_linear_layer_is_called(tiny, tokens):
+    """peft puts an adapter in its place. Losses and scores then come from the logits."""
     model, ids = tiny(), tokens(2, 12)
     weight, targets = model.lm_head.weight, ids.roll(-1, 1)
     model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
@@ -141,8 +143,8 @@ def test_a_head_that_is_more_than_its_weight_is_called(tiny, tokens):
     torch.testing.assert_close(losses, F.cross_entropy(logits.mT, targets, reduction="none"))
 
 
-def test_a_state_comes_out_where_it_is_used(tiny, tokens):
-    """As transformers has it: in evaluation, in training only when asked for."""
+def test_a_cache_is_returned_where_it_is_used(tiny, tokens):
+    """As in transformers: by default in eval mode, in training only when asked for."""
     model, ids = tiny(), tokens(2, 9)
     assert model(ids).past_key_values.seen == 9 and model(ids, use_cache=False).past_key_values is None
     assert model.train()(ids).past_key_values is None and model(ids, use_cache=True).past_key_values.seen == 9
@@ -163,7 +165,7 @@ def test_scores_carry_the_state(tiny, tokens):
     torch.testing.assert_close(torch.cat(losses, 1), expected)
 
 
-def greedy_by_hand(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
+def generate_greedily(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
     for _ in range(count):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
@@ -171,7 +173,7 @@ def greedy_by_hand(model: GLALMForCausalLM, ids: torch.Tensor, count: int) -> to
 
 def test_generation_from_the_state_equals_generation_from_all_tokens(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
-    expected = greedy_by_hand(model, ids, 12)
+    expected = generate_greedily(model, ids, 12)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **settings), expected)
     assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
@@ -181,7 +183,7 @@ def test_generation_continues_a_cache(tiny, tokens):
     model, ids = tiny(), tokens(1, 30)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     cache = model(ids[:, :25], use_cache=True).past_key_values
-    expected = greedy_by_hand(model, ids, 8)
+    expected = generate_greedily(model, ids, 8)
     assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
 
 
@@ -202,7 +204,7 @@ def test_saved_and_loaded(tiny, tokens, tmp_path):
     assert loaded.lm_head.weight is loaded.model.embeddings.weight
 
 
-def test_config_is_the_run_configs():
+def test_defaults_equal_those_of_model_config():
     expected, config = ModelConfig(), GLALMConfig()
     for f in dataclasses.fields(ModelConfig):
         assert getattr(config, f.name) == getattr(expected, f.name), f.name
@@ -211,7 +213,7 @@ def test_config_is_the_run_configs():
 IDS = torch.ones(2, 5, dtype=torch.int64)
 
 
-def cache_of(tiny) -> StateCache:
+def build_cache(tiny) -> StateCache:
     return tiny()(IDS[:1], use_cache=True).past_key_values
 
 
@@ -231,9 +233,9 @@ def cache_of(tiny) -> StateCache:
         (lambda tiny: tiny()(IDS, position_ids=IDS[:, :4]), r"position_ids: expected a tensor of 5 .*, got \[2, 4\]"),
         (lambda tiny: tiny()(IDS[:1], cu_seqlens=[0, 2, 5]), "cu_seqlens: expected a tensor, got a list"),
         (lambda tiny: tiny()(IDS, logits_to_keep=-2), "logits_to_keep: expected .*, got -2"),
-        (lambda tiny: tiny()(IDS, past_key_values=cache_of(tiny)), "states of 1 sequences, and the input 2"),
+        (lambda tiny: tiny()(IDS, past_key_values=build_cache(tiny)), "states of 1 sequences, and the input 2"),
         (
-            lambda tiny: tiny(num_hidden_layers=3)(IDS[:1], past_key_values=cache_of(tiny)),
+            lambda tiny: tiny(num_hidden_layers=3)(IDS[:1], past_key_values=build_cache(tiny)),
             "states of 2 layers, and the model 3 layers",
         ),
     ],

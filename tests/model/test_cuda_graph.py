@@ -13,7 +13,7 @@ from glalm.generation.cuda_graph import CudaGraphGenerator
 def test_continues_as_transformers_does(choice, tiny, tokens):
     model = tiny(**choice)
     decoder = CudaGraphGenerator(model, prefill_chunk=10)
-    for lengths in ((9, 9), (3, 12), (7,)):  # the second reuses the states of the first
+    for lengths in ((9, 9), (3, 12), (7,)):  # The second call reuses the states of the first.
         inputs = left_padded(*(tokens(n, seed=n) for n in lengths))
         expected = model.generate(**inputs, **GREEDY)
         assert torch.equal(model.generate(**inputs, custom_generate=decoder, **GREEDY), expected)
@@ -28,7 +28,7 @@ def test_draws_the_same(tiny, tokens):
     assert torch.equal(*found)
 
 
-def test_what_was_generated_is_seen_by_the_processors(tiny, tokens):
+def test_logits_processors_see_the_generated_tokens(tiny, tokens):
     model, inputs = tiny(), left_padded(tokens(5), tokens(9))
     settings = GREEDY | {"max_new_tokens": 30}
     free, expected = (model.generate(**inputs, **settings, no_repeat_ngram_size=n)[:, 9:] for n in (0, 1))
@@ -37,7 +37,7 @@ def test_what_was_generated_is_seen_by_the_processors(tiny, tokens):
     assert torch.equal(found[:, 9:], expected)
 
 
-def test_a_given_state_is_continued_and_left_as_it_was(tiny, tokens):
+def test_a_cache_is_continued_and_not_changed(tiny, tokens):
     model, ids = tiny(), tokens(2, 20)
     cache = model(ids[:, :19], use_cache=True).past_key_values
     before = [S.clone() for S in cache.states]
@@ -73,7 +73,7 @@ def test_a_recurrent_step_keeps_its_buffers(tiny, tokens):
     assert not decoder.step.state_grows
 
 
-def test_a_step_is_made_again_where_what_it_fixed_has_changed(tiny, tokens):
+def test_a_step_is_captured_again_if_a_fixed_value_changed(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
     decoder = CudaGraphGenerator(model)
 
@@ -92,7 +92,7 @@ def test_a_step_is_made_again_where_what_it_fixed_has_changed(tiny, tokens):
     assert step() is not cast
 
 
-def test_a_step_made_in_inference_mode_serves_outside(tiny, tokens):
+def test_a_step_from_inference_mode_works_outside(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
     decoder = CudaGraphGenerator(model)
     with torch.inference_mode():
@@ -101,8 +101,8 @@ def test_a_step_made_in_inference_mode_serves_outside(tiny, tokens):
     assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
 
 
-def test_steps_keep_no_cast_copies_of_the_weights(tiny, tokens):
-    """Autocast's cache would: a graph captured with its copies reads freed memory once autocast ends."""
+def test_steps_cache_no_cast_copies_of_the_weights(tiny, tokens):
+    """A graph captured with the copies of autocast's cache would read freed memory once autocast ends."""
     model, ids = tiny().float(), tokens(1, 9)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = cuda_graph.prefill_prompt(model, ids, None, None, 99)[1]
@@ -111,7 +111,7 @@ def test_steps_keep_no_cast_copies_of_the_weights(tiny, tokens):
         assert torch.equal(CudaGraphGenerator(model).start_step(cache)(ids[:, :1]), 2 * before)
 
 
-def test_what_it_does_not_serve_is_refused(tiny, tokens):
+def test_unsupported_settings_are_refused(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     for option in ({"num_beams": 2}, {"return_dict_in_generate": True}, {"use_cache": False}):
         with pytest.raises(ValueError, match=next(iter(option))):

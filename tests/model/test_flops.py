@@ -1,4 +1,4 @@
-"""Parameters and operations by formula, against the model itself and torch's counter."""
+"""Parameters and operations by formula, against the model and torch's flop counter."""
 
 from math import prod
 from pathlib import Path
@@ -22,29 +22,29 @@ from glalm.model.mixers import MIXERS
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
-def preset(name: str, **changes) -> ModelConfig:
+def load_preset(name: str, **changes) -> ModelConfig:
     return build_dataclass(ModelConfig, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes)
 
 
 def chunk_gla_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
-    """The matmuls of the chunkwise form (GLA, section 3), one by one."""
+    """Count the matmuls of the chunkwise form (GLA, section 3) one by one."""
     (B, T, H, K), V, C = q_shape, v_shape[3], min(q_shape[1], 64)
     scores, values, read, update = (C, K, C), (C, C, V), (C, K, V), (K, C, V)
     return B * H * (T // C) * sum(2 * prod(matmul) for matmul in (scores, values, read, update))
 
 
 def solve_flops(A_shape, B_shape, *_, **__) -> int:
-    """Half a matmul: the other half of a triangular matrix is zeros."""
+    """Count half a matmul, because half of a triangular matrix is zeros."""
     return prod(B_shape) * A_shape[-1]
 
 
 def carry_flops(k_shape, new_shape, *_, **__) -> int:
-    """Of each chunk read S and k^T u."""
+    """Count the products with the state, S and k^T u, of each chunk."""
     return 2 * 2 * prod(k_shape) * new_shape[-1]
 
 
 def convolve(conv: ShortConv, x: Tensor) -> Tensor:
-    """In place of its own, which is elementwise to the counter."""
+    """Convolve by conv1d, because torch's counter ignores elementwise operations."""
     return F.conv1d(x.mT, conv.weight, groups=x.shape[2]).mT
 
 
@@ -54,8 +54,8 @@ def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
     monkeypatch.setattr(ShortConv, "convolve", convolve)
     changes = {"linear": {"feature_map": "hedgehog"}} if name == "linear" else {}
     with FakeTensorMode():
-        config = GLALMConfig(**vars(preset(f"{name}_tiny", vocab_size=100, **changes)))
-        config.attention.window = None  # a mask's masked half is counted too
+        config = GLALMConfig(**vars(load_preset(f"{name}_tiny", vocab_size=100, **changes)))
+        config.attention.window = None  # The counter includes the masked half of the scores.
         model, ids = GLALMForCausalLM(config), torch.zeros(2, T, dtype=torch.long)
         mapping = {torch.ops.glalm.chunk_gla: chunk_gla_flops, torch.ops.glalm.delta_carry: carry_flops}
         mapping[torch.ops.aten.linalg_solve_triangular] = solve_flops
@@ -67,11 +67,11 @@ def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
 @pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("small", 42.18), ("340m", 374.5), ("1b3", 1365.5)])
 def test_presets_have_as_many_parameters_as_gla(size, millions):
     for name in (*MIXERS, "hybrid"):
-        parameters = model_cost(preset(f"{name}_{size}"), 2048).parameters / 1e6
+        parameters = model_cost(load_preset(f"{name}_{size}"), 2048).parameters / 1e6
         assert parameters == pytest.approx(millions, rel=0.01), name
 
 
 def test_a_tied_head_is_counted_once():
-    untied, tied = (model_cost(preset("gla_tiny", tie_word_embeddings=tie), 64) for tie in (False, True))
+    untied, tied = (model_cost(load_preset("gla_tiny", tie_word_embeddings=tie), 64) for tie in (False, True))
     assert untied.parameters - tied.parameters == 2048 * 128
     assert untied.forward == tied.forward and untied.training == 3 * untied.forward

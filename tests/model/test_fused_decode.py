@@ -1,4 +1,4 @@
-"""The lean step of one sequence: its kernels through the interpreter, in a process of its own; on the GPU compiled."""
+"""The fused decoding step: its kernels by Triton's interpreter, in a process of its own; on the GPU compiled."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 def test_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
@@ -108,22 +108,22 @@ def test_is_the_models_step(tiny, tokens):
     ],
     ids=str,
 )
-def test_serves_the_papers_model_alone(tiny, changes):
+def test_only_the_papers_model_is_supported(tiny, changes):
     assert not fused_decode.is_supported(tiny(**changes).float())
 
 
-def test_serves_no_adapted_layers(tiny):
+def test_adapted_layers_are_not_supported(tiny):
     class Adapted(torch.nn.Linear):
         pass
 
     model = tiny()
-    assert not fused_decode.is_supported(model)  # in float64
+    assert not fused_decode.is_supported(model)  # It is in float64.
     assert fused_decode.is_supported(model.float())
     model.model.layers[0].attn.q_proj = Adapted(32, 16, bias=False)
     assert not fused_decode.is_supported(model)
 
 
-def test_serves_no_hooked_layers(tiny):
+def test_hooked_layers_are_not_supported(tiny):
     model = tiny().float()
     layer = model.model.layers[1].mlp.up_proj
     for hook in (layer.register_forward_hook, layer.register_forward_pre_hook):
@@ -131,7 +131,7 @@ def test_serves_no_hooked_layers(tiny):
         assert not fused_decode.is_supported(model)
         handle.remove()
         assert fused_decode.is_supported(model)
-    layer.forward = layer.forward  # as accelerate does it
+    layer.forward = layer.forward  # accelerate does this.
     assert not fused_decode.is_supported(model)
 
 

@@ -1,4 +1,4 @@
-"""At home in transformers: what its users do with any model, done with ours."""
+"""What users of transformers, its Trainer and peft do with any model, done with ours."""
 
 import json
 import os
@@ -38,17 +38,17 @@ HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    """saved(**config): a tiny model in float32, and the folder that it was saved in."""
+    """saved(**config) saves a tiny model in float32, and returns it and the folder."""
 
-    def made(**changes):
+    def save(**changes):
         model = tiny(**changes).float()
         model.save_pretrained(tmp_path / "saved")
         return model, tmp_path / "saved"
 
-    return made
+    return save
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(50)}
     fast = Tokenizer(models.WordLevel(words, unk_token="w0"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -92,7 +92,7 @@ def test_auto_classes(saved, tokens):
 
 
 def test_pushed_to_the_hub_and_loaded_from_it(tiny, tokens, tmp_path, monkeypatch):
-    """The hub is a folder: what would be uploaded is copied there."""
+    """A folder stands in for the hub: files that would be uploaded are copied there."""
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, repo, **__: SimpleNamespace(repo_id=repo))
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(tiny, tokens, tmp_path, monkeypatc
 
 def test_pipeline(saved):
     model, folder = saved()
-    tokenizer().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     generate = pipeline("text-generation", model=str(folder), device="cpu")
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
     texts = ["w3 w4 w5", "w7"]
@@ -118,7 +118,7 @@ def test_pipeline(saved):
         assert out["generated_text"].split() == [f"w{i}" for i in expected.tolist()]
 
 
-def test_a_runs_tokenizer_serves_transformers(token_folder, tmp_path):
+def test_a_runs_tokenizer_works_in_transformers(token_folder, tmp_path):
     pytest.importorskip("google.protobuf")
     made = LlamaTokenizer.from_pretrained(token_folder, add_prefix_space=False, add_bos_token=True)
     made.save_pretrained(tmp_path)
@@ -154,7 +154,7 @@ def test_loading_in_half_precision(saved, tokens, tmp_path):
     expected = model(tokens(1, 9)).logits
     assert (half(tokens(1, 9)).logits.float() - expected).norm() < 0.05 * expected.norm()
     half.save_pretrained(tmp_path / "half")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16  # as saved
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
 
 
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_changes_nothing(choice, reentrant, tiny, tokens)
     model.enable_input_require_grads()
     out = model(ids, attention_mask=mask, labels=ids)
     out.loss.backward()
-    assert len(runs) == 2  # once more for the backward
+    assert len(runs) == 2  # The backward pass ran it again.
     torch.testing.assert_close(out.loss, plain.loss, rtol=0, atol=0)
     for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
@@ -225,7 +225,7 @@ def test_hidden_states(tiny, tokens):
 
 
 class Sentences(Dataset):
-    """Rows of unequal length, padded on the right by the collator, as Trainer's users have them."""
+    """Rows of unequal length, which the collator pads on the right."""
 
     def __init__(self, tokens, count: int = 8):
         self.rows = [tokens(5 + 3 * i, seed=i) for i in range(count)]
@@ -237,7 +237,7 @@ class Sentences(Dataset):
         return {"input_ids": self.rows[i], "attention_mask": torch.ones_like(self.rows[i])}
 
 
-def arguments(folder, **changes) -> TrainingArguments:
+def training_arguments(folder, **changes) -> TrainingArguments:
     settings = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1}
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_steps": 3, "seed": 1}
     return TrainingArguments(str(folder), **(settings | changes))
@@ -246,7 +246,7 @@ def arguments(folder, **changes) -> TrainingArguments:
 def collate(rows: list[dict]) -> dict:
     from transformers import DataCollatorForLanguageModeling
 
-    right = tokenizer()
+    right = word_tokenizer()
     right.padding_side = "right"
     return DataCollatorForLanguageModeling(right, mlm=False)(rows)
 
@@ -257,7 +257,7 @@ def test_trainer(choice, tiny, tokens, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 3, "gradient_checkpointing": True}
     trainer = Trainer(
         tiny(**choice).float(),
-        arguments(tmp_path, **settings),
+        training_arguments(tmp_path, **settings),
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate,
@@ -265,26 +265,26 @@ def test_trainer(choice, tiny, tokens, tmp_path):
     trainer.train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert len(losses) == 2 and losses[1] < losses[0]
-    resumed = Trainer(tiny(**choice).float(), arguments(tmp_path), train_dataset=data, data_collator=collate)
+    resumed = Trainer(tiny(**choice).float(), training_arguments(tmp_path), train_dataset=data, data_collator=collate)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for (name, p), q in zip(trainer.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_accumulated_batches_weigh_every_token_the_same(tiny, tokens, tmp_path):
-    """Trainer's loss over two micro-batches of unequal length is that of the whole batch."""
+    """Trainer's loss of two micro-batches of unequal length equals that of one batch."""
     data, model = Sentences(tokens, 4), tiny().float()
     rows = collate([data[i] for i in range(4)])
     whole = model(**rows, use_cache=False).loss.item()
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
-    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=data, data_collator=collate)
+    trainer = Trainer(model, training_arguments(tmp_path, **settings), train_dataset=data, data_collator=collate)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_smoothed_labels_are_shifted_too(tiny, tokens, tmp_path):
     model, ids = tiny().float(), tokens(2, 9)
-    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=1e-9), train_dataset=Sentences(tokens))
+    trainer = Trainer(model, training_arguments(tmp_path, label_smoothing_factor=1e-9), train_dataset=Sentences(tokens))
     loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
     torch.testing.assert_close(loss, model(ids, labels=ids).loss)
 
@@ -303,7 +303,9 @@ def test_lora(choice, tiny, tokens, tmp_path):
     assert learned and all("lora_" in name for name in learned)
     torch.testing.assert_close(model(input_ids=tokens(1, 9)).logits, expected)
     settings = {"gradient_checkpointing": True, "learning_rate": 3e-2}
-    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=Sentences(tokens), data_collator=collate)
+    trainer = Trainer(
+        model, training_arguments(tmp_path, **settings), train_dataset=Sentences(tokens), data_collator=collate
+    )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
@@ -324,7 +326,7 @@ def test_padding_on_the_right_in_training(choice, tiny, tokens):
     out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
     apart = [model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
     expected = sum(apart) / sum(len(row) - 1 for row in rows)
-    close = {"rtol": 1e-5, "atol": 1e-7}  # the loss is float32
+    close = {"rtol": 1e-5, "atol": 1e-7}  # The loss is float32.
     torch.testing.assert_close(out.loss, expected, **close)
     names, weights = zip(*model.named_parameters(), strict=True)
     both = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (out.loss, expected))
@@ -346,7 +348,7 @@ def test_prompts_padded_on_the_left_generate_as_each_does_alone(choice, tiny, to
         assert torch.equal(found, model.generate(row[None], **settings)[0, len(row) :])
 
 
-def test_shift_labels_go_before_labels(tiny, tokens):
+def test_shift_labels_take_precedence_over_labels(tiny, tokens):
     model, ids, targets = tiny(), tokens(2, 9), tokens(2, 9, seed=2)
     expected = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(model(ids, labels=ids, shift_labels=targets).loss.double(), expected)
@@ -362,12 +364,12 @@ def test_labels_of_packed_sequences_are_shifted_within_each(tiny, tokens):
 
 @pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
 def test_flattened_batches_are_packed_sequences(choice, tiny, tokens, tmp_path):
-    """Trainer's loss over a batch that DataCollatorWithFlattening made is that of its rows apart."""
+    """Trainer's loss of a batch by DataCollatorWithFlattening equals that of its rows one by one."""
     model, data = tiny(**choice).float(), Sentences(tokens, 4)
     rows = [data[i]["input_ids"] for i in range(4)]
     apart = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in rows]
     flat = DataCollatorWithFlattening(position_ids_start=2)
-    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=data, data_collator=flat)
+    trainer = Trainer(model, training_arguments(tmp_path, max_steps=1), train_dataset=data, data_collator=flat)
     trainer.train()
     expected = sum(apart) / sum(len(row) - 1 for row in rows)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -389,7 +391,7 @@ def test_positions(tiny, tokens):
         model(ids, position_ids=restart.repeat(2, 1))
 
 
-def test_positions_at_padding_say_nothing(tiny, tokens):
+def test_positions_at_padding_are_ignored(tiny, tokens):
     model, ids = tiny(**HYBRID), tokens(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     expected = model(ids, attention_mask=mask).logits
@@ -409,7 +411,7 @@ def test_prefix_tuning_is_refused(tiny, tokens):
             call(input_ids=tokens(1, 5))
 
 
-def test_arguments_that_it_has_not(tiny, tokens):
+def test_unsupported_arguments_are_refused(tiny, tokens):
     for argument in ("output_attentions", "token_type_ids"):
         with pytest.raises(TypeError, match=r"gives no attention weights|takes no token_type_ids"):
             tiny()(tokens(1, 3), **{argument: True})
@@ -420,9 +422,6 @@ def test_chosen_logits(tiny, tokens):
     logits = model(ids).logits
     for chosen, same in ((2, [7, 8]), (torch.tensor([1, 5]), [1, 5])):
         torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, logits[:, same])
-
-
-# Configs
 
 
 def test_a_config_with_nested_options_survives_json(tmp_path):
@@ -441,7 +440,7 @@ def test_a_config_with_nested_options_survives_json(tmp_path):
     assert json.loads(config.to_json_string())["gla"]["short_conv"] == 4
 
 
-def test_keys_of_elsewhere_are_kept_and_misspelt_ones_refused(saved, tokens):
+def test_unknown_keys_are_kept_and_misspelt_ones_refused(saved, tokens):
     _, folder = saved()
     tree = json.loads((folder / "config.json").read_text())
 
@@ -471,11 +470,8 @@ def test_options_may_be_changed_in_loading(tiny, tokens, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_heads=3)
 
 
-# Safety
-
-
 def test_a_checkpoint_runs_no_code(saved, tokens):
-    """Not with trust_remote_code=True either: modules, generation code and kernels of a checkpoint are left alone."""
+    """Its modules, generation code and kernels are ignored, also with trust_remote_code=True."""
     model, folder = saved()
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     (folder / "custom_generate").mkdir()
@@ -530,7 +526,7 @@ def test_broken_files_are_named(tiny, tmp_path):
         ({"gla": {"output_gate": False}}, r"no place for: model.layers.0.attn.g_norm_swish_gate.weight"),
     ],
 )
-def test_weights_that_are_not_the_configs_are_named(change, message, saved):
+def test_weights_that_do_not_fit_the_config_are_named(change, message, saved):
     _, folder = saved()
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | change))

@@ -1,4 +1,4 @@
-"""transformers' own common model and generation tests, run against ours.
+"""transformers' own common model and generation tests, run with our classes.
 
 They come with its source, not with the package: TRANSFORMERS_SOURCE=folder of a checkout, or of its unpacked source
 distribution (which lacks the generation tests), of the version that is installed. docs/transformers.md lists what
@@ -31,7 +31,7 @@ def common_tests(source: Path) -> tuple[type, type]:
         ("exporters/test_export", "ExportTesterMixin"),
         ("generation/test_utils", "GenerationTesterMixin"),
     ):
-        if not (source / "tests" / f"{path}.py").exists():  # not in the source distribution
+        if not (source / "tests" / f"{path}.py").exists():  # It is missing in the source distribution.
             folder, name = (f"transformers_tests.{part}" for part in (path.split("/")[0], path.replace("/", ".")))
             sys.modules[folder], sys.modules[name] = types.ModuleType(folder), types.ModuleType(name)
             setattr(sys.modules[name], mixin, type(mixin, (), {}))
@@ -40,7 +40,7 @@ def common_tests(source: Path) -> tuple[type, type]:
 
 
 ModelTesterMixin, GenerationTesterMixin = common_tests(Path(SOURCE))
-modeling_auto.MODEL_MAPPING_NAMES["glalm"] = "GLALMModel"  # by these they know which classes have a head
+modeling_auto.MODEL_MAPPING_NAMES["glalm"] = "GLALMModel"  # The mixins find classes with a head here.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["glalm"] = "GLALMForCausalLM"
 
 

@@ -12,7 +12,7 @@ from glalm.generation.cuda_graph import CudaGraphGenerator
 from glalm.model.cache import StateCache
 
 
-def sampled(model, seed: int = 0, **inputs) -> torch.Tensor:
+def sample(model, seed: int = 0, **inputs) -> torch.Tensor:
     torch.manual_seed(seed)
     return model.generate(**inputs, **SAMPLED)
 
@@ -23,11 +23,12 @@ def test_batched_prompts_of_unequal_length_continue_as_alone(choice, tiny, token
     batch = model.generate(**left_padded(*prompts), **GREEDY)[:, 12:]
     alone = torch.cat([model.generate(p[None], **GREEDY)[:, len(p) :] for p in prompts])
     assert torch.equal(batch, alone)
-    assert len({tuple(row.tolist()) for row in alone}) == 3  # prompts that all continued alike would prove nothing
+    # The test would prove nothing if all prompts had the same continuation.
+    assert len({tuple(row.tolist()) for row in alone}) == 3
 
 
 @every_choice
-def test_a_state_saved_and_loaded_goes_on(choice, tiny, tokens, tmp_path):
+def test_a_saved_state_is_loaded_and_continued(choice, tiny, tokens, tmp_path):
     model, ids = tiny(**choice), tokens(2, 20)
     expected = model.generate(ids, **GREEDY)
     cache = model(ids[:, :15], use_cache=True).past_key_values
@@ -84,10 +85,10 @@ def test_learned_prompts(tiny, tokens):
 @every_choice
 def test_sampling_draws_the_same_from_the_state_as_from_all_tokens(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(3, 9)
-    with_state = sampled(model, input_ids=ids)
+    with_state = sample(model, input_ids=ids)
     torch.manual_seed(0)
     assert torch.equal(with_state, model.generate(ids, use_cache=False, **SAMPLED))
-    assert not torch.equal(with_state, sampled(model, seed=1, input_ids=ids))
+    assert not torch.equal(with_state, sample(model, seed=1, input_ids=ids))
 
 
 def test_the_prompt_may_be_read_in_chunks(tiny, tokens):
@@ -109,7 +110,7 @@ def test_a_state_that_has_seen_everything_is_refused(tiny, tokens):
             model.generate(ids[:, :T], past_key_values=cache, **GREEDY)
 
 
-def test_a_new_cache_is_one_that_has_seen_nothing(tiny, tokens):
+def test_an_empty_cache_changes_nothing(tiny, tokens):
     model, ids = tiny(), tokens(2, 9)
     for decoder in ({}, {"custom_generate": CudaGraphGenerator(model)}):
         assert torch.equal(
@@ -117,7 +118,7 @@ def test_a_new_cache_is_one_that_has_seen_nothing(tiny, tokens):
         )
 
 
-def test_a_generated_state_goes_on(tiny, tokens):
+def test_a_generated_state_is_continued(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
     second = model.generate(first.sequences, past_key_values=first.past_key_values, **GREEDY)
@@ -135,12 +136,12 @@ def test_a_row_that_ended_is_padded(tiny, tokens):
 
 def test_several_sequences_of_one_prompt(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
-    several = sampled(model, input_ids=ids.repeat(3, 1))
+    several = sample(model, input_ids=ids.repeat(3, 1))
     torch.manual_seed(0)
     assert torch.equal(model.generate(ids, num_return_sequences=3, **SAMPLED), several)
 
 
-class Collected(BaseStreamer):
+class CollectingStreamer(BaseStreamer):
     def __init__(self):
         self.tokens = []
 
@@ -152,7 +153,7 @@ class Collected(BaseStreamer):
 
 
 def test_streaming(tiny, tokens):
-    model, ids, streamer = tiny(), tokens(1, 9), Collected()
+    model, ids, streamer = tiny(), tokens(1, 9), CollectingStreamer()
     whole = model.generate(ids, streamer=streamer, **GREEDY)
     assert streamer.tokens == [*whole[0].tolist(), "end"]
 
@@ -164,7 +165,7 @@ def test_assisted_generation_is_refused(tiny, tokens):
         tiny().generate(tokens(1, 9), prompt_lookup_num_tokens=2, **GREEDY)
 
 
-def test_what_is_no_saved_state_is_named(tiny, tokens, tmp_path):
+def test_a_file_that_is_no_saved_state_is_named(tiny, tokens, tmp_path):
     tiny()(tokens(1, 9), use_cache=True).past_key_values.save(tmp_path / "state")
     (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-50])
     with pytest.raises(ValueError, match="cut: damaged"):

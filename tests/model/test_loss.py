@@ -1,13 +1,16 @@
+"""The chunked cross-entropy against the one of all logits."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from glalm.model import loss as module
+from glalm.model import loss as loss_module
 from glalm.model.loss import linear_cross_entropy, token_losses
 
 
 @pytest.fixture
 def problem():
+    """Return hidden states, the weight of a head, and targets of which five are ignored, in float64."""
     torch.manual_seed(0)
     hidden = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
@@ -16,36 +19,36 @@ def problem():
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, **kwargs):
+def dense_cross_entropy(hidden, weight, targets, **kwargs):
     return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), **kwargs)
 
 
-def z_term(hidden, weight, targets):
+def dense_z_loss(hidden, weight, targets):
     return (hidden @ weight.T).logsumexp(-1)[targets != -100].square().mean()
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk_elements", [40, 200, 2**20])
 def test_value_and_gradients(problem, chunk_elements, z_loss, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, _ = problem
-    expected = plain(*problem) + z_loss * z_term(*problem)
+    expected = dense_cross_entropy(*problem) + z_loss * dense_z_loss(*problem)
     grads = torch.autograd.grad(3 * expected, (hidden, weight))
     got = linear_cross_entropy(*problem, z_loss=z_loss)
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=0)
     for a, b in zip(torch.autograd.grad(3 * got, (hidden, weight)), grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
     each = token_losses(*problem)
-    torch.testing.assert_close(each.flatten(), plain(*problem, reduction="none").float())
+    torch.testing.assert_close(each.flatten(), dense_cross_entropy(*problem, reduction="none").float())
 
 
-def test_only_what_needs_a_gradient_gets_one(problem):
+def test_gradients_are_computed_only_where_needed(problem):
     hidden, weight, targets = problem
     linear_cross_entropy(hidden, weight.detach(), targets).backward()
     assert hidden.grad is not None and weight.grad is None
 
 
-def test_nothing_scored_is_zero(problem):
+def test_the_loss_of_no_targets_is_zero(problem):
     hidden, weight, targets = problem
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
     loss.backward()
@@ -77,26 +80,26 @@ def test_double_backward_is_refused(problem, power):
         dhidden.sum().backward()
 
 
-def test_logits_are_never_whole(problem, monkeypatch):
-    """The largest tensor that the loss makes is a chunk's logits, not [tokens, vocabulary]."""
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 400)
+def test_all_logits_are_never_in_memory(problem, monkeypatch):
+    """No tensor is as large as the logits of all tokens."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 400)
     sizes = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
             return out
 
-    with Watch():
+    with RecordSizes():
         linear_cross_entropy(*problem).backward()
-    assert max(sizes) == 40 * 16  # the weight itself: more than a chunk's 10 x 40 logits, less than 21 x 40
+    assert max(sizes) == 40 * 16  # The weight: larger than a chunk's 10 x 40 logits, smaller than all 21 x 40.
 
 
 @pytest.mark.gpu
 def test_the_weights_gradient_is_summed_in_float32_on_a_gpu():
     torch.manual_seed(0)
-    hidden = torch.randn(9001, 256, device="cuda", requires_grad=True)  # a last chunk that is not whole
+    hidden = torch.randn(9001, 256, device="cuda", requires_grad=True)  # The last chunk is shorter than the others.
     weight = (torch.randn(32000, 256, device="cuda") / 8).requires_grad_()
     targets = torch.randint(32000, (9001,), device="cuda")
     with torch.autocast("cuda", torch.bfloat16):

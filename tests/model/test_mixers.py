@@ -26,19 +26,19 @@ def test_segments_and_steps_with_carried_state_equal_one_pass(choice, tiny, toke
     for a, b in [(0, 37), (37, 38), (38, 70), *((t, t + 1) for t in range(70, 75))]:
         before = cache and torch.utils._pytree.tree_map(torch.clone, cache.states)
         out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
-        if cache is not None:  # a cache given is left as it was
+        if cache is not None:  # A forward pass does not change its cache.
             torch.testing.assert_close(cache.states, before, rtol=0, atol=0)
         cache, parts = out.past_key_values, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
     assert cache.seen == 75
-    with torch.enable_grad():  # not the decoding kernel
+    with torch.enable_grad():  # With gradients the chunkwise operator runs instead of the recurrent one.
         step = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(model(torch.cat([ids, ids[:, -1:]], 1)).logits[:, -1:], step, **EXACT)
 
 
 @every_choice
 @torch.no_grad()
-def test_a_state_keeps_no_more_memory_than_it_has_numbers(choice, tiny, tokens):
+def test_a_state_holds_no_more_memory_than_its_numbers(choice, tiny, tokens):
     cache = tiny(**choice)(tokens(2, 70), use_cache=True).past_key_values
     for x in torch.utils._pytree.tree_leaves(cache.states):
         assert x.untyped_storage().nbytes() <= x.nbytes, x.shape
@@ -46,7 +46,7 @@ def test_a_state_keeps_no_more_memory_than_it_has_numbers(choice, tiny, tokens):
 
 @every_choice
 @torch.no_grad()
-def test_no_tokens_leave_the_state_alone(choice, tiny, tokens):
+def test_an_empty_input_does_not_change_the_state(choice, tiny, tokens):
     model, ids, bounds = tiny(**choice), tokens(2, 9), torch.zeros(3, dtype=torch.int64)
     filled = model(ids, use_cache=True).past_key_values
     for past, expected in ((None, model(ids).logits), (filled, model(ids, past_key_values=filled).logits)):
@@ -58,7 +58,7 @@ def test_no_tokens_leave_the_state_alone(choice, tiny, tokens):
 
 @every_choice
 @torch.no_grad()
-def test_a_state_may_be_of_another_dtype_than_the_weights(choice, tiny, tokens):
+def test_a_state_may_have_another_dtype_than_the_weights(choice, tiny, tokens):
     model, ids = tiny(**choice).float(), tokens(2, 40)
     exact = model(ids).logits[:, 30:]
     cache = model(ids[:, :30], use_cache=True).past_key_values
@@ -67,7 +67,7 @@ def test_a_state_may_be_of_another_dtype_than_the_weights(choice, tiny, tokens):
 
 
 @every_choice
-def test_the_future_is_not_seen(choice, tiny, tokens):
+def test_no_token_sees_the_future(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 70)
     changed = torch.cat([ids[:, :40], tokens(1, 30, seed=5)], 1)
     torch.testing.assert_close(model(changed).logits[:, :40], model(ids).logits[:, :40], **EXACT)
@@ -96,7 +96,7 @@ def test_packed_sequences_equal_separate_ones(choice, tiny, tokens):
 
 
 @every_choice
-def test_padding_on_the_left_is_not_seen(choice, tiny, tokens):
+def test_padding_on_the_left_is_ignored(choice, tiny, tokens):
     model, short, long = tiny(**choice), tokens(5), tokens(12, seed=2)
     batch = torch.stack([F.pad(short, (7, 0), value=3), long])
     mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12])
@@ -132,7 +132,7 @@ def test_compiled_without_a_graph_break(choice, tiny, tokens):
 
 
 @every_choice
-def test_bounds_that_do_not_rise_to_the_last_token_are_refused(choice, tiny, tokens):
+def test_decreasing_or_incomplete_bounds_are_refused(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 30)
     for bounds in ([0, 10], [0, 20, 10, 30], [5, 30]):
         with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds from 0 to T = 30"):
@@ -168,7 +168,7 @@ def test_saved_and_loaded(choice, tiny, tokens, tmp_path):
 
 @every_choice
 def test_half_precision_weights(choice, tiny, tokens):
-    """bf16 throughout and under autocast: it runs, and is near the float64 logits."""
+    """With bf16 weights, and under autocast, the logits are near those in float64."""
     model, ids = tiny(**choice), tokens(2, 40)
     exact = model(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -181,8 +181,7 @@ def test_half_precision_weights(choice, tiny, tokens):
 @pytest.mark.gpu
 @every_choice
 def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
-    """Logits in batch and packed, and gradients: in float32, and as near in bf16 under autocast, where flash attention
-    serves, as the CPU's."""
+    """Compare logits, batched and packed, and gradients, in float32 and under bf16 autocast with flash attention."""
     model, ids = tiny(**({"hidden_size": 128} | choice)).float(), tokens(1, 200)
     bounds = torch.tensor([0, 1, 60, 60, 200])
 
@@ -198,7 +197,7 @@ def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
         return [((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]
 
     exact = results("cpu", autocast=False)
-    usual = errors(results("cpu", autocast=True))  # a norm divides by outputs that may nearly cancel
+    usual = errors(results("cpu", autocast=True))  # A norm divides by outputs that may nearly cancel.
     assert max(errors(results("cuda", autocast=False))) < 1e-2
     for error, rounding in zip(errors(results("cuda", autocast=True)), usual, strict=True):
         assert error < 2 * rounding + 0.02

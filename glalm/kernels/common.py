@@ -240,8 +240,9 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
     operator has no derivative of its own: an autograd.Function calls it, through which Dynamo traces. Called elsewhere
     on tensors that require a gradient, the operator raises a RuntimeError instead of losing the gradient.
 
-    torch.library.custom_op would add checks that take half a millisecond per call in torch 2.11, longer than the
-    kernels of a small layer.
+    In plain eager mode, where nothing could observe the operator, the function is called directly: the dispatcher takes
+    0.05 ms per call. torch.library.custom_op would take another 0.5 ms in torch 2.11, longer than the kernels of a
+    small layer.
 
     Args:
         function: the implementation, with annotated arguments. It returns tensors that share no memory with them.
@@ -262,10 +263,22 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
 
     schema = torch.library.infer_schema(function, mutates_args=mutates)
     torch.library.define(f"glalm::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"glalm::{name}", "default", refuse_gradients(function))
+    eager = refuse_gradients(function)
+    torch.library.impl(f"glalm::{name}", "default", eager)
     operator = getattr(torch.ops.glalm, name).default
     torch.library.register_fake(operator, refuse_gradients(fake))
-    return operator
+
+    def call(*args):
+        return operator(*args) if is_observed(args[0]) else eager(*args)
+
+    return call
+
+
+def is_observed(x: Tensor) -> bool:
+    """Return whether a compiler, a dispatch mode, a transform or a tensor subclass could see which operators run."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def needs_gradient(*args) -> bool:

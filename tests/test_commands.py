@@ -54,7 +54,7 @@ def test_from_text_to_report(tmp_path):
         "report.html",
     ):
         assert wanted in text
-    assert "Length generalisation" in (folder / "report.html").read_text()
+    assert "Length generalization" in (folder / "report.html").read_text()
     run("scripts/plot.py", "ratios", str(folder), str(folder), "--out", str(tmp_path / "two"))
     assert (tmp_path / "two.svg").is_file() and (tmp_path / "two.png").is_file()
 

@@ -36,15 +36,16 @@ def open_eval_model(config: EvalConfig, device: torch.device) -> EvalModel:
     """
     path = Path(config.checkpoint).expanduser()
     precision = choose_precision(config.precision, device)
+    is_of_run = re.fullmatch(r"latest|step_\d+", config.checkpoint)
     try:
-        if re.fullmatch(r"latest|step_\d+", config.checkpoint):
+        if is_of_run:
             require(
                 (config.folder / "run.json").is_file(),
                 f"{config.folder} is not a run (run.json is missing); to train one, run: python train.py "
                 f"name={config.name}",
             )
             path = run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
-        if (path / checkpoint.MANIFEST).is_file():
+        if is_of_run or (path / checkpoint.MANIFEST).is_file():
             return open_checkpoint(config, path, device, precision)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error

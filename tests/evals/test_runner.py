@@ -28,6 +28,7 @@ from glalm.evals.runner import evaluate, start_processes
 from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
+from glalm.train import checkpoint
 from glalm.train.parallel import leave_process_group
 from glalm.train.trainer import train
 
@@ -373,6 +374,13 @@ def test_a_damaged_checkpoint(run):
     with pytest.raises(ConfigError, match=r"step_4/model\.safetensors is damaged"):
         evaluate(wanted(run))
     assert not (run.folder / "eval").exists()
+
+
+def test_a_checkpoint_without_its_manifest(run):
+    """It is not loaded without verification, as a model of transformers would be."""
+    (run.folder / "checkpoints/step_4" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint=step_4: .*step_4"):
+        evaluate(wanted(run, checkpoint="step_4"))
 
 
 def failure(config: EvalConfig, capsys) -> str:

@@ -235,74 +235,50 @@ def scan_chunks(steps: list[slice], decay: Tensor, update: Tensor, S: Tensor) ->
 # 4. The operator -------------------------------------------------------------------------------------------
 
 
-def compute_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[ChunkLayout, Block, Tensor, Tensor]:
-    """Return the layout, the blocks, and the chunks of v and the sorted initial states in the dtype to compute in."""
-    dtype = wide_dtype(q)
-    layout = lay_out_chunks(q, cu_seqlens)
-    H = q.shape[2]
-    q, k, v, g = (layout.to_chunks(x, dtype) for x in (q, k, v, g))
-    blocks = compute_block(q.mul_(scale), k, g.clamp_(min=MIN_LOG_GATE))
-    if initial_state is None:
-        S = q.new_zeros(len(layout.order), H, q.shape[-1], v.shape[-1])
-    else:
-        S = initial_state.to(dtype)[layout.order]
-    return layout, blocks, v, S
+class ChunkedGLA:
+    """One call of `chunk_gla`, whose arguments these are. The backward pass recomputes all but the arguments."""
 
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, S: Tensor | None, cu_seqlens: Tensor | None
+    ):
+        H, K = q.shape[2:]
+        V = v.shape[3]
+        dtype = wide_dtype(q)
+        self.args = (q, k, v, g)
+        self.scale = scale
+        self.layout = lay_out_chunks(q, cu_seqlens)
+        q, k, self.v, g = (self.layout.to_chunks(x, dtype) for x in self.args)
+        self.blocks = compute_block(q.mul_(scale), k, g.clamp_(min=MIN_LOG_GATE))
+        self.decay = self.blocks.g.exp().view(-1, H, K, 1)
+        self.S = q.new_zeros(len(self.layout.order), H, K, V) if S is None else S.to(dtype)[self.layout.order]
+        update = (self.blocks.k.mT @ self.v).view(-1, H, K, V)
+        self.states = scan_chunks(self.layout.steps, self.decay, update, self.S)
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return o [B, T, H, V], and the final states [N, H, K, V] or None. The arguments are those of `chunk_gla`."""
-    layout, blocks, v_chunks, S = compute_chunks(q, k, v, g, scale, initial_state, cu_seqlens)
-    _, H, K, V = S.shape
-    decay = blocks.g.exp().view(-1, H, K, 1)
-    states = scan_chunks(layout.steps, decay, (blocks.k.mT @ v_chunks).view(-1, H, K, V), S)
-    o = (blocks.A @ v_chunks).baddbmm_(blocks.q, states.view(-1, K, V))
-    return layout.to_tokens(o, v), S[layout.rank] if output_final_state else None
+    def outputs(self) -> Tensor:
+        """Return o, [B, T, H, V]."""
+        o = (self.blocks.A @ self.v).baddbmm_(self.blocks.q, self.states.flatten(0, 1))
+        return self.layout.to_tokens(o, self.args[2])
 
+    def final_state(self) -> Tensor:
+        """Return the states after the last tokens, [N, H, K, V]."""
+        return self.S[self.layout.rank]
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    do: Tensor,
-    dfinal_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk, dv, dg and, with an initial state, its gradient. All but the inputs is recomputed."""
-    layout, blocks, v_chunks, S = compute_chunks(q, k, v, g, scale, initial_state, cu_seqlens)
-    _, H, K, V = S.shape
-    do_chunks = layout.to_chunks(do, v_chunks.dtype)
-    dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)[layout.order]
-    decay = blocks.g.exp().view(-1, H, K, 1)
-    states = scan_chunks(layout.steps, decay, (blocks.k.mT @ v_chunks).view(-1, H, K, V), S)
-    dstates = scan_chunks(layout.steps[::-1], decay, (blocks.q.mT @ do_chunks).view(-1, H, K, V), dS)
+    def gradients(self, do: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv, dg and the gradient of the initial states."""
+        layout = self.layout
+        blocks = self.blocks
+        do = layout.to_chunks(do, self.v.dtype)
+        dS = torch.zeros_like(self.S) if dfinal_state is None else dfinal_state.to(self.S.dtype)[layout.order]
+        update = (blocks.q.mT @ do).view(self.states.shape)
+        dstates = scan_chunks(layout.steps[::-1], self.decay, update, dS)
 
-    dtotal = (decay * (states * dstates).sum(-1, keepdim=True)).view(-1, K)
-    states = states.view(-1, K, V)
-    dstates = dstates.view(-1, K, V)
-    dv = (blocks.A.mT @ do_chunks).baddbmm_(blocks.k, dstates)
-    dq, dk, dg = blocks.pullback(do_chunks @ v_chunks.mT, do_chunks @ states.mT, v_chunks @ dstates.mT, dtotal)
-    grads = (layout.to_tokens(d, x) for d, x in ((dq.mul_(scale), q), (dk, k), (dv, v), (dg, g)))
-    return *grads, None if initial_state is None else dS[layout.rank]
+        dtotal = (self.decay * (self.states * dstates).sum(-1, keepdim=True)).flatten(0, 1).squeeze(-1)
+        states = self.states.flatten(0, 1)
+        dstates = dstates.flatten(0, 1)
+        dv = (blocks.A.mT @ do).baddbmm_(blocks.k, dstates)
+        dq, dk, dg = blocks.pullback(do @ self.v.mT, do @ states.mT, self.v @ dstates.mT, dtotal)
+        grads = zip((dq.mul_(self.scale), dk, dv, dg), self.args, strict=True)
+        return *(layout.to_tokens(d, x) for d, x in grads), dS[layout.rank]
 
 
 # 5. A gate on the value axis -------------------------------------------------------------------------------

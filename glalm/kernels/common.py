@@ -55,8 +55,8 @@ def gate_has_gradient(g: Tensor | None) -> bool:
 
 def retention_gate(q: Tensor) -> Tensor:
     """Return RetNet's fixed log gate of every head, log(1 - 2^(-5-h)), [H], in q's wide_dtype."""
-    check_query(q)
-    heads = torch.arange(q.shape[2], device=q.device, dtype=wide_dtype(q))
+    H = q.shape[2] if q.dim() == 4 else 0  # check_inputs rejects other ranks.
+    heads = torch.arange(H, device=q.device, dtype=wide_dtype(q))
     return torch.log1p(-torch.exp2(-5 - heads))
 
 
@@ -106,12 +106,10 @@ def map_sequences(
         return o, state if output_final_state else None
     bounds = list(pairwise(cu_seqlens.tolist()))
     initial_states = [None] * len(bounds) if initial_state is None else initial_state.split(1)
-    outputs = []
-    states = []
+    results = []
     for (start, end), state in zip(bounds, initial_states, strict=True):
-        o, state = function(*(x[:, start:end] for x in inputs), state, None)
-        outputs.append(o)
-        states.append(state)
+        results.append(function(*(x[:, start:end] for x in inputs), state, None))
+    outputs, states = zip(*results, strict=True)
     return torch.cat(outputs, 1), torch.cat(states) if output_final_state else None
 
 
@@ -135,12 +133,6 @@ def sequence_masks(sequence: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor
 # Input checks. Every error is a ValueError whose message begins with the name of the argument. ---------------
 
 
-def check_query(q: Tensor) -> None:
-    """Check the rank of q, from which the other shapes follow."""
-    if q.dim() != 4 or q.shape[3] == 0:
-        raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
-
-
 def check_shape(name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
     """Check that x has one dimension per letter of `axes`, of the size that `sizes` has for the letter."""
     expected = tuple([sizes[axis] for axis in axes])
@@ -158,7 +150,8 @@ def check_inputs(
     gate_axes: str = "BTHK",
 ) -> None:
     """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces."""
-    check_query(q)
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
     device = q.device
     tensors = {"k": k, "v": v, "g": g, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     for name, x in tensors.items():
@@ -246,7 +239,7 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
 
     Args:
         function: the implementation, with annotated arguments. It returns tensors that share no memory with them.
-        fake: a function of the same arguments that returns empty tensors of the results' shapes and dtypes.
+        fake: a function of the same arguments that returns uninitialized tensors of the results' shapes and dtypes.
         mutates: the names of the arguments that `function` writes to.
     """
 

@@ -18,20 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import (
-    CHUNK,
-    check_inputs,
-    check_shape,
-    check_values,
-    constant_when_compiled,
-    map_sequences,
-    needs_gradient,
-    refuse_double_backward,
-    refuse_transforms,
-    register_operator,
-    sequence_masks,
-    wide_dtype,
-)
+from glalm.kernels import common
 
 
 def chunk_delta_rule(
@@ -73,11 +60,11 @@ def chunk_delta_rule(
             not rise from 0 to T.
         NotImplementedError: under torch.func's transforms, in forward-mode differentiation, and in double backward.
     """
-    check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTH")
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTH")
     B, T, H, K = q.shape
-    check_shape("beta", beta, "BTH", {"B": B, "T": T, "H": H})
-    check_values(g, q, cu_seqlens)
-    refuse_transforms("chunk_delta_rule", q, k, v, beta, g, initial_state)
+    common.check_shape("beta", beta, "BTH", {"B": B, "T": T, "H": H})
+    common.check_values(g, q, cu_seqlens)
+    common.refuse_transforms("chunk_delta_rule", q, k, v, beta, g, initial_state)
     scale = K**-0.5 if scale is None else scale
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         kernel = find_fla_kernel(K, v.shape[3], g is not None)
@@ -87,11 +74,11 @@ def chunk_delta_rule(
                 q, k, v, **gate, beta=beta, scale=scale,
                 initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-    dtype = wide_dtype(q)
+    dtype = common.wide_dtype(q)
     g = torch.zeros_like(beta) if g is None else g
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
+        o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
 
 
@@ -120,7 +107,7 @@ def find_fla_kernel(K: int, V: int, gated: bool) -> Callable | None:
     return chunk_gated_delta_rule if gated else chunk_delta_rule
 
 
-@constant_when_compiled
+@common.constant_when_compiled
 def hopper_and_triton_version() -> tuple[bool, tuple[int, ...]]:
     """Return whether the GPU is a Hopper, and the version of Triton."""
     import triton  # A machine without a GPU may lack Triton.
@@ -132,7 +119,7 @@ def hopper_and_triton_version() -> tuple[bool, tuple[int, ...]]:
 _logged: set[str] = set()
 
 
-@constant_when_compiled
+@common.constant_when_compiled
 def log_once(message: str) -> None:
     """Log a message, unless this process has logged it before."""
     if message not in _logged:
@@ -158,7 +145,7 @@ def compute_chunks(
     S = q.new_zeros(B, H, K, V) if S is None else S
     if T == 0:
         return v, S
-    C = min(CHUNK, T)
+    C = min(common.CHUNK, T)
     n = (T + C - 1) // C
 
     def to_chunks(x: Tensor) -> Tensor:
@@ -174,7 +161,7 @@ def compute_chunks(
     entering = g.cumsum(3).exp()
     leaving = between[:, :, :, -1, :, None].exp()
     if sequence is not None:
-        same, enters, leaves = sequence_masks(sequence, C)
+        same, enters, leaves = common.sequence_masks(sequence, C)
         decay = decay * same
         entering = entering * enters
         leaving = leaving * leaves
@@ -187,7 +174,7 @@ def compute_chunks(
     scores = q @ k.mT * decay
     q = q * entering
     carried = (k * leaving, new, read, through, S)
-    u, starts, S = DeltaCarry.apply(*carried) if needs_gradient(*carried) else carry_operator(*carried)
+    u, starts, S = DeltaCarry.apply(*carried) if common.needs_gradient(*carried) else carry_operator(*carried)
     o = q @ starts + scores @ u
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
 
@@ -205,7 +192,7 @@ class DeltaCarry(torch.autograd.Function):
     def backward(ctx, du, dstarts, dS):
         with torch.no_grad():
             grads = carry_backward_operator(*ctx.saved_tensors, du, dstarts, dS)
-        return refuse_double_backward("chunk_delta_rule", grads)
+        return common.refuse_double_backward("chunk_delta_rule", grads)
 
 
 def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +220,7 @@ def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tenso
 
 
 def carry_states_fake(k, new, read, through, S) -> tuple[Tensor, Tensor, Tensor]:
-    """Return empty tensors of the shapes and dtypes that carry_states returns."""
+    """Return uninitialized tensors of the shapes and dtypes that carry_states returns."""
     return new.new_empty(new.shape), S.new_empty(*k.shape[:3], *S.shape[2:]), S.new_empty(S.shape)
 
 
@@ -253,9 +240,11 @@ def carry_states_backward(
 
 
 def carry_states_backward_fake(k, read, through, u, starts, du, dstarts, dS) -> tuple[Tensor, ...]:
-    """Return empty tensors of the shapes and dtypes that carry_states_backward returns."""
+    """Return uninitialized tensors of the shapes and dtypes that carry_states_backward returns."""
     return tuple(x.new_empty(x.shape) for x in (k, u, read, through, dS))
 
 
-carry_operator = register_operator("delta_carry", carry_states, carry_states_fake)
-carry_backward_operator = register_operator("delta_carry_backward", carry_states_backward, carry_states_backward_fake)
+carry_operator = common.register_operator("delta_carry", carry_states, carry_states_fake)
+carry_backward_operator = common.register_operator(
+    "delta_carry_backward", carry_states_backward, carry_states_backward_fake
+)

@@ -9,31 +9,16 @@
     chunk_linear_attn   0 (linear attention, arXiv 2006.16236, without its feature map and its normalizer)
     chunk_value_gla     [B, T, H, V], one per value channel, S_t = S_{t-1} diag(exp g_t) + k_t^T v_t
 
-On CUDA, the Triton kernels compute all but the last; on other devices and in float64, PyTorch does (chunked.py).
-The relatives' keyword arguments, results and errors are those of chunk_gla.
+On CUDA, Triton kernels compute all but the last. On other devices and in float64, PyTorch does (chunked.py).
+
+The relatives have the results and errors of chunk_gla. Their `options` are its keyword arguments scale, initial_state,
+output_final_state and cu_seqlens.
 """
 
 import torch
 from torch import Tensor
 
-from glalm.kernels import chunked
-from glalm.kernels.common import (
-    check_inputs,
-    check_normalizer,
-    check_values,
-    expand_gate,
-    gate_gradient,
-    gate_has_gradient,
-    has_kernel,
-    log_gate,
-    map_sequences,
-    needs_gradient,
-    refuse_double_backward,
-    refuse_transforms,
-    register_operator,
-    retention_gate,
-    wide_dtype,
-)
+from glalm.kernels import chunked, common
 
 # Public operators -------------------------------------------------------------------------------------------
 
@@ -86,17 +71,17 @@ def chunk_gla(
 def chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` with one gate per head: g [B, T, H], log forget gates <= 0, or their logits."""
+    """Compute `chunk_gla` with one gate per head (arXiv 2405.21060): g [B, T, H], log gates <= 0, or their logits."""
     return _chunk("chunk_simple_gla", q, k, v, g, "BTH", gate_logit_normalizer, **options)
 
 
 def chunk_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return _chunk("chunk_retention", q, k, v, retention_gate(q), "H", **options)
+    """Compute `chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ... (arXiv 2307.08621)."""
+    return _chunk("chunk_retention", q, k, v, common.retention_gate(q), "H", **options)
 
 
 def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
+    """Compute `chunk_gla` without a gate, S_t = S_{t-1} + k_t^T v_t (arXiv 2006.16236)."""
     return _chunk("chunk_linear_attn", q, k, v, None, "", **options)
 
 
@@ -111,44 +96,36 @@ def chunk_value_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` with the gate on the value axis of the state: g [B, T, H, V], log forget gates <= 0.
+    """Compute `chunk_gla` with the gate on the value axis of the state: g [B, T, H, V], log gates <= 0.
 
         S_t = S_{t-1} diag(exp g_t) + k_t^T v_t        o_t = scale * q_t S_t
 
     This is PyTorch on every device, in float32 (float64 for float64 inputs), for models of an ablation's size. Its
     derivatives of any order and mode come from autograd. With states, cu_seqlens is read on the host.
     """
-    check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTHV")
-    check_values(g, q, cu_seqlens)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTHV")
+    common.check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    dtype = wide_dtype(q)
+    dtype = common.wide_dtype(q)
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = map_sequences(chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens)
+        o, state = common.map_sequences(
+            chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens
+        )
     return o.to(v.dtype), state
 
 
 def _chunk(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gate_axes: str,
-    normalizer: float | None = None,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    name, q, k, v, g, gate_axes, normalizer=None,
+    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the public operator `name`, whose gate has the axes `gate_axes` of B, T, H and K, or is None."""
-    check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
-    check_normalizer(normalizer)
-    refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    common.check_normalizer(normalizer)
+    common.refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     args = (q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens)
-    if needs_gradient(q, k, v, g, initial_state):
+    if common.needs_gradient(q, k, v, g, initial_state):
         o, final_state = ChunkGLA.apply(name, *args)
     else:
         o, final_state, *_ = forward_operator(*args, False)
@@ -173,29 +150,23 @@ class ChunkGLA(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *saved)
         ctx.set_materialize_grads(False)  # Autograd would allocate zeros for a final state that the loss ignores.
-        ctx.name = name
-        ctx.scale = scale
-        ctx.normalizer = normalizer
-        ctx.output_final_state = output_final_state
+        ctx.options = (name, scale, normalizer, output_final_state)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, dfinal_state):
         q, k, v, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
-        if not ctx.output_final_state:
-            dfinal_state = None
+        name, scale, normalizer, output_final_state = ctx.options
+        do = torch.zeros_like(v) if do is None else do
+        dfinal_state = dfinal_state if output_final_state else None
         with torch.no_grad():
             dq, dk, dv, dg, dinitial_state = backward_operator(
-                q, k, v, g, ctx.scale, ctx.normalizer, initial_state, cu_seqlens, saved,
-                torch.zeros_like(v) if do is None else do, dfinal_state,
-            )  # fmt: skip
-        if not gate_has_gradient(g):
-            dg = None
-        if initial_state is None:
-            dinitial_state = None
-        dq, dk, dv, dg, dinitial_state = refuse_double_backward(
-            ctx.name, (dq, dk, dv, dg, dinitial_state), alternative=_alternative(ctx.name)
-        )
+                q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state
+            )
+        dg = dg if common.gate_has_gradient(g) else None
+        dinitial_state = None if initial_state is None else dinitial_state
+        grads = (dq, dk, dv, dg, dinitial_state)
+        dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, _alternative(name))
         return None, dq, dk, dv, dg, None, None, dinitial_state, None, None
 
 
@@ -215,9 +186,9 @@ def chunk_forward(
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute o, the final states, and the six buffers that the Triton kernels save for chunk_backward."""
-    check_values(g if normalizer is None else None, q, cu_seqlens)
+    common.check_values(g if normalizer is None else None, q, cu_seqlens)
     saved = None
-    if has_kernel(q):
+    if common.has_kernel(q):
         from glalm.kernels.triton import gla  # A machine without a GPU may lack Triton.
 
         o, final_state, saved = gla.forward(
@@ -225,20 +196,22 @@ def chunk_forward(
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = expand_gate(log_gate(g, normalizer), q)
-            o, final_state = chunked.forward(q, k, v, gates, scale, initial_state, output_final_state, cu_seqlens)
+            gates = common.expand_gate(common.log_gate(g, normalizer), q)
+            call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
+            o = call.outputs()
+            final_state = call.final_state() if output_final_state else None
     return o, _tensor_or_empty(final_state, q), *(saved or (q.new_empty(0) for _ in range(6)))
 
 
 def chunk_forward_fake(
     q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
 ) -> tuple[Tensor, ...]:
-    """Return empty tensors of the shapes and dtypes that chunk_forward returns."""
+    """Return uninitialized tensors of the shapes and dtypes that chunk_forward returns."""
     B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, v.shape[3], dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
+    final_state = q.new_empty(N, H, K, v.shape[3], dtype=common.wide_dtype(q)) if output_final_state else q.new_empty(0)
     saved = [((0,), q.dtype)] * 6
-    if save_for_backward and has_kernel(q):
+    if save_for_backward and common.has_kernel(q):
         from glalm.kernels.triton.gla import saved_shapes
 
         saved = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
@@ -259,7 +232,7 @@ def chunk_backward(
     dfinal_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v, g and initial_state."""
-    if has_kernel(q):
+    if common.has_kernel(q):
         from glalm.kernels.triton import gla
 
         dq, dk, dv, dg, dinitial_state = gla.backward(
@@ -267,25 +240,26 @@ def chunk_backward(
         )
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = expand_gate(log_gate(g, normalizer), q)
-            dq, dk, dv, dg, dinitial_state = chunked.backward(
-                q, k, v, gates, scale, initial_state, cu_seqlens, do, dfinal_state
-            )
-            dg = gate_gradient(dg, g, normalizer)
+            gates = common.expand_gate(common.log_gate(g, normalizer), q)
+            call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
+            dq, dk, dv, dg, dinitial_state = call.gradients(do, dfinal_state)
+            dg = common.gate_gradient(dg, g, normalizer)
+            dinitial_state = None if initial_state is None else dinitial_state
     return dq, dk, dv, _tensor_or_empty(dg, q), _tensor_or_empty(dinitial_state, q)
 
 
 def chunk_backward_fake(
     q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state
 ) -> tuple[Tensor, ...]:
-    """Return empty tensors of the shapes and dtypes that chunk_backward returns."""
-    inputs = (q, k, v, g if gate_has_gradient(g) else None, initial_state)
+    """Return uninitialized tensors of the shapes and dtypes that chunk_backward returns."""
+    inputs = (q, k, v, g if common.gate_has_gradient(g) else None, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return x, or in its place an empty tensor on the device of `like`."""
     return like.new_empty(0) if x is None else x
 
 
-forward_operator = register_operator("chunk_gla", chunk_forward, chunk_forward_fake)
-backward_operator = register_operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)
+forward_operator = common.register_operator("chunk_gla", chunk_forward, chunk_forward_fake)
+backward_operator = common.register_operator("chunk_gla_backward", chunk_backward, chunk_backward_fake)

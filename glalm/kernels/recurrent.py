@@ -1,8 +1,10 @@
 """Gated linear attention and its relatives, token by token: the operators for decoding, where T is mostly 1.
 
-They compute the same as the chunkwise operators of gla.py, with the same arguments, results and errors. On CUDA and
-without derivatives, one Triton kernel reads and writes the state once. On other devices, in float64, and where a
-derivative is computed, it is PyTorch: derivatives of any order and mode come from autograd, with T states in memory.
+They compute the same as the chunkwise operators of gla.py, with the same arguments, results and errors, but they have
+derivatives of any order and mode.
+
+On CUDA, if no derivative is computed, one Triton kernel reads and writes the state once. Otherwise PyTorch computes the
+recurrence, and autograd its derivatives, with T states in memory.
 """
 
 import threading
@@ -12,19 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from glalm.kernels.common import (
-    active_transform,
-    check_inputs,
-    check_values,
-    expand_gate,
-    has_kernel,
-    log_gate,
-    needs_gradient,
-    register_operator,
-    retention_gate,
-    sequence_ids,
-    wide_dtype,
-)
+from glalm.kernels import common
 
 # Public operators -------------------------------------------------------------------------------------------
 
@@ -32,9 +22,13 @@ from glalm.kernels.common import (
 def fused_recurrent_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` token by token, with the same arguments, results and errors.
+    """Compute `chunk_gla` token by token: fast for T = 1 with a carried state, and slow for long sequences.
 
-    This is fast for T = 1 with a carried state and slow for long sequences. It never synchronizes with the device.
+    Args:
+        q, k, v, g, gate_logit_normalizer: as for `chunk_gla`.
+        options: scale, initial_state, output_final_state and cu_seqlens of `chunk_gla`.
+
+    Returns and raises what `chunk_gla` does, but has all derivatives. The host never waits for the device.
     """
     return _fused_recurrent(q, k, v, g, "BTHK", gate_logit_normalizer, **options)
 
@@ -42,22 +36,22 @@ def fused_recurrent_gla(
 def fused_recurrent_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, gate_logit_normalizer: float | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `fused_recurrent_gla` with one gate per head: g [B, T, H]."""
+    """Compute `chunk_simple_gla` token by token: one gate per head, g [B, T, H]."""
     return _fused_recurrent(q, k, v, g, "BTH", gate_logit_normalizer, **options)
 
 
 def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `fused_recurrent_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return _fused_recurrent(q, k, v, retention_gate(q), "H", **options)
+    """Compute `chunk_retention` token by token: RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
+    return _fused_recurrent(q, k, v, common.retention_gate(q), "H", **options)
 
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `fused_recurrent_gla` without a gate: S_t = S_{t-1} + k_t^T v_t."""
+    """Compute `chunk_linear_attn` token by token, without a gate: S_t = S_{t-1} + k_t^T v_t."""
     return _fused_recurrent(q, k, v, None, "", **options)
 
 
 class _StateMode(threading.local):
-    """Whether states are updated in place: for each thread, so that one thread cannot overwrite another's states."""
+    """Store for each thread whether it updates states in place, so that no thread overwrites another's states."""
 
     in_place = False
 
@@ -81,25 +75,16 @@ def states_in_place() -> Iterator[None]:
 
 
 def _fused_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gate_axes: str,
-    normalizer: float | None = None,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    q, k, v, g, gate_axes, normalizer=None,
+    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none."""
-    check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
-    g = log_gate(g, normalizer)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    g = common.log_gate(g, normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     # torch.compile does not guard on the mode, so compiled code ignores it.
     in_place = not torch.compiler.is_compiling() and _state_mode.in_place
-    if needs_gradient(q, k, v, g, initial_state) or active_transform(q, k, v, g, initial_state):
+    if common.needs_gradient(q, k, v, g, initial_state) or common.active_transform(q, k, v, g, initial_state):
         o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
     elif in_place and initial_state is not None and cu_seqlens is None:
         o = update_operator(q, k, v, g, scale, initial_state)
@@ -110,34 +95,28 @@ def _fused_recurrent(
 
 
 def run_recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute o [B, T, H, V] and the final states [N, H, K, V] in PyTorch, without waiting for an accelerator."""
-    check_values(g, q, cu_seqlens)
+    """Compute o [B, T, H, V] and the final states [N, H, K, V] from S0, in PyTorch and without waiting for a device."""
+    common.check_values(g, q, cu_seqlens)
     B, T, H, K = q.shape
-    if initial_state is None:
+    dtype = common.wide_dtype(q)
+    if S0 is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        initial_state = q.new_zeros(N, H, K, v.shape[3], dtype=wide_dtype(q))
-    dtype = initial_state.dtype
-    decay = None if g is None else expand_gate(g.to(wide_dtype(q)), q).exp()
+        S0 = q.new_zeros(N, H, K, v.shape[3], dtype=dtype)
+    decay = None if g is None else common.expand_gate(g.to(dtype), q).exp()
     q = q.to(dtype) * scale
     k = k.to(dtype)
     values = v.to(dtype)
     if cu_seqlens is not None:
-        sequence = sequence_ids(cu_seqlens, T)
+        sequence = common.sequence_ids(cu_seqlens, T)
         starts = cu_seqlens[sequence] == torch.arange(T, device=q.device)
-    final_state = initial_state.clone()
-    S = initial_state[:B]
+    final_state = S0.clone()
+    S = S0[:B]
     outputs = []
     for t in range(T):
         if cu_seqlens is not None:
-            S = torch.where(starts[t], initial_state.index_select(0, sequence[t : t + 1]), S)
+            S = torch.where(starts[t], S0.index_select(0, sequence[t : t + 1]), S)
         if decay is not None:
             S = S * decay[:, t, :, :, None]
         S = torch.addcmul(S, k[:, t, :, :, None], values[:, t, :, None, :])
@@ -163,7 +142,7 @@ def recurrent_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute o and the final states, or an empty tensor if they are not asked for."""
-    if not has_kernel(q):
+    if not common.has_kernel(q):
         o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
         return o, final_state if output_final_state else q.new_empty(0)
     from glalm.kernels.triton.recurrent import forward  # A machine without a GPU may lack Triton.
@@ -174,17 +153,17 @@ def recurrent_forward(
 
 
 def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tuple[Tensor, Tensor]:
-    """Return empty tensors of the shapes and dtypes that recurrent_forward returns."""
+    """Return uninitialized tensors of the shapes and dtypes that recurrent_forward returns."""
     B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, H, K, v.shape[3])
-    final_state = q.new_empty(shape, dtype=wide_dtype(q)) if output_final_state else q.new_empty(0)
+    final_state = q.new_empty(shape, dtype=common.wide_dtype(q)) if output_final_state else q.new_empty(0)
     return v.new_empty(v.shape), final_state
 
 
 def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
     """Compute o and overwrite `state` with the final states."""
-    if has_kernel(q) and state.is_contiguous():
+    if common.has_kernel(q) and state.is_contiguous():
         from glalm.kernels.triton.recurrent import forward
 
         return forward(q, k, v, g, scale, state, state, None)
@@ -194,9 +173,11 @@ def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: f
 
 
 def recurrent_update_fake(q, k, v, g, scale, state) -> Tensor:
-    """Return an empty tensor of the shape and dtype that recurrent_update returns."""
+    """Return an uninitialized tensor of the shape and dtype that recurrent_update returns."""
     return v.new_empty(v.shape)
 
 
-forward_operator = register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
-update_operator = register_operator("fused_recurrent_update", recurrent_update, recurrent_update_fake, ("state",))
+forward_operator = common.register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)
+update_operator = common.register_operator(
+    "fused_recurrent_update", recurrent_update, recurrent_update_fake, ("state",)
+)

@@ -121,8 +121,9 @@ def test_memory_is_linear_in_time(draw, gates):
         args = draw(B=1, T=T, gates=gates)
         inputs = [args[n] for n in "qkvg"]
         with LargestTensor() as seen:
-            chunked.forward(*inputs, 1.0, None, True, None)
-            chunked.backward(*inputs, 1.0, None, None, args["v"], None)
+            call = chunked.ChunkedGLA(*inputs, 1.0, None, None)
+            call.outputs()
+            call.gradients(args["v"], None)
         return seen.numel
 
     assert largest(1024) <= 4 * largest(256) + 1024

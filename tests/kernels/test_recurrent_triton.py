@@ -42,9 +42,9 @@ def test_a_state_updated_in_place():
 
 @interpreted
 def test_memory_layout_of_states_does_not_matter(monkeypatch):
-    from glalm.kernels import recurrent
+    from glalm.kernels import common, recurrent
 
-    monkeypatch.setattr(recurrent, "has_kernel", lambda q: True)
+    monkeypatch.setattr(common, "has_kernel", lambda q: True)
     q, k, v, g = (torch.randn(2, 3, 2, 16) for _ in range(4))
     S = torch.randn(2, 2, 16, 16)
     strided = S.mT.contiguous().mT

@@ -69,24 +69,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(
-        self,
-        input_ids: LongTensor,
-        *,
-        cache: StateCache | None = None,
-        return_cache: bool = False,
-        cu_seqlens: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> tuple[Tensor, StateCache | None]:
-        """Return the hidden states [B, T, d] and, if asked for, the cache after them. See CausalLM.forward."""
-        x, cache = run_blocks(
-            self.layers,
-            self.embeddings(input_ids),
-            cache=cache,
-            return_cache=return_cache,
-            cu_seqlens=cu_seqlens,
-            padding=padding,
-        )
+    def forward(self, input_ids: LongTensor, **inputs) -> tuple[Tensor, StateCache | None]:
+        """Return the hidden states [B, T, d] and the cache or None. The keyword arguments are those of run_blocks."""
+        x, cache = run_blocks(self.layers, self.embeddings(input_ids), **inputs)
         return self.norm(x), cache
 
 
@@ -107,6 +92,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # The weights that a seed gives depend on the order of these draws.
         init = partial(init_module, std=config.initializer_range)
         self.model = Decoder(config).apply(init)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).apply(init)

@@ -109,13 +109,11 @@ class Watchdog:
         port = run_on_rank_0(lambda: store.port)
         return store or distributed.TCPStore(host, port, None, is_master=False, **options)
 
-    # ------------------------------------------------------------------------------------------------- The threads
-
     def _watch(self) -> None:
         while not self._is_over.wait(self.interval):
             self._status.ticks += 1
             try:
-                diagnosis = self._diagnose_all() if self.rank == 0 else self._report_to_rank_0()
+                diagnosis = self._judge_all() if self.rank == 0 else self._report_to_rank_0()
                 self._store_answered_at = time.monotonic()
             except RuntimeError as error:  # The store does not answer.
                 if self._status.is_done:
@@ -137,26 +135,26 @@ class Watchdog:
             if waited > self.silence_limit:
                 self._exit(f"rank 0 has died or hangs: its store does not answer for {waited:.0f} s")
 
-    def _report_to_rank_0(self) -> str | None:
+    def _report_to_rank_0(self) -> str:
         """Send this process's status to rank 0. Return why the run must end, or nothing."""
         self._store.set(str(self.rank), json.dumps(asdict(self._status)))
         if not self._store.check([VERDICT_KEY]):
-            return None
+            return ""
         verdict = json.loads(self._store.get(VERDICT_KEY))
         if verdict["is_over"]:
             self._is_over.set()
         self._observe(0, Status(**verdict["rank_0"]))
         return verdict["diagnosis"] or "; ".join(self._find_silent(self.silence_limit, [0]))
 
-    def _diagnose_all(self) -> str | None:
-        """Judge all processes, on rank 0, and tell the others. Return why the run must end, or None."""
+    def _judge_all(self) -> str:
+        """Collect all processes' statuses, on rank 0, and tell the others the verdict. Return why the run must end."""
         self._observe(0, self._status)
         others = [str(rank) for rank in range(1, self.world_size)]
         have_reported = bool(others) and self._store.check(others)
         statuses = map(json.loads, self._store.multi_get(others)) if have_reported else [{}] * len(others)
         for rank, status in enumerate(statuses, 1):
             self._observe(rank, Status(**status))
-        diagnosis = self._find_failed() or self._find_hanging()
+        diagnosis = self._diagnose()
         is_over = all(observation.status.is_done for observation in self._observations.values())
         if self._store is not None:
             verdict = {"rank_0": asdict(self._status), "diagnosis": diagnosis, "is_over": is_over}
@@ -177,30 +175,24 @@ class Watchdog:
             seen.progressed_at = now
         seen.status = replace(status)  # A copy, because this process's own status changes.
 
-    # ----------------------------------------------------------------------------------------------- The diagnosis
-
-    def _find_failed(self) -> str | None:
-        """Name the processes that failed, but only once it is clear whether they failed because another one died."""
+    def _diagnose(self) -> str:
+        """Return which processes have failed, have died or hang, or nothing."""
+        now = time.monotonic()
         failed = [
             f"rank {rank} failed: {seen.status.failure} ({seen.status.process}, {seen.status.phase})"
             for rank, seen in self._observations.items()
             if seen.status.failure
         ]
-        if not failed:
-            return None
-        self._first_failure_at = self._first_failure_at or time.monotonic()
-        silent = self._find_silent(5 * self.interval, self._observations)
-        if silent or time.monotonic() > self._first_failure_at + 8 * self.interval:
-            return "; ".join([*silent, *failed])
-        return None
-
-    def _find_hanging(self) -> str | None:
-        """Name the processes without a sign of life, or else those that make no progress in the earliest phase."""
+        if failed:
+            # It may have failed because another process died, which takes a few intervals to notice.
+            self._first_failure_at = self._first_failure_at or now
+            silent = self._find_silent(5 * self.interval, self._observations)
+            is_clear = silent or now > self._first_failure_at + 8 * self.interval
+            return "; ".join([*silent, *failed]) if is_clear else ""
         if silent := self._find_silent(self.silence_limit, self._observations):
             return "; ".join(silent)
         running = {rank: seen for rank, seen in self._observations.items() if not seen.status.is_done}
         earliest = min((seen.status.phases for seen in running.values()), default=0)
-        now = time.monotonic()
         return "; ".join(
             f"rank {rank} hangs: {seen.status.phase} for {now - seen.progressed_at:.0f} s ({seen.status.process})"
             for rank, seen in running.items()
@@ -209,11 +201,10 @@ class Watchdog:
 
     def _find_silent(self, limit: float, ranks: Iterable[int]) -> list[str]:
         """Name those of `ranks` whose threads have been silent for more than `limit` seconds."""
-        now = time.monotonic()
         silent = []
         for rank in ranks:
             seen = self._observations[rank]
-            seconds = now - seen.lived_at
+            seconds = time.monotonic() - seen.lived_at
             if seconds > limit and not seen.status.is_done:
                 where = f"{seen.status.process}, {seen.status.phase}"
                 silent.append(f"rank {rank} has died or hangs: no sign of life for {seconds:.0f} s ({where})")

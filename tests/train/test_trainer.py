@@ -123,7 +123,7 @@ def test_some_keys_may_change(run_config, change):
     [
         ({"data.path": "nowhere"}, "scripts/prepare_data.py"),
         ({"model.vocab_size": 100}, "Write model.vocab_size=300"),
-        ({"data.seq_len": 10**6}, "shorten the windows"),
+        ({"data.seq_len": 10**6}, "Choose shorter windows"),
     ],
 )
 def test_unsuitable_data_is_refused_before_any_work(run_config, change, changes, message):

@@ -69,7 +69,7 @@ class DecodeSpeedEvaluator(Evaluator):
             for row in results["lengths"]
         ]
 
-    def plot(self, record: dict, folder: Path) -> list[Path]:
+    def plot_results(self, record: dict, folder: Path) -> list[Path]:
         return plot_decoding([record], folder / "decode_speed.png")
 
 

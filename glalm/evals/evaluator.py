@@ -128,7 +128,7 @@ class Evaluator:
         """Return the few numbers of the results that training logs as metrics and a model card lists."""
         return {}
 
-    def plot(self, record: dict, folder: Path) -> list[Path]:
+    def plot_results(self, record: dict, folder: Path) -> list[Path]:
         """Draw the figures of `record`, the content of eval/NAME.json, into `folder`. Return their paths."""
         return []
 

@@ -93,7 +93,7 @@ class ExtrapolationEvaluator(Evaluator):
         first = next(iter(results["contexts"].values()))
         return {f"{n}x": ratio["ratio"] for n, ratio in first["ratios"].items()}
 
-    def plot(self, record: dict, folder: Path) -> list[Path]:
+    def plot_results(self, record: dict, folder: Path) -> list[Path]:
         paths = plot_extrapolation([record], folder / "extrapolation.png")
         return paths + plot_ratios([record], folder / "extrapolation_ratio.png")
 

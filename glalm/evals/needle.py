@@ -87,7 +87,7 @@ class NeedleEvaluator(Evaluator):
         cells = results["cells"]
         return {key: sum(cell[key] for cell in cells) / len(cells) for key in ("token_accuracy", "ranked_first")}
 
-    def plot(self, record: dict, folder: Path) -> list[Path]:
+    def plot_results(self, record: dict, folder: Path) -> list[Path]:
         return plot_needle(record, folder / "needle.png")
 
 

@@ -108,7 +108,7 @@ def run_evaluator(name: str, model: EvalModel, config: EvalConfig, console: Cons
     for line in evaluator.summarize(record["results"]):
         console.print(Text(line))
     if context.rank == 0:
-        for figure_path in evaluator.plot(record, model.output_folder / "plots"):
+        for figure_path in evaluator.plot_results(record, model.output_folder / "plots"):
             console.print(f"wrote {figure_path}")
     if missing := missing_tasks(record["results"]):
         raise RunError(f"these tasks were not evaluated: {', '.join(missing)}")
@@ -165,7 +165,7 @@ def describe_inputs(evaluator: Evaluator, model: EvalModel) -> dict:
         **evaluator.settings,
         "precision": model.precision,
         "tokenizer": model.tokenizer and model.tokenizer.fingerprint,
-        "start": model.document_prefix,
+        "document_prefix": model.document_prefix,
     }
     return json.loads(json.dumps({"checksum": model.checksum, "settings": settings}))
 

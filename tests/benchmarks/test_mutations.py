@@ -125,3 +125,9 @@ def test_failing_tests_are_found_before_any_mutation(tree):
 def test_name_that_no_test_has_is_broken(tree):
     done = run(tree, entry("m", "2 * a", "a", "test_gone"), options=("--skip-unmutated",))
     assert done.returncode == 1 and "| m | BROKEN | pytest ended with 4" in done.stdout
+
+
+def test_table_fits_the_code():
+    """An entry whose code has changed must be corrected with it."""
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

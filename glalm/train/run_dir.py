@@ -95,19 +95,12 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
             raise ConfigError(message) from error
         if not is_locked:
             file.seek(0)
-            holder = _describe_lock_holder(file.read())
-            raise ConfigError(f"{folder} is in use by {holder}. Wait for it, stop it, or choose another name=...")
+            raise ConfigError(
+                f"{folder} is in use by another run: {file.read()}. Wait for it, stop it, or choose another name=..."
+            )
         file.truncate(0)
-        os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
-
-
-def _describe_lock_holder(content: str) -> str:
-    try:
-        holder = json.loads(content)
-        return f"another run: process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another run"
 
 
 def check_filesystem(folder: Path) -> None:

@@ -133,7 +133,7 @@ def readers():
 def test_the_thread_ends_with_the_generator(windows):
     before = len(readers())
     items = training_batches(windows, seed=0, batch_size=4)
-    assert len(readers()) == before  # none before it is asked for
+    assert len(readers()) == before  # No thread starts before the first batch is requested.
     next(items)
     assert len(readers()) == before + 1
     items.close()
@@ -156,7 +156,7 @@ def test_reading_ahead_is_bounded():
         return i
 
     items = read_ahead(read, numbers(), depth=2)
-    assert made == []  # nothing before it is asked for
+    assert made == []  # Nothing is read before the first result is requested.
     assert next(items) == 0
     assert made == [0, 1, 2] and not third.is_set()
     assert list(items) == list(range(1, 100))
@@ -167,7 +167,7 @@ def test_the_number_of_workers_does_not_change_what_is_read(windows):
     for (step_a, a), (step_b, b) in zip(one, four, strict=True):
         assert step_a == step_b and torch.equal(a["input_ids"], b["input_ids"])
     slow = read_ahead(lambda i: threading.Event().wait(0.01 * (i % 3)) or i, range(30), workers=4)
-    assert list(slow) == list(range(30))  # in order, whoever is done first
+    assert list(slow) == list(range(30))  # The order does not depend on which thread is faster.
 
 
 def test_as_many_workers_read_at_once_as_are_given(windows, monkeypatch):
@@ -175,7 +175,7 @@ def test_as_many_workers_read_at_once_as_are_given(windows, monkeypatch):
 
     def meeting(self, ids):
         if next(calls) < 3:
-            together.wait(20)  # raises unless three are here
+            together.wait(20)  # Raises unless three threads meet.
         return batch(self, ids)
 
     monkeypatch.setattr(Windows, "load_batch", meeting)
@@ -197,7 +197,7 @@ def test_errors_reach_the_consumer_after_the_items_before_them():
 
 @pytest.fixture(scope="module")
 def mixed_set(texts, tmp_path_factory):
-    """A set of two sources, of short documents."""
+    """A set of two sources with short documents."""
     root = tmp_path_factory.mktemp("two")
     for name, part in (("long", texts[30:]), ("short", texts[:30])):
         (root / name).mkdir()
@@ -225,7 +225,7 @@ def test_windows_of_several_sources_cross_no_border(mixed_set):
         for i in range(windows.source_windows[name]):
             assert windows[first + i].tolist() == stream[i * T : i * T + T + 1].tolist()
         covered = windows.source_windows[name] * T + 1
-        assert 0 <= count - covered < T  # the last window is there
+        assert 0 <= count - covered < T  # The last window exists.
         begin, first, dropped = begin + count, first + windows.source_windows[name], dropped + count - covered
     assert (first, dropped) == (len(windows), windows.dropped_tokens)
     manifest = json.loads((mixed_set / "manifest.json").read_text())
@@ -253,7 +253,7 @@ def test_reset_marks_each_document_and_masks_the_seam(mixed_set):
     ids = np.arange(len(plain))
     a, b = plain.load_batch(ids), reset.load_batch(ids)
     assert torch.equal(a["input_ids"], b["input_ids"]) and "starts" not in a
-    begins = a["input_ids"] == tokens.bos_id  # each document is framed by bos and eos
+    begins = a["input_ids"] == tokens.bos_id  # Each document has a BOS and an EOS token.
     begins[:, 0] = True
     assert torch.equal(b["starts"], begins) and begins[:, 1:].any()
     seam = a["labels"] == tokens.bos_id

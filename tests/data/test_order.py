@@ -13,7 +13,7 @@ seeds = st.integers(-(2**70), 2**70)
 
 
 def window_ids(seed, step, batch_size, num_windows):
-    """A step's, of one source."""
+    """Return the window ids of a step, for one source."""
     return Order(seed, batch_size, {"all": num_windows}).window_ids(step)
 
 
@@ -56,7 +56,7 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     for i, order in enumerate(orders):
         assert (order == np.arange(n)).sum() < 10
         for other in orders[:i]:
-            assert (order == other).sum() < 10  # 1 is expected of unrelated permutations
+            assert (order == other).sum() < 10  # Unrelated permutations have 1 on average.
 
 
 def test_neighbours_are_scattered():
@@ -72,19 +72,19 @@ def test_each_window_comes_first_equally_often(n):
     epochs = 200 * n
     first = Counter(int(permute_indices(np.array([0]), n, round_keys(7, e))[0]) for e in range(epochs))
     chi_square = sum((first[i] - 200) ** 2 / 200 for i in range(n))
-    assert chi_square < n - 1 + 5 * (2 * (n - 1)) ** 0.5  # five standard deviations
+    assert chi_square < n - 1 + 5 * (2 * (n - 1)) ** 0.5  # Five standard deviations.
 
 
 def test_the_order_of_a_run_never_changes():
-    # Computed by a scalar transcription of the definition in Python's integers.
+    # The expected values come from a scalar transcription of the definition in Python's integers.
     small = window_ids(seed=0, step=0, batch_size=8, num_windows=1000)
     assert small.tolist() == [929, 233, 303, 411, 480, 955, 789, 865]
-    large = window_ids(seed=5, step=2 * 10**8, batch_size=4, num_windows=306_152_344)  # in its third epoch
+    large = window_ids(seed=5, step=2 * 10**8, batch_size=4, num_windows=306_152_344)  # Its third epoch.
     assert large.tolist() == [195660243, 55580278, 140287535, 280144968]
 
 
 def test_the_order_of_a_mixture_never_changes():
-    # Computed as above; the second step is of the third cycle, many epochs into source a.
+    # Computed as above. The second step is in the third cycle, many epochs into source a.
     windows, weights = {"a": 50, "b": 900}, {"a": 1, "b": 3}
     assert Order(3, 8, windows, weights).window_ids(0).tolist() == [53, 14, 493, 24, 451, 841, 10, 898]
     assert Order(3, 4, windows, weights).window_ids(700).tolist() == [181, 721, 29, 405]
@@ -114,7 +114,7 @@ def orders(draw):
 
 
 def source_ids(order):
-    """The windows of each source, in the order in which a run reads them, without end."""
+    """Yield (source, window of the source) in the order in which a run reads them, without end."""
     edges = np.cumsum([0, *order.windows.values()])
     for step in count():
         for i in order.window_ids(step).tolist():
@@ -125,7 +125,7 @@ def source_ids(order):
 @settings(max_examples=40)
 @given(orders(), st.data())
 def test_each_source_has_each_window_once_an_epoch_whatever_the_weights(order, data):
-    """However a run moves between 4, 2 and 8 ranks: their shares, put together, are the step."""
+    """The shares of the ranks make up the step, however a run changes between 4, 2 and 8 ranks."""
     sizes, seen = list(order.windows.values()), {i: [] for i in range(len(order.windows))}
     edges = np.cumsum([0, *sizes])
     for step in range(min(60, 3 * sum(sizes) // order.batch_size + 1)):
@@ -159,7 +159,7 @@ def test_every_cycle_has_the_shares(weights, seed):
 
 
 def test_places_left_over_go_to_the_largest_remainders():
-    assert cycle_counts([5, 3, 2]) == (512, 307, 205)  # of 512, 307.2, 204.8
+    assert cycle_counts([5, 3, 2]) == (512, 307, 205)  # The exact shares are 512, 307.2, 204.8.
     assert cycle_counts([1, 1, 1, 0]) == (342, 341, 341, 0)
     assert cycle_counts([1e6, 1, 1]) == (1022, 1, 1)
 
@@ -167,7 +167,7 @@ def test_places_left_over_go_to_the_largest_remainders():
 def test_shares_hold_within_a_cycle_too():
     order = Order(0, 100, {"a": 10**6, "b": 10**6}, {"a": 3, "b": 1})
     shares = [order.count_windows(step, step + 1)["a"] for step in range(50)]
-    assert np.mean(shares) == pytest.approx(75, abs=1) and np.std(shares) < 6  # 75 +- 4.3 of 100 by chance
+    assert np.mean(shares) == pytest.approx(75, abs=1) and np.std(shares) < 6  # By chance it would be 75 +- 4.3.
 
 
 @given(orders(), st.integers(0, 20), st.integers(0, 20))
@@ -178,7 +178,7 @@ def test_counts_are_of_the_ids(order, start, steps):
 
 @pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0, "c": 0.3}])
 def test_counts_of_many_steps_list_few_ids(weights, monkeypatch):
-    """A run that resumes counts from its beginning on: whole epochs, and all of a mixture, are known without."""
+    """A run that resumes counts from its first step on. Complete epochs and mixtures are counted without a list."""
     order, far, permuted = Order(3, 64, {"a": 501, "b": 33, "c": 77}, weights), 10**5, []
     monkeypatch.setattr(
         module, "permute_indices", lambda x, *args: permuted.append(len(x)) or permute_indices(x, *args)
@@ -201,7 +201,7 @@ def test_without_weights_the_sources_are_one(seed, n, batch_size, step):
 
 
 def test_a_source_keeps_its_order_when_another_comes():
-    """So a mixture can be compared with another run's, source by source."""
+    """So two runs with different mixtures can be compared source by source."""
     two = Order(3, 8, {"a": 50, "b": 70}, {"a": 1, "b": 1})
     three = Order(3, 8, {"a": 50, "c": 9, "b": 70}, {"a": 1, "b": 2, "c": 1})
     b_of_two = [i for source, i in islice(source_ids(two), 4000) if source == 1]

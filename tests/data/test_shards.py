@@ -179,9 +179,9 @@ def test_blocks_are_checked_one_by_one(tmp_path):
     np.save(path, np.arange(3 * BLOCK, dtype=np.uint16))
     sums, header, end = block_sums(path), 128, 6 * BLOCK + 128
     content = np.fromfile(path, dtype=np.uint8)
-    content[header + 3 * BLOCK + 5] ^= 1  # in block 3 of 0 to 6
+    content[header + 3 * BLOCK + 5] ^= 1  # In block 3 of blocks 0 to 6.
     array = CheckedArray(path, content, header, "uint16", sums)
-    border = (3 * BLOCK - header) // 2  # the first element of block 3
+    border = (3 * BLOCK - header) // 2  # The first element of block 3.
     assert array.read_range(0, border).tolist() == list(np.arange(border, dtype=np.uint16))
     assert len(array.read_range(2 * BLOCK, 3 * BLOCK)) == BLOCK
     for start, stop in [(border - 1, border + 1), (border, border + 1), (0, 3 * BLOCK)]:

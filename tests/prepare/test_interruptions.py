@@ -1,4 +1,4 @@
-"""What a set is made of does not depend on how many processes made it, nor on how often they were killed."""
+"""The content of a set depends neither on the number of processes nor on how often they were killed."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokenizer import ByteTokenizer
+from folder_contents import read_contents
 
 from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
@@ -28,13 +29,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
 WORDS = ["if", "x", "(a,", "b):", "'quoted'", "#", "==", "2024", "äöü", "\n", "return", "", "", "yield"]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Two inputs of 1,500 documents of two origins, with some that are broken or empty."""
+    """Two inputs of 1,500 records from three sources, some of which are bad or empty."""
     folder = tmp_path_factory.mktemp("sources") / "mixed"
     folder.mkdir()
     pick = random.Random(0)
@@ -60,41 +57,43 @@ def settings(prepared):
 
 
 @pytest.fixture(scope="module")
-def unbroken(sources, settings, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken") / "set"
+def uninterrupted(sources, settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "set"
     prepare_data([sources], out, workers=1, **settings)
-    return contents(out)
+    return read_contents(out)
 
 
-def test_the_books_balance(unbroken, sources):
-    manifest = json.loads(unbroken["manifest.json"])
-    book = manifest["books"]["mixed"]
+def test_the_counts_are_consistent(uninterrupted, sources):
+    manifest = json.loads(uninterrupted["manifest.json"])
+    counts = manifest["books"]["mixed"]
     records = [line for path in sorted(sources.iterdir()) for line in path.read_text().split("\n") if line]
     reasons = {"not JSON": "{", "empty": '{"text": ""}', "no field text": '{"body": 1}'}
-    assert book["skipped"] == {reason: records.count(line) for reason, line in reasons.items()}
-    assert book["read"] == len(records) == book["written"] + sum(book["skipped"].values())
-    assert book["written"] == sum(manifest["splits"][split]["documents"] for split in SPLITS)
-    inputs = [json.loads(line) for line in unbroken["inputs.jsonl"].splitlines()]
-    assert sum(i["read"] for i in inputs) == book["read"] and sum(i["written"] for i in inputs) == book["written"]
-    skipped = [json.loads(line) for line in unbroken["skipped.jsonl"].splitlines()]
+    assert counts["skipped"] == {reason: records.count(line) for reason, line in reasons.items()}
+    assert counts["read"] == len(records) == counts["written"] + sum(counts["skipped"].values())
+    assert counts["written"] == sum(manifest["splits"][split]["documents"] for split in SPLITS)
+    inputs = [json.loads(line) for line in uninterrupted["inputs.jsonl"].splitlines()]
+    assert sum(i["read"] for i in inputs) == counts["read"] and sum(i["written"] for i in inputs) == counts["written"]
+    skipped = [json.loads(line) for line in uninterrupted["skipped.jsonl"].splitlines()]
     for entry in skipped:
         line = (sources / entry["name"]).read_text().split("\n")[entry["record"] - 1]
         assert line == reasons[entry["reason"]]
-    assert len(skipped) == sum(book["skipped"].values())
+    assert len(skipped) == sum(counts["skipped"].values())
     assert set(manifest["splits"]["train"]["sources"]) == set("xyz")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(sources, settings, unbroken, tmp_path, monkeypatch, processes):
+def test_any_number_of_workers_writes_the_same_bytes(
+    sources, settings, uninterrupted, tmp_path, monkeypatch, processes
+):
     monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr(sources_module, "BATCH_BYTES", 10_000)
     monkeypatch.setattr(workers, "PENDING_BYTES", 30_000)
     prepare_data([sources], tmp_path / "set", workers=processes, **settings)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
-def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbroken, tmp_path):
-    """kill -9 of a process with two workers, again and again; then one is left to finish."""
+def test_killed_at_random_moments_it_resumes(sources, settings, uninterrupted, tmp_path):
+    """Kill a process with two workers by SIGKILL again and again, and let the last one finish."""
     script = (
         "import time\nfrom glalm.prepare import pipeline, sources\nfrom glalm.prepare.writer import SetWriter\n"
         "pipeline.BYTES_PER_WORKER, sources.BATCH_BYTES = 1, 5_000\n"
@@ -106,22 +105,22 @@ def test_killed_at_random_moments_it_goes_on_from_there(sources, settings, unbro
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py")]
     where = {"cwd": ROOT, "env": ENVIRONMENT}
-    pick, cursors = random.Random(os.getpid()), [cursor(tmp_path / "set")]
+    pick, positions = random.Random(os.getpid()), [read_position(tmp_path / "set")]
     for _ in range(5):
         process = subprocess.Popen(command, **where)
-        while process.poll() is None and cursor(tmp_path / "set") == cursors[-1]:
+        while process.poll() is None and read_position(tmp_path / "set") == positions[-1]:
             time.sleep(0.005)
-        time.sleep(pick.uniform(0, 0.1))  # past a commit, into what is lost
+        time.sleep(pick.uniform(0, 0.1))  # Continue past the commit, into work that is lost.
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
-        cursors.append(cursor(tmp_path / "set"))
-    assert len(cursors) > 3 and cursors[1] != cursors[3], cursors
+        positions.append(read_position(tmp_path / "set"))
+    assert len(positions) > 3 and positions[1] != positions[3], positions
     subprocess.run(command, check=True, **where)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
-def cursor(out: Path) -> list[int] | None:
+def read_position(out: Path) -> list[int] | None:
     try:
         return json.loads((out / set_folder.JOURNAL).read_bytes())["cursor"]
     except FileNotFoundError:
@@ -131,8 +130,8 @@ def cursor(out: Path) -> list[int] | None:
 @pytest.mark.parametrize(
     "moment", ["rename_into_place", "atomic_write", "flush_to_disk", "fsync_path", "reopen_truncated"]
 )
-def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, tmp_path, monkeypatch, moment):
-    """Stop before the n-th call of a primitive that changes the disk, for n over the whole work."""
+def test_killed_between_any_two_steps_on_the_disk(sources, settings, uninterrupted, tmp_path, monkeypatch, moment):
+    """Stop before the n-th call of a function that changes the disk, for several n."""
 
     class Killed(BaseException):
         pass
@@ -159,12 +158,12 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, unbroken, t
         except Killed:
             deaths += 1
     assert deaths >= 3
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
-def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, monkeypatch):
-    """After a crash of the machine too: files are synced before they get their names and their folders after it, and
-    all that the journal says of files that still grow was synced before it."""
+def test_a_commit_relies_only_on_what_is_on_disk(sources, settings, tmp_path, monkeypatch):
+    """A crash of the machine loses nothing either: files are flushed before they are renamed, and their folders after
+    it. What the journal says of growing files was flushed before the journal."""
     monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
     out, synced, commits, fsync, replace = tmp_path / "set", {}, [], os.fsync, os.replace
     renamed_in = set()
@@ -197,12 +196,12 @@ def test_what_a_commit_counts_on_is_on_the_disk(sources, settings, tmp_path, mon
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
     prepare_data([sources], out, workers=1, commit_seconds=0, **settings)
-    assert len(commits) > 5 and max(commits) == 2 + 2 * 9  # logs, and two files of each source in each split
+    assert len(commits) > 5 and max(commits) == 2 + 2 * 9  # Two logs, and two files for each source and split.
     assert not renamed_in
 
 
-def interrupted(blocks, *args, **kwargs):
-    """prepare(...), killed when it has committed so many blocks."""
+def prepare_interrupted(blocks, *args, **kwargs):
+    """Call prepare_data, and stop it after this many batches were committed."""
 
     class Killed(BaseException):
         pass
@@ -221,8 +220,8 @@ def interrupted(blocks, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", ["train/x/.00000.npy.tmp", "test/y/.00000.docs.npy.tmp", "skipped.jsonl"])
-def test_a_file_that_lost_what_was_committed_is_not_written_on(sources, settings, tmp_path, name):
-    interrupted(1, [sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
+def test_a_file_that_lost_committed_bytes_is_refused(sources, settings, tmp_path, name):
+    prepare_interrupted(1, [sources], tmp_path / "set", **{**settings, "shard_tokens": 10**6})
     path = tmp_path / "set" / name
     size = path.stat().st_size
     for there in (size - 1, 0):
@@ -237,14 +236,14 @@ def test_a_file_that_lost_what_was_committed_is_not_written_on(sources, settings
 
 @pytest.fixture
 def copied(sources, tmp_path):
-    """The same inputs, with the same times, which may be changed."""
+    """A copy of the inputs, with the same times, that a test may change."""
     return shutil.copytree(sources, tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("name, blocks", [("a", 1), ("a", 0), ("b", 1)])
-def test_it_does_not_go_on_with_inputs_that_have_changed(copied, settings, tmp_path, name, blocks):
-    """Read whole (a, 1 block), or not yet; of the same size."""
-    interrupted(blocks, [copied], tmp_path / "set", **settings)
+def test_changed_inputs_are_refused_on_resume(copied, settings, tmp_path, name, blocks):
+    """The changed input has the same size, and was read completely (a, after 1 batch) or not yet."""
+    prepare_interrupted(blocks, [copied], tmp_path / "set", **settings)
     path = copied / f"{name}.jsonl"
     path.write_text(path.read_text().replace("return", "RETURN"))
     with pytest.raises(ValueError, match=rf"{path} has changed since .*set began, .*--overwrite"):
@@ -254,11 +253,11 @@ def test_it_does_not_go_on_with_inputs_that_have_changed(copied, settings, tmp_p
     assert manifest["complete"] and row["sha256"] == files.file_sha256(path)
 
 
-def test_it_goes_on_with_an_input_that_was_read_whole_and_only_touched(copied, settings, unbroken, tmp_path):
-    interrupted(1, [copied], tmp_path / "set", **settings)
+def test_a_touched_input_that_was_read_completely_is_accepted_on_resume(copied, settings, uninterrupted, tmp_path):
+    prepare_interrupted(1, [copied], tmp_path / "set", **settings)
     os.utime(copied / "a.jsonl")
     prepare_data([copied], tmp_path / "set", **settings)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tmp_path, monkeypatch):
@@ -277,29 +276,29 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tm
 
 
 @pytest.mark.parametrize("moment", [1, 2])
-def test_killed_as_it_is_finished_nothing_is_done_again(sources, settings, unbroken, tmp_path, monkeypatch, moment):
-    killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)
-    monkeypatch.setattr(writer.ShardWriter, "add_document", None)  # it would fail if it wrote again
+def test_killed_while_finishing_nothing_is_repeated(sources, settings, uninterrupted, tmp_path, monkeypatch, moment):
+    prepare_killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", workers=1, **settings)
+    monkeypatch.setattr(writer.ShardWriter, "add_document", None)  # To write again would fail.
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
 @pytest.mark.parametrize("moment", [2, 3, 4])
-def test_killed_as_it_is_overwritten_it_is_not_taken_up_again(
-    sources, settings, unbroken, tmp_path, monkeypatch, moment
+def test_killed_while_overwriting_the_old_set_is_not_resumed(
+    sources, settings, uninterrupted, tmp_path, monkeypatch, moment
 ):
     monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(writer.SetWriter, "_finish_input", lambda *_: 1 / 0)  # an interruption, at the end of an input
+        patch.setattr(writer.SetWriter, "_finish_input", lambda *_: 1 / 0)  # An interruption at the end of an input.
         prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
-    killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", overwrite=True, workers=1, **settings)
+    prepare_killed_at_removal(moment, monkeypatch, [sources], tmp_path / "set", overwrite=True, workers=1, **settings)
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
     TokenSet(tmp_path / "set", "train").verify_checksums()
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
-def killed_at_removal(moment, monkeypatch, *args, **kwargs):
-    """prepare(...), stopped before it removes the `moment`-th file."""
+def prepare_killed_at_removal(moment, monkeypatch, *args, **kwargs):
+    """Call prepare_data, and stop it before it removes the `moment`-th file."""
 
     class Killed(BaseException):
         pass
@@ -336,8 +335,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         time.sleep(0.02)
 
 
-def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbroken, tmp_path, monkeypatch):
-    """Writes fail, as they do on a full disk, at ever later moments."""
+def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, uninterrupted, tmp_path, monkeypatch):
+    """Writes fail as on a full disk, later and later."""
     monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
     add, left = writer.ShardWriter.add_document, [0]
 
@@ -357,11 +356,11 @@ def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, unbr
                 prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
             assert caught.value.errno == errno.ENOSPC
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
 def test_a_small_real_limit_on_file_sizes(sources, settings, tmp_path):
-    """The system itself refuses to write on: the process ends with an error, and goes on when it may."""
+    """The system limits the size of files: the process ends with an error, and resumes without the limit."""
     script = (
         "import resource, signal, sys\nfrom glalm.prepare.pipeline import prepare_data\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, -1))\n"
@@ -374,14 +373,14 @@ def test_a_small_real_limit_on_file_sizes(sources, settings, tmp_path):
     assert manifest["complete"]
 
 
-def test_stopped_at_a_broken_document_it_goes_on_when_told_to_skip(sources, settings, unbroken, tmp_path):
+def test_stopped_at_a_bad_record_it_resumes_with_skip(sources, settings, uninterrupted, tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl:\d+: .*--on-error skip"):
         prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
     prepare_data([sources], tmp_path / "set", workers=1, **settings)
-    assert contents(tmp_path / "set") == unbroken
+    assert read_contents(tmp_path / "set") == uninterrupted
 
 
-def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings, tmp_path):
+def test_another_command_does_not_resume_an_unfinished_set(sources, settings, tmp_path):
     with pytest.raises(ValueError, match=r"--on-error skip"):
         prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
     with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
@@ -397,7 +396,7 @@ def test_another_command_does_not_go_on_with_an_unfinished_set(sources, settings
         Windows(TokenSet(tmp_path / "set", "train"), 16)
 
 
-def test_two_at_once_are_refused(sources, settings, tmp_path):
+def test_two_preparations_of_one_set_are_refused(sources, settings, tmp_path):
     (tmp_path / "set").mkdir()
     with (
         set_folder.lock_folder(tmp_path / "set"),
@@ -420,7 +419,7 @@ def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
-    """The most memory that preparing 20 times as much takes is the same, but for noise."""
+    """The peak memory is the same for 20 times as much input, apart from noise."""
     script = (
         "import sys, resource\nfrom glalm.prepare import encode\nfrom glalm.prepare.pipeline import prepare_data\n"
         f"sys.path.append({str(Path(__file__).parent)!r})\n"
@@ -441,4 +440,4 @@ def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
             [sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stdout) // 1024)
-    assert peaks[1] < peaks[0] + 40, peaks  # MiB; the larger input has 160
+    assert peaks[1] < peaks[0] + 40, peaks  # MiB; the larger input has 160 MiB.

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from folder_contents import read_contents
 
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare import pipeline
 from glalm.prepare import sources as sources_module
 from glalm.prepare.encode import split_of
-from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.sources import find_stdlib
 from glalm.prepare.tokenizer_training import train_sentencepiece
@@ -26,11 +26,7 @@ from glalm.prepare.tokenizer_training import train_sentencepiece
 SMALL = {"vocab_size": 400, "progress": False}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_the_stream_is_the_documents_framed(prepared, texts):
+def test_the_stream_is_the_documents_with_bos_and_eos(prepared, texts):
     tokenizer = Tokenizer(prepared / "tokenizer.model")
     for split in SPLITS:
         expected = [[1, *tokenizer.encode(t), 2] for t in texts if split_of(t) == split]
@@ -54,7 +50,7 @@ def test_shards_hold_whole_documents_within_the_limit(prepared):
         assert shard["tokens"] == len(tokens)
 
 
-def test_manifest_tells_what_is_there(prepared, texts, corpus):
+def test_the_manifest_describes_all_files(prepared, texts, corpus):
     manifest = json.loads((prepared / "manifest.json").read_text())
     files = {"manifest.json", "tokenizer.model", "inputs.jsonl", "skipped.jsonl"}
     for split in SPLITS:
@@ -67,7 +63,7 @@ def test_manifest_tells_what_is_there(prepared, texts, corpus):
                 data = (prepared / file["file"]).read_bytes()
                 assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
                 files.add(file["file"])
-    assert set(contents(prepared)) == files  # nothing else is left, no temporary file either
+    assert set(read_contents(prepared)) == files  # No other file is left, not even a temporary one.
     assert manifest["tokenizer"]["fingerprint"] == Tokenizer(prepared / "tokenizer.model").fingerprint
     assert (manifest["complete"], manifest["books"]) == (True, {"corpus": {"read": 60, "written": 60, "skipped": {}}})
     assert [json.loads(line) for line in (prepared / "inputs.jsonl").read_text().splitlines()] == [
@@ -92,7 +88,7 @@ def test_split_is_by_text_and_of_the_share_asked_for():
     assert abs(splits.count("validation") - 400) < 80 and abs(splits.count("test") - 1200) < 120
     assert split_of("some document") == split_of("some document")
     assert {split_of(d, {}) for d in documents} == {"train"}
-    # These may never move, or the test documents of older sets become training data.
+    # These must never change, or test documents of older sets become training data.
     assert [split_of(f"document {i}") for i in (0, 1, 21, 30, 59)] == [
         "validation",
         "train",
@@ -110,17 +106,17 @@ def test_the_tokenizer_never_sees_held_out_text(prepared, texts, tmp_path):
 
 def test_the_same_call_again_changes_nothing(corpus, tmp_path, monkeypatch):
     first = prepare_data([corpus], tmp_path / "a", **SMALL)
-    before = contents(tmp_path / "a")
+    before = read_contents(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_plan", None)  # it would fail if it tokenised again
+        patch.setattr(pipeline, "run_plan", None)  # To tokenise again would fail.
         assert prepare_data([corpus], tmp_path / "a", **SMALL) == first
         moved = tmp_path / "moved" / "corpus" / corpus.name
         moved.parent.mkdir(parents=True)
         moved.write_bytes(corpus.read_bytes())
         assert prepare_data([moved], tmp_path / "a", **SMALL) == first
-    assert contents(tmp_path / "a") == before
+    assert read_contents(tmp_path / "a") == before
     prepare_data([corpus], tmp_path / "b", **SMALL)
-    assert contents(tmp_path / "b") == before
+    assert read_contents(tmp_path / "b") == before
 
 
 def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path):
@@ -130,7 +126,7 @@ def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path
     assert prepare_data([tmp_path], tmp_path / "set", add=True, progress=False) == first
 
 
-def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
+def test_another_set_is_replaced_only_with_overwrite(corpus, tmp_path):
     prepare_data([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
     for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
         with pytest.raises(ValueError, match=r"prepared otherwise \(different .*Choose another folder"):
@@ -142,33 +138,33 @@ def test_another_set_is_replaced_only_when_told(corpus, tmp_path):
         prepare_data([corpus_2], tmp_path / "set", shard_tokens=1000, **SMALL)
     prepare_data([corpus_2], tmp_path / "set", overwrite=True, **SMALL)
     prepare_data([corpus_2], tmp_path / "fresh", **SMALL)
-    left = contents(tmp_path / "set"), contents(tmp_path / "fresh")
-    assert left[0] == left[1]  # of the old set's many shards none is left
+    left = read_contents(tmp_path / "set"), read_contents(tmp_path / "fresh")
+    assert left[0] == left[1]  # None of the old set's many shards is left.
 
 
-def test_a_damaged_set_is_not_taken_for_done_and_is_repaired_by_overwriting(corpus, tmp_path):
+def test_a_damaged_set_is_refused_and_repaired_by_overwriting(corpus, tmp_path):
     prepare_data([corpus], tmp_path / "set", **SMALL)
-    before = contents(tmp_path / "set")
+    before = read_contents(tmp_path / "set")
     shard = tmp_path / "set/test/corpus/00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"test/corpus/00000\.npy.*--overwrite"):
         prepare_data([corpus], tmp_path / "set", **SMALL)
     prepare_data([corpus], tmp_path / "set", overwrite=True, **SMALL)
-    assert contents(tmp_path / "set") == before
+    assert read_contents(tmp_path / "set") == before
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train/photo.npy", "model/00000.npy"])
-def test_a_folder_with_other_files_is_left_alone(corpus, tmp_path, name):
+def test_a_folder_with_other_files_is_not_touched(corpus, tmp_path, name):
     mine = tmp_path / "set" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
     (tmp_path / "set/train").mkdir(exist_ok=True)
     (tmp_path / "set/train/00000.npy").write_text("precious too")
-    before = contents(tmp_path / "set")
+    before = read_contents(tmp_path / "set")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="not part of a prepared set"):
             prepare_data([corpus], tmp_path / "set", overwrite=overwrite, **SMALL)
-    assert contents(tmp_path / "set") == before
+    assert read_contents(tmp_path / "set") == before
 
 
 def test_a_given_tokenizer_is_used_even_from_the_set_it_replaces(corpus, prepared, tmp_path):
@@ -194,18 +190,18 @@ def test_empty_documents_are_counted_not_written(tmp_path, prepared):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " "}\n{"text": ""}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
     manifest = prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", **given)
-    book = {"read": 3, "written": 1, "skipped": {"empty": 2}}
-    assert (list(manifest["books"].values()), manifest["splits"]["train"]["documents"]) == ([book], 1)
+    counts = {"read": 3, "written": 1, "skipped": {"empty": 2}}
+    assert (list(manifest["books"].values()), manifest["splits"]["train"]["documents"]) == ([counts], 1)
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="all documents are empty"):
         prepare_data([tmp_path / "a.jsonl"], tmp_path / "other", **given)
 
 
-def test_names_that_are_not_unicode_are_logged(tmp_path, prepared):
+def test_file_names_that_are_not_unicode_are_logged(tmp_path, prepared):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"\\ud800": "x"}\n{"text": "y"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "on_error": "skip", "progress": False}
-    for _ in range(2):  # the second time it knows the file
+    for _ in range(2):  # The second call recognises the file.
         prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     for log in ("inputs.jsonl", "skipped.jsonl"):
         [line] = (tmp_path / "set" / log).read_text().splitlines()
@@ -213,7 +209,7 @@ def test_names_that_are_not_unicode_are_logged(tmp_path, prepared):
     assert "\ud800" in json.loads(line)["detail"]
 
 
-def test_as_many_sources_as_may_be_under_a_usual_limit_of_open_files(tmp_path, prepared):
+def test_the_maximum_of_sources_under_a_usual_limit_of_open_files(tmp_path, prepared):
     lines = [json.dumps({"text": f"{i} {j}", "of": f"language {i}"}) + "\n" for i in range(256) for j in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     given = {"tokenizer": str(prepared / "tokenizer.model"), "source_field": "of", "progress": False}
@@ -262,9 +258,9 @@ def test_command_line(tmp_path):
     assert wrong.returncode == 1 and "--overwrite" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
+def test_adding_keeps_existing_shards(corpus, prepared, tmp_path):
     out = shutil.copytree(prepared, tmp_path / "set")
-    before, old = contents(out), read_manifest(out)
+    before, old = read_contents(out), read_manifest(out)
     (tmp_path / "more").mkdir()
     for i in range(20):
         (tmp_path / "more" / f"{i}.txt").write_text(f"if more: return {i} " * 30)
@@ -272,9 +268,13 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
     with pytest.raises(ValueError, match=r"different sources.*--add"):
         prepare_data([corpus, tmp_path / "more"], out, vocab_size=400, shard_tokens=1000, progress=False)
     manifest = prepare_data([corpus, tmp_path / "more"], out, add=True, progress=False)
-    after = contents(out)
+    after = read_contents(out)
     assert {k: after[k] for k in before if "npy" in k} == {k: v for k, v in before.items() if "npy" in k}
-    assert manifest["books"]["more"] == {"read": 20, "written": 20, "skipped": {}}  # not the copy of what was in
+    assert manifest["books"]["more"] == {
+        "read": 20,
+        "written": 20,
+        "skipped": {},
+    }  # The copy of a file that is in the set is not added.
     assert manifest["books"]["corpus"] == old["books"]["corpus"]
     assert (manifest["fingerprint"], manifest["complete"]) == (old["fingerprint"], True)
     added = TokenSet(out, "train")
@@ -282,9 +282,9 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
     assert added.source_tokens["corpus"] == TokenSet(prepared, "train").num_tokens
     for again in ([corpus], [tmp_path / "more"], [corpus, tmp_path / "more"]):
         prepare_data(again, out, add=True, progress=False)
-        prepare_data(again, out, vocab_size=400, shard_tokens=1000, progress=False)  # all of it is in
-    assert contents(out) == after
-    pinned = TokenSet(out, "train", old)  # what a run reads that began before
+        prepare_data(again, out, vocab_size=400, shard_tokens=1000, progress=False)  # Everything is in the set.
+    assert read_contents(out) == after
+    pinned = TokenSet(out, "train", old)  # A run that began earlier reads this.
     assert (
         pinned.read_tokens(0, pinned.num_tokens).tolist()
         == TokenSet(prepared, "train").read_tokens(0, pinned.num_tokens).tolist()
@@ -295,8 +295,8 @@ def test_adding_keeps_what_is_there(corpus, prepared, tmp_path):
 
 
 def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, tmp_path):
-    """Of the same size, and before the set was complete; a file that only was touched is not. What is new of it goes in
-    under another name."""
+    """The changed file has the same size, and is older than the set. A file that was only touched is accepted, and new
+    content is accepted under another name."""
     source, out = tmp_path / "in", tmp_path / "set"
     source.mkdir()
     for i in range(3):
@@ -307,18 +307,18 @@ def test_a_file_that_was_changed_is_refused_whenever_that_was(texts, prepared, t
     (source / "0.txt").write_text(texts[0].swapcase())
     for name in ("0.txt", "1.txt"):
         os.utime(source / name, ns=(begun - 1, begun - 1))
-    before = contents(out)
+    before = read_contents(out)
     for add in (False, True):
         with pytest.raises(ValueError, match=r"0\.txt differs from what .*set has as '0\.txt' of the source 'in'\. "):
             prepare_data([source], out, **given, add=add)
-    assert contents(out) == before
+    assert read_contents(out) == before
     for _ in range(2):
         manifest = prepare_data([f"later={source}"], out, add=True, progress=False)
         assert [manifest["books"][name]["written"] for name in ("in", "later")] == [3, 1]
 
 
 def test_a_file_that_has_grown_is_not_added(texts, prepared, tmp_path):
-    """Its documents would be there twice."""
+    """To add it would repeat its documents."""
     path, out = tmp_path / "in.jsonl", tmp_path / "set"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:50]))
     given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
@@ -336,13 +336,13 @@ def test_a_set_without_the_times_of_its_inputs_knows_them(corpus, prepared, tmp_
     [row] = map(json.loads, (out / "inputs.jsonl").read_text().splitlines())
     del row["mtime_ns"]
     (out / "inputs.jsonl").write_text(json.dumps(row) + "\n")
-    before = contents(out)
+    before = read_contents(out)
     prepare_data([corpus], out, add=True, progress=False)
-    assert contents(out) == before
+    assert read_contents(out) == before
 
 
 def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path):
-    """Preparation stops at a broken line; the shards before it are there, and stay as they are."""
+    """Preparation stops at a bad line. The shards before it are readable, and do not change later."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 5) + "{\n")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "shard_tokens": 1000, "progress": False}
@@ -362,7 +362,7 @@ def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path
     assert TokenSet(tmp_path / "set", "train", early.manifest).num_tokens == early.num_tokens
 
 
-def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path, capsys):
+def test_a_set_of_an_older_format_is_prepared_again_with_a_message(corpus, tmp_path, capsys):
     out = tmp_path / "set"
     (out / "train").mkdir(parents=True)
     (out / "train/00000.npy").write_bytes(b"old")
@@ -375,7 +375,7 @@ def test_a_set_of_an_older_format_is_prepared_anew_with_a_word(corpus, tmp_path,
     assert TokenSet(out, "train").is_complete and not (out / "train/00000.npy").exists()
 
 
-def test_a_file_that_came_while_it_was_prepared_is_named(texts, prepared, tmp_path, capsys):
+def test_a_file_that_appeared_during_preparation_is_reported(texts, prepared, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": texts[0]}) + "\n{\n")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
@@ -406,7 +406,7 @@ def test_every_kind_of_source_gives_the_same_set(texts, prepared, tmp_path, kind
         assert [tokenizer.decode(tokens.read_document(i)) for i in range(tokens.num_documents)] == mine
 
 
-def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepared, tmp_path):
+def test_a_wrong_column_name_is_refused_even_with_skip(texts, prepared, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"body": "x", "id": 1}]), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
@@ -416,15 +416,15 @@ def test_a_wrong_column_name_is_refused_whatever_is_to_be_skipped(texts, prepare
         prepare_data([tmp_path / "a.jsonl"], tmp_path / "other", **given)
 
 
-def test_a_wrong_field_is_named_though_a_tokenizer_is_to_be_trained(tmp_path):
+def test_a_wrong_field_is_named_before_a_tokenizer_is_trained(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\n' * 3)
     for on_error in ("stop", "skip"):
         with pytest.raises(ValueError, match=r"to train a tokenizer on.*a\.jsonl:2: no field 'text', only body"):
             prepare_data([tmp_path / "a.jsonl"], tmp_path / "set", on_error=on_error, **SMALL)
 
 
-def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
-    """Else the first of two folders train/ would be left out, and the second one read twice."""
+def test_inputs_with_the_same_name_are_refused(texts, prepared, tmp_path):
+    """Otherwise the first of two folders named train/ would be skipped, and the second one read twice."""
     folders = [tmp_path / "books/train", tmp_path / "code/train"]
     for folder, text in zip(folders, texts, strict=False):
         folder.mkdir(parents=True)
@@ -438,8 +438,8 @@ def test_inputs_that_go_by_one_name_are_refused(texts, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on_error):
-    out, before = shutil.copytree(prepared, tmp_path / "set"), contents(prepared)
+def test_a_refused_command_leaves_the_old_set_unchanged(corpus, prepared, tmp_path, on_error):
+    out, before = shutil.copytree(prepared, tmp_path / "set"), read_contents(prepared)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
     (tmp_path / "a.jsonl.gz").write_text('{"text": "not packed"}\n')
@@ -456,17 +456,17 @@ def test_what_is_refused_leaves_the_old_set_alone(corpus, prepared, tmp_path, on
     ]:
         with pytest.raises(ValueError, match=message):
             prepare_data(sources, out, overwrite=True, on_error=on_error, progress=False, **options)
-        assert contents(out) == before
+        assert read_contents(out) == before
 
 
-def test_a_table_without_rows_is_told_in_words(prepared, tmp_path):
+def test_a_table_without_rows_is_reported(prepared, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "zero.parquet")
     with pytest.raises(ValueError, match=r"skipped \(zero: 0 documents read = 0 written\)\.$"):
         given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
         prepare_data([f"zero={tmp_path / 'zero.parquet'}"], tmp_path / "set", **given)
 
 
-def test_where_a_set_cannot_be_is_told(corpus, tmp_path):
+def test_an_unsuitable_output_folder_is_refused(corpus, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file is a file\. Name a folder .* --out"):
         prepare_data([corpus], tmp_path / "file", **SMALL)
@@ -474,12 +474,12 @@ def test_where_a_set_cannot_be_is_told(corpus, tmp_path):
         prepare_data([corpus], corpus.parent, **SMALL)
 
 
-def test_files_that_are_left_out_are_counted_by_ending(corpus, prepared, tmp_path, capsys):
+def test_skipped_files_are_counted_by_suffix(corpus, prepared, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "B.TXT", "c.csv", "d.CSV", "README", ".hidden"):
         (tmp_path / "in" / name).write_text(f"text of {name}")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
-    for _ in range(2):  # the second time, the set's own files are there
+    for _ in range(2):  # At the second call, the files of the set lie in the folder.
         manifest = prepare_data([tmp_path / "in"], tmp_path / "in/set", **given)
         assert manifest["books"]["in"]["written"] == 2
         assert ": 2 .csv, 1 no suffix\n" in capsys.readouterr().err
@@ -498,33 +498,6 @@ def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_fa
     opened = Tokenizer(tokens.tokenizer_path)
     assert opened.fingerprint == manifest["tokenizer"]["fingerprint"] == Tokenizer(hugging_face).fingerprint
     tokens.verify_checksums()
-    prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # it knows its own
+    prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # It recognises its own tokenizer.
     with pytest.raises(ValueError, match="different tokenizer"):
         prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False)
-
-
-def test_inspect(prepared, tmp_path, capsys):
-    out = shutil.copytree(prepared, tmp_path / "set")
-    assert inspect_set(out) == 0
-    shown = capsys.readouterr().out
-    tokens = TokenSet(out, "train")
-    assert (
-        f"{tokens.num_tokens:,}" in shown
-        and "60 documents read = 60 written" in shown
-        and "counts are consistent" in shown
-    )
-    assert "The SHA-256 of every file matches the manifest" in shown
-    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    text = Tokenizer(tokens.tokenizer_path).decode(tokens.read_document(tokens.num_documents // 2))
-    assert text.split("\n")[0] in shown
-    path = out / "train/corpus/00000.npy"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00000\.npy is damaged"):
-        inspect_set(out)
-    assert inspect_set(out, verify=False) == 0
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["books"]["corpus"]["written"] -= 1
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    assert inspect_set(out, verify=False) == 1 and "ERROR: These counts are inconsistent" in capsys.readouterr().out

@@ -20,8 +20,8 @@ def zstd(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
 
 
-def read(path, columns=("text",), field="text"):
-    """(line, text or reason) of each record."""
+def read_texts(path, columns=("text",), field="text"):
+    """Return (line, text or reason) of each record."""
     found, number = [], 0
     for some, position in read_file(path, list(columns)):
         assert 0 <= position <= path.stat().st_size
@@ -43,24 +43,24 @@ def read(path, columns=("text",), field="text"):
 def test_jsonl(tmp_path, suffix, compress, end):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(compress(("".join(LINES) + end).encode()))
-    assert read(path) == EXPECTED
+    assert read_texts(path) == EXPECTED
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_lines_that_blocks_cut(tmp_path, block, monkeypatch):
     monkeypatch.setattr(records, "COMPRESSED_READ_BYTES", block)
     data = "".join(LINES).encode()
-    (tmp_path / "a.jsonl.zst").write_bytes(zstd(data[:20]) + zstd(data[20:]))  # several frames, too
-    assert read(tmp_path / "a.jsonl.zst") == EXPECTED
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(data[:20]) + zstd(data[20:]))  # Two frames.
+    assert read_texts(tmp_path / "a.jsonl.zst") == EXPECTED
 
 
 def test_zstd_with_a_window_of_any_size(tmp_path):
     long = zstandard.ZstdCompressionParameters.from_level(
         1, window_log=28, hash_log=6, chain_log=6
-    )  # as zstd --long=28
+    )  # What zstd --long=28 writes.
     frame = zstandard.ZstdCompressor(compression_params=long).compressobj()
     (tmp_path / "a.jsonl.zst").write_bytes(frame.compress("".join(LINES).encode()) + frame.flush())
-    assert read(tmp_path / "a.jsonl.zst") == EXPECTED
+    assert read_texts(tmp_path / "a.jsonl.zst") == EXPECTED
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".jsonl.gz", gzip.compress), (".jsonl.zst", zstd)])
@@ -69,7 +69,7 @@ def test_a_file_that_was_cut_short_ends_with_a_broken_record(tmp_path, suffix, c
     path = tmp_path / f"a{suffix}"
     for missing in (3, len(data) // 2):
         path.write_bytes(data[:-missing])
-        *whole, last = read(path)
+        *whole, last = read_texts(path)
         assert whole == [(i + 1, str(i)) for i in range(len(whole))]
         assert last == (len(whole) + 1, "damaged file")
 
@@ -91,33 +91,33 @@ def test_a_file_that_was_cut_short_ends_with_a_broken_record(tmp_path, suffix, c
 )
 def test_reasons(tmp_path, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "after"}\n')
-    assert read(tmp_path / "a.jsonl") == [(1, "fine"), (3, reason), (4, "after")]
+    assert read_texts(tmp_path / "a.jsonl") == [(1, "fine"), (3, reason), (4, "after")]
 
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nna\xefve\n")
-    assert read(tmp_path / "a.txt") == [(1, "not UTF-8")]
+    assert read_texts(tmp_path / "a.txt") == [(1, "not UTF-8")]
     [([record], _)] = read_file(tmp_path / "a.txt", [])
     with pytest.raises(BadRecord, match="line 2"):
         extract_document(record, "text", None)
     (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf  \r\n\tx\n")
-    assert read(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
+    assert read_texts(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
 
 
 @pytest.mark.parametrize("end", [lambda data: data[:-9], lambda data: data + b"garbage"])
 def test_gzip_gives_what_is_before_the_damage(tmp_path, end):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(1000))
     (tmp_path / "a.jsonl.gz").write_bytes(end(gzip.compress(lines)))
-    assert read(tmp_path / "a.jsonl.gz")[:900] == [(i + 1, str(i)) for i in range(900)]
-    assert read(tmp_path / "a.jsonl.gz")[-1][1] == "damaged file"
+    assert read_texts(tmp_path / "a.jsonl.gz")[:900] == [(i + 1, str(i)) for i in range(900)]
+    assert read_texts(tmp_path / "a.jsonl.gz")[-1][1] == "damaged file"
 
 
 def test_a_record_beyond_all_bounds_is_passed_over_without_holding_it(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "x" * 5_000_000 + '\n{"text": "b"}\n')
-    assert read(tmp_path / "a.jsonl") == [(1, "a"), (2, "too large"), (3, "b")]
+    assert read_texts(tmp_path / "a.jsonl") == [(1, "a"), (2, "too large"), (3, "b")]
     (tmp_path / "a.txt").write_text("x" * 1001)
-    assert read(tmp_path / "a.txt") == [(1, "too large")]
+    assert read_texts(tmp_path / "a.txt") == [(1, "too large")]
 
 
 def test_nested_fields_and_origins():
@@ -127,7 +127,7 @@ def test_nested_fields_and_origins():
     flat = {"content.body": "y", "meta.set": "code"}
     assert extract_document(flat | row, "content.body", "meta.set") == Document(
         "y", "code"
-    )  # a name of its own goes first
+    )  # A field of the full name goes first.
     assert extract_document(json.dumps(flat).encode(), "content.body", "meta.set") == Document("y", "code")
     with pytest.raises(BadRecord, match=r"no field meta\.name"):
         extract_document(row, "content.body", "meta.name")
@@ -139,7 +139,7 @@ def test_what_a_record_takes_is_counted_wherever_its_text_is():
     text = "x" * 1000
     for record in (text.encode(), TextFile(text.encode()), {"text": text}, {"a": {"b": [{"c": text}]}, "n": 1}):
         assert 1000 <= estimate_bytes(record) < 1100
-    assert estimate_bytes({"text": None}) > 0  # so that any number of rows ends a block
+    assert estimate_bytes({"text": None}) > 0  # So that rows without text end a batch, too.
 
 
 ROWS = [{"text": f"row {i}", "meta": {"set": "a"}, "n": i} for i in range(600)] + [{"text": None, "meta": None, "n": 1}]
@@ -159,24 +159,24 @@ def write_table(path, table):
 def test_tables(tmp_path, name):
     path = tmp_path / name
     write_table(path, pyarrow.Table.from_pylist(ROWS))
-    assert read(path, ["text", "meta"]) == TABLE_EXPECTED
+    assert read_texts(path, ["text", "meta"]) == TABLE_EXPECTED
     some, _ = next(iter(read_file(path, ["text", "meta"])))
-    assert some[0] == {"text": "row 0", "meta": {"set": "a"}}  # no other column is read
+    assert some[0] == {"text": "row 0", "meta": {"set": "a"}}  # Other columns are not read.
     with pytest.raises(ValueError, match=rf"{name}.*no column 'txt'\. It has text, meta, n"):
-        read(path, ["txt"])
+        read_texts(path, ["txt"])
     path.write_bytes(path.read_bytes()[:-100])
-    assert read(path)[-1][1] == "damaged file"
+    assert read_texts(path)[-1][1] == "damaged file"
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
 def test_columns_with_a_dot_in_their_name(tmp_path, name):
     path = tmp_path / name
     write_table(path, pyarrow.table({"m.text": ["own"], "m": [{"text": "nested", "set": "a"}], "n": [1]}))
-    assert read(path, ["m.text"], "m.text") == [(1, "own")]
+    assert read_texts(path, ["m.text"], "m.text") == [(1, "own")]
     [(record, *_)] = [some for some, _ in read_file(path, ["m.text", "m.set"]) if some]
     assert extract_document(record, "m.text", "m.set") == Document("own", "a") and "n" not in record
     with pytest.raises(ValueError, match=r"no column 'o\.text'\. It has m\.text, m, n"):
-        read(path, ["o.text"])
+        read_texts(path, ["o.text"])
 
 
 @pytest.mark.parametrize("name", ["A.PARQUET", "A.ARROW", "A.JSONL.GZ", "A.TXT"])
@@ -187,7 +187,7 @@ def test_endings_in_capitals(tmp_path, name):
         (tmp_path / name.lower()).rename(path)
     else:
         path.write_bytes(gzip.compress(b'{"text": "one"}') if name.endswith("GZ") else b"one")
-    assert read(path) == [(1, "one")]
+    assert read_texts(path) == [(1, "one")]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
@@ -195,7 +195,7 @@ def test_rows_that_are_not_utf8_are_left_out_alone(tmp_path, name):
     path = tmp_path / name
     data = pyarrow.array([b"one", b"na\xefve", b"three"])
     write_table(path, pyarrow.table({"text": pyarrow.StringArray.from_buffers(3, *data.buffers()[1:])}))
-    assert read(path) == [(1, "one"), (2, "damaged row"), (3, "three")]
+    assert read_texts(path) == [(1, "one"), (2, "damaged row"), (3, "three")]
 
 
 def test_a_table_damaged_in_its_midst(tmp_path):
@@ -205,16 +205,16 @@ def test_a_table_damaged_in_its_midst(tmp_path):
     place = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
     data[place : place + 40] = b"\xff" * 40
     path.write_bytes(data)
-    assert read(path) == [*TABLE_EXPECTED[:256], (257, "damaged file")]  # 256 rows are read at once
+    assert read_texts(path) == [*TABLE_EXPECTED[:256], (257, "damaged file")]  # 256 rows are read at once.
 
 
 def test_an_arrow_file_that_points_outside_of_itself(tmp_path):
-    """Read without a look, it ends the process."""
+    """Without validation, to read it crashes the process."""
     path = tmp_path / "stream.arrow"
     write_table(path, pyarrow.table({"text": ["one", "two", "three"]}))
     offsets = np.array([0, 3, 6, 11], np.int32).tobytes()
     path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 3, 2**30, 11], np.int32).tobytes()))
-    assert read(path) == [(1, "one"), (2, "damaged row"), (3, "damaged row")]
+    assert read_texts(path) == [(1, "one"), (2, "damaged row"), (3, "damaged row")]
 
 
 def test_a_disk_that_cannot_be_read_is_not_a_damaged_table(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_disk_that_cannot_be_read_is_not_a_damaged_table(tmp_path, monkeypatch
 
     monkeypatch.setattr(records, "open", lambda path, mode: Disk(path), raising=False)
     with pytest.raises(OSError, match="Input/output error"):
-        read(path)
+        read_texts(path)
 
 
 def test_rows_of_a_stream_come_some_at_a_time():

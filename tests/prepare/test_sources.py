@@ -8,7 +8,7 @@ import pytest
 from glalm.prepare.sources import FileInput, find_hub_dataset, find_local_files, find_stdlib, parse_source
 
 
-def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
+def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
     for name in ("b.md", "a/z.py", "a/.hidden.py", ".git/c.txt", "a/c.bin", "C.JSONL", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -17,7 +17,7 @@ def test_a_folder_is_read_in_order_less_what_is_hidden(tmp_path):
     assert found.skipped_files == (tmp_path / "a/c.bin",)
 
 
-def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     for name in ("corpus/a", "elsewhere/b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.txt").touch()
@@ -40,10 +40,10 @@ def test_names(tmp_path):
     ]:
         assert {parse_source(spec).name, parse_source(spec).inputs[0].source} == {name}
     (tmp_path / "a=b.txt").write_text("x")
-    assert parse_source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # a file that is there is no name
+    assert parse_source(tmp_path / "a=b.txt").inputs[0].name == "a=b.txt"  # an existing path is not NAME=PATH
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_unreadable_sources_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_local_files(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"must end in one of \.txt"):
@@ -78,7 +78,7 @@ def test_a_hub_data_set_may_have_columns_with_a_dot_in_their_name(tmp_path):
 
 
 def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
-    """A folder of a data set on disk goes the way that a name on the hub goes."""
+    """A local folder of a data set is read as one on the hub is."""
     for i in range(3):
         rows = [{"text": f"{i}.{j}", "meta": {"set": "a"}, "more": j} for j in range(5)]
         (tmp_path / f"part-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -86,7 +86,7 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     assert [i.source for i in found.inputs] == ["wiki"] * 3
     texts = [[r["text"] for records, _ in i.read_records(["text", "meta"]) for r in records] for i in found.inputs]
     assert texts == [[f"{i}.{j}" for j in range(5)] for i in range(3)]
-    other = shutil.copytree(tmp_path, tmp_path / "other")  # a data set of as many files is another one
+    other = shutil.copytree(tmp_path, tmp_path / "other")  # Another data set of as many files has other names.
     assert not {i.name for i in found.inputs} & {i.name for i in find_hub_dataset(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read_records(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size

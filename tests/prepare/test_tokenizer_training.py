@@ -1,0 +1,51 @@
+import pytest
+
+from glalm.prepare.tokenizer_training import sample_texts, train_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts, tmp_path_factory):
+    return train_sentencepiece(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=400)
+
+
+def test_pieces_are_learnt_and_whitespace_is_cheap(tokenizer, texts):
+    assert len(tokenizer.encode(texts[-1])) < 0.5 * len(texts[-1])
+    assert len(tokenizer.encode(" " * 8)) <= 2
+    assert tokenizer.encode("a\nb") == tokenizer.encode("a") + tokenizer.encode("\n") + tokenizer.encode("b")
+    assert len(tokenizer.encode("\n\n")) == 2
+    assert len(tokenizer.encode("2024")) == 4
+
+
+def test_same_texts_in_any_order_give_the_same_file(tokenizer, texts, tmp_path):
+    again = train_sentencepiece(reversed(texts), tmp_path / "other.model", vocab_size=400)
+    assert again.fingerprint == tokenizer.fingerprint
+    fewer = train_sentencepiece(texts[1:], tmp_path / "fewer.model", vocab_size=400)
+    assert fewer.fingerprint != tokenizer.fingerprint
+
+
+def test_a_line_longer_than_sentencepiece_takes_is_learnt(tmp_path):
+    line = "zigzag " * 3000
+    assert len(train_sentencepiece([line], tmp_path / "t.model", vocab_size=280).encode(line)) < 4000
+
+
+def test_sample_keeps_the_budget_whatever_the_order():
+    texts = [chr(ord("a") + i) * 50 for i in range(20)]
+    sample = sample_texts(texts, max_bytes=420, chunk=30)
+    assert 420 - 30 < sum(map(len, sample)) <= 420
+    assert sample == sample_texts(texts[::-1], max_bytes=420, chunk=30)
+    assert sorted(sample_texts(texts, max_bytes=10**6)) == texts
+
+
+def test_training_errors_say_what_to_do(tmp_path, texts):
+    for size, message in [
+        (100, r"vocab_size=100 does not fit these texts: Vocabulary size is smaller .*\.$"),
+        (10**6, r"vocab_size=1000000 does not fit these texts: Vocabulary size too high"),
+        (-3, r"vocab_size=-3 must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_sentencepiece(texts, tmp_path / "t.model", vocab_size=size)
+    with pytest.raises(ValueError, match=r"is a folder\. Name the file to write, such as .*tokenizer\.model"):
+        train_sentencepiece(iter(lambda: pytest.fail("it was read"), None), tmp_path, vocab_size=400)
+    with pytest.raises(ValueError, match="no text to train a tokenizer on"):
+        train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)
+    assert not (tmp_path / "t.model").exists()

@@ -18,7 +18,7 @@ def test_inspect(prepared, tmp_path, capsys):
         and "60 documents read = 60 written" in shown
         and "counts are consistent" in shown
     )
-    assert "Every file has the SHA-256" in shown
+    assert "The SHA-256 of every file matches the manifest" in shown
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     text = Tokenizer(tokens.tokenizer_path).decode(tokens.read_document(tokens.num_documents // 2))
     assert text.split("\n")[0] in shown

@@ -13,7 +13,6 @@ from glalm.config.strict import ConfigError, flatten_tree, require
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
-from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
 from glalm.train.run_dir import read_run_record
@@ -42,8 +41,9 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
         model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.init_from={folder}: {error}") from error
-    stored_fields = flatten_tree({"model": model_fields(model.config)})
-    if differences := describe_differences(stored_fields, flatten_tree({"model": model_fields(config.model)})):
+    stored = flatten_tree({"model": dataclasses.asdict(model.config.to_model_config())})
+    expected = flatten_tree({"model": dataclasses.asdict(config.model)})
+    if differences := describe_differences(stored, expected):
         lines = "\n  ".join(differences)
         raise ConfigError(f"train.init_from={folder} holds another model than model.*:\n  {lines}")
     known = tokenizer_fingerprints(folder)
@@ -71,9 +71,3 @@ def tokenizer_fingerprints(folder: Path) -> set[str]:
             with suppress(ValueError):  # No data can be prepared with this tokenizer.
                 fingerprints.add(Tokenizer(path).fingerprint)
     return fingerprints
-
-
-def model_fields(config: ModelConfig) -> dict:
-    """Return the fields of ModelConfig, without those that transformers adds to a config."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}

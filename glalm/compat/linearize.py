@@ -1,5 +1,6 @@
 """Turn a Llama's checkpoint into one of a linear model, and fit its new layers to the attention that they replace."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,6 @@ from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.hf import GLALMForCausalLM
-from glalm.train.init_weights import model_fields
 
 
 @dataclass
@@ -74,7 +74,7 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
         print(f"No tokenizer was written: {error}".splitlines()[0])
     config_file = options.out / "configs" / "model" / "linearized.yaml"
     config_file.parent.mkdir(parents=True)
-    config_file.write_text(OmegaConf.to_yaml(OmegaConf.create(model_fields(model.config))))
+    config_file.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))))
 
 
 def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:

@@ -96,7 +96,7 @@ def gla_to_fla(config: GLALMConfig) -> dict:
 
 
 def weights_to_fla(weights: dict[str, Tensor], config: GLALMConfig) -> dict[str, Tensor]:
-    """Rename our weights as flash-linear-attention does with fuse_norm=True. weights_from_fla is the inverse."""
+    """Split our weights as flash-linear-attention does with fuse_norm=True. weights_from_fla is the inverse."""
     weights = dict(weights)
     for layer, mixer in enumerate(config.layer_mixers()):
         prefix = f"model.layers.{layer}.attn."

@@ -63,7 +63,7 @@ def convert_llama(llama: LlamaForCausalLM, mixer: str = "gla", softmax_layers: I
     unmatched = [*unexpected, *(name for name in missing if not is_new_parameter(name))]
     if config.tie_word_embeddings and "lm_head.weight" in unmatched:
         unmatched.remove("lm_head.weight")
-    require(not unmatched, f"These weights of the checkpoint have no counterpart: {', '.join(unmatched)}")
+    require(not unmatched, f"These weights are only in the checkpoint or only in the model: {', '.join(unmatched)}")
     model.tie_weights()
     model.generation_config = copy.deepcopy(llama.generation_config)  # It may name more end tokens than config.json.
     return model.eval()

@@ -70,7 +70,7 @@ class EvalModel:
         self.parameters: int = sum(p.numel() for p in causal_lm.parameters())
         self.vocab_size: int = causal_lm.config.get_text_config().vocab_size
         self.is_ours = isinstance(causal_lm, GLALMForCausalLM)
-        # Without a head, features are the logits of all positions, as of models that scale or cap their logits.
+        # Where _head is None, features are the logits themselves, for example in models that scale or cap their logits.
         self._head = causal_lm.get_output_embeddings() if self.is_ours or _head_gives_logits(causal_lm) else None
         self._forward_arguments = inspect.signature(causal_lm.forward).parameters.keys()
         self.is_recurrent = (

@@ -143,9 +143,9 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
 
 
 def describe_perplexity(run: Run, record: dict | None) -> str | None:
-    """Return the perplexity of the validation split, or else the last one of training.
+    """Return the evaluated perplexity, or else the last validation perplexity that training logged.
 
-    The checkpoint is named where training has gone on from it.
+    The checkpoint's name is added if training has continued after it.
     """
     if record is None:
         values = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row]

@@ -150,7 +150,7 @@ def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
 
 
 def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Choices]]:
-    """Yield the groups in order, as many at once as the states of all their continuations fit into memory."""
+    """Yield the groups in order, as many at once that the states of all their continuations fit into memory."""
     is_cuda = model.device.type == "cuda"
     budget = torch.cuda.get_device_properties(model.device).total_memory // 10 if is_cuda else MAX_STATE_BYTES
     part, used = [], 0

@@ -142,7 +142,7 @@ def evaluate_cell(
 
     Returns:
         `token_accuracy`: part of the answers' tokens that are the likeliest, each after the right ones before it.
-        `exact_match`: part of the answers of which all tokens are, which greedy decoding would give.
+        `exact_match`: fraction of the answers whose tokens all are: greedy decoding would give these answers.
         `ranked_first`: part of the answers that are likelier than all other candidates; `mean_rank`: their rank from 1.
     """
     scores = []
@@ -169,8 +169,8 @@ def score_samples(model: EvalModel, samples: list[Choices]) -> list[dict]:
     """Return the scores of samples of one length.
 
     Returns:
-        Of each, `tokens` of its answer, how many of them are `right`, the likeliest, and the answer's `rank` among the
-        candidates by log-likelihood.
+        For each sample: the number of `tokens` in its answer, how many of them are the likeliest (`right`), and the
+        answer's `rank` among the candidates by log-likelihood.
     """
     haystacks = torch.from_numpy(np.stack([sample.context for sample in samples])).to(model.device)
     count = len(samples[0].continuations)

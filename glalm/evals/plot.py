@@ -261,7 +261,7 @@ def _draw_contexts(ax: Axes, record: dict, i: int) -> list[str]:
         ends = [bucket["end"] for bucket in buckets]
         perplexities = [bucket["perplexity"] for bucket in buckets]
         if name == names[0]:
-            # Markers stand so far apart, in diagonals of the axes, that their shapes are seen. A single point has one.
+            # Markers are 3% of the axes' diagonal apart, so that their shapes can be told. A single point has one, too.
             spacing = 0.03 if len(ends) > 1 else None
             label = _model_label(record, name)
             [line] = ax.plot(ends, perplexities, **_line_style(i), markevery=spacing, label=label)

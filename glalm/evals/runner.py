@@ -160,7 +160,7 @@ def show_progress(name: str, evaluator: Evaluator, context: EvalContext) -> Iter
 
 
 def describe_inputs(evaluator: Evaluator, model: EvalModel) -> dict:
-    """Return what the results depend on, as JSON: of equal inputs, they are not computed again."""
+    """Return what the results depend on, as JSON. Results whose inputs are equal are not computed again."""
     settings = {
         **evaluator.settings,
         "precision": model.precision,

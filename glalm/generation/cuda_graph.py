@@ -216,7 +216,7 @@ class DecodeStep:
 
 
 def without_autocast_cache(device: str) -> torch.autocast:
-    """Return the present autocast without its cache, because a graph would read its copies of weights once freed."""
+    """Return the current autocast without its cache of cast weights: a graph would read them after they were freed."""
     dtype = torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
 

@@ -16,7 +16,7 @@ ALTERNATIVE = "torch.nn.functional.cross_entropy of the logits"
 
 
 def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Return linear_cross_entropy of the head's weight, or the same from all logits if the head has to be called."""
+    """Return what linear_cross_entropy does, but from all logits at once if the head is not a plain nn.Linear."""
     if is_plain_linear(head):
         return linear_cross_entropy(hidden, head.weight, targets, z_loss)
     logits = at_least_float32(head(hidden)).flatten(0, -2)

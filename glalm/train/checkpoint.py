@@ -250,7 +250,7 @@ class CheckpointSaver:
         return {"failed_saves": self.failures} if self.failures else {}
 
     def _wait_for_save(self, tolerated_failures: int | None = None) -> None:
-        """Wait for the save in flight. Raise CheckpointError if more saves in a row have failed than are tolerated."""
+        """Wait for the save in flight. Raise CheckpointError if too many failed in a row; None tolerates all."""
         deadline = time.monotonic() + SAVE_TIMEOUT.total_seconds()
         while wait([self._pending], timeout=1.0).not_done:
             if time.monotonic() < deadline:

@@ -122,7 +122,7 @@ def estimate_memory(
 
 
 def _gathered_bytes(config: RunConfig, plan: BatchPlan, counts: ParameterCounts, bf16: bool) -> int:
-    """Return the size of what is temporarily unsharded: weights of the root and of two blocks or all, and gradients."""
+    """Return the size of what is unsharded at once: gradients, and weights of the root and of two (or all) blocks."""
     root = counts.total - counts.blocks
     block_weights = 2 * counts.largest_block if config.parallel.reshard else counts.blocks
     weight_bytes = 4 * root + (2 if bf16 else 4) * block_weights

@@ -163,7 +163,7 @@ def parallelize_model(model: nn.Module, config: RunConfig, accelerator: Accelera
 def reduce_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients over processes in bfloat16.
 
-    torch refuses its own hook without CUDA by the hook's name, although gloo reduces bfloat16 as well.
+    Without CUDA, torch refuses bf16_compress_hook by its name, although gloo can reduce bfloat16: hence another name.
     """
     return bf16_compress_hook(group, bucket)
 
@@ -194,7 +194,7 @@ def has_fp32_parameters(block: nn.Module) -> bool:
 
 @contextmanager
 def no_sync_unless(sync: bool, module: nn.Module) -> Iterator[None]:
-    """Reduce gradients over processes in this block's backward pass only if `sync`."""
+    """Within the `with` statement, let backward passes reduce gradients over processes only if `sync`."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(sync)
         yield

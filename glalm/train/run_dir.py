@@ -104,7 +104,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
 
 
 def check_filesystem(folder: Path) -> None:
-    """Raise ConfigError if no checkpoint could be completed in `folder`: a directory must sync and rename."""
+    """Raise ConfigError if directories in `folder` cannot be synced and renamed, which every checkpoint needs."""
     try:
         with TemporaryDirectory(dir=folder, prefix=".probe", ignore_cleanup_errors=True) as name:
             probe = Path(name) / "probe"
@@ -131,7 +131,7 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     If the dataset has grown since the run began, the windows are those of the data as it was then.
 
     Raises:
-        ConfigError: The data is missing or damaged, or fits neither config.data.weights nor the model's vocabulary.
+        ConfigError: The data is missing or damaged, or does not fit config.data.weights or the model's vocabulary.
     """
     reset = config.data.document_boundaries == "reset_state"
     try:
@@ -358,7 +358,7 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
 
 
 def _find_damage(path: Path, part: int, parts: int) -> str | None:
-    """Return what `verify_checkpoint` finds. An OSError passes: a file that cannot be read may be undamaged."""
+    """Return what `verify_checkpoint` finds. An OSError is not caught: a file that cannot be read may be undamaged."""
     try:
         verify_checkpoint(path, part, parts)
     except CheckpointError as error:

@@ -2,7 +2,7 @@
 
 A DTensor (FSDP2, HSDP) is saved as the local shards of its ranks. Any other tensor is the same on all ranks, and one of
 them saves it. The header of each file says where its slices lie in the full tensors, so a reader copies what it needs
-from any set of files. The number of ranks, or DDP and FSDP2, may change between saving and loading.
+from any set of files. Between saving and loading, the number of ranks may change, and DDP may become FSDP2.
 """
 
 import json
@@ -232,7 +232,7 @@ def read_slices(stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor
                 copied[name] += _copy_overlap(file, source, targets[name])
     for name, target in targets.items():
         if copied[name] != target.data.numel():
-            raise CheckpointError(f"{stored[name].slices[0].file.parent}: no file holds a part of {name}")
+            raise CheckpointError(f"{stored[name].slices[0].file.parent}: a part of {name} is in none of the files")
 
 
 def _copy_overlap(file: safe_open, source: StoredSlice, target: TensorSlice) -> int:

@@ -110,7 +110,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Set this state to `saved`, of the form that `state_dict` returns. Without an entry, its part is kept.
+        """Set this state to `saved`, as `state_dict` returns it. Except for step and tokens, what it lacks is kept.
 
         A checkpoint's tensors are read in place instead, so that no second copy of them is in memory.
         """

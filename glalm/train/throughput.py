@@ -23,7 +23,7 @@ class ThroughputMeter:
 
         tokens/s per GPU * FLOPs per token of forward and backward pass (glalm.model.flops) / bfloat16 peak of the GPU
 
-    Recomputation by activation checkpointing does not count. It is None where the peak is unknown.
+    Recomputation by activation checkpointing does not count. MFU is None where the GPU's peak is unknown.
     """
 
     def __init__(self, config: RunConfig, plan: BatchPlan, device: torch.device, step: int):

@@ -268,8 +268,11 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
 
 
 def is_observed(x: Tensor) -> bool:
-    """Return whether a compiler, a dispatch mode, a transform or a tensor subclass could see which operators run."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    """Return whether a compiler, a dispatch mode, a transform or a tensor subclass could see which operators run.
+
+    Tensors on the meta device count too: only the operator's fake knows their shapes.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 

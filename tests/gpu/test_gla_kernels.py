@@ -13,9 +13,9 @@ BF16, FP16, FP32 = 2**-8, 1.2e-3, 5e-6  # bfloat16's is what rounding the result
 
 
 def check(limit, *shape, **options):
-    from triton_cases import case
+    from triton_cases import relative_errors
 
-    errors = case(*shape, device="cuda", seed=SEED, **options)
+    errors = relative_errors(*shape, device="cuda", seed=SEED, **options)
     assert max(errors.values()) < limit, (SEED, errors)
 
 

@@ -11,9 +11,9 @@ BF16, FP16, FP32 = 3e-3, 1e-3, 1e-6
 
 
 def check(limit, *shape, **options):
-    from recurrent_cases import case
+    from recurrent_cases import relative_errors
 
-    errors = case(*shape, device="cuda", seed=SEED, **options)
+    errors = relative_errors(*shape, device="cuda", seed=SEED, **options)
     assert max(errors.values()) < limit, (SEED, errors)
 
 

@@ -31,14 +31,14 @@ PROGRAMS = {
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(kernel, arguments, constants, options) of every launch, none of which runs."""
-    made = []
-    monkeypatch.setattr(gla, "launch", lambda kernel, programs, *call: made.append((kernel, *call)))
-    return made
+    """The (kernel, arguments, constants, options) of every launch. No kernel runs."""
+    recorded = []
+    monkeypatch.setattr(gla, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
+    return recorded
 
 
-def run(K: int, V: int, gate: str, T: int) -> None:
-    """Both passes; a long single head is cut into segments."""
+def run_both_passes(K: int, V: int, gate: str, T: int) -> None:
+    """Run forward and backward. A long sequence of one head is cut into segments."""
     q, k, v = (torch.zeros(1, T, 1, n, dtype=torch.bfloat16) for n in (K, K, V))
     g = {"head": k[..., 0], "fixed": torch.zeros(1), "none": None}.get(gate, k)
     normalizer = 16.0 if gate == "logits" else None
@@ -46,20 +46,21 @@ def run(K: int, V: int, gate: str, T: int) -> None:
     gla.backward(q, k, v, g, 1.0, normalizer, None, None, saved, v, None)
 
 
-def compiled(kernel, args: tuple, constants: dict, options: dict) -> tuple[int, int]:
-    """Bytes of shared memory and registers a thread."""
+def compile_kernel(kernel, args: tuple, constants: dict, options: dict) -> tuple[int, int]:
+    """Return the bytes of shared memory and the registers of a thread."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    types = {name: kind(x, name in constants) for name, x in values.items()}
+    types = {name: type_name(x, name in constants) for name, x in values.items()}
     at = {name: (kernel.arg_names.index(name),) for name in types}
     constant = {at[name]: values[name] for name in types if types[name] == "constexpr"}
     aligned = {at[name]: [["tt.divisibility", 16]] for name in types if types[name].startswith("*")}
     source = ASTSource(kernel, types, constant, aligned)
     options = {name: value for name, value in options.items() if value is not None}
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return found.metadata.shared, registers(found.asm["cubin"])
+    return found.metadata.shared, count_registers(found.asm["cubin"])
 
 
-def kind(x, constant: bool) -> str:
+def type_name(x, constant: bool) -> str:
+    """Return the name that Triton gives to the type of an argument."""
     if constant or x is None:
         return "constexpr"
     if isinstance(x, TensorDescriptor):
@@ -67,7 +68,8 @@ def kind(x, constant: bool) -> str:
     return f"*{TYPES[x.dtype]}" if isinstance(x, torch.Tensor) else {int: "i32", float: "fp32"}[type(x)]
 
 
-def registers(cubin: bytes) -> int:
+def count_registers(cubin: bytes) -> int:
+    """Return the registers of a thread of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -76,7 +78,8 @@ def registers(cubin: bytes) -> int:
     return int(re.search(r"REG:(\d+)", usage)[1])
 
 
-def name_of(kernel, constants: dict, args: tuple) -> str:
+def launch_name(kernel, constants: dict, args: tuple) -> str:
+    """Return the name that the table of launch configurations gives to a launch."""
     if kernel.__name__ == "scan_kernel":
         values = dict(zip(kernel.arg_names, args, strict=False))
         if values["out"] is None:
@@ -85,27 +88,27 @@ def name_of(kernel, constants: dict, args: tuple) -> str:
     return kernel.__name__.split("_")[0]
 
 
-def launch_of(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> launch.LaunchConfig:
-    """The table's, for that kernel."""
+def find_config(sizes: tuple[int, int], name: str, gate: str, constants: dict) -> launch.LaunchConfig:
+    """Return the configuration that the table has for a launch."""
     fixed = name == "gradients" and gate in ("fixed", "none")
     variant = "_pairwise" if constants.get("PAIRWISE") else "_fixed_gate" if fixed else ""
     return getattr(launch.TABLE[9, *sizes], name + variant)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("gate", "T"), [("channel", 128), ("logits", 2048), ("head", 2048), ("fixed", 128), ("none", 128)]
 )
 @pytest.mark.parametrize("sizes", PROGRAMS, ids=str)
-def test_as_many_programs_fit_as_the_table_counts_on(sizes, gate, T, launches):
+def test_as_many_programs_fit_as_the_table_assumes(sizes, gate, T, launches):
     assert (9, *sizes) in launch.TABLE
-    run(*sizes, gate, T)
+    run_both_passes(*sizes, gate, T)
     names = set()
     for kernel, args, constants, options in launches:
-        name = name_of(kernel, constants, args)
+        name = launch_name(kernel, constants, args)
         if name != "join":
-            assert options == launch_of(sizes, name, gate, constants).options, name
-        shared, used = compiled(kernel, args, constants, options)
+            assert options == find_config(sizes, name, gate, constants).options, name
+        shared, used = compile_kernel(kernel, args, constants, options)
         warps = options.get("num_warps", 4)
         fit = min(REGISTERS // (warps * math.ceil(used * 32 / 256) * 256), SHARED // (shared + 1024), WARPS // warps)
         assert fit >= (1 if constants.get("PAIRWISE") else PROGRAMS[sizes].get(name, 1)), (name, used, shared)

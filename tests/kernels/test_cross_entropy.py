@@ -1,4 +1,4 @@
-"""The fused cross-entropy against float64, interpreted on the CPU (in a process of its own) and compiled on a GPU."""
+"""The fused cross-entropy against float64, compiled on a GPU or interpreted on a CPU, in a process of its own."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from interpreter import INTERPRETED, run_interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is that process, or a GPU's")
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this process is the interpreter's or has a GPU")
 def test_in_the_interpreter():
     run_interpreted(__file__)
 
@@ -22,7 +22,7 @@ def test_losses_and_gradients(vocabulary, dtype, z_loss):
 
     torch.manual_seed(0)
     logits = (5 * torch.randn(6, vocabulary)).to(dtype)
-    logits[4] -= 1000  # far from zero
+    logits[4] -= 1000  # far from 0
     targets = torch.tensor([0, vocabulary - 1, -100, 3, 2, 1])
     x = logits.double().requires_grad_()
     expected = F.cross_entropy(x, targets, reduction="none")
@@ -30,18 +30,18 @@ def test_losses_and_gradients(vocabulary, dtype, z_loss):
     expected.sum().backward()
 
     logits, targets = logits.to(DEVICE), targets.to(DEVICE)
-    kept = logits.clone()
+    original = logits.clone()
     for gradient in (False, True):
         losses = cross_entropy_(logits, targets, z_loss, gradient)
         torch.testing.assert_close(losses.cpu(), expected.float(), rtol=1e-5, atol=1e-4)
-        assert gradient or torch.equal(logits, kept)
-    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-4  # the interpreter cuts bfloat16 off where the GPU rounds it
+        assert gradient or torch.equal(logits, original)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-4  # The interpreter truncates to bfloat16; the GPU rounds.
     torch.testing.assert_close(logits.cpu().double(), x.grad, rtol=rounding, atol=1e-4)
     assert logits[2].abs().max() == 0
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
-def test_a_logit_that_is_not_finite_shows():
+def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
     from glalm.kernels.triton.cross_entropy import cross_entropy_
 
     logits = torch.zeros(2, 50, device=DEVICE)
@@ -50,7 +50,7 @@ def test_a_logit_that_is_not_finite_shows():
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
-def test_a_target_that_is_no_token_shows():
+def test_a_target_outside_the_vocabulary_gives_nan():
     from glalm.kernels.triton.cross_entropy import cross_entropy_
 
     losses = cross_entropy_(
@@ -60,7 +60,7 @@ def test_a_target_that_is_no_token_shows():
 
 
 @pytest.mark.parametrize("target", [-1, 50])
-def test_a_target_that_is_no_token_is_an_error_on_the_cpu(target):
+def test_a_target_outside_the_vocabulary_is_an_error_on_the_cpu(target):
     from glalm.kernels.cross_entropy import cross_entropy_
 
     with pytest.raises(RuntimeError, match="out of bounds"):

@@ -39,7 +39,7 @@ derived_operators = pytest.mark.parametrize("name", DERIVED)
 def draw_call(draw):
     """draw_call(name, T, ...): an operator that returns o alone, and its tensor arguments by name."""
 
-    def drawn(name: str, T: int = 5, dtype=torch.float64, **options):
+    def draw_operator_and_arguments(name: str, T: int = 5, dtype=torch.float64, **options):
         args = draw(T=T, K=3, V=4, dtype=dtype, **options)
         args = {name: args[name] for name in ("q", "k", "v", "g")}
         if name == "selective_scan":
@@ -60,7 +60,7 @@ def draw_call(draw):
             del args["g"]
         return lambda **tensors: getattr(kernels, name)(**tensors)[0], args
 
-    return drawn
+    return draw_operator_and_arguments
 
 
 def gradients(function, args: dict) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def loss(operator, args, **options):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("output_final_state", [False, True])
 @pytest.mark.parametrize("bounds", [None, [0, 3, 3, 20]], ids=["dense", "packed"])
-def test_chunk_gla_compiles_whole(draw, bounds, output_final_state, dynamic):
+def test_chunk_gla_compiles_to_one_graph(draw, bounds, output_final_state, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(chunk_gla, fullgraph=True, backend="aot_eager", dynamic=dynamic)
 
@@ -108,7 +108,7 @@ def test_chunk_gla_compiles_whole(draw, bounds, output_final_state, dynamic):
         pytest.param("chunk_value_gla", True, marks=pytest.mark.slow),
     ],
 )
-def test_every_operator_compiles_whole(draw_call, name, dynamic):
+def test_every_operator_compiles_to_one_graph(draw_call, name, dynamic):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     operator, _ = draw_call(name)
@@ -122,7 +122,7 @@ def test_every_operator_compiles_whole(draw_call, name, dynamic):
         torch.testing.assert_close(compiled(**args), operator(**args))
 
 
-def test_decoding_compiles_whole(draw):
+def test_decoding_compiles_to_one_graph(draw):
     args = draw(T=1)
     args.pop("cu_seqlens")
     compiled = torch.compile(fused_recurrent_gla, fullgraph=True, backend="aot_eager")
@@ -131,7 +131,7 @@ def test_decoding_compiles_whole(draw):
 
 
 @pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
-def test_values_are_checked_when_compiled_too(draw, operator):
+def test_compiled_code_checks_values(draw, operator):
     args = draw(T=5)
     args["g"][0, 0, 0, 0] = 0.5
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
@@ -282,7 +282,7 @@ def test_a_registered_operator_refuses_to_lose_a_gradient(draw, requires_grad):
 
 
 @pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
-def test_autocast_leaves_the_precision_alone(draw, differentiate, operator):
+def test_autocast_does_not_change_the_precision(draw, differentiate, operator):
     args = draw()
     expected = differentiate(lambda **a: operator(**a, output_final_state=True), args)
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +290,7 @@ def test_autocast_leaves_the_precision_alone(draw, differentiate, operator):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_inputs_and_states_are_left_as_they_were(draw):
+def test_inputs_and_states_are_not_modified(draw):
     args = draw(T=70)
     before = {n: x.clone() for n, x in args.items() if x is not None}
     leaves = {n: x.requires_grad_() for n, x in args.items() if x is not None}

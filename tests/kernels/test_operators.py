@@ -1,4 +1,4 @@
-"""Both operators against the float64 recurrence, gradients included, over the whole of their seam."""
+"""Both forms of GLA against the float64 recurrence: results and gradients for all kinds of arguments."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from glalm.kernels import chunk_gla, fused_recurrent_gla
 from glalm.kernels.reference import recurrent_gla
 
-both = pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
+both_forms = pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
 
 
-def test_the_reference_is_masked_attention_with_decay(draw):
-    """The parallel form (GLA, eq. 4): another way to the truth that all else is held against."""
+def test_reference_is_masked_attention_with_decay(draw):
+    """The parallel form (GLA, equation 4) checks the reference, against which everything else is tested."""
     args = draw(B=1, T=9, H=1, K=3, V=4, gates=1, dtype=torch.float64)
     o, final_state = recurrent_gla(**args, scale=0.7)
     q, k, v, g = (args[n][0, :, 0] for n in "qkvg")
@@ -45,14 +45,14 @@ def test_fused_recurrent_gla_over_shapes(draw, assert_matches_reference, shape):
     assert_matches_reference(fused_recurrent_gla, draw(*shape), 1e-6)
 
 
-@both
+@both_forms
 @pytest.mark.parametrize(
     ("dtype", "gate_dtype", "tolerance"),
     [
         (torch.float64, torch.float64, 1e-14),
-        (torch.float64, torch.float32, 1e-7),  # dg is rounded to float32
+        (torch.float64, torch.float32, 1e-7),  # dg is rounded to float32.
         (torch.float32, torch.float64, 1e-6),
-        (torch.bfloat16, torch.float32, 3e-3),  # 2^-9 from rounding the results
+        (torch.bfloat16, torch.float32, 3e-3),  # Rounding the results gives 2^-9.
         (torch.bfloat16, torch.bfloat16, 3e-3),
         (torch.float16, torch.float32, 4e-4),
         (torch.float16, torch.float16, 4e-4),
@@ -67,9 +67,9 @@ def test_dtypes(draw, assert_matches_reference, operator, dtype, gate_dtype, tol
     assert {found[n].dtype for n in ("final_state", "dinitial_state")} == {state_dtype}
 
 
-@both
-def test_autocast_rounds_nothing(draw, differentiate, operator):
-    """What comes in float32 under autocast was kept in it on purpose."""
+@both_forms
+def test_autocast_does_not_round(draw, differentiate, operator):
+    """Inputs that are float32 under autocast are so on purpose."""
     args = draw()
     expected = differentiate(lambda **a: operator(**a, output_final_state=True), args)
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,11 +81,11 @@ PACKINGS = [
     [0, 15],
     [0, 0, 16],
     [0, 1, 2, 3],
-    [0, 0, 1, 65, 66, 66, 194, 195, 200, 200],  # empty and one-token ones, longer and shorter than a chunk
+    [0, 0, 1, 65, 66, 66, 194, 195, 200, 200],  # empty, of one token, shorter and longer than a chunk
 ]
 
 
-@both
+@both_forms
 @pytest.mark.parametrize("bounds", PACKINGS, ids=str)
 @pytest.mark.parametrize("gates", [1 / 16, 10], ids=lambda x: f"gates {x:.2f}")
 def test_packed_sequences(draw, assert_matches_reference, operator, bounds, gates):
@@ -94,7 +94,7 @@ def test_packed_sequences(draw, assert_matches_reference, operator, bounds, gate
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6), seed=st.integers(0, 99), int32=st.booleans())
-def test_packed_sequences_do_not_see_each_other(lengths, seed, int32):
+def test_packed_sequences_are_independent(lengths, seed, int32):
     random = torch.Generator().manual_seed(seed)
     T = sum(lengths)
     q, k, g, v = (torch.randn(1, T, 2, D, generator=random) for D in (4, 4, 4, 6))
@@ -108,15 +108,15 @@ def test_packed_sequences_do_not_see_each_other(lengths, seed, int32):
     torch.testing.assert_close(final_state, torch.cat([S for _, S in alone]))
 
 
-@both
-def test_no_tokens_leave_the_state_alone(draw, operator):
+@both_forms
+def test_no_tokens_do_not_change_the_state(draw, operator):
     args = draw(T=0)
     o, final_state = operator(**args, output_final_state=True)
     assert o.shape == args["v"].shape
     torch.testing.assert_close(final_state, args["initial_state"])
 
 
-@both
+@both_forms
 @pytest.mark.parametrize("cut", [1, 50, 64])
 def test_a_carried_state_continues_the_sequence(draw, operator, cut):
     args = draw(T=100)
@@ -129,23 +129,23 @@ def test_a_carried_state_continues_the_sequence(draw, operator, cut):
     torch.testing.assert_close(S, last)
 
 
-@both
-def test_no_initial_state_is_a_state_of_zeros(draw, operator):
+@both_forms
+def test_without_an_initial_state_it_is_zero(draw, operator):
     args = draw()
-    given = operator(**{**args, "initial_state": torch.zeros_like(args["initial_state"])}, output_final_state=True)
+    expected = operator(**{**args, "initial_state": torch.zeros_like(args["initial_state"])}, output_final_state=True)
     args.pop("initial_state")
-    left_out = operator(**args, output_final_state=True)
-    torch.testing.assert_close(left_out, given, rtol=0, atol=0)
+    found = operator(**args, output_final_state=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@both
-def test_the_final_state_comes_when_asked_for(draw, operator):
+@both_forms
+def test_the_final_state_is_returned_on_request(draw, operator):
     args = draw()
     assert operator(**args)[1] is None
     assert operator(**args, output_final_state=True)[1].shape == args["initial_state"].shape
 
 
-@both
+@both_forms
 def test_scale(draw, operator):
     args = draw(K=9)
     plain, _ = operator(**args)
@@ -153,7 +153,7 @@ def test_scale(draw, operator):
     torch.testing.assert_close(plain * 6, operator(**args, scale=2.0)[0])
 
 
-@both
+@both_forms
 @pytest.mark.parametrize("used", [0, 1], ids=["only o", "only the final state"])
 def test_gradients_of_one_result_alone(draw, differentiate, operator, used):
     args = draw(gates=1)
@@ -171,7 +171,7 @@ def test_gradients_of_one_result_alone(draw, differentiate, operator, used):
         torch.testing.assert_close(found[name], truth[name].to(found[name].dtype), rtol=1e-4, atol=1e-4)
 
 
-@both
+@both_forms
 def test_memory_layout_does_not_matter(draw, operator):
     args = draw(dtype=torch.float64)
     args.pop("cu_seqlens")
@@ -187,8 +187,8 @@ def test_memory_layout_does_not_matter(draw, operator):
     torch.testing.assert_close(gradients(strided, True), gradients(args, False), rtol=0, atol=1e-14)
 
 
-@both
-@pytest.mark.parametrize("gates", [1 / 16, 20], ids=["mild gates", "wild gates"])
+@both_forms
+@pytest.mark.parametrize("gates", [1 / 16, 20], ids=["weak gates", "strong gates"])
 @pytest.mark.parametrize("bounds", [None, [0, 2, 2, 3, 9]], ids=["dense", "packed"])
 def test_gradcheck(draw, operator, gates, bounds):
     args = draw(1, 9, 1, 2, 3, gates=gates, dtype=torch.float64, bounds=bounds)
@@ -196,7 +196,7 @@ def test_gradcheck(draw, operator, gates, bounds):
     leaves = [x.requires_grad_() for x in args.values()]
 
     def function(q, k, v, g, initial_state):
-        # Finite differences step to both sides of a gate, which must stay below 0 there too.
+        # A finite difference must not raise a gate above 0.
         return operator(q, k, v, g - 1e-3, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens)
 
     assert torch.autograd.gradcheck(function, leaves)

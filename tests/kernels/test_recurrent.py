@@ -1,4 +1,4 @@
-"""What fused_recurrent_* do besides what chunk_gla does (test_operators): states in place, gates of every shape."""
+"""What fused_recurrent_* do beyond chunk_gla (see test_operators): states in place, and gates of every shape."""
 
 import threading
 from contextlib import nullcontext
@@ -10,8 +10,8 @@ from glalm import kernels
 from glalm.kernels.recurrent import states_in_place
 
 
-def gates(args: dict) -> dict:
-    """Operators by name, with the gate that each wants."""
+def gate_arguments(args: dict) -> dict:
+    """Return the gate argument of every operator, by the operator's name."""
     return {
         "gla": {"g": args["g"]},
         "simple_gla": {"g": args["g"][..., 0]},
@@ -24,7 +24,7 @@ def gates(args: dict) -> dict:
 @pytest.mark.parametrize("T", [0, 1, 5])
 def test_states_in_place(draw, name, T):
     args = draw(T=T)
-    operator, S, gate = getattr(kernels, f"fused_recurrent_{name}"), args["initial_state"], gates(args)[name]
+    operator, S, gate = getattr(kernels, f"fused_recurrent_{name}"), args["initial_state"], gate_arguments(args)[name]
     inputs = {n: args[n] for n in "qkv"} | gate
     o, expected = operator(**inputs, initial_state=S.clone(), output_final_state=True)
     before = S.clone()
@@ -35,7 +35,7 @@ def test_states_in_place(draw, name, T):
     assert final is S and torch.equal(S, expected) and torch.equal(found, o)
 
 
-def test_packed_and_differentiated_states_are_never_in_place(draw):
+def test_packed_and_differentiated_states_are_not_updated_in_place(draw):
     args = draw(1, 5, bounds=[0, 2, 5])
     S = args["initial_state"]
     before = S.clone()
@@ -47,7 +47,7 @@ def test_packed_and_differentiated_states_are_never_in_place(draw):
     assert torch.equal(S, before)
 
 
-def test_states_in_place_end_with_their_block(draw):
+def test_states_in_place_ends_after_an_error(draw):
     args = draw(T=1)
     with pytest.raises(RuntimeError), states_in_place():
         raise RuntimeError
@@ -56,7 +56,7 @@ def test_states_in_place_end_with_their_block(draw):
     assert torch.equal(args["initial_state"], before)
 
 
-def test_threads_have_their_own_states_in_place(draw):
+def test_states_in_place_holds_for_one_thread(draw):
     args = draw(T=1)
     before, inside, done = args["initial_state"].clone(), threading.Event(), threading.Event()
 
@@ -75,7 +75,7 @@ def test_threads_have_their_own_states_in_place(draw):
 
 
 @pytest.mark.parametrize("traced_in_place", [False, True])
-def test_compiles_whole_and_never_in_place(draw, traced_in_place):
+def test_compiled_code_does_not_update_states_in_place(draw, traced_in_place):
     torch._dynamo.reset()
 
     def step(q, k, v, g, S):

@@ -1,4 +1,4 @@
-"""The Triton recurrence at small shapes, through Triton's interpreter, in a process of its own."""
+"""The Triton recurrence at small shapes in Triton's interpreter, which needs a process of its own."""
 
 import pytest
 import torch
@@ -8,16 +8,16 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_int
 IEEE = 1e-6
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
 def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
 def check(limit, *shape, **options):
-    from recurrent_cases import case
+    from recurrent_cases import relative_errors
 
-    errors = case(*shape, **options)
-    assert max(errors.values()) < limit, errors  # NaN fails too
+    errors = relative_errors(*shape, **options)
+    assert max(errors.values()) < limit, errors  # A NaN fails, too.
 
 
 @interpreted
@@ -67,12 +67,12 @@ def test_gates_that_forget_everything():
 
 @interpreted
 def test_other_dtypes():
-    check(2e-2, 1, 5, 2, 16, 16, dtype=torch.bfloat16)  # the interpreter cuts bfloat16 off where the GPU rounds it
+    check(2e-2, 1, 5, 2, 16, 16, dtype=torch.bfloat16)  # The interpreter truncates to bfloat16; the GPU rounds.
     check(2e-2, 1, 5, 2, 16, 16, dtype=torch.bfloat16, gate_dtype=torch.float32)
     check(1e-3, 1, 5, 2, 16, 16, dtype=torch.float16)
 
 
 @interpreted
-def test_no_tokens_leave_the_state_alone():
+def test_no_tokens_do_not_change_the_state():
     check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32)
     check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32, in_place=True)

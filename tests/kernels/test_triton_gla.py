@@ -13,15 +13,15 @@ IEEE = 2e-5  # a few roundings of float32
 BF16 = 2e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
 def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
 def check(limit, *shape, **options):
-    from triton_cases import case
+    from triton_cases import relative_errors
 
-    errors = case(*shape, **options)
+    errors = relative_errors(*shape, **options)
     assert max(errors.values()) < limit, errors
 
 
@@ -86,7 +86,7 @@ def test_large_heads_of_the_table():
 
 
 @interpreted
-@pytest.mark.parametrize("segments", [1, 3])  # the latter are more than any of these has chunks
+@pytest.mark.parametrize("segments", [1, 3])  # 3 segments are more than a sequence has chunks
 def test_packed_sequences(segments, monkeypatch):
     cut_into_segments(segments, monkeypatch)
     check(IEEE, 1, 150, 1, 16, 16, dtype=torch.float32, cu_seqlens=[0, 0, 1, 66, 66, 150], states=True)
@@ -105,7 +105,7 @@ def test_float16_does_not_overflow_and_float32_gates():
 
 @interpreted
 @pytest.mark.parametrize("per, logits", [("channel", None), ("channel", 16.0), ("head", None), ("head", 16.0)])
-def test_a_gate_that_is_not_a_number_shows(per, logits):
+def test_a_nan_gate_gives_nan(per, logits):
     from glalm.kernels.triton import gla
 
     q, k, v, g = (-torch.rand(1, 100, 1, 16) for _ in range(4))
@@ -140,7 +140,7 @@ def test_boundary_of_the_fast_path():
     ],
     ids=str,
 )
-def test_same_bits_twice_whatever_memory_held(H, K, V, bounds, segments, monkeypatch):
+def test_results_do_not_depend_on_uninitialized_memory(H, K, V, bounds, segments, monkeypatch):
     from glalm.kernels.triton import gla
 
     cut_into_segments(segments, monkeypatch)
@@ -187,7 +187,7 @@ def test_memory_layout_of_states_and_bounds_does_not_matter(segments, monkeypatc
 
 
 @interpreted
-def test_a_scale_that_is_an_integer_is_no_constant(monkeypatch):
+def test_an_integer_scale_is_not_compiled_as_a_constant(monkeypatch):
     """Triton would compile a kernel for scale = 1, and the launcher run it for every other integer."""
     from glalm.kernels.triton import gla
 
@@ -203,7 +203,7 @@ def test_a_scale_that_is_an_integer_is_no_constant(monkeypatch):
 
 
 @interpreted
-def test_no_tokens():
+def test_no_tokens_do_not_change_the_state():
     from glalm.kernels.triton import gla
 
     q, k, v = (torch.randn(1, 0, 2, 16) for _ in range(3))

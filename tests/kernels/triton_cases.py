@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 recurrence, on whatever device they run."""
+"""Compare the Triton kernels with the float64 recurrence, compiled on a GPU or interpreted on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,13 @@ from glalm.kernels.triton import gla
 GATES = {
     "slow": lambda x: F.logsigmoid(x) / 16,
     "usual": F.logsigmoid,
-    "fast": lambda x: 4 * F.logsigmoid(x),  # most chunks need the pairwise path
+    "fast": lambda x: 4 * F.logsigmoid(x),  # Most chunks take the pairwise path.
     "none": torch.zeros_like,
 }
 
 
 def wild(x):
-    """Ordinary gates with a few that forget everything."""
+    """Return ordinary gates with a few that forget everything."""
     g = F.logsigmoid(x)
     for t, value in ((2, -float("inf")), (17, -1e5), (18, 0.0), (40, -1000.0), (70, -float("inf"))):
         if t < g.shape[1]:
@@ -26,14 +26,16 @@ def wild(x):
 GATES["wild"] = wild
 
 
-def case(
+def relative_errors(
     B, T, H, K, V, *, dtype, gate="slow", per="channel", logits=None, gate_dtype=None, states=False, cu_seqlens=None,
     device="cpu", seed=0,
 ):  # fmt: skip
-    """Relative RMS errors of o, the final state and all gradients; all must be finite.
+    """Return the relative RMS errors of o, the final state and all gradients, and check that all are finite.
 
-    per: "channel", "head" or "nothing", what there is one gate for, or "fixed", one a head for all tokens, which gets
-    no gradient; logits: the normalizer of logits given as g.
+    Args:
+        per: whether there is one gate per "channel" or per "head", a "fixed" one per head for all tokens, which gets
+            no gradient, or "nothing".
+        logits: the normalizer, if g holds logits.
     """
     r = torch.Generator().manual_seed(seed)
     q, k, v, do = (torch.randn(B, T, H, n, generator=r).to(device, dtype) for n in (K, K, V, V))
@@ -48,24 +50,25 @@ def case(
 
     o, S, saved = gla.forward(q, k, v, g, K**-0.5, logits, S0, True, cu_seqlens, True)
     grads = gla.backward(q, k, v, g, K**-0.5, logits, S0, cu_seqlens, saved, do, dS)
-    got = dict(zip(["o", "S", "dq", "dk", "dv", "dg", "dS0"], (o, S, *grads), strict=True))
+    found = dict(zip(["o", "S", "dq", "dk", "dv", "dg", "dS0"], (o, S, *grads), strict=True))
 
-    given = {"q": q, "k": k, "v": v, "g": g, "S0": S0}
-    given = {name: x.double().requires_grad_() for name, x in given.items() if x is not None}
-    gates = given.get("g", torch.zeros_like(given["q"]))
+    inputs = {"q": q, "k": k, "v": v, "g": g, "S0": S0}
+    inputs = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
+    gates = inputs.get("g", torch.zeros_like(inputs["q"]))
     gates = F.logsigmoid(gates) / logits if logits else gates.clamp(min=-1e4)
     gates = gates if gates.dim() == 4 else gates[..., None].expand(q.shape)
-    o, S = recurrent_gla(given["q"], given["k"], given["v"], gates, K**-0.5, given.get("S0"), cu_seqlens)
+    o, S = recurrent_gla(inputs["q"], inputs["k"], inputs["v"], gates, K**-0.5, inputs.get("S0"), cu_seqlens)
     total = (o * do.double()).sum() + ((S * dS.double()).sum() if states else 0)
-    wanted = dict(zip((f"d{name}" for name in given), torch.autograd.grad(total, given.values()), strict=True))
-    wanted |= {"o": o, "S": S}
+    expected = dict(zip((f"d{name}" for name in inputs), torch.autograd.grad(total, inputs.values()), strict=True))
+    expected |= {"o": o, "S": S}
     if per == "fixed":
-        assert got["dg"] is None
-        del wanted["dg"]
-    assert all(torch.isfinite(got[name]).all() for name in wanted)
-    return {name: relative(got[name], x) for name, x in wanted.items()}
+        assert found["dg"] is None
+        del expected["dg"]
+    assert all(torch.isfinite(found[name]).all() for name in expected)
+    return {name: relative_error(found[name], x) for name, x in expected.items()}
 
 
-def relative(x, truth):
-    scale = truth.square().mean().sqrt().clamp(min=1e-30)
-    return ((x.double() - truth).square().mean().sqrt() / scale).item()
+def relative_error(x, expected):
+    """Return the RMS of the error, relative to the RMS of the expected values."""
+    scale = expected.square().mean().sqrt().clamp(min=1e-30)
+    return ((x.double() - expected).square().mean().sqrt() / scale).item()

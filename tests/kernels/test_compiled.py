@@ -95,6 +95,7 @@ def find_config(sizes: tuple[int, int], name: str, gate: str, constants: dict) -
     return getattr(launch.TABLE[9, *sizes], name + variant)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("gate", "T"), [("channel", 128), ("logits", 2048), ("head", 2048), ("fixed", 128), ("none", 128)]

@@ -13,6 +13,17 @@ from glalm.train.trainer import Trainer
 
 
 @contextmanager
+def replaced_method(name: str, replacement: Callable) -> Iterator[None]:
+    """Replace a method of Trainer within the block."""
+    original = getattr(Trainer, name)
+    setattr(Trainer, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(Trainer, name, original)
+
+
+@contextmanager
 def before_steps(actions: Mapping[int, Callable[[], object]]) -> Iterator[None]:
     """Run actions[n] before the n-th step. It may raise, hang or kill the process."""
     calls = 0
@@ -27,11 +38,8 @@ def before_steps(actions: Mapping[int, Callable[[], object]]) -> Iterator[None]:
             actions[calls]()
         return original(self, batch)
 
-    Trainer.step = step
-    try:
+    with replaced_method("step", step):
         yield
-    finally:
-        Trainer.step = original
     assert not pending, f"the faults before the steps {sorted(pending)} did not happen"
 
 
@@ -54,11 +62,8 @@ def poisoned_steps(steps: set[int], gradient: float = 1.0, loss: float = 1.0) ->
             next(parameters).grad.mul_(gradient)
         return value * loss
 
-    Trainer.accumulate_gradients = accumulate_gradients
-    try:
+    with replaced_method("accumulate_gradients", accumulate_gradients):
         yield
-    finally:
-        Trainer.accumulate_gradients = original
     assert not pending, f"the steps {sorted(pending)} were not poisoned"
 
 

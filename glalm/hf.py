@@ -1,25 +1,19 @@
-"""The models as transformers classes: configs, checkpoints, generation, and the habits of Trainer and peft.
+"""The models as transformers classes: configs, generation, and the habits of Trainer and peft.
 
-Importing this module registers them with transformers' Auto classes.
+Importing this module registers them with transformers' Auto classes. glalm.pretrained loads their checkpoints.
 """
 
 import dataclasses
 import difflib
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import LongTensor, Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,26 +22,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import require
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
-from glalm.model.fla_checkpoints import FORMATS, config_from_fla, weights_from_fla
+from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
+from glalm.pretrained import load_pretrained
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
 MODEL_TYPES = ("glalm", *FORMATS)
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# Arguments of from_pretrained with which the caller says where the weights are.
-WEIGHTS_ARGUMENTS = {"state_dict", "gguf_file", "variant"}
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 # ----------------------------------------------------------------------------------------------------------- config
 
@@ -390,109 +378,6 @@ def cu_seqlens_of_positions(
             "attention_mask, past_key_values or cu_seqlens; for anything else leave position_ids out."
         )
     return F.pad(F.pad(restarts[0].nonzero().flatten() + 1, (1, 0)), (0, 1), value=length)
-
-
-# ------------------------------------------------------------------------------------------------ loading checkpoints
-
-
-def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kwargs) -> nn.Module:
-    """Load a model by `read`, the from_pretrained of a transformers class, whose arguments the others are.
-
-    This also reads published checkpoints (see glalm.model.fla_checkpoints). It reads safetensors files alone and never
-    runs code of a checkpoint.
-
-    With output_loading_info=True, missing and unknown weights are not refused but reported, as transformers does. With
-    ignore_mismatched_sizes=True, everything that fits is loaded, and transformers warns about the rest.
-
-    Raises:
-        ValueError: A file is damaged or no safetensors file, or the weights are not those of the model: missing,
-            unknown or of another shape. transformers would continue with random weights in their place.
-    """
-    if kwargs.pop("use_safetensors", None) is False:
-        raise ValueError("use_safetensors=False would read a pickle, which can run any code: convert it to safetensors")
-    lenient = kwargs.pop("ignore_mismatched_sizes", False)
-    return_info = kwargs.pop("output_loading_info", False)
-    kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    kwargs["trust_remote_code"] = False
-    files = None
-    if where is not None and not WEIGHTS_ARGUMENTS & kwargs.keys():
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        tree, _ = PreTrainedConfig.get_config_dict(where, **hub)
-        files = find_weight_files(where, hub)
-    if files is not None and tree.get("model_type") in FORMATS:
-        model, info = load_translated(read, where, files, hub, *args, **kwargs)
-    else:
-        model, info = read(where, *args, **kwargs)
-    if not lenient:
-        check_loading_info(where, type(model).__name__, info, shapes_only=return_info)
-    return (model, info) if return_info else model
-
-
-def find_weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
-    """Return the safetensors files of a folder or hub repository, after checking that each can be opened."""
-    entry = None
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        entry = entry or cached_file(where, name, _raise_exceptions_for_missing_entries=False, **hub)
-    if entry is None:
-        raise ValueError(explain_missing_weights(where, Path(where) / hub.get("subfolder", "")))
-    files = [entry]
-    if entry.endswith(SAFE_WEIGHTS_INDEX_NAME):
-        files, _ = get_checkpoint_shard_files(where, entry, **hub)
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} is missing, though {SAFE_WEIGHTS_INDEX_NAME} names it; copy it too") from error
-        except SafetensorError as error:
-            raise ValueError(f"{path} is cut short or no safetensors file ({error}); copy it again") from error
-    return files
-
-
-def explain_missing_weights(where: str | os.PathLike, folder: Path) -> str:
-    """Return the message for a folder without weights that can be loaded."""
-    if (folder / "manifest.json").exists() and any(folder.glob("model-*-of-*.safetensors")):
-        return (
-            f"{where} is a checkpoint of which several processes wrote a part each. Merge them by python "
-            f"scripts/export_hf.py RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER."
-        )
-    if (folder / "adapter_config.json").exists():
-        return f"{where} holds a peft adapter, not a model; peft.AutoPeftModelForCausalLM.from_pretrained loads it"
-    pickles = sorted(path.name for path in folder.glob("*") if any(path.match(pattern) for pattern in PICKLES))
-    found = f"only {', '.join(pickles)}: pickles, which can run any code and are not read" if pickles else "none"
-    return f"{where} must hold weights as {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}; found {found}"
-
-
-def load_translated(read: Callable, where, files: list[str], hub: dict, *args, **kwargs) -> tuple[nn.Module, dict]:
-    """Load a published checkpoint, whose config and parameter names glalm.model.fla_checkpoints translates."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
-    config = kwargs.pop("config", None)
-    if not isinstance(config, PreTrainedConfig):
-        config = GLALMConfig.from_pretrained(where, **hub)
-    weights = {}
-    for path in files:
-        weights |= load_file(path)
-    if cached_file(where, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
-        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(where, **hub))
-    model, info = read(None, *args, config=config, state_dict=weights_from_fla(weights, config), **kwargs)
-    model.config.name_or_path = model.name_or_path = str(where)
-    return model, info
-
-
-def check_loading_info(where, model: str, info: dict, shapes_only: bool) -> None:
-    """Raise ValueError if transformers' loading report says that the weights are not those of the model."""
-    shapes = [f"{name} is {list(found)}, not {list(needed)}" for name, found, needed in info["mismatched_keys"]]
-    findings = {"has weights of another shape than the config's:": shapes}
-    if not shapes_only:
-        findings["has weights that the config has no place for:"] = info["unexpected_keys"]
-        findings["lacks"] = info["missing_keys"]
-    for finding, names in findings.items():
-        if names:
-            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise ValueError(
-                f"{where or 'the state_dict'} {finding} {some}, so it is not a {model} of this config. Check that "
-                "config.json was saved together with these weights. (ignore_mismatched_sizes=True loads what fits.)"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------- registration

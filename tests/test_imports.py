@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "glalm"
-CORE = {"config", "data", "kernels", "model", "hf", "train", "progress"}
+CORE = {"config", "data", "kernels", "model", "hf", "pretrained", "train", "progress"}
 ALLOWED = {
     "config": {"model.config"},
     "cli": {"config", "model.mixers"},
@@ -15,7 +15,8 @@ ALLOWED = {
     "progress": set(),
     "prepare": {"data", "progress"},
     "model": {"config.strict", "kernels"},
-    "hf": {"config.strict", "kernels", "model"},
+    "pretrained": {"model"},
+    "hf": {"config.strict", "kernels", "model", "pretrained"},
     "train": {"config", "data", "progress", "hf", "kernels", "model"},
     "generation": CORE,
     "compat": {*CORE, "evals.options"},

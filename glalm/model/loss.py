@@ -12,6 +12,9 @@ from glalm.model.precision import matmul_dtype
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
 # head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
 CHUNK_ELEMENTS = 2**27
+# The gradient of the logits is computed before the scale of the loss, which would carry it through float16, is known.
+# With this factor, probabilities down to 1.5e-8 keep float16's full precision, and the gradient does not overflow.
+FLOAT16_GRADIENT_SCALE = 2.0**12
 ALTERNATIVE = "torch.nn.functional.cross_entropy of the logits"
 
 
@@ -90,19 +93,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h = hidden.to(dtype)
         w = weight.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        dhidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        is_float16 = dtype == torch.float16
+        gradient_scale = FLOAT16_GRADIENT_SCALE if is_float16 else 1.0
+        # Products with the scaled gradient may overflow float16.
+        product_dtype = torch.float32 if is_float16 else dtype
+        dhidden = torch.zeros_like(h, dtype=product_dtype) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if ctx.needs_input_grad[1] else None
         needs_gradient = dhidden is not None or dweight is not None
         for rows in _chunk_rows(h, w):
             logits = F.linear(h[rows], w)
-            loss += cross_entropy_(logits, targets[rows], z_loss, needs_gradient).sum()
+            loss += cross_entropy_(logits, targets[rows], z_loss, needs_gradient, gradient_scale).sum()
             # cross_entropy_ has replaced the logits by their gradient.
             if dhidden is not None:
-                torch.mm(logits, w, out=dhidden[rows])
+                _add_product(dhidden[rows], logits, w)
             if dweight is not None:
                 _add_product(dweight, logits.T, h[rows])
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)
         ctx.save_for_backward(dhidden, dweight, count)
+        ctx.gradient_scale = gradient_scale
         ctx.dtypes = (hidden.dtype, weight.dtype)
         return loss / count
 
@@ -111,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight, count = ctx.saved_tensors
         with torch.no_grad():
             # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
-            scale = (grad / count).view(1, 1)
+            scale = (grad / (count * ctx.gradient_scale)).view(1, 1)
             dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
             dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
         grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), alternative=ALTERNATIVE)
@@ -125,4 +133,4 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -41,6 +41,20 @@ def test_losses_and_gradients(vocabulary, dtype, z_loss):
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
+def test_a_scaled_gradient_keeps_small_probabilities_in_float16():
+    from glalm.kernels import cross_entropy as portable
+    from glalm.kernels.triton import cross_entropy as fused
+
+    logits = torch.tensor([[0.0, 0, -18]], dtype=torch.float16)  # The last token's probability is 7.6e-9.
+    x = logits.double().requires_grad_()
+    F.cross_entropy(x, torch.tensor([1])).backward()
+    for module, device in ((portable, "cpu"), (fused, DEVICE)):
+        gradient = logits.clone().to(device)
+        module.cross_entropy_(gradient, torch.tensor([1], device=device), 0.0, True, 4096.0)
+        torch.testing.assert_close(gradient.cpu().double() / 4096, x.grad, rtol=2e-3, atol=0)
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_in_the_interpreter")
 def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
     from glalm.kernels.triton.cross_entropy import cross_entropy_
 

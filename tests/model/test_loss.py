@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies
 
 from glalm.model import loss as loss_module
 from glalm.model.loss import linear_cross_entropy, token_losses
@@ -64,6 +65,49 @@ def test_autocast_keeps_float32_sums():
     loss.backward()
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets), rtol=1e-2, atol=0)
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=strategies.integers(0, 2**31),
+    log_probability=strategies.floats(-18, -2),
+    loss_scale=strategies.sampled_from([1.0, 2.0**10, 2.0**16]),
+    z_loss=strategies.sampled_from([0.0, 1e-3]),
+    chunk_elements=strategies.sampled_from([400, 2**20]),
+)
+def test_float16_keeps_the_gradients_of_rare_tokens(seed, log_probability, loss_scale, z_loss, chunk_elements):
+    """Half of the vocabulary has a probability near exp(log_probability), down to 1.5e-8, at every position."""
+    torch.manual_seed(seed)
+    hidden = 0.1 * torch.randn(1, 16, 32)
+    weight = 0.1 * torch.randn(200, 32)
+    hidden[..., 0] = 1.0
+    weight[:, 0] = 0.0
+    weight[100:, 0] = log_probability
+    hidden, weight = hidden.half().float().requires_grad_(), weight.half().float().requires_grad_()
+    targets = torch.randint(100, (1, 16))
+    expected = dense_cross_entropy(hidden, weight, targets) + z_loss * dense_z_loss(hidden, weight, targets)
+    expected = torch.autograd.grad(expected, (hidden, weight))
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.float16):
+        patch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss)
+    dhidden, dweight = (grad / loss_scale for grad in torch.autograd.grad(loss * loss_scale, (hidden, weight)))
+    torch.testing.assert_close(dhidden, expected[0], rtol=0.02, atol=0.02 * expected[0].abs().max().item())
+    error = (dweight - expected[1]).norm(dim=1) / expected[1].norm(dim=1)
+    assert error[100:].max() < 0.05 and error.median() < 0.02
+
+
+def test_float16_does_not_overflow():
+    """Neither where thousands of tokens push one row of the head, nor where the head's weights are large."""
+    hidden = torch.full((3000, 4), 30.0, requires_grad=True)
+    weight = torch.zeros(5, 4)
+    weight[:, 0] = torch.arange(5) * 100
+    weight.requires_grad_()
+    targets = torch.zeros(3000, dtype=torch.long)
+    expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), (hidden, weight))
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    for found, wanted in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
 
 
 def test_autocast_leaves_float64_alone(problem):

@@ -14,19 +14,22 @@ LOWEST = tl.constexpr(-1e38)
 BLOCK = 4096
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, gradient: bool) -> Tensor:
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, z_loss: float, gradient: bool, gradient_scale: float = 1.0
+) -> Tensor:
     """Compute glalm.kernels.cross_entropy.cross_entropy_ on CUDA tensors."""
     N, V = logits.shape
     losses = torch.empty(N, device=logits.device, dtype=torch.float32)
     targets = targets.contiguous()
     constants = {"V": V, "BLOCK": min(BLOCK, triton.next_power_of_2(V)), "GRADIENT": gradient}
-    launch(cross_entropy_kernel, N, (logits, targets, losses, float(z_loss)), constants, {"num_warps": 8})
+    arguments = (logits, targets, losses, float(z_loss), float(gradient_scale))
+    launch(cross_entropy_kernel, N, arguments, constants, {"num_warps": 8})
     return losses
 
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, losses, z_loss, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
+    logits, targets, losses, z_loss, gradient_scale, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
     """Store the loss of one token in each program and, with GRADIENT, overwrite its logits by the gradient.
 
@@ -60,5 +63,5 @@ def cross_entropy_kernel(
         factor = 1 + 2 * z_loss * lse
         for start in range(0, V, BLOCK):
             x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
-            d = tl.exp(x - lse) * factor - tl.where(start + columns == target, 1.0, 0.0)
+            d = (tl.exp(x - lse) * factor - tl.where(start + columns == target, 1.0, 0.0)) * gradient_scale
             tl.store(logits + start + columns, d.to(logits.dtype.element_ty), mask=start + columns < V)

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from glalm.config.strict import ConfigError, RunError, build_dataclass, check_overrides, default_tree, require
+from glalm.progress import INTERRUPTED, protect_output
 
 # torch's CPU threads wait for each other many times per step, and spin by default. On a machine that does anything
 # else, a spinning thread keeps the core from the thread that it waits for: training was 20 times slower. OpenMP reads
@@ -56,7 +57,8 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     """Run `main` with the config that configs/<config_name>.yaml and the command line make, and exit.
 
     The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
-    could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds print their message only.
+    could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds, and Ctrl-C, print one
+    message without a traceback. Output that cannot be written, as in `eval.py | head`, is dropped.
     In a sweep (--multirun) of one process, a wrong config does not stop the other runs.
 
     Args:
@@ -64,6 +66,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
         cls: The dataclass of the config.
         config_name: A file of configs/, without its suffix.
     """
+    protect_output()
     store_defaults(cls)
     with exit_on_error():
         check_command_line(sys.argv[1:], cls)
@@ -91,9 +94,12 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn ConfigError and RunError into a message and an exit code."""
+    """Turn ConfigError, RunError and Ctrl-C into a message and an exit code."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)
     except (ConfigError, RunError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
@@ -132,6 +138,6 @@ def check_config_files() -> None:
     """Raise ConfigError for the first file of configs/ that is not YAML, for which Hydra would print a traceback."""
     for path in sorted(CONFIGS.rglob("*.yaml")):
         try:
-            yaml.safe_load(path.read_text())
+            yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not YAML: {error}") from error

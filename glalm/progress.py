@@ -1,17 +1,24 @@
-"""The progress bar and console of every command: preparation, training and evaluation."""
+"""What every command shows: its progress bar, its console, and how it ends when it is interrupted.
+
+Output never decides over work: a command goes on where what it prints cannot be written.
+"""
 
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+INTERRUPTED = "Interrupted. To resume, run the same command again."
+
 
 class IgnoreOSErrors:
-    """A text stream that drops what it cannot write.
+    """A text stream that drops what it cannot write, and escapes characters that its encoding lacks.
 
-    A closed terminal, or a log file on a full disk, must not stop a run: the console is only a view of its record.
+    A closed terminal or pipe, or a log file on a full disk, must not stop a run: the console is only a view of its
+    record.
     """
 
     def __init__(self, stream: TextIO):
@@ -22,11 +29,38 @@ class IgnoreOSErrors:
 
     def write(self, text: str) -> None:
         with suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
+
+
+def protect_output() -> None:
+    """Let this process continue where its standard output or error cannot be written, as in `eval.py | head`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, IgnoreOSErrors):
+            setattr(sys, name, IgnoreOSErrors(stream))
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run the `main` of a script and exit with its code, or with 130 and one line after Ctrl-C."""
+    protect_output()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 class ProgressBar:
@@ -44,9 +78,9 @@ class ProgressBar:
             file=IgnoreOSErrors(sys.stderr), quiet=quiet, markup=False, highlight=False, soft_wrap=True
         )
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glalm.compat.export import export_run
 from glalm.config.strict import RunError
+from glalm.progress import run_command
 
 
 def main() -> None:
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

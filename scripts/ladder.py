@@ -13,9 +13,10 @@ and .svg the validation loss against tokens, FOLDER/positions.png and .svg the p
 show the first seed.
 """
 
-import sys
+from functools import partial
 
+from glalm.progress import run_command
 from glalm.studies.ladder import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    run_command(partial(main, __doc__))

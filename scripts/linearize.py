@@ -17,6 +17,7 @@ from pathlib import Path
 from glalm.compat.linearize import LinearizeOptions, linearize_checkpoint
 from glalm.compat.llama import LINEAR_MIXERS
 from glalm.config.strict import ConfigError, RunError
+from glalm.progress import run_command
 
 
 def main() -> int:
@@ -54,4 +55,4 @@ def parse_arguments() -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from glalm.evals import plot
 from glalm.evals.html_report import distinct_names
+from glalm.progress import run_command
 
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),
@@ -22,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "training"])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="its suffix is replaced by .png and .svg")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="without its suffix .png or .svg: both are written")
     args = parser.parse_args()
     out = args.out or args.folders[0].resolve().parent / "plots" / args.figure
     folders = list(zip(distinct_names(args.folders), args.folders, strict=True))  # One may be named twice.
@@ -45,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

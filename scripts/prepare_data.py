@@ -10,6 +10,7 @@ from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import SUFFIXES
 from glalm.prepare.writer import format_counts
+from glalm.progress import run_command
 
 EXAMPLES = """\
 examples:
@@ -36,9 +37,6 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted. To resume, run the same command again.", file=sys.stderr)
-        return 130
 
 
 def inspect() -> int:
@@ -135,4 +133,4 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,6 +13,7 @@ from rich.console import Console
 from glalm.data.files import atomic_write
 from glalm.evals.html_report import render_report
 from glalm.evals.report import print_report
+from glalm.progress import run_command
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
                 print_report(folder, console)
         above = args.folders[0] if len(args.folders) == 1 else args.folders[0].resolve().parent
         target = args.html or above / "report.html"
-        content = render_report(args.folders).encode()
+        content = render_report(args.folders).encode(errors="surrogateescape")  # Paths may not be UTF-8.
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as file:
             file.write(content)
@@ -41,4 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 from glalm.prepare.encode import HELD_OUT
 from glalm.prepare.sources import describe_skipped_files, parse_source
 from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
-from glalm.progress import ProgressBar
+from glalm.progress import ProgressBar, run_command
 
 
 def main() -> int:
@@ -60,4 +60,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "glalm"
 CORE = {"config", "data", "kernels", "model", "hf", "pretrained", "train", "progress"}
 ALLOWED = {
     "config": {"model.config"},
-    "cli": {"config", "model.mixers"},
+    "cli": {"config", "model.mixers", "progress"},
     "kernels": set(),
     "data": set(),
     "progress": set(),

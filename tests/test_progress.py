@@ -1,11 +1,20 @@
 import errno
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from glalm import progress
-from glalm.progress import IgnoreOSErrors, ProgressBar
+from glalm.cli import exit_on_error
+from glalm.progress import IgnoreOSErrors, ProgressBar, run_command
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_messages_are_printed_as_they_are(capsys):
@@ -47,3 +56,57 @@ def test_a_stream_that_cannot_be_written_stops_nothing(monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         ClosedTerminal().write("x")
     assert IgnoreOSErrors(ClosedTerminal()).write("x") is None
+
+
+@given(st.text(), st.sampled_from(["ascii", "latin-1", "utf-8"]), st.sampled_from(["strict", "surrogateescape"]))
+@settings(deadline=None, max_examples=50)
+def test_a_text_that_the_encoding_lacks_stops_nothing(text, encoding, errors):
+    content = io.BytesIO()
+    stream = io.TextIOWrapper(content, encoding, errors, newline="")
+    guarded = IgnoreOSErrors(stream)
+    guarded.write(text)
+    guarded.flush()
+    try:
+        expected = text.encode(encoding, errors)
+    except UnicodeEncodeError:
+        expected = text.encode(encoding, "backslashreplace")
+    assert content.getvalue() == expected
+
+
+def test_a_command_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    """As in `script | head -n 1`: the reader closes the pipe, and the command prints more than a pipe holds."""
+    code = f"""
+import sys
+from pathlib import Path
+from rich.console import Console
+from glalm.progress import ProgressBar, run_command
+def main():
+    for i in range(20_000):
+        print("line", i)
+    sys.stderr.writelines(["both ", "streams"] * 20_000)
+    Console().print("by rich")
+    with ProgressBar() as bar:
+        bar.log("a message")
+    Path({str(tmp_path / "done")!r}).touch()
+    return 3
+run_command(main)
+"""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=write, stderr=write, cwd=ROOT, timeout=60)
+    os.close(write)
+    assert (tmp_path / "done").exists() and done.returncode == 3
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
+    with pytest.raises(SystemExit) as script:
+        run_command(interrupt)
+    with pytest.raises(SystemExit) as hydra_command, exit_on_error():
+        interrupt()
+    assert script.value.code == hydra_command.value.code == 130
+    assert capsys.readouterr().err == "Interrupted. To resume, run the same command again.\n" * 2

@@ -103,7 +103,8 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
         hf_tokenizer.save_pretrained(folder)
         if tokenizer_path.is_file():
             shutil.copy(tokenizer_path, folder)
-        (folder / "README.md").write_text(format_model_card(path, record, config, model.num_parameters()))
+        card = format_model_card(path, record, config, model.num_parameters())
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         folder.rename(out)
 
 

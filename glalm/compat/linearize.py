@@ -74,7 +74,8 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
         print(f"No tokenizer was written: {error}".splitlines()[0])
     config_file = options.out / "configs" / "model" / "linearized.yaml"
     config_file.parent.mkdir(parents=True)
-    config_file.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))))
+    settings = OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))
+    config_file.write_text(OmegaConf.to_yaml(settings), encoding="utf-8")
 
 
 def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:

@@ -32,6 +32,15 @@ def read_jsonl(path: Path, size: int | None = None) -> list[Any]:
     return [json.loads(line) for line in path.read_bytes()[:size].split(b"\n")[:-1] if line]
 
 
+def printable(name: str | os.PathLike) -> str:
+    """Return a name from a path as text for figures and pages: bytes are read as UTF-8 in every locale.
+
+    What is not UTF-8, and control characters, become U+FFFD.
+    """
+    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def temporary_path(path: Path) -> Path:
     """Return the hidden name beside `path` under which its content is written before it is complete."""
     return path.with_name(f".{path.name}.tmp")

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from glalm.config.strict import flatten_tree
+from glalm.data.files import printable
 from glalm.evals import plot
 from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, paper_table, select_columns
 from glalm.evals.result_files import infer_tokens, median_training_speed, read_json, select_scores
@@ -109,12 +110,12 @@ def render_report(folders: Sequence[Path]) -> str:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many of their parents as tell them apart."""
+    """Return the folders' names as printable text, with as many of their parents as tell them apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
     depth = 1
     while len({names[-depth:] for names in parts}) < len({*parts}):
         depth += 1
-    return ["/".join(names[-depth:]) for names in parts]
+    return [printable("/".join(names[-depth:])) for names in parts]
 
 
 # ----------------------------------------------------------------------------------------------------- the sections

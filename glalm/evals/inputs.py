@@ -94,7 +94,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     require((path / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a model's folder")
     files = sorted(path.glob("*.safetensors"))
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
-    model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     is_export = model_type == GLALMConfig.model_type
     is_ours = model_type in MODEL_TYPES
     # Our weights stay in float32 and run under autocast, as in training. Other models are loaded in the precision to

@@ -1,7 +1,7 @@
 """Figures from evaluators' JSON files, in the size and the type of a paper's column. No model is needed.
 
-Every plot function writes PATH.png and PATH.svg, whatever suffix PATH has, and returns these two paths. A record is the
-content of an evaluator's file, or the path of the file.
+Every plot function writes PATH.png and PATH.svg, where PATH may already end in one of these suffixes, and returns the
+two paths. A record is the content of an evaluator's file, or the path of the file.
 """
 
 import math
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
-from glalm.data.files import atomic_write
+from glalm.data.files import atomic_write, printable
 from glalm.evals.result_files import infer_tokens, read_json
 from glalm.train.metrics import read_metrics
 
@@ -30,6 +30,7 @@ COLORS = (
 MARKERS = "os^Dvp*X<>P"  # One less than there are colors, so that 132 models are drawn before two look alike.
 STYLE = "glalm.evals.paper"  # paper.mplstyle
 SIZE = (4.5, 2.9)  # inches of a figure, as there
+SUFFIXES = (".png", ".svg")
 GREY = "#555555"
 MAX_LEGEND_ABOVE = 4  # A legend of more entries stands beside the axes, not above them.
 CONTEXT_LINES = {  # The line and the description of a context that is not a figure's first.
@@ -131,7 +132,7 @@ def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
         raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
     ax = Figure().subplots()
     for i, (name, points) in enumerate(curves.items()):
-        ax.plot(*zip(*points, strict=True), **_line_style(i), label=name)
+        ax.plot(*zip(*points, strict=True), **_line_style(i), label=_legend_text(name))
     _format_loss_axes(ax, "validation loss (nats per token)")
     _add_legend(ax)
     return _save_figure(ax.figure, path)
@@ -284,7 +285,12 @@ def _line_style(i: int) -> dict:
 
 def _model_label(record: dict, context: str = "stateful") -> str:
     suffix = "" if context == "stateful" else f", {CONTEXT_LINES[context][1]}"
-    return f"{record['model']} ({format_quantity(record['parameters'])} parameters){suffix}"
+    return _legend_text(f"{record['model']} ({format_quantity(record['parameters'])} parameters){suffix}")
+
+
+def _legend_text(name: str) -> str:
+    """Return a user's name as a label. matplotlib leaves labels that begin with an underscore out of legends."""
+    return printable(f" {name}" if name.startswith("_") else name)
 
 
 def _add_legend(ax: Axes, contexts: Iterable[str] = ()) -> None:
@@ -372,7 +378,9 @@ def _format_perplexity_axis(ax: Axes, values: list[float]) -> None:
 def _save_figure(figure: Figure, path: str | Path) -> list[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    # Only these two are suffixes: "ratio_0.5" is a name with a dot.
+    name = path.stem if path.suffix in SUFFIXES else path.name
+    paths = [path.with_name(name + suffix) for suffix in SUFFIXES]
     for file_path in paths:
         kind = file_path.suffix[1:]
         with atomic_write(file_path) as file:

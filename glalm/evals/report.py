@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from glalm.data.files import printable
 from glalm.evals.result_files import infer_tokens, median_training_speed, read_json
 from glalm.train.metrics import read_metrics
 
@@ -36,7 +37,7 @@ def print_report(folder: Path, console: Console) -> None:
     metrics, skipped = read_metrics(folder / "metrics.jsonl")
     perplexity = read_json(folder / "eval" / "perplexity.json")
     extrapolation = read_json(folder / "eval" / "extrapolation.json")
-    table = Table(title=Text(f"run {folder.name}"), title_justify="left")
+    table = Table(title=Text(f"run {printable(folder.name)}"), title_justify="left")
     table.add_column("quantity", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("from", style="dim", overflow="fold")
@@ -114,7 +115,7 @@ def format_ratios(ratios: dict[str, dict]) -> dict[int, str]:
 def list_outputs(folder: Path) -> list[Path]:
     """Return the files of a run, and the folders of its checkpoints, in the order in which they are written."""
     paths = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
-    paths += sorted(folder.glob("checkpoints/step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    paths += sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name.split(".")[0]), path.name))
     for pattern in ("eval/[!.]*.json", "plots/[!.]*.png", "plots/[!.]*.svg"):
         paths += sorted(folder.glob(pattern))
     return paths

@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict | None:
         ValueError: It is damaged; the message names it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig) -> int:
     device = start_processes()
     rank, world_size = rank_and_world_size()
     transformers.utils.logging.disable_progress_bar()
-    console = Console(highlight=False, soft_wrap=True, quiet=rank != 0)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=rank != 0)
     model = open_eval_model(config, device)
     devices = f"{world_size} x {device.type}" if world_size > 1 else str(device)
     console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters, {devices}, {model.precision}")
@@ -56,13 +56,20 @@ def evaluate(config: EvalConfig) -> int:
         except Exception as error:
             failures.append(name)
             print_failure(name, error, console)
-    metrics_path = model.output_folder / "metrics.jsonl"
-    if rank == 0 and metrics_path.is_file():
-        for path in plot_training(metrics_path, model.output_folder / "plots" / "training.png"):
-            console.print(f"wrote {path}")
+    if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
+        draw_training(model.output_folder, console)
     if failures:
         raise RunError(f"{len(failures)} of {len(config.evals)} evaluators failed (see above): {', '.join(failures)}")
     return 0
+
+
+def draw_training(folder: Path, console: Console) -> None:
+    """Draw the losses of the run in `folder`. Its metrics may be damaged, which concerns no evaluator."""
+    try:
+        for path in plot_training(folder / "metrics.jsonl", folder / "plots" / "training.png"):
+            console.print(f"wrote {path}")
+    except Exception as error:
+        console.print(f"{folder / 'plots' / 'training.png'} was not drawn: {error}")
 
 
 def start_processes() -> torch.device:

@@ -29,7 +29,7 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
         ValueError: A file is damaged.
     """
     folder = Path(folder)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     manifest = read_manifest(folder)
     splits = {split: TokenSet(folder, split) for split in SPLITS}
     train = splits["train"]

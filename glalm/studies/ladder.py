@@ -311,7 +311,7 @@ def print_table(rows: list[dict]) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in sorted(rows, key=lambda r: r["perplexity"]):
         table.add_row(*(format_cell(column, row.get(column)) for column in columns))
-    Console(width=130).print(table)
+    Console(width=130, markup=False).print(table)
 
 
 def format_cell(column: str, value) -> str:

@@ -7,8 +7,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from glalm.data.files import printable
 from glalm.evals import plot
 from glalm.evals.plot import (
     plot_decoding,
@@ -291,3 +294,30 @@ def test_quantities():
 def test_plots_and_reports_need_no_torch():
     code = "import glalm.evals.plot, glalm.evals.report, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@example("cost_$5_vs_$6")
+@example(r"lr$\frac$")
+@example("_private")
+@example("lauf-\udcc3\udcbc \x1b")
+@given(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=4)
+def test_any_name_of_a_run_is_drawn_as_it_is(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+    _, svg = plot_losses({name: folder / "metrics.jsonl"}, folder / "loss")
+    legends = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "_save_figure", lambda figure, path: legends.append(figure.legends[0]))
+        plot_losses({name: folder / "metrics.jsonl"}, "x")
+    ElementTree.parse(svg)  # It is XML, whatever the name.
+    [text] = legends[0].get_texts()
+    assert text.get_text().lstrip() == printable(name).lstrip()
+    assert not text.get_parse_math()
+
+
+def test_a_name_with_a_dot_has_no_suffix(tmp_path):
+    for name in ("ratio_0.5", "ratio_0.7", "v1.2.png", ".hidden"):
+        plot_ratios([result()], tmp_path / name)
+    names = {f"{name}{suffix}" for name in ("ratio_0.5", "ratio_0.7", "v1.2", ".hidden") for suffix in (".png", ".svg")}
+    assert {path.name for path in tmp_path.iterdir()} == names

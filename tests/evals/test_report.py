@@ -124,3 +124,11 @@ def test_a_torn_row_of_metrics_is_skipped(run):
         file.write('\0\0\0\n{"step":')
     lines.insert(lines.index(["written:"]), ["2 unreadable lines of metrics.jsonl were skipped"])
     assert printed(run) == lines
+
+
+def test_checkpoints_that_were_set_aside_are_listed(run):
+    for name in ("step_10.damaged", "step_4.superseded", "step_4.superseded2", "step_best"):
+        (run / "checkpoints" / name).mkdir()
+    found = [line[0].rpartition("/")[2] for line in printed(run) if "/checkpoints/" in line[0]]
+    aside = ["step_4.superseded", "step_4.superseded2", "step_9", "step_10", "step_10.damaged", "step_best"]
+    assert found == aside

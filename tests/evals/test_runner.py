@@ -341,6 +341,28 @@ def test_an_error_of_one_process_reaches_the_others(monkeypatch):
     assert sorted(raised) == ["0: RunError: rank 1: ValueError: on one only", "1: ValueError: on one only"]
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 0, "lo', '{"step": 1}\n'])
+def test_metrics_that_cannot_be_drawn_end_no_evaluation(content, run, capsys):
+    (run.folder / "metrics.jsonl").write_text(content)
+    assert evaluate(wanted(run, evals=["generate"])) == 0
+    assert record(run, "generate")["results"]
+    assert "training.png was not drawn: " in capsys.readouterr().out
+
+
+def test_brackets_in_names_are_no_markup(run, tmp_path, capsys):
+    folder = tmp_path / "[a[/b]"
+    assert evaluate(wanted(run, evals=["generate"], out=str(folder))) == 0
+    assert f"wrote {folder}/eval/generate.json" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_when_nobody_reads_what_it_prints(run):
+    command = f"{sys.executable} eval.py name={run.name} runs_dir={run.runs_dir} generate.tokens=2 | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert {p.name for p in (run.folder / "eval").iterdir()} == {f"{name}.json" for name in EvalConfig().evals}
+
+
 def test_an_evaluator_that_does_not_exist():
     with pytest.raises(ConfigError, match="no evaluator is called perplexitty; did you mean perplexity"):
         EvalConfig(evals=["perplexitty"])

@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import require
+from glalm.kernels.common import sequence_ids
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
@@ -347,10 +348,11 @@ def padding_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def shift_within_sequences(labels: LongTensor, cu_seqlens: Tensor | None) -> LongTensor:
     """Return the label of the next position [B, T], and IGNORE_INDEX at the last position of every sequence."""
-    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
+    following = labels[:, 1:]
     if cu_seqlens is not None:
-        shifted[:, cu_seqlens[1:] - 1] = IGNORE_INDEX
-    return shifted
+        sequence = sequence_ids(cu_seqlens, labels.shape[1])
+        following = following.where(sequence[1:] == sequence[:-1], IGNORE_INDEX)
+    return torch.cat([following, torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
 
 
 def cu_seqlens_of_positions(

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import CHUNK, sequence_masks, wide_dtype
+from glalm.kernels.common import CHUNK, empty_output, sequence_masks, wide_dtype
 
 # The largest exponent that scales q or k. In float32, a sum of gates near 20 is off by a few 1e-6, and so are the
 # results. Larger exponents would lose more digits long before anything overflows.
@@ -68,8 +68,8 @@ class ChunkLayout(NamedTuple):
         return x.index_select(0, self.source).view(-1, self.chunk, x.shape[-1])
 
     def to_tokens(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo to_chunks, with the shape and dtype of `like`."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.position).view(like.shape).to(like.dtype)
+        """Undo to_chunks, with the shape of `like`."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.position).view(like.shape)
 
 
 def lay_out_chunks(q: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
@@ -257,14 +257,15 @@ class ChunkedGLA:
     def outputs(self) -> Tensor:
         """Return o, [B, T, H, V]."""
         o = (self.blocks.A @ self.v).baddbmm_(self.blocks.q, self.states.flatten(0, 1))
-        return self.layout.to_tokens(o, self.args[2])
+        v = self.args[2]
+        return self.layout.to_tokens(o, v).to(v.dtype)
 
     def final_state(self) -> Tensor:
         """Return the states after the last tokens, [N, H, K, V]."""
         return self.S[self.layout.rank]
 
     def gradients(self, do: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv, dg and the gradient of the initial states."""
+        """Return dq, dk, dv, dg and the gradient of the initial states; dg is not rounded to the dtype of g."""
         layout = self.layout
         blocks = self.blocks
         do = layout.to_chunks(do, self.v.dtype)
@@ -277,8 +278,9 @@ class ChunkedGLA:
         dstates = dstates.flatten(0, 1)
         dv = (blocks.A.mT @ do).baddbmm_(blocks.k, dstates)
         dq, dk, dg = blocks.pullback(do @ self.v.mT, do @ states.mT, self.v @ dstates.mT, dtotal)
-        grads = zip((dq.mul_(self.scale), dk, dv, dg), self.args, strict=True)
-        return *(layout.to_tokens(d, x) for d, x in grads), dS[layout.rank]
+        q, k, v, g = self.args
+        grads = zip((dq.mul_(self.scale), dk, dv), (q, k, v), strict=True)
+        return *(layout.to_tokens(d, x).to(x.dtype) for d, x in grads), layout.to_tokens(dg, g), dS[layout.rank]
 
 
 # 5. A gate on the value axis -------------------------------------------------------------------------------
@@ -325,4 +327,4 @@ def value_gated_attention(
         q_n, k_n, values_n, entering_n, through_n, within_n = chunk
         outputs.append(within_n + torch.einsum("bihk,bhkv->bihv", q_n, S) * entering_n)
         S = S * through_n[:, :, None] + torch.einsum("bihk,bihv->bhkv", k_n, values_n)
-    return torch.cat(outputs, 1)[:, :T] if outputs else v.flatten(1, 2), S
+    return torch.cat(outputs, 1)[:, :T] if outputs else empty_output(v.flatten(1, 2), q, k, g), S

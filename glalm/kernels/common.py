@@ -71,6 +71,17 @@ def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Ten
     return dg.to(g.dtype)
 
 
+# No tokens --------------------------------------------------------------------------------------------------
+
+
+def empty_output(v: Tensor, *others: Tensor | None) -> Tensor:
+    """Return an output like v [B, 0, ...], through which autograd gives v and each other input a gradient of zeros.
+
+    Without a path from the output to an input, the input would have no gradient at all.
+    """
+    return v + sum(x.sum() for x in others if x is not None)
+
+
 # Packed sequences -------------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ def compute_chunks(
     V = v.shape[3]
     S = q.new_zeros(B, H, K, V) if S is None else S
     if T == 0:
-        return v, S
+        return common.empty_output(v, q, k, beta, g), S
     C = min(common.CHUNK, T)
     n = (T + C - 1) // C
 

@@ -124,7 +124,7 @@ def run_recurrence(
         outputs.append((q[:, t, :, :, None] * S).sum(2))
         if cu_seqlens is not None:  # The last token of a sequence writes last.
             final_state.index_copy_(0, sequence[t : t + 1], S)
-    o = torch.stack(outputs, 1).to(v.dtype) if T else torch.empty_like(v)
+    o = torch.stack(outputs, 1).to(v.dtype) if T else common.empty_output(v, q, k, g)
     return o, S if cu_seqlens is None and T else final_state
 
 

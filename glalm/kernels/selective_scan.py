@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import check_cu_seqlens, check_values, wide_dtype
+from glalm.kernels.common import check_cu_seqlens, check_values, empty_output, wide_dtype
 
 
 def selective_scan(
@@ -50,12 +50,12 @@ def selective_scan(
     dtype = wide_dtype(x)
     T = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        decay = (dt.to(dtype)[..., None] * A.to(dtype)).exp()
-        update = (dt.to(dtype) * x.to(dtype))[..., None] * B.to(dtype)[:, :, None]
         if T == 0:
             n = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
             final_state = x.new_zeros(n, *A.shape, dtype=dtype) if initial_state is None else initial_state
-            return torch.empty_like(x), final_state
+            return empty_output(x, dt, A, B, C), final_state
+        decay = (dt.to(dtype)[..., None] * A.to(dtype)).exp()
+        update = (dt.to(dtype) * x.to(dtype))[..., None] * B.to(dtype)[:, :, None]
         if cu_seqlens is None:
             h = scan_states(decay, update, initial_state)
             final_state = h[:, -1]
@@ -86,7 +86,7 @@ def scan_states(decay: Tensor, update: Tensor, h: Tensor | None) -> Tensor:
     from_zero = [updates[0]]
     for decay_t, update_t in zip(decays[1:], updates[1:], strict=True):
         from_zero.append(torch.addcmul(update_t, decay_t, from_zero[-1]))
-    if h is None and chunk == T:
+    if h is None and chunk == T > 1:  # One token takes the general path, in which its decay has a gradient (of 0).
         return torch.cat(from_zero, 1)
     products = [*accumulate(decays, torch.mul)]
     entering = [torch.zeros_like(update[:, 0]) if h is None else h]

@@ -124,11 +124,13 @@ class ShortConv(nn.Module):
         The sum over the taps is written out because a compiler fuses it into one kernel, while conv1d with one group
         per channel is slower and needs transposes.
         """
+        dtype = x.dtype
+        x = at_least_float32(x)  # The gradient of x sums over the taps, and half precision would round every term.
         weight = at_least_float32(self.weight)
         taps = weight.shape[2]
         T = max(0, x.shape[1] - taps + 1)
         y = sum(x[:, i : i + T] * weight[:, 0, i] for i in range(taps))
-        return F.silu(y if self.bias is None else y + self.bias).to(x.dtype)
+        return F.silu(y if self.bias is None else y + self.bias).to(dtype)
 
     def flops(self) -> int:
         """Return the floating-point operations per token."""

@@ -72,10 +72,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy in nats of each token, [...] float32, without gradient; 0 where it is IGNORE_INDEX."""
     flat_hidden = hidden.flatten(0, -2)
     flat_targets = targets.flatten()
-    losses = [
-        cross_entropy_(F.linear(flat_hidden[rows], weight), flat_targets[rows], 0.0, False)
-        for rows in _chunk_rows(flat_hidden, weight)
-    ]
+    losses = [hidden.new_empty(0, dtype=torch.float32)]
+    for rows in _chunk_rows(flat_hidden, weight):
+        losses.append(cross_entropy_(F.linear(flat_hidden[rows], weight), flat_targets[rows], 0.0, False))
     return torch.cat(losses).view(targets.shape)
 
 

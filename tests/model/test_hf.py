@@ -7,10 +7,13 @@ import sys
 from shutil import copytree
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
 from choices import EXACT, every_choice
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import (
@@ -29,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import glalm.hf
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
-from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel
+from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel, shift_within_sequences
 from glalm.model.fla_checkpoints import FORMATS
 from glalm.model.mixers.gla import GLAOptions
 
@@ -360,6 +363,25 @@ def test_labels_of_packed_sequences_are_shifted_within_each(tiny, tokens):
     packed = model(ids, labels=ids, cu_seqlens=torch.tensor([0, 0, 7, 8, 8, 20]))
     apart = [model(part, labels=part).loss * (part.shape[1] - 1) for part in parts]
     torch.testing.assert_close(packed.loss, sum(apart) / (6 + 0 + 11))
+
+
+@hypothesis.settings(max_examples=30)
+@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=8), int32=st.booleans())
+def test_labels_are_shifted_within_sequences_of_any_length(lengths, int32):
+    labels = torch.arange(sum(lengths))[None]
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32 if int32 else torch.int64).cumsum(0)
+    expected = []
+    for part in labels[0].split(lengths):
+        expected += [*part[1:].tolist(), -100] if len(part) else []
+    assert shift_within_sequences(labels, bounds).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 0], [0, 0, 0]], ids=str)
+def test_a_row_without_tokens_has_a_loss_of_zero(bounds, tiny, tokens):
+    model, ids = tiny().train(), tokens(1, 0)
+    loss = model(ids, labels=ids, cu_seqlens=bounds and torch.tensor(bounds)).loss
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)

@@ -56,6 +56,27 @@ def test_the_loss_of_no_targets_is_zero(problem):
     assert loss == 0 and hidden.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-7), (torch.float32, 1e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", range(4))
+def test_few_tokens_in_every_dtype(tokens, dtype, tolerance):
+    """The gradients are those in float64, but for the rounding of the logits and their gradient to `dtype`."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, 16, dtype=torch.float64).to(dtype).requires_grad_() for n in (tokens, 40)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    targets = torch.randint(40, (tokens,))
+    loss = linear_cross_entropy(*inputs, targets)
+    each = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+    expected = each.sum() / max(tokens, 1)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(token_losses(*inputs, targets).double(), each, rtol=tolerance, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, exact), strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
 def test_autocast_keeps_float32_sums():
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)

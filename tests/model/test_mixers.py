@@ -157,6 +157,25 @@ def test_every_parameter_learns(choice, tiny, tokens):
 
 
 @every_choice
+@pytest.mark.parametrize("T", range(4))
+def test_the_shortest_inputs_give_every_parameter_a_gradient(choice, T, tiny, tokens):
+    """In float32 as in float64, in a batch and packed; without tokens, the gradients are 0."""
+    model, ids = tiny(**choice), tokens(2, T)
+
+    def gradient(model: GLALMForCausalLM) -> torch.Tensor:
+        model.zero_grad()
+        batch = model(ids).logits
+        packed = model(ids.view(1, -1), cu_seqlens=torch.tensor([0, T, 2 * T]), use_cache=False).logits
+        (batch.square().sum() + packed.sin().sum()).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    exact = gradient(model)
+    assert exact.norm() == 0 if T == 0 else exact.norm() > 0
+    assert (gradient(model.float()) - exact).norm() <= 1e-3 * exact.norm()
+
+
+@every_choice
 def test_saved_and_loaded(choice, tiny, tokens, tmp_path):
     model, ids = tiny(**choice), tokens(1, 10)
     model.save_pretrained(tmp_path)

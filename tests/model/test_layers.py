@@ -1,0 +1,31 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glalm.model.layers import ShortConv
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2**-8 + 1e-5), (torch.float16, 2**-11 + 1e-5)],
+    ids=str,
+)
+def test_a_short_convolution_rounds_once(dtype, tolerance, bias):
+    """Its output and its gradients are those of a float64 convolution, rounded once."""
+    torch.manual_seed(0)
+    conv = ShortConv(6, 4, bias).to(dtype if dtype == torch.float64 else torch.float32)
+    for p in conv.parameters():
+        torch.nn.init.normal_(p)
+    weights = dict(conv.named_parameters())
+    for T in (0, 1, 2, 3, 200):
+        x = torch.randn(2, T, 6, dtype=torch.float64).to(dtype).requires_grad_()
+        dy = torch.randn(2, T, 6, dtype=torch.float64).to(dtype)
+        leaves = {name: p.detach().double().requires_grad_() for name, p in {"x": x, **weights}.items()}
+        padded = F.pad(leaves["x"].mT, (4, 0))  # With one row more than needed, because conv1d refuses T = 0.
+        expected = F.silu(F.conv1d(padded, leaves["weight"], leaves.get("bias"), groups=6).mT[:, 1:])
+        found, _ = conv(x, None, None)
+        results = [found, *torch.autograd.grad(found, [x, *weights.values()], dy)]
+        truths = [expected, *torch.autograd.grad(expected, [*leaves.values()], dy.double())]
+        for result, truth in zip(results, truths, strict=True):
+            assert (result.double() - truth).norm() <= tolerance * truth.norm()

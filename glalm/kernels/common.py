@@ -25,6 +25,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
+def multiplies_exactly(x: Tensor) -> bool:
+    """Return whether the user asks for matrix products of x in all of float32's precision, rather than in TF32.
+
+    torch.set_float32_matmul_precision changes this setting, too, while torch.get_float32_matmul_precision does not see,
+    or refuses to return, what was written to it directly.
+    """
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
 def has_kernel(q: Tensor) -> bool:
     """Return whether the Triton kernels can serve q: it is on a CUDA device and not float64."""
     return q.is_cuda and q.dtype != torch.float64

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.common import gate_has_gradient
+from glalm.kernels.common import gate_has_gradient, multiplies_exactly
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
 from glalm.kernels.triton.launch import LaunchConfig, config_for, launch, multiprocessors, padded_head_size
@@ -164,8 +164,7 @@ class LaunchPlan:
         self.chunks = Chunks.locate(self.B, self.T, cu_seqlens)
         self.tiles = self.chunks.count * self.H
         self.dtype = operand_dtype(q)
-        exact_float32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        self.precision = "tf32x3" if exact_float32 else "tf32"
+        self.precision = "tf32x3" if multiplies_exactly(q) else "tf32"
         # The running sums of the gates are matmuls of this many bfloat16 parts (see exact_dot).
         gate_dtype = None if g is None else torch.float32 if self.from_logits else g.dtype
         self.gate_parts = 1 if gate_dtype == torch.bfloat16 else 2 if self.dtype == torch.bfloat16 else 3

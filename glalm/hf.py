@@ -3,13 +3,16 @@
 Importing this module registers them with transformers' Auto classes. glalm.pretrained loads their checkpoints.
 """
 
+import copy
 import dataclasses
 import difflib
+import warnings
 from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,6 +35,7 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
 from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
+from glalm.model.written_weights import collect_weights, explain_misfit
 from glalm.pretrained import load_pretrained
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -116,6 +120,24 @@ class GLALMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a checkpoint as transformers does, but refuse one that does not fit: see load_pretrained."""
         return load_pretrained(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """Save weights and config as transformers does, and warn if they do not describe the same model.
+
+        Adapters, models that transformers has quantised, and sharded models are saved by transformers' own rules.
+
+        Raises:
+            ValueError: A weight is quantised, and not by transformers.
+        """
+        is_quantised = getattr(self, "hf_quantizer", None) is not None
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        if not (is_quantised or is_sharded or getattr(self, "_hf_peft_config_loaded", False)):
+            state_dict = collect_weights(self) if state_dict is None else state_dict
+            with torch.device("meta"):
+                expected = type(self)(copy.deepcopy(self.config))
+            if misfit := explain_misfit(state_dict, expected):
+                warnings.warn(f"{save_directory} is saved, but does not fit its config.json. {misfit}", stacklevel=2)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,12 +237,20 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         self.model = GLALMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # post_init copies GLALMModel's, by which it has no head.
 
     def to_core(self) -> CausalLM:
-        """Return a CausalLM that shares the parameters of this model."""
+        """Return a CausalLM that shares the parameters of this model.
+
+        Raises:
+            ConfigError: The model is not what its config describes.
+        """
         with torch.device("meta"):
             core = CausalLM(self.config.to_model_config())
-        core.load_state_dict(self.state_dict(), assign=True)
+        weights = collect_weights(self)
+        misfit = explain_misfit(weights, core)
+        require(not misfit, misfit)
+        core.load_state_dict(weights, assign=True)
         core.tie_weights()
         return core
 

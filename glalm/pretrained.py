@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from glalm.model.fla_checkpoints import FORMATS, weights_from_fla
+from glalm.model.written_weights import advise, list_some
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Arguments of from_pretrained with which the caller says where the weights are.
@@ -43,10 +44,17 @@ def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kw
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         tree, _ = PreTrainedConfig.get_config_dict(where, **hub)
         files = find_weight_files(where, hub)
-    if files is not None and tree.get("model_type") in FORMATS:
-        model, info = load_translated(read, where, files, hub, *args, **kwargs)
-    else:
-        model, info = read(where, *args, **kwargs)
+    try:
+        if files is not None and tree.get("model_type") in FORMATS:
+            model, info = load_translated(read, where, files, hub, *args, **kwargs)
+        else:
+            model, info = read(where, *args, **kwargs)
+    except NotImplementedError as error:
+        # transformers 5.17 compares tied weights before it reports that one of them has a wrong shape.
+        raise ValueError(
+            f"{where or 'the state_dict'} has a head (lm_head.weight) of another shape than the embeddings, with which "
+            "its config ties it. Set tie_word_embeddings to false, or vocab_size to that of the weights."
+        ) from error
     if not lenient:
         check_loading_info(where, type(model).__name__, info, shapes_only=return_info)
     return (model, info) if return_info else model
@@ -112,8 +120,8 @@ def check_loading_info(where, model: str, info: dict, shapes_only: bool) -> None
         findings["lacks"] = info["missing_keys"]
     for finding, names in findings.items():
         if names:
-            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            advice = advise(info["unexpected_keys"]) or "Check that config.json was saved together with these weights."
             raise ValueError(
-                f"{where or 'the state_dict'} {finding} {some}, so it is not a {model} of this config. Check that "
-                "config.json was saved together with these weights. (ignore_mismatched_sizes=True loads what fits.)"
+                f"{where or 'the state_dict'} {finding} {list_some(names)}, so it is not a {model} of this config. "
+                f"{advice} (ignore_mismatched_sizes=True loads what fits.)"
             )

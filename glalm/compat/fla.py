@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from glalm.config.strict import require
 from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.model.decoder import CausalLM
 from glalm.model.fla_checkpoints import FEATURE_MAPS, FORMATS, MIXERS, SHARED_FIELDS
 from glalm.model.mixers.attention import attention_heads
+from glalm.model.written_weights import collect_weights, explain_misfit
 
 ARCHITECTURES = {"gla": "GLAForCausalLM", "retnet": "RetNetForCausalLM", "transformer": "TransformerForCausalLM"}
 
@@ -18,14 +21,16 @@ def export_checkpoint(model: GLALMForCausalLM, folder: str | Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, which flash-linear-attention loads.
 
     Raises:
-        ConfigError: That library has no model that computes the same, or `model` is wrapped by peft.
+        ConfigError: That library has no model that computes the same, or `model` is not what its config describes.
+        ValueError: A weight is quantised.
     """
-    require(
-        not hasattr(model, "merge_and_unload"),
-        "The model is wrapped by peft. Export the model that model.merge_and_unload() returns",
-    )
+    with torch.device("meta"):
+        expected = CausalLM(model.config.to_model_config())
+    weights = collect_weights(model)
+    misfit = explain_misfit(weights, expected)
+    require(not misfit, misfit)
     tree = config_to_fla(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     folder = Path(folder)

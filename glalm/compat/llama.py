@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from glalm.config.strict import require
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.mixers.attention import attention_heads
+from glalm.model.written_weights import list_some
 
 LINEAR_MIXERS = ("gla", "regla")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "initializer_range")
@@ -34,14 +35,17 @@ def load_llama(folder: Path, gguf_file: str | None = None) -> LlamaForCausalLM:
     """Load a Llama in float32 from the safetensors in `folder`, or from a GGUF file in it.
 
     Raises:
-        ConfigError: Weights are missing. transformers would only warn, and continue with random ones.
+        ConfigError: Weights are missing, or config.json has no place for some. transformers would only warn, and
+            continue with random ones, or without them.
     """
     source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     llama, info = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **source
     )
-    missing = sorted(info["missing_keys"])
-    require(not missing, f"{folder} has no weights named {', '.join(missing[:4])}. Copy the model again")
+    for problem, names in (("no weights named", info["missing_keys"]), ("unknown weights", info["unexpected_keys"])):
+        require(
+            not names, f"{folder} has {problem} {list_some(names)}. Copy weights and config.json of one model again"
+        )
     return llama.eval()
 
 

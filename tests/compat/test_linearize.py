@@ -3,7 +3,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from glalm.compat.linearize import distil_mixers
-from glalm.compat.llama import convert_llama, is_new_parameter
+from glalm.compat.llama import convert_llama, is_new_parameter, load_llama
 from glalm.config.strict import ConfigError
 
 
@@ -31,6 +31,16 @@ def test_model_with_softmax_layers_only_computes_the_same(llama, random_tokens, 
     model = convert_llama(original, softmax_layers=[0, 1, 2])
     torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
     assert (model.lm_head.weight is model.model.embeddings.weight) == tied
+
+
+@pytest.mark.parametrize("saved_with_bias, problem", [(True, "unknown weights"), (False, "no weights named")])
+def test_llama_unlike_its_config_is_refused(llama, saved_with_bias, problem, tmp_path):
+    model = llama(attention_bias=saved_with_bias)
+    model.save_pretrained(tmp_path)
+    model.config.attention_bias = not saved_with_bias
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{problem} model.layers.0.self_attn.k_proj.bias.* and 8 more"):
+        load_llama(tmp_path)
 
 
 def test_generation_config_is_copied(llama):

@@ -11,7 +11,7 @@ ALLOWED = {
     "config": {"model.config"},
     "cli": {"config", "model.mixers", "progress"},
     "kernels": set(),
-    "data": set(),
+    "data": {"config.strict"},
     "progress": set(),
     "prepare": {"data", "progress"},
     "model": {"config.strict", "kernels"},

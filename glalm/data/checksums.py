@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from glalm.data.files import DamagedFile
+
 # Bytes of a block. A page fault reads about as much ahead anyway, and 4 bytes of checksum for each of them is little.
 BLOCK = 2**16
-
-
-class DamagedFile(ValueError):
-    """A file whose bytes differ from those that were written. The message names the file and the block."""
 
 
 def block_sums(path: Path) -> np.ndarray:

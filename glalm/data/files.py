@@ -1,13 +1,25 @@
-"""Files that survive crashes: written atomically, flushed to disk, locked, and truncated back to a known size."""
+"""Files that survive crashes: written atomically, flushed to disk, locked, checked when they are read back."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from glalm.config.strict import RunError
+
+
+class DamagedFile(RunError, ValueError):
+    """A file that does not hold what was written to it, or cannot be read. The message names the file."""
+
+
+class UnreadableFile(DamagedFile):
+    """A file that the operating system does not let this process read. It may be undamaged."""
 
 
 @contextmanager
@@ -24,12 +36,97 @@ def write_json(path: Path, content: Any, **options) -> None:
         file.write(json.dumps(content, **options).encode())
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file, or of one that a link leads to.
+
+    Raises:
+        FileNotFoundError: Nothing has this name.
+        DamagedFile: It is a folder, a link that leads nowhere, or another kind of file.
+        UnreadableFile: The operating system refuses to read it.
+    """
+    if not os.path.exists(path):
+        if os.path.islink(path):
+            raise DamagedFile(f"{path} is a link to {os.readlink(path)}, which is not there")
+        # `exists` is also false where a folder of the path must not be searched. Then opening the file says so.
+    elif not os.path.isfile(path):
+        # Opening a pipe would wait for a writer.
+        raise DamagedFile(f"{path} is a folder or another kind of file, not a regular one")
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except OSError as error:
+        raise UnreadableFile(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path, shape: Any = dict) -> Any:
+    """Return the content of a JSON file, after checking that it has a shape.
+
+    Args:
+        shape: A type, or a tuple of types. {"key": shape, ...}: an object with these keys, and perhaps others.
+            {str: shape}: an object in which every value has the shape. [shape]: an array of which every item has it.
+            {"a", "b"}: one of these values.
+
+    Raises:
+        FileNotFoundError: Nothing has this name.
+        DamagedFile: It cannot be read, is not JSON, or has another shape.
+    """
+    content = read_file(path)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:  # Of a file that nests too deeply, json raises the latter.
+        reason = f"it is not JSON ({error})" if content else "it is empty"
+        raise DamagedFile(f"{path} is damaged: {reason}") from error
+    if mismatch := find_mismatch(value, shape):
+        raise DamagedFile(f"{path} is damaged: {mismatch}")
+    return value
+
+
+def find_mismatch(value: Any, shape: Any, where: str = "") -> str | None:
+    """Return how `value` differs from `shape`, which is one of those of `read_json`, or None if it does not.
+
+    Args:
+        where: The keys that lead to the value: "splits.train.tokens".
+    """
+    name = where or "its content"
+    parts = []
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is not a list"
+        parts = [(f"{where}[{i}]", item, shape[0]) for i, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is not an object"
+        shapes = dict.fromkeys(value, shape[str]) if str in shape else shape
+        if missing := [key for key in shapes if key not in value]:
+            return f"{name} has no {missing[0]!r}"
+        parts = [(f"{where}.{key}".lstrip("."), value[key], item) for key, item in shapes.items()]
+    elif isinstance(shape, set):
+        if not (isinstance(value, str) and value in shape):
+            return f"{name} is none of {', '.join(sorted(shape))}"
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is int):
+        return f"{name} is of the wrong type, {type(value).__name__}"
+    mismatches = (find_mismatch(part, item, part_where) for part_where, part, item in parts)
+    return next(filter(None, mismatches), None)
+
+
 def read_jsonl(path: Path, size: int | None = None) -> list[Any]:
     """Return the rows in the first `size` bytes of a JSON Lines file, or in all of it.
 
     A last line without its newline was cut short by a kill, and is skipped.
+
+    Raises:
+        FileNotFoundError: Nothing has this name.
+        DamagedFile: It cannot be read, or another line is not JSON.
     """
-    return [json.loads(line) for line in path.read_bytes()[:size].split(b"\n")[:-1] if line]
+    rows = []
+    for number, line in enumerate(read_file(path)[:size].split(b"\n")[:-1], 1):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(f"{path} is damaged in line {number} ({error})") from error
+    return rows
 
 
 def printable(name: str | os.PathLike) -> str:
@@ -68,6 +165,14 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_entry(path: Path) -> None:
+    """Remove what has this name, if anything: a folder with its content, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def reopen_truncated(path: Path, size: int) -> IO[bytes]:

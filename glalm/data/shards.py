@@ -13,7 +13,6 @@ final name, and never changes: text that is added to a set goes to new shards. T
 completed, so training can begin before preparation ends.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -22,13 +21,28 @@ from pathlib import Path
 import numpy as np
 
 from glalm.data.checksums import BLOCK, CheckedArray
-from glalm.data.files import file_sha256
+from glalm.data.files import DamagedFile, file_sha256, find_mismatch, read_json
 
 FORMAT = "glalm-tokens"
 VERSION = 3
 MANIFEST = "manifest.json"
 PLAN = ".plan.json"  # This file exists while a set is being prepared.
 SPLITS = ("train", "validation", "test")
+
+# What reading a set needs of its manifest, as a shape of `read_json`.
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_SHARD = {"tokens": int, "documents": int, "files": {"tokens": _FILE, "documents": _FILE, "checksums": _FILE}}
+_SPLIT = {"tokens": int, "documents": int, "sources": {str: {"tokens": int, "shards": [_SHARD]}}}
+_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "bos_id": int, "eos_id": int, "files": [_FILE]}
+MANIFEST_SHAPE = {
+    "format": str,
+    "version": int,
+    "complete": bool,
+    "fingerprint": str,
+    "tokenizer": _TOKENIZER,
+    "dtype": {"uint16", "uint32"},
+    "splits": dict.fromkeys(SPLITS, _SPLIT),
+}
 
 
 class TokenSet:
@@ -48,6 +62,7 @@ class TokenSet:
 
     Raises:
         FileNotFoundError: A file is missing.
+        OSError: A file cannot be read.
         ValueError: A file does not match the manifest.
     """
 
@@ -76,6 +91,8 @@ class TokenSet:
         self._files = _list_files(entry)
         if manifest:
             self._check_unchanged(current["splits"][split])
+        if not tokenizer["files"]:
+            raise DamagedFile(f"{self.folder / MANIFEST} lists no file of the tokenizer. {self._advice}")
         for file in tokenizer["files"]:
             self._find_file(file)
         self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
@@ -187,20 +204,23 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        ValueError: It is damaged, or of another format.
+        DamagedFile: It cannot be read, or lacks an entry.
+        ValueError: It is of another format.
     """
     path = folder / MANIFEST
     advice = _advise_overwrite(folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {_explain_missing_manifest(folder)}")
     try:
-        manifest = json.loads(path.read_bytes())
-        name = manifest.get("format")
-        version = manifest.get("version")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {advice}") from error
-    if name != FORMAT or (version != VERSION and not (any_version and isinstance(version, int))):
-        raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {advice}")
+        manifest = read_json(path, {"format": str, "version": int})
+        name = manifest["format"]
+        version = manifest["version"]
+        if name != FORMAT or not (version == VERSION or any_version):
+            raise ValueError(f"{path} has format {name} {version}, not {FORMAT} {VERSION}. {advice}")
+        if version == VERSION and (mismatch := find_mismatch(manifest, MANIFEST_SHAPE)):
+            raise DamagedFile(f"{path} is damaged: {mismatch}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing. {_explain_missing_manifest(folder)}") from error
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. {advice}") from error
     return manifest
 
 
@@ -212,7 +232,7 @@ def select_manifest(folder: Path, recorded: dict | None) -> dict:
     may have chosen another set. Raises what `read_manifest` raises.
     """
     current = read_manifest(folder)
-    same = recorded is not None and all(current[key] == recorded.get(key) for key in ("fingerprint", "tokenizer"))
+    same = bool(recorded) and all(current[key] == recorded[key] for key in ("fingerprint", "tokenizer"))
     return recorded if same else current
 
 

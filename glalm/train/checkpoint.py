@@ -32,7 +32,15 @@ from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from glalm.config.run import CheckpointConfig
-from glalm.data.files import file_sha256, flush_to_disk, fsync_path
+from glalm.data.files import (
+    DamagedFile,
+    UnreadableFile,
+    file_sha256,
+    flush_to_disk,
+    fsync_path,
+    read_json,
+    remove_entry,
+)
 from glalm.hf import GLALMConfig
 from glalm.train import random_states, staging
 from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
@@ -44,16 +52,25 @@ MAX_CONSECUTIVE_FAILURES = 3
 SAVE_TIMEOUT = timedelta(hours=2)
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """The operating system refuses to read a file of a checkpoint, which may be undamaged."""
+
+    def __init__(self, checkpoint: Path, reason: str):
+        super().__init__(
+            f"{reason}. {checkpoint} may be undamaged, so make the file readable. To use an older checkpoint instead, "
+            f"run: mv {checkpoint} {checkpoint}.damaged"
+        )
+
+
 def collect_tensors(state: TrainState) -> SlicesByFile:
     """Return the slices that this rank writes, by file. They are the live tensors, not copies."""
     rank, world_size = rank_and_world_size()
-    part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
     live = state.state_dict()
     training = staging.slices_to_save(live["training"], rank, world_size)
     for name, tensor in live["random_states"].items():
         training[f"rng.{rank}.{name}"] = staging.local_slice(tensor)
     model = staging.slices_to_save(live["model"], rank, world_size)
-    return {f"model{part}.safetensors": model, f"training{part}.safetensors": training}
+    return {_part_names("model", world_size)[rank]: model, _part_names("training", world_size)[rank]: training}
 
 
 class CheckpointWriter:
@@ -78,7 +95,7 @@ class CheckpointWriter:
         temporary = folder / f".step_{step}.tmp"
 
         def create_folder() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_entry(temporary)
             temporary.mkdir(parents=True)
 
         def write_files() -> dict[str, dict]:
@@ -127,9 +144,9 @@ class CheckpointWriter:
     def remove_folder(self, path: Path) -> None:
         """Remove a checkpoint. Rename it first: a kill between two files must not leave an incomplete step_N."""
         doomed = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_entry(doomed)
         self.rename_folder(path, doomed)
-        shutil.rmtree(doomed)
+        remove_entry(doomed)
 
     def prune_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
         """Remove all checkpoints except those that keep_last, keep_every and keep_best retain."""
@@ -139,7 +156,7 @@ class CheckpointWriter:
             kept.update(step for step in checkpoints if step % config.keep_every == 0)
         losses = {}
         for step, path in checkpoints.items() if config.keep_best else ():
-            with suppress(OSError, ValueError):  # A damaged checkpoint is reported when the run resumes.
+            with suppress(CheckpointError):  # A damaged checkpoint is reported when the run resumes.
                 loss = read_metadata(path).get("val_loss")
                 if loss is not None and math.isfinite(loss):
                     losses[step] = loss
@@ -166,6 +183,7 @@ class CheckpointSaver:
         log: Receives warnings, on rank 0.
         on_heartbeat: Called every second while a method waits for a save, at most for SAVE_TIMEOUT.
         writer: The disk operations. Tests inject faults here.
+        on_saved: Called on rank 0 with the step of each checkpoint that is complete, by the thread that writes it.
     """
 
     def __init__(
@@ -175,12 +193,14 @@ class CheckpointSaver:
         log: Callable[[str], None] = print,
         on_heartbeat: Callable[[], object] = lambda: None,
         writer: CheckpointWriter | None = None,
+        on_saved: Callable[[int], object] = lambda step: None,
     ):
         self.folder = folder
         self.config = config
         self.log = log
         self.on_heartbeat = on_heartbeat
         self.writer = writer or CheckpointWriter()
+        self.on_saved = on_saved
         self.failures = 0
         self._consecutive_errors: list[str] = []
         self._buffers = staging.HostBuffers()
@@ -278,6 +298,8 @@ class CheckpointSaver:
         try:
             self._buffers.synchronize()
             self.writer.write_checkpoint(self.folder, step, files, self._group)
+            if self._rank == 0:
+                self.on_saved(step)
             self._prune_checkpoints()
             self._consecutive_errors.clear()
         except Exception as error:  # An exception in the thread would reach no caller.
@@ -290,13 +312,22 @@ class CheckpointSaver:
         try:
             if self._rank == 0:
                 self.writer.prune_checkpoints(self.folder, self.config)
-        except OSError as error:  # This does not make the new checkpoint invalid.
+        except (OSError, CheckpointError) as error:  # This does not make the new checkpoint invalid.
             self.log(f"warning: an old checkpoint cannot be removed: {error}")
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints in `folder` by step, in ascending order."""
-    paths = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    """Return the checkpoints in `folder` by step, in ascending order. A folder that does not exist has none.
+
+    Raises:
+        CheckpointError: The folder cannot be listed, so its checkpoints are unknown.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name)]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return {}
+        raise CheckpointError(f"The checkpoints in {folder} cannot be listed: {error.strerror}") from error
     return dict(sorted((int(path.name.removeprefix("step_")), path) for path in paths))
 
 
@@ -356,8 +387,15 @@ def load_train_state(path: Path, state: TrainState, seed: int) -> dict:
 
 
 def read_metadata(path: Path) -> dict:
-    """Return the content of state.json."""
-    return json.loads((path / "state.json").read_text())
+    """Return the content of state.json.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        return read_json(path / "state.json", {"step": int, "tokens": int, "processes": int})
+    except (FileNotFoundError, DamagedFile) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
 
 
 def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
@@ -365,9 +403,13 @@ def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
 
     Raises:
         CheckpointError: A file is missing or differs. The message names it.
+        UnreadableCheckpoint: A file cannot be read.
     """
     for name, entry in sorted(_read_manifest(path).items())[part::parts]:
-        _compare_file(path / name, entry, f"the checksum in {path / MANIFEST}")
+        try:
+            _compare_file(path / name, entry, f"the checksum in {path / MANIFEST}")
+        except OSError as error:
+            raise UnreadableCheckpoint(path, f"{path / name} cannot be read: {error.strerror}") from error
 
 
 def weights_sha256(path: Path) -> str:
@@ -378,15 +420,38 @@ def weights_sha256(path: Path) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:
-    """Return {file name: {"bytes": size, "sha256": checksum}}."""
+    """Return {file name: {"bytes": size, "sha256": checksum}}.
+
+    Raises:
+        CheckpointError: The manifest is missing or damaged, or does not list all files of a checkpoint.
+    """
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(f"{manifest} is missing: {path} is not a complete checkpoint")
     try:
-        files = json.loads(manifest.read_bytes())["files"]
-        return {name: {"sha256": entry["sha256"], "bytes": entry["bytes"]} for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged: {error}") from error
+        files = read_json(manifest, {"files": {str: {"bytes": int, "sha256": str}}})["files"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{manifest} is missing: {path} is not a complete checkpoint") from error
+    except UnreadableFile as error:
+        raise UnreadableCheckpoint(path, str(error)) from error
+    except DamagedFile as error:
+        raise CheckpointError(str(error)) from error
+    expected = {"config.json", "state.json"}
+    for kind in ("model", "training"):
+        expected.update(_part_names(kind, len(_select_files(files, kind)) or 1))
+    if not expected <= files.keys():
+        raise CheckpointError(f"{manifest} is damaged: it does not list all files of a checkpoint")
+    return files
+
+
+def _part_names(kind: str, parts: int) -> list[str]:
+    """Return the names of the "model" or "training" files that as many processes save, ordered by rank."""
+    if parts == 1:
+        return [f"{kind}.safetensors"]
+    return [f"{kind}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)]
+
+
+def _select_files(names: Iterable[str], kind: str) -> list[str]:
+    """Return the names of the "model" or "training" files of a checkpoint."""
+    return [name for name in names if re.fullmatch(rf"{kind}(-[0-9]+-of-[0-9]+)?\.safetensors", name)]
 
 
 def _compare_file(file: Path, entry: Mapping, expected: str) -> None:
@@ -398,5 +463,4 @@ def _compare_file(file: Path, entry: Mapping, expected: str) -> None:
 
 def _index_tensors(path: Path, kind: str) -> dict[str, staging.StoredTensor]:
     """Return the tensors in the "model" or "training" files of a checkpoint."""
-    names = [name for name in _read_manifest(path) if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name)]
-    return staging.index_safetensors(path / name for name in names)
+    return staging.index_safetensors(path / name for name in _select_files(_read_manifest(path), kind))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glalm.data.files import atomic_write, flush_to_disk, reopen_truncated
+from glalm.data.files import atomic_write, find_mismatch, flush_to_disk, read_file, reopen_truncated
 from glalm.progress import ProgressBar
 
 if TYPE_CHECKING:  # Reports read metrics without the seconds that importing torch takes.
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # Reports read metrics without the seconds that importing tor
     from glalm.config.run import RunConfig
 
 MAX_UNWRITTEN_ROWS = 10_000  # A few megabytes.
+NUMBERS = {str: (int, float, type(None))}
 
 # The metrics on the console, in this order.
 CONSOLE_FORMATS = {
@@ -35,16 +37,27 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
     """Read a metrics.jsonl.
 
     Returns:
-        The rows, oldest first, and the number of lines that are unreadable because a kill cut them short or a crash of
-        the machine left zeros. A file that does not exist has neither.
+        The rows, oldest first, and the number of lines that are not rows, because a kill cut them short, a crash of the
+        machine left zeros, or somebody edited them. A file that does not exist has neither.
+
+    Raises:
+        DamagedFile: It is not a regular file, or it cannot be read.
     """
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        return [], 0
     rows = []
     skipped = 0
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in filter(None, content.split(b"\n")):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            skipped += bool(line)
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if find_mismatch(row, {"step": int}) or find_mismatch(row, NUMBERS):
+            skipped += 1
+        else:
+            rows.append(row)
     return rows, skipped
 
 
@@ -54,9 +67,10 @@ class MetricsWriter:
     metrics.jsonl is the record. The progress bar, the console and Weights & Biases are views of it, whose errors never
     stop a run.
 
-    At the start, rows after `start_step` are dropped: a run that was killed after its last checkpoint repeats those
-    steps. A row that cannot be written, because the disk is full, waits in `unwritten` and is written with the next.
-    Checkpoints save `unwritten`, so that a run that is resumed from one can still write these rows.
+    At the start, rows after `start_step` move to metrics.superseded.jsonl: a run that was killed after its last
+    checkpoint repeats those steps. A row that cannot be written, because the disk is full, waits in `unwritten` and is
+    written with the next. Checkpoints save `unwritten`, so that a run that is resumed from one can still write these
+    rows.
 
     Args:
         folder: The run's folder.
@@ -86,10 +100,15 @@ class MetricsWriter:
         self._tracker = None
         if not is_main_process:
             return
-        rows, skipped = read_metrics(self._path) if start_step else ([], 0)  # A run from scratch repeats step 0.
+        rows, skipped = read_metrics(self._path)
         if skipped:
-            self.log_message(f"warning: {self._path}: skipped {skipped} unreadable lines")
-        kept = {row["step"]: row for row in (*unwritten, *rows) if row["step"] <= start_step}
+            copy = shutil.copyfile(self._path, folder / "metrics.damaged.jsonl")
+            self.log_message(f"warning: {self._path}: skipped {skipped} unreadable lines. {copy} keeps them.")
+        if superseded := [row for row in rows if row["step"] > start_step]:
+            with open(folder / "metrics.superseded.jsonl", "ab") as file:
+                file.write(_encode_rows(superseded))
+        # A run from scratch repeats step 0.
+        kept = {row["step"]: row for row in (*unwritten, *rows) if row["step"] <= start_step and start_step}
         with atomic_write(self._path) as file:
             self._size = file.write(_encode_rows(kept[step] for step in sorted(kept)))
         self._tracker = _start_tracker(folder, config, run_id)
@@ -144,8 +163,7 @@ class MetricsWriter:
     def _write_unwritten(self, durable: bool) -> None:
         lines = _encode_rows(self.unwritten)
         try:
-            # Truncate what a failed write left behind. If someone has moved the file away, start a new one.
-            size = min(self._size, self._path.stat().st_size if self._path.exists() else 0)
+            size = self._find_end()
             with reopen_truncated(self._path, size) as file:
                 file.write(lines)
                 if durable:
@@ -159,6 +177,14 @@ class MetricsWriter:
         if len(self.unwritten) > 1:
             self.log_message(f"metrics.jsonl is complete again, with the {len(self.unwritten)} rows that had to wait.")
         self.unwritten.clear()
+
+    def _find_end(self) -> int:
+        """Return the size of the rows in the file, without what a failed write left behind."""
+        found = self._path.stat().st_size if self._path.exists() else 0
+        if found >= self._size:
+            return self._size
+        self.log_message(f"warning: {self._path} was removed or cut during the run, which continues it with new rows.")
+        return self._path.read_bytes().rfind(b"\n") + 1 if found else 0
 
     def _call_tracker(self, method: str, *args, **options) -> None:
         if self._tracker is None:

@@ -2,34 +2,38 @@
 
 runs/NAME/
     .lock           held by the process that trains
-    run.json        id, config, identity (what decides the result), versions
+    run.json        id, config, identity (what decides the result), versions, and the newest step that was saved
     data.json       manifest of the data as it was when the run began
     metrics.jsonl
     checkpoints/step_N/
+
+A file that is damaged is replaced where the checkpoints or the data have the same content. A run whose records show
+that it saved checkpoints is refused while none of them is to be seen: they may be on a disk that is not mounted.
 """
 
 import dataclasses
 import itertools
-import json
 import os
-import shutil
 import socket
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import IO
 
 from glalm.config.run import DATA_RECORD, RunConfig, describe_differences, run_identity
-from glalm.config.strict import ConfigError, describe_unknown_key, require
-from glalm.data.files import fsync_path, try_lock, write_json
+from glalm.config.strict import ConfigError, RunError, describe_unknown_key, require
+from glalm.data.files import DamagedFile, find_mismatch, fsync_path, read_json, remove_entry, try_lock, write_json
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
-from glalm.data.shards import TokenSet, select_manifest
+from glalm.data.shards import MANIFEST_SHAPE, TokenSet, select_manifest
 from glalm.train.checkpoint import (
     CheckpointError,
+    UnreadableCheckpoint,
     latest_checkpoint,
     list_checkpoints,
     load_train_state,
@@ -43,78 +47,177 @@ from glalm.train.state import TrainState
 
 LOCK = ".lock"
 RUN_RECORD = "run.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+RECORD_SHAPE = {"id": str, "identity": dict}
 DATA_TOKENS = "data tokens"  # an entry of the identity: a dataset keeps its fingerprint when tokens are added
+_RECORD_LOCK = threading.Lock()  # The thread that saves checkpoints also writes run.json.
 
 # ------------------------------------------------------------------------------------------------------------ Opening
 
 
 @contextmanager
-def open_run_dir(folder: Path) -> Iterator[None]:
-    """Create `folder` if needed and reserve it for this run until the context ends. Rank 0 holds the lock for all.
+def open_run_dir(folder: Path) -> Iterator["RunLock | None"]:
+    """Create `folder` if needed and reserve it for this run until the context ends.
+
+    Rank 0 holds the lock for all, and gets it from the context.
 
     Raises:
-        ConfigError: Another run uses `folder`, or its filesystem cannot hold checkpoints. Other ranks get a RunError.
+        ConfigError: Another run uses `folder`, its checkpoints are missing, or its filesystem cannot hold checkpoints.
+            Other ranks get a RunError.
     """
+    checkpoints = folder / CHECKPOINTS
 
     def claim_folder() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_run_dir(folder))
+            locks.append(stack.enter_context(lock_run_dir(folder)))
         except OSError as error:
-            advice = "Free some space, or choose another runs_dir=..."
+            advice = "Free some space, or choose another runs_dir=... or name=..."
             raise ConfigError(f"{folder} cannot be written to ({error}). {advice}") from error
-        check_filesystem(folder)
+        refuse_missing_checkpoints(folder)
+        try:
+            checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            advice = "Move it away, or choose another name=..."
+            raise ConfigError(f"{checkpoints} cannot be a folder of checkpoints ({error}). {advice}") from error
+        check_filesystem(checkpoints)
 
     def check_shared() -> None:
         if not (folder / LOCK).exists():
             raise ConfigError(f"{folder} is not the same directory on all machines. Choose a shared runs_dir=...")
 
+    locks: list[RunLock] = []
     with ExitStack() as stack:
         run_on_rank_0(claim_folder)
         gather_or_raise(check_shared)
-        yield
+        yield locks[0] if locks else None
 
 
 @contextmanager
-def lock_run_dir(folder: Path) -> Iterator[None]:
-    """Lock `folder`, which exists, against other runs.
+def lock_run_dir(folder: Path) -> Iterator["RunLock"]:
+    """Lock `folder`, which exists, against other runs until the context ends. Raises what `RunLock.acquire` raises."""
+    lock = RunLock(folder)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
 
-    The kernel releases the lock when the process ends, however it ends, so no stale lock remains. On NFS (Linux,
-    version 4, or version 3 with lockd) it holds across machines; with the mount option `nolock` or `local_lock=flock`,
-    only within one.
 
-    Raises:
-        ConfigError: Another run holds the lock, or the filesystem has no locks.
-        OSError: `folder` cannot be written to.
+class RunLock:
+    """The lock of a run's folder against other runs.
+
+    The kernel releases it when the process ends, however it ends, so no stale lock remains. On NFS (Linux, version 4,
+    or version 3 with lockd) it holds across machines; with the mount option `nolock` or `local_lock=flock`, only within
+    one.
+
+    The kernel locks the file, not its name. If the name is removed or leads to another file, other runs can lock that
+    one. `renew` notices this, so call it before everything that is written to the folder.
     """
-    with open(folder / LOCK, "a+") as file:
+
+    def __init__(self, folder: Path):
+        self._path = folder / LOCK
+        self._holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Lock the folder, which exists.
+
+        Raises:
+            ConfigError: Another run holds the lock, or the filesystem has no locks.
+            OSError: The folder cannot be written to.
+        """
+        file = self._lock_file()
+        while not self._is_named(file):  # Somebody removed the name between opening and locking.
+            file.close()
+            file = self._lock_file()
+        file.truncate(0)
+        os.write(file.fileno(), self._holder.encode())
+        self._file = file
+
+    def renew(self) -> bool:
+        """Return whether the lock's name had been lost since the last call. The folder is then locked again.
+
+        Raises:
+            RunError: Another run has used the folder in the meantime, or it cannot be locked again.
+        """
+        if self._is_named(self._file):
+            return False
+        folder = self._path.parent
+        stopped = "This run stops, because two runs must not write to one folder. What it has not saved is lost."
         try:
-            is_locked = try_lock(file)
+            folder.mkdir(parents=True, exist_ok=True)
+            holder = self._path.read_text() if self._path.exists() else ""
+            if holder not in ("", self._holder):
+                raise RunError(f"{self._path} was removed, and {folder} was used by another run: {holder}. {stopped}")
+            self.acquire()
+        except (OSError, ConfigError) as error:
+            raise RunError(f"{self._path} was removed and cannot be locked again: {error} {stopped}") from error
+        return True
+
+    def release(self) -> None:
+        self._file.close()
+
+    def _lock_file(self) -> IO[str]:
+        file = open(self._path, "a+")  # noqa: SIM115 (`release` closes it)
+        try:
+            if try_lock(file):
+                return file
         except OSError as error:
+            file.close()
+            folder = self._path.parent
             message = f"The filesystem of {folder} does not support file locks ({error}). Choose another runs_dir=..."
             raise ConfigError(message) from error
-        if not is_locked:
-            file.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by another run: {file.read()}. Wait for it, stop it, or choose another name=..."
-            )
-        file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        raise ConfigError(
+            f"{self._path.parent} is in use by another run: {holder}. Wait for it, stop it, or choose another name=..."
+        )
+
+    def _is_named(self, file: IO) -> bool:
+        """Return whether the lock's name leads to `file`. A filesystem that does not answer is trusted."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+        except OSError as error:
+            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+
+
+def refuse_missing_checkpoints(folder: Path) -> None:
+    """Raise ConfigError if the run in `folder` has saved checkpoints, or trained, and their folder is gone or empty."""
+    checkpoints = folder / CHECKPOINTS
+    saved = None
+    with suppress(FileNotFoundError, DamagedFile):  # `read_saved_record` handles damage.
+        saved = read_json(folder / RUN_RECORD).get("saved")
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        missing = f"{checkpoints} is a link to {os.readlink(checkpoints)}, which is not there"
+    elif saved is not None and not (checkpoints.is_dir() and any(checkpoints.glob("step_*"))):
+        missing = f"{folder / RUN_RECORD} records that step {saved} was saved, but {checkpoints} has no checkpoint"
+    elif not checkpoints.exists() and (trained := last_trained_step(folder)):
+        missing = f"{folder / METRICS} has rows up to step {trained}, but {checkpoints} does not exist"
+    else:
+        return
+    raise ConfigError(
+        f"{missing}. Perhaps a disk is not mounted, or the checkpoints were moved: bring them back, then run the same "
+        f"command. To train from the start instead, choose another name=... or remove {folder}."
+    )
 
 
 def check_filesystem(folder: Path) -> None:
     """Raise ConfigError if directories in `folder` cannot be synced and renamed, which every checkpoint needs."""
+    trial = folder / ".probe.tmp"
+    probe = trial / "probe"
+    renamed = trial / "renamed"
     try:
-        with TemporaryDirectory(dir=folder, prefix=".probe", ignore_cleanup_errors=True) as name:
-            probe = Path(name) / "probe"
-            renamed = Path(name) / "renamed"
-            probe.mkdir()
-            (probe / "file").write_bytes(b"content")
-            fsync_path(probe)
-            probe.rename(renamed)
-            if probe.exists() or (renamed / "file").read_bytes() != b"content":
-                raise OSError("the renamed directory has other files than before")
+        remove_entry(trial)
+        probe.mkdir(parents=True)
+        (probe / "file").write_bytes(b"content")
+        fsync_path(probe)
+        probe.rename(renamed)
+        if probe.exists() or (renamed / "file").read_bytes() != b"content":
+            raise OSError("the renamed directory has other files than before")
+        remove_entry(trial)
     except OSError as error:
         raise ConfigError(
             f"The filesystem of {folder} cannot sync and rename a directory ({error}), so no checkpoint can be "
@@ -134,16 +237,18 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
         ConfigError: The data is missing or damaged, or does not fit config.data.weights or the model's vocabulary.
     """
     reset = config.data.document_boundaries == "reset_state"
+    # Rank 0 reads the manifests for all ranks, because the dataset may grow between two reads.
+    own = run_on_rank_0(lambda: read_data_record(config.data_record) if has_started(config.folder) else None)
+    origin = run_on_rank_0(lambda: read_data_record(_origin_data_record(config)))
     try:
-        # Rank 0 reads the manifest for all ranks, because the dataset may grow between two reads.
-        manifest = run_on_rank_0(lambda: _choose_manifest(config))
+        manifest = own or run_on_rank_0(lambda: select_manifest(Path(config.data.path), origin))
         training, validation = (
             Windows(TokenSet(config.data.path, split, manifest), config.data.seq_len, reset)
             for split in ("train", "validation")
         )
         if config.data.weights is not None:
             check_weights(config.data.weights, training.source_windows)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"data.path={config.data.path}: {error}") from error
     vocabulary = training.tokens.vocab_size
     require(
@@ -154,16 +259,28 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     return training, validation
 
 
-def _choose_manifest(config: RunConfig) -> dict:
-    """Return the data manifest that this run recorded, or that the run which it forks recorded, or the current one."""
-    if config.data_record.exists() and has_started(config.folder):
-        return json.loads(config.data_record.read_text())
-    recorded = None
+def read_data_record(path: Path | None) -> dict | None:
+    """Return the data manifest that a run recorded, or None if there is none, or none that is undamaged.
+
+    The current manifest then takes its place. The run's identity shows whether that has other data.
+    """
+    if path is None:
+        return None
+    try:
+        return read_json(path, MANIFEST_SHAPE)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        _print_warning(f"{error}. The manifest in the data's folder is used instead.")
+        return None
+
+
+def _origin_data_record(config: RunConfig) -> Path | None:
+    """Return data.json of the run whose checkpoint train.resume_from names, unless the data may differ from it."""
     origin = resolve_resume_path(config)
-    if origin and DATA_TOKENS not in config.train.allow_changes:
-        record = Path(origin).parent.parent / DATA_RECORD
-        recorded = json.loads(record.read_text()) if record.exists() else None
-    return select_manifest(Path(config.data.path), recorded)
+    if origin is None or DATA_TOKENS in config.train.allow_changes:
+        return None
+    return Path(origin).parent.parent / DATA_RECORD
 
 
 # ----------------------------------------------------------------------------------------------- Identity and records
@@ -182,17 +299,47 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
         identity = run_identity(config)
         identity |= {"data fingerprint": data.fingerprint, DATA_TOKENS: data.num_tokens}
         run_id = uuid.uuid4().hex[:12]
-        record = config.folder / RUN_RECORD
-        if record.exists():
-            saved = json.loads(record.read_text())
+        saved_step = None
+        if saved := read_saved_record(config.folder):
             run_id = saved["id"]
+            saved_step = saved.get("saved")
             if has_started(config.folder):
                 check_identity(config, saved["identity"], identity, config.folder)
-        remove_leftovers(config.folder / "checkpoints")
+        remove_leftovers(config.folder / CHECKPOINTS)
         versions = describe_environment(config.train.float8)
-        return {"id": run_id, "config": dataclasses.asdict(config), "identity": identity, **versions}
+        settings = {"config": dataclasses.asdict(config), "identity": identity}
+        return {"id": run_id, "saved": saved_step, **settings, **versions}
 
     return run_on_rank_0(prepare_on_rank_0)
+
+
+def read_saved_record(folder: Path) -> dict | None:
+    """Return the content of run.json, or None for a new run.
+
+    If run.json is damaged, its id and identity are those of the newest checkpoint. None also stands for a damaged file
+    of a run that has not started.
+
+    Raises:
+        ConfigError: run.json is damaged, and no checkpoint has its content.
+    """
+    try:
+        return read_json(folder / RUN_RECORD, RECORD_SHAPE)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        if not has_started(folder):
+            return None
+        for path in reversed(list_checkpoints(folder / CHECKPOINTS).values()):
+            with suppress(CheckpointError):
+                metadata = read_metadata(path)
+                record = {"id": metadata.get("run"), "identity": metadata.get("identity")}
+                if find_mismatch(record, RECORD_SHAPE) is None:
+                    _print_warning(f"{error}. What it recorded is read from {path}.")
+                    return record
+        raise ConfigError(
+            f"{error}, and no checkpoint in {folder / CHECKPOINTS} has a copy of it. To train from the start, choose "
+            f"another name=... or remove {folder}."
+        ) from error
 
 
 def has_started(folder: Path) -> bool:
@@ -200,8 +347,20 @@ def has_started(folder: Path) -> bool:
 
     If not, its records are of a start that failed at step 0, and the user may still correct the config.
     """
-    rows, _ = read_metrics(folder / "metrics.jsonl")
-    return any(folder.glob("checkpoints/step_*")) or any(row["step"] for row in rows)
+    return any(folder.glob(f"{CHECKPOINTS}/step_*")) or last_trained_step(folder) > 0
+
+
+def last_trained_step(folder: Path) -> int:
+    """Return the last step in the run's metrics, 0 if there is none.
+
+    Raises:
+        ConfigError: The metrics cannot be read.
+    """
+    try:
+        rows, _ = read_metrics(folder / METRICS)
+    except DamagedFile as error:
+        raise ConfigError(f"{error}. Bring the file back, or rename {folder / METRICS}.") from error
+    return max((row["step"] for row in rows), default=0)
 
 
 def check_identity(config: RunConfig, saved: Mapping, current: Mapping, where: Path) -> None:
@@ -231,21 +390,60 @@ def check_identity(config: RunConfig, saved: Mapping, current: Mapping, where: P
         )
 
 
-def write_run_record(config: RunConfig, record: Mapping, data: TokenSet) -> None:
-    """Write run.json and data.json, which fix the run's config and the shards that it reads."""
+def write_run_record(config: RunConfig, record: dict, data: TokenSet) -> None:
+    """Write run.json and data.json, which fix the run's config and the shards that it reads. Call this on rank 0."""
+    record["saved"] = max(list_checkpoints(config.folder / CHECKPOINTS), default=None)
+    for path, content in ((config.folder / RUN_RECORD, record), (config.data_record, data.manifest)):
+        if path.is_dir():  # A file would be replaced, whatever it holds.
+            _print_warning(f"{path} is a folder. It is set aside as {set_aside(path, 'damaged').name}.")
+        with _RECORD_LOCK:
+            write_json(path, content, indent=1 if path.name == RUN_RECORD else None)
 
-    def write_files() -> None:
-        write_json(config.folder / RUN_RECORD, record, indent=1)
-        write_json(config.data_record, data.manifest)
 
-    run_on_rank_0(write_files)
+def record_saved_step(folder: Path, record: dict, step: int) -> None:
+    """Write to run.json that the run has a checkpoint, so that the next start misses it where it is away."""
+    record["saved"] = step
+    with _RECORD_LOCK, suppress(OSError):  # On a full disk, the checkpoint is valid all the same.
+        write_json(folder / RUN_RECORD, record, indent=1)
+
+
+def check_run_dir(lock: RunLock | None, config: RunConfig, record: dict, data: TokenSet) -> bool:
+    """Check, before anything is written, that the run's folder is still there and reserved for this run.
+
+    A removed folder is created again, with its records, but not with its earlier metrics and checkpoints.
+
+    Returns:
+        Whether the folder had been removed, the same on all ranks. Save a checkpoint then.
+
+    Raises:
+        RunError: Another run has used the folder in the meantime.
+    """
+
+    def check_on_rank_0() -> bool:
+        is_renewed = lock.renew()
+        is_removed = not os.path.lexists(config.folder / RUN_RECORD)
+        if is_removed:
+            write_run_record(config, record, data)
+            lost = "What it held is gone. The run continues, and saves a checkpoint now."
+            _print_warning(f"{config.folder} was removed or emptied while the run was training. {lost}")
+        elif is_renewed:
+            _print_warning(f"{config.folder / LOCK} was removed while the run was training. It is locked again.")
+        return is_removed
+
+    return run_on_rank_0(check_on_rank_0)
 
 
 def read_run_record(checkpoint: Path) -> dict | None:
-    """Return run.json of the run that wrote a checkpoint, or None if the checkpoint was copied to another place."""
-    file = checkpoint.resolve().parent.parent / RUN_RECORD
-    record = json.loads(file.read_text()) if file.is_file() else None
-    return record if record is not None and record["id"] == read_metadata(checkpoint)["run"] else None
+    """Return run.json of the run that wrote a checkpoint, or None if the checkpoint was copied to another place.
+
+    Raises:
+        DamagedFile: run.json is damaged.
+    """
+    try:
+        record = read_json(checkpoint.resolve().parent.parent / RUN_RECORD, RECORD_SHAPE | {"config": dict})
+    except FileNotFoundError:
+        return None
+    return record if record["id"] == read_metadata(checkpoint).get("run") else None
 
 
 # ---------------------------------------------------------------------------------------------------------- Resuming
@@ -265,11 +463,11 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         ConfigError: The checkpoint is of another config or beyond the last step, or train.resume_from does not exist or
             would replace another run.
     """
-    path = newest_valid_checkpoint(config.folder / "checkpoints")
+    path = newest_valid_checkpoint(config.folder / CHECKPOINTS)
     requested = resolve_resume_path(config)
     applies = requested is not None and (path is None or read_metadata(path).get("resumed_from") != requested)
     if applies:
-        is_own = Path(requested).parent == (config.folder / "checkpoints").resolve()
+        is_own = Path(requested).parent == (config.folder / CHECKPOINTS).resolve()
         require(
             is_own or path is None,
             f"{config.folder} holds a run that does not come from train.resume_from={requested}. To start another run "
@@ -288,7 +486,16 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
     )
     if applies:
         run_on_rank_0(lambda: _set_newer_aside(config.folder, metadata["step"], is_own))
+    else:
+        run_on_rank_0(lambda: _warn_of_missing(path, record["saved"]))
     return path
+
+
+def _warn_of_missing(path: Path, saved_step: int | None) -> None:
+    """Print a warning if the newest checkpoint that run.json records is neither `path` nor set aside."""
+    newest = path.with_name(f"step_{saved_step}")
+    if newest != path and not any(newest.parent.glob(f"{newest.name}*")) and saved_step is not None:
+        _print_warning(f"{newest} was saved but is not there any more. The run resumes from {path.name}.")
 
 
 def _find_requested_checkpoint(requested: Path) -> Path:
@@ -303,12 +510,12 @@ def _find_requested_checkpoint(requested: Path) -> Path:
 
 def _set_newer_aside(folder: Path, step: int, is_own: bool) -> None:
     """Set the checkpoints after `step` aside, and if the run starts from another run's checkpoint, drop old metrics."""
-    for newer, path in list_checkpoints(folder / "checkpoints").items():
+    for newer, path in list_checkpoints(folder / CHECKPOINTS).items():
         if newer > step:
             _print_warning(f"{path} is set aside as {set_aside(path, 'superseded').name}.")
-    if not is_own:
+    if not is_own and os.path.lexists(folder / METRICS):
         # These rows are of an earlier start, which saved no checkpoint.
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        set_aside(folder / METRICS, "superseded")
 
 
 def resolve_resume_path(config: RunConfig) -> str | None:
@@ -323,7 +530,7 @@ def resume_run(checkpoint: Path, state: TrainState, seed: int, run_id: str) -> l
         The rows that metrics.jsonl lacked when the checkpoint was saved; none if another run than `run_id` saved it.
     """
     metadata = load_train_state(checkpoint, state, seed)
-    return metadata["unwritten"] if metadata["run"] == run_id else []
+    return metadata["unwritten"] if metadata.get("run") == run_id else []
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
@@ -334,7 +541,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     """
     path = latest_checkpoint(folder) if name == "latest" else folder / name
     leads_elsewhere = Path(name).name != name or not name.strip(".")
-    if path is None or leads_elsewhere or not path.is_dir():
+    if path is None or leads_elsewhere or not os.path.isdir(path):
         existing = ", ".join(path.name for path in list_checkpoints(folder).values()) or "none"
         raise CheckpointError(f"There is no checkpoint {name} in {folder}. Existing checkpoints: {existing}.")
     return path
@@ -358,9 +565,11 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
 
 
 def _find_damage(path: Path, part: int, parts: int) -> str | None:
-    """Return what `verify_checkpoint` finds. An OSError is not caught: a file that cannot be read may be undamaged."""
+    """Return what `verify_checkpoint` finds. A file that cannot be read may be undamaged, so that error passes on."""
     try:
         verify_checkpoint(path, part, parts)
+    except UnreadableCheckpoint:
+        raise
     except CheckpointError as error:
         return str(error)
     return None
@@ -369,14 +578,20 @@ def _find_damage(path: Path, part: int, parts: int) -> str | None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted saves and removals left in checkpoints/."""
     for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+        try:
+            remove_entry(leftover)
+        except OSError as error:
+            _print_warning(f"{leftover} of an interrupted save cannot be removed: {error}")
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Rename a checkpoint to step_N.REASON, or step_N.REASON2 and so on, which no search finds. Return that path."""
+    """Rename a checkpoint or another file to NAME.REASON, or NAME.REASON2 and so on. Return that path.
+
+    No search for checkpoints finds it.
+    """
     suffixes = itertools.chain([""], itertools.count(2))
     candidates = (path.with_name(f"{path.name}.{reason}{suffix}") for suffix in suffixes)
-    return path.rename(next(candidate for candidate in candidates if not candidate.exists()))
+    return path.rename(next(candidate for candidate in candidates if not os.path.lexists(candidate)))
 
 
 def _print_warning(message: str) -> None:

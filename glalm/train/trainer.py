@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map_only
 from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
-from glalm.data.checksums import DamagedFile
+from glalm.data.files import DamagedFile
 from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, training_batches
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel, run_dir
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
-from glalm.train.collectives import max_over_processes
+from glalm.train.collectives import max_over_processes, run_on_rank_0
 from glalm.train.compile import apply_training_forward
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
@@ -65,7 +65,7 @@ def train(
     training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,
-        run_dir.open_run_dir(config.folder),
+        run_dir.open_run_dir(config.folder) as lock,
         Watchdog(config.train.guard.hang_seconds) as watchdog,
         _explain_errors(config, plan),
     ):
@@ -80,7 +80,7 @@ def train(
         }
         trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
         unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
-        run_dir.write_run_record(config, record, training.tokens)
+        run_on_rank_0(lambda: run_dir.write_run_record(config, record, training.tokens))
         step = trainer.state.step
         with (
             MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,
@@ -90,11 +90,22 @@ def train(
                 metrics.log_message,
                 watchdog.heartbeat,
                 checkpoint_writer,
+                on_saved=lambda step: run_dir.record_saved_step(config.folder, record, step),
             ) as saver,
             Profiler(config, accelerator.device, accelerator.process_index, step) as profiler,
         ):
             loop = TrainingLoop(
-                trainer, training, validation, evaluate, run_metadata, metrics, saver, profiler, watchdog, stop
+                trainer,
+                training,
+                validation,
+                evaluate,
+                run_metadata,
+                lambda: run_dir.check_run_dir(lock, config, record, training.tokens),
+                metrics,
+                saver,
+                profiler,
+                watchdog,
+                stop,
             )
             return loop.fit()
 
@@ -300,7 +311,8 @@ def drop_non_finite(metrics: dict[str, float]) -> dict[str, float]:
 class TrainingLoop:
     """The loop of a run: step, stop at signals, evaluate, log and save.
 
-    All processes run it alike. Every checkpoint records `run_metadata`.
+    All processes run it alike. Every checkpoint records `run_metadata`. `check_run_dir` is called before anything is
+    written to the run's folder. It raises if the folder is no longer this run's, and returns whether it was removed.
     """
 
     trainer: Trainer
@@ -308,6 +320,7 @@ class TrainingLoop:
     validation: Windows
     evaluate: Evaluate | None
     run_metadata: dict
+    check_run_dir: Callable[[], bool]
     metrics: MetricsWriter
     saver: CheckpointSaver
     profiler: Profiler
@@ -336,15 +349,17 @@ class TrainingLoop:
             is_last = step == self.config.steps
             # All processes must stop at the same step, whichever of them received the signal.
             stop_signal = max_over_processes(self.stop.received or 0)
-            is_saving = is_last or stop_signal or step % self.config.train.checkpoint.every == 0
+            is_saving = is_last or bool(stop_signal) or step % self.config.train.checkpoint.every == 0
             row = {"step": step}
             if is_saving or step % self.config.train.log_every == 0:
                 row |= self._training_metrics(result)
             if stop_signal and not is_last:
+                self.check_run_dir()
                 self._stop_early(row)
                 return stop_signal
             row |= self._run_evaluations()
             if len(row) > 1:
+                is_saving |= self.check_run_dir()
                 self.metrics.write_row(row, durable=is_saving)
                 if is_saving:
                     # The row is written first. A checkpoint also saves rows that could not be written, because a

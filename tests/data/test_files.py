@@ -1,8 +1,25 @@
+import json
 import os
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from glalm.data.files import atomic_write, read_jsonl, reopen_truncated, temporary_path, try_lock, write_json
+from glalm.config.strict import RunError
+from glalm.data.files import (
+    DamagedFile,
+    UnreadableFile,
+    atomic_write,
+    find_mismatch,
+    read_file,
+    read_json,
+    read_jsonl,
+    remove_entry,
+    reopen_truncated,
+    temporary_path,
+    try_lock,
+    write_json,
+)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -39,3 +56,96 @@ def test_a_folder_is_locked_once(tmp_path):
     os.close(first)
     assert try_lock(second)
     os.close(second)
+
+
+DAMAGED_CONTENT = {
+    "empty": b"",
+    "cut": b'{"a": {"b": [1,',
+    "zeros": bytes(40),
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "nested too deeply": b"[" * 100_000,
+    "a number of too many digits": b"1" * 5_000,
+    "another type": b"[1, 2]",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_CONTENT.values(), ids=DAMAGED_CONTENT)
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=rf"^{path} is damaged: "):
+        read_json(path)
+
+
+def test_what_is_no_regular_file_is_named(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "away")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("folder", "not a regular one"), ("dangling", "a link to .*away"), ("pipe", "regular")):
+        with pytest.raises(DamagedFile, match=rf"{name} is .*{message}"):
+            read_json(tmp_path / name)
+    with pytest.raises(UnreadableFile, match="cannot be read: File name too long"):
+        read_file(tmp_path / ("n" * 300))
+    write_json(tmp_path / "file.json", {"a": 1})
+    (tmp_path / "link").symlink_to("file.json")
+    assert read_json(tmp_path / "link", {"a": int}) == {"a": 1}
+    for missing in ("nothing", "file.json/below"):
+        with pytest.raises(FileNotFoundError, match=missing):
+            read_json(tmp_path / missing)
+    assert issubclass(DamagedFile, RunError)  # A command prints its message and no traceback.
+
+
+@pytest.mark.parametrize(
+    "value, shape, mismatch",
+    [
+        ({"a": {"b": [1, 2]}, "more": 0}, {"a": {"b": [int]}}, None),
+        ({"a": {"b": [1, "2"]}}, {"a": {"b": [int]}}, "a.b[1] is of the wrong type, str"),
+        ({"a": {}}, {"a": {"b": int}}, "a has no 'b'"),
+        ({}, {"a": int}, "its content has no 'a'"),
+        ({"x": {"n": 1}, "y": {"n": True}}, {str: {"n": int}}, "y.n is of the wrong type, bool"),
+        ({"a": None}, {"a": (int, type(None))}, None),
+        ({"a": "uint8"}, {"a": {"uint16", "uint32"}}, "a is none of uint16, uint32"),
+        ([], {}, "its content is not an object"),
+        ({"a": {}}, {"a": [int]}, "a is not a list"),
+    ],
+)
+def test_mismatches_are_located(value, shape, mismatch):
+    assert find_mismatch(value, shape) == mismatch
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda children: st.lists(children, max_size=2) | st.dictionaries(st.sampled_from("abc"), children, max_size=3),
+)
+
+
+@settings(max_examples=60)
+@given(value=JSON_VALUES, cut=st.integers(0, 40))
+def test_read_json_returns_the_shape_or_raises_one_error(tmp_path_factory, value, cut):
+    """Whatever a file holds, its reader can index it as the shape says, or gets a DamagedFile."""
+    path = tmp_path_factory.mktemp("any") / "file.json"
+    path.write_bytes(json.dumps(value).encode()[: cut or None])
+    try:
+        content = read_json(path, {"a": {"b": int}, "c": [str]})
+    except DamagedFile as error:
+        assert str(path) in str(error)
+        return
+    assert isinstance(content["a"]["b"], int) and all(isinstance(item, str) for item in content["c"])
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(DamagedFile, match=r"rows\.jsonl is damaged in line 2"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "dangling").symlink_to(tmp_path / "away")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    for name in ("link", "dangling", "file", "folder", "nothing"):
+        remove_entry(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]

@@ -1,3 +1,4 @@
+import json
 import shutil
 from itertools import chain
 
@@ -131,6 +132,33 @@ def test_a_manifest_that_is_not_ours_is_refused(copy):
             TokenSet(copy, "train")
     with pytest.raises(ValueError, match="split='dev'"):
         TokenSet(copy, "dev")
+
+
+ENTRIES = [("splits", "train"), ("splits", "test", "sources"), ("tokenizer",), ("tokenizer", "bos_id"), ("dtype",)]
+
+
+@pytest.mark.parametrize("keys", ENTRIES, ids=".".join)
+@pytest.mark.parametrize("wrong", ["missing", [], None, "text"], ids=str)
+def test_a_manifest_without_an_entry_is_damaged(copy, keys, wrong):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    level = manifest
+    for key in keys[:-1]:
+        level = level[key]
+    if wrong == "missing":
+        del level[keys[-1]]
+    else:
+        level[keys[-1]] = wrong
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedFile, match=r"manifest\.json is damaged: .*run: python scripts/prepare_data\.py"):
+        TokenSet(copy, "train")
+
+
+def test_a_manifest_that_lists_no_file_of_the_tokenizer_is_damaged(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tokenizer"]["files"] = []
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedFile, match=r"manifest\.json lists no file of the tokenizer"):
+        TokenSet(copy, "train")
 
 
 def test_document_starts_across_shards(prepared, documents):

@@ -22,7 +22,14 @@ from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint, staging
-from glalm.train.checkpoint import CheckpointError, CheckpointSaver, CheckpointWriter, latest_checkpoint
+from glalm.train.checkpoint import (
+    CheckpointError,
+    CheckpointSaver,
+    CheckpointWriter,
+    UnreadableCheckpoint,
+    latest_checkpoint,
+    list_checkpoints,
+)
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import newest_valid_checkpoint
 from glalm.train.staging import TensorSlice
@@ -121,6 +128,70 @@ def test_damage_is_found_and_named(tmp_path, name, damage):
         file.unlink()
     with pytest.raises(CheckpointError, match=name):
         load(path, train_tiny())
+
+
+@pytest.mark.parametrize("listed", ["nothing", "all but one", "one of two parts"])
+def test_a_manifest_that_lists_too_little_is_damaged(tmp_path, listed):
+    """Nothing differs from an empty list, so a manifest must list what every checkpoint has."""
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = manifest["files"]
+    if listed == "nothing":
+        files.clear()
+    elif listed == "all but one":
+        del files["training.safetensors"]
+    else:
+        files["model-00001-of-00002.safetensors"] = files.pop("model.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it does not list all files"):
+        checkpoint.verify_checkpoint(path)
+    assert newest_valid_checkpoint(tmp_path) is None and names(tmp_path) == ["step_1.damaged"]
+
+
+def test_an_unreadable_checkpoint_is_not_set_aside(tmp_path, monkeypatch):
+    """A file that cannot be read may be undamaged."""
+    path = save(tmp_path, 1)
+
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
+    with pytest.raises(UnreadableCheckpoint, match=rf"cannot be read: Permission denied\. .* run: mv {path} "):
+        newest_valid_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_1"]
+
+
+def test_only_exact_names_are_checkpoints(tmp_path):
+    for name in ("step_2", "step_02", "step_٣", "step_-1", "step_4.damaged", "step_", ".step_5.tmp"):
+        (tmp_path / name).mkdir()
+    assert list_checkpoints(tmp_path) == {2: tmp_path / "step_2"}
+    assert list_checkpoints(tmp_path / "nothing") == {}
+    (tmp_path / "away").symlink_to(tmp_path / "disk")
+    for unknown in ("away", "step_2/file"):
+        (tmp_path / "step_2" / "file").touch()
+        with pytest.raises(CheckpointError, match=f"The checkpoints in .*{unknown} cannot be listed"):
+            list_checkpoints(tmp_path / unknown)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_odd_entries_are_pruned(tmp_path, kind):
+    """What a link among the checkpoints leads to is kept, and nothing is left behind."""
+    elsewhere = save(tmp_path / "elsewhere", 1)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    if kind == "link":
+        (folder / "step_1").symlink_to(elsewhere)
+        (folder / ".step_2.tmp").symlink_to(elsewhere)
+    else:
+        (folder / "step_1").touch()
+        (folder / ".step_2.tmp").touch()
+    with CheckpointSaver(folder, CheckpointConfig(asynchronous=False, keep_last=1)) as saver:
+        state = train_tiny()
+        state.step = 2
+        saver.save(state, {})
+        assert saver.finish() == folder / "step_2"
+    assert names(folder) == ["step_2"]
+    checkpoint.verify_checkpoint(elsewhere)
 
 
 class FullDisk(CheckpointWriter):

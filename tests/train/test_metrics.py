@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import PartialState
 
-from glalm.data.files import read_jsonl
+from glalm.data.files import DamagedFile, read_jsonl
 from glalm.train import metrics as metrics_module
 from glalm.train.metrics import MetricsWriter, read_metrics
 
@@ -44,6 +44,33 @@ def test_resuming_skips_the_rows_that_a_crash_of_the_machine_damaged(folder, run
     assert "skipped 2 unreadable lines" in capsys.readouterr().err
     assert read_metrics(path) == ([{"step": 0}, {"step": 2}], 0)
     assert read_metrics(folder / "nothing.jsonl") == ([], 0)
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "3", "{}", '{"step": "1"}', '{"step": 1, "loss": "low"}', "[" * 9999, "ä"])
+def test_lines_that_are_no_rows_are_skipped(folder, run_config, capsys, line):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line.encode("latin-1") + b'\n{"step": 2, "loss": null}\n')
+    before = path.read_bytes()
+    assert read_metrics(path) == ([{"step": 0}, {"step": 2, "loss": None}], 1)
+    with MetricsWriter(folder, run_config, "id", 3, is_main_process=True):
+        assert read_jsonl(path) == [{"step": 0}, {"step": 2, "loss": None}]
+    assert "skipped 1 unreadable lines" in capsys.readouterr().err
+    assert (folder / "metrics.damaged.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_rows_of_repeated_steps_are_kept_elsewhere(folder, run_config, start_step):
+    rows = [{"step": i} for i in range(5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with MetricsWriter(folder, run_config, "id", start_step, is_main_process=True):
+        assert read_jsonl(folder / "metrics.jsonl") == (rows[: start_step + 1] if start_step else [])
+    assert read_jsonl(folder / "metrics.superseded.jsonl") == rows[start_step + 1 :]
+
+
+def test_metrics_that_are_a_folder_are_named(folder):
+    (folder / "metrics.jsonl").mkdir()
+    with pytest.raises(DamagedFile, match=r"metrics\.jsonl is a folder"):
+        read_metrics(folder / "metrics.jsonl")
 
 
 def test_brackets_in_messages_are_not_markup(folder, run_config, capsys):
@@ -119,6 +146,17 @@ def test_rows_of_a_checkpoint_are_written_when_resuming(folder, run_config):
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (0, 1, 2, 4)))
     with MetricsWriter(folder, run_config, "id", 3, is_main_process=True, unwritten=[{"step": 2}, {"step": 3}]):
         assert read_jsonl(folder / "metrics.jsonl") == [{"step": i} for i in range(4)]
+
+
+def test_a_file_that_was_cut_is_continued_after_its_last_row(folder, run_config, capsys):
+    path = folder / "metrics.jsonl"
+    with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
+        for step in range(3):
+            metrics.write_row({"step": step})
+        os.truncate(path, path.stat().st_size - 5)
+        metrics.write_row({"step": 3})
+        assert read_jsonl(path) == [{"step": 0}, {"step": 1}, {"step": 3}]
+    assert "metrics.jsonl was removed or cut during the run" in capsys.readouterr().err
 
 
 def test_file_that_was_moved_away_is_started_again(folder, run_config):

@@ -53,6 +53,14 @@ def steps(config) -> list[int]:
     return [row["step"] for row in read_jsonl(config.folder / "metrics.jsonl")]
 
 
+def forget_checkpoints(config) -> None:
+    """Leave the run as if it had been stopped before its first checkpoint."""
+    for path in (config.folder / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    record = json.loads((config.folder / "run.json").read_text())
+    (config.folder / "run.json").write_text(json.dumps(record | {"saved": None}))
+
+
 @pytest.fixture
 def trained(run_config, change):
     config = change(run_config, **{"train.checkpoint.keep_last": 9})
@@ -126,7 +134,7 @@ def test_fork_into_another_run_is_refused(trained, change):
     ):
         train(fork)
     assert names(other) == {"step_2", "step_4", "step_6"} and steps(other) == list(range(7))
-    shutil.rmtree(other.folder / "checkpoints")  # as if it had been stopped before its first checkpoint
+    forget_checkpoints(other)
     assert train(fork) == 0
     assert steps(other) == [5, 6]
 
@@ -144,7 +152,7 @@ def test_config_refused_at_step_0_may_be_corrected(trained, change, tmp_path):
     corrected = change(first, **{"data.seq_len": 32, "data.path": str(tmp_path / "other")})
     assert train(corrected) == 0
     assert json.loads(corrected.data_record.read_text())["tokenizer"]["vocab_size"] == 280
-    shutil.rmtree(corrected.folder / "checkpoints")  # The metrics of one step are enough for a run to have started.
+    forget_checkpoints(corrected)  # The metrics of one step are enough for a run to have started.
     (corrected.folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.5}\n{"st')
     with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 16"):
         train(change(corrected, **{"data.seq_len": 16}))

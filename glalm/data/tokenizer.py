@@ -1,15 +1,18 @@
 """Text to token ids and back: SentencePiece models, Hugging Face tokenizers, and Mistral's first tokenizer.
 
-Long texts are encoded in pieces, because byte-pair merging of a book's text misses every cache, and memory grows with
-the text. A text is cut where no token can reach across the cut, so the ids are those of the whole text.
+The ids of a text are those that the tokenizer's own library returns for all of it at once. SentencePiece's byte-pair
+encoding is computed in pieces, because merging a book's text at once misses every cache and takes much memory. Its cuts
+are proven to leave the ids as they are. Other tokenizers give no such proof, so they encode a text as a whole.
 """
 
 import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -98,30 +101,34 @@ def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
     return _HuggingFace(name)
 
 
-# ------------------------------------------------------------------------------------------------ cutting long texts
-
-
-def split_text(text: str, size: int, max_search: int, can_cut: Callable[[str, int], bool]) -> Iterator[str]:
-    """Yield `text` in pieces of `size` characters or more, each of which ends at the first place that `can_cut` allows.
-
-    Where there is none within `max_search` characters, the text is cut all the same, so that memory is bounded.
-    """
-    start = 0
-    while len(text) - start > size:
-        places = range(start + size, min(start + size + max_search, len(text)))
-        end = next((place for place in places if can_cut(text, place)), places.stop)
-        yield text[start:end]
-        start = end
-    if start < len(text) or not text:
-        yield text[start:]
-
-
-def is_word_end(text: str, place: int) -> bool:
-    """Return whether a word ends directly before text[place]."""
-    return text[place] in " \n" and not text[place - 1].isspace()
-
-
 # ---------------------------------------------------------------------------------------------------- SentencePiece
+
+
+class _PieceEncoder(NamedTuple):
+    """What encodes a SentencePiece model's normalized text in pieces.
+
+    Attributes:
+        processor: The model without its normalizer.
+        pairs: The pairs of characters that are neighbours in a token of the vocabulary.
+        joins_unknown: Whether neighbouring characters that are not in the vocabulary become one token.
+    """
+
+    processor: sentencepiece.SentencePieceProcessor
+    pairs: set[str]
+    joins_unknown: bool
+
+    def can_cut(self, text: str, place: int) -> bool:
+        """Return whether no token contains both text[place - 1] and text[place], whatever surrounds them.
+
+        Byte-pair merging never looks beyond two neighbouring symbols, and a symbol is a part of a token. So where no
+        token contains a pair of characters, the text on one side has no influence on the tokens of the other.
+        """
+        if text[place - 1 : place + 1] in self.pairs:
+            return False
+        return not (self.joins_unknown and self._is_unknown(text[place - 1]) and self._is_unknown(text[place]))
+
+    def _is_unknown(self, character: str) -> bool:
+        return self.processor.piece_to_id(character) == self.processor.unk_id()
 
 
 class _SentencePiece:
@@ -131,8 +138,7 @@ class _SentencePiece:
     is as faithful as they were trained to be, and their ids are those of SentencePiece.
     """
 
-    SIZE = 4096  # characters of a piece
-    MAX_SEARCH = 2**20
+    SIZE = 4096  # characters of a piece, or more where no cut is possible
     PIECES_PER_CALL = 256
 
     def __init__(self, path: Path):
@@ -147,27 +153,13 @@ class _SentencePiece:
         self.vocab_size = processor.get_piece_size()
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
-        adds_space = processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
-        self._mark_ids = None if adds_space else self._find_mark_ids()
-        # A prefix for each piece of a text but the first, so that SentencePiece adds no space there.
-        self._prefix = "\n" if adds_space else ""
-        prefix_ids = processor.encode(self._prefix)
-        self._prefix_tokens = len(prefix_ids)
-        self._pairs = set()  # of characters that are neighbours in a token
-        for i in range(self.vocab_size):
-            if not processor.is_byte(i):
-                self._pairs |= {a + b for a, b in pairwise(processor.id_to_piece(i))}
-        normalized = processor.normalize(PROBE).removeprefix(SPACE_MARK if adds_space else "")
-        keeps_text = normalized == PROBE.replace(" ", SPACE_MARK)
-        prefix_is_byte = not prefix_ids or processor.is_byte(prefix_ids[-1])
-        self._can_cut = self._is_between_tokens if keeps_text and prefix_is_byte else is_word_end
 
     def encode(self, text: str) -> np.ndarray:
-        if self._mark_ids is None or SPACE_MARK not in text:
-            return self._encode_pieces(text)
+        if SPACE_MARK not in text or self._mark_ids is None:
+            return self._encode_part(text)
         parts = []
         for part in text.split(SPACE_MARK):
-            parts += [self._mark_ids, self._encode_pieces(part)]
+            parts += [self._mark_ids, self._encode_part(part)]
         return np.concatenate(parts[1:])
 
     def decode(self, ids: list[int]) -> str:
@@ -178,39 +170,83 @@ class _SentencePiece:
             file.write(self.model)
         return "tokenizer.model"
 
-    def _encode_pieces(self, text: str) -> np.ndarray:
-        """Return the ids of a text without U+2581, encoded in pieces: int32 [tokens]."""
-        pieces = split_text(text, self.SIZE, self.MAX_SEARCH, self._can_cut)
-        ids = [np.array(self.processor.encode(next(pieces)), dtype=np.int32)]
-        while group := [self._prefix + piece for piece in islice(pieces, self.PIECES_PER_CALL)]:
-            for encoded in self.processor.encode(group, num_threads=1):
-                ids.append(np.array(encoded[self._prefix_tokens :], dtype=np.int32))
+    def _encode_part(self, text: str) -> np.ndarray:
+        """Return SentencePiece's ids of a text: int32 [tokens]."""
+        if len(text) <= self.SIZE or self._piece_encoder is None:
+            return np.array(self.processor.encode(text), dtype=np.int32)
+        # Normalizers look at a text's ends and across any cut, so the text is normalized before it is cut.
+        normalized = self.processor.normalize(text)
+        pieces = split_text(normalized, self.SIZE, self._piece_encoder.can_cut)
+        ids = [np.empty(0, np.int32)]
+        while group := list(islice(pieces, self.PIECES_PER_CALL)):
+            for encoded in self._piece_encoder.processor.encode(group, num_threads=1):
+                ids.append(np.array(encoded, dtype=np.int32))
         return np.concatenate(ids)
 
-    def _is_between_tokens(self, text: str, place: int) -> bool:
-        """Return whether no token contains both text[place - 1] and text[place]."""
-        # A token contains only pairs of characters that are neighbours in a piece of the vocabulary.
-        return text[place - 1 : place + 1].replace(" ", SPACE_MARK) not in self._pairs
+    @cached_property
+    def _piece_encoder(self) -> _PieceEncoder | None:
+        """What encodes a normalized text in pieces, or None if the model's ids can depend on the text as a whole."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 
-    def _find_mark_ids(self) -> np.ndarray | None:
-        """Return the byte pieces of U+2581, or None if the model has no byte pieces.
+        model = self._parse_model()
+        # A unigram model adds up the scores of a text in float32, so that rounding decides between likely spellings.
+        is_bpe = model.trainer_spec.model_type == TrainerSpec.BPE
+        # SentencePiece splits an unused token as it was merged last, anywhere in the text.
+        has_unused = any(self.processor.is_unused(i) for i in range(self.vocab_size))
+        if not is_bpe or has_unused:
+            return None
+        identity = NormalizerSpec(
+            name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
+        )
+        model = ModelProto(pieces=model.pieces, trainer_spec=model.trainer_spec, normalizer_spec=identity)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        pairs = set()
+        for i in range(self.vocab_size):
+            pairs.update(a + b for a, b in pairwise(processor.id_to_piece(i)))
+        return _PieceEncoder(processor, pairs, joins_unknown=not model.trainer_spec.byte_fallback)
 
-        SentencePiece decodes a U+2581 of the text as a space. Encoded as bytes it survives, if the model does not add
-        a space before each part that is encoded by itself.
+    @cached_property
+    def _mark_ids(self) -> np.ndarray | None:
+        """The byte pieces of U+2581, or None if the model has no byte pieces or changes a text in other ways.
+
+        SentencePiece decodes a U+2581 of the text as a space. Encoded as bytes it survives, if the model neither adds
+        nor removes anything at the ends of the parts between, which are encoded by themselves.
         """
+        spec = self._parse_model().normalizer_spec
+        if spec.add_dummy_prefix or spec.remove_extra_whitespaces or spec.precompiled_charsmap:
+            return None
         ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         return np.array(ids, dtype=np.int32) if all(self.processor.is_byte(i) for i in ids) else None
+
+    def _parse_model(self):
+        """Return the settings and the vocabulary of the model as a protocol buffer, ModelProto."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # Short texts do without it.
+
+        return ModelProto.FromString(self.model)
+
+
+def split_text(text: str, size: int, can_cut: Callable[[str, int], bool]) -> Iterator[str]:
+    """Yield `text` in pieces of `size` characters or more, each of which ends at the first place that `can_cut` allows.
+
+    A piece that finds no such place extends to the end of the text.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = next((place for place in range(start + size, len(text)) if can_cut(text, place)), len(text))
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 # ----------------------------------------------------------------------------------------------------- Hugging Face
 
 
 class _HuggingFace:
-    """A fast tokenizer of transformers, loaded from a folder or by name."""
+    """A fast tokenizer of transformers, loaded from a folder or by name.
 
-    SIZE = 2**18  # characters of a piece
-    MAX_SEARCH = 2**12
-    CONTEXT = 200  # characters on each side of a cut that decide whether a token reaches across
+    Its normalizer, pre-tokenizer, added tokens and model may look at any part of a text, so a text is never cut.
+    """
 
     def __init__(self, name: str):
         from transformers import AutoTokenizer  # takes seconds
@@ -228,15 +264,16 @@ class _HuggingFace:
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
-        self.vocab_size = len(self._tokenizer)
         tokens = self._tokenizer
+        self.vocab_size = 1 + max(tokens.get_vocab().values())  # The ids may have gaps.
         self.bos_id = tokens.cls_token_id if tokens.bos_token_id is None else tokens.bos_token_id
         self.eos_id = tokens.sep_token_id if tokens.eos_token_id is None else tokens.eos_token_id
 
     def encode(self, text: str) -> np.ndarray:
         text.encode()  # Raises for lone surrogates, which would become replacement characters.
-        pieces = split_text(text, self.SIZE, self.MAX_SEARCH, self._is_between_tokens)
-        return np.concatenate([np.array(self._encode_piece(piece), dtype=np.int32) for piece in pieces])
+        # Encoding a batch of one text is faster than `encode`, because it does not compute the tokens' places.
+        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -244,15 +281,3 @@ class _HuggingFace:
     def save(self, folder: Path) -> str:
         self._tokenizer.save_pretrained(folder / "tokenizer")
         return "tokenizer"
-
-    def _encode_piece(self, text: str) -> list[int]:
-        """Return the ids of a text that is encoded at once."""
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def _is_between_tokens(self, text: str, place: int) -> bool:
-        """Return whether the text near `place` has the same tokens when it is cut there."""
-        if not is_word_end(text, place):
-            return False
-        left = text[place - self.CONTEXT : place]
-        right = text[place : place + self.CONTEXT]
-        return self._encode_piece(left + right) == self._encode_piece(left) + self._encode_piece(right)

@@ -1,33 +1,6 @@
-"""Train a language model: `python train.py [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `python train.py --help`."""
+"""Run `glalm train` from a clone: python train.py --help"""
 
-import atexit
-
-from glalm.cli import hydra_entry
-from glalm.config.strict import ConfigError
-from glalm.evals.options import TrainingRun
-
-
-def main(config: TrainingRun) -> int:
-    """Train, and return 0 or the number of the signal that stopped the run."""
-    # These take seconds to import, so a wrong config is refused before.
-    from glalm.train.parallel import leave_process_group
-    from glalm.train.trainer import train
-
-    evaluate = None
-    if config.train_evals.evals:
-        from glalm.evals.in_training import make_evaluator
-
-        evaluate = make_evaluator(config)
-    try:
-        signum = train(config, evaluate)
-    except ConfigError:
-        # All processes raise it, before the first collective of their GPUs, so none can block the others here.
-        leave_process_group()
-        raise
-    # Not before the exit, because the next run of --multirun uses the same processes.
-    atexit.register(leave_process_group)
-    return signum
-
+from glalm.__main__ import main
 
 if __name__ == "__main__":
-    hydra_entry(main, TrainingRun, "train")
+    main("train")

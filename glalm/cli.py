@@ -1,4 +1,4 @@
-"""The Hydra entry of train.py, eval.py and the other commands: compose the config, check it, run, exit."""
+"""The Hydra entry of `glalm train`, `glalm eval` and other commands: compose the config, check it, run, exit."""
 
 import difflib
 import os
@@ -23,9 +23,9 @@ from glalm.progress import INTERRUPTED, protect_output
 # this variable when torch is imported, so it must be set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-if not CONFIGS.is_dir():  # A wheel contains only the package.
-    raise ImportError(f"{CONFIGS} is missing. Commands run from a clone that is installed by `pip install -e .`")
+# A wheel has the configs inside of the package; in a clone they are beside it.
+PACKAGE = Path(__file__).resolve().parent
+CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
 
 
 def store_defaults(cls: type) -> None:
@@ -58,7 +58,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
 
     The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
     could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds, and Ctrl-C, print one
-    message without a traceback. Output that cannot be written, as in `eval.py | head`, is dropped.
+    message without a traceback. Output that cannot be written, as in `glalm eval | head`, is dropped.
     In a sweep (--multirun) of one process, a wrong config does not stop the other runs.
 
     Args:
@@ -68,6 +68,8 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     """
     protect_output()
     store_defaults(cls)
+    # Hydra's parser refuses `KEY=VALUE --config-dir FOLDER KEY=VALUE`, so all overrides go to the end.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
     with exit_on_error():
         check_command_line(sys.argv[1:], cls)
     refused = []

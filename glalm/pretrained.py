@@ -85,8 +85,8 @@ def explain_missing_weights(where: str | os.PathLike, folder: Path) -> str:
     """Return the message for a folder without weights that can be loaded."""
     if (folder / "manifest.json").exists() and any(folder.glob("model-*-of-*.safetensors")):
         return (
-            f"{where} is a checkpoint of which several processes wrote a part each. Merge them by python "
-            f"scripts/export_hf.py RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER."
+            f"{where} is a checkpoint of which several processes wrote a part each. Merge them by "
+            f"glalm export RUN --checkpoint {folder.name} --out FOLDER, and load FOLDER."
         )
     if (folder / "adapter_config.json").exists():
         return f"{where} holds a peft adapter, not a model; peft.AutoPeftModelForCausalLM.from_pretrained loads it"

@@ -45,7 +45,7 @@ class IgnoreOSErrors:
 
 
 def protect_output() -> None:
-    """Let this process continue where its standard output or error cannot be written, as in `eval.py | head`."""
+    """Let this process continue where its standard output or error cannot be written, as in `glalm eval | head`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, IgnoreOSErrors):
@@ -53,7 +53,7 @@ def protect_output() -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run the `main` of a script and exit with its code, or with 130 and one line after Ctrl-C."""
+    """Run the `main` of a command and exit with its code, or with 130 and one line after Ctrl-C."""
     protect_output()
     try:
         code = main()

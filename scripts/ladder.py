@@ -1,22 +1,6 @@
-"""Train and evaluate many models at one size and token budget: python scripts/ladder.py [NAME ...] [KEY=VALUE ...]
+"""Run `glalm ladder` from a clone: python scripts/ladder.py --help"""
 
-NAME is a preset NAME_SIZE of configs/model (default: all mixers and the hybrid), or one of the GLA paper's ablations:
-gla_scalar_gate, gla_fixed_gate, gla_no_gate, gla_1_head, gla_8_heads, and gla_12_segments, which trains on windows of
-twelve training lengths by truncated backpropagation. KEY=VALUE overrides train.py's config in every run; the rest is in
-configs/experiment/ladder_SIZE.yaml. For example, two seeds of everything, three runs at a time on each GPU:
-
-    python scripts/ladder.py --size small --seeds 2 --at-once 3 data.path=data/mine
-
-Each run is train.py followed by eval.py. Its folder is FOLDER/NAME-SEED and its output FOLDER/NAME-SEED.log. Run the
-same command again to skip complete runs and resume interrupted ones. FOLDER/ladder.json has the table, FOLDER/loss.png
-and .svg the validation loss against tokens, FOLDER/positions.png and .svg the perplexity against position; the figures
-show the first seed.
-"""
-
-from functools import partial
-
-from glalm.progress import run_command
-from glalm.studies.ladder import main
+from glalm.__main__ import main
 
 if __name__ == "__main__":
-    run_command(partial(main, __doc__))
+    main("ladder")

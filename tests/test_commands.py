@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from glalm.__main__ import COMMANDS
+
 ROOT = Path(__file__).parent.parent
-
-
-HELPFUL = ("prepare_data", "report", "plot", "mqar")
 
 
 def run(*args: str, code: int = 0) -> str:
@@ -67,9 +66,19 @@ def test_from_text_to_report(tmp_path):
     assert f"{damaged} is damaged" in text and "set aside as step_6.damaged" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", *(f"scripts/{name}.py" for name in HELPFUL)])
-def test_help_explains(script):
-    assert Path(script).name in run(script, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains(command):
+    assert f"glalm {command}" in run("-m", "glalm", command, "--help")
+
+
+def test_unknown_command_is_refused_with_the_nearest():
+    assert "glalm has no command trian; did you mean train?" in run("-m", "glalm", "trian", code=2)
+
+
+def test_clone_has_a_script_for_each_command():
+    scripts = {ROOT / "train.py", ROOT / "eval.py", *(ROOT / "scripts").glob("*.py")}
+    expected = {f'    main("{command}")' for command in COMMANDS}
+    assert {path.read_text().splitlines()[-1] for path in scripts} == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "glalm"
 CORE = {"config", "data", "kernels", "model", "hf", "pretrained", "train", "progress"}
 ALLOWED = {
+    "__main__": {"commands", "progress"},
     "config": {"model.config"},
     "cli": {"config", "model.mixers", "progress"},
     "kernels": set(),
@@ -21,6 +22,7 @@ ALLOWED = {
     "generation": CORE,
     "compat": {*CORE, "evals.options"},
     "evals": {*CORE, "generation"},
+    "commands": {*CORE, "cli", "compat", "evals", "prepare", "studies"},
     "studies": {*CORE, "cli", "evals", "generation", "prepare"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}

@@ -84,7 +84,7 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
     if tokenizer.fingerprint != json.loads((run / DATA_RECORD).read_text())["tokenizer"]["fingerprint"]:
         raise RunError(
             f"{data} has another tokenizer now than {run} was trained with. Prepare it again with the tokenizer of the "
-            "run (scripts/prepare_data.py --tokenizer)"
+            "run (glalm prepare --tokenizer)"
         )
     hf_tokenizer = load_hf_tokenizer(tokenizer_path, tokenizer)
 
@@ -132,7 +132,7 @@ def load_llama_tokenizer(path: Path, tokenizer: Tokenizer) -> LlamaTokenizer:
             return hf_tokenizer
     raise RunError(
         f"transformers encodes text to other ids than the SentencePiece model {path}, so nothing was exported. It "
-        "supports byte-pair encoding (scripts/train_tokenizer.py --type bpe), but no unigram models"
+        "supports byte-pair encoding (glalm tokenizer --type bpe), but no unigram models"
     )
 
 
@@ -171,7 +171,7 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
 
 
 def format_scores(checkpoint: Path) -> str:
-    """Return a table of the metrics that eval.py measured on the weights of this checkpoint."""
+    """Return a table of the metrics that were measured on the weights of this checkpoint."""
     rows = []
     sha256 = weights_sha256(checkpoint)
     for file in sorted((checkpoint.parents[1] / "eval").glob("*.json")):

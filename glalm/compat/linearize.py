@@ -21,7 +21,7 @@ from glalm.hf import GLALMForCausalLM
 
 @dataclass
 class LinearizeOptions:
-    """The options of scripts/linearize.py, where they are documented.
+    """The options of glalm linearize, where they are documented.
 
     Raises ConfigError for everything that can be found before the Llama is loaded, which may take minutes.
     """
@@ -55,7 +55,7 @@ class LinearizeOptions:
 
 
 def linearize_checkpoint(options: LinearizeOptions) -> None:
-    """Write the converted model, its tokenizer and its config for train.py to options.out.
+    """Write the converted model, its tokenizer and its config for `glalm train` to options.out.
 
     Raises:
         ConfigError: The Llama cannot be converted, or options.data does not fit it.
@@ -111,7 +111,7 @@ def read_batches(options: LinearizeOptions, vocab_size: int) -> Iterator[LongTen
     require(
         tokens.vocab_size <= vocab_size,
         f"--data {options.data} has a vocabulary of {tokens.vocab_size}, but {options.llama} has one of {vocab_size}. "
-        "Prepare the data with the tokenizer of that model (scripts/prepare_data.py --tokenizer)",
+        "Prepare the data with the tokenizer of that model (glalm prepare --tokenizer)",
     )
     batches = training_batches(Windows(tokens, options.seq_len), seed=0, batch_size=options.batch_size)
     for _ in range(options.distil):

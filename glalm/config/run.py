@@ -48,7 +48,7 @@ MAY_CHANGE = (
 
 @dataclass
 class DataConfig:
-    path: str = "data/demo"  # a folder written by scripts/prepare_data.py
+    path: str = "data/demo"  # a folder written by glalm prepare
     seq_len: int = 256  # T: tokens of a training sequence
     weights: dict[str, float] | None = None  # share of each source in the training tokens; null: its share of the data
     # ignore: the state runs on from one document into the next within a sequence, as in the GLA paper. reset_state:

@@ -256,12 +256,12 @@ def _explain_missing_manifest(folder: Path) -> str:
         return "The set is unfinished. To resume, rerun the command that started it."
     has_shards = any(folder.glob("train/*/*.npy"))
     if folder.is_file() or (any(folder.glob("*")) and not has_shards):
-        command = f"python scripts/prepare_data.py --out SET {folder}"
+        command = f"glalm prepare --out SET {folder}"
         return f"{folder} is not a prepared set. If it is text, prepare it into another folder: {command}"
     # The folder is empty, or has shards without a manifest, which this command replaces.
-    return f"To prepare a set, run: python scripts/prepare_data.py --out {folder} SOURCE"
+    return f"To prepare a set, run: glalm prepare --out {folder} SOURCE"
 
 
 def _advise_overwrite(folder: Path) -> str:
     """Return how to replace a damaged set."""
-    return f"To prepare the set again, run: python scripts/prepare_data.py --out {folder} --overwrite SOURCE"
+    return f"To prepare the set again, run: glalm prepare --out {folder} --overwrite SOURCE"

@@ -31,7 +31,7 @@ from glalm.evals.result_files import select_scores
 from glalm.train.random_states import seeded
 
 # Standard errors must be bootstrapped in this process. lm-eval would fork workers and end them by SIGTERM; forked from
-# train.py, they would inherit its signal handler, ignore the signal, and wait forever, as would lm-eval.
+# training, they would inherit its signal handler, ignore the signal, and wait forever, as would lm-eval.
 os.environ["DISABLE_MULTIPROC"] = "1"
 
 # The tasks of the GLA paper's table, and four more that are often reported.

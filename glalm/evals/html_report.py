@@ -28,7 +28,7 @@ ZERO_SHOT_EVALUATORS = ("paper_zero_shot", "zero_shot")
 
 @dataclass
 class Run:
-    """A folder that train.py, eval.py or scripts/mqar.py wrote, and its name on the page."""
+    """A folder that training, evaluation or `glalm mqar` wrote, and its name on the page."""
 
     folder: Path
     name: str

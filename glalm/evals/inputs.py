@@ -41,7 +41,7 @@ def open_eval_model(config: EvalConfig, device: torch.device) -> EvalModel:
         if is_of_run:
             require(
                 (config.folder / "run.json").is_file(),
-                f"{config.folder} is not a run (run.json is missing); to train one, run: python train.py "
+                f"{config.folder} is not a run (run.json is missing); to train one, run: glalm train "
                 f"name={config.name}",
             )
             path = run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
@@ -224,11 +224,11 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
     require(
         tokens.vocab_size <= model.vocab_size,
         f"data_path={folder} has a vocabulary of {tokens.vocab_size}, the model one of {model.vocab_size}; "
-        "prepare it with the tokenizer that the model was trained with (scripts/prepare_data.py --tokenizer)",
+        "prepare it with the tokenizer that the model was trained with (glalm prepare --tokenizer)",
     )
     require(
         model.tokenizer_fingerprint in (None, tokens.tokenizer_fingerprint),
         f"data_path={folder} was prepared with another tokenizer than {model.name} has; prepare it with that "
-        "(scripts/prepare_data.py --tokenizer)",
+        "(glalm prepare --tokenizer)",
     )
     return tokens

@@ -112,15 +112,15 @@ class HarnessConfig:
 
 @dataclass
 class TrainEvalsConfig:
-    """Evaluators that train.py runs before the first step, every `every` steps and after the last one.
+    """Evaluators that training runs before the first step, every `every` steps and after the last one.
 
     Their results are logged as metrics of the run. They read the text of data.path.
     """
 
-    evals: list[str] = field(default_factory=list)  # names as of eval.py; choose cheap settings below
+    evals: list[str] = field(default_factory=list)  # names as for `glalm eval`; choose cheap settings below
     every: int = 1000  # steps
     batch_size: int = 16  # sequences at once
-    data_dir: str | None = None  # zero-shot tasks' own data, as of eval.py
+    data_dir: str | None = None  # zero-shot tasks' own data, as for `glalm eval`
     extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
@@ -132,14 +132,14 @@ class TrainEvalsConfig:
 
 @dataclass
 class TrainingRun(RunConfig):
-    """Everything `python train.py` does: the training run, and the evaluators that run as it trains."""
+    """Everything `glalm train` does: the training run, and the evaluators that run as it trains."""
 
     train_evals: TrainEvalsConfig = field(default_factory=TrainEvalsConfig)
 
 
 @dataclass
 class EvalConfig:
-    """Everything `python eval.py` does: which checkpoint, which evaluators, their settings."""
+    """Everything `glalm eval` does: which checkpoint, which evaluators, their settings."""
 
     name: str = "demo"  # the run to evaluate
     runs_dir: str = "runs"

@@ -145,7 +145,7 @@ def plot_mqar(records: Sequence[Record], path: str | Path) -> list[Path]:
     A point is the best of the learning rates (arXiv 2312.04927, figure 2).
 
     Args:
-        records: The files of scripts/mqar.py, one a trained model.
+        records: The files of glalm mqar, one a trained model.
     """
     rows = [record["results"] for record in _load_records(records, "mqar")]
     lengths = sorted({(row["length"], row["pairs"]) for row in rows})
@@ -237,7 +237,7 @@ def load_record(path: Path, evaluator: str) -> dict:
     """
     record = read_json(path)
     if record is None:
-        raise ValueError(f"{path} is missing; to write it, run: python eval.py evals=[{evaluator}]")
+        raise ValueError(f"{path} is missing; to write it, run: glalm eval evals=[{evaluator}]")
     return record
 
 

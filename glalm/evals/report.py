@@ -32,8 +32,8 @@ def print_report(folder: Path, console: Console) -> None:
         ValueError: A file is damaged; the message names it.
     """
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
-    train_command = f"python train.py {where}"
-    eval_command = f"python eval.py {where} evals="
+    train_command = f"glalm train {where}"
+    eval_command = f"glalm eval {where} evals="
     metrics, skipped = read_metrics(folder / "metrics.jsonl")
     perplexity = read_json(folder / "eval" / "perplexity.json")
     extrapolation = read_json(folder / "eval" / "extrapolation.json")

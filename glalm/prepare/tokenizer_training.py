@@ -94,7 +94,7 @@ def train_on_inputs(inputs: list[Input], settings: dict, bar: ProgressBar) -> To
     if not all(isinstance(source_input, FileInput) for source_input in inputs):
         problem = "Streamed data sets would be downloaded twice to train a tokenizer."
     if problem:
-        advice = "Train one on a part of the text with scripts/train_tokenizer.py, or choose an existing one, and name "
+        advice = "Train one on a part of the text with glalm tokenizer, or choose an existing one, and name "
         raise ValueError(f"{problem} {advice}it with --tokenizer.")
     texts = read_training_texts(inputs, settings["held_out"], settings["text_field"], bar)
     with TemporaryDirectory() as folder:  # A Tokenizer keeps its model in memory.

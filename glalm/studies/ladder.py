@@ -47,7 +47,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class LadderRun:
-    """One model of the comparison: train.py and then eval.py, with these arguments."""
+    """One model of the comparison: `glalm train` and then `glalm eval`, with these arguments."""
 
     model: str  # a preset without its size, or a key of ABLATIONS
     config: TrainingRun
@@ -104,7 +104,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         "--at-once", type=parse_positive, default=1, metavar="N", help="runs on each visible GPU, or on the CPU (1)"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"), help="where the runs go (%(default)s)")
-    parser.add_argument("--eval", action="append", default=[], metavar="KEY=VALUE", help="for eval.py; repeatable")
+    parser.add_argument("--eval", action="append", default=[], metavar="KEY=VALUE", help="for glalm eval; repeatable")
     parser.add_argument("arguments", nargs="*", metavar="NAME | KEY=VALUE")
     return parser.parse_intermixed_args()
 
@@ -202,7 +202,7 @@ def run_all(runs: list[LadderRun], at_once: int) -> dict[str, str]:
                 print(f"{n}/{len(missing)} {run.config.name}: {reason or describe_score(run)}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            processes.stop()  # train.py saves a checkpoint before it ends.
+            processes.stop()  # Training saves a checkpoint before it ends.
             failures = {run.config.name: "stopped" for run in missing if not run.is_complete()}
     return failures
 
@@ -222,11 +222,11 @@ def run_one(run: LadderRun, free_slots: queue.SimpleQueue, slots: int, processes
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     log = run.config.folder.with_name(f"{run.config.name}.log")
     try:
-        for script, arguments in (("train.py", run.train_arguments), ("eval.py", run.eval_arguments)):
-            command = [sys.executable, str(CONFIGS.parent / script), *arguments]
+        for name, arguments in (("train", run.train_arguments), ("eval", run.eval_arguments)):
+            command = [sys.executable, "-m", "glalm", name, *arguments]
             code = processes.run(command, log, environment)
             if code:
-                return f"{script} ended with exit code {code}"
+                return f"glalm {name} ended with exit code {code}"
         write_json(run.config.folder / "ladder.json", run.completion_record())
         return None
     finally:

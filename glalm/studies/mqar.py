@@ -51,7 +51,7 @@ SWEEP_KEYS = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "
 
 @dataclass
 class MQARConfig:
-    """The config of `python scripts/mqar.py`. Except for the mixers, the defaults are the published settings.
+    """The config of `glalm mqar`. Except for the mixers, the defaults are the published settings.
 
     A model is trained for every mixer, length, width and learning rate (arXiv 2312.04927, figure 2 and appendix E).
     """

@@ -35,7 +35,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     require(
         any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)),
         f"train.init_from={folder} is not a folder with a {SAFE_WEIGHTS_NAME}. If it is a checkpoint of several "
-        "processes, convert it with scripts/export_hf.py first.",
+        "processes, convert it with glalm export first.",
     )
     try:
         model = GLALMForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -50,7 +50,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     require(
         not known or read_manifest(Path(config.data.path))["tokenizer"]["fingerprint"] in known,
         f"train.init_from={folder} was trained with another tokenizer than data.path={config.data.path} was prepared "
-        "with. Prepare the data with the tokenizer of the model (scripts/prepare_data.py --tokenizer). If both give "
+        "with. Prepare the data with the tokenizer of the model (glalm prepare --tokenizer). If both give "
         "the same ids, remove the tokenizer from the model's folder instead.",
     )
     return model.to_core()

@@ -1,10 +1,9 @@
-"""Run scripts/linearize.py on a small Llama, and train.py from the model that it writes."""
+"""Run `glalm linearize` on a small Llama, and train from the model that it writes."""
 
 import json
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from glalm.commands import linearize
 from glalm.hf import GLALMForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -67,14 +67,11 @@ def test_convert_distil_and_train(llama, token_folder, tmp_path):
 
 @pytest.fixture
 def run_linearize(monkeypatch, capsys):
-    """run_linearize(*arguments) runs the script in this process and returns its exit code and stderr."""
-    spec = spec_from_file_location("linearize_script", ROOT / "scripts/linearize.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """run_linearize(*arguments) runs the command in this process and returns its exit code and stderr."""
 
     def run_main(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["linearize.py", *map(str, arguments)])
-        return module.main(), capsys.readouterr().err
+        return linearize.main(), capsys.readouterr().err
 
     return run_main
 

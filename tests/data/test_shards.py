@@ -80,7 +80,7 @@ def test_an_empty_split_can_be_opened(copy, corpus):
 def test_missing_files_are_named_with_what_to_run(copy):
     for name in ("train/corpus/00001.docs.npy", "train/corpus/00001.npy", "tokenizer.model", "manifest.json"):
         (copy / name).unlink()
-        with pytest.raises(FileNotFoundError, match=rf"{name} is missing.*run: python scripts/prepare_data\.py"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is missing.*run: glalm prepare"):
             TokenSet(copy, "train")
 
 

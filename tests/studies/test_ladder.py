@@ -45,7 +45,7 @@ def test_what_is_missing_is_run_and_all_is_in_the_table(run_ladder, tiny, tmp_pa
     assert run_ladder("gla", "gla_12_segments", "--at-once", "2", *tiny, *budget) == 0
     assert "2 runs, 2 to do, 2 at once" in capfd.readouterr().out
     assert run_ladder("gla", *tiny, *budget, "model.num_heads=2") == 1  # another model than the run's
-    assert "gla-1: train.py ended with exit code 2" in capfd.readouterr().err
+    assert "gla-1: glalm train ended with exit code 2" in capfd.readouterr().err
     assert run_ladder("gla", "gla_12_segments", *tiny, *budget) == 0
     assert "2 runs, 0 to do, 1 at once" in capfd.readouterr().out
 

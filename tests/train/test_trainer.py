@@ -122,7 +122,7 @@ def test_some_keys_may_change(run_config, change):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data.path": "nowhere"}, "scripts/prepare_data.py"),
+        ({"data.path": "nowhere"}, "glalm prepare"),
         ({"model.vocab_size": 100}, "Write model.vocab_size=300"),
         ({"data.seq_len": 10**6}, "Choose shorter windows"),
     ],

@@ -40,8 +40,8 @@ def check_mixer_name(key: str, name: str) -> None:
         return
     if ":" in name:
         hint = (
-            ". train.py imports a package.module:Class in model.mixer, and eval.py in mixers; elsewhere, call "
-            "glalm.model.mixers.import_mixer first"
+            ". `glalm train` imports a package.module:Class in model.mixer, and `glalm eval` in mixers; elsewhere, "
+            "call glalm.model.mixers.import_mixer first"
         )
     else:
         near = difflib.get_close_matches(name, MIXERS, n=1)

@@ -1,0 +1,54 @@
+"""The `glalm` command, which runs a command by its name: `glalm train ...`. `python -m glalm` is the same."""
+
+import difflib
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from glalm.progress import run_command
+
+# The file of glalm/commands that has each command's `main`, and what it does.
+COMMANDS = {
+    "prepare": ("prepare_data", "split text, tokenize it, and write token shards"),
+    "tokenizer": ("train_tokenizer", "train a SentencePiece tokenizer"),
+    "train": ("train", "train a model; the same command again resumes"),
+    "eval": ("eval", "evaluate a checkpoint, an exported folder, or a model of the hub"),
+    "report": ("report", "print what runs reached, and write a page of it"),
+    "plot": ("plot", "draw one figure of several models' results"),
+    "export": ("export_hf", "write a checkpoint as a folder that transformers loads"),
+    "linearize": ("linearize", "convert a Llama with softmax attention to GLA or ReGLA"),
+    "ladder": ("ladder", "train and evaluate many models at one size and budget"),
+    "mqar": ("mqar", "measure multi-query associative recall"),
+}
+
+
+def main(name: str | None = None) -> NoReturn:
+    """Run a command with the arguments of this process, and exit with its code.
+
+    Args:
+        name: The command; None if the first argument names it.
+    """
+    if name is None:
+        name = find_command(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
+    # Help and usage lines take the program's name from here.
+    sys.argv[0] = f"glalm {name}"
+    run_command(lambda: import_module(f"glalm.commands.{COMMANDS[name][0]}").main())
+
+
+def find_command(name: str) -> str:
+    """Return `name` if it is a command. Otherwise print the help or the nearest command, and exit."""
+    if name in ("-h", "--help"):
+        print("glalm COMMAND [ARGUMENT ...]; `glalm COMMAND --help` describes a command\n")
+        for command, (_, summary) in COMMANDS.items():
+            print(f"  {command:<12}{summary}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        matches = difflib.get_close_matches(name, COMMANDS, n=1)
+        suggestion = f"did you mean {matches[0]}? " if matches else ""
+        print(f"glalm has no command {name}; {suggestion}commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    return name
+
+
+if __name__ == "__main__":
+    main()

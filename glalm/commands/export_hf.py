@@ -1,0 +1,24 @@
+"""Export a checkpoint of a run as a folder that transformers loads: weights, tokenizer, generation config, model card.
+
+glalm export runs/demo --out exported/demo
+python -c "import glalm.hf; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported/demo')"
+"""
+
+import argparse
+from pathlib import Path
+
+from glalm.compat.export import export_run
+from glalm.config.strict import RunError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--checkpoint", default="latest", help="latest or step_N (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    args = parser.parse_args()
+    try:
+        export_run(args.run, args.checkpoint, args.out)
+    except (RunError, OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm.hf`")

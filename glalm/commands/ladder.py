@@ -1,0 +1,20 @@
+"""Train and evaluate many models at one size and token budget: glalm ladder [NAME ...] [KEY=VALUE ...]
+
+NAME is a preset NAME_SIZE of configs/model (default: all mixers and the hybrid), or one of the GLA paper's ablations:
+gla_scalar_gate, gla_fixed_gate, gla_no_gate, gla_1_head, gla_8_heads, and gla_12_segments, which trains on windows of
+twelve training lengths by truncated backpropagation. KEY=VALUE overrides the config of training in every run; the rest
+is in configs/experiment/ladder_SIZE.yaml. For example, two seeds of everything, three runs at a time on each GPU:
+
+    glalm ladder --size small --seeds 2 --at-once 3 data.path=data/mine
+
+Each run is `glalm train` followed by `glalm eval`. Its folder is FOLDER/NAME-SEED and its output FOLDER/NAME-SEED.log.
+Run the same command again to skip complete runs and resume interrupted ones. FOLDER/ladder.json has the table,
+FOLDER/loss.png and .svg the validation loss against tokens, FOLDER/positions.png and .svg the perplexity against
+position; the figures show the first seed.
+"""
+
+from glalm.studies import ladder
+
+
+def main() -> int:
+    return ladder.main(__doc__)

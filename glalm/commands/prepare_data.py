@@ -1,0 +1,131 @@
+"""Prepare text for training: split it, tokenize it, and write token shards. `inspect` shows what is in a set."""
+
+import argparse
+import sys
+import time
+
+from glalm.data.shards import SPLITS
+from glalm.prepare.encode import HELD_OUT
+from glalm.prepare.inspection import inspect_set
+from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.records import SUFFIXES
+from glalm.prepare.writer import format_counts
+
+EXAMPLES = """\
+examples:
+  Prepare the standard library of this Python, and train a tokenizer on it:
+    glalm prepare --out data/demo stdlib
+  Prepare your own text, with a larger vocabulary:
+    glalm prepare --out data/mine --vocab-size 32000 notes/ corpus.jsonl.zst
+  Prepare SlimPajama from the hub with Mistral's tokenizer, as in the paper (docs/data.md):
+    glalm prepare --out data/slimpajama --tokenizer mistral-v1 \\
+      --source-field meta.redpajama_set_name --on-error skip hf:cerebras/SlimPajama-627B
+  Add text to a set:
+    glalm prepare --out data/mine --add more.jsonl.gz
+  Show what is in a set:
+    glalm prepare inspect data/mine
+"""
+SETTINGS = ("tokenizer", "vocab_size", "validation", "test", "shard_tokens", "text_field", "source_field")
+
+
+def main() -> int:
+    try:
+        if sys.argv[1:2] == ["inspect"]:
+            return inspect()
+        return prepare()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def inspect() -> int:
+    parser = argparse.ArgumentParser(prog="glalm prepare inspect", description="Show what is in a prepared set.")
+    parser.add_argument("path", metavar="PATH", help="the folder of the set; lengths.png is written into it")
+    parser.add_argument("--quick", action="store_true", help="do not read every file to verify its SHA-256")
+    args = parser.parse_args(sys.argv[2:])
+    return inspect_set(args.path, verify=not args.quick)
+
+
+def prepare() -> int:
+    args = parse_arguments()
+    start = time.perf_counter()
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    held_out = {split: settings.pop(split, share) for split, share in HELD_OUT.items()}
+    manifest = prepare_data(
+        args.sources,
+        args.out,
+        held_out=held_out,
+        on_error=args.on_error,
+        workers=args.workers,
+        add=args.add,
+        overwrite=args.overwrite,
+        **settings,
+    )
+    print_summary(args.out, manifest, time.perf_counter() - start)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Split text by document into train, validation and test, tokenize it on all cores, and write token "
+        "shards. The same command again resumes an interrupted preparation, and does nothing if the set is complete.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="'stdlib'; a file or folder (" + ", ".join(SUFFIXES) + "); or hf:DATASET[:CONFIG[:SPLIT]][@REVISION], "
+        "which is streamed. NAME=SOURCE gives it a name; the default is that of its folder",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the set")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="a SentencePiece .model, a Hugging Face folder or name, or mistral-v1 (default: train one)",
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of a trained tokenizer (default: 2048)")
+    for split, share in HELD_OUT.items():
+        help_text = f"share of the documents for {split} (default: {share})"
+        parser.add_argument(f"--{split}", type=float, metavar="SHARE", help=help_text)
+    parser.add_argument("--shard-tokens", type=int, metavar="N", help="maximum tokens of a shard (default: 2^27)")
+    parser.add_argument(
+        "--text-field",
+        metavar="FIELD",
+        help="field of a line or row that holds the text; dots lead into nested fields (default: text)",
+    )
+    parser.add_argument("--source-field", metavar="FIELD", help="field that names a document's source, to mix sources")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a bad record: stop with its file and line, or skip and count it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that tokenize (default: all cores); the result is the same"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")
+    mode.add_argument("--overwrite", action="store_true", help="replace the set in FOLDER")
+    args = parser.parse_args()
+    for name in SETTINGS:
+        if args.add and getattr(args, name) is not None:
+            parser.error(f"--add uses the settings of the set. Remove --{name.replace('_', '-')}.")
+    if args.tokenizer and args.vocab_size:
+        parser.error("--vocab-size is the size of a tokenizer that is trained. Remove it, or remove --tokenizer.")
+    return args
+
+
+def print_summary(folder: str, manifest: dict, seconds: float) -> None:
+    print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes/token':>13}{'shards':>8}")
+    for split in SPLITS:
+        entry = manifest["splits"][split]
+        ratio = entry["text_bytes"] / max(entry["tokens"], 1)
+        shards = sum(len(source["shards"]) for source in entry["sources"].values())
+        print(f"{split:<12}{entry['documents']:>14,}{entry['tokens']:>18,}{ratio:>13.2f}{shards:>8,}")
+    print("\n".join(format_counts(manifest["books"])))
+    tokenizer = manifest["tokenizer"]
+    if not tokenizer["round_trips"]:
+        print("Note: this tokenizer normalizes, so decoding does not return every text unchanged.")
+    print(f"{folder} is ready: vocabulary of {tokenizer['vocab_size']:,}, prepared in {seconds:.1f} s")

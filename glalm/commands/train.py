@@ -1,0 +1,33 @@
+"""Train a language model: `glalm train [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `glalm train --help`."""
+
+import atexit
+
+from glalm.cli import hydra_entry
+from glalm.config.strict import ConfigError
+from glalm.evals.options import TrainingRun
+
+
+def main() -> None:
+    hydra_entry(run_training, TrainingRun, "train")
+
+
+def run_training(config: TrainingRun) -> int:
+    """Train, and return 0 or the number of the signal that stopped the run."""
+    # These take seconds to import, so a wrong config is refused before.
+    from glalm.train.parallel import leave_process_group
+    from glalm.train.trainer import train
+
+    evaluate = None
+    if config.train_evals.evals:
+        from glalm.evals.in_training import make_evaluator
+
+        evaluate = make_evaluator(config)
+    try:
+        signum = train(config, evaluate)
+    except ConfigError:
+        # All processes raise it, before the first collective of their GPUs, so none can block the others here.
+        leave_process_group()
+        raise
+    # Not before the exit, because the next run of --multirun uses the same processes.
+    atexit.register(leave_process_group)
+    return signum

@@ -294,7 +294,7 @@ def is_observed(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or functorch_transform() is not None
 
 
 def needs_gradient(*args) -> bool:
@@ -312,23 +312,31 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
-FUNCTORCH_TRANSFORMS = {"Grad": "torch.func.grad or torch.func.vjp", "Vmap": "torch.func.vmap", "Jvp": "torch.func.jvp"}
+FUNCTORCH_TRANSFORMS = {
+    "Grad": "torch.func.grad or torch.func.vjp",
+    "Vmap": "torch.func.vmap",
+    "Jvp": "torch.func.jvp",
+    "Functionalize": "torch.func.functionalize",
+}
 
 
 @constant_when_compiled
 def functorch_transform() -> str | None:
-    """Return the name of the torch.func transform that is running, or None."""
+    """Return the name of the innermost torch.func transform that is running, or None."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return None if interpreter is None else FUNCTORCH_TRANSFORMS.get(interpreter.key().name)
+    return None if interpreter is None else FUNCTORCH_TRANSFORMS[interpreter.key().name]
 
 
 def active_transform(*tensors: Tensor | None) -> str | None:
     """Return the name of the transform that differentiates or batches `tensors` other than by .backward(), or None."""
     transform = functorch_transform()
     # Outside of forward_ad.dual_level(), the level is -1. Asking each tensor would take 2 us per call of an operator.
-    if transform is not None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if transform is not None or forward_ad._current_level < 0:
         return transform
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    # While a compiler traces, no tensor has a tangent yet.
+    if torch.compiler.is_compiling() or any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         return "forward-mode automatic differentiation"
     return None
 
@@ -339,7 +347,24 @@ def refuse_transforms(name: str, *tensors: Tensor | None, alternative: str | Non
     Without this check, forward-mode differentiation would lose the tangent in silence, and torch.func would fail with
     a message about PyTorch's internals. Rules for the transforms would cost every layer 0.1 ms of host time.
     """
-    transform = active_transform(*tensors)
+    _raise_if_transformed(name, active_transform(*tensors), alternative)
+
+
+def refuse_transformed_gradients(name: str, *grads: Tensor | None, alternative: str | None = None) -> None:
+    """Raise NotImplementedError in a backward pass that a transform differentiates or batches. See refuse_transforms.
+
+    A backward pass can run in a transform without its forward pass: torch.autograd.grad in one is an example, and its
+    option is_grads_batched, which batches by a mechanism of its own, is another.
+    """
+    transform = active_transform(*grads)
+    if not torch.compiler.is_compiling():
+        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        if any(x is not None and is_batched(x) for x in grads):
+            transform = "torch.autograd.grad(is_grads_batched=True)"
+    _raise_if_transformed(name, transform, alternative)
+
+
+def _raise_if_transformed(name: str, transform: str | None, alternative: str | None) -> None:
     if transform is not None:
         raise NotImplementedError(
             f"{name} does not support {transform}. Call it without the transform and compute gradients by .backward() "
@@ -347,24 +372,31 @@ def refuse_transforms(name: str, *tensors: Tensor | None, alternative: str | Non
         )
 
 
-def refuse_double_backward(name: str, grads: tuple, alternative: str | None = None) -> tuple:
+def refuse_double_backward(
+    name: str, grads: tuple, inputs: tuple[Tensor | None, ...], alternative: str | None = None
+) -> tuple:
     """Return what the backward pass of the operator `name` computed, so that differentiating it raises an error.
 
     Autograd's once_differentiable would return constants where the gradient of the output is one, and so lose the
     second derivative in silence.
+
+    Args:
+        grads: the computed gradients, without a graph.
+        inputs: every tensor that they depend on, as autograd knows it. autograd.grad runs only the nodes that lead to
+            the tensors it differentiates by, so the node that raises must lead to all of these.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grads
+    refuse_transforms(name, *inputs, alternative=alternative)
     message = f"{name} does not support double backward (the gradient of a gradient)."
-    leaf = torch.empty(0, requires_grad=True)
-    return _RefuseDoubleBackward.apply(f"{message} Use {alternative}." if alternative else message, grads, leaf)
+    return _RefuseDoubleBackward.apply(f"{message} Use {alternative}." if alternative else message, grads, *inputs)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
     """Return the gradients unchanged, and raise NotImplementedError in the backward pass."""
 
     @staticmethod
-    def forward(ctx, message, grads, leaf):
+    def forward(ctx, message, grads, *inputs):
         ctx.message = message
         return grads
 

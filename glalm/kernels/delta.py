@@ -190,9 +190,11 @@ class DeltaCarry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, du, dstarts, dS):
+        common.refuse_transformed_gradients("chunk_delta_rule", du, dstarts, dS)
+        inputs = (*ctx.saved_tensors, du, dstarts, dS)
         with torch.no_grad():
-            grads = carry_backward_operator(*ctx.saved_tensors, du, dstarts, dS)
-        return common.refuse_double_backward("chunk_delta_rule", grads)
+            grads = carry_backward_operator(*inputs)
+        return common.refuse_double_backward("chunk_delta_rule", grads, inputs)
 
 
 def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

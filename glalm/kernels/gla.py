@@ -157,6 +157,7 @@ class ChunkGLA(torch.autograd.Function):
     def backward(ctx, do, dfinal_state):
         q, k, v, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
         name, scale, normalizer, output_final_state = ctx.options
+        common.refuse_transformed_gradients(name, do, dfinal_state, alternative=_alternative(name))
         do = torch.zeros_like(v) if do is None else do
         dfinal_state = dfinal_state if output_final_state else None
         with torch.no_grad():
@@ -166,7 +167,8 @@ class ChunkGLA(torch.autograd.Function):
         dg = dg if common.gate_has_gradient(g) else None
         dinitial_state = None if initial_state is None else dinitial_state
         grads = (dq, dk, dv, dg, dinitial_state)
-        dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, _alternative(name))
+        inputs = (q, k, v, g, initial_state, do, dfinal_state)
+        dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, inputs, _alternative(name))
         return None, dq, dk, dv, dg, None, None, dinitial_state, None, None
 
 

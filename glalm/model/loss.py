@@ -70,6 +70,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy in nats of each token, [...] float32, without gradient; 0 where it is IGNORE_INDEX."""
+    refuse_transforms("token_losses", hidden, weight, alternative=ALTERNATIVE)
     flat_hidden = hidden.flatten(0, -2)
     flat_targets = targets.flatten()
     losses = [hidden.new_empty(0, dtype=torch.float32)]
@@ -108,20 +109,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 _add_product(dweight, logits.T, h[rows])
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)
-        ctx.save_for_backward(dhidden, dweight, count)
+        ctx.save_for_backward(dhidden, dweight, count, hidden, weight)
         ctx.gradient_scale = gradient_scale
         ctx.dtypes = (hidden.dtype, weight.dtype)
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dhidden, dweight, count = ctx.saved_tensors
+        dhidden, dweight, count, *inputs = ctx.saved_tensors
         with torch.no_grad():
             # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
             scale = (grad / (count * ctx.gradient_scale)).view(1, 1)
             dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
             dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
-        grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), alternative=ALTERNATIVE)
+        grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), (*inputs, grad), ALTERNATIVE)
         return *grads, None, None, None
 
 

@@ -319,6 +319,9 @@ def test_double_backward_is_refused(draw_call, name, linear):
     leaves = {n: x.requires_grad_() for n, x in args.items()}
     o = operator(**leaves)
     (dv,) = torch.autograd.grad(o.sum() if linear else o.square().sum(), leaves["v"], create_graph=True)
+    for x in leaves.values():  # autograd.grad runs only the part of the graph that leads to x.
+        with pytest.raises(NotImplementedError, match=f"{name} does not support double backward"):
+            torch.autograd.grad(dv.sum(), x, retain_graph=True)
     with pytest.raises(NotImplementedError, match=f"{name} does not support double backward"):
         dv.sum().backward()
 
@@ -343,6 +346,7 @@ TRANSFORMS = {
     "torch.func.vjp": lambda f, x, dx: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
     "torch.func.jvp": lambda f, x, dx: torch.func.jvp(f, (x,), (dx,))[1],
     "torch.func.vmap": lambda f, x, dx: torch.func.vmap(f)(torch.stack([x, dx])),
+    "torch.func.functionalize": lambda f, x, dx: torch.func.functionalize(f)(x),
     "forward-mode": forward_mode,
 }
 
@@ -359,6 +363,34 @@ def test_transforms_are_refused_by_name(draw_call, name, transform):
     function, x = close_over_first(*draw_call(name))
     with pytest.raises(NotImplementedError, match=f"^{name} does not support .*{transform}"):
         TRANSFORMS[transform](function, x, torch.ones_like(x))
+
+
+@registered_operators
+def test_transforms_of_the_backward_pass_are_refused_by_name(draw_call, name):
+    """Also where the forward pass ran outside of the transform."""
+    operator, args = draw_call(name)
+    o = operator(**{n: x.requires_grad_() for n, x in args.items()})
+    do = torch.randn(2, *o.shape, dtype=o.dtype)
+
+    def dv(do: torch.Tensor, **options) -> torch.Tensor:
+        return torch.autograd.grad(o, args["v"], do, retain_graph=True, **options)[0]
+
+    with pytest.raises(NotImplementedError, match=f"^{name} does not support .*is_grads_batched"):
+        dv(do, is_grads_batched=True)
+    for transform in ("torch.func.grad", "torch.func.jvp", "torch.func.vmap", "forward-mode"):
+        with pytest.raises(NotImplementedError, match=f"^{name} does not support .*{transform}"):
+            TRANSFORMS[transform](dv, do[0], do[1])
+
+
+@registered_operators
+def test_compiled_forward_mode_is_refused_by_name(draw_call, name):
+    """Also where the compiled function has been called outside of forward mode before."""
+    torch._dynamo.reset()
+    function, x = close_over_first(*draw_call(name))
+    compiled = torch.compile(function, backend="aot_eager")
+    compiled(x)
+    with pytest.raises(NotImplementedError, match=f"^{name} does not support forward-mode"):
+        forward_mode(compiled, x, torch.ones_like(x))
 
 
 @registered_operators
@@ -379,6 +411,8 @@ def test_transforms_of_pytorch_operators(draw_call, name, transform):
     found = TRANSFORMS[transform](function, x, dx)
     if transform == "torch.func.vmap":
         expected = torch.stack([function(x), function(dx)])
+    elif transform == "torch.func.functionalize":
+        expected = function(x)
     elif transform in ("torch.func.jvp", "forward-mode"):
         expected = (function(x + 1e-6 * dx) - function(x - 1e-6 * dx)) / 2e-6
     else:

@@ -141,8 +141,28 @@ def test_autocast_leaves_float64_alone(problem):
 def test_double_backward_is_refused(problem, power):
     """Also of the loss itself, whose own gradient is a constant."""
     (dhidden,) = torch.autograd.grad(linear_cross_entropy(*problem) ** power, problem[0], create_graph=True)
+    for x in problem[:2]:  # autograd.grad runs only the part of the graph that leads to x.
+        with pytest.raises(NotImplementedError, match="linear_cross_entropy does not support double backward"):
+            torch.autograd.grad(dhidden.sum(), x, retain_graph=True)
     with pytest.raises(NotImplementedError, match="linear_cross_entropy does not support double backward"):
         dhidden.sum().backward()
+
+
+def test_gradients_of_the_loss_may_be_batched(problem):
+    hidden = problem[0]
+    loss = linear_cross_entropy(*problem)
+    weights = torch.tensor([1.0, -2.0])
+    (found,) = torch.autograd.grad(loss, hidden, weights, is_grads_batched=True, retain_graph=True)
+    (expected,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(found, torch.stack([expected, -2 * expected]))
+
+
+def test_transforms_of_token_losses_are_refused(problem):
+    """Their kernel on a GPU would lose the tangent."""
+    hidden, weight, targets = (x.detach() for x in problem)
+    for transform in (torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match=r"token_losses does not support torch.func"):
+            transform(lambda x: token_losses(x, weight, targets[0]))(hidden)
 
 
 def test_all_logits_are_never_in_memory(problem, monkeypatch):

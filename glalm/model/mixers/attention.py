@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import describe_divisors, require, require_positive
-from glalm.kernels.common import sequence_ids
+from glalm.kernels.common import active_transform, sequence_ids
 from glalm.model.layers import apply_rotary
 from glalm.model.mixers.base import Mixer
 
@@ -147,10 +147,10 @@ def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None
     """
     mask = key_positions[:, None, :] <= positions[:, :, None]
     if window is not None:
-        mask &= key_positions[:, None, :] > positions[:, :, None] - window
+        mask = mask & (key_positions[:, None, :] > positions[:, :, None] - window)
     if cu_seqlens is not None:
         sequence = sequence_ids(cu_seqlens, positions.shape[1])
-        mask &= sequence[None, :, None] == sequence
+        mask = mask & (sequence[None, :, None] == sequence)
     return mask[:, None]
 
 
@@ -166,10 +166,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 def can_use_flash_attention(q: Tensor, window: int | None, cu_seqlens: Tensor | None) -> bool:
     """Return whether variable-length flash attention applies: to packed or windowed input, on CUDA, in half precision.
 
-    Without it, such input needs a mask [T, T].
+    Without it, such input needs a mask [T, T]. The kernel has no rules for transforms of functions.
     """
     needs_mask = window is not None or cu_seqlens is not None
-    return needs_mask and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    return needs_mask and q.is_cuda and is_half and active_transform(q) is None
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

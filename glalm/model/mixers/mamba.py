@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
-from glalm.kernels.common import at_least_float32
+from glalm.kernels.common import active_transform, at_least_float32
 from glalm.model.layers import ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer
 
@@ -40,8 +40,8 @@ class Mamba(Mixer):
     keep packed sequences apart.)
 
     The scan runs on mamba_ssm's kernel if that package is installed and the call is one it supports (CUDA, no packed
-    sequences, no initial state), else in PyTorch. The state is a tuple of h [N, channels, state_size], float32, and the
-    convolution's state.
+    sequences, no initial state, no transform of torch.func), else in PyTorch. The state is a tuple of h
+    [N, channels, state_size], float32, and the convolution's state.
     """
 
     options_name = "mamba"
@@ -85,7 +85,8 @@ class Mamba(Mixer):
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
         dt = self.dt_proj(dt)
         A = -at_least_float32(self.A_log).exp()
-        kernel = find_mamba_ssm_scan() if kernel_supports(x, h, cu_seqlens) else None
+        is_transformed = active_transform(x, dt, A, b, c, self.D) is not None
+        kernel = find_mamba_ssm_scan() if kernel_supports(x, h, cu_seqlens) and not is_transformed else None
         if kernel is not None:
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
             bias = self.dt_proj.bias.float()

@@ -43,7 +43,7 @@ def main() -> None:
     model = open_eval_model(EvalConfig(checkpoint=args.model), device)
     options = HarnessConfig(batch_tokens=args.batch_tokens)
     ours = HarnessLM(model, options, 2048, EvalContext())
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     theirs = {
         n: HFLM(pretrained=model.causal_lm, tokenizer=tokenizer, max_length=2048, batch_size=n)
         for n in args.batch_sizes

@@ -6,12 +6,12 @@ A checkpoint of several processes, which from_pretrained does not read, can be e
 import json
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 from glalm.config.run import DATA_RECORD
 from glalm.config.strict import RunError, build_dataclass
+from glalm.data.files import temporary_folder
 from glalm.data.shards import read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.evals.options import TrainingRun
@@ -58,7 +58,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def export_run(run: Path, checkpoint: str, out: Path) -> None:
-    """Write a checkpoint of a run to the new folder `out`. If that fails, `out` does not exist.
+    """Write a checkpoint of a run to the new folder `out`. If that fails, or is killed, `out` does not exist.
 
     Args:
         run: The folder of the run.
@@ -96,9 +96,7 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
     model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".export-", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
+    with temporary_folder(out) as folder:
         model.save_pretrained(folder)
         hf_tokenizer.save_pretrained(folder)
         if tokenizer_path.is_file():
@@ -114,7 +112,10 @@ def load_hf_tokenizer(path: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerBa
     Raises:
         RunError: It gives other ids than `tokenizer`, with which the model was trained.
     """
-    hf_tokenizer = AutoTokenizer.from_pretrained(path) if path.is_dir() else load_llama_tokenizer(path, tokenizer)
+    if path.is_dir():
+        hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    else:
+        hf_tokenizer = load_llama_tokenizer(path, tokenizer)
     if hf_tokenizer.pad_token is None:
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(tokenizer.eos_id)
     return hf_tokenizer

@@ -68,7 +68,9 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
         run_distillation(model, llama, options)
     model.save_pretrained(options.out)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.llama, gguf_file=options.gguf, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            options.llama, gguf_file=options.gguf, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.save_pretrained(options.out)
     except (OSError, ValueError, KeyError) as error:
         print(f"No tokenizer was written: {error}".splitlines()[0])

@@ -143,6 +143,33 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make an empty folder under the `temporary_path` of `path`. The caller renames it, or it is removed at the end.
+
+    What a killed process left under that name is removed first.
+
+    Raises:
+        BlockingIOError: Another process has the folder in use.
+    """
+    folder = temporary_path(path)
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(handle):
+            raise BlockingIOError(f"Another process is writing {folder}. Wait until it ends, or choose another name.")
+        try:
+            for entry in folder.iterdir():
+                remove_entry(entry)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
 def rename_into_place(file: IO[bytes], path: Path) -> None:
     """Close `file` and rename it to `path`. Its content reaches the disk before its name does."""
     flush_to_disk(file)

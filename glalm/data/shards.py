@@ -48,8 +48,8 @@ MANIFEST_SHAPE = {
 class TokenSet:
     """One split of a prepared set: the streams of its sources, one after the other, sorted by name.
 
-    Opening a set checks sizes, shapes and dtypes against the manifest. Reading verifies the blocks that it reads, the
-    first time. `verify_checksums` reads and verifies every byte.
+    Opening a set checks sizes, shapes and dtypes against the manifest, and verifies the tokenizer. Reading verifies the
+    blocks that it reads, the first time. `verify_checksums` reads and verifies every byte.
 
     Args:
         folder: The folder of the set.
@@ -94,7 +94,7 @@ class TokenSet:
         if not tokenizer["files"]:
             raise DamagedFile(f"{self.folder / MANIFEST} lists no file of the tokenizer. {self._advice}")
         for file in tokenizer["files"]:
-            self._find_file(file)
+            self._verify_file(file)
         self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
         # The borders of a shard are the positions in it at which its documents begin and end.
         self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]
@@ -138,9 +138,7 @@ class TokenSet:
     def verify_checksums(self) -> None:
         """Read the tokenizer and every file of the split. Raises ValueError for the first with another SHA-256."""
         for file in [*self.manifest["tokenizer"]["files"], *self._files]:
-            path = self._find_file(file)
-            if file_sha256(path) != file["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 does not match the manifest. {self._advice}")
+            self._verify_file(file)
 
     def _locate_range(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield where tokens [start, stop) lie: the index of a shard, and start and stop within it."""
@@ -184,6 +182,12 @@ class TokenSet:
         token_blocks = -(-shard["files"]["tokens"]["bytes"] // BLOCK)
         sums = sums[:token_blocks] if name == "tokens" else sums[token_blocks:]
         return CheckedArray(path, content, header, dtype, sums)
+
+    def _verify_file(self, entry: dict) -> None:
+        """Raise ValueError if a file that the manifest lists has another SHA-256."""
+        path = self._find_file(entry)
+        if file_sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} is damaged or another file: its SHA-256 is not the manifest's. {self._advice}")
 
     def _find_file(self, entry: dict) -> Path:
         """Return the path of a file that the manifest lists. Raises if it is missing or has another size."""

@@ -252,9 +252,11 @@ class _HuggingFace:
         from transformers import AutoTokenizer  # takes seconds
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
+            if "custom code" in reason:
+                reason += " That is never done here. Without auto_map in tokenizer_config.json, tokenizer.json is read."
             raise ValueError(f"{name} is not a tokenizer that transformers can load ({reason})") from error
         if not self._tokenizer.is_fast:
             raise ValueError(f"{name} has no tokenizer.json. Save it with transformers' fast tokenizer first.")

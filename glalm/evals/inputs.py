@@ -102,7 +102,9 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     dtype = torch.bfloat16 if precision == "bf16" and not is_ours else torch.float32
     try:
         model_class = GLALMForCausalLM if is_ours else AutoModelForCausalLM
-        causal_lm, info = model_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        causal_lm, info = model_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"{where}: transformers cannot load {path}: {error}") from error
     wrong = {problem: sorted(map(str, names))[:3] for problem, names in info.items() if names}
@@ -185,7 +187,7 @@ def find_document_prefix(path: Path, tokenizer: Tokenizer | None) -> tuple[int, 
     """Return the ids that transformers' own tokenizer puts before a text. None: data preparation's, for want of one."""
     if tokenizer is None or not (path / "tokenizer.json").is_file():
         return None
-    first = AutoTokenizer.from_pretrained(path)("a").input_ids[:1]
+    first = AutoTokenizer.from_pretrained(path, trust_remote_code=False)("a").input_ids[:1]
     return (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
 
 

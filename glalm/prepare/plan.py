@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glalm.data.files import read_jsonl, write_json
+from glalm.data.files import read_jsonl, temporary_path, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.records import Document, SkippedRecord, parse_records
@@ -90,7 +90,9 @@ def _plan_new_set(
     """
     if list_set_files(out):
         check_first_documents(inputs, settings, on_error)
-    tokenizer = tokenizer or train_on_inputs(inputs, settings, bar)
+    if tokenizer is None:
+        # remove_set removes this file, too. The Tokenizer has read it.
+        tokenizer = train_on_inputs(inputs, settings, temporary_path(out / "tokenizer.model"), bar)
     remove_set(out)
     described = _save_tokenizer(tokenizer, out)
     inputs = [source_input.describe() for source_input in inputs]

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import sentencepiece
@@ -81,8 +80,8 @@ def train_sentencepiece(
     return Tokenizer(path)
 
 
-def train_on_inputs(inputs: list[Input], settings: dict, bar: ProgressBar) -> Tokenizer:
-    """Train a tokenizer on the training documents of `inputs`, as the settings of a set say.
+def train_on_inputs(inputs: list[Input], settings: dict, path: Path, bar: ProgressBar) -> Tokenizer:
+    """Train a tokenizer on the training documents of `inputs`, as the settings of a set say, and write it to `path`.
 
     Raises:
         ValueError: The inputs are too large, or streamed, so they cannot be read twice; or they have no text.
@@ -97,8 +96,7 @@ def train_on_inputs(inputs: list[Input], settings: dict, bar: ProgressBar) -> To
         advice = "Train one on a part of the text with glalm tokenizer, or choose an existing one, and name "
         raise ValueError(f"{problem} {advice}it with --tokenizer.")
     texts = read_training_texts(inputs, settings["held_out"], settings["text_field"], bar)
-    with TemporaryDirectory() as folder:  # A Tokenizer keeps its model in memory.
-        return train_sentencepiece(texts, Path(folder) / "tokenizer.model", settings["tokenizer"]["vocab_size"])
+    return train_sentencepiece(texts, path, settings["tokenizer"]["vocab_size"])
 
 
 def read_training_texts(

@@ -112,6 +112,31 @@ def test_failed_export_leaves_nothing(run_config, tmp_path, monkeypatch):
     export_run(run_config.folder, "latest", tmp_path / "to" / "out")
 
 
+def test_leftover_of_a_killed_export_is_removed(run_config, tmp_path):
+    train(run_config)
+    leftover = tmp_path / "to" / ".out.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(bytes(100))
+    export_run(run_config.folder, "latest", tmp_path / "to" / "out")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["out"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "to" / "out").num_parameters() > 0
+
+
+@pytest.mark.slow
+def test_killed_export_is_repeated(run_config, tmp_path):
+    """Kill it just before the folder gets its name."""
+    train(run_config)
+    script = (
+        "import os, pathlib, runpy, sys; pathlib.Path.rename = lambda *_: os.kill(os.getpid(), 9); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [str(SCRIPT), str(run_config.folder), "--out", str(tmp_path / "to" / "out")]
+    killed = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, timeout=300)
+    assert killed.returncode == -9 and [path.name for path in (tmp_path / "to").iterdir()] == [".out.tmp"]
+    assert subprocess.run([sys.executable, *command], capture_output=True, timeout=300).returncode == 0
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["out"]
+
+
 def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
     train(run_config)
     data = json.loads((run_config.folder / "data.json").read_text())

@@ -1,5 +1,8 @@
 import json
 import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -16,10 +19,30 @@ from glalm.data.files import (
     read_jsonl,
     remove_entry,
     reopen_truncated,
+    temporary_folder,
     temporary_path,
     try_lock,
     write_json,
 )
+
+# What a killed process, or somebody else, may have left under a name: a file, a link, or a folder of them.
+LEFTOVERS = st.recursive(
+    st.sampled_from(["file", "link to a folder", "link to nothing"]),
+    lambda entries: st.dictionaries(st.sampled_from("abc"), entries, max_size=3),
+    max_leaves=6,
+)
+
+
+def create(path, entry, outside):
+    """Create an entry of LEFTOVERS."""
+    if isinstance(entry, dict):
+        path.mkdir()
+        for name, inner in entry.items():
+            create(path / name, inner, outside)
+    elif entry == "file":
+        path.write_text("half a mod")
+    else:
+        path.symlink_to(outside if entry == "link to a folder" else outside / "nothing")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -149,3 +172,34 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
     for name in ("link", "dangling", "file", "folder", "nothing"):
         remove_entry(tmp_path / name)
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(leftover=st.none() | LEFTOVERS, completes=st.booleans())
+def test_a_temporary_folder_is_empty_and_leaves_nothing(leftover, completes):
+    """What links lead to stays."""
+    with TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "outside").mkdir()
+        (root / "outside" / "file").write_text("not ours")
+        (root / "models").mkdir()
+        path = root / "models" / "mine"
+        if leftover is not None:
+            create(temporary_path(path), leftover, root / "outside")
+        with suppress(ZeroDivisionError), temporary_folder(path) as folder:
+            assert [*folder.iterdir()] == []
+            (folder / "content").write_text("whole")
+            if not completes:
+                raise ZeroDivisionError
+            folder.rename(path)
+        found = [entry.relative_to(path.parent).as_posix() for entry in path.parent.rglob("*")]
+        assert found == (["mine", "mine/content"] if completes else [])
+        assert (root / "outside" / "file").read_text() == "not ours"
+
+
+def test_a_temporary_folder_belongs_to_one_process(tmp_path):
+    with temporary_folder(tmp_path / "mine") as folder:
+        (folder / "content").touch()
+        with pytest.raises(BlockingIOError, match=r"Another process is writing .*\.mine\.tmp"):
+            temporary_folder(tmp_path / "mine").__enter__()
+        assert (folder / "content").exists()

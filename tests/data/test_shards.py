@@ -184,6 +184,9 @@ def test_verify_finds_one_flipped_bit(copy, name):
     (copy / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         TokenSet(copy, "train").verify_checksums()
+    if name == "tokenizer.model":
+        with pytest.raises(ValueError, match=r"tokenizer\.model is damaged or another file"):
+            TokenSet(copy, "test")
     if name.startswith("train"):
         TokenSet(copy, "test").verify_checksums()
 

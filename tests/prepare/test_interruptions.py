@@ -441,3 +441,22 @@ def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
         )
         peaks.append(int(done.stdout) // 1024)
     assert peaks[1] < peaks[0] + 40, peaks  # MiB; the larger input has 160 MiB.
+
+
+def test_tokenizer_of_a_killed_preparation_is_removed(corpus, tmp_path, monkeypatch):
+    """Nothing is left in the system's folder of temporary files, where no later command would look for it."""
+    system_folder = tmp_path / "tmp"
+    system_folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(system_folder))
+    out = tmp_path / "set"
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plan, "remove_set", stop)
+        prepare_data([corpus], out, vocab_size=300, progress=False)
+    assert [path.name for path in out.iterdir()] == [".tokenizer.model.tmp"]
+    prepare_data([corpus], out, vocab_size=300, progress=False)
+    assert not [*out.rglob("*.tmp")] and not [*system_folder.iterdir()]
+    TokenSet(out, "train").verify_checksums()

@@ -21,6 +21,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
+from glalm.model.plain import is_called_plainly, is_plain_linear
 
 MAX_LOGITS = 2**25  # float32 logits computed at once: 128 MiB
 
@@ -71,7 +72,8 @@ class EvalModel:
         self.vocab_size: int = causal_lm.config.get_text_config().vocab_size
         self.is_ours = isinstance(causal_lm, GLALMForCausalLM)
         # Where _head is None, features are the logits themselves, for example in models that scale or cap their logits.
-        self._head = causal_lm.get_output_embeddings() if self.is_ours or _head_gives_logits(causal_lm) else None
+        has_our_forward = type(causal_lm) is GLALMForCausalLM and is_called_plainly(causal_lm)
+        self._head = causal_lm.get_output_embeddings() if has_our_forward or _head_gives_logits(causal_lm) else None
         self._forward_arguments = inspect.signature(causal_lm.forward).parameters.keys()
         self.is_recurrent = (
             "attention" not in causal_lm.config.layer_mixers() if self.is_ours else causal_lm._is_stateful
@@ -100,7 +102,12 @@ class EvalModel:
 
     @torch.no_grad()
     def score_tokens(
-        self, input_ids: LongTensor, targets: LongTensor, state: Any = None, return_state: bool = False
+        self,
+        input_ids: LongTensor,
+        targets: LongTensor,
+        state: Any = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Return the cross-entropy of each target after the tokens up to it, and the state after the last token.
 
@@ -108,7 +115,8 @@ class EvalModel:
             input_ids: [B, T]
             targets: [B, T]
             state: The state to continue from, as an earlier call returned it.
-            return_state: Whether the state is needed; else it may be None.
+            return_state: Whether to return the state; else it is None.
+            cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one. Only for our models.
 
         Returns:
             losses: Nats, float32 [B, T]; 0 where the target is IGNORE_INDEX.
@@ -117,10 +125,10 @@ class EvalModel:
         Raises:
             ConfigError: A state is given or needed, and the model does not accept one.
         """
-        if self.is_ours:
-            return self.causal_lm.score(input_ids, targets, state)
-        features, state = self.forward_features(input_ids, state=state, return_state=return_state)
-        if self._head is not None and self._head.bias is None:
+        features, state = self.forward_features(
+            input_ids, state=state, return_state=return_state, cu_seqlens=cu_seqlens
+        )
+        if self._head is not None and is_plain_linear(self._head):
             return token_losses(features, self._head.weight, targets), state
         parts = [
             F.cross_entropy(logits, part, reduction="none", ignore_index=IGNORE_INDEX)
@@ -130,7 +138,12 @@ class EvalModel:
 
     @torch.no_grad()
     def forward_features(
-        self, input_ids: LongTensor, mask: Tensor | None = None, state: Any = None, return_state: bool = False
+        self,
+        input_ids: LongTensor,
+        mask: Tensor | None = None,
+        state: Any = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Return the features of every position, for `compute_logits`, and the state after the last token.
 
@@ -139,6 +152,7 @@ class EvalModel:
             mask: [B, tokens behind the state + T]; 0 at padding, which must be on the left. None: no padding.
             state: The state to continue from, as an earlier call returned it.
             return_state: Whether to return a state; else it is None.
+            cu_seqlens: As of `score_tokens`.
 
         Returns:
             features: [B, T, ...]
@@ -157,6 +171,8 @@ class EvalModel:
             options["attention_mask"] = mask
             if not self.is_ours and "position_ids" in self._forward_arguments:
                 options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
         if state is not None:
             options["past_key_values"] = state
         elif self._uses_cache and return_state:

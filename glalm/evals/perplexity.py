@@ -18,7 +18,6 @@ from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
-from glalm.model.loss import token_losses
 
 
 class PerplexityEvaluator(Evaluator):
@@ -72,9 +71,8 @@ def window_losses(model: EvalModel, batch: Batch) -> Tensor:
         losses, _ = model.score_tokens(batch["input_ids"].to(model.device), batch["labels"].to(model.device))
         return losses
     row = {name: x.to(model.device) for name, x in flatten_batch(batch).items()}
-    with torch.no_grad():
-        features = model.causal_lm.model(row["input_ids"], cu_seqlens=row["cu_seqlens"], use_cache=False)
-    return token_losses(features.last_hidden_state, model.causal_lm.lm_head.weight, row["labels"])
+    losses, _ = model.score_tokens(row["input_ids"], row["labels"], cu_seqlens=row["cu_seqlens"])
+    return losses
 
 
 def summarize_losses(means: Tensor, weights: Tensor | None = None) -> dict:

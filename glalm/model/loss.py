@@ -5,8 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm import IGNORE_INDEX
-from glalm.kernels.common import at_least_float32, refuse_double_backward, refuse_transforms, wide_dtype
+from glalm.kernels.common import (
+    at_least_float32,
+    needs_gradient,
+    refuse_double_backward,
+    refuse_transforms,
+    register_operator,
+    wide_dtype,
+)
 from glalm.kernels.cross_entropy import cross_entropy_
+from glalm.model.plain import is_plain_linear
 from glalm.model.precision import matmul_dtype
 
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
@@ -26,7 +34,7 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, z_loss:
     targets = targets.flatten().to(logits.device)
     scored = targets != IGNORE_INDEX
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    loss = loss + z_loss * logits.logsumexp(-1)[scored].square().sum()
+    loss = loss + z_loss * logits.logsumexp(-1).where(scored, 0).square().sum()
     return loss / scored.sum().clamp(min=1)
 
 
@@ -36,14 +44,6 @@ def head_token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
         return token_losses(hidden, head.weight, targets)
     logits = at_least_float32(head(hidden))
     return F.cross_entropy(logits.mT, targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none")
-
-
-def is_plain_linear(head: nn.Module) -> bool:
-    """Return whether the head is described by its weight.
-
-    It is not if peft replaced it by an adapter, or if a hook of accelerate loads its weight only while it is called.
-    """
-    return type(head) is nn.Linear and not hasattr(head, "_hf_hook")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -64,19 +64,112 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
         A float32 scalar in nats; 0 if there are no targets.
     """
     refuse_transforms("linear_cross_entropy", hidden, weight, alternative=ALTERNATIVE)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
+    args = (hidden.flatten(0, -2), weight, targets.flatten(), z_loss, matmul_dtype(hidden))
+    if needs_gradient(hidden, weight):
+        return _LinearCrossEntropy.apply(*args, hidden.requires_grad, weight.requires_grad)
+    losses, _, _ = token_losses_operator(*args, False, False)
+    return losses.sum() / _count_scored(args[2])
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy in nats of each token, [...] float32, without gradient; 0 where it is IGNORE_INDEX."""
     refuse_transforms("token_losses", hidden, weight, alternative=ALTERNATIVE)
-    flat_hidden = hidden.flatten(0, -2)
-    flat_targets = targets.flatten()
-    losses = [hidden.new_empty(0, dtype=torch.float32)]
-    for rows in _chunk_rows(flat_hidden, weight):
-        losses.append(cross_entropy_(F.linear(flat_hidden[rows], weight), flat_targets[rows], 0.0, False))
-    return torch.cat(losses).view(targets.shape)
+    args = (hidden.flatten(0, -2), weight, targets.flatten(), 0.0, matmul_dtype(hidden))
+    losses, _, _ = token_losses_operator(*args, False, False)
+    return losses.view(targets.shape)
+
+
+def _count_scored(targets: Tensor) -> Tensor:
+    """Return the number of targets that are not IGNORE_INDEX, but at least 1."""
+    return (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The forward pass computes the gradients, too: up to a scalar factor they are known as soon as the loss is."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient):
+        losses, dhidden, dweight = token_losses_operator(
+            hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient
+        )
+        count = _count_scored(targets)
+        ctx.save_for_backward(dhidden, dweight, count, hidden, weight)
+        ctx.gradient_scale = gradient_scale(dtype)
+        ctx.hidden_dtype = hidden.dtype if hidden_gradient else None
+        ctx.weight_dtype = weight.dtype if weight_gradient else None
+        return losses.sum() / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dhidden, dweight, count, *inputs = ctx.saved_tensors
+        with torch.no_grad():
+            # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
+            scale = (grad / (count * ctx.gradient_scale)).view(1, 1)
+            dhidden = None if ctx.hidden_dtype is None else (dhidden * scale).to(ctx.hidden_dtype)
+            dweight = None if ctx.weight_dtype is None else (dweight * scale).to(ctx.weight_dtype)
+        grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), (*inputs, grad), ALTERNATIVE)
+        return *grads, None, None, None, None, None
+
+
+# The registered operator, so that torch.compile does not trace how the logits are computed chunk by chunk. ----------
+
+
+def compute_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    dtype: torch.dtype,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the loss of every token, and the gradients of the losses' sum times gradient_scale(dtype).
+
+    Args:
+        hidden: [N, d].
+        weight: [vocabulary, d].
+        targets: [N], int64.
+        z_loss: as of linear_cross_entropy.
+        dtype: that of the matrix products.
+        hidden_gradient, weight_gradient: which gradients to compute.
+
+    Returns:
+        The losses in nats [N], float32; the gradients of hidden [N, d], in `dtype` but float32 for float16, and of
+        weight [vocabulary, d], in at least float32. A gradient that is not asked for is an empty tensor.
+    """
+    args = (hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient)
+    losses, dhidden, dweight = token_losses_fake(*args)
+    dweight.zero_()
+    h = hidden.to(dtype)
+    w = weight.to(dtype)
+    scale = gradient_scale(dtype)
+    for rows in _chunk_rows(h, w):
+        logits = F.linear(h[rows], w)
+        losses[rows] = cross_entropy_(logits, targets[rows], z_loss, hidden_gradient or weight_gradient, scale)
+        # With a gradient, cross_entropy_ has replaced the logits by it.
+        if hidden_gradient:
+            _store_product(dhidden[rows], logits, w)
+        if weight_gradient:
+            _add_product(dweight, logits.T, h[rows])
+    return losses, dhidden, dweight
+
+
+def token_losses_fake(
+    hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialized tensors of the shapes and dtypes that compute_token_losses returns."""
+    # Products with the scaled gradient may overflow float16.
+    hidden_dtype = torch.float32 if dtype == torch.float16 else dtype
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    dhidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=hidden_dtype)
+    dweight = weight.new_empty(weight.shape if weight_gradient else 0, dtype=wide_dtype(weight))
+    return losses, dhidden, dweight
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """Return the factor of the gradients that compute_token_losses returns for matrix products in `dtype`."""
+    return FLOAT16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
 
 
 def _chunk_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -85,45 +178,14 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients, too: up to a scalar factor they are known as soon as the loss is."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, z_loss, dtype):
-        h = hidden.to(dtype)
-        w = weight.to(dtype)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        is_float16 = dtype == torch.float16
-        gradient_scale = FLOAT16_GRADIENT_SCALE if is_float16 else 1.0
-        # Products with the scaled gradient may overflow float16.
-        product_dtype = torch.float32 if is_float16 else dtype
-        dhidden = torch.zeros_like(h, dtype=product_dtype) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if ctx.needs_input_grad[1] else None
-        needs_gradient = dhidden is not None or dweight is not None
-        for rows in _chunk_rows(h, w):
-            logits = F.linear(h[rows], w)
-            loss += cross_entropy_(logits, targets[rows], z_loss, needs_gradient, gradient_scale).sum()
-            # cross_entropy_ has replaced the logits by their gradient.
-            if dhidden is not None:
-                _add_product(dhidden[rows], logits, w)
-            if dweight is not None:
-                _add_product(dweight, logits.T, h[rows])
-        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
-        ctx.save_for_backward(dhidden, dweight, count, hidden, weight)
-        ctx.gradient_scale = gradient_scale
-        ctx.dtypes = (hidden.dtype, weight.dtype)
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, grad):
-        dhidden, dweight, count, *inputs = ctx.saved_tensors
-        with torch.no_grad():
-            # As a 0-dimensional tensor the factor would be rounded to bfloat16 with dhidden.
-            scale = (grad / (count * ctx.gradient_scale)).view(1, 1)
-            dhidden = None if dhidden is None else (dhidden * scale).to(ctx.dtypes[0])
-            dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
-        grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), (*inputs, grad), ALTERNATIVE)
-        return *grads, None, None, None
+def _store_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Store a b in out, in the precision of out."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -134,3 +196,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+token_losses_operator = register_operator("token_losses", compute_token_losses, token_losses_fake)

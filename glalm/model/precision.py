@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from glalm.config.strict import ConfigError
+from glalm.kernels.common import constant_when_compiled
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -30,5 +31,11 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products of x: that of autocast if it applies to x, else its own."""
     device = x.device.type
     # Autocast leaves float64 alone.
-    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    cast = x.dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+@constant_when_compiled  # Dynamo in torch 2.11 does not trace torch's function.
+def has_autocast(device: str) -> bool:
+    """Return whether autocast supports this type of device."""
+    return torch.amp.is_autocast_available(device)

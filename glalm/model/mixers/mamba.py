@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
-from glalm.kernels.common import active_transform, at_least_float32
+from glalm.kernels.common import active_transform, at_least_float32, constant_when_compiled
 from glalm.model.layers import ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer
 
@@ -62,7 +62,7 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.empty(self.inner))
         self.out_proj = nn.Linear(self.inner, d, bias=False)
         if torch.cuda.is_available():
-            log_scan_once(find_mamba_ssm_scan() is not None)
+            log_scan_once(has_mamba_ssm())
 
     def init_parameters(self) -> None:
         self.A_log.copy_(torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
@@ -86,8 +86,8 @@ class Mamba(Mixer):
         dt = self.dt_proj(dt)
         A = -at_least_float32(self.A_log).exp()
         is_transformed = active_transform(x, dt, A, b, c, self.D) is not None
-        kernel = find_mamba_ssm_scan() if kernel_supports(x, h, cu_seqlens) and not is_transformed else None
-        if kernel is not None:
+        if kernel_supports(x, h, cu_seqlens) and not is_transformed and has_mamba_ssm():
+            kernel = find_mamba_ssm_scan()
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
             bias = self.dt_proj.bias.float()
             o, h = kernel(
@@ -142,6 +142,11 @@ def find_mamba_ssm_scan() -> Callable | None:
     except ImportError:
         return None
     return selective_scan_fn
+
+
+@constant_when_compiled  # An import that fails would break the graph.
+def has_mamba_ssm() -> bool:
+    return find_mamba_ssm_scan() is not None
 
 
 @cache

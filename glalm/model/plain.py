@@ -1,0 +1,51 @@
+"""Whether a module computes what its class says, so that a fast path may read its weight instead of calling it."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+def original_forward(kind: type[nn.Module]) -> Callable | None:
+    """Return the forward method that torch defines for its class `kind`, or None if it has been replaced."""
+    code = getattr(kind.forward, "__code__", None)
+    defined_here = code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+    return kind.forward if defined_here else None
+
+
+LINEAR_FORWARD = original_forward(nn.Linear)
+
+
+def is_plain_linear(module: nn.Module, bias: bool = False) -> bool:
+    """Return whether module(x) is F.linear(x, module.weight) and nothing else, so that its weight describes it.
+
+    It is not for subclasses, adapters, parametrizations, pruned or weight-normed layers, hooks of any kind (accelerate
+    loads weights by them), a replaced forward, or weights of a tensor subclass, as those of quantized models are.
+
+    Args:
+        bias: Whether the module may have a bias, too.
+    """
+    return (
+        type(module) is nn.Linear
+        and nn.Linear.forward is LINEAR_FORWARD
+        and is_called_plainly(module)
+        and type(module.weight) in (Tensor, nn.Parameter)
+        and (module.bias is None or (bias and type(module.bias) in (Tensor, nn.Parameter)))
+    )
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Return whether calling the module runs the forward method of its class without any hook."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_pre_hooks,
+        torch_module._global_backward_hooks,
+    )
+    return "forward" not in module.__dict__ and nn.Module.__call__ is nn.Module._wrapped_call_impl and not any(hooks)

@@ -6,16 +6,19 @@ stopping criteria run as usual after each step.
 """
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
-from torch import LongTensor, Tensor
+from torch import LongTensor, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from glalm.generation import fused_decode
+from glalm.generation.captured import describe_model
 from glalm.hf import GLALMForCausalLM
 from glalm.kernels.recurrent import states_in_place
 from glalm.model.cache import StateCache
+from glalm.model.plain import is_called_plainly
 
 # Tokens between two checks of whether all sequences have ended. Each check waits for the GPU.
 STOP_CHECK_INTERVAL = 16
@@ -55,9 +58,12 @@ class GraphCapture:
 class CudaGraphGenerator:
     """Greedy and sampled generation by CUDA graphs: model.generate(ids, custom_generate=CudaGraphGenerator(model)).
 
-    The graph and the states of the last batch size are reused. Weights may change between calls, and so may autocast.
-    Steps run without a graph on the CPU, for a model on several devices, and if the state of a layer grows with the
-    text, as that of softmax attention does. transformers passes no streamer to a custom_generate.
+    The graph and the states of the last batch size are reused. The model may change between calls in any way: weights,
+    adapters, modules, autocast. The graph is captured again where it would not follow.
+
+    Steps run without a graph on the CPU, for a model on several devices, for one with hooks or replaced forward methods
+    (accelerate offloads weights by them), and if the state of a layer grows with the text, as that of softmax attention
+    does. transformers passes no streamer to a custom_generate.
 
     Prompts are read in chunks of `prefill_chunk` tokens of the whole batch, so long prompts need no more memory.
     """
@@ -97,7 +103,7 @@ class CudaGraphGenerator:
         for t in range(start, ids.shape[1]):
             if t > start:
                 logits = step(ids[:, t - 1 : t])
-            scores = logits_processor(ids[:, :t], logits.float())
+            scores = logits_processor(ids[:, :t], logits.to(ids.device, torch.float32))
             chosen = scores.softmax(-1).multinomial(1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
             ids[:, t] = chosen if pad is None else torch.where(running, chosen, pad)
             lengths += running
@@ -126,10 +132,10 @@ class CudaGraphGenerator:
 
     def start_step(self, cache: StateCache) -> "DecodeStep":
         """Return a step that continues the cache. The last one is reused if everything in its graph is still valid."""
-        reusable = self.step is not None and not self.step.state_grows
-        if not reusable or self.step.fixed != fixed_in_graph(self.model, cache.states):
+        fixed = fixed_in_graph(self.model, cache.states)
+        if self.step is None or self.step.state_grows or self.step.fixed != fixed:
             self.step = None  # Free its buffers before the new ones are allocated.
-            self.step = DecodeStep(self.model, cache)
+            self.step = DecodeStep(self.model, cache, fixed)
         self.step.load_states(cache)
         return self.step
 
@@ -169,20 +175,22 @@ class DecodeStep:
     Each call advances the states by one token. The logits of a captured step are overwritten by the next call.
     """
 
-    def __init__(self, model: GLALMForCausalLM, cache: StateCache):
+    def __init__(self, model: GLALMForCausalLM, cache: StateCache, fixed: list):
         self.model = model
-        self.fixed = fixed_in_graph(model, cache.states)
+        self.fixed = fixed
         self.states = tree_map(torch.clone, cache.states)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.state_grows = False
-        B = len(tree_leaves(self.states)[0])
-        self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=model.model.embeddings.weight.device)
-        on_one_gpu = self.tokens.is_cuda and {p.device for p in model.parameters()} == {self.tokens.device}
-        self.fused = on_one_gpu and B == 1 and fused_decode.is_supported(model)
+        first_state = tree_leaves(self.states)[0]
+        B = len(first_state)
+        # The weights of an offloaded model are on the meta device between its calls, but its states are not.
+        self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=first_state.device)
+        can_capture = self.tokens.is_cuda and is_capturable(model, self.tokens.device)
+        self.fused = can_capture and B == 1 and fused_decode.is_supported(model)
         shapes = shapes_and_dtypes(self.states)
         self.logits = self._forward()
         self.state_grows = shapes_and_dtypes(self.states) != shapes
-        if on_one_gpu and not self.state_grows:
+        if can_capture and not self.state_grows:
             with torch.cuda.device(self.tokens.device):
                 capture = GraphCapture(self.tokens.device)
                 capture.warm_up(self._forward)
@@ -221,11 +229,17 @@ def without_autocast_cache(device: str) -> torch.autocast:
     return torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
 
 
+def is_capturable(model: nn.Module, device: torch.device) -> bool:
+    """Return whether the model's call can be a graph on this GPU. A hook may do something else in every call."""
+    on_device = all(x.device == device for x in chain(model.parameters(), model.buffers()))
+    return on_device and all(is_called_plainly(module) for module in model.modules())
+
+
 def fixed_in_graph(model: GLALMForCausalLM, states: list) -> list:
-    """Return all that a captured step has fixed: autocast, the states' shapes and dtypes, the weights' addresses."""
-    device = model.model.embeddings.weight.device.type
+    """Return all that a captured step has fixed: autocast, the states' shapes and dtypes, and what the model calls."""
+    device = tree_leaves(states)[0].device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return [autocast, *shapes_and_dtypes(states), *((p.data_ptr(), p.dtype) for p in model.parameters())]
+    return [autocast, shapes_and_dtypes(states), describe_model(model)]
 
 
 def shapes_and_dtypes(states: list) -> list[tuple[torch.Size, torch.dtype]]:

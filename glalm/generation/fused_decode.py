@@ -3,16 +3,22 @@
 This computes the same function as the model's forward, except for rounding: sums, norms and gates stay in float32.
 """
 
+import copy
+
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedModel
 
+from glalm.generation.captured import describe_value
 from glalm.hf import CheckpointedBlock, GLALMForCausalLM, GLALMModel
 from glalm.model.decoder import SwiGLU
 from glalm.model.layers import GatedRMSNorm, RMSNorm
 from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.plain import is_called_plainly, is_plain_linear, is_plain_tensor
 
-MODEL_TYPES = {GLALMForCausalLM, GLALMModel, CheckpointedBlock, GatedLinearAttention, SwiGLU, RMSNorm, GatedRMSNorm}
-PLAIN_TYPES = MODEL_TYPES | {nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList}
+MODEL_TYPES = (GLALMForCausalLM, GLALMModel, CheckpointedBlock, GatedLinearAttention, SwiGLU, RMSNorm, GatedRMSNorm)
+# The forward methods that decode_token stands for.
+FORWARDS = {kind: kind.forward for kind in (*MODEL_TYPES, nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList)}
 
 
 def is_supported(model: GLALMForCausalLM) -> bool:
@@ -29,7 +35,7 @@ def is_supported(model: GLALMForCausalLM) -> bool:
         and model.dtype != torch.float64  # The kernels compute in float32.
         and is_power_of_two(config.value_dim)
         and is_power_of_two(config.num_heads)
-        and all(is_plain_module(module) for module in model.modules())
+        and is_unmodified(model)
     )
 
 
@@ -37,10 +43,43 @@ def is_power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def is_plain_module(module: nn.Module) -> bool:
-    """Return whether a call runs a known forward: adapters and quantisation change the class or add hooks."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in PLAIN_TYPES and not hooked
+def is_unmodified(model: GLALMForCausalLM) -> bool:
+    """Return whether the model has the modules that its config describes, each of which computes what its class says.
+
+    Adapters, quantisation, pruning and offloading replace modules, add hooks, or hold weights in their own tensors.
+    """
+    with torch.device("meta"):
+        fresh = dict(GLALMForCausalLM(copy.deepcopy(model.config)).named_modules())
+    modules = dict(model.named_modules())
+    return modules.keys() == fresh.keys() and all(is_like(module, fresh[name]) for name, module in modules.items())
+
+
+def is_like(module: nn.Module, fresh: nn.Module) -> bool:
+    """Return whether the kernels may read the module's weights, which are of the shapes of a fresh module."""
+    kind = type(module)
+    names = fresh._parameters.keys()
+    return (
+        kind is type(fresh)
+        and kind.forward is FORWARDS[kind]
+        and is_called_plainly(module)
+        and (kind is not nn.Linear or is_plain_linear(module, bias=True))
+        and module._parameters.keys() == names
+        and all(is_readable(module._parameters[name], fresh._parameters[name]) for name in names)
+        and (isinstance(module, PreTrainedModel) or settings(module) == settings(fresh))
+    )
+
+
+def is_readable(parameter: Tensor | None, fresh: Tensor | None) -> bool:
+    """Return whether a kernel may read the parameter as an array of the fresh one's shape."""
+    if parameter is None or fresh is None:
+        return parameter is fresh
+    return is_plain_tensor(parameter) and parameter.shape == fresh.shape and parameter.is_contiguous()
+
+
+def settings(module: nn.Module) -> object:
+    """Return the public attributes of the module itself: numbers and names that it computes with."""
+    values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    return describe_value(values)
 
 
 def decode_token(model: GLALMForCausalLM, token: LongTensor, states: list[Tensor]) -> Tensor:

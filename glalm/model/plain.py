@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -31,14 +30,25 @@ def is_plain_linear(module: nn.Module, bias: bool = False) -> bool:
         type(module) is nn.Linear
         and nn.Linear.forward is LINEAR_FORWARD
         and is_called_plainly(module)
-        and type(module.weight) in (Tensor, nn.Parameter)
-        and (module.bias is None or (bias and type(module.bias) in (Tensor, nn.Parameter)))
+        and is_plain_tensor(module.weight)
+        and (module.bias is None or (bias and is_plain_tensor(module.bias)))
     )
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Return whether x is no tensor subclass: the memory of quantized and sharded weights holds something else."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Return whether calling the module runs the forward method of its class without any hook."""
-    hooks = (
+    is_class_forward = "forward" not in module.__dict__ and nn.Module.__call__ is nn.Module._wrapped_call_impl
+    return is_class_forward and not any(hooks_of_call(module))
+
+
+def hooks_of_call(module: nn.Module) -> tuple[dict, ...]:
+    """Return the hooks, by their ids, that calling the module or its backward pass runs: its own and all modules'."""
+    return (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
@@ -48,4 +58,3 @@ def is_called_plainly(module: nn.Module) -> bool:
         torch_module._global_backward_pre_hooks,
         torch_module._global_backward_hooks,
     )
-    return "forward" not in module.__dict__ and nn.Module.__call__ is nn.Module._wrapped_call_impl and not any(hooks)

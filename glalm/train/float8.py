@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import ConfigError, require
 from glalm.model.decoder import CausalLM
+from glalm.model.plain import is_plain_linear
 from glalm.train.state import BatchPlan
 
 MIN_CAPABILITY = (8, 9)
@@ -74,9 +75,9 @@ def convert_to_float8(model: CausalLM) -> None:
 def is_large_linear(module: nn.Module) -> bool:
     """Return whether float8 makes this module faster.
 
-    It does not for the low-rank projections of gates. Subclasses of nn.Linear have a forward of their own.
+    It does not for the low-rank projections of gates. torchao's layer would ignore hooks and parametrizations.
     """
-    if type(module) is not nn.Linear:
+    if not is_plain_linear(module, bias=True):
         return False
     sides = (module.in_features, module.out_features)
     return min(sides) >= MIN_FEATURES and all(side % ALIGNMENT == 0 for side in sides)

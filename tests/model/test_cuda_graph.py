@@ -1,12 +1,17 @@
 """CudaGraphGenerator against transformers' generation loop, in float64: the same tokens. On GPUs: with graphs."""
 
+import accelerate
 import pytest
 import torch
 from choices import every_choice
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prompts import GREEDY, SAMPLED, left_padded
+from torch import nn
 
 from glalm.generation import cuda_graph
 from glalm.generation.cuda_graph import CudaGraphGenerator
+from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 
 @every_choice
@@ -126,6 +131,224 @@ def test_unsupported_settings_are_refused(tiny, tokens):
         model.generate(ids, custom_generate=CudaGraphGenerator(tiny(seed=1)), **GREEDY)
     with pytest.raises(ValueError, match="prefill_chunk"):
         CudaGraphGenerator(model, prefill_chunk=0)
+
+
+class LoRA(nn.Module):
+    """A layer with two adapters, of which one is in use, or none."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.active = "a"
+        self.scaling = {"a": 1.0, "b": 1.0}
+        self.delta = nn.ModuleDict({name: nn.Linear(base.in_features, base.out_features) for name in "ab"})
+
+    def forward(self, x):
+        return self.base(x) + (self.scaling[self.active] * self.delta[self.active](x) if self.active else 0)
+
+
+def adapted(tiny, **config) -> nn.Module:
+    model = tiny(**config).float()
+    attention = model.model.layers[0].attn
+    attention.o_proj = LoRA(attention.o_proj)
+    return model
+
+
+def adapter(model) -> LoRA:
+    return next(module for module in model.modules() if isinstance(module, LoRA))
+
+
+def replace_forward(model):
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: -forward(x)
+
+
+def replace_head(model):
+    head = model.lm_head
+    model.lm_head = nn.Linear(head.in_features, head.out_features).to(head.weight)
+
+
+def change_epsilon(model):
+    model.model.layers[1].mlp_norm.eps = 0.5
+
+
+def swap_layers(model):
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
+def share_layer(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+MODEL_CHANGES = {
+    "forward hook": lambda model: model.model.norm.register_forward_hook(lambda module, args, output: -output),
+    "forward pre-hook": lambda model: model.model.norm.register_forward_pre_hook(lambda module, args: (-args[0],)),
+    "forward": replace_forward,
+    "adapter off": lambda model: setattr(adapter(model), "active", None),
+    "other adapter": lambda model: setattr(adapter(model), "active", "b"),
+    "adapter scaled": lambda model: adapter(model).scaling.update(a=-2.0),
+    "head with a bias": replace_head,
+    "attribute": change_epsilon,
+    "order of layers": swap_layers,
+    "shared layer": share_layer,
+    "training": lambda model: model.train(),
+    "training of a layer": lambda model: model.model.layers[1].train(),
+}
+every_change = pytest.mark.parametrize("change", MODEL_CHANGES)
+
+
+@every_change
+def test_a_step_is_made_again_after_a_change_of_the_model(change, tiny, tokens):
+    model, ids = adapted(tiny), tokens(2, 9)
+    decoder = CudaGraphGenerator(model)
+    model.generate(ids, custom_generate=decoder, **GREEDY)
+    first = decoder.step
+    model.generate(ids, custom_generate=decoder, **GREEDY)
+    assert decoder.step is first
+    MODEL_CHANGES[change](model)
+    found = model.generate(ids, custom_generate=decoder, **GREEDY)
+    assert decoder.step is not first
+    assert torch.equal(found, model.generate(ids, **GREEDY))
+
+
+@settings(max_examples=5)
+@given(changes=st.lists(st.sampled_from(["none", *MODEL_CHANGES]), min_size=1, max_size=5))
+def test_a_step_is_reused_only_if_the_logits_are_the_same(changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 24}
+    model = GLALMForCausalLM(GLALMConfig(**shape, initializer_range=0.3)).eval()
+    model.model.layers[0].attn.o_proj = LoRA(model.model.layers[0].attn.o_proj)
+    model = model.double()
+    ids = torch.arange(8).view(2, 4)
+    decoder = CudaGraphGenerator(model)
+    options = GREEDY | {"max_new_tokens": 3}
+    model.generate(ids, custom_generate=decoder, **options)
+    for change in changes:
+        step = decoder.step
+        before = model(ids).logits
+        if change != "none":
+            MODEL_CHANGES[change](model)
+        found = model.generate(ids, custom_generate=decoder, **options)
+        assert torch.equal(found, model.generate(ids, **options))
+        assert decoder.step is not step or torch.equal(model(ids).logits, before)
+        assert decoder.step is step or change != "none"
+
+
+def test_a_step_follows_the_adapters_of_peft(tiny, tokens):
+    peft = pytest.importorskip("peft")
+    model, ids = tiny().float(), tokens(2, 9)
+    config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=4, init_lora_weights=False)
+    adapters = peft.get_peft_model(model, config, adapter_name="a")
+    adapters.add_adapter("b", config)
+    decoder = CudaGraphGenerator(model)
+    steps = []
+
+    def generate() -> torch.Tensor:
+        found = model.generate(ids, custom_generate=decoder, **GREEDY)
+        assert torch.equal(found, model.generate(ids, **GREEDY))
+        steps.append(decoder.step)
+        return found
+
+    generate()
+    adapters.set_adapter("b")
+    generate()
+    with adapters.disable_adapter():
+        generate()
+    adapters.merge_adapter()
+    generate()
+    assert len(set(map(id, steps))) == len(steps)
+    generate()
+    assert steps[-1] is steps[-2]
+
+
+def test_a_graph_is_captured_only_without_hooks_and_on_one_device(tiny):
+    model, cpu = tiny(), torch.device("cpu")
+    assert cuda_graph.is_capturable(model, cpu)
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    assert not cuda_graph.is_capturable(model, cpu)
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *args: None)
+    assert not cuda_graph.is_capturable(model, cpu)
+    handle.remove()
+    assert cuda_graph.is_capturable(model, cpu)
+    model.model.layers[0].register_buffer("elsewhere", torch.zeros(1, device="meta"))
+    assert not cuda_graph.is_capturable(model, cpu)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_an_offloaded_model_generates(kind, tiny, tokens, tmp_path):
+    """Its weights are on the meta device between its calls."""
+    model, ids, cpu = tiny(), tokens(2, 9), torch.device("cpu")
+    expected = model.generate(ids, **GREEDY)
+    model = accelerate.cpu_offload(model, cpu) if kind == "cpu" else accelerate.disk_offload(model, tmp_path, cpu)
+    decoder = CudaGraphGenerator(model)
+    assert model.lm_head.weight.is_meta
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
+
+
+def test_an_offloaded_models_loss_and_scores_are_those_of_its_logits(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    expected = model(ids, labels=ids).loss
+    each, _ = model.score(ids[:, :-1], ids[:, 1:])
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected.detach(), check_dtype=False)
+    torch.testing.assert_close(model.score(ids[:, :-1], ids[:, 1:])[0], each, check_dtype=False)
+
+
+@pytest.mark.gpu
+@every_change
+def test_a_captured_step_follows_the_model(change, tiny, tokens):
+    model, ids = adapted(tiny, hidden_size=128).cuda(), tokens(1, 9).cuda()
+    decoder = CudaGraphGenerator(model)
+    assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), model.generate(ids, **GREEDY))
+    assert decoder.step.graph is not None
+    MODEL_CHANGES[change](model)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), model.generate(ids, **GREEDY))
+    assert (decoder.step.graph is None) == ("hook" in change or change == "forward")
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_hooks_and_a_new_head(tiny, tokens):
+    """The fused step serves the model at first, and again once it is as it was."""
+    model, ids = tiny(hidden_size=128).float().cuda(), tokens(1, 9).cuda()
+    decoder = CudaGraphGenerator(model)
+
+    def compare(fused: bool) -> None:
+        assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), model.generate(ids, **GREEDY))
+        assert decoder.step.fused == fused
+
+    compare(True)
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: (output[0] * -3, *output[1:]))
+    compare(False)
+    handle.remove()
+    compare(True)
+    head = model.lm_head
+    replace_head(model)
+    compare(False)
+    model.lm_head = head
+    compare(True)
+
+
+@pytest.mark.gpu
+def test_a_model_offloaded_from_a_gpu_generates(tiny, tokens):
+    model, ids = tiny(hidden_size=128).float().cuda(), tokens(2, 9).cuda()
+    expected = model.generate(ids, **GREEDY)
+    model = accelerate.cpu_offload(model.cpu(), ids.device)
+    decoder = CudaGraphGenerator(model)
+    assert torch.equal(model.generate(ids, custom_generate=decoder, **GREEDY), expected)
+    assert decoder.step.graph is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_generates(tiny, tokens):
+    model, ids = tiny(hidden_size=128).float().cuda(), tokens(2, 9).cuda()
+    expected = model.generate(ids, **GREEDY)
+    places = {"model.embeddings": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    model = accelerate.dispatch_model(model, places)
+    assert torch.equal(model.generate(ids, custom_generate=CudaGraphGenerator(model), **GREEDY), expected)
 
 
 @pytest.mark.gpu

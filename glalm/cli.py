@@ -1,6 +1,7 @@
 """The Hydra entry of `glalm train`, `glalm eval` and other commands: compose the config, check it, run, exit."""
 
 import difflib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,8 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
         config_name: A file of configs/, without its suffix.
     """
     protect_output()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened.
     store_defaults(cls)
     # Hydra's parser refuses `KEY=VALUE --config-dir FOLDER KEY=VALUE`, so all overrides go to the end.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))

@@ -253,3 +253,10 @@ def test_weights_of_sources_have_any_keys():
 def test_types_of_model_options_are_checked(field, value, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "é" * 128])
+def test_a_name_longer_than_a_folders_may_be_is_refused(name):
+    with pytest.raises(ConfigError, match=r"^name=.* has 256 bytes, and a folder's name at most 255"):
+        RunConfig(name=name)
+    assert RunConfig(name=name[:-1]).name == name[:-1]

@@ -5,7 +5,7 @@ Every dataclass is a level of the config tree, and its comments document the key
 
 import dataclasses
 import json
-import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +173,7 @@ class GuardConfig:
 @dataclass
 class TrainConfig:
     steps: int | None = 1000  # optimizer steps
-    tokens: int | None = None  # instead of steps, rounded up to a full step
+    tokens: int | None = None  # instead of steps, rounded up to a full step, whatever batch was resumed from
     batch_size: int | None = 32  # sequences per optimizer step, over all processes and micro-batches
     batch_tokens: int | None = None  # instead of batch_size
     micro_batch_size: int | None = None  # most sequences per forward pass; null: no gradient accumulation
@@ -256,6 +256,9 @@ class RunConfig:
             re.fullmatch(r"[^/\\\0]+", self.name) is not None and self.name not in (".", ".."),
             f"name={self.name!r} must be one folder name, without slashes",
         )
+        length = len(os.fsencode(self.name))
+        require(length <= 255, f"name={self.name[:20]}... has {length} bytes, and a folder's name at most 255")
+        self.resume_at(step=0, tokens=0)
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         tokens = self.train.batch_tokens
         require(
@@ -298,17 +301,36 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.data.seq_len
 
+    def resume_at(self, step: int, tokens: int) -> None:
+        """Count the tokens of the first `step` steps as `tokens`: the batch may have been another before a resume."""
+        self._past_steps = step
+        self._past_tokens = tokens
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        train = self.train
-        return train.steps if train.steps is not None else math.ceil(train.tokens / self.tokens_per_step)
+        return self.train.steps if self.train.steps is not None else self._step_after(self.train.tokens)
 
     @property
     def warmup_steps(self) -> int:
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
-        return math.ceil(self.optim.warmup_tokens / self.tokens_per_step)
+        return self._step_after(self.optim.warmup_tokens)
+
+    def tokens_at(self, step: int) -> int:
+        """Return the tokens that the run has trained on after `step`.
+
+        Before the step at which it was resumed, this is exact if all steps had one batch size, and interpolated if not.
+        """
+        if step < self._past_steps:
+            return step * self._past_tokens // self._past_steps
+        return self._past_tokens + (step - self._past_steps) * self.tokens_per_step
+
+    def _step_after(self, tokens: int) -> int:
+        """Return the first step after which the run has trained on `tokens` tokens or more."""
+        if tokens <= self._past_tokens:
+            return -(-tokens * self._past_steps // max(self._past_tokens, 1))
+        return self._past_steps - (self._past_tokens - tokens) // self.tokens_per_step
 
     @property
     def folder(self) -> Path:

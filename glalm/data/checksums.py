@@ -1,6 +1,8 @@
 """Checksums of a file's blocks, to verify the part of a file that is read without reading the rest."""
 
+import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ def block_sums(path: Path) -> np.ndarray:
 class CheckedArray:
     """An array in a memory-mapped file, each block of which is verified when it is first read.
 
-    Errors of memory or disk that occur after that first read are not found. Threads may share an object; at worst, two
-    of them verify the same block.
+    Errors of memory or disk that occur after that first read are not found. The size of the file is checked at every
+    read, because the kernel kills a process that reads a mapped file beyond its end (SIGBUS). That remains possible if
+    the file is cut within the microseconds of a read. Threads may share an object; at worst, two of them verify the
+    same block.
 
     Args:
         path: The file's name, for error messages.
@@ -48,7 +52,12 @@ class CheckedArray:
         return len(self._array)
 
     def read_range(self, start: int, stop: int) -> np.ndarray:
-        """Return a view of the elements [start, stop). Raises DamagedFile if one of their blocks was changed."""
+        """Return a view of the elements [start, stop).
+
+        Raises:
+            DamagedFile: One of their blocks was changed, or the file's size.
+        """
+        self._check_size()
         itemsize = self._array.itemsize
         first_block = (self._header + start * itemsize) // BLOCK
         end_block = -(-(self._header + stop * itemsize) // BLOCK)
@@ -60,3 +69,10 @@ class CheckedArray:
                     raise DamagedFile(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
                 self._verified[block] = True
         return self._array[start:stop]
+
+    def _check_size(self) -> None:
+        """Raise DamagedFile if the file was cut or extended. One that was removed stays readable while it is mapped."""
+        with suppress(OSError):
+            size = os.stat(self.path).st_size
+            if size != len(self._content):
+                raise DamagedFile(f"{self.path} has {size} bytes now, and had {len(self._content)} when it was opened")

@@ -49,7 +49,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 1. It is stateless, so resuming needs no state.
+    """Return the learning rate of optimizer step `step`, counted from 1.
 
     It rises linearly from optim.min_lr to optim.lr during the warm-up, then follows optim.schedule:
 
@@ -57,14 +57,28 @@ def learning_rate(step: int, config: RunConfig) -> float:
         wsd              lr, then down to min_lr over the last optim.decay_fraction of all steps, as 1 - x or as
                          1 - sqrt(x) (Hägele et al., arXiv 2405.18392)
         constant         lr
+
+    Resuming needs no state but what `RunConfig.resume_at` records. A warm-up or a run whose length is set in tokens
+    progresses by tokens, so that a resume with another batch neither shifts nor shortens it.
     """
     optim = config.optim
     warmup = config.warmup_steps
-    fraction = step / warmup if step <= warmup else _schedule_fraction(step, config.steps, warmup, optim)
+    if step <= warmup:
+        by_tokens = optim.warmup_tokens is not None
+        fraction = _measure_progress(step, config, by_tokens) / _measure_progress(warmup, config, by_tokens)
+    else:
+        by_tokens = config.train.tokens is not None
+        now, end, start = (_measure_progress(n, config, by_tokens) for n in (step, config.steps, warmup))
+        fraction = _schedule_fraction(now, end, start, optim)
     return optim.min_lr + fraction * (optim.lr - optim.min_lr)
 
 
-def _schedule_fraction(step: int, steps: int, warmup: int, optim: OptimConfig) -> float:
+def _measure_progress(step: int, config: RunConfig, by_tokens: bool) -> float:
+    """Return how far the run is after `step`: the step itself, or its tokens in units of the current batch."""
+    return config.tokens_at(step) / config.tokens_per_step if by_tokens else step
+
+
+def _schedule_fraction(step: float, steps: float, warmup: float, optim: OptimConfig) -> float:
     """Return the learning rate after the warm-up, 0 for min_lr and 1 for lr."""
     if optim.schedule == "constant":
         return 1.0

@@ -40,6 +40,7 @@ LAUNCHER_SETTINGS = {
     "ACCELERATE_DYNAMO_BACKEND": (("no",), "train.compile=true"),
     "ACCELERATE_MIXED_PRECISION": (("no", "bf16"), "train.precision=bf16 or fp32"),
 }
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16"}
 # The precision of float32 matmuls: exact, or TF32, which still has 3 more bits of precision than bfloat16.
 FP32_MATMUL_PRECISION = {"fp32": "highest", "bf16": "high"}
@@ -54,6 +55,8 @@ def start_processes(config: RunConfig) -> Accelerator:
         ConfigError: The launcher's settings, the number of processes or the devices contradict the config.
     """
     refuse_launcher_settings(os.environ)
+    if not is_launched(os.environ):
+        os.environ.pop("LOCAL_RANK", None)  # Accelerate takes it for a launcher.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if not use_cpu:
         check_devices(os.environ, torch.cuda.device_count())
@@ -100,6 +103,24 @@ def check_devices(environ: Mapping[str, str], gpu_count: int) -> None:
     )
 
 
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Return whether a launcher such as torchrun started this process.
+
+    Clusters and containers set some of its variables, too. This process is alone then, if WORLD_SIZE is 1.
+
+    Raises:
+        ConfigError: WORLD_SIZE is not 1, and another variable is not set.
+    """
+    world_size = environ.get("WORLD_SIZE", "1")
+    missing = [name for name in LAUNCHER_VARIABLES if name not in environ]
+    require(
+        world_size == "1" or not missing,
+        f"WORLD_SIZE={world_size} is set without {', '.join(missing)}. Start the processes with torchrun. To start one "
+        "process, unset WORLD_SIZE.",
+    )
+    return not missing
+
+
 def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: bool = False) -> None:
     """Initialize torch.distributed, with NCCL for tensors on GPUs and gloo for tensors on the host.
 
@@ -110,7 +131,7 @@ def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: boo
         timeout_minutes: A collective that waits longer fails.
         always: Form a group of one process if no launcher started this process.
     """
-    launched = "WORLD_SIZE" in os.environ
+    launched = is_launched(os.environ)
     if dist.is_initialized() or not (launched or always):
         return
     if not use_cpu:

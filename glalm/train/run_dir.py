@@ -27,7 +27,16 @@ from typing import IO
 
 from glalm.config.run import DATA_RECORD, RunConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, RunError, describe_unknown_key, require
-from glalm.data.files import DamagedFile, find_mismatch, fsync_path, read_json, remove_entry, try_lock, write_json
+from glalm.data.files import (
+    DamagedFile,
+    find_mismatch,
+    fsync_path,
+    read_file,
+    read_json,
+    remove_entry,
+    try_lock,
+    write_json,
+)
 from glalm.data.loader import Windows
 from glalm.data.order import check_weights
 from glalm.data.shards import MANIFEST_SHAPE, TokenSet, select_manifest
@@ -72,7 +81,7 @@ def open_run_dir(folder: Path) -> Iterator["RunLock | None"]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(stack.enter_context(lock_run_dir(folder)))
-        except OSError as error:
+        except (OSError, DamagedFile) as error:
             advice = "Free some space, or choose another runs_dir=... or name=..."
             raise ConfigError(f"{folder} cannot be written to ({error}). {advice}") from error
         refuse_missing_checkpoints(folder)
@@ -126,6 +135,7 @@ class RunLock:
 
         Raises:
             ConfigError: Another run holds the lock, or the filesystem has no locks.
+            DamagedFile: The lock is not a regular file.
             OSError: The folder cannot be written to.
         """
         file = self._lock_file()
@@ -148,7 +158,9 @@ class RunLock:
         stopped = "This run stops, because two runs must not write to one folder. What it has not saved is lost."
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            holder = self._path.read_text() if self._path.exists() else ""
+            holder = ""
+            with suppress(FileNotFoundError):
+                holder = read_file(self._path).decode(errors="replace")
             if holder not in ("", self._holder):
                 raise RunError(f"{self._path} was removed, and {folder} was used by another run: {holder}. {stopped}")
             self.acquire()
@@ -160,7 +172,9 @@ class RunLock:
         self._file.close()
 
     def _lock_file(self) -> IO[str]:
-        file = open(self._path, "a+")  # noqa: SIM115 (`release` closes it)
+        with suppress(FileNotFoundError):
+            read_file(self._path)  # This refuses a pipe, which cannot be locked.
+        file = open(self._path, "a+", errors="replace")  # noqa: SIM115 (`release` closes it)
         try:
             if try_lock(file):
                 return file
@@ -450,7 +464,7 @@ def read_run_record(checkpoint: Path) -> dict | None:
 
 
 def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
-    """Return the verified checkpoint to resume from, or None to start from scratch.
+    """Return the verified checkpoint to resume from, or None to start from scratch, and tell `config` its tokens.
 
     That is the newest valid checkpoint of the run, or train.resume_from. The latter applies once: the checkpoints after
     it record where they come from, so the same command resumes from them. Newer ones that do not come from it are set
@@ -475,14 +489,17 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         )
         path = _find_requested_checkpoint(Path(requested))
     if path is None:
+        config.resume_at(step=0, tokens=0)
         return None
     metadata = read_metadata(path)
     # run.json was compared already, with what was allowed to change since. A copied checkpoint may be of any run.
     if applies or metadata.get("run") != record["id"]:
         check_identity(config, metadata.get("identity", {}), record["identity"], path)
+    config.resume_at(metadata["step"], metadata["tokens"])
+    key = "train.steps" if config.train.tokens is None else "train.tokens"
     require(
         metadata["step"] <= config.steps,
-        f"{path} is beyond the run's last step, {config.steps}. Choose a larger train.steps.",
+        f"{path} is beyond the run's last step, {config.steps}. Choose a larger {key}.",
     )
     if applies:
         run_on_rank_0(lambda: _set_newer_aside(config.folder, metadata["step"], is_own))

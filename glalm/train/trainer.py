@@ -433,8 +433,8 @@ class TrainingLoop:
             f"tokens at the ends of sources that do not fill one{growing}"
         )
         parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
-        tokens = config.steps * self.trainer.plan.tokens_per_step
-        epochs = config.steps * self.trainer.plan.global_batch / len(windows)
+        tokens = config.tokens_at(config.steps)
+        epochs = tokens / config.data.seq_len / len(windows)
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         if config.train.float8:
             precision += ", large linear layers in float8"

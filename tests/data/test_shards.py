@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from itertools import chain
 
@@ -203,6 +204,25 @@ def test_a_flipped_bit_is_found_when_its_block_is_read_and_not_before(copy, name
     tokens.read_tokens(0, first)
     with pytest.raises(DamagedFile, match=rf"{name} is damaged between byte 0 and {len(data)}"):
         tokens.read_tokens(first, first + 500) if name == "00001.npy" else tokens.document_starts(first, first + 1)
+
+
+@pytest.mark.parametrize("name", ["00000.npy", "00000.docs.npy"])
+@pytest.mark.parametrize("size", [0, 200, 100_000])
+def test_a_shard_that_is_cut_while_it_is_mapped_is_named(copy, name, size):
+    """The kernel would kill a process that reads a mapped file beyond its end."""
+    tokens = TokenSet(copy, "train")
+    tokens.read_tokens(0, 100)
+    tokens.document_starts(0, 100)
+    os.truncate(copy / "train/corpus" / name, size)
+    with pytest.raises(DamagedFile, match=rf"{name} has {size} bytes now, and had \d+ when it was opened"):
+        tokens.read_tokens(0, 100) if name == "00000.npy" else tokens.document_starts(0, 100)
+
+
+def test_a_shard_that_is_removed_while_it_is_mapped_stays_readable(copy):
+    tokens = TokenSet(copy, "train")
+    expected = TokenSet(copy, "train").read_tokens(0, 100).tolist()
+    (copy / "train/corpus/00000.npy").unlink()
+    assert tokens.read_tokens(0, 100).tolist() == expected
 
 
 def test_blocks_are_checked_one_by_one(tmp_path):

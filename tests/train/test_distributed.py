@@ -16,7 +16,7 @@ from glalm.data.files import read_jsonl
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel, trainer
-from glalm.train.parallel import check_devices, has_fp32_parameters, refuse_launcher_settings
+from glalm.train.parallel import check_devices, has_fp32_parameters, is_launched, refuse_launcher_settings
 from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 
@@ -139,6 +139,23 @@ def test_contradictory_launcher_settings_are_refused(name, value, message):
     refuse_launcher_settings({name: {"true": "false", "4": "1", "INDUCTOR": "no", "fp16": "bf16"}[value]})
     with pytest.raises(ConfigError, match=message):
         refuse_launcher_settings({name: value})
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("missing", LAUNCHED)
+def test_a_launcher_sets_all_its_variables(missing):
+    """A container may set some of them. More than one process needs a launcher."""
+    assert is_launched(LAUNCHED) and is_launched(LAUNCHED | {"WORLD_SIZE": "1"})
+    environ = {name: value for name, value in LAUNCHED.items() if name != missing}
+    assert not is_launched(environ | {"WORLD_SIZE": "1"}) or missing == "WORLD_SIZE"
+    if missing == "WORLD_SIZE":
+        assert not is_launched(environ)
+        return
+    for world_size in ("2", "", "many"):
+        with pytest.raises(ConfigError, match=rf"^WORLD_SIZE={world_size} is set without {missing}\. .*torchrun"):
+            is_launched(environ | {"WORLD_SIZE": world_size})
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from glalm.config.run import OptimConfig, RunConfig, TrainConfig
+from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
@@ -103,6 +105,65 @@ def test_two_steps_equal_adamw_with_the_configs_betas():
         update = (m / (1 - 0.5**t)) / ((s / (1 - 0.75**t)).sqrt() + 0.1)
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
     torch.testing.assert_close(model.weight.detach().double(), expected, rtol=0, atol=1e-7)
+
+
+@given(
+    batches=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=4),
+    extra=st.integers(1, 3000),
+    schedule=st.sampled_from(["cosine", "linear", "wsd"]),
+    warmup=st.one_of(st.builds(dict, warmup_steps=st.just(0)), st.builds(dict, warmup_tokens=st.integers(1, 60))),
+)
+@settings(max_examples=80)
+def test_a_total_of_tokens_holds_for_every_batch(batches, extra, schedule, warmup):
+    """A run that is resumed with other batches ends within a step of its tokens, at the learning rate of the end."""
+    total = sum(steps * batch for steps, batch in batches) + extra
+    optim = OptimConfig(**{"lr": 1.0, "min_lr": 0.1, "schedule": schedule, "warmup_steps": None} | warmup)
+    if optim.warmup_steps is None:
+        assume(optim.warmup_tokens <= extra)
+    step, tokens = 0, 0
+    for steps, batch in batches:
+        assume(optim.warmup_tokens is None or -(-optim.warmup_tokens // batch) <= -(-total // batch))
+        config = RunConfig(
+            optim=optim,
+            data=DataConfig(seq_len=1),
+            train=TrainConfig(steps=None, tokens=total, batch_size=batch),
+        )
+        config.resume_at(step, tokens)
+        assume(config.warmup_steps < config.steps)
+        assert config.tokens_at(step) == tokens
+        assert total <= config.tokens_at(config.steps) < total + batch and config.steps > step
+        assert learning_rate(config.steps, config) == pytest.approx(0.1)
+        rates = [learning_rate(n, config) for n in range(1, config.steps + 1)]
+        assert min(rates) + 1e-9 >= 0.1 and max(rates) <= 1 + 1e-9
+        step += steps
+        tokens += steps * batch
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_another_batch_does_not_shift_the_schedule(schedule):
+    """Where a run in small batches and one that continues in large ones have as many tokens, their rates are equal."""
+    optim = OptimConfig(lr=1.0, min_lr=0.1, schedule=schedule, warmup_steps=None, warmup_tokens=160)
+    small, large = (
+        RunConfig(optim=optim, data=DataConfig(seq_len=4), train=TrainConfig(steps=None, tokens=1600, batch_size=batch))
+        for batch in (2, 8)
+    )
+    for resumed_at in (8, 40, 100):  # in the warm-up and after it
+        large.resume_at(resumed_at, resumed_at * 8)
+        assert large.steps == resumed_at + (200 - resumed_at) // 4
+        for step in range(resumed_at + 1, large.steps + 1):
+            same_tokens = resumed_at + (step - resumed_at) * 4
+            assert large.tokens_at(step) == small.tokens_at(same_tokens)
+            assert learning_rate(step, large) == pytest.approx(learning_rate(same_tokens, small), abs=1e-9)
+
+
+def test_a_warm_up_in_steps_continues_where_it_was():
+    config = RunConfig(
+        optim=OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=10),
+        data=DataConfig(seq_len=4),
+        train=TrainConfig(steps=None, tokens=1600, batch_size=8),
+    )
+    config.resume_at(4, 4 * 8)
+    assert learning_rate(5, config) == 0.5 and config.warmup_steps == 10
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:

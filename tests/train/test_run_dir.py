@@ -1,5 +1,6 @@
 """Locking a run's directory, resuming a run, and what a resumed run may change."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,19 +8,24 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from injection import before_steps, fail
 from safetensors.torch import load_file
 from transformers import LlamaTokenizer
 
-from glalm.config.run import CheckpointConfig
-from glalm.config.strict import ConfigError
-from glalm.data.files import read_jsonl
+from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.strict import ConfigError, RunError
+from glalm.data.files import read_jsonl, try_lock
 from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
-from glalm.train import checkpoint
-from glalm.train.checkpoint import CheckpointError, CheckpointSaver, latest_checkpoint
+from glalm.train import checkpoint, run_dir
+from glalm.train.checkpoint import CheckpointError, CheckpointSaver, latest_checkpoint, list_checkpoints
+from glalm.train.metrics import read_metrics
 from glalm.train.run_dir import (
+    RunLock,
     check_filesystem,
     find_checkpoint,
     lock_run_dir,
@@ -323,6 +329,25 @@ def test_tokens_count_what_was_trained_on(trained, change):
     assert read_jsonl(more.folder / "metrics.jsonl")[-1]["tokens"] == 6 * 64 + 3 * 128
 
 
+@pytest.mark.parametrize("batch_size, last_step", [(8, 7), (2, 10), (3, 9)])
+def test_a_total_of_tokens_holds_for_another_batch(trained, change, batch_size, last_step):
+    """Half of the tokens were read in batches of 4. The others take more or fewer steps, rounded up."""
+    total = dataclasses.replace(trained.train, steps=None, tokens=512)
+    config = change(trained, name="tokens", train=total)
+    assert train(config) == 0
+    assert steps(config)[-1] == 8
+    origin = str(config.folder / "checkpoints" / "step_6")
+    keys = {"train.batch_size": batch_size, "train.micro_batch_size": 1, "train.allow_changes": ["train.batch_size"]}
+    fork = change(config, name="fork", **keys, **{"train.resume_from": origin})
+    assert train(fork) == 0
+    rows = read_jsonl(fork.folder / "metrics.jsonl")
+    assert rows[-1]["step"] == last_step and 512 <= rows[-1]["tokens"] < 512 + 16 * batch_size
+    assert rows[-1]["lr"] == pytest.approx(1e-3) and "val_loss" in rows[-1]
+    shorter = change(fork, **{"train.tokens": 300, "train.allow_changes": ["train.tokens"]})
+    with pytest.raises(ConfigError, match=r"is beyond the run's last step, \d\. Choose a larger train\.tokens"):
+        train(shorter)
+
+
 def test_set_aside_again_keeps_what_was_set_aside_before(tmp_path):
     asides = [set_aside(save(tmp_path, 5, n=n), "damaged") for n in (1, 2, 3)]
     assert [path.name for path in asides] == ["step_5.damaged", "step_5.damaged2", "step_5.damaged3"]
@@ -357,3 +382,276 @@ def test_lock_is_released_when_the_context_ends(tmp_path):
     with lock_run_dir(tmp_path):
         check_filesystem(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("removed", [".lock", "folder"])
+def test_a_lock_that_was_removed_is_renewed(tmp_path, removed):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock_run_dir(folder) as lock:
+        assert not lock.renew()
+        shutil.rmtree(folder) if removed == "folder" else (folder / ".lock").unlink()
+        assert lock.renew() and not lock.renew()
+        with pytest.raises(ConfigError, match="in use by another run"), lock_run_dir(folder):
+            pass
+    with lock_run_dir(folder):
+        pass
+
+
+def test_a_lock_whose_folder_was_copied_back_is_renewed(tmp_path):
+    """A backup of the folder has the text of this run's lock. A lock file that is empty belongs to nobody."""
+    with lock_run_dir(tmp_path) as lock:
+        for content in ((tmp_path / ".lock").read_text(), ""):
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".lock").write_text(content)
+            assert lock.renew() and not lock.renew()
+
+
+@pytest.mark.parametrize("other_is_running", [True, False])
+def test_a_run_whose_lock_another_took_stops(tmp_path, other_is_running):
+    """After another run has written to the folder, what this one would write does not belong there."""
+    with lock_run_dir(tmp_path) as lock:
+        (tmp_path / ".lock").unlink()
+        other = RunLock(tmp_path)
+        other._holder = "process 1 on another machine"
+        other.acquire()
+        if not other_is_running:
+            other.release()
+        with pytest.raises(RunError, match=r"used by another run: process 1 on another machine\. This run stops"):
+            lock.renew()
+
+
+def test_a_name_that_goes_while_it_is_locked_is_not_taken_for_a_lock(tmp_path, monkeypatch):
+    """The name is removed between opening the file and locking it."""
+    removals = iter([True, False])
+
+    def lock_slowly(file):
+        if next(removals, False):
+            (tmp_path / ".lock").unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(run_dir, "try_lock", lock_slowly)
+    with lock_run_dir(tmp_path) as lock:
+        assert not lock.renew()
+
+
+@pytest.mark.parametrize("removed", [".lock", "content", "folder"])
+def test_a_folder_that_is_removed_during_the_run_is_restored(run_config, change, capfd, removed):
+    """The run says so, and saves at once, so that it can be resumed and evaluated."""
+    config = change(run_config, **{"train.checkpoint.every": 6})
+
+    def remove():
+        (config.folder / ".lock").unlink()
+        if removed != ".lock":
+            shutil.rmtree(config.folder)
+        if removed == "content":
+            config.folder.mkdir()
+
+    with before_steps({3: remove}):
+        assert train(config) == 0
+    printed = capfd.readouterr().err
+    if removed == ".lock":
+        assert "warning: " in printed and ".lock was removed while the run was training. It is locked again" in printed
+        assert names(config) == {"step_6"} and steps(config) == list(range(7))
+    else:
+        assert f"warning: {config.folder} was removed or emptied while the run was training" in printed
+        assert names(config) == {"step_3", "step_6"} and steps(config) == [3, 4, 5, 6]
+    assert train(config) == 0
+    assert "resuming after step 6" in capfd.readouterr().err
+
+
+def test_a_run_whose_lock_was_taken_writes_nothing_more(run_config, capfd):
+    other = RunLock(run_config.folder)
+    other._holder = "process 1 on another machine"
+
+    def take():
+        (run_config.folder / ".lock").unlink()
+        other.acquire()
+
+    with before_steps({4: take}), pytest.raises(RunError, match="used by another run: process 1 on another machine"):
+        train(run_config)
+    other.release()
+    assert names(run_config) == {"step_2"} and steps(run_config) == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------ Missing checkpoints
+
+
+def take_away(config, how: str) -> None:
+    """Make the checkpoints invisible, as a disk does that is not mounted."""
+    folder = config.folder / "checkpoints"
+    away = folder.rename(config.folder.parent / "away")
+    if how == "dangling link":
+        folder.symlink_to(away / "not mounted")
+    elif how == "empty folder":
+        folder.mkdir()
+    elif how == "file":
+        folder.touch()
+    elif how == "folder and run.json":
+        (config.folder / "run.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["folder", "dangling link", "empty folder", "file", "folder and run.json"])
+def test_a_run_whose_checkpoints_are_away_is_refused(trained, how):
+    before = (trained.folder / "metrics.jsonl").read_bytes()
+    take_away(trained, how)
+    with pytest.raises(
+        ConfigError, match=r"checkpoints.* bring them back, then run the same command.*name=\.\.\. or remove"
+    ):
+        train(trained)
+    assert (trained.folder / "metrics.jsonl").read_bytes() == before
+    if (trained.folder / "checkpoints").is_symlink() or (trained.folder / "checkpoints").is_file():
+        (trained.folder / "checkpoints").unlink()
+    (trained.folder.parent / "away").rename(trained.folder / "checkpoints")
+    assert train(trained) == 0
+    assert (trained.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_fork_whose_checkpoints_are_away_does_not_start_again(trained, change):
+    """A requeued job names the checkpoint from which it began, and must not begin there again."""
+    fork = change(trained, name="fork", **{"train.resume_from": str(trained.folder / "checkpoints" / "step_2")})
+    assert train(fork) == 0
+    take_away(fork, "empty folder")
+    with pytest.raises(ConfigError, match=r"records that step 6 was saved, but .*checkpoints has no checkpoint"):
+        train(fork)
+    assert steps(fork) == [3, 4, 5, 6]
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(run_config, change):
+    config = change(run_config, **{"train.checkpoint.every": 5})
+    with before_steps({4: fail}), pytest.raises(RuntimeError, match="injected"):
+        train(config)
+    assert steps(config) == [0, 1, 2, 3]
+    assert train(config) == 0
+    assert steps(config) == list(range(7))
+    superseded = read_jsonl(config.folder / "metrics.superseded.jsonl")
+    assert [row["step"] for row in superseded] == [1, 2, 3]
+
+
+def test_a_newest_checkpoint_that_is_gone_is_reported(trained, capfd):
+    (trained.folder / "checkpoints" / "step_6").rename(trained.folder / "step_6")
+    assert train(trained) == 0
+    printed = capfd.readouterr().err
+    assert "step_6 was saved but is not there any more. The run resumes from step_4" in printed
+    assert [row["step"] for row in read_jsonl(trained.folder / "metrics.superseded.jsonl")] == [5, 6]
+
+
+# -------------------------------------------------------------------------------------------------------- Odd entries
+
+
+def test_checkpoints_that_cannot_be_a_folder_are_refused(run_config):
+    run_config.folder.mkdir(parents=True)
+    (run_config.folder / "checkpoints").touch()
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be a folder of checkpoints .*Move it away"):
+        train(run_config)
+
+
+def test_set_aside_does_not_replace_a_link(tmp_path):
+    path = save(tmp_path, 5)
+    (tmp_path / "step_5.damaged").symlink_to(tmp_path / "away")
+    assert set_aside(path, "damaged").name == "step_5.damaged2"
+
+
+def test_a_damaged_record_is_read_from_the_newest_checkpoint(trained, capfd):
+    before = json.loads((trained.folder / "run.json").read_text())
+    (trained.folder / "run.json").write_text("")
+    assert train(trained) == 0
+    assert "run.json is damaged: it is empty" in capfd.readouterr().err
+    after = json.loads((trained.folder / "run.json").read_text())
+    assert (after["id"], after["identity"], after["saved"]) == (before["id"], before["identity"], 6)
+
+
+def test_a_damaged_record_does_not_hide_another_config(trained, change):
+    (trained.folder / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  optim\.lr: 0\.01 -> 0\.02"):
+        train(change(trained, **{"optim.lr": 0.02}))
+    forget = [path for path in (trained.folder / "checkpoints").iterdir()]
+    for path in forget:
+        shutil.rmtree(path)
+    with pytest.raises(ConfigError, match=r"run\.json is damaged: .*no checkpoint in .* has a copy of it\. .*remove "):
+        train(trained)
+
+
+RUN_FILES = ["run.json", "data.json", "metrics.jsonl", "checkpoints", ".lock"]
+CHECKPOINT_FILES = ["manifest.json", "state.json", "config.json", "model.safetensors", "training.safetensors"]
+DAMAGED_PATHS = [
+    *RUN_FILES,
+    "checkpoints/.step_6.tmp",
+    *(f"checkpoints/step_{step}{name}" for step in (4, 6) for name in ("", *(f"/{file}" for file in CHECKPOINT_FILES))),
+]
+CONTENTS = [b"", b"{}", b"[1, 2]", b'{"files": {}}', b"\xff\xfe", b"[" * 9999, b"null", b"3", bytes(50)]
+
+
+def damage(path, kind: str, content: bytes) -> None:
+    """Remove, cut or replace what has this name."""
+    before = path.read_bytes() if path.is_file() else b""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+    if kind == "cut":
+        path.write_bytes(before[: len(before) // 2])
+    elif kind == "content":
+        path.write_bytes(content)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("away")
+    elif kind == "pipe":
+        os.mkfifo(path)
+
+
+@pytest.fixture(scope="module")
+def finished_run(token_folder, tmp_path_factory):
+    """The folder of a finished run, of which tests damage copies."""
+    config = RunConfig(
+        name="tiny",
+        runs_dir=str(tmp_path_factory.mktemp("finished")),
+        model=ModelConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16),
+        data=DataConfig(path=str(token_folder), seq_len=16),
+        optim=OptimConfig(warmup_steps=2),
+        train=TrainConfig(
+            steps=6, batch_size=2, eval_every=6, eval_sequences=2, log_every=1, checkpoint=CheckpointConfig(every=2)
+        ),
+    )
+    assert train(config) == 0
+    return config
+
+
+def check_damaged_run(config: RunConfig, damages: list[tuple[str, str, bytes]], folder) -> None:
+    """Damage a copy of a run and start it: it trains to the end, or ends with an error that names a damaged path."""
+    copy = dataclasses.replace(config, runs_dir=str(folder))
+    shutil.copytree(config.folder, copy.folder)
+    before = {row["step"] for row in read_metrics(copy.folder / "metrics.jsonl")[0]}
+    for name, kind, content in damages:
+        if (copy.folder / name).parent.is_dir():
+            damage(copy.folder / name, kind, content)
+    is_metrics_damaged = any(name == "metrics.jsonl" for name, _, _ in damages)
+    try:
+        assert train(copy) == 0
+        assert max(list_checkpoints(copy.folder / "checkpoints")) == 6
+        after = {row["step"] for row in read_jsonl(copy.folder / "metrics.jsonl")}
+    except (ConfigError, RunError) as error:
+        assert any(name.rpartition("/")[2] in str(error) for name, _, _ in damages), error
+        after = before if is_metrics_damaged else {row["step"] for row in read_jsonl(copy.folder / "metrics.jsonl")}
+    assert after >= before or is_metrics_damaged
+
+
+DAMAGES = st.tuples(
+    st.sampled_from(DAMAGED_PATHS),
+    st.sampled_from(["remove", "cut", "content", "folder", "dangling link", "pipe"]),
+    st.sampled_from(CONTENTS),
+)
+
+
+@given(damages=st.lists(DAMAGES, min_size=1, max_size=2, unique_by=lambda item: item[0]))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+def test_a_damaged_run_goes_on_or_names_the_damage(finished_run, tmp_path_factory, damages):
+    check_damaged_run(finished_run, damages, tmp_path_factory.mktemp("damaged"))
+
+
+@pytest.mark.slow
+@given(damages=st.lists(DAMAGES, min_size=1, max_size=4, unique_by=lambda item: item[0]))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+def test_many_damaged_runs_go_on_or_name_the_damage(finished_run, tmp_path_factory, damages):
+    check_damaged_run(finished_run, damages, tmp_path_factory.mktemp("damaged"))

@@ -233,8 +233,9 @@ class TrainConfig:
 class TrackConfig:
     """Where to log metrics in addition to metrics.jsonl, which is always written."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "glalm"
+    tracker: Literal["none", "wandb", "tensorboard", "mlflow"] = "none"
+    project: str = "glalm"  # the project of Weights & Biases, or the experiment of MLflow
+    offline: bool = False  # keep the files in the run's folder, whatever login or server there is
 
 
 @dataclass

@@ -40,7 +40,13 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         name=config.name, runs_dir=config.runs_dir, data_path=config.data.path, seed=config.seed, **shared
     )
 
-    def evaluate(model: CausalLM, step: int, precision: str, heartbeat: Callable[[float], object]) -> dict[str, float]:
+    def evaluate(
+        model: CausalLM,
+        step: int,
+        precision: str,
+        heartbeat: Callable[[float], object],
+        log_text: Callable[[str, str, int], None],
+    ) -> dict[str, float]:
         if step % options.every != 0 and step != config.steps:
             return {}
         metrics = {}
@@ -48,13 +54,14 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
             eval_model = copy_for_evaluation(model, precision, config, eval_config)
             for name in options.evals:
                 try:
-                    values = run_evaluator(name, eval_model, eval_config, heartbeat)
+                    values, text = run_evaluator(name, eval_model, eval_config, heartbeat)
                 except Exception as error:
                     if name not in already_succeeded:
                         raise
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)
                     continue
                 already_succeeded.add(name)
+                log_text(name, text, step)
                 metrics |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
         return metrics
 
@@ -63,8 +70,11 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
 
 def run_evaluator(
     name: str, model: EvalModel, config: EvalConfig, heartbeat: Callable[[float], object]
-) -> dict[str, float | None]:
-    """Return the metrics of one evaluator. All ranks call it; where it fails on one of them, it raises on all."""
+) -> tuple[dict[str, float | None], str]:
+    """Return the metrics and the summary of one evaluator.
+
+    All ranks call it; where it fails on one of them, it raises on all.
+    """
     context = EvalContext()
     context.advance = heartbeat
     with context.raise_on_all_ranks():
@@ -73,7 +83,7 @@ def run_evaluator(
             results = evaluator.run(context)
         if missing := missing_tasks(results):
             raise RunError("; ".join(f"{task}: {reason}" for task, reason in missing.items()))
-    return evaluator.metrics(results)
+    return evaluator.metrics(results), "\n".join(evaluator.summarize(results))
 
 
 def copy_for_evaluation(model: CausalLM, precision: str, config: TrainingRun, eval_config: EvalConfig) -> EvalModel:

@@ -121,6 +121,7 @@ class TrainEvalsConfig:
     every: int = 1000  # steps
     batch_size: int = 16  # sequences at once
     data_dir: str | None = None  # zero-shot tasks' own data, as for `glalm eval`
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)

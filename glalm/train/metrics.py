@@ -1,9 +1,7 @@
-"""Record a run's metrics in metrics.jsonl, show them on the console and in Weights & Biases, and read them back."""
+"""Record a run's metrics in metrics.jsonl, show them on the console and in a tracker, and read them back."""
 
-import dataclasses
 import json
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from glalm.data.files import atomic_write, find_mismatch, flush_to_disk, read_file, reopen_truncated
 from glalm.progress import ProgressBar
+from glalm.train.trackers import RunTracker
 
 if TYPE_CHECKING:  # Reports read metrics without the seconds that importing torch takes.
-    from accelerate.tracking import GeneralTracker
-
     from glalm.config.run import RunConfig
 
 MAX_UNWRITTEN_ROWS = 10_000  # A few megabytes.
@@ -64,8 +61,8 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
 class MetricsWriter:
     """Append rows to a run's metrics.jsonl and show them. Use it as a context manager.
 
-    metrics.jsonl is the record. The progress bar, the console and Weights & Biases are views of it, whose errors never
-    stop a run.
+    metrics.jsonl is the record. The progress bar, the console and the tracker are views of it, whose errors never stop
+    a run.
 
     At the start, rows after `start_step` move to metrics.superseded.jsonl: a run that was killed after its last
     checkpoint repeats those steps. A row that cannot be written, because the disk is full, waits in `unwritten` and is
@@ -97,7 +94,7 @@ class MetricsWriter:
         self._bar = ProgressBar(quiet=not is_main_process)
         self._bar.start_task("training", total=self.total_steps, completed=start_step)
         self._path = folder / "metrics.jsonl"
-        self._tracker = None
+        self.tracker = RunTracker(folder, config, run_id, start_step, self.log_message, enabled=is_main_process)
         if not is_main_process:
             return
         rows, skipped = read_metrics(self._path)
@@ -111,7 +108,6 @@ class MetricsWriter:
         kept = {row["step"]: row for row in (*unwritten, *rows) if row["step"] <= start_step and start_step}
         with atomic_write(self._path) as file:
             self._size = file.write(_encode_rows(kept[step] for step in sorted(kept)))
-        self._tracker = _start_tracker(folder, config, run_id)
 
     def __enter__(self) -> "MetricsWriter":
         self._bar.__enter__()
@@ -126,7 +122,7 @@ class MetricsWriter:
                 f"warning: {len(self.unwritten)} rows of metrics.jsonl could not be written. The newest checkpoint has "
                 "saved those before it; run the same command again to write them."
             )
-        self._call_tracker("finish")
+        self.tracker.finish()
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -150,7 +146,7 @@ class MetricsWriter:
         if not self._bar.is_drawn or "val_loss" in row:
             self.log_message(status)
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
-        self._call_tracker("log", values, step=row["step"])
+        self.tracker.log_metrics(values, row["step"])
 
     def failure_metrics(self) -> dict[str, int]:
         """Return the number of failed writes for the log, or nothing if none failed."""
@@ -186,41 +182,6 @@ class MetricsWriter:
         self.log_message(f"warning: {self._path} was removed or cut during the run, which continues it with new rows.")
         return self._path.read_bytes().rfind(b"\n") + 1 if found else 0
 
-    def _call_tracker(self, method: str, *args, **options) -> None:
-        if self._tracker is None:
-            return
-        try:
-            getattr(self._tracker, method)(*args, **options)
-        except Exception as error:  # Trackers raise errors of their own, of their client and of the network.
-            self._tracker = None
-            self.log_message(f"Stopped logging to Weights & Biases: {error}. metrics.jsonl has all metrics.")
-
 
 def _encode_rows(rows: Iterable[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _start_tracker(folder: Path, config: "RunConfig", run_id: str) -> "GeneralTracker | None":
-    """Start or continue the run `run_id` in Weights & Biases. Return None if it is off or fails to start."""
-    if config.track.wandb == "off":
-        return None
-    try:
-        import wandb
-        from accelerate.tracking import WandBTracker
-
-        # Without a login, wandb would ask for one on the terminal. The run is recorded offline instead, to sync later.
-        is_online = config.track.wandb == "online" and wandb.login(prompt=False)
-        tracker = WandBTracker(
-            config.track.project,
-            name=config.name,
-            id=run_id,
-            resume="allow",
-            dir=folder,
-            mode="online" if is_online else "offline",
-        )
-        tracker.start()
-        tracker.store_init_configuration(dataclasses.asdict(config))
-        return tracker
-    except Exception as error:  # As above.
-        print(f"Weights & Biases is not used: {error}. metrics.jsonl has all metrics.", file=sys.stderr)
-        return None

@@ -33,9 +33,10 @@ from glalm.train.state import BatchPlan, TrainState
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.watchdog import Watchdog
 
-# evaluate(model, step, precision, heartbeat) -> metrics. All ranks call it after every step and before the first one.
-# It returns {} where it does not evaluate, calls `heartbeat` while it works, and leaves the model as it was.
-Evaluate = Callable[[CausalLM, int, str, Callable[[int], object]], dict[str, float]]
+# evaluate(model, step, precision, heartbeat, log_text) -> metrics. All ranks call it after every step and before the
+# first one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step)
+# with summaries for the tracker, and leaves the model as it was.
+Evaluate = Callable[[CausalLM, int, str, Callable[[int], object], Callable[[str, str, int], None]], dict[str, float]]
 
 
 def train(
@@ -415,7 +416,8 @@ class TrainingLoop:
         if self.evaluate is not None:
             self.watchdog.begin_phase("evaluating")
             precision = "bf16" if self.trainer.accelerator.mixed_precision == "bf16" else "fp32"
-            metrics |= self.evaluate(self.state.model, step, precision, self.watchdog.heartbeat)
+            log_text = self.metrics.tracker.log_text
+            metrics |= self.evaluate(self.state.model, step, precision, self.watchdog.heartbeat, log_text)
         return drop_non_finite(metrics)
 
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:

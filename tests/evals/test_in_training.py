@@ -102,13 +102,18 @@ def test_evaluators_are_given_what_the_config_says(evaluating, change, monkeypat
         def run(self, context):
             return {}
 
+        def summarize(self, results):
+            return ["one", "two"]
+
     monkeypatch.setattr(module, "build_evaluator", lambda name, model, config: Idle(model, config))
     options = dataclasses.replace(
         CHEAP, evals=["generate"], batch_size=3, data_dir="tasks", needle=NeedleConfig(), harness=HarnessConfig(limit=5)
     )
     config = change(evaluating, train_evals=options, seed=7)
     model = CausalLM(config.model)
-    assert make_evaluator(config)(model, 0, "bf16", int) == {}
+    texts = []
+    assert make_evaluator(config)(model, 0, "bf16", int, lambda *text: texts.append(text)) == {}
+    assert texts == [("generate", "one\ntwo", 0)]
     [(eval_model, settings)] = seen
     given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}
     assert given == {name: getattr(options, name) for name in given}
@@ -158,6 +163,9 @@ def test_a_failure_stops_at_once_or_never(evaluating, change, monkeypatch):
             if len(calls) == 2:
                 raise MemoryError("no room")
             return {"n": len(calls)}
+
+        def summarize(self, results):
+            return []
 
         def metrics(self, results):
             return {"n": results["n"], "none": None}

@@ -169,7 +169,7 @@ def test_signal_saves_before_an_evaluation(run_config, unbroken):
     """A scheduler that stops a run may not wait for the evaluation. Its metrics are not lost either."""
     checkpoints = []
 
-    def evaluate(model, step, precision, heartbeat):
+    def evaluate(model, step, precision, heartbeat, log_text):
         if step % 3:
             return {}
         checkpoints.append({path.name for path in run_config.folder.glob("checkpoints/*")})
@@ -267,6 +267,6 @@ def test_failing_tracker(run_config, change, unbroken, monkeypatch, method):
     if method != "init":
         wandb.init = lambda **options: wandb
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    assert train(change(run_config, **{"track.wandb": "online"})) == 0
+    assert train(change(run_config, **{"track.tracker": "wandb"})) == 0
     assert failures == [method]
     assert_same(unbroken, run_config.folder)

@@ -1,14 +1,9 @@
 import json
 import os
 import resource
-import struct
-import sys
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from accelerate import PartialState
 
 from glalm.data.files import DamagedFile, read_jsonl
 from glalm.train import metrics as metrics_module
@@ -167,128 +162,6 @@ def test_file_that_was_moved_away_is_started_again(folder, run_config):
         assert read_jsonl(folder / "metrics.jsonl") == [{"step": 2}]
 
 
-class FakeWandb:
-    """The part of wandb that Accelerate's tracker uses. It records what it is told."""
-
-    def __init__(self, logged_in: bool):
-        self.logged_in = logged_in
-        self.logs = []
-        self.settings = {}
-        self.finished = False
-        self.config = SimpleNamespace(update=self.update_config)
-
-    def login(self, prompt):
-        assert prompt is False
-        return self.logged_in
-
-    def init(self, **settings):
-        self.settings |= settings
-        return SimpleNamespace(log=lambda row, step: self.logs.append((step, row)), finish=self.finish)
-
-    def update_config(self, values, **_):
-        self.settings["config"] = values
-
-    def finish(self):
-        self.finished = True
-
-
-@pytest.fixture
-def process_state():
-    """Accelerate's trackers log debug messages, which need the state that a run has."""
-    PartialState(cpu=True)
-
-
-@pytest.mark.parametrize(
-    "wanted, logged_in, mode", [("online", True, "online"), ("online", False, "offline"), ("offline", True, "offline")]
-)
-def test_wandb_receives_the_rows(process_state, folder, run_config, change, monkeypatch, wanted, logged_in, mode):
-    fake = FakeWandb(logged_in)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = change(run_config, **{"track.wandb": wanted})
-    with MetricsWriter(folder, config, "abc", 0, is_main_process=True) as metrics:
-        metrics.write_row({"step": 2, "loss": 1.0})
-    assert fake.settings["mode"] == mode and fake.settings["id"] == "abc" and fake.settings["resume"] == "allow"
-    assert fake.settings["config"]["model"]["hidden_size"] == 32
-    assert fake.logs == [(2, {"loss": 1.0})] and fake.finished
-
-
-def read_wandb_records(path: Path) -> list:
-    """Read the records of wandb's own file: protocol buffers in chunks of at most 32 KiB, as in LevelDB's logs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content = path.read_bytes()
-    block_size, chunk_header = 2**15, 7  # bytes; a chunk has a checksum, a length and a kind before its content
-    position = 7  # after the file's header
-    records = []
-    record = b""
-    while position + chunk_header <= len(content):
-        left_in_block = block_size - position % block_size
-        if left_in_block < chunk_header:
-            position += left_in_block
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        start = position + chunk_header
-        record += content[start : start + length]
-        position = start + length
-        if kind in (1, 4):  # a complete record, or the last chunk of one
-            records.append(Record.FromString(record))
-            record = b""
-    return records
-
-
-def test_an_offline_run_is_in_wandbs_own_files(process_state, folder, run_config, change, monkeypatch):
-    """Project, name, id, config and every row, as `wandb sync` would upload them."""
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = change(run_config, **{"track.wandb": "offline", "track.project": "a project"})
-    rows = [{"step": step, "loss": 1.0 / (1 + step), "tokens/a b": 64 * step} for step in (0, 3, 6)]
-    with MetricsWriter(folder, config, "abc", 0, is_main_process=True) as metrics:
-        for row in rows:
-            metrics.write_row(row)
-    wandb.teardown()  # As at the exit of the process. Until then, the file may not be complete.
-    [path] = folder.glob("wandb/offline-run-*-abc/run-abc.wandb")
-    records = read_wandb_records(path)
-    [run] = [record.run for record in records if record.HasField("run")]
-    assert (run.run_id, run.project, run.display_name) == ("abc", "a project", "tiny")
-    updates = [update for record in records if record.HasField("config") for update in record.config.update]
-    values = {update.key: json.loads(update.value_json) for update in updates}
-    assert values["model"]["hidden_size"] == 32 and values["optim"]["lr"] == 1e-2
-    logged = []
-    for record in records:
-        if record.HasField("history"):
-            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            logged.append({"step": items["_step"]} | {k: v for k, v in items.items() if not k.startswith("_")})
-    assert logged == rows
-
-
-def test_missing_wandb_is_harmless(folder, run_config, change, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb: ImportError
-    config = change(run_config, **{"track.wandb": "online"})
-    with MetricsWriter(folder, config, "id", 0, is_main_process=True) as metrics:
-        metrics.write_row({"step": 1, "loss": 1.0})
-    assert "Weights & Biases is not used" in capsys.readouterr().err
-    assert read_jsonl(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
-
-
-def test_failing_wandb_is_harmless(process_state, folder, run_config, change, monkeypatch, capsys):
-    fake = FakeWandb(True)
-    failures = []
-
-    def fail(row, step):
-        failures.append(step)
-        raise RuntimeError("no space left")
-
-    fake.init = lambda **_: SimpleNamespace(log=fail, finish=fake.finish)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = change(run_config, **{"track.wandb": "online"})
-    with MetricsWriter(folder, config, "id", 0, is_main_process=True) as metrics:
-        metrics.write_row({"step": 1, "loss": 1.0})
-        metrics.write_row({"step": 2, "loss": 2.0})
-    assert failures == [1]
-    assert capsys.readouterr().err.count("Stopped logging to Weights & Biases: no space left") == 1
-    assert len(read_jsonl(folder / "metrics.jsonl")) == 2
-
-
 def test_console_line(folder, run_config, capsys):
     row = {"step": 3, "loss": 2.5, "lr": 3e-4, "grad_norm": 0.5, "tokens_per_second": 216000.4, "mfu": None}
     with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
@@ -297,9 +170,3 @@ def test_console_line(folder, run_config, capsys):
     one, two = capsys.readouterr().err.splitlines()
     assert one == "step 3/6  loss 2.500  lr 3.00e-04  grad norm 0.50  216,000 tokens/s"
     assert two == one.replace("3/6", "4/6") + "  MFU 45.7%  40.0 GiB"
-
-
-def test_wandb_is_not_imported_when_off(folder, run_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with MetricsWriter(folder, run_config, "id", 0, is_main_process=True):
-        pass

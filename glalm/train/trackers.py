@@ -1,0 +1,151 @@
+"""Send a run's metrics, sampled texts and figures to Weights & Biases, TensorBoard or MLflow, through Accelerate.
+
+metrics.jsonl and the files beside it are the record of a run. A tracker is a view of them, whose errors never stop a
+run.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Importing Accelerate takes seconds.
+    from accelerate.tracking import GeneralTracker
+
+    from glalm.config.run import RunConfig
+
+INSTALL = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow-skinny"}
+
+
+class RunTracker:
+    """The tracker of `config.track`, in which a resumed run continues. Its first error ends it with a message.
+
+    Args:
+        folder: The run's folder. TensorBoard's files, and those of the others without a server, are in it.
+        run_id: The run's id in Weights & Biases, and a tag of it in MLflow.
+        start_step: The last step that is not repeated. TensorBoard hides what an earlier process logged after it.
+        log_message: Called with the message of an error.
+        enabled: False on processes that log nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: "RunConfig",
+        run_id: str,
+        start_step: int,
+        log_message: Callable[[str], object],
+        enabled: bool,
+    ):
+        self._library = config.track.tracker if enabled else "none"
+        self._log_message = log_message
+        self._tracker: GeneralTracker | None = None
+        if self._library == "none":
+            return
+        start = {"wandb": start_wandb, "tensorboard": start_tensorboard, "mlflow": start_mlflow}[self._library]
+        with self._stop_at_error():
+            self._tracker = start(folder, config, run_id, start_step)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        with self._stop_at_error():
+            if self._tracker:
+                self._tracker.log(values, step=step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Log a text, such as sampled continuations, under `name`."""
+        with self._stop_at_error():
+            if self._library == "tensorboard" and self._tracker:
+                self._tracker.tracker.add_text(name, text, global_step=step)
+            elif self._library == "mlflow" and self._tracker:
+                import mlflow
+
+                mlflow.log_text(text, f"{name}/step_{step}.txt")
+            elif self._tracker:
+                self._tracker.log_table(name, columns=["step", "text"], data=[[step, text]], step=step)
+
+    def log_figure(self, name: str, path: Path, step: int) -> None:
+        """Log the PNG file at `path` under `name`."""
+        with self._stop_at_error():
+            if self._library == "mlflow" and self._tracker:
+                self._tracker.log_artifact(str(path), f"{name}/step_{step}")
+            elif self._library == "tensorboard" and self._tracker:
+                from matplotlib.image import imread
+
+                self._tracker.log_images({name: imread(path)[None]}, step=step, dataformats="NHWC")
+            elif self._tracker:
+                self._tracker.log_images({name: [str(path)]}, step=step)
+
+    def finish(self) -> None:
+        with self._stop_at_error():
+            if self._tracker:
+                self._tracker.finish()
+
+    @contextmanager
+    def _stop_at_error(self) -> Iterator[None]:
+        """Turn an error into a message, after which nothing more is logged."""
+        try:
+            yield
+        except Exception as error:  # Trackers raise errors of their own, of their client and of the network.
+            self._tracker = None
+            advice = f" Install it with pip install {INSTALL[self._library]}." if isinstance(error, ImportError) else ""
+            self._log_message(
+                f"warning: stopped logging to {self._library}: {error}.{advice} metrics.jsonl has all metrics."
+            )
+
+
+def start_wandb(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+    """Start or continue a run of Weights & Biases."""
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    # Without a login, wandb would ask for one on the terminal. The run is recorded offline instead, to sync later.
+    is_online = not config.track.offline and wandb.login(prompt=False)
+    mode = "online" if is_online else "offline"
+    settings = {"name": config.name, "id": run_id, "resume": "allow", "dir": folder, "mode": mode}
+    tracker = WandBTracker(config.track.project, **settings)
+    tracker.start()
+    tracker.store_init_configuration(dataclasses.asdict(config))
+    return tracker
+
+
+def start_tensorboard(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+    """Start or continue the files in the run's folder, which `tensorboard --logdir` shows."""
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=start_step + 1)
+    tracker.start()
+    tracker.store_init_configuration(flatten(dataclasses.asdict(config)))
+    return tracker
+
+
+def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+    """Start or continue a run on the server that MLFLOW_TRACKING_URI names, or else in the run's folder."""
+    import mlflow
+    from accelerate.tracking import MLflowTracker
+
+    if "MLFLOW_TRACKING_URI" not in os.environ or config.track.offline:
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        mlflow.set_tracking_uri((folder / "mlflow").resolve().as_uri())
+    # MLflow chooses the ids of its runs itself.
+    found = mlflow.search_runs(
+        experiment_names=[config.track.project], filter_string=f"tags.glalm = '{run_id}'", output_format="list"
+    )
+    settings = {"run_id": found[0].info.run_id} if found else {"run_name": config.name}
+    tracker = MLflowTracker(config.track.project, tags={"glalm": run_id}, **settings)
+    tracker.start()
+    if not found:  # A parameter of a run cannot be written twice.
+        tracker.store_init_configuration(flatten(dataclasses.asdict(config)))
+    return tracker
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Return the leaves of a nested dict by their names with dots. Leaves that are not numbers become text."""
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flatten(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return leaves

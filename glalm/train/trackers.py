@@ -73,7 +73,7 @@ class RunTracker:
             elif self._library == "tensorboard" and self._tracker:
                 from matplotlib.image import imread
 
-                self._tracker.log_images({name: imread(path)[None]}, step=step, dataformats="NHWC")
+                self._tracker.log_images({name: imread(path)[None, :, :, :3]}, step=step, dataformats="NHWC")
             elif self._tracker:
                 self._tracker.log_images({name: [str(path)]}, step=step)
 

@@ -162,7 +162,7 @@ def test_tensorboards_files(folder, run_config, change, figure):
     assert (text.step, text.tensor_proto.string_val[0]) == (3, b"a time")
     image = found.Images("extrapolation")[-1]
     assert (image.width, image.height) == (40, 30)
-    assert "model.hidden_size: 32" in (folder / "tensorboard" / "hparams.yml").read_text()
+    assert "model.hidden_size: 32" in next(folder.glob("tensorboard/*/hparams.yml")).read_text()
 
 
 def test_mlflows_files(folder, run_config, change, figure, monkeypatch):

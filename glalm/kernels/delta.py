@@ -1,11 +1,13 @@
-"""The delta rule, chunk by chunk (Yang et al., arXiv 2406.06484), and the gated one (arXiv 2412.06464).
+"""The delta rule, chunk by chunk (Yang et al., arXiv 2406.06484), and the gated ones.
 
-    S_t = a_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t,   a_t = exp(g_t)
+    S_t = (I - beta_t k_t^T k_t) diag(a_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t,   a_t = exp(g_t)
 
-This equals S_t = a_t S_{t-1} + k_t^T u_t with u_t = beta_t (v_t - a_t k_t S_{t-1}): the state is updated by the error
-of its own prediction. In a chunk that starts from S, with G the running sum of g, all u solve one triangular system,
+The gate is one number per head (Gated DeltaNet, arXiv 2412.06464) or one per key channel (Kimi Delta Attention, arXiv
+2510.26692). The recurrence equals S_t = diag(a_t) S_{t-1} + k_t^T u_t with u_t = beta_t (v_t - k_t diag(a_t) S_{t-1}):
+the state is updated by the error of its own prediction. In a chunk that starts from S, with G the running sum of g, all
+u solve one triangular system,
 
-    (I + L) U = beta V - (beta e^G K) S,        L_ts = beta_t e^(G_t - G_s) k_t . k_s  for s < t
+    (I + L) U = beta V - (beta e^G K) S,        L_ts = beta_t sum_c k_tc k_sc e^(G_tc - G_sc)  for s < t
 
 It is solved for both right-hand sides at once, before S is known (the WY form). Two matmuls per chunk carry the state.
 """
@@ -20,6 +22,9 @@ from torch import Tensor
 
 from glalm.kernels import common
 
+# Chunks with one gate per key channel are short, because they hold [C, C, K] decays.
+CHANNEL_GATE_CHUNK = 16  # tokens
+
 
 def chunk_delta_rule(
     q: Tensor,
@@ -29,24 +34,26 @@ def chunk_delta_rule(
     g: Tensor | None = None,
     *,
     scale: float | None = None,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the (gated) delta rule over whole sequences, or over the next tokens of them.
 
-        S_t = exp(g_t) (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t
+        S_t = (I - beta_t k_t^T k_t) diag(exp g_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t
 
-    On CUDA, half-precision inputs take flash-linear-attention's kernel if that library is installed and the kernel
-    works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64 inputs). The two differ
+    On CUDA, half-precision inputs without a gate per channel take flash-linear-attention's kernel if that library is
+    installed and the kernel works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64 inputs). The two differ
     by rounding; the first call on CUDA logs which one runs. Both are differentiable once.
 
     Args:
-        q, k: [B, T, H, K], floating point. Normalize the keys: longer ones may make the state grow without bound.
+        q, k: [B, T, H, K], floating point. Keys much longer than 1 may make the state grow without bound.
         v: [B, T, H, V], in q's dtype.
         beta: [B, T, H], in [0, 1].
-        g: [B, T, H], natural log of the forget gate, <= 0, or None for no gate.
+        g: natural log of the forget gate, <= 0: one per head [B, T, H], one per key channel [B, T, H, K], or None.
         scale: factor of the outputs; K**-0.5 if None.
+        normalize: whether to divide q and k by their L2 norms over K first.
         initial_state: S_0, [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
         output_final_state: whether to return S_T.
         cu_seqlens: [N + 1], int32 or int64, the bounds of N sequences packed into one row (B = 1). With states, it is
@@ -60,13 +67,17 @@ def chunk_delta_rule(
             not rise from 0 to T.
         NotImplementedError: under torch.func's transforms, in forward-mode differentiation, and in double backward.
     """
-    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTH")
+    per_channel = isinstance(g, Tensor) and g.dim() == 4
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTHK" if per_channel else "BTH")
     B, T, H, K = q.shape
     common.check_shape("beta", beta, "BTH", {"B": B, "T": T, "H": H})
     common.check_values(g, q, cu_seqlens)
     common.refuse_transforms("chunk_delta_rule", q, k, v, beta, g, initial_state)
     scale = K**-0.5 if scale is None else scale
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if normalize:
+        q = l2_normalize(q)
+        k = l2_normalize(k)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not per_channel:
         kernel = find_fla_kernel(K, v.shape[3], g is not None)
         if kernel is not None:
             gate = {} if g is None else {"g": g}
@@ -76,10 +87,16 @@ def chunk_delta_rule(
             )  # fmt: skip
     dtype = common.wide_dtype(q)
     g = torch.zeros_like(beta) if g is None else g
+    g = g if per_channel else g[..., None]
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
     with torch.autocast(q.device.type, enabled=False):
         o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return x / |x| along the last axis, and 0 for x = 0."""
+    return x * common.at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
 
 
 # flash-linear-attention's kernels ---------------------------------------------------------------------------
@@ -136,7 +153,7 @@ def compute_chunks(
     """Return o [B, T, H, V] and the final state [B, H, K, V].
 
     Args:
-        q, k, v, beta, g: as for chunk_delta_rule, with scaled q, in the dtype to compute in.
+        q, k, v, beta, g: as for chunk_delta_rule, with scaled q and g [B, T, H, K or 1], in the dtype to compute in.
         S: [B, H, K, V], or None for zeros.
         sequence: [T], sequence_ids of packed sequences, or None.
     """
@@ -145,38 +162,45 @@ def compute_chunks(
     S = q.new_zeros(B, H, K, V) if S is None else S
     if T == 0:
         return common.empty_output(v, q, k, beta, g), S
-    C = min(common.CHUNK, T)
+    C = min(common.CHUNK if g.shape[3] == 1 else CHANNEL_GATE_CHUNK, T)
     n = (T + C - 1) // C
 
     def to_chunks(x: Tensor) -> Tensor:
         """Cut [B, T, H, D] into [B, H, n, C, D]. Zeros in the padding leave the state unchanged."""
         return F.pad(x, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C)).permute(0, 3, 1, 2, 4)
 
-    q, k, v, beta, g = (to_chunks(x) for x in (q, k, v, beta[..., None], g[..., None]))
+    q, k, v, beta, g = (to_chunks(x) for x in (q, k, v, beta[..., None], g))
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     # Gates are summed between every two tokens. A difference of two sums would lose its low bits after a strong gate,
     # and would be NaN after one of -inf.
-    between = g.masked_fill(~causal.tril(-1), 0).cumsum(3)
-    decay = between.masked_fill(~causal, -torch.inf).exp()
+    between = g[..., None, :].masked_fill(~causal.tril(-1)[..., None], 0).cumsum(3)
+    decay = between.masked_fill(~causal[..., None], -torch.inf).exp()
     entering = g.cumsum(3).exp()
-    leaving = between[:, :, :, -1, :, None].exp()
+    leaving = between[:, :, :, -1].exp()
     if sequence is not None:
         same, enters, leaves = common.sequence_masks(sequence, C)
-        decay = decay * same
+        decay = decay * same[..., None]
         entering = entering * enters
         leaving = leaving * leaves
     k_beta = k * beta
-    through = entering[:, :, :, -1:]
-    system = (k_beta @ k.mT * decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
+    through = entering[:, :, :, -1:].mT
+    system = sum_products(k_beta, k, decay).tril(-1) + torch.eye(C, dtype=q.dtype, device=q.device)
     right_hand_sides = torch.cat([v * beta, k_beta * entering], -1)
     solution = torch.linalg.solve_triangular(system, right_hand_sides, upper=False, unitriangular=True)
     new, read = solution.split([V, K], -1)
-    scores = q @ k.mT * decay
+    scores = sum_products(q, k, decay)
     q = q * entering
     carried = (k * leaving, new, read, through, S)
     u, starts, S = DeltaCarry.apply(*carried) if common.needs_gradient(*carried) else carry_operator(*carried)
     o = q @ starts + scores @ u
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), S
+
+
+def sum_products(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    """Return sum_c x_ic y_jc decay_ijc, [..., C, C], for x, y [..., C, K] and decay [..., C, C, K or 1]."""
+    if decay.shape[-1] == 1:
+        return x @ y.mT * decay.squeeze(-1)
+    return (x[..., :, None, :] * y[..., None, :, :] * decay).sum(-1)
 
 
 class DeltaCarry(torch.autograd.Function):
@@ -205,7 +229,7 @@ def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tenso
     Args:
         k, read: [B, H, n, C, K].
         new: [B, H, n, C, V].
-        through: [B, H, n, 1, 1].
+        through: [B, H, n, K or 1, 1].
         S: [B, H, K, V].
 
     Returns:
@@ -237,7 +261,7 @@ def carry_states_backward(
             dends[:, :, n] = dS
             dnew[:, :, n] = du[:, :, n] + k[:, :, n] @ dS
             dS = dS * through[:, :, n] + dstarts[:, :, n] - read[:, :, n].mT @ dnew[:, :, n]
-        dthrough = (dends * starts).sum((-2, -1), keepdim=True)
+        dthrough = (dends * starts).sum_to_size(through.shape)
         return u @ dends.mT, dnew, -(dnew @ starts.mT), dthrough, dS
 
 

@@ -1,4 +1,4 @@
-"""The recurrence of gated linear attention in float64: every other implementation is tested against it."""
+"""The recurrences in float64: every other implementation is tested against them."""
 
 from itertools import pairwise
 
@@ -43,6 +43,57 @@ def recurrent_gla(
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
             S = g[b, t].exp()[:, :, None] * S + k[b, t][:, :, None] * v[b, t][:, None, :]
+            outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
+        states.append(S)
+    o = torch.cat(outputs).view(B, T, H, V)
+    return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute S_t = (I - beta_t k_t^T k_t) diag(exp g_t) S_{t-1} + beta_t k_t^T v_t, o_t = scale * q_t S_t.
+
+    The source for one gate per head, which may stand on either side, is arXiv 2412.06464, equation 10; for one per key
+    channel it is arXiv 2510.26692, equation 1.
+
+    Args:
+        q, k: [B, T, H, K], of any floating-point dtype.
+        v: [B, T, H, V].
+        beta: [B, T, H].
+        g: [B, T, H, K] or [B, T, H], or None for no gate.
+        scale, initial_state, cu_seqlens: as for recurrent_gla.
+
+    Returns:
+        o [B, T, H, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
+    """
+    q, k, v, beta = (x.double() for x in (q, k, v, beta))
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    g = q.new_zeros(B, T, H) if g is None else g.double()
+    decay = (g if g.dim() == 4 else g[..., None].expand(q.shape)).exp()
+    if scale is None:
+        scale = K**-0.5
+    if cu_seqlens is None:
+        sequences = [(b, 0, T) for b in range(B)]
+    else:
+        sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
+
+    outputs = [q.new_zeros(0, H, V)]
+    states = []
+    for n, (b, start, end) in enumerate(sequences):
+        S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
+        for t in range(start, end):
+            S = decay[b, t][:, :, None] * S
+            error = v[b, t] - torch.einsum("hk,hkv->hv", k[b, t], S)
+            S = S + (beta[b, t][:, None] * k[b, t])[:, :, None] * error[:, None, :]
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
         states.append(S)
     o = torch.cat(outputs).view(B, T, H, V)

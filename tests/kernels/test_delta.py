@@ -2,6 +2,18 @@ import pytest
 import torch
 
 from glalm.kernels import chunk_delta_rule
+from glalm.kernels.reference import recurrent_delta_rule
+
+
+GATES = ["none", "head", "channel"]
+
+
+def with_gates(args, kind, factor=8):
+    """Return the arguments of the delta rule, made of those of GLA: normalized keys, beta, and the kind of gates."""
+    g = args["g"] * factor
+    gates = {"none": None, "head": g[..., 1], "channel": g}[kind]
+    keys = torch.nn.functional.normalize(args["k"], dim=-1)
+    return args | {"k": keys, "beta": args["g"][..., 0].exp(), "g": gates}
 
 
 def recurrence(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
@@ -15,51 +27,64 @@ def recurrence(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n]
         for t in range(start, end):
             kt, b = k[row, t], beta[row, t][:, None, None]
-            S = S if g is None else S * g[row, t].exp()[:, None, None]
+            S = S if g is None else S * g[row, t].view(H, -1, 1).exp()
             S = (torch.eye(K) - b * kt[:, :, None] * kt[:, None, :]) @ S + b * kt[:, :, None] * v[row, t][:, None, :]
             outputs.append((q[row, t][:, None, :] @ S)[None, :, 0] / K**0.5)
         states.append(S)
     return torch.cat(outputs).view(B, T, H, V), torch.stack(states)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("bounds", [None, [0, 1, 70, 70, 150]], ids=["batch", "packed"])
-def test_matches_the_recurrence(bounds, gated, draw, differentiate):
-    args = draw(B=1 if bounds else 2, T=150, K=6, V=4, dtype=torch.float64, bounds=bounds)
-    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
-    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
-    if not gated:
-        del args["g"]
+def test_matches_the_recurrence(bounds, gates, draw, differentiate):
+    args = with_gates(draw(B=1 if bounds else 2, T=150, K=6, V=4, dtype=torch.float64, bounds=bounds), gates)
     found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
     expected = differentiate(recurrence, args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_packed_sequences_without_states_match_the_recurrence(gated, draw, differentiate):
+@pytest.mark.parametrize("gates", GATES)
+def test_packed_sequences_without_states_match_the_recurrence(gates, draw, differentiate):
     args = draw(B=1, T=300, K=6, V=4, dtype=torch.float64, bounds=[0, 1, 70, 70, 128, 140, 300])
-    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
-    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1] * 8
-    args["initial_state"] = None
-    if not gated:
-        del args["g"]
+    args = with_gates(args, gates) | {"initial_state": None}
     found = differentiate(lambda **a: (chunk_delta_rule(**a)[0], a["q"].sum()), args)
     expected = differentiate(lambda **a: (recurrence(**a)[0], a["q"].sum()), args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("gates", ["head", "channel"])
 @pytest.mark.parametrize("gate", [-torch.inf, -1e5])
-def test_digits_survive_after_a_gate_that_forgets_everything(gate, draw, differentiate):
-    args = draw(T=100, K=6, V=4)
-    args["k"] = torch.nn.functional.normalize(args["k"], dim=-1)
-    args["beta"], args["g"] = args["g"][..., 0].exp(), args["g"][..., 1].index_fill(1, torch.tensor([0, 18, 70]), gate)
+def test_digits_survive_after_a_gate_that_forgets_everything(gate, gates, draw, differentiate):
+    args = with_gates(draw(T=100, K=6, V=4), gates, factor=1)
+    args["g"] = args["g"].index_fill(1, torch.tensor([0, 18, 70]), gate)
     found = differentiate(lambda **a: chunk_delta_rule(**a, output_final_state=True), args)
     doubles = {n: x if x is None else x.double() for n, x in args.items()}
     expected = differentiate(lambda **a: tuple(y.float() for y in recurrence(**a)), doubles)
     for name in expected:
         torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_matches_the_recurrence(draw):
+    """recurrent_delta_rule, against which the kernels are tested, is written without the matrix I - beta k^T k."""
+    for gates in GATES:
+        args = with_gates(draw(B=1, T=20, K=6, V=4, dtype=torch.float64, bounds=[0, 9, 9, 20]), gates)
+        for found, expected in zip(recurrent_delta_rule(**args), recurrence(**args), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_keys_and_queries_are_normalized(draw, differentiate):
+    args = with_gates(draw(T=20, K=6, V=4, dtype=torch.float64), "channel") | {"k": draw(T=20, K=6)["k"].double()}
+
+    def normalize_before(q, k, **others):
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        return chunk_delta_rule(q, k, **others, output_final_state=True)
+
+    found = differentiate(lambda **a: chunk_delta_rule(**a, normalize=True, output_final_state=True), args)
+    expected = differentiate(normalize_before, args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_an_explicit_scale(draw):

@@ -24,6 +24,7 @@ CHOICES = {
     "deltanet": {"mixer": "deltanet", "expand_k": 1.0},
     "deltanet, no convolution": {"mixer": "deltanet", "deltanet": {"short_conv": 0}},
     "gated_deltanet": {"mixer": "gated_deltanet", "expand_k": 0.75, "expand_v": 1.5},
+    "kda": {"mixer": "kda", "expand_k": 1.0},
     "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
 }
 EXACT = {"rtol": 1e-7, "atol": 1e-8}

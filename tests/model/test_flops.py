@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glalm.config.strict import build_dataclass
 from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.kernels import delta
+from glalm.kernels.common import CHUNK
 from glalm.model.config import ModelConfig
 from glalm.model.flops import forward_flops, model_cost
 from glalm.model.layers import ShortConv
@@ -48,10 +50,17 @@ def convolve(conv: ShortConv, x: Tensor) -> Tensor:
     return F.conv1d(x.mT, conv.weight, groups=x.shape[2]).mT
 
 
+def sum_products(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    """Sum the products of a chunk's pairs by a matmul also where each channel has a decay, as the GPU does."""
+    return x @ y.mT * decay[..., 0]
+
+
 @pytest.mark.parametrize("T", [32, 128])
 @pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
 def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
     monkeypatch.setattr(ShortConv, "convolve", convolve)
+    monkeypatch.setattr(delta, "sum_products", sum_products)
+    monkeypatch.setattr(delta, "CHANNEL_GATE_CHUNK", CHUNK)
     changes = {"linear": {"feature_map": "hedgehog"}} if name == "linear" else {}
     with FakeTensorMode():
         config = GLALMConfig(**vars(load_preset(f"{name}_tiny", vocab_size=100, **changes)))

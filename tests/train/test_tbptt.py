@@ -11,7 +11,18 @@ from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 
 T, SEGMENT, ROWS = 32, 8, 4
-MIXERS = ["gla", "linear", "retention", "regla", "mamba", "mamba2", "deltanet", "gated_deltanet", "gla+attention"]
+MIXERS = [
+    "gla",
+    "linear",
+    "retention",
+    "regla",
+    "mamba",
+    "mamba2",
+    "deltanet",
+    "gated_deltanet",
+    "kda",
+    "gla+attention",
+]
 
 
 @pytest.fixture

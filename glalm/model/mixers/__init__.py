@@ -10,6 +10,7 @@ from glalm.model.mixers.base import Mixer
 from glalm.model.mixers.deltanet import DeltaNet
 from glalm.model.mixers.gated_deltanet import GatedDeltaNet
 from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.mixers.kda import KimiDeltaAttention
 from glalm.model.mixers.linear import LinearAttention
 from glalm.model.mixers.mamba import Mamba
 from glalm.model.mixers.mamba2 import Mamba2
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
 }
 
 

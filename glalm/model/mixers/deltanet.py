@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_delta_rule
-from glalm.kernels.common import at_least_float32
 from glalm.model.layers import RMSNorm, ShortConv
 from glalm.model.mixers.base import Mixer, delta_rule_flops
 
@@ -47,7 +46,7 @@ class DeltaNet(Mixer):
         key = config.key_dim
         value = config.value_dim
         self.num_heads = config.num_heads
-        taps = config.deltanet.short_conv
+        taps = getattr(config, self.options_name).short_conv
         self.widths = key, key, value
         self.q_proj = nn.Linear(d, key, bias=False)
         self.k_proj = nn.Linear(d, key, bias=False)
@@ -74,6 +73,7 @@ class DeltaNet(Mixer):
             v,
             self.b_proj(x).sigmoid(),
             self.compute_log_gate(x),
+            normalize=True,
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
@@ -91,10 +91,10 @@ class DeltaNet(Mixer):
         else:
             x, conv_state = self.conv(x, conv_state, cu_seqlens)  # ends with a SiLU
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
-        return l2_normalize(q), l2_normalize(k), v, conv_state
+        return q, k, v, conv_state
 
     def compute_log_gate(self, x: Tensor) -> Tensor | None:
-        """Return the log forget gates [B, T, H], or None. Gated DeltaNet overrides this."""
+        """Return the log forget gates, [B, T, H] or [B, T, H, K], or None. The gated kinds override this."""
         return None
 
     def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:
@@ -104,8 +104,3 @@ class DeltaNet(Mixer):
         key, _, value = self.widths
         conv = self.conv.flops() if self.conv is not None else 0
         return conv + delta_rule_flops(self.num_heads, key // self.num_heads, value // self.num_heads, T)
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """Return x / |x| along the last axis, and 0 for x = 0."""
-    return x * at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)

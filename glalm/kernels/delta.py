@@ -44,8 +44,8 @@ def chunk_delta_rule(
         S_t = (I - beta_t k_t^T k_t) diag(exp g_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t
 
     On CUDA, half-precision inputs without a gate per channel take flash-linear-attention's kernel if that library is
-    installed and the kernel works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64 inputs). The two differ
-    by rounding; the first call on CUDA logs which one runs. Both are differentiable once.
+    installed and the kernel works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64
+    inputs). The two differ by rounding; the first call on CUDA logs which one runs. Both are differentiable once.
 
     Args:
         q, k: [B, T, H, K], floating point. Keys much longer than 1 may make the state grow without bound.

@@ -4,7 +4,6 @@ import torch
 from glalm.kernels import chunk_delta_rule
 from glalm.kernels.reference import recurrent_delta_rule
 
-
 GATES = ["none", "head", "channel"]
 
 

@@ -61,7 +61,7 @@ def test_kda_is_the_recurrence(options, assert_is):
 
 
 def test_kda_options_are_checked():
-    with pytest.raises(ConfigError, match="model.kda.short_conv must be 0 or 2 taps or more, not 1"):
+    with pytest.raises(ConfigError, match=r"model\.kda\.short_conv must be 0 or 2 taps or more, not 1"):
         KDAOptions(short_conv=1)
-    with pytest.raises(ConfigError, match="model.kda.gate_rank must be null or at least 1, not 0"):
+    with pytest.raises(ConfigError, match=r"model\.kda\.gate_rank must be null or at least 1, not 0"):
         KDAOptions(gate_rank=0)

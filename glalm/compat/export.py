@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTra
 
 from glalm.config.run import DATA_RECORD
 from glalm.config.strict import RunError, build_dataclass
-from glalm.data.files import temporary_folder
-from glalm.data.shards import read_manifest
+from glalm.data.files import read_json, temporary_folder
+from glalm.data.shards import MANIFEST_SHAPE, read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
 from glalm.evals.options import TrainingRun
 from glalm.hf import GLALMConfig, GLALMForCausalLM
@@ -72,7 +72,7 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
     if out.exists():
         raise RunError(f"{out} exists. Choose another --out")
     path = find_checkpoint(run / "checkpoints", checkpoint)
-    record = json.loads((run / RUN_RECORD).read_text())
+    record = read_json(run / RUN_RECORD, {"config": dict, "versions": dict})
     config = build_dataclass(TrainingRun, record["config"])
     model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
     verify_checkpoint(path)
@@ -81,7 +81,7 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
     data = Path(config.data.path)
     tokenizer_path = data / read_manifest(data)["tokenizer"]["name"]
     tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.fingerprint != json.loads((run / DATA_RECORD).read_text())["tokenizer"]["fingerprint"]:
+    if tokenizer.fingerprint != read_json(run / DATA_RECORD, MANIFEST_SHAPE)["tokenizer"]["fingerprint"]:
         raise RunError(
             f"{data} has another tokenizer now than {run} was trained with. Prepare it again with the tokenizer of the "
             "run (glalm prepare --tokenizer)"
@@ -147,11 +147,14 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
     model = config.model
     optim = config.optim
     metadata = read_metadata(checkpoint)
+    # If the batch changed when the run was resumed, the steps have different sizes.
+    same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
+    of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
     recipe = {
         "parameters": f"{parameters:,}",
         "architecture": f"{model.num_hidden_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
-        "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps of {config.tokens_per_step:,})",
+        "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps{of_tokens})",
         "data": Path(config.data.path).name,
         "sequence length": config.data.seq_len,
         "optimiser": f"{optim.name}, {optim.schedule} schedule, peak {optim.lr:g}, floor {optim.min_lr:g}, "

@@ -223,6 +223,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_named(file: IO | int, path: Path) -> bool:
+    """Return whether `path` still leads to an open file or folder. A filesystem that does not answer is trusted.
+
+    A lock is on the file, not on its name: if the name is removed, another process can lock a new file of that name.
+    """
+    try:
+        return os.path.samestat(os.fstat(file if isinstance(file, int) else file.fileno()), os.stat(path))
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+
+
 def try_lock(file: IO | int) -> bool:
     """Lock an open file or folder against other processes. Return False if another process holds the lock.
 

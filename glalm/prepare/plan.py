@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glalm.data.files import read_jsonl, temporary_path, write_json
+from glalm.data.files import read_json, read_jsonl, temporary_path, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.records import Document, SkippedRecord, parse_records
@@ -36,6 +36,16 @@ class Plan:
     dtype: str
     inputs: list[dict]
     base: dict | None
+
+
+PLAN_SHAPE = {
+    "fingerprint": str,
+    "settings": dict,
+    "tokenizer": dict,
+    "dtype": str,
+    "inputs": [{"source": str, "name": str}],
+    "base": (dict, type(None)),
+}
 
 
 def make_plan(
@@ -151,7 +161,8 @@ def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
     Raises:
         ValueError: The settings differ, or an input is missing or has changed.
     """
-    plan = Plan(**json.loads((out / PLAN).read_bytes()))
+    saved = read_json(out / PLAN, PLAN_SHAPE)
+    plan = Plan(**{name: saved[name] for name in PLAN_SHAPE})
     available = {source_input.key: source_input for source_input in inputs}
     planned = {(entry["source"], entry["name"]): entry for entry in plan.inputs}
     changed = _differing_keys(plan.settings, settings)

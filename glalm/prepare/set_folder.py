@@ -1,7 +1,6 @@
 """The folder of a set in preparation: its lock, its journal, and which of the files in it belong to the set."""
 
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glalm.data.files import file_sha256, try_lock
+from glalm.data.files import file_sha256, is_named, read_json, try_lock
 from glalm.data.shards import MANIFEST, PLAN, SPLITS
 
 JOURNAL = ".journal.json"
@@ -25,7 +24,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from preparing a set in `folder`. Raises ValueError if one already does."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if not try_lock(handle):
+        if not (try_lock(handle) and is_named(handle, folder)):
             raise ValueError(f"{folder}: another process is preparing this set. Wait until it ends, or stop it.")
         yield
     finally:
@@ -45,9 +44,12 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 def last_commit(out: Path) -> dict | None:
-    """Return what `SetWriter.commit` wrote last, or None."""
-    path = out / JOURNAL
-    return json.loads(path.read_bytes()) if path.exists() else None
+    """Return what `SetWriter.commit` wrote last, or None. Raises DamagedFile."""
+    shape = {"cursor": [int], "books": dict, "current": dict, "logs": dict.fromkeys(LOGS, int), "splits": dict}
+    try:
+        return read_json(out / JOURNAL, shape)
+    except FileNotFoundError:
+        return None
 
 
 def describe_file(path: Path, root: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ document is lost or duplicated.
 """
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -173,6 +174,7 @@ class SetWriter:
 
     def __init__(self, out: Path, plan: Plan):
         self.out = out
+        self._folder = os.stat(out)
         self.plan = plan
         state = last_commit(out) or plan.base or EMPTY_STATE
         self.position: list[int] = state["cursor"]
@@ -222,7 +224,12 @@ class SetWriter:
         """Flush all files to disk, and record their lengths in the journal, from which a later process resumes.
 
         Then update the manifest, which is still marked as incomplete.
+
+        Raises:
+            ValueError: The folder was removed or replaced, and another process may be preparing a set in the new one.
         """
+        if not (self.out.exists() and os.path.samestat(self._folder, os.stat(self.out))):
+            raise ValueError(f"{self.out} was removed while the set was being prepared. Run the same command again.")
         splits: dict[str, dict] = {split: {} for split in SPLITS}
         for (split, source), writer in self._writers.items():
             splits[split][source] = writer.commit()

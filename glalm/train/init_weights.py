@@ -1,7 +1,6 @@
 """The initial weights of a new run: random, or those of train.init_from."""
 
 import dataclasses
-import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from glalm.config.run import DATA_RECORD, RunConfig, describe_differences
 from glalm.config.strict import ConfigError, flatten_tree, require
-from glalm.data.shards import read_manifest
+from glalm.data.files import read_json
+from glalm.data.shards import MANIFEST_SHAPE, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
@@ -64,7 +64,7 @@ def tokenizer_fingerprints(folder: Path) -> set[str]:
     """
     data_record = folder.resolve().parent.parent / DATA_RECORD
     if (folder / checkpoint.MANIFEST).is_file() and data_record.is_file() and read_run_record(folder):
-        return {json.loads(data_record.read_text())["tokenizer"]["fingerprint"]}
+        return {read_json(data_record, MANIFEST_SHAPE)["tokenizer"]["fingerprint"]}
     fingerprints = set()
     for path, file in ((folder / "tokenizer.model", "tokenizer.model"), (folder, "tokenizer.json")):
         if (folder / file).is_file():

@@ -31,6 +31,7 @@ from glalm.data.files import (
     DamagedFile,
     find_mismatch,
     fsync_path,
+    is_named,
     read_file,
     read_json,
     remove_entry,
@@ -139,7 +140,7 @@ class RunLock:
             OSError: The folder cannot be written to.
         """
         file = self._lock_file()
-        while not self._is_named(file):  # Somebody removed the name between opening and locking.
+        while not is_named(file, self._path):  # Somebody removed the name between opening and locking.
             file.close()
             file = self._lock_file()
         file.truncate(0)
@@ -152,7 +153,7 @@ class RunLock:
         Raises:
             RunError: Another run has used the folder in the meantime, or it cannot be locked again.
         """
-        if self._is_named(self._file):
+        if is_named(self._file, self._path):
             return False
         folder = self._path.parent
         stopped = "This run stops, because two runs must not write to one folder. What it has not saved is lost."
@@ -189,13 +190,6 @@ class RunLock:
         raise ConfigError(
             f"{self._path.parent} is in use by another run: {holder}. Wait for it, stop it, or choose another name=..."
         )
-
-    def _is_named(self, file: IO) -> bool:
-        """Return whether the lock's name leads to `file`. A filesystem that does not answer is trusted."""
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
-        except OSError as error:
-            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
 def refuse_missing_checkpoints(folder: Path) -> None:

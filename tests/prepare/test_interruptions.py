@@ -460,3 +460,35 @@ def test_tokenizer_of_a_killed_preparation_is_removed(corpus, tmp_path, monkeypa
     prepare_data([corpus], out, vocab_size=300, progress=False)
     assert not [*out.rglob("*.tmp")] and not [*system_folder.iterdir()]
     TokenSet(out, "train").verify_checksums()
+
+
+@pytest.mark.parametrize("name", [".plan.json", ".journal.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cursor": 1}'])
+def test_a_damaged_plan_or_journal_is_named(sources, settings, tmp_path, monkeypatch, name, content):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.SetWriter, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data([sources], tmp_path / "set", commit_seconds=0, workers=1, **settings)
+    (tmp_path / "set" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        prepare_data([sources], tmp_path / "set", workers=1, **settings)
+    prepare_data([sources], tmp_path / "set", overwrite=True, workers=1, **settings)
+
+
+def test_a_folder_that_is_replaced_during_the_preparation_is_not_written_to(sources, settings, tmp_path, monkeypatch):
+    """Another process may prepare a set in the folder that has the name now."""
+    out = tmp_path / "set"
+    original = writer.SetWriter.add_batch
+
+    def replace_folder(self, *args):
+        original(self, *args)
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+
+    monkeypatch.setattr(writer.SetWriter, "add_batch", replace_folder)
+    with pytest.raises(ValueError, match="set was removed while the set was being prepared"):
+        prepare_data([sources], out, commit_seconds=0, workers=1, **settings)
+    assert list(out.iterdir()) == []

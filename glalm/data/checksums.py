@@ -9,6 +9,11 @@ import numpy as np
 
 from glalm.data.files import DamagedFile
 
+
+class DamagedData(DamagedFile):
+    """A file of a prepared set whose bytes differ from those that were written. The message names them."""
+
+
 # Bytes of a block. A page fault reads about as much ahead anyway, and 4 bytes of checksum for each of them is little.
 BLOCK = 2**16
 
@@ -35,12 +40,12 @@ class CheckedArray:
         sums: The checksums that `block_sums` returned when the file was written.
 
     Raises:
-        DamagedFile: The number of checksums does not match the size of the file.
+        DamagedData: The number of checksums does not match the size of the file.
     """
 
     def __init__(self, path: Path, content: np.ndarray, header: int, dtype: str, sums: np.ndarray):
         if len(sums) != -(-len(content) // BLOCK):
-            raise DamagedFile(f"{path} has {len(content)} bytes, but {len(sums)} checksums of {BLOCK} bytes each")
+            raise DamagedData(f"{path} has {len(content)} bytes, but {len(sums)} checksums of {BLOCK} bytes each")
         self.path = path
         self._content = content
         self._header = header
@@ -55,7 +60,7 @@ class CheckedArray:
         """Return a view of the elements [start, stop).
 
         Raises:
-            DamagedFile: One of their blocks was changed, or the file's size.
+            DamagedData: One of their blocks was changed, or the file's size.
         """
         self._check_size()
         itemsize = self._array.itemsize
@@ -66,13 +71,13 @@ class CheckedArray:
                 begin = block * BLOCK
                 data = self._content[begin : begin + BLOCK]
                 if zlib.crc32(data) != self._sums[block]:
-                    raise DamagedFile(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
+                    raise DamagedData(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
                 self._verified[block] = True
         return self._array[start:stop]
 
     def _check_size(self) -> None:
-        """Raise DamagedFile if the file was cut or extended. One that was removed stays readable while it is mapped."""
+        """Raise DamagedData if the file was cut or extended. One that was removed stays readable while it is mapped."""
         with suppress(OSError):
             size = os.stat(self.path).st_size
             if size != len(self._content):
-                raise DamagedFile(f"{self.path} has {size} bytes now, and had {len(self._content)} when it was opened")
+                raise DamagedData(f"{self.path} has {size} bytes now, and had {len(self._content)} when it was opened")

@@ -193,23 +193,32 @@ class RunLock:
 
 
 def refuse_missing_checkpoints(folder: Path) -> None:
-    """Raise ConfigError if the run in `folder` has saved checkpoints, or trained, and their folder is gone or empty."""
+    """Raise ConfigError if the run in `folder` has saved checkpoints, or trained, and they are not to be seen."""
     checkpoints = folder / CHECKPOINTS
+    trained_step = last_trained_step(folder)
     saved = None
     with suppress(FileNotFoundError, DamagedFile):  # `read_saved_record` handles damage.
         saved = read_json(folder / RUN_RECORD).get("saved")
     if checkpoints.is_symlink() and not checkpoints.exists():
         missing = f"{checkpoints} is a link to {os.readlink(checkpoints)}, which is not there"
-    elif saved is not None and not (checkpoints.is_dir() and any(checkpoints.glob("step_*"))):
+    elif saved is not None and not (checkpoints.is_dir() and _has_checkpoints(checkpoints)):
         missing = f"{folder / RUN_RECORD} records that step {saved} was saved, but {checkpoints} has no checkpoint"
-    elif not checkpoints.exists() and (trained := last_trained_step(folder)):
-        missing = f"{folder / METRICS} has rows up to step {trained}, but {checkpoints} does not exist"
+    elif not checkpoints.exists() and trained_step:
+        missing = f"{folder / METRICS} has rows up to step {trained_step}, but {checkpoints} does not exist"
     else:
         return
     raise ConfigError(
         f"{missing}. Perhaps a disk is not mounted, or the checkpoints were moved: bring them back, then run the same "
         f"command. To train from the start instead, choose another name=... or remove {folder}."
     )
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Return whether there is a checkpoint, or one that was set aside. Raises ConfigError if that is unknown."""
+    try:
+        return any(name.startswith("step_") for name in os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(f"The checkpoints in {folder} cannot be listed: {error.strerror}") from error
 
 
 def check_filesystem(folder: Path) -> None:
@@ -355,7 +364,8 @@ def has_started(folder: Path) -> bool:
 
     If not, its records are of a start that failed at step 0, and the user may still correct the config.
     """
-    return any(folder.glob(f"{CHECKPOINTS}/step_*")) or last_trained_step(folder) > 0
+    checkpoints = folder / CHECKPOINTS
+    return (checkpoints.is_dir() and _has_checkpoints(checkpoints)) or last_trained_step(folder) > 0
 
 
 def last_trained_step(folder: Path) -> int:
@@ -367,7 +377,7 @@ def last_trained_step(folder: Path) -> int:
     try:
         rows, _ = read_metrics(folder / METRICS)
     except DamagedFile as error:
-        raise ConfigError(f"{error}. Bring the file back, or rename {folder / METRICS}.") from error
+        raise ConfigError(f"{error}. Make it readable, or rename it to start another file.") from error
     return max((row["step"] for row in rows), default=0)
 
 

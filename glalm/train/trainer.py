@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
-from glalm.data.files import DamagedFile
+from glalm.data.checksums import DamagedData
 from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, training_batches
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
@@ -118,7 +118,7 @@ def _explain_errors(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(explain_out_of_memory(config, plan)) from error
-    except DamagedFile as error:
+    except DamagedData as error:
         raise RunError(
             f"data.path={config.data.path}: {error}. Prepare the data again, then run the same command to resume."
         ) from error

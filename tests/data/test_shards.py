@@ -150,7 +150,7 @@ def test_a_manifest_without_an_entry_is_damaged(copy, keys, wrong):
     else:
         level[keys[-1]] = wrong
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedFile, match=r"manifest\.json is damaged: .*run: python scripts/prepare_data\.py"):
+    with pytest.raises(DamagedFile, match=r"manifest\.json is damaged: .*run: glalm prepare"):
         TokenSet(copy, "train")
 
 

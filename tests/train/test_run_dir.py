@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,6 +545,43 @@ def test_checkpoints_that_cannot_be_a_folder_are_refused(run_config):
     (run_config.folder / "checkpoints").touch()
     with pytest.raises(ConfigError, match=r"checkpoints cannot be a folder of checkpoints .*Move it away"):
         train(run_config)
+
+
+def refuse_to_read(monkeypatch, function: str, name: str) -> None:
+    """Let a function of `os`, or Path.read_bytes, refuse paths that end with `name`, as without permission."""
+    owner = Path if function == "read_bytes" else os
+    original = getattr(owner, function)
+
+    def refuse(path, *args):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args)
+
+    monkeypatch.setattr(owner, function, refuse)
+
+
+@pytest.mark.parametrize(
+    "function, name, message",
+    [
+        (
+            "read_bytes",
+            "metrics.jsonl",
+            r"metrics\.jsonl cannot be read: Permission denied\. Make it readable",
+        ),
+        ("listdir", "checkpoints", r"The checkpoints in .* cannot be listed: Permission denied"),
+        ("read_bytes", "step_6/manifest.json", r"cannot be read: Permission denied\. .*step_6 may be undamaged"),
+        ("read_bytes", "words/manifest.json", r"data\.path=.*manifest\.json cannot be read: Permission denied"),
+    ],
+)
+def test_what_cannot_be_read_is_not_taken_for_missing(trained, monkeypatch, function, name, message):
+    before = (trained.folder / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        refuse_to_read(patch, function, name)
+        with pytest.raises((ConfigError, RunError), match=message):
+            train(trained)
+    assert (trained.folder / "metrics.jsonl").read_bytes() == before
+    assert names(trained) == {"step_2", "step_4", "step_6"}
+    assert train(trained) == 0
 
 
 def test_set_aside_does_not_replace_a_link(tmp_path):

@@ -20,13 +20,14 @@ ALLOWED = {
     "hf": {"config.strict", "kernels", "model", "pretrained"},
     "train": {"config", "data", "progress", "hf", "kernels", "model"},
     "generation": CORE,
-    "compat": {*CORE, "evals.options"},
+    "compat": {*CORE, "evals.identity", "evals.options", "evals.result_files"},
     "evals": {*CORE, "generation"},
     "commands": {*CORE, "cli", "compat", "evals", "prepare", "studies"},
     "studies": {*CORE, "cli", "evals", "generation", "prepare"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}
-PLOTS = dict.fromkeys(("evals.plot", "evals.report", "evals.html_report", "evals.published"), NO_MODEL)
+REPORTS = ("evals.html_report", "evals.identity", "evals.plot", "evals.published", "evals.report", "evals.result_files")
+PLOTS = dict.fromkeys(REPORTS, NO_MODEL)
 
 
 def imports(path: Path) -> set[str]:

@@ -1,7 +1,8 @@
 """Draw one figure of several models' results: glalm plot FIGURE FOLDER ... [--out FILE]
 
 FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), decode_speed, training. FOLDER: runs,
-or models that `glalm eval` evaluated. Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the first one.
+or models that `glalm eval` evaluated, or one result of them, FOLDER/eval/NAME.json. Results that do not compare, because
+their text or settings differ, are refused. Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the first.
 """
 
 import argparse
@@ -24,8 +25,9 @@ def main() -> int:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--out", type=Path, metavar="FILE", help="without its suffix .png or .svg: both are written")
     args = parser.parse_args()
-    out = args.out or args.folders[0].resolve().parent / "plots" / args.figure
-    folders = list(zip(distinct_names(args.folders), args.folders, strict=True))  # One may be named twice.
+    out = args.out or model_folder(args.folders[0].resolve()).parent / "plots" / args.figure
+    names = distinct_names([model_folder(path) for path in args.folders])
+    folders = list(zip(names, args.folders, strict=True))  # One may be named twice.
     try:
         if args.figure == "training":
             paths = plot.plot_losses({name: folder / "metrics.jsonl" for name, folder in folders}, out)
@@ -33,8 +35,8 @@ def main() -> int:
             draw, evaluator = FIGURES[args.figure]
             records = []
             for name, folder in folders:
-                record = plot.load_record(folder / "eval" / f"{evaluator}.json", evaluator)
-                records.append(record | {"model": name})
+                path = folder if is_result(folder) else folder / "eval" / f"{evaluator}.json"
+                records.append(plot.load_record(path, evaluator) | {"model": name})
             paths = draw(records, out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,3 +44,13 @@ def main() -> int:
     for path in paths:
         print(f"wrote {path}")
     return 0
+
+
+def is_result(path: Path) -> bool:
+    """Return whether a path is one result, not a folder of them."""
+    return path.suffix == ".json" and not path.is_dir()
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder of the run or the model that a path names by itself or by one result in its eval/."""
+    return path.parent.parent if is_result(path) else path

@@ -14,7 +14,9 @@ from glalm.config.strict import RunError, build_dataclass
 from glalm.data.files import read_json, temporary_folder
 from glalm.data.shards import MANIFEST_SHAPE, read_manifest
 from glalm.data.tokenizer import PROBE, Tokenizer
+from glalm.evals.identity import describe_conditions
 from glalm.evals.options import TrainingRun
+from glalm.evals.result_files import load_results
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.train.checkpoint import load_model, read_metadata, verify_checkpoint, weights_sha256
 from glalm.train.run_dir import RUN_RECORD, find_checkpoint
@@ -175,14 +177,15 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
 
 
 def format_scores(checkpoint: Path) -> str:
-    """Return a table of the metrics that were measured on the weights of this checkpoint."""
+    """Return a table of the metrics that were measured on the weights of this checkpoint, and on what text each was."""
     rows = []
     sha256 = weights_sha256(checkpoint)
-    for file in sorted((checkpoint.parents[1] / "eval").glob("*.json")):
-        result = json.loads(file.read_text())
-        if result.get("checksum") == sha256:
+    for result in load_results(checkpoint.parents[1]).values():
+        if result["checksum"] == sha256:
+            conditions = describe_conditions(result)
+            evaluation = f"{result['evaluator']} ({conditions})" if conditions else result["evaluator"]
             metrics = {name: value for name, value in result["metrics"].items() if value is not None}
-            rows += [f"| {file.stem} | {name} | {value:,.4g} |" for name, value in metrics.items()]
+            rows += [f"| {evaluation} | {name} | {value:,.4g} |" for name, value in metrics.items()]
     if not rows:
         return "No scores were measured for this checkpoint."
     return "\n".join(["| evaluation | metric | value |", "|-|-|-|", *rows])

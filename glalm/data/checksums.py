@@ -1,5 +1,6 @@
 """Checksums of a file's blocks, to verify the part of a file that is read without reading the rest."""
 
+import hashlib
 import os
 import zlib
 from contextlib import suppress
@@ -22,6 +23,12 @@ def block_sums(path: Path) -> np.ndarray:
     """Return the CRC-32 of each BLOCK bytes of a file; the last block may be shorter. uint32 [blocks]."""
     with open(path, "rb") as file:
         return np.array([zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")], dtype="<u4")
+
+
+def combine_weights(files: dict[str, dict]) -> str:
+    """Return one checksum of the weights that a checkpoint's manifest lists: of the model file, or of its parts."""
+    checksums = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith("model")]
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 class CheckedArray:

@@ -13,6 +13,7 @@ final name, and never changes: text that is added to a set goes to new shards. T
 completed, so training can begin before preparation ends.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -59,6 +60,7 @@ class TokenSet:
     Attributes:
         source_tokens: {source: its number of tokens}, in the order of the stream.
         fingerprint: The SHA-256 of the settings and the sources with which the preparation of the set began.
+        sha256: That of the content of the split, as of `split_sha256`.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -79,6 +81,7 @@ class TokenSet:
         self.bos_id: int = tokenizer["bos_id"]
         self.eos_id: int = tokenizer["eos_id"]
         self.fingerprint: str = self.manifest["fingerprint"]
+        self.sha256: str = split_sha256(self.manifest, split)
         self.tokenizer_fingerprint: str = tokenizer["fingerprint"]
         self.tokenizer_path: Path = self.folder / tokenizer["name"]
         self.is_complete: bool = self.manifest["complete"]
@@ -238,6 +241,12 @@ def select_manifest(folder: Path, recorded: dict | None) -> dict:
     current = read_manifest(folder)
     same = bool(recorded) and all(current[key] == recorded[key] for key in ("fingerprint", "tokenizer"))
     return recorded if same else current
+
+
+def split_sha256(manifest: dict, split: str) -> str:
+    """Return a checksum of the content of a split: of its tokenizer and its shards, wherever they lie."""
+    checksums = [entry["sha256"] for entry in _list_files(manifest["splits"][split])]
+    return hashlib.sha256("".join([manifest["tokenizer"]["fingerprint"], *checksums]).encode()).hexdigest()
 
 
 def count_leftover_tokens(tokens: int, length: int) -> int:

@@ -40,6 +40,7 @@ class EvalModel:
         document_boundaries: `data.document_boundaries` of training. None: the run's, or else "ignore".
         max_length: Longest input in tokens of a model with learned positions; None for all others.
         checksum: SHA-256 of the weights.
+        model_id: What the results in one folder have in common: the id of a run, or else the checksum.
         run_config: Config of the training run, if the model is a checkpoint of one.
         output_folder: Where eval/ and plots/ are written.
         data_fingerprint, data_manifest: Those of the run's training data, as it was when the run began.
@@ -54,6 +55,7 @@ class EvalModel:
     document_boundaries: str | None = None
     max_length: int | None = None
     checksum: str = ""
+    model_id: str = ""
     precision: str = "fp32"
     run_config: RunConfig | None = None
     output_folder: Path = Path()
@@ -67,6 +69,7 @@ class EvalModel:
             self.document_prefix = tuple(self.tokenizer.bos_ids) if self.tokenizer else ()
         if self.document_boundaries is None:
             self.document_boundaries = self.run_config.data.document_boundaries if self.run_config else "ignore"
+        self.model_id = self.model_id or self.checksum
         self.device: torch.device = causal_lm.device
         self.parameters: int = sum(p.numel() for p in causal_lm.parameters())
         self.vocab_size: int = causal_lm.config.get_text_config().vocab_size

@@ -26,7 +26,6 @@ class EvalContext:
         self.advance: Callable[[float], object] = lambda units: None
         self._partial_results: dict[str, Any] = {}
         self._partial_path: Path | None = None
-        self._all_ranks_raised = False
 
     def map(self, function: Callable[[Any], Any], items: Iterable) -> list:
         """Return function(item) of all items on every rank, each computed on one rank."""
@@ -79,16 +78,17 @@ class EvalContext:
             yield
             self._gather_or_raise(lambda: None)
         except Exception as error:
-            if not self._all_ranks_raised:
+            if not getattr(error, "is_on_all_ranks", False):
                 with suppress(Exception):
                     self._gather_or_raise(partial(_raise, error))
+                error.is_on_all_ranks = True
             raise
 
     def _gather_or_raise(self, action: Callable[[], Any]) -> list:
         try:
             return gather_or_raise(action)
-        except Exception:
-            self._all_ranks_raised = True
+        except Exception as error:
+            error.is_on_all_ranks = True  # A mark on the error itself, because a caller may handle it and continue.
             raise
 
 

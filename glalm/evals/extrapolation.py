@@ -34,6 +34,7 @@ from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarize_losses
 from glalm.evals.plot import plot_extrapolation, plot_ratios
+from glalm.evals.result_files import main_context
 
 Texts = Sequence[np.ndarray]  # token ids of each
 
@@ -89,9 +90,11 @@ class ExtrapolationEvaluator(Evaluator):
         return lines
 
     def metrics(self, results: dict) -> dict[str, float | None]:
-        """Return the ratios of the first context."""
-        first = next(iter(results["contexts"].values()))
-        return {f"{n}x": ratio["ratio"] for n, ratio in first["ratios"].items()}
+        """Return the ratios of the context stateful, {"2x": 0.9}, or else of the first, {"2x, reset": 0.9}."""
+        context = main_context(results)
+        suffix = "" if context == "stateful" else f", {context}"
+        ratios = results["contexts"][context]["ratios"]
+        return {f"{n}x{suffix}": ratio["ratio"] for n, ratio in ratios.items()}
 
     def plot_results(self, record: dict, folder: Path) -> list[Path]:
         paths = plot_extrapolation([record], folder / "extrapolation.png")

@@ -86,9 +86,14 @@ class HarnessEvaluator(Evaluator):
             manager = local_tasks.build_task_manager(self.config.data_dir, Path(folder))
             for name in self.tasks:
                 try:
-                    found |= context.load_or_compute(name, partial(run_task, name, lm, manager, self.config.data_dir))
+                    with context.raise_on_all_ranks():
+                        found |= context.load_or_compute(
+                            name, partial(run_task, name, lm, manager, self.config.data_dir)
+                        )
                 except ConfigError as error:
                     missing[name] = str(error)
+                except Exception as error:  # The harness, the task and the model raise their own.
+                    missing[name] = f"{type(error).__name__}: {error}"
         results = {"tasks": found, "missing": missing}
         if all(task in found for task, _ in PAPER.values()):
             results["table"] = paper_table(found)
@@ -221,13 +226,28 @@ class HarnessLM(TemplateLM):
             by_context.setdefault(request.args[0], []).append(i)
         groups = sorted(by_context.values(), key=lambda indices: -len(requests[indices[0]].args[0]))
         share = self.context.share(groups)
-        share_requests = [requests[i] for i in chain.from_iterable(share)]
-        answers = iter(super().loglikelihood(share_requests, disable_tqdm=True))
+        pairs = [requests[i].args for i in chain.from_iterable(share)]
+        answers = iter(self._loglikelihood_tokens([(pair, *self._encode_request(*pair)) for pair in pairs]))
         share_answers = [[next(answers) for _ in indices] for indices in share]
         return restore_order(groups, self.context.gather(share_answers))
 
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context, which are never none, and of its continuation, by lm-eval's rules.
+
+        A context's last blanks belong to the continuation. What has no context is scored after `prefix_token_id`.
+        """
+        if context:
+            context_ids, ids = self._encode_pair(context, continuation)
+            # The context's last token may contain the continuation's text where the two are encoded as one.
+            ids = ids or self.tok_encode(continuation, add_special_tokens=False)
+        else:
+            context_ids, ids = [], self.tok_encode(continuation, add_special_tokens=False)
+            if ids[:1] == [self.prefix_token_id]:
+                return ids[:1], ids[1:]
+        return context_ids or [self.prefix_token_id], ids
+
     def _loglikelihood_tokens(self, requests: list, **_) -> list[Answer]:
-        """Score the requests (texts, context ids, continuation ids) of this rank."""
+        """Score the requests (texts, context ids, continuation ids) of this rank. An empty continuation is certain."""
         # The longest of all ranks counts: if only one rank raised, the others would wait for it.
         longest = max(self.context.gather([max((len(tokens) for _, _, tokens in requests), default=0)]))
         require(
@@ -236,10 +256,15 @@ class HarnessLM(TemplateLM):
             f"write harness.max_length={longest} or more",
         )
         by_context: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(i)
+        for i, (_, context, continuation) in enumerate(requests):
+            if continuation:
+                by_context.setdefault(tuple(context), []).append(i)
         groups = [Choices(list(context), [requests[i][2] for i in ids]) for context, ids in by_context.items()]
-        return restore_order(by_context.values(), self._score(groups))
+        answers = [Answer(0.0, True)] * len(requests)
+        for indices, group_answers in zip(by_context.values(), self._score(groups), strict=True):
+            for i, answer in zip(indices, group_answers, strict=True):
+                answers[i] = answer
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text: in lm-eval's windows, or with options.stateful in full."""
@@ -278,7 +303,8 @@ class HarnessLM(TemplateLM):
         for kind, options in options_by_kind.items():
             new = options["max_gen_toks"]
             indices = [i for i in share if repr(requests[i].args[1]) == kind]
-            contexts = {i: self.tok_encode(requests[i].args[0])[new - self.max_length :] for i in indices}
+            encoded = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in indices}
+            contexts = {i: ids[new - self.max_length :] for i, ids in encoded.items()}
             for batch in make_batches(indices, [len(contexts[i]) + new for i in indices], self.batch_tokens):
                 texts |= zip(batch, self._generate([contexts[i] for i in batch], **options), strict=True)
                 self.context.advance(len(batch) / (len(share) * self.context.world_size))

@@ -19,11 +19,31 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from glalm.config.strict import flatten_tree
 from glalm.data.files import printable
 from glalm.evals import plot
+from glalm.evals.identity import (
+    describe_conditions,
+    describe_differences,
+    differing_settings,
+    format_setting,
+    group_comparable,
+    measurement,
+    text_name,
+)
 from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, paper_table, select_columns
-from glalm.evals.result_files import infer_tokens, median_training_speed, read_json, select_scores
+from glalm.evals.result_files import (
+    current_results,
+    describe_validation,
+    infer_tokens,
+    is_own_text,
+    median_training_speed,
+    read_json,
+    select_result,
+    select_scores,
+    step_of,
+)
 from glalm.train.metrics import read_metrics
 
 ZERO_SHOT_EVALUATORS = ("paper_zero_shot", "zero_shot")
+HARNESS_OPTIONS = ("limit", "num_fewshot", "stateful", "max_length", "precision", "lm_eval")
 
 
 @dataclass
@@ -43,12 +63,16 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict]:
-        """What evaluators wrote, with the run's name for the model's. Hidden files are of unfinished evaluators."""
-        paths = sorted(self.folder.glob("eval/[!.]*.json"))
-        return [read_json(path) | {"model": self.name} for path in paths]
+        """The current results, with the run's name for the model's, and the checkpoint's if it is not the last one."""
+        return [record | {"model": self.name + self.checkpoint_note(record)} for record in current_results(self.folder)]
 
     def find_record(self, evaluator: str) -> dict | None:
-        return next((record for record in self.records if record.get("evaluator") == evaluator), None)
+        return select_result(self.records, evaluator)
+
+    def checkpoint_note(self, record: dict) -> str:
+        """Return " (step_N)" for a result of an earlier checkpoint than the run has by now, or else an empty text."""
+        is_earlier = self.metrics and step_of(record) not in (-1, self.metrics[-1]["step"])
+        return f" ({record['checkpoint']})" if is_earlier else ""
 
 
 @dataclass
@@ -73,8 +97,11 @@ def render_report(folders: Sequence[Path]) -> str:
     def find_records(evaluator: str) -> list[dict]:
         records = []
         for run in runs:
-            records += [record for record in run.records if record.get("evaluator") == evaluator]
+            records += [record for record in run.records if record["evaluator"] == evaluator]
         return records
+
+    zero_shot = score_rows(runs, ZERO_SHOT_EVALUATORS, paper_table)
+    recall = score_rows(runs, ("recall",), lambda tasks: select_columns(tasks, RECALL))
 
     environment = Environment(
         loader=PackageLoader("glalm.evals", "."),
@@ -93,18 +120,22 @@ def render_report(folders: Sequence[Path]) -> str:
     return environment.get_template("report.html.jinja").render(
         title=", ".join(run.name for run in runs),
         records=find_records,
+        figure_groups=lambda evaluator: figure_groups(find_records(evaluator)),
         embed=embed_figure,
         plot=plot,
+        conditions=describe_conditions,
         select_scores=select_scores,
         paper_cells=format_paper_cells,
         overview=overview_rows(runs),
-        zero_shot=known_rows({run.name: paper_table(collect_tasks(run, *ZERO_SHOT_EVALUATORS)) for run in runs}),
+        overview_notes=compare_overview(runs),
+        zero_shot={name: values for name, (values, _) in zero_shot.items()},
         published_zero_shot=ZERO_SHOT,
-        unlike_paper={run.name: describe_unlike_paper(run) for run in runs},
-        recall=known_rows({run.name: select_columns(collect_tasks(run, "recall"), RECALL) for run in runs}),
+        unlike_paper={name: describe_unlike_paper(records) for name, (_, records) in zero_shot.items()},
+        recall={name: values for name, (values, _) in recall.items()},
+        unlike_recall={name: describe_unlike_paper(records) for name, (_, records) in recall.items()},
         published_recall=RECALL_ROWS,
         runs=runs,
-        **loss_figure(runs),
+        losses=loss_figures(runs),
         **compare_configs(runs),
     )
 
@@ -136,7 +167,7 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
             plot.format_quantity(max(infer_tokens(run.metrics), default=0)) if run.metrics else None,
             f"{speed:,.0f}" if speed else None,
             describe_perplexity(run, perplexity),
-            describe_furthest_ratio(extrapolation),
+            describe_furthest_ratio(run, extrapolation),
         ]
         if any(cell is not None for cell in cells):
             rows[run.name] = cells
@@ -146,44 +177,95 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
 def describe_perplexity(run: Run, record: dict | None) -> str | None:
     """Return the evaluated perplexity, or else the last validation perplexity that training logged.
 
-    The checkpoint's name is added if training has continued after it.
+    The checkpoint's name is added if training has continued after it, and the text's if it is not the run's own.
     """
     if record is None:
         values = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row]
         return format_number(values[-1]) if values else None
-    is_older = run.metrics and record["checkpoint"] != f"step_{run.metrics[-1]['step']}"
-    return format_number(record["results"]["perplexity"]) + (f" ({record['checkpoint']})" if is_older else "")
+    return format_number(record["results"]["perplexity"]) + origin_note(run, record)
 
 
-def describe_furthest_ratio(extrapolation: dict | None) -> str | None:
-    context = extrapolation["results"]["contexts"].get("stateful") if extrapolation else None
+def describe_furthest_ratio(run: Run, record: dict | None) -> str | None:
+    context = record["results"]["contexts"].get("stateful") if record else None
     ratios = context["ratios"] if context else {}
     reached = [f"{ratio['ratio']:.3f} at {n}×" for n, ratio in ratios.items() if ratio["documents"]]
-    return reached[-1] if reached else None
+    return reached[-1] + origin_note(run, record) if reached else None
 
 
-def loss_figure(runs: list[Run]) -> dict[str, Any]:
-    """Return the figure of one run's losses, or of the validation losses of several."""
-    files = {run.name: run.folder / "metrics.jsonl" for run in runs if any("val_loss" in row for row in run.metrics)}
-    if len(files) == 1:
-        [(name, file)] = files.items()
-        return {"losses": embed_figure(plot.plot_training, file), "losses_caption": f"Losses of {name}."}
-    figure = embed_figure(plot.plot_losses, files) if files else None
-    return {"losses": figure, "losses_caption": "Validation losses."}
+def origin_note(run: Run, record: dict) -> str:
+    """Return what a reader must know beside a number: the text if it is not the run's own, and an older checkpoint."""
+    text = "" if is_own_text(record) else f" on {text_name(record)}"
+    return text + run.checkpoint_note(record)
 
 
-def collect_tasks(run: Run, *evaluators: str) -> dict[str, dict]:
-    """Return the metrics of each task, of the first evaluator where several ran it."""
-    tasks = {}
-    for evaluator in reversed(evaluators):
-        if record := run.find_record(evaluator):
-            tasks |= record["results"]["tasks"]
-    return tasks
+def compare_overview(runs: list[Run]) -> list[str]:
+    """Return a sentence for each column of the overview whose numbers do not compare."""
+    notes = []
+    for column, evaluator in (("validation perplexities", "perplexity"), ("far / near", "extrapolation")):
+        records = [record for run in runs if (record := run.find_record(evaluator))]
+        if evaluator == "perplexity" and records:
+            # Where nothing was evaluated, the number is of training's own validation, which reads fewer windows.
+            records += [describe_validation(run.folder) for run in runs if not run.find_record(evaluator)]
+        if differences := describe_differences(records):
+            notes.append(f"The {column} do not compare: {'; '.join(differences)}.")
+    return notes
 
 
-def known_rows(rows: dict[str, dict]) -> dict[str, dict]:
-    """Return the rows with at least one value."""
-    return {name: row for name, row in rows.items() if any(value is not None for value in row.values())}
+def figure_groups(records: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Return records whose numbers compare, for one figure each, with what tells the figure from the others."""
+    groups = group_comparable(records)
+    firsts = [group[0] for group in groups]
+    return [(describe_group(record, firsts), group) for record, group in zip(firsts, groups, strict=True)]
+
+
+def describe_group(record: dict, firsts: list[dict]) -> str:
+    """Return what was measured, in the settings in which one group's `record` differs from the others' first ones."""
+    if len(firsts) == 1:
+        return "" if is_own_text(record) else f" On {text_name(record)}."
+    settings = measurement(record)
+    keys = differing_settings(firsts)
+    parts = [f"{key}={format_setting(settings.get(key))}" for key in keys if key != "data_sha256"]
+    text = text_name(record)
+    return f" {', '.join([f'On {text}' if text else 'Measured', *parts])}." if parts or text else ""
+
+
+def loss_figures(runs: list[Run]) -> list[tuple[EmbeddedFigure, str]]:
+    """Return figures with captions: one run's losses, or the validation losses of those validated on the same text."""
+    with_losses = [run for run in runs if any("val_loss" in row for row in run.metrics)]
+    if len(with_losses) == 1:
+        [run] = with_losses
+        return [(embed_figure(plot.plot_training, run.folder / "metrics.jsonl"), f"Losses of {run.name}.")]
+    validations = [describe_validation(run.folder) | {"run": run} for run in with_losses]
+    figures = []
+    for description, group in figure_groups(validations):
+        files = {validation["run"].name: validation["run"].folder / "metrics.jsonl" for validation in group}
+        figures.append((embed_figure(plot.plot_losses, files), f"Validation losses.{description}"))
+    return figures
+
+
+def score_rows(
+    runs: list[Run], evaluators: Sequence[str], tabulate: Callable[[dict[str, dict]], dict]
+) -> dict[str, tuple[dict, list[dict]]]:
+    """Return {row's name: (its columns, the records it is from)} of the harness's scores, without empty rows.
+
+    A row has the scores of one checkpoint with the same options. A run with several rows names each row's.
+    """
+    rows = {}
+    for run in runs:
+        records = [record for name in evaluators for record in run.records if record["evaluator"] == name]
+        groups: dict[str, list[dict]] = {}
+        for record in records:
+            options = {name: record["settings"].get(name) for name in HARNESS_OPTIONS}
+            key = [f"{name}={value}" for name, value in options.items() if value not in (None, False)]
+            groups.setdefault(", ".join([record["checkpoint"] or "", *key]), []).append(record)
+        for key, group in groups.items():
+            tasks = {}
+            for record in reversed(group):  # Where two evaluators ran a task, the first one counts.
+                tasks |= record["results"]["tasks"]
+            values = tabulate(tasks)
+            if any(value is not None for value in values.values()):
+                rows[run.name if len(groups) == 1 else f"{run.name} ({key.strip(', ')})"] = (values, group)
+    return rows
 
 
 def format_paper_cells(name: str, columns: Iterable[str], values: Iterable[float | None]) -> list[str | None]:
@@ -195,11 +277,11 @@ def format_paper_cells(name: str, columns: Iterable[str], values: Iterable[float
     return cells
 
 
-def describe_unlike_paper(run: Run) -> str:
-    """Return the settings by which a run's zero-shot scores measure something else than the paper's."""
+def describe_unlike_paper(records: list[dict]) -> str:
+    """Return the settings by which a row of zero-shot scores measures something else than the paper's."""
     differences = {}
-    for evaluator in ZERO_SHOT_EVALUATORS:
-        settings = (run.find_record(evaluator) or {}).get("settings", {})
+    for record in records:
+        settings = record["settings"]
         for name in ("limit", "num_fewshot", "stateful"):
             if settings.get(name):
                 differences[name] = f"harness.{name}={settings[name]}"

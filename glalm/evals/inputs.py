@@ -19,7 +19,7 @@ from glalm.data.shards import TokenSet, read_manifest, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.options import EvalConfig, TrainingRun
-from glalm.evals.result_files import read_json
+from glalm.evals.result_files import load_results, read_json
 from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import choose_precision
 from glalm.train import checkpoint, run_dir
@@ -32,8 +32,20 @@ def open_eval_model(config: EvalConfig, device: torch.device) -> EvalModel:
     """Open the model that `config.checkpoint` names, and verify its checksums where it has any.
 
     Raises:
-        ConfigError: There is no such model, it is damaged, or it is not a causal language model.
+        ConfigError: There is no such model, it is damaged, it is not a causal language model, or the folder of its
+            results has those of another model.
     """
+    model = _open_model(config, device)
+    for path, record in load_results(model.output_folder, skip_damaged=True).items():
+        require(
+            record.get("model_id") in (None, model.model_id),
+            f"checkpoint={config.checkpoint}: {path} is a result of another model of that name ({record.get('model')}, "
+            f"weights {record['checksum'][:12]}, not {model.checksum[:12]}); write out=FOLDER for this model's results",
+        )
+    return model
+
+
+def _open_model(config: EvalConfig, device: torch.device) -> EvalModel:
     path = Path(config.checkpoint).expanduser()
     precision = choose_precision(config.precision, device)
     is_of_run = re.fullmatch(r"latest|step_\d+", config.checkpoint)
@@ -61,7 +73,8 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     path = path.resolve()
     folder = path.parent.parent
     checkpoint.verify_checkpoint(path)
-    identity = checkpoint.read_metadata(path)["identity"]
+    metadata = checkpoint.read_metadata(path)
+    identity = metadata["identity"]
     # Only a checkpoint in its own run's folder has a record: a copy elsewhere must not write into another run's folder.
     record = run_dir.read_run_record(path)
     run_config = build_dataclass(TrainingRun, record["config"]) if record else None
@@ -75,6 +88,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
         train_length=config.train_length or identity["data.seq_len"],
         document_boundaries=identity["data.document_boundaries"],
         checksum=checkpoint.weights_sha256(path),
+        model_id=metadata["run"] if record else "",
         precision=precision,
         run_config=run_config,
         output_folder=Path(config.out or folder) if record else choose_output_folder(config, path.name),
@@ -201,7 +215,7 @@ def open_windows(tokens: TokenSet, length: int, evaluator: str, reset_state: boo
 
 def describe_data(tokens: TokenSet) -> dict[str, str]:
     """Return the settings of an evaluator that say which data it read."""
-    return {"data": str(tokens.folder), "data_fingerprint": tokens.fingerprint}
+    return {"data_path": str(tokens.folder), "data_sha256": tokens.sha256, "split": tokens.split}
 
 
 def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:

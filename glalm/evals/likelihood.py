@@ -196,7 +196,7 @@ def score_documents(
     predicted from all before it.
     """
     totals = [0.0] * len(documents)
-    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    order = sorted((i for i, ids in enumerate(documents) if ids), key=lambda i: -len(documents[i]))
     for batch in make_batches(order, [min(len(documents[i]), segment) for i in order], batch_tokens):
         rows = [[prefix_id, *documents[i]] for i in batch]
         inputs = pad_rows([row[:-1] for row in rows], model.device).split(segment, 1)

@@ -31,7 +31,7 @@ class PerplexityEvaluator(Evaluator):
         self.windows = open_windows(tokens, length, "perplexity", model.document_boundaries == "reset_state")
         self.total_units = len(self.windows) * length
         boundaries = {"document_boundaries": model.document_boundaries}
-        self.settings = {**describe_data(tokens), "split": tokens.split, "seq_len": length, **boundaries}
+        self.settings = {**describe_data(tokens), "seq_len": length, **boundaries}
 
     def run(self, context: EvalContext) -> dict:
         return compute_perplexity(self.model, self.windows, self.config.batch_size, context)

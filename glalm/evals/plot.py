@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
 from glalm.data.files import atomic_write, printable
-from glalm.evals.result_files import infer_tokens, read_json
+from glalm.evals.identity import require_comparable
+from glalm.evals.result_files import describe_validation, infer_tokens, read_json, step_of
 from glalm.train.metrics import read_metrics
 
 Record = dict | str | Path
@@ -51,13 +52,14 @@ def plot_extrapolation(records: Sequence[Record], path: str | Path) -> list[Path
         records: extrapolation.json of each model.
 
     Raises:
-        ValueError: There are no records, or a file is missing.
+        ValueError: There are no records, a file is missing, or the records do not compare.
     """
     records = _load_records(records, "extrapolation")
+    labels = _label_models(records)
     ax = Figure().subplots()
     other_contexts, buckets = [], []
     for i, record in enumerate(records):
-        other_contexts += _draw_contexts(ax, record, i)
+        other_contexts += _draw_contexts(ax, record, i, labels[i])
         for context in record["results"]["contexts"].values():
             buckets += _filled_buckets(context)
     train_lengths = sorted({record["results"]["train_length"] for record in records})
@@ -76,6 +78,7 @@ def plot_ratios(records: Sequence[Record], path: str | Path) -> list[Path]:
     The band is one standard error of the paired difference over documents. It raises as plot_extrapolation does.
     """
     records = _load_records(records, "extrapolation")
+    labels = _label_models(records)
     ax = Figure().subplots()
     values = [1.0]
     largest = 2
@@ -84,7 +87,7 @@ def plot_ratios(records: Sequence[Record], path: str | Path) -> list[Path]:
         points = [(int(n), ratio) for n, ratio in context["ratios"].items() if ratio["documents"]]
         multiples = [1, *(n for n, _ in points)]
         ratios = [1, *(ratio["ratio"] for _, ratio in points)]
-        [line] = ax.plot(multiples, ratios, **_line_style(i), label=_model_label(record, name))
+        [line] = ax.plot(multiples, ratios, **_line_style(i), label=labels[i] + _context_suffix(name))
         _draw_band(line, [(1, 1), *((ratio["low"], ratio["high"]) for _, ratio in points)])
         values += ratios
         largest = max(largest, *multiples)
@@ -125,11 +128,12 @@ def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
     """Plot validation loss against tokens of several runs, {name: metrics.jsonl}.
 
     Raises:
-        ValueError: No run has a validation loss.
+        ValueError: No run has a validation loss, or the runs were not validated on the same windows of text.
     """
     curves = {name: points for name, file in metrics.items() if (points := _read_curve(file, "val_loss"))}
     if not curves:
         raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
+    require_comparable([describe_validation(Path(metrics[name]).parent) for name in curves])
     ax = Figure().subplots()
     for i, (name, points) in enumerate(curves.items()):
         ax.plot(*zip(*points, strict=True), **_line_style(i), label=_legend_text(name))
@@ -189,7 +193,7 @@ def plot_needle(record: Record, path: str | Path) -> list[Path]:
     ax.set_yticks(range(len(depths)), [f"{100 * d:.0f}%" for d in depths])
     ax.set_xlabel("length (tokens)")
     ax.set_ylabel("depth of the needle")
-    ax.set_title(_model_label(record), fontsize=9)
+    ax.set_title(*_label_models([record]), fontsize=9)
     ax.figure.colorbar(image, label="accuracy of the answer's tokens", format=lambda x, _: f"{100 * x:.0f}%")
     return _save_figure(ax.figure, path)
 
@@ -198,11 +202,12 @@ def plot_needle(record: Record, path: str | Path) -> list[Path]:
 def plot_decoding(records: Sequence[Record], path: str | Path) -> list[Path]:
     """Plot tokens a second when decoding, and the bytes of a sequence's state, against length, of some models."""
     records = _load_records(records, "decode_speed")
+    labels = _label_models(records)
     figure = Figure(figsize=(1.25 * SIZE[0], SIZE[1]))
     speed, memory = figure.subplots(1, 2)
     for i, record in enumerate(records):
         rows = record["results"]["lengths"]
-        line_style = _line_style(i) | {"label": _model_label(record)}
+        line_style = _line_style(i) | {"label": labels[i]}
         lengths = [row["length"] for row in rows]
         speed.plot(lengths, [row["tokens_per_second"] for row in rows], **line_style)
         memory.plot(lengths, [row["state_bytes"] / row["batch_size"] for row in rows], **line_style)
@@ -224,9 +229,12 @@ def plot_decoding(records: Sequence[Record], path: str | Path) -> list[Path]:
 
 
 def _load_records(records: Sequence[Record], evaluator: str) -> list[dict]:
+    """Return the content of all records. Raise ValueError where one is missing, or where they do not compare."""
     if not records:
         raise ValueError(f"no records: name the {evaluator}.json of at least one run")
-    return [record if isinstance(record, dict) else load_record(Path(record), evaluator) for record in records]
+    loaded = [record if isinstance(record, dict) else load_record(Path(record), evaluator) for record in records]
+    require_comparable(loaded)
+    return loaded
 
 
 def load_record(path: Path, evaluator: str) -> dict:
@@ -254,7 +262,7 @@ def _filled_buckets(context: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ elements of a figure
 
 
-def _draw_contexts(ax: Axes, record: dict, i: int) -> list[str]:
+def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[str]:
     """Draw the contexts of model `i`. Return the names of those after the first."""
     names = [*record["results"]["contexts"]]
     for name, context in record["results"]["contexts"].items():
@@ -264,8 +272,8 @@ def _draw_contexts(ax: Axes, record: dict, i: int) -> list[str]:
         if name == names[0]:
             # Markers are 3% of the axes' diagonal apart, so that their shapes can be told. A single point has one, too.
             spacing = 0.03 if len(ends) > 1 else None
-            label = _model_label(record, name)
-            [line] = ax.plot(ends, perplexities, **_line_style(i), markevery=spacing, label=label)
+            label_of_context = label + _context_suffix(name)
+            [line] = ax.plot(ends, perplexities, **_line_style(i), markevery=spacing, label=label_of_context)
             _draw_band(line, [(bucket["perplexity_low"], bucket["perplexity_high"]) for bucket in buckets])
         else:
             ax.plot(ends, perplexities, color=line.get_color(), linestyle=CONTEXT_LINES[name][0], linewidth=1)
@@ -283,9 +291,19 @@ def _line_style(i: int) -> dict:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _model_label(record: dict, context: str = "stateful") -> str:
-    suffix = "" if context == "stateful" else f", {CONTEXT_LINES[context][1]}"
-    return _legend_text(f"{record['model']} ({format_quantity(record['parameters'])} parameters){suffix}")
+def _label_models(records: list[dict]) -> list[str]:
+    """Return a label for each model, with its checkpoint and precision where those of the models differ."""
+    labels = [f"{record['model']} ({format_quantity(record['parameters'])} parameters)" for record in records]
+    checkpoints = [record.get("checkpoint") if step_of(record) >= 0 else None for record in records]
+    precisions = [record.get("settings", {}).get("precision") for record in records]
+    for values in (checkpoints, precisions):
+        if len(set(values)) > 1:
+            labels = [f"{label}, {value}" if value else label for label, value in zip(labels, values, strict=True)]
+    return [_legend_text(label) for label in labels]
+
+
+def _context_suffix(context: str) -> str:
+    return "" if context == "stateful" else f", {CONTEXT_LINES[context][1]}"
 
 
 def _legend_text(name: str) -> str:

@@ -1,5 +1,6 @@
 """The table that sums up a run, from its JSON files alone."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from glalm.data.files import printable
-from glalm.evals.result_files import infer_tokens, median_training_speed, read_json
+from glalm.evals.identity import text_name
+from glalm.evals.result_files import (
+    current_results,
+    describe_validation,
+    infer_tokens,
+    is_own_text,
+    main_context,
+    median_training_speed,
+    select_result,
+    step_of,
+)
 from glalm.train.metrics import read_metrics
 
 PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -35,15 +46,16 @@ def print_report(folder: Path, console: Console) -> None:
     train_command = f"glalm train {where}"
     eval_command = f"glalm eval {where} evals="
     metrics, skipped = read_metrics(folder / "metrics.jsonl")
-    perplexity = read_json(folder / "eval" / "perplexity.json")
-    extrapolation = read_json(folder / "eval" / "extrapolation.json")
+    results = current_results(folder)
+    perplexity = select_result(results, "perplexity")
+    extrapolation = select_result(results, "extrapolation")
     table = Table(title=Text(f"run {printable(folder.name)}"), title_justify="left")
     table.add_column("quantity", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("from", style="dim", overflow="fold")
     for section in (
         training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command}[perplexity]"),
-        perplexity_rows(metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
+        perplexity_rows(folder, metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
         extrapolation_rows(extrapolation, f"{eval_command}[extrapolation]"),
     ):
         for row in section:
@@ -70,17 +82,36 @@ def training_rows(metrics: list[dict], record: dict | None, train_command: str, 
     ]
 
 
-def perplexity_rows(metrics: list[dict], record: dict | None, train_command: str, eval_command: str) -> list[Row]:
-    """Return the validation perplexity before training, of the run's first validation, and after it, of the split."""
-    before = next((row["val_perplexity"] for row in metrics if row["step"] == 0 and "val_perplexity" in row), None)
-    after = record and record["results"]["perplexity"]
-    checkpoint = record["checkpoint"].replace("_", " ") if record else "training"
-    ratio = f"{after / before:.3g}" if before and after else None
+def perplexity_rows(
+    folder: Path, metrics: list[dict], record: dict | None, train_command: str, eval_command: str
+) -> list[Row]:
+    """Return the validation perplexity before training, that of the evaluated checkpoint, and a ratio of equals.
+
+    The ratio is of the evaluated perplexity if that is of the windows on which training validates. Otherwise it is of
+    training's own validation at that step, or at its last one.
+    """
+    validations = {row["step"]: row["val_perplexity"] for row in metrics if "val_perplexity" in row}
+    before = validations.get(0)
+    value = record and record["results"]["perplexity"]
+    last, source = value, "both"
+    if record and not is_of_validation(folder, record):
+        step = step_of(record) if step_of(record) in validations else max(validations, default=0)
+        last, source = validations.get(step), f"metrics.jsonl, step {step}"
+    ratio = f"{last / before:.3g}" if before and last else None
     return [
         Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
-        Row(f"  after {checkpoint}", after and f"{after:,.3f}", "eval/perplexity.json", eval_command),
-        Row("  after / before", ratio, "both", eval_command),
+        Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", source_of(record), eval_command),
+        Row("  after / before", ratio, source, eval_command),
     ]
+
+
+def is_of_validation(folder: Path, record: dict) -> bool:
+    """Return whether an evaluated perplexity is of the same windows as the validations of the run in `folder`."""
+    training = describe_validation(folder)["settings"]
+    evaluated = record["settings"]
+    names = ("data_sha256", "seq_len", "document_boundaries")
+    has_all_windows = record["results"].get("windows", 0) <= training.get("eval_sequences", math.inf)
+    return has_all_windows and all(training.get(name) == evaluated.get(name) for name in names)
 
 
 def extrapolation_rows(record: dict | None, eval_command: str) -> list[Row]:
@@ -88,18 +119,34 @@ def extrapolation_rows(record: dict | None, eval_command: str) -> list[Row]:
 
     The ratios are at 2, 4, 10 and the most training lengths that documents reach, with one standard error down and up.
     """
-    source = "eval/extrapolation.json"
     if record is None:
-        return [Row("perplexity at 10x / 1x", None, source, eval_command)]
+        return [Row("perplexity at 10x / 1x", None, "eval/extrapolation.json", eval_command)]
+    source = source_of(record)
     results = record["results"]
-    ratios = format_ratios(next(iter(results["contexts"].values()))["ratios"])
+    context = main_context(results)
+    conditions = "" if context == "stateful" else f", {context}"
+    if not is_own_text(record):
+        conditions += f", on {text_name(record)}"
+    ratios = format_ratios(results["contexts"][context]["ratios"])
     rows = []
     for n in sorted({2, 4, 10, *[*ratios][-1:]}):
         longer = f"{eval_command} extrapolation.max_length={n * results['train_length']}"
-        rows.append(Row(f"perplexity at {n}x / 1x", ratios.get(n), source, longer))
+        rows.append(Row(f"perplexity at {n}x / 1x{conditions}", ratios.get(n), source, longer))
     for n, gain in [*format_ratios(results.get("stateful_over_reset", {})).items()][-1:]:
         rows.append(Row(f"stateful / reset at {n}x", gain.partition(" ")[0], source, eval_command))
     return rows
+
+
+def describe_origin(record: dict | None) -> str:
+    """Return the checkpoint of which a result is, and the text if it is not the run's own."""
+    if record is None:
+        return "training"
+    checkpoint = (record["checkpoint"] or "training").replace("_", " ")
+    return checkpoint if is_own_text(record) else f"{checkpoint}, on {text_name(record)}"
+
+
+def source_of(record: dict | None) -> str:
+    return record["file"] if record else "eval/perplexity.json"
 
 
 def format_ratios(ratios: dict[str, dict]) -> dict[int, str]:
@@ -116,6 +163,6 @@ def list_outputs(folder: Path) -> list[Path]:
     """Return the files of a run, and the folders of its checkpoints, in the order in which they are written."""
     paths = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
     paths += sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name.split(".")[0]), path.name))
-    for pattern in ("eval/[!.]*.json", "plots/[!.]*.png", "plots/[!.]*.svg"):
+    for pattern in ("eval/[!.]*.json", "plots/**/[!.]*.png", "plots/**/[!.]*.svg"):
         paths += sorted(folder.glob(pattern))
     return paths

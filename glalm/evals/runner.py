@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.text import Text
 
 from glalm.config.strict import ConfigError, RunError
+from glalm.data.files import printable
+from glalm.data.shards import split_sha256
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator, missing_tasks
+from glalm.evals.identity import ResultIdentity
 from glalm.evals.inputs import open_eval_model
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
-from glalm.evals.result_files import read_json, write_json
+from glalm.evals.result_files import find_result, save_result
 from glalm.progress import ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
@@ -33,8 +36,9 @@ def evaluate(config: EvalConfig) -> int:
     """Run `config.evals` on the model that `config.checkpoint` names. Return 0.
 
     Each evaluator writes FOLDER/eval/NAME.json and its figures in FOLDER/plots/, where FOLDER is the run's, and prints
-    a summary. One that has finished with the same settings and weights is not run again, unless `config.force`. One
-    that fails does not stop the others. Processes of torchrun or accelerate launch share each evaluator's work.
+    a summary; see `save_result` for results of several identities. A result of equal identity is not computed again,
+    unless `config.force`. An evaluator that fails does not stop the others. Processes of torchrun or accelerate launch
+    share each evaluator's work.
 
     Raises:
         ConfigError: The model cannot be opened.
@@ -88,34 +92,34 @@ def run_evaluator(name: str, model: EvalModel, config: EvalConfig, console: Cons
     Raises:
         RunError: Some of its tasks are missing.
     """
-    path = model.output_folder / "eval" / f"{name}.json"
-    partial_path = path.with_name(f".{name}.parts.json")
+    folder = model.output_folder
     evaluator = build_evaluator(name, model, config)
-    inputs = describe_inputs(evaluator, model)
-    record = context.run_on_rank_0(lambda: None if config.force else load_finished(path, inputs))
-    if record is not None:
-        console.print(f"{path} is up to date; to evaluate again, add force=true")
-    else:
+    identity = identify_result(name, evaluator, model)
+    partial_path = folder / "eval" / f".{name}-{identity.digest[:12]}.parts.json"
+    record = context.run_on_rank_0(lambda: None if config.force else load_finished(folder, identity))
+    is_finished = record is not None
+    if not is_finished:
         if config.force and context.rank == 0:
             partial_path.unlink(missing_ok=True)
-        context.use_partial_results(partial_path, inputs)
+        context.use_partial_results(partial_path, identity.to_record())
         start_time = time.perf_counter()
         with show_progress(name, evaluator, context), model.autocast():
             results = evaluator.run(context)
         record = {
-            **describe_model(name, model, config, context),
-            **inputs,
+            **describe_model(model, config, context),
+            **identity.to_record(),
+            "own_text": is_own_text(identity, model, config),
             "results": results,
             "metrics": evaluator.metrics(results),
             "seconds": time.perf_counter() - start_time,
         }
-        if context.rank == 0:
-            write_json(path, record)
-            console.print(f"wrote {path}")
+    path = context.run_on_rank_0(lambda: save_result(folder, record, name))
+    console.print(f"{path} is up to date; to evaluate again, add force=true" if is_finished else f"wrote {path}")
     for line in evaluator.summarize(record["results"]):
         console.print(Text(line))
     if context.rank == 0:
-        for figure_path in evaluator.plot_results(record, model.output_folder / "plots"):
+        is_main = path.stem == name
+        for figure_path in evaluator.plot_results(record, folder / "plots" / ("" if is_main else path.stem)):
             console.print(f"wrote {figure_path}")
     if missing := missing_tasks(record["results"]):
         raise RunError(f"these tasks were not evaluated: {', '.join(missing)}")
@@ -134,12 +138,10 @@ def build_evaluator(name: str, model: EvalModel, config: EvalConfig) -> Evaluato
         raise
 
 
-def load_finished(path: Path, inputs: dict) -> dict | None:
-    """Return the record at `path` if it was made from the same inputs and no task is missing."""
-    record = read_json(path)
-    if record is None or any(record.get(key) != value for key, value in inputs.items()):
-        return None
-    return None if missing_tasks(record["results"]) else record
+def load_finished(folder: Path, identity: ResultIdentity) -> dict | None:
+    """Return the record of this identity in `folder`, if no task is missing in it."""
+    record = find_result(folder, identity)
+    return None if record is None or missing_tasks(record["results"]) else record
 
 
 def print_failure(name: str, error: Exception, console: Console) -> None:
@@ -166,18 +168,30 @@ def show_progress(name: str, evaluator: Evaluator, context: EvalContext) -> Iter
 # ------------------------------------------------------------------------------------------------------ the record
 
 
-def describe_inputs(evaluator: Evaluator, model: EvalModel) -> dict:
-    """Return what the results depend on, as JSON. Results whose inputs are equal are not computed again."""
+def identify_result(name: str, evaluator: Evaluator, model: EvalModel) -> ResultIdentity:
+    """Return what the results depend on. A result of equal identity is not computed again."""
     settings = {
         **evaluator.settings,
         "precision": model.precision,
         "tokenizer": model.tokenizer and model.tokenizer.fingerprint,
         "document_prefix": model.document_prefix,
     }
-    return json.loads(json.dumps({"checksum": model.checksum, "settings": settings}))
+    checkpoint = model.name.partition("/")[2] if model.run_config else None
+    return ResultIdentity(name, checkpoint, model.checksum, json.loads(json.dumps(settings)))
 
 
-def describe_model(name: str, model: EvalModel, config: EvalConfig, context: EvalContext) -> dict:
+def is_own_text(identity: ResultIdentity, model: EvalModel, config: EvalConfig) -> bool | None:
+    """Return whether the text read is of the set that the run was trained on. None: there is no run, or no text."""
+    settings = identity.settings
+    if model.run_config is None or "data_sha256" not in settings:
+        return None
+    if config.data_path is None:
+        return True
+    manifest = model.data_manifest
+    return bool(manifest) and settings["data_sha256"] == split_sha256(manifest, settings["split"])
+
+
+def describe_model(model: EvalModel, config: EvalConfig, context: EvalContext) -> dict:
     """Return the part of an evaluator's record that says what was evaluated, and by what."""
     run_config = model.run_config
     made_by = describe_environment()
@@ -185,8 +199,8 @@ def describe_model(name: str, model: EvalModel, config: EvalConfig, context: Eva
         made_by["versions"]["lm-eval"] = metadata.version("lm-eval")
     other_config = {"model_type": model.causal_lm.config.model_type}
     return {
-        "evaluator": name,
-        "model": model.name,
+        "model": printable(model.name),
+        "model_id": model.model_id,
         "run": run_config.name if run_config else None,
         "checkpoint": model.name.partition("/")[2] if run_config else config.checkpoint,
         "parameters": model.parameters,

@@ -8,11 +8,14 @@ import queue
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich import box
@@ -21,9 +24,17 @@ from rich.table import Table
 
 from glalm.cli import CONFIGS, compose_config
 from glalm.config.strict import ConfigError, check_overrides, require
+from glalm.evals.identity import describe_differences
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import median_training_speed, read_json, write_json
+from glalm.evals.result_files import (
+    current_results,
+    is_own_text,
+    median_training_speed,
+    read_json,
+    select_result,
+    write_json,
+)
 from glalm.model.flops import model_cost
 from glalm.model.mixers import MIXERS
 from glalm.train.metrics import read_metrics
@@ -54,8 +65,23 @@ class LadderRun:
     train_arguments: list[str]
     eval_arguments: list[str]
 
+    @cached_property
+    def eval_config(self) -> EvalConfig:
+        return compose_config(EvalConfig, "eval", self.eval_arguments)
+
     def results(self, evaluator: str) -> dict | None:
-        return read_json(self.config.folder / "eval" / f"{evaluator}.json")
+        """Return the result of an evaluator with this ladder's settings, whatever else was evaluated in the run."""
+        config = self.eval_config
+        asked = {"data_path": config.data_path} if config.data_path else {}
+        if evaluator == "extrapolation":
+            asked |= asdict(config.extrapolation)
+        found = []
+        for record in current_results(self.config.folder):
+            settings = record["settings"]
+            is_own = config.data_path is not None or is_own_text(record)
+            if is_own and all(settings.get(key, value) == value for key, value in asked.items()):
+                found.append(record)
+        return select_result(found, evaluator)
 
     def completion_record(self) -> dict:
         """Return what is written once both commands have succeeded: the resolved config, whatever set its values."""
@@ -265,18 +291,26 @@ def write_results(runs: list[LadderRun], args: argparse.Namespace) -> None:
         "versions": evaluated["versions"],
         "rows": rows,
     }
-    write_json(args.folder / "ladder.json", record)
+    differences = describe_differences([run.results("perplexity") for run in runs])
+    write_json(args.folder / "ladder.json", record | {"differences": differences})
     print_table(rows)
+    if differences:
+        print(f"These perplexities do not compare: {'; '.join(differences)}.")
     # Runs with longer windows are left out of the figure, because their validation losses do not compare.
     shortest = min(run.config.data.seq_len for run in first_seeds)
     losses = {r.model: r.config.folder / "metrics.jsonl" for r in first_seeds if r.config.data.seq_len == shortest}
     positions = [run.results("extrapolation") | {"model": run.model} for run in first_seeds]
-    figures = [
-        *plot_losses(losses, args.folder / "loss.png"),
-        *plot_extrapolation(positions, args.folder / "positions.png"),
-    ]
-    for figure in figures:
-        print(f"wrote {figure}")
+    draw_figure(plot_losses, losses, args.folder / "loss.png")
+    draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
+
+
+def draw_figure(draw: Callable[[Any, Path], list[Path]], content: Any, path: Path) -> None:
+    """Draw one figure, or print why its curves do not compare."""
+    try:
+        for figure in draw(content, path):
+            print(f"wrote {figure}")
+    except ValueError as error:
+        print(f"{path} was not drawn: {error}")
 
 
 def build_row(model: str, runs: list[LadderRun]) -> dict:

@@ -14,8 +14,9 @@ from tempfile import TemporaryFile
 import torch
 
 from glalm.config.strict import ConfigError, RunError
+from glalm.evals.identity import ResultIdentity
 from glalm.evals.plot import plot_mqar
-from glalm.evals.result_files import read_json, write_json
+from glalm.evals.result_files import load_results, save_result
 from glalm.prepare.workers import bind_to_parent
 from glalm.studies.mqar import Job, MQARConfig, train
 from glalm.train.run_dir import lock_run_dir
@@ -45,9 +46,9 @@ def check_writable(folder: Path) -> None:
 def run_sweep(config: MQARConfig, folder: Path) -> int:
     settings = config.settings()
     results: dict[Job, dict] = {}
+    saved = {record.get("identity"): record for record in load_results(folder, skip_damaged=True).values()}
     for job in list_jobs(config):
-        found = read_json(result_path(folder, job))
-        if found is not None and found["settings"] == settings:
+        if found := saved.get(identify_job(config, job).digest):
             results[job] = found["results"]
     missing = [job for job in list_jobs(config) if job not in results and not is_solved(config, job, results)]
     print(
@@ -62,14 +63,15 @@ def run_sweep(config: MQARConfig, folder: Path) -> int:
             print(f"{n}/{len(missing)} {failures[-1]}", file=sys.stderr, flush=True)
             continue
         results[job] = result = asdict(job) | future.result()
-        write_json(result_path(folder, job), {"evaluator": "mqar", "settings": settings, "results": result})
+        record = identify_job(config, job).to_record() | {"settings": settings, "results": result}
+        save_result(folder, record, job.name)
         partial_path(folder, job).unlink(missing_ok=True)
         print(
             f"{progress}: accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s",
             flush=True,
         )
     if results:
-        for figure in plot_mqar([result_path(folder, job) for job in results], folder / "plots" / "mqar.png"):
+        for figure in plot_mqar([{"results": result} for result in results.values()], folder / "plots" / "mqar.png"):
             print(f"wrote {figure}")
     if failures:
         raise RunError(f"{len(failures)} models were not trained: {'; '.join(failures)}")
@@ -136,8 +138,9 @@ def train_job(config: MQARConfig, number: int, job: Job) -> dict:
     return train(config, job, device, partial_path(Path(config.folder), job))
 
 
-def result_path(folder: Path, job: Job) -> Path:
-    return folder / "eval" / f"{job.name}.json"
+def identify_job(config: MQARConfig, job: Job) -> ResultIdentity:
+    """Return what the result of one model of the sweep depends on."""
+    return ResultIdentity("mqar", None, "", config.settings() | asdict(job))
 
 
 def partial_path(folder: Path, job: Job) -> Path:

@@ -32,6 +32,7 @@ from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from glalm.config.run import CheckpointConfig
+from glalm.data.checksums import combine_weights
 from glalm.data.files import (
     DamagedFile,
     UnreadableFile,
@@ -414,9 +415,7 @@ def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
 
 def weights_sha256(path: Path) -> str:
     """Return the checksum that identifies a checkpoint's weights: of the model file, or of its parts' checksums."""
-    manifest = sorted(_read_manifest(path).items())
-    checksums = [entry["sha256"] for name, entry in manifest if name.startswith("model")]
-    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
+    return combine_weights(_read_manifest(path))
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:

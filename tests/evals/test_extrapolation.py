@@ -265,7 +265,7 @@ def test_multiples():
 @pytest.fixture
 def split(stream, monkeypatch):
     split = stream(100, 50, 97, 140)
-    split.fingerprint = "f"
+    split.sha256 = "f"
     monkeypatch.setattr(module, "open_split", lambda config, model, name: split)
 
 

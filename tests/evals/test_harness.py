@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("lm_eval")
 
@@ -19,7 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from glalm.config.strict import ConfigError
-from glalm.evals import local_tasks
+from glalm.evals import harness, local_tasks
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
 from glalm.evals.harness import (
@@ -152,6 +154,48 @@ def test_a_text_ends_where_the_model_ends_it(eval_model, monkeypatch):
     for until, expected in ((["zz"], "beta"), (["zz", "t", "e"], "b")):
         [found] = lm.generate_until(instances("generate_until", [("alpha", {"until": until, "max_gen_toks": 20})]))
         assert found.strip() == expected
+
+
+@given(st.tuples(st.text("ab \n", max_size=5), st.text("ab \n", max_size=5)))
+@example(("", ""))
+@example((" ", "b"))
+@example(("a", ""))
+@settings(deadline=None, max_examples=12)
+def test_a_request_of_blanks_or_of_nothing_is_scored_as_any_other(eval_model, pair):
+    """The tokenizer has one id per byte and adds no BOS, so a text's ids are those of its parts."""
+    context, continuation = pair
+    encode = eval_model.tokenizer.encode
+    before = context.rstrip()
+    ids = encode(context[len(before) :] + continuation)
+    start = encode(before) or [eval_model.tokenizer.bos_id]
+    logits = eval_model.causal_lm(torch.tensor([start + ids])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(start) + i - 1, token].item() for i, token in enumerate(ids))
+    others = [("alpha", " beta"), ("", "gamma")]
+    alone = harness_lm(eval_model).loglikelihood(instances("loglikelihood", others))
+    found = harness_lm(eval_model).loglikelihood(instances("loglikelihood", [others[0], pair, others[1]]))
+    nats = [answer.log_likelihood for answer in found]
+    assert nats == pytest.approx([alone[0].log_likelihood, expected, alone[1].log_likelihood], abs=1e-4)
+
+
+def test_texts_without_a_token_end_nothing(eval_model):
+    lm = harness_lm(eval_model, stateful=True)
+    [nothing, some] = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("",), ("alpha",)]))
+    assert nothing == 0 and some < 0
+    options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    asked = instances("generate_until", [("", options), (eval_model.tokenizer.decode([1]), options)])
+    assert len(lm.generate_until(asked[:1])) == 1
+
+
+def test_a_task_that_fails_leaves_the_others(eval_model, data_dir, monkeypatch):
+    run_task = harness.run_task
+
+    def broken(name, *arguments):
+        return 1 / 0 if name == "arc_easy" else run_task(name, *arguments)
+
+    monkeypatch.setattr(harness, "run_task", broken)
+    results = found(eval_model, data_dir, ["arc_easy", "lambada_openai"])
+    assert results["missing"] == {"arc_easy": "ZeroDivisionError: division by zero"}
+    assert [*results["tasks"]] == ["lambada_openai"]
 
 
 def test_processes_share_the_requests(eval_model, monkeypatch, thread_contexts):

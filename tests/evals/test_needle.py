@@ -71,7 +71,7 @@ HAY = np.frombuffer(b"It was a bright cold day in April, and the clocks were str
 @pytest.fixture
 def hay(monkeypatch):
     class Split:
-        folder, fingerprint, num_tokens = "memory", "f", len(HAY) + 2
+        folder, split, sha256, num_tokens = "memory", "test", "f", len(HAY) + 2
 
         def read_tokens(self, start, stop):
             return np.concatenate([[2], HAY, [3]])[start:stop]

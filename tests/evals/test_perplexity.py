@@ -51,7 +51,7 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 64}
     model = GLALMForCausalLM(GLALMConfig(**shape, mixer=mixer, initializer_range=0.3)).eval()
     split = stream(7, 20, 1, 15, 30)
-    split.fingerprint = "f"
+    split.sha256 = "f"
     borders = np.cumsum([0, 7, 20, 1, 15, 30])
     split.document_starts = lambda start, stop: borders[(borders >= start) & (borders < stop)]
     run = SimpleNamespace(data=SimpleNamespace(document_boundaries="reset_state"))

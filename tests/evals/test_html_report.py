@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from glalm.evals.html_report import distinct_names, render_report
+from glalm.evals.plot import plot_losses
 from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, ZERO_SHOT
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +202,54 @@ def test_scores_of_other_settings_than_the_papers_say_so(run):
     write(run, "paper_zero_shot", {"tasks": tasks, "missing": {}}, settings=other)
     said = "demo, unlike the paper: harness.limit=100, harness.stateful=True, Wiki ppl of the tokenized text"
     assert said in Page(render_report([run])).text
+
+
+def test_scores_of_two_checkpoints_or_of_other_options_are_no_row_together(run):
+    settings = {"limit": None, "num_fewshot": None, "stateful": False}
+    write(run, "paper_zero_shot", {"tasks": {"piqa": {"acc": 0.6}}}, checkpoint="step_10", settings=settings)
+    write(run, "zero_shot", {"tasks": {"winogrande": {"acc": 0.5}}}, settings=settings | {"limit": 100})
+    found = Page(render_report([run]))
+    [table] = [t for t in found.tables if "Wiki ppl" in t[0]]
+    assert table[1] == ["demo (step_10)", "–", "–", "–", "60.0", "–", "–", "–", "–", "–"]
+    assert table[2] == ["demo (step_20, limit=100)", "–", "–", "–", "–", "–", "50.0", "–", "–", "–"]
+    assert "demo (step_20, limit=100), unlike the paper: harness.limit=100" in found.text
+    write(run, "paper_zero_shot", {"tasks": {"piqa": {"acc": 0.6}}}, settings=settings)
+    write(run, "zero_shot", {"tasks": {"winogrande": {"acc": 0.5}}}, settings=settings)
+    [table] = [t for t in Page(render_report([run])).tables if "Wiki ppl" in t[0]]
+    assert table[1] == ["demo", "–", "–", "–", "60.0", "–", "50.0", "–", "–", "–"]
+
+
+def test_numbers_that_do_not_compare_are_in_figures_of_their_own_that_say_why(run):
+    other = make_run(run.parent / "other")
+    mine = {"data_path": "data/mine", "data_sha256": "aa", "split": "test", "text": "documents"}
+    for folder, settings in ((run, mine), (other, mine | {"data_path": "data/foreign", "data_sha256": "bb"})):
+        write(folder, "extrapolation", EXTRAPOLATION, settings=settings)
+        write(folder, "perplexity", {"perplexity": 19.5}, settings=settings, own_text=folder == run)
+    found = Page(render_report([run, other]))
+    captions = [image["alt"] for image in found.images]
+    assert len(captions) == 5
+    for text in ("On mine.", "On foreign."):
+        assert sum(text in caption for caption in captions) == 2
+    assert found.row("other")[5] == "19.50 on foreign"
+    assert "The validation perplexities do not compare: data: mine / foreign." in found.text
+    assert "The far / near do not compare: data: mine / foreign." in found.text
+    write(other, "extrapolation", EXTRAPOLATION, settings=mine)
+    assert len(Page(render_report([run, other])).images) == 3
+
+
+def test_losses_on_other_validation_text_are_in_figures_of_their_own(run):
+    other = make_run(run.parent / "other")
+    for folder in (run, other):
+        record = json.loads((folder / "run.json").read_text())
+        data = {"path": f"data/{folder.name}", "seq_len": 8, "document_boundaries": "ignore"}
+        record["config"] |= {"data": data, "train": {"eval_sequences": 4}}
+        (folder / "run.json").write_text(json.dumps(record))
+        manifest = {"tokenizer": {"fingerprint": folder.name}, "splits": {"validation": {"sources": {}}}}
+        (folder / "data.json").write_text(json.dumps(manifest))
+    captions = [image["alt"] for image in Page(render_report([run, other])).images]
+    assert captions[:2] == ["Validation losses. On demo.", "Validation losses. On other."]
+    with pytest.raises(ValueError, match="these results do not compare: data: demo / other"):
+        plot_losses({folder.name: folder / "metrics.jsonl" for folder in (run, other)}, run / "loss.png")
 
 
 def test_a_part_of_the_tasks_leaves_the_rest_empty(run):

@@ -321,3 +321,24 @@ def test_a_name_with_a_dot_has_no_suffix(tmp_path):
         plot_ratios([result()], tmp_path / name)
     names = {f"{name}{suffix}" for name in ("ratio_0.5", "ratio_0.7", "v1.2", ".hidden") for suffix in (".png", ".svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_results_that_do_not_compare_are_not_drawn_together(figures):
+    documents = result("a") | {"settings": {"text": "documents", "max_length": 64}}
+    stream = result("b") | {"settings": {"text": "stream", "max_length": 64}}
+    for draw in (plot_extrapolation, plot_ratios):
+        with pytest.raises(ValueError, match="these results do not compare: text: documents / stream"):
+            draw([documents, stream], "x.png")
+    longer = result("b") | {"evaluator": "extrapolation", "settings": {"text": "documents", "max_length": 128}}
+    plot_extrapolation([documents | {"evaluator": "extrapolation"}, longer], "x.png")  # Lengths are the axis.
+    assert len(figures) == 1
+
+
+def test_models_of_other_steps_and_precisions_say_so(figures):
+    records = [
+        result("a") | {"checkpoint": f"step_{step}", "settings": {"precision": precision}}
+        for step, precision in ((2, "fp32"), (4, "bf16"))
+    ]
+    plot_ratios(records, "x.png")
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["a (1.23M parameters), step_2, fp32", "a (1.23M parameters), step_4, bf16"]

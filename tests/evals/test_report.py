@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from glalm.data.shards import split_sha256
 from glalm.evals.report import print_report
 
 METRICS = [
@@ -132,3 +133,51 @@ def test_checkpoints_that_were_set_aside_are_listed(run):
     found = [line[0].rpartition("/")[2] for line in printed(run) if "/checkpoints/" in line[0]]
     aside = ["step_4.superseded", "step_4.superseded2", "step_9", "step_10", "step_10.damaged", "step_best"]
     assert found == aside
+
+
+def write_result(run: Path, evaluator: str, **changes) -> None:
+    content = {"perplexity": PERPLEXITY, "extrapolation": EXTRAPOLATION}[evaluator] | changes
+    (run / "eval" / f"{evaluator}.json").write_text(json.dumps(content))
+
+
+def test_numbers_of_other_text_name_it_and_are_divided_by_none_of_the_runs(run):
+    foreign = {"own_text": False, "settings": {"data_path": "data/foreign", "data_sha256": "f", "seq_len": 256}}
+    write_result(run, "perplexity", **foreign)
+    write_result(run, "extrapolation", **foreign)
+    lines = printed(run)
+    assert ["after step 30, on foreign", "10.000", "eval/perplexity.json"] in lines
+    assert ["after / before", f"{11 / 2000:.3g}", "metrics.jsonl, step 20"] in lines
+    assert ["perplexity at 2x / 1x, on foreign", "0.950 (0.940-0.960)", "eval/extrapolation.json"] in lines
+
+
+def test_a_perplexity_of_more_windows_than_training_validates_on_is_not_divided(run):
+    (run / "run.json").write_text(
+        json.dumps(
+            {
+                "config": {
+                    "data": {"path": "d", "seq_len": 8, "document_boundaries": "ignore"},
+                    "train": {"eval_sequences": 4},
+                }
+            }
+        )
+    )
+    manifest = {"tokenizer": {"fingerprint": "t"}, "splits": {"validation": {"sources": {}}}}
+    (run / "data.json").write_text(json.dumps(manifest))
+    settings = {
+        "data_path": "d",
+        "data_sha256": split_sha256(manifest, "validation"),
+        "seq_len": 8,
+        "document_boundaries": "ignore",
+    }
+    for windows, ratio, source in ((4, 10 / 2000, "both"), (5, 11 / 2000, "metrics.jsonl, step 20")):
+        write_result(run, "perplexity", settings=settings, results={"perplexity": 10.0, "windows": windows})
+        assert ["after / before", f"{ratio:.3g}", source] in printed(run)
+
+
+def test_a_ratio_names_its_context(run):
+    contexts = EXTRAPOLATION["results"]["contexts"]["stateful"]
+    write_result(run, "extrapolation", results={"train_length": 256, "contexts": {"reset": contexts}})
+    assert any(line[0] == "perplexity at 2x / 1x, reset" for line in printed(run))
+    both = {"train_length": 256, "contexts": {"reset": {"ratios": {"2": ratio(1.5)}}, "stateful": contexts}}
+    write_result(run, "extrapolation", results=both)
+    assert ["perplexity at 2x / 1x", "0.950 (0.940-0.960)", "eval/extrapolation.json"] in printed(run)

@@ -1,8 +1,9 @@
 """Draw one figure of several models' results: glalm plot FIGURE FOLDER ... [--out FILE]
 
 FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), decode_speed, training. FOLDER: runs,
-or models that `glalm eval` evaluated, or one result of them, FOLDER/eval/NAME.json. Results that do not compare, because
-their text or settings differ, are refused. Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the first.
+or models that `glalm eval` evaluated, or one result of theirs, FOLDER/eval/NAME.json. Results that do not compare,
+because their text or settings differ, are refused. Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the
+first one.
 """
 
 import argparse

@@ -58,7 +58,8 @@ class HarnessEvaluator(Evaluator):
         model.require_length(max_length, "harness.max_length")
         require(
             tokenizer.vocab_size <= model.vocab_size,
-            f"evals=[{self.name}]: the tokenizer has {tokenizer.vocab_size} tokens, {model.name} {model.vocab_size}",
+            f"evals=[{self.name}]: the tokenizer has {tokenizer.vocab_size} tokens, {model.name} only "
+            f"{model.vocab_size}",
         )
         require(
             not options.stateful or (model.accepts_state and model.max_length is None),

@@ -31,27 +31,25 @@ def read_json(path: Path) -> dict | None:
     """Return the content of a JSON file. None: there is no such file.
 
     Raises:
-        ValueError: It is damaged; the message names it.
+        DamagedFile: It cannot be read, or does not hold an object; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        return files.read_json(path)
+    except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def load_results(folder: Path, skip_damaged: bool = False) -> dict[Path, dict]:
     """Return the results in FOLDER/eval, {file: record}. Other JSON is skipped, and so are unfinished evaluations.
 
     Raises:
-        ValueError: A file is damaged, and not `skip_damaged`; the message names it.
+        DamagedFile: A file is damaged, and not `skip_damaged`; the message names it.
     """
     results = {}
     for path in filter(Path.is_file, sorted(folder.glob("eval/[!.]*.json"))):
         try:
-            record = read_json(path)
-        except ValueError:
+            record = files.read_json(path, object)
+        except files.DamagedFile:
             if not skip_damaged:
                 raise
             continue
@@ -108,7 +106,7 @@ def current_results(folder: Path) -> list[dict]:
     by another of the same name is left out.
 
     Raises:
-        ValueError: A file is damaged; the message names it.
+        DamagedFile: A file is damaged; the message names it.
     """
     results = [
         record | {"file": f"eval/{path.name}"}
@@ -140,8 +138,12 @@ def is_superseded(folder: Path, record: dict) -> bool:
     """Return whether the checkpoint of that name in the run's folder has other weights than those evaluated."""
     if step_of(record) < 0 or not record["checksum"]:
         return False
-    manifest = read_json(folder / "checkpoints" / record["checkpoint"] / "manifest.json")
-    return manifest is not None and combine_weights(manifest["files"]) != record["checksum"]
+    path = folder / "checkpoints" / record["checkpoint"] / "manifest.json"
+    try:
+        manifest = files.read_json(path, {"files": {str: {"sha256": str}}})
+    except (FileNotFoundError, files.DamagedFile):
+        return False  # It is not known.
+    return combine_weights(manifest["files"]) != record["checksum"]
 
 
 def describe_validation(folder: Path) -> dict:

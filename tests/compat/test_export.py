@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import glalm.hf  # noqa: F401 (registers the model)
-from glalm.compat.export import export_run
+from glalm.compat.export import export_run, format_scores
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity
@@ -22,6 +22,7 @@ from glalm.prepare.tokenizer_training import train_sentencepiece
 from glalm.train import checkpoint
 from glalm.train.trainer import train
 
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "state.json", "training.safetensors")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export_hf.py"
 
 
@@ -56,6 +57,33 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     generate = pipeline("text-generation", model=str(out))
     more = {"do_sample": False, "max_new_tokens": 3}
     assert generate(texts, batch_size=2, **more) == [generate(text, **more) for text in texts]
+
+
+def test_scores_on_the_card_say_what_they_are_of(tmp_path):
+    """None is of a part of a task, of other text or of other weights without a word."""
+    path = tmp_path / "checkpoints" / "step_6"
+    path.mkdir(parents=True)
+    files = {name: {"sha256": "c0ffee", "bytes": 1} for name in CHECKPOINT_FILES}
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "eval").mkdir()
+    text = {"data_path": "/private/foreign", "data_sha256": "f", "split": "validation", "seq_len": 32}
+    for name, settings, weights in (
+        ("perplexity", text, "c0ffee"),
+        ("zero_shot", {"limit": 100, "num_fewshot": 5}, "c0ffee"),
+        ("needle", {}, "other"),
+    ):
+        result = {
+            "checkpoint": "step_6",
+            "checksum": weights,
+            "settings": settings,
+            "results": {},
+            "metrics": {"x": 0.5},
+        }
+        (tmp_path / "eval" / f"{name}.json").write_text(json.dumps(result))
+    assert format_scores(path).splitlines()[2:] == [
+        "| perplexity (validation split of foreign, windows of 32 tokens) | x | 0.5 |",
+        "| zero_shot (only the first 100 questions of each task, 5 examples before each question) | x | 0.5 |",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece", "transformers"])

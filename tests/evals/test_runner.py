@@ -195,6 +195,58 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
     assert len(ran) == 4
 
 
+def test_other_text_has_results_of_its_own(run, data, tmp_path, capsys):
+    """Neither do they replace those of the run's own text, nor does a set that has grown keep its old ones."""
+    words = ["alpha beta gamma", "delta alpha", "beta"]
+    for name, count in (("first", 20), ("more", 30)):
+        lines = (json.dumps({"text": " ".join(words[(i + k) % 3] for k in range(20 + i))}) for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    other = tmp_path / "other"
+    tokenizer = str(data / "tokenizer.model")
+    prepare_data(
+        [tmp_path / "first.jsonl"], other, tokenizer=tokenizer, held_out={"validation": 0.5, "test": 0}, progress=False
+    )
+    only = {"evals": ["perplexity"]}
+
+    def evaluated(**changes) -> dict:
+        """Evaluate, and return {the tokens that were scored: own_text} of all results."""
+        evaluate(wanted(run, **only, **changes))
+        records = [json.loads(path.read_text()) for path in (run.folder / "eval").iterdir()]
+        return {record["results"]["tokens"]: record["own_text"] for record in records}
+
+    def scored(folder: Path) -> int:
+        return 16 * len(Windows(TokenSet(folder, "validation"), 16))
+
+    assert evaluated(data_path=str(other)) == {scored(other): False}
+    assert record(run, "perplexity")["own_text"] is False  # for want of another
+    assert evaluated() == {scored(other): False, scored(data): True}
+    before = scored(other)
+    prepare_data([tmp_path / "more.jsonl"], other, add=True, progress=False)
+    assert scored(other) > before
+    assert evaluated(data_path=str(other)) == {before: False, scored(other): False, scored(data): True}
+    assert record(run, "perplexity")["own_text"] is True
+    capsys.readouterr()
+    moved = shutil.copytree(other, tmp_path / "moved")
+    for changes in ({}, {"data_path": str(other)}, {"data_path": str(moved)}, {"data_path": str(data)}):
+        assert len(evaluated(**changes)) == 3
+        assert "is up to date" in capsys.readouterr().out
+
+
+def test_models_of_one_name_do_not_share_a_folder_of_results(run, tmp_path):
+    for name, step in (("x", 2), ("y", 4)):
+        shutil.copytree(run.folder / "checkpoints" / f"step_{step}", tmp_path / name / "model")
+    asked = {"evals": ["perplexity"], "data_path": run.data.path}
+    evaluate(wanted(run, checkpoint=str(tmp_path / "x/model"), **asked))
+    path = tmp_path / "runs/model/eval/perplexity.json"
+    first = path.read_text()
+    with pytest.raises(ConfigError, match=r"is a result of another model of that name .* write out=FOLDER"):
+        evaluate(wanted(run, checkpoint=str(tmp_path / "y/model"), **asked))
+    with pytest.raises(ConfigError, match=r"write out=FOLDER"):
+        evaluate(wanted(run, out=str(tmp_path / "runs/model"), evals=["generate"]))
+    assert path.read_text() == first
+    assert evaluate(wanted(run, checkpoint=str(tmp_path / "y/model"), out=str(tmp_path / "y"), **asked)) == 0
+
+
 def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):
     def broken(eval_model, config):
         raise ZeroDivisionError("by design")

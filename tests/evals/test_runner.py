@@ -431,7 +431,7 @@ def test_every_evaluator_can_be_had():
 
 
 def test_a_run_that_does_not_exist(run):
-    with pytest.raises(ConfigError, match=r"run\.json is missing.*python train\.py name=other"):
+    with pytest.raises(ConfigError, match=r"run\.json is missing.*glalm train name=other"):
         evaluate(wanted(run, name="other"))
 
 

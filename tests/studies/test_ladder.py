@@ -13,7 +13,8 @@ import pytest
 
 from glalm.cli import compose_config
 from glalm.evals.options import TrainingRun
-from glalm.evals.result_files import write_json
+from glalm.evals.plot import plot_extrapolation
+from glalm.evals.result_files import read_json, write_json
 from glalm.studies import ladder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
@@ -111,6 +112,26 @@ def test_means_over_seeds_are_of_nats(tmp_path):
     assert (row["tokens/s"], row["tokens"]) == (17.0, 240 * 8 * 128)
     assert row["seeds"] == {"1": math.exp(3.0), "2": math.exp(4.0)}
     assert "4x / 1x" not in row
+
+
+def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
+    """Other evaluations of a run are not taken for the ladder's, and unlike numbers are not compared in silence."""
+    arguments = ["name=gla-1", f"runs_dir={tmp_path}", "extrapolation.contexts=[stateful]"]
+    run = ladder.LadderRun("gla", compose_config(TrainingRun, "train", arguments[:2]), [], arguments)
+    for name, own, contexts in (
+        ("asked", True, ["stateful"]),
+        ("other", False, ["stateful"]),
+        ("more", True, ["reset"]),
+    ):
+        settings = {"contexts": contexts, "data_path": name, "data_sha256": name}
+        record = {"evaluator": "extrapolation", "own_text": own, "settings": settings, "results": name}
+        write_json(run.config.folder / "eval" / f"{name}.json", record)
+    assert run.results("extrapolation")["results"] == "asked"
+    foreign = ladder.LadderRun("gla", run.config, [], [*arguments, "data_path=other"])
+    assert foreign.results("extrapolation")["results"] == "other"
+    unlike = [read_json(run.config.folder / "eval" / f"{name}.json") for name in ("asked", "more")]
+    ladder.draw_figure(plot_extrapolation, unlike, tmp_path / "positions.png")
+    assert "positions.png was not drawn: these results do not compare: contexts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,24 @@ def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, 
         mqar_sweep.main(dataclasses.replace(config, seed=2))
 
 
+def test_sweeps_of_other_settings_share_a_folder(tmp_path, monkeypatch):
+    """Neither replaces the other's results, and both are complete afterwards."""
+    trained = []
+
+    def train_job(config, number, job):
+        trained.append(config.seed)
+        return {"accuracy": config.seed / 10, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": []}
+
+    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(mqar_sweep, "train_job", train_job)
+    config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16], learning_rates=[1e-2])
+    for seed in (1, 2, 1, 2):
+        mqar_sweep.main(dataclasses.replace(config, seed=seed))
+    assert trained == [1, 2]
+    results = [json.loads(path.read_text())["results"]["accuracy"] for path in (tmp_path / "eval").iterdir()]
+    assert sorted(results) == [0.1, 0.2]
+
+
 def test_what_one_learning_rate_solves_is_not_trained_at_the_others(tmp_path, monkeypatch):
     tried = []
 

@@ -352,7 +352,9 @@ def test_a_group_that_was_joined_is_left_before_the_process_ends(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever tests were before this one
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     start_processes()
     assert (joined, at_exit) == (["gloo"], [leave_process_group])
 

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.resume_from",
     "train.allow_changes",
     "train.log_every",
+    "train.statistics_every",
     "train.profile_steps",
     "train.memory_snapshot",
     "train.dry_run",
@@ -192,6 +193,7 @@ class TrainConfig:
     eval_every: int = 250  # steps between validations; the first and the last step are always validated
     eval_sequences: int = 128  # sequences per validation
     log_every: int = 10
+    statistics_every: int | None = None  # steps between statistics of each layer: gates, states, norms; null: none
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     init_from: str | None = None  # a folder of save_pretrained with the initial weights; null: random weights
@@ -209,6 +211,11 @@ class TrainConfig:
         require_exactly_one(self, "train", "batch_size", "batch_tokens")
         require_positive(self, "train", "steps", "tokens", "batch_size", "batch_tokens", "micro_batch_size")
         require_positive(self, "train", "eval_every", "eval_sequences", "log_every", "assumed_gpus")
+        require_positive(self, "train", "statistics_every")
+        require(
+            self.statistics_every is None or self.statistics_every % self.log_every == 0,
+            f"train.statistics_every={self.statistics_every} must be a multiple of train.log_every={self.log_every}",
+        )
         require(
             not self.checkpoint.keep_best or self.checkpoint.every % self.eval_every == 0,
             f"train.checkpoint.keep_best={self.checkpoint.keep_best} needs a validation at each checkpoint; set "

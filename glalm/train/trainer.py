@@ -26,6 +26,7 @@ from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.init_weights import build_initial_model
+from glalm.train.layer_statistics import gradient_norms, observe_layers, state_norms
 from glalm.train.metrics import MetricsWriter
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 from glalm.train.profile import Profiler
@@ -131,6 +132,7 @@ class StepResult:
     loss: Tensor  # this process's part: the mean over processes is the mean loss over all tokens with a target
     grad_norm: Tensor  # over all processes, before clipping
     lr: float
+    statistics: dict[str, Tensor]  # of layers and gradients, on the steps of train.statistics_every
 
 
 class Trainer:
@@ -170,6 +172,8 @@ class Trainer:
         step = state.step + 1
         loss = self.accumulate_gradients(batch)
         grad_norm = parallel.gradient_norm(self.module.parameters())
+        every = self.config.train.statistics_every
+        statistics = self.measure_layers(batch) if every and step % every == 0 else {}
         lr = learning_rate(step, self.config)
         set_learning_rate(state.optimizers, lr)
         state.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
@@ -177,7 +181,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         state.step = step
         state.tokens += self.plan.tokens_per_step
-        return StepResult(loss, grad_norm, lr)
+        return StepResult(loss, grad_norm, lr, statistics)
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of `batch` to the parameters' gradients, and return the loss as in StepResult.
@@ -209,6 +213,21 @@ class Trainer:
                 cache = detach_cache(output.cache)
                 total_loss += loss.detach()
         return total_loss
+
+    @torch.no_grad()
+    def measure_layers(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the gradient norms of groups of parameters, and statistics of each layer over one sequence of `batch`.
+
+        They are scalars on the device. Gradients must have been accumulated.
+        """
+        segment = split_batch(batch, self.plan.segment_length, dim=1)[0]
+        sequence = {name: x[:1] for name, x in segment.items()}
+        model = self.state.model
+        # Hooks do not reach into compiled blocks.
+        with torch.compiler.set_stance("force_eager"), observe_layers(model) as layers, self.accelerator.autocast():
+            output = self.module(**model_inputs(sequence), return_cache=True)
+        parallel.free_gathered_weights(self.module)
+        return gradient_norms(model) | layers | state_norms(output.cache)
 
     def _weigh_micro_batches(self, micro_batches: list[Batch]) -> list[float] | Tensor:
         """Return each micro-batch's share of the targets of all processes, times the number of processes."""
@@ -404,6 +423,9 @@ class TrainingLoop:
         metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step)}
         metrics |= self.state.guard.check(self.sources.order, self.config.folder, accelerator.is_main_process)
         metrics |= self.sources.metrics(step)
+        if result.statistics:
+            values = torch.stack(list(result.statistics.values())).tolist()
+            metrics |= drop_non_finite(dict(zip(result.statistics, values, strict=True)))
         return metrics | self.saver.failure_metrics() | self.metrics.failure_metrics()
 
     def _run_evaluations(self) -> dict[str, float]:

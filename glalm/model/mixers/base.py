@@ -54,6 +54,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def compute_log_gate(self, x: Tensor) -> Tensor | None:
+        """Return the log forget gates of x [B, T, d], [B, T, H] or [B, T, H, channels]; None if there are none."""
+        return None
+
     def flops(self, T: int) -> int:
         """Return the operations per token in a sequence of T tokens, except those of linear layers."""
         raise NotImplementedError

@@ -93,10 +93,6 @@ class DeltaNet(Mixer):
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
         return q, k, v, conv_state
 
-    def compute_log_gate(self, x: Tensor) -> Tensor | None:
-        """Return the log forget gates, [B, T, H] or [B, T, H, K], or None. The gated kinds override this."""
-        return None
-
     def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o)
 

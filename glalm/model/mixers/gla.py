@@ -156,6 +156,10 @@ class GatedLinearAttention(Mixer):
         # The log gates are float32, because the sum over a chunk would accumulate bf16's rounding errors.
         return {"g": log_gate(logits, self.gate_logit_normalizer).clamp(min=self.min_log_gate)}
 
+    def compute_log_gate(self, x: Tensor) -> Tensor | None:
+        arguments = self.gate_arguments(x)
+        return log_gate(arguments["g"], arguments.get("gate_logit_normalizer")) if arguments else None
+
     def split_heads(self, x: Tensor) -> Tensor:
         """Return x [B, T, H * D] as [B, T, H, D]."""
         return x.unflatten(-1, (self.num_heads, -1))

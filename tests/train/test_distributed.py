@@ -21,11 +21,13 @@ from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+STATISTICS = {"train.log_every": 2, "train.statistics_every": 2}
 OTHERS = {
     "reset, fsdp2, accumulating": KINDS["reset"] | MODES["fsdp2, accumulating"],
     "segments, ddp": KINDS["segments"] | MODES["ddp, accumulating"],
     "segments, fsdp2, selective": KINDS["segments"] | MODES["fsdp2, selective"],
     "bf16, ddp": KINDS["bf16"],
+    "statistics, fsdp2": MODES["fsdp2"] | STATISTICS,
     "bf16, fsdp2": KINDS["bf16"] | MODES["fsdp2"],
 }
 ROUNDED = ["ddp, accumulating", "fsdp2", "hsdp 2 x 1"]  # where sums over processes are taken in bf16 besides
@@ -58,7 +60,7 @@ def test_every_mode_gives_the_losses_and_weights_of_one_process(config, change, 
 @pytest.mark.slow
 def test_compiled_modes_give_the_same(config, change, tmp_path):
     compiled = {"train.compile": True}
-    compare(config, change, tmp_path, {"ddp": compiled, "fsdp2": compiled | MODES["fsdp2, selective"]})
+    compare(config, change, tmp_path, {"ddp": compiled | STATISTICS, "fsdp2": compiled | MODES["fsdp2, selective"]})
 
 
 def test_fsdp2_on_one_process_equals_the_plain_run(config, change):

@@ -72,9 +72,8 @@ def test_every_mixer_can_be_observed(run_config, change, mixer):
 
 
 def test_gradient_norms_of_groups_make_up_the_whole(model):
-    model(
-        torch.randint(model.config.vocab_size, (2, 9)), torch.randint(model.config.vocab_size, (2, 9))
-    ).loss.backward()
+    inputs, labels = torch.randint(model.config.vocab_size, (2, 2, 9))
+    model(inputs, labels).loss.backward()
     norms = gradient_norms(model)
     assert set(norms) == {f"grad_norm/{group}" for group in ("embeddings", "head", "mixers", "mlps", "norms")}
     whole = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])

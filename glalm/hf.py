@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import difflib
 import warnings
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 
 from glalm import IGNORE_INDEX
-from glalm.config.strict import require
+from glalm.config.strict import build_dataclass, require
 from glalm.kernels.common import sequence_ids
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
 from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
+from glalm.model.mixers import options_by_name
 from glalm.model.written_weights import collect_weights, explain_misfit
 from glalm.pretrained import load_pretrained
 
@@ -57,6 +59,12 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     model_type = "glalm"
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012 (transformers reads a plain dict)
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    base_model_fsdp_plan: ClassVar = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+    auto_map: ClassVar = {}  # trl reads it of every config. None of our classes is loaded from a checkpoint's code.
 
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
@@ -69,6 +77,13 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
             require(not near or hasattr(PreTrainedConfig, key), f"unknown key {key}; did you mean {near and near[0]}?")
         ModelConfig.__post_init__(self)
         PreTrainedConfig.__post_init__(self, **kwargs)
+
+    def __setattr__(self, name, value):
+        # `update` and plain assignments may bring mappings, too, in place of a mixer's options.
+        options = options_by_name().get(name)
+        if options is not None and isinstance(value, dict):
+            value = build_dataclass(options, value, f"model.{name}")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_model_config(cls, config: ModelConfig) -> "GLALMConfig":
@@ -158,6 +173,7 @@ class GLALMModel(GLALMPreTrainedModel):
 
     def __init__(self, config: GLALMConfig):
         super().__init__(config)
+        config.to_model_config()  # It raises ConfigError if the config was changed to a shape that does not fit.
         decoder = Decoder(config, CheckpointedBlock)
         self.embeddings = decoder.embeddings
         self.layers = decoder.layers
@@ -175,6 +191,8 @@ class GLALMModel(GLALMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        position_ids: LongTensor | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
@@ -187,9 +205,14 @@ class GLALMModel(GLALMPreTrainedModel):
             use_cache: whether to return the cache after the input. None: config.use_cache, except in training.
             cu_seqlens: [N + 1], the bounds 0, ..., T of N sequences that are packed into a batch of one. A wrong bound
                 raises a ValueError on the CPU only.
+            position_ids: [1 or B, T]. In a batch of one, another packed sequence begins where they restart, as with
+                cu_seqlens. They have no other effect.
+            output_attentions: wrappers always give it. True is an error: most mixers have no attention weights.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions:
+            raise TypeError(f"{type(self).__name__} gives no attention weights (output_attentions)")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -200,6 +223,8 @@ class GLALMModel(GLALMPreTrainedModel):
                 "keys and values, which this model does not have; use LoRA or prompt tuning."
             )
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is not None:
+            cu_seqlens = cu_seqlens_of_positions(position_ids, x, attention_mask, past_key_values, cu_seqlens)
         block_inputs = [] if output_hidden_states else None
         x, cache = run_blocks(
             self.layers,
@@ -222,8 +247,25 @@ class ExtraArguments(TypedDict, total=False):
     """Arguments of GLALMForCausalLM.forward that must not be in its signature, which transformers and peft inspect."""
 
     shift_labels: LongTensor  # Trainer would score only batches with every argument whose name contains "label".
-    output_attentions: bool  # peft always gives it. True is an error: most mixers have no attention weights.
+    output_attentions: bool
     position_ids: LongTensor  # generate would compute them and pass them on.
+
+
+class OutputWithLazyLogits(CausalLMOutputWithPast):
+    """An output whose logits are no item of it, and are computed when the attribute is read."""
+
+    compute_logits: Callable[[], Tensor] | None = None
+    computed_logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        if self.computed_logits is None and self.compute_logits is not None:
+            object.__setattr__(self, "computed_logits", self.compute_logits())
+        return self.computed_logits
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        object.__setattr__(self, "computed_logits", value)
 
 
 class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
@@ -231,6 +273,7 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
 
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch.
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+    _fsdp_plan: ClassVar = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GLALMConfig):
         super().__init__(config)
@@ -277,28 +320,33 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             labels: [B, T], aligned with input_ids as everywhere in transformers, and shifted here within each packed
                 sequence; or instead shift_labels [B, T], the next token of each position. With either, `loss` is the
                 mean cross-entropy in nats over the labels that are not -100. `logits` are then None, because they are
-                never all in memory, except beside `labels` in eval mode, where Trainer evaluates them.
+                never all in memory, except beside `labels` in eval mode, where Trainer evaluates them, and beside
+                inputs_embeds: wrappers that give these may take a loss of their own from the logits, which are
+                computed when the output's attribute is read.
             logits_to_keep: compute only the last so many logits (0: all), or those at these positions.
             num_items_in_batch: the loss is a sum divided by this instead of a mean, so that those of several batches
                 add up.
             z_loss: a factor for the mean of logsumexp(logits)^2, which is added to the loss.
-            position_ids: [1 or B, T]. In a batch of one, another packed sequence begins where they restart, as with
-                cu_seqlens. They have no other effect.
         """
         shift_labels = extra.pop("shift_labels", None)
         position_ids = extra.pop("position_ids", None)
-        if extra.pop("output_attentions", None):
-            raise TypeError(f"{type(self).__name__} gives no attention weights (output_attentions)")
+        output_attentions = extra.pop("output_attentions", None)
         if extra:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(extra)}")
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected the number of last logits, 0 for all, got {logits_to_keep}")
         if position_ids is not None:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            packed = cu_seqlens_of_positions(position_ids, length, attention_mask, past_key_values, cu_seqlens)
-            cu_seqlens = cu_seqlens if packed is None else packed
+            x = input_ids if inputs_embeds is None else inputs_embeds
+            cu_seqlens = cu_seqlens_of_positions(position_ids, x, attention_mask, past_key_values, cu_seqlens)
         out = self.model(
-            input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states, cu_seqlens
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_hidden_states,
+            cu_seqlens,
+            output_attentions=output_attentions,
         )
         hidden = out.last_hidden_state
         for name, value in (("labels", labels), ("shift_labels", shift_labels)):
@@ -315,9 +363,13 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         if shift_labels is None or (labels is not None and not self.training):
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, positions])
-        return CausalLMOutputWithPast(
+        is_lazy = logits is None and inputs_embeds is not None and not torch.compiler.is_compiling()
+        output = (OutputWithLazyLogits if is_lazy else CausalLMOutputWithPast)(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
+        if is_lazy:
+            object.__setattr__(output, "compute_logits", lambda: self.lm_head(hidden))
+        return output
 
     @torch.no_grad()
     def score(
@@ -385,31 +437,59 @@ def shift_within_sequences(labels: LongTensor, cu_seqlens: Tensor | None) -> Lon
     return torch.cat([following, torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
 
 
+RESTARTS = (
+    "position_ids restart, as those of packed sequences do. Packed sequences come in a batch of one, without "
+    "attention_mask, past_key_values or cu_seqlens; for anything else leave position_ids out."
+)
+
+
 def cu_seqlens_of_positions(
-    position_ids: Tensor, length: int, attention_mask: Tensor | None, *others: object
+    position_ids: Tensor,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: StateCache | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor | None:
-    """Return the bounds [N + 1] of the packed sequences that position_ids [1, T] describe, or None if it is only one.
+    """Return the bounds [N + 1] of the packed sequences that position_ids describe, or `cu_seqlens` if they do not.
 
     As in transformers, a sequence begins wherever a position is not the one before it plus 1. Positions at padding,
-    where attention_mask is 0, are ignored. This copies position_ids to the host.
+    where attention_mask is 0, are ignored.
 
-    Raises ValueError if positions restart in a batch of several rows, or beside attention_mask or one of `others`.
+    Args:
+        position_ids: [1 or B, T].
+        x: [B, T, ...], the model's input.
+        attention_mask, past_key_values, cu_seqlens: the model's other arguments, with which it cannot be packed.
+
+    Raises ValueError if positions restart where they cannot mean packed sequences. In compiled code, which cannot
+    branch on values, this is torch._assert_async's error.
     """
-    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != length:
+    B, T = x.shape[:2]
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != T:
         shape = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
-        raise ValueError(f"position_ids: expected a tensor of {length} positions a row, got {shape}")
+        raise ValueError(f"position_ids: expected a tensor of {T} positions a row, got {shape}")
     restarts = position_ids.diff(dim=-1) != 1
     if attention_mask is not None:
-        is_token = attention_mask[:, -length:] != 0
+        is_token = attention_mask[:, -T:] != 0
         restarts = restarts & is_token[:, 1:] & is_token[:, :-1]
+    if B == 1 and attention_mask is None and past_key_values is None and cu_seqlens is None:
+        return read_bounds(restarts.flatten(), T)
+    if torch.compiler.is_compiling():
+        torch._assert_async(~restarts.any(), RESTARTS)
+    elif restarts.any():
+        raise ValueError(RESTARTS)
+    return cu_seqlens
+
+
+def read_bounds(restarts: Tensor, T: int) -> Tensor | None:
+    """Return [0, ..., T] with a bound after each restart [T - 1], or None if there are none. This waits for a GPU."""
     if not restarts.any():
         return None
-    if len(restarts) != 1 or any(other is not None for other in (attention_mask, *others)):
-        raise ValueError(
-            "position_ids restart, as those of packed sequences do. Packed sequences come in a batch of one, without "
-            "attention_mask, past_key_values or cu_seqlens; for anything else leave position_ids out."
-        )
-    return F.pad(F.pad(restarts[0].nonzero().flatten() + 1, (1, 0)), (0, 1), value=length)
+    return F.pad(F.pad(restarts.nonzero().flatten() + 1, (1, 0)), (0, 1), value=T)
+
+
+# torch.compile breaks the graph here. With fullgraph=True it fails instead, and shows this reason.
+read_bounds._torchdynamo_disable = True
+read_bounds._torchdynamo_disable_msg = "the number of packed sequences is a value; pass cu_seqlens, not position_ids"
 
 
 # ----------------------------------------------------------------------------------------------------- registration

@@ -1,6 +1,8 @@
 """Load checkpoints by transformers' from_pretrained, but refuse those that do not fit the model."""
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from glalm.model.written_weights import advise, list_some
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Arguments of from_pretrained with which the caller says where the weights are.
 WEIGHTS_ARGUMENTS = {"state_dict", "gguf_file", "variant"}
+# The files of save_pretrained(distributed_checkpoint=True), which hold parts of tensors.
+DISTRIBUTED_PARTS = "shard-*-model-*-of-*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -55,6 +59,8 @@ def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kw
             f"{where or 'the state_dict'} has a head (lm_head.weight) of another shape than the embeddings, with which "
             "its config ties it. Set tie_word_embeddings to false, or vocab_size to that of the weights."
         ) from error
+    if files is not None and Path(files[0]).match(DISTRIBUTED_PARTS):
+        info["unexpected_keys"] = check_distributed_parts(where, files, model)
     if not lenient:
         check_loading_info(where, type(model).__name__, info, shapes_only=return_info)
     return (model, info) if return_info else model
@@ -63,12 +69,13 @@ def load_pretrained(read: Callable, where: str | os.PathLike | None, *args, **kw
 def find_weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
     """Return the safetensors files of a folder or hub repository, after checking that each can be opened."""
     entry = None
+    parts = sorted(str(path) for path in Path(where, hub.get("subfolder", "")).glob(DISTRIBUTED_PARTS))
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         entry = entry or cached_file(where, name, _raise_exceptions_for_missing_entries=False, **hub)
-    if entry is None:
+    if entry is None and not parts:
         raise ValueError(explain_missing_weights(where, Path(where) / hub.get("subfolder", "")))
-    files = [entry]
-    if entry.endswith(SAFE_WEIGHTS_INDEX_NAME):
+    files = parts or [entry]  # transformers prefers the parts, too.
+    if not parts and entry.endswith(SAFE_WEIGHTS_INDEX_NAME):
         files, _ = get_checkpoint_shard_files(where, entry, **hub)
     for path in files:
         try:
@@ -79,6 +86,27 @@ def find_weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
         except SafetensorError as error:
             raise ValueError(f"{path} is cut short or no safetensors file ({error}); copy it again") from error
     return files
+
+
+def check_distributed_parts(where: str | os.PathLike, files: list[str], model: nn.Module) -> set[str]:
+    """Return the names in a distributed checkpoint that the model does not have.
+
+    Raises ValueError if a part of a tensor is in none of the files. torch would leave that part of the weight as it is
+    in memory.
+    """
+    saved = Counter()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                saved[name] += math.prod(file.get_slice(name).get_shape())
+    needed = {name: weight.numel() for name, weight in model.state_dict().items()}
+    for name in saved.keys() & needed.keys():
+        if saved[name] < needed[name]:
+            raise ValueError(
+                f"{where} has {saved[name]} of the {needed[name]} numbers of {name}: one of its files "
+                f"({DISTRIBUTED_PARTS}) is missing; copy it too"
+            )
+    return saved.keys() - needed.keys()
 
 
 def explain_missing_weights(where: str | os.PathLike, folder: Path) -> str:

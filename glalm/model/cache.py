@@ -1,6 +1,7 @@
 """The cache that a decoder carries from one segment of a text to the next."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import LongTensor, Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_leaves, tree_map
 
 FORMAT = "glalm state cache"
 
@@ -18,12 +19,26 @@ class StateCache:
     """The mixer state of every layer, and the number of tokens it has seen. Only softmax attention's state grows.
 
     A forward pass never changes a cache but returns a new one, so a cache can be continued several times.
+
+    StateCache(iter(cache)) is a copy of the cache. nn.DataParallel joins the caches of its replicas in this way.
     """
 
     states: list = field(default_factory=list)  # one per layer, or none before the first token
     seen: int = 0  # tokens
 
     is_compileable: ClassVar[bool] = False  # transformers asks for this before it compiles decoding steps by itself.
+
+    def __post_init__(self):
+        if isinstance(self.states, Iterator):
+            seen, *self.states = self.states
+            self.seen = int(seen[0])
+
+    def __iter__(self) -> Iterator:
+        """Yield the number of tokens as a tensor [N], and then the states. The first axis of all is the sequences."""
+        leaves = tree_leaves(self.states)
+        rows = leaves[0] if leaves else torch.empty(1)
+        yield rows.new_full((len(rows),), self.seen, dtype=torch.int64)
+        yield from self.states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -75,3 +90,17 @@ class StateCache:
             leaves.setdefault(int(name.partition(".")[0]), []).append(tensors[name])
         states = [tuple(leaves[i]) if f"{i}.0" in tensors else leaves[i][0] for i in sorted(leaves)]
         return cls(states, int(metadata["seen"]))
+
+
+# torch.export and FSDP take the outputs of a model apart by this registration. The number of tokens is a leaf, too,
+# because it is an output of a program that is exported for any length.
+register_pytree_node(
+    StateCache,
+    lambda cache: ([cache.states, cache.seen], None),
+    lambda children, _: StateCache(*children),
+    serialized_type_name="glalm.model.cache.StateCache",
+    flatten_with_keys_fn=lambda cache: (
+        [(GetAttrKey("states"), cache.states), (GetAttrKey("seen"), cache.seen)],
+        None,
+    ),
+)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from shutil import copytree
@@ -10,11 +11,15 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from choices import EXACT, every_choice
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.nn.parallel import scatter_gather
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -32,9 +37,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import glalm.hf
 from glalm.data.tokenizer import Tokenizer as OurTokenizer
-from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel, shift_within_sequences
+from glalm.hf import GLALMConfig, GLALMForCausalLM, GLALMModel, cu_seqlens_of_positions, shift_within_sequences
+from glalm.model.cache import StateCache
 from glalm.model.fla_checkpoints import FORMATS
 from glalm.model.mixers.gla import GLAOptions
+from glalm.pretrained import check_distributed_parts
 
 HYBRID = {"layers": "gla+attention", "gla": {"short_conv": 4}}
 
@@ -424,6 +431,128 @@ def test_positions_at_padding_are_ignored(tiny, tokens):
         model(ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 0, 1], [*range(6)]]))
 
 
+@hypothesis.settings(max_examples=30)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=8), starts=st.lists(st.integers(0, 9), min_size=8))
+def test_positions_of_any_packing_give_its_bounds(lengths, starts):
+    """Two sequences are one if the positions of the second continue those of the first."""
+    positions, bounds = [], [0]
+    for length, start in zip(lengths, starts, strict=False):
+        if positions and start == positions[-1] + 1:
+            bounds.pop()
+        positions += range(start, start + length)
+        bounds.append(len(positions))
+    found = cu_seqlens_of_positions(torch.tensor([positions]), torch.zeros(1, len(positions)), None, None, None)
+    assert bounds[1:] == [len(positions)] if found is None else bounds == found.tolist()
+
+
+@pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "mamba2"}], ids=str)
+def test_positions_of_the_base_model(choice, tiny, tokens):
+    """TRL's packing and peft's feature extraction call it alone."""
+    model, ids, restart = tiny(**choice).model, tokens(1, 6), torch.tensor([[0, 1, 0, 0, 1, 2]])
+    apart = torch.cat([model(part).last_hidden_state for part in ids.split([2, 1, 3], 1)], 1)
+    found = model(ids, position_ids=restart, output_attentions=False).last_hidden_state
+    torch.testing.assert_close(found, apart, **EXACT)
+    with pytest.raises(TypeError, match=r"GLALMModel gives no attention weights"):
+        model(ids, output_attentions=True)
+
+
+@pytest.mark.slow
+def test_training_with_positions_compiles_without_a_graph_break(tiny, tokens):
+    torch._dynamo.reset()
+    model, ids = tiny(num_hidden_layers=1).train(), tokens(2, 10)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(ids, labels=ids, use_cache=False, position_ids=torch.arange(10)[None]).loss
+    found.backward()
+    torch.testing.assert_close(found, model(ids, labels=ids).loss)
+
+
+def test_compiled_code_refuses_positions_that_restart_in_a_batch():
+    torch._dynamo.reset()
+    compiled = torch.compile(cu_seqlens_of_positions, fullgraph=True, backend="aot_eager")
+    x, mask = torch.zeros(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    assert compiled(mask.cumsum(1) - 1, x, mask, None, None) is None
+    with pytest.raises(RuntimeError, match="position_ids restart"):
+        compiled(torch.tensor([[0, 1, 2, 3, 0, 1]]), x, mask, None, None)
+
+
+def test_positions_in_a_batch_of_one_break_the_graph_and_say_why():
+    torch._dynamo.reset()
+    restart, x = torch.tensor([[0, 1, 0, 0, 1, 2]]), torch.zeros(1, 6)
+    compiled = torch.compile(cu_seqlens_of_positions, backend="eager")
+    assert compiled(restart, x, None, None, None).tolist() == [0, 2, 3, 6]
+    torch._dynamo.reset()
+    compiled = torch.compile(cu_seqlens_of_positions, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="pass cu_seqlens, not position_ids"):
+        compiled(restart, x, None, None, None)
+
+
+@every_choice
+@torch.no_grad()
+def test_caches_of_replicas_are_gathered(choice, tiny, tokens, monkeypatch):
+    """nn.DataParallel joins outputs by scatter_gather.gather, of which a CPU lacks only the copy between devices."""
+    model, ids = tiny(**choice), tokens(4, 9)
+    join = SimpleNamespace(apply=lambda device, dim, *tensors: torch.cat(tensors, dim))
+    monkeypatch.setattr(scatter_gather, "Gather", join)
+    gathered = scatter_gather.gather([model(half) for half in ids.split(2)], "cpu")
+    torch.testing.assert_close(gathered.logits, model(ids).logits)
+    more, cache = tokens(4, 3, seed=2), gathered.past_key_values
+    expected = model(torch.cat([ids, more], 1)).logits[:, 9:]
+    assert cache.seen == 9
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, **EXACT)
+
+
+@every_choice
+def test_a_cache_is_taken_apart_and_put_together(choice, tiny, tokens):
+    cache = tiny(**choice)(tokens(2, 9)).past_key_values
+    leaves, structure = tree_flatten(cache)
+    again = tree_unflatten(leaves, structure)
+    assert type(again) is StateCache and again.seen == 9
+    torch.testing.assert_close(again.states, cache.states, rtol=0, atol=0)
+    assert list(StateCache(iter(StateCache([], 5)))) == [torch.tensor([5])]
+
+
+@pytest.mark.parametrize("choice", [{}, {"mixer": "attention"}], ids=str)
+@torch.no_grad()
+def test_exported_programs_return_and_continue_caches(choice, tiny, tokens):
+    model, ids, longer = tiny(**choice, num_hidden_layers=1), tokens(2, 10), tokens(2, 17)
+    shapes = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}}
+    program = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes).module()
+    found, expected = program(input_ids=longer), model(longer)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.past_key_values.seen == 17
+    step = {"input_ids": ids[:, :1], "past_key_values": expected.past_key_values}
+    found = torch.export.export(model, (), step).module()(**step)
+    torch.testing.assert_close(found.logits, model(**step).logits)
+    assert found.past_key_values.seen == 18
+
+
+def test_wrappers_can_take_their_own_loss_from_the_logits(tiny, tokens):
+    """They give inputs_embeds. The logits are computed when they are read, and with all gradients."""
+    model, ids = tiny().train(), tokens(2, 9)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+    calls.clear()
+    out = model(inputs_embeds=model.model.embeddings(ids), labels=torch.full_like(ids, -100))
+    called = len(calls)
+    torch.testing.assert_close(out.logits, expected)
+    assert out.logits is out.logits and len(calls) == called + 1 and [*out] == ["loss"]
+    out.logits.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_context_aware_prompt_tuning(tiny, tokens):
+    peft = pytest.importorskip("peft")
+    prompt = {"cpt_token_ids": [0, 1, 2, 3], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]}
+    model = peft.get_peft_model(tiny().float(), peft.CPTConfig(task_type="CAUSAL_LM", **prompt)).train()
+    ids = tokens(2, 9)
+    ones = torch.ones_like(ids)
+    loss = model(input_ids=ids, attention_mask=ones, labels=ids, input_type_mask=4 * ones).loss
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
 def test_prefix_tuning_is_refused(tiny, tokens):
     peft = pytest.importorskip("peft")
     shape = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 2, "num_virtual_tokens": 3}
@@ -490,6 +619,64 @@ def test_options_may_be_changed_in_loading(tiny, tokens, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, clamped(ids).logits)
     with pytest.raises(ValueError, match=r"model.num_heads=3 does not divide"):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_heads=3)
+
+
+def test_mappings_may_be_assigned_to_a_config(tiny):
+    config = tiny().config
+    config.update({"gla": {"short_conv": 3}, "num_hidden_layers": 1})
+    config.attention = {"window": 9}
+    assert config.gla == GLAOptions(short_conv=3) and config.attention.window == 9
+    assert GLALMForCausalLM(config).model.layers[0].attn.conv is not None
+    with pytest.raises(ValueError, match=r"unknown key model.gla.shortconv; did you mean model.gla.short_conv"):
+        config.gla = {"shortconv": 3}
+    config.num_heads = 5
+    with pytest.raises(ValueError, match=r"model.num_heads=5 does not divide"):
+        GLALMForCausalLM(config)
+
+
+def test_what_trl_reads_of_a_config(saved):
+    model, folder = saved()
+    assert AutoConfig.from_pretrained(folder).auto_map == {}
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert model.config.architectures == ["GLALMForCausalLM"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_fsdp_plan_names_all_modules_with_weights(tied, tiny):
+    model = tiny(tie_word_embeddings=tied)
+    covered = [re.compile(re.escape(key).replace(r"\*", r"\d+") + r"\.") for key in model.fsdp_plan]
+    assert all(any(key.match(name) for key in covered) for name, _ in model.named_parameters())
+    names = [name + "." for name, _ in model.named_modules()]
+    assert all(any(key.fullmatch(name) for name in names) for key in covered)
+
+
+def write_distributed_checkpoint(model: GLALMForCausalLM, folder, **more: torch.Tensor) -> None:
+    """Write what save_pretrained(distributed_checkpoint=True) does, which needs several processes, by its writer."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    model.config.save_pretrained(folder)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    dcp.save(weights | more, storage_writer=writer, no_dist=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_distributed_checkpoints(tied, tiny, tokens, tmp_path):
+    model, ids = tiny(tie_word_embeddings=tied).float(), tokens(1, 9)
+    write_distributed_checkpoint(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embeddings.weight) == tied
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_distributed_checkpoints_that_do_not_fit_are_refused(tiny, tmp_path):
+    model = tiny().float()
+    write_distributed_checkpoint(model, tmp_path / "more", other=torch.ones(3))
+    with pytest.raises(ValueError, match="has weights that the config has no place for: other"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "more")
+    write_distributed_checkpoint(model, tmp_path / "part")
+    parts = [str(path) for path in (tmp_path / "part").glob("shard-*")]
+    larger = tiny(vocab_size=60).float()
+    with pytest.raises(ValueError, match=r"has 1600 of the 1920 numbers of .*: one of its files .* is missing"):
+        check_distributed_parts(tmp_path / "part", parts, larger)
 
 
 def test_a_checkpoint_runs_no_code(saved, tokens):

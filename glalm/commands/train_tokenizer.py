@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from glalm.prepare.encode import HELD_OUT
-from glalm.prepare.sources import describe_skipped_files, parse_source
+from glalm.prepare.encode import HELD_OUT, check_shares
+from glalm.prepare.sources import collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
 from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
 from glalm.progress import ProgressBar
 
@@ -14,15 +14,14 @@ def main() -> int:
     args = parse_arguments()
     held_out = {split: getattr(args, split) for split in HELD_OUT}
     try:
+        check_shares(held_out)
         sources = [parse_source(spec) for spec in args.sources]
-        inputs = []
-        for source in sources:
-            inputs += source.inputs
+        inputs, repeated = collect_inputs(sources)
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with ProgressBar() as bar:
-            skipped = describe_skipped_files(sources)
-            if skipped:
-                bar.log(skipped)
+            for message in (describe_skipped_files(sources), describe_repeated_files(repeated)):
+                if message:
+                    bar.log(message)
             texts = read_training_texts(inputs, held_out, args.text_field, bar)
             max_bytes = args.sample_mb * 10**6
             model = train_sentencepiece(texts, args.out, args.vocab_size, model_type=args.type, max_bytes=max_bytes)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.encode import HELD_OUT, encode_batch
+from glalm.prepare.encode import HELD_OUT, check_shares, encode_batch
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.set_folder import explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
@@ -22,6 +22,7 @@ from glalm.prepare.sources import (
     Input,
     Source,
     collect_inputs,
+    describe_repeated_files,
     describe_skipped_files,
     parse_source,
     read_batches,
@@ -84,7 +85,7 @@ def prepare_data(
     if out.is_file():
         raise ValueError(f"{out} is a file. Name a folder to write the set to with --out.")
     sources = [parse_source(source) for source in sources]
-    inputs = collect_inputs(sources, out.resolve())
+    inputs, repeated = collect_inputs(sources, out.resolve())
     # Open the tokenizer now, because it may be part of the set that is replaced.
     opened = Tokenizer(tokenizer) if tokenizer else None
     settings = {
@@ -98,9 +99,9 @@ def prepare_data(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
-        skipped = describe_skipped_files(sources, out.resolve())
-        if skipped:
-            bar.log(skipped)
+        for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
+            if message:
+                bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if plan:
             run_plan(plan, inputs, out, on_error, workers or cores, commit_seconds, bar)
@@ -161,10 +162,7 @@ def _check_arguments(
     for split in held_out:
         if split not in SPLITS[1:]:
             raise ValueError(f"held_out names an unknown split {split!r}. The splits are {' and '.join(SPLITS[1:])}.")
-    if min(held_out.values(), default=0) < 0:
-        raise ValueError(f"held_out={dict(held_out)}: shares must be 0 or more.")
-    if sum(held_out.values()) >= 1:
-        raise ValueError(f"held_out={dict(held_out)} leaves no documents for training. Choose shares that sum below 1.")
+    check_shares(held_out)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
     if on_error not in ("stop", "skip"):

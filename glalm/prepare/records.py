@@ -7,6 +7,9 @@ documents and failures are counted in one place. Memory does not grow with the s
 
 import gzip
 import json
+import lzma
+import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,9 +25,13 @@ TABLES = (".parquet", ".arrow")  # one document per row
 SUFFIXES = (*TEXT, *JSONL, *TABLES)
 MAX_RECORD_BYTES = 2**30  # bounds memory
 ROWS_PER_BATCH = 256
-# The size of one read of a compressed file is small, because repetitive text can be a thousand times as long
-# once it is decompressed.
-COMPRESSED_READ_BYTES = 2**16
+MAX_BATCH_BYTES = 2**24  # of rows of a Parquet file that are unpacked at once, if they are of average size
+BLOCK_BYTES = 2**20  # of text that is split into lines at once
+# zstd needs 4 bytes for a block of 128 KiB of one repeated byte. So this many compressed bytes are at most 16 MiB.
+COMPRESSED_READ_BYTES = 2**9
+MIN_RECORD_BYTES = 64  # of memory
+# Python refuses integers of more than 4,300 digits. No number of a line is ever used, so its precision does not matter.
+JSON = json.JSONDecoder(parse_int=float)
 NAME_A_FIELD = "name one of them with --text-field or --source-field"
 
 
@@ -39,6 +46,7 @@ class BadRecord(Exception):
     """A record without a document. `args` are a reason, by which such records are counted, and a detail."""
 
 
+# Bytes are a line of a JSON file, with the blank lines before it.
 Record = bytes | TextFile | dict[str, Any] | BadRecord
 Chunks = Iterator[tuple[list[Record], int]]  # some records, and the bytes of the file read so far
 
@@ -70,7 +78,9 @@ def parse_records(
         first: The number of records that precede them in the input.
         text_field, source_field: See `extract_document`.
     """
-    for number, record in enumerate(records, start=first + 1):
+    number = first
+    for record in records:
+        number += count_lines(record)
         if isinstance(record, bytes) and not record.strip():
             continue
         try:
@@ -97,17 +107,29 @@ def extract_document(record: Record, text_field: str, source_field: str | None) 
     else:
         row = record if isinstance(record, dict) else _parse_json(record)
         text = _get_field(row, text_field)
+    if len(text) > MAX_RECORD_BYTES:
+        raise _oversized_record("text", len(text))
     if not text:
         raise BadRecord("empty", "the document is empty")
     return Document(text, _get_field(row, source_field) if row and source_field else None)
 
 
-def estimate_bytes(value: Any) -> int:
-    """Return about how many bytes of memory a record, or a value in one, takes."""
+def count_lines(record: Record) -> int:
+    """Return by how much a record advances the number of records: one, and one for each blank line that it contains."""
+    return 1 + record.count(b"\n") if isinstance(record, bytes) else 1
+
+
+def estimate_bytes(record: Record) -> int:
+    """Return about how many bytes of memory a record takes."""
+    return MIN_RECORD_BYTES + _estimate_value_bytes(record)
+
+
+def _estimate_value_bytes(value: Any) -> int:
+    """Return about how many bytes of memory a value in a record takes."""
     if isinstance(value, dict):
-        return sum(map(estimate_bytes, value.values()))
+        return sum(map(_estimate_value_bytes, value.values()))
     if isinstance(value, list):
-        return sum(map(estimate_bytes, value))
+        return sum(map(_estimate_value_bytes, value))
     if isinstance(value, TextFile):
         return len(value.data)
     return len(value) if isinstance(value, bytes | str) else 8
@@ -128,13 +150,25 @@ def read_file(path: Path, fields: list[str]) -> Chunks:
 
 
 def read_rows(rows: Iterable[dict], size: int) -> Chunks:
-    """Yield `rows` some at a time. `size` is the number of bytes read once all of them are."""
-    records = []
-    for row in rows:
-        records.append(row)
-        if len(records) == ROWS_PER_BATCH:
-            yield records, 0
-            records = []
+    """Yield `rows` some at a time, and a `BadRecord` where `datasets` finds that their file is damaged.
+
+    Args:
+        size: The number of bytes read once all rows are.
+    """
+    records: list[Record] = []
+    records_bytes = 0
+    try:
+        for row in rows:
+            records.append(row)
+            records_bytes += estimate_bytes(row)
+            if len(records) == ROWS_PER_BATCH or records_bytes >= BLOCK_BYTES:
+                yield records, 0
+                records = []
+                records_bytes = 0
+    except Exception as error:
+        if not _shows_damage(error):
+            raise
+        records.append(_damaged_file(error))
     yield records, size
 
 
@@ -156,8 +190,10 @@ def select_columns(where: str, fields: list[str], found: list[str]) -> list[str]
 
 def _parse_json(line: bytes) -> dict:
     """Return the object in a line of JSON. Raises BadRecord, which is no ValueError, if the line is anything else."""
+    # Blank lines may precede the line.
+    text = _decode_utf8(line[line.rfind(b"\n") + 1 :])
     try:
-        row = json.loads(_decode_utf8(line))
+        row = JSON.decode(text)
     except ValueError as error:
         raise BadRecord("not JSON", f"not JSON: {error}") from error
     except RecursionError as error:
@@ -198,8 +234,29 @@ def _decode_utf8(data: bytes) -> str:
 
 
 def _oversized_record(kind: str, size: int) -> BadRecord:
-    """Return the record in place of a file or a line that is too large."""
+    """Return the record in place of a file, a line or a text that is too large."""
     return BadRecord("too large", f"the {kind} has {size} bytes, more than the limit of {MAX_RECORD_BYTES}")
+
+
+def _damaged_file(error: Exception) -> BadRecord:
+    """Return the record in place of those that follow where a file is damaged."""
+    return BadRecord("damaged file", f"the file is damaged or cut short from here on ({error})")
+
+
+def _shows_damage(error: Exception) -> bool:
+    """Return whether an error of a library that reads a file is about its content.
+
+    Other errors are those of a disk, which have a number, of a network, which have a type of their own, and of memory.
+    """
+    import pyarrow
+
+    if isinstance(error, OSError):
+        is_numbered = error.errno is not None
+        return isinstance(error, gzip.BadGzipFile) or (type(error) is OSError and not is_numbered)
+    if isinstance(error, MemoryError):
+        return False
+    of_content = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
+    return isinstance(error, (*of_content, ValueError, TypeError))
 
 
 def _read_lines(path: Path) -> Chunks:
@@ -207,19 +264,24 @@ def _read_lines(path: Path) -> Chunks:
     suffix = path.suffix.lower()
     splitter = _LineSplitter()
     with open(path, "rb") as file:
-        decompressed = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+        read_blocks = {".gz": _read_gzip, ".zst": _read_zstd}.get(suffix, _read_blocks)
         try:
-            for block in _read_zstd(file) if suffix == ".zst" else _read_blocks(decompressed):
+            for block in read_blocks(file):
                 yield splitter.split(block), file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            detail = f"the file is damaged or cut short from here on ({error})"
-            yield [BadRecord("damaged file", detail)], file.tell()
+            yield [_damaged_file(error)], file.tell()
         else:
             yield [splitter.take_pending()], file.tell()
 
 
 class _LineSplitter:
-    """Split blocks of bytes into lines. The last line of a block is pending until its end is found in a later block."""
+    """Split blocks of bytes into lines. The last line of a block is pending until its end is found in a later block.
+
+    Blank lines are prepended to the next line, because a list of them would take much more memory than they do.
+    """
+
+    # The whitespace is that of JSON. It is matched first, and then the rest of the line in which it ends.
+    LINES = re.compile(rb"[ \t\r\n]*[^\n]*\n")
 
     def __init__(self):
         self._parts: list[bytes] = []
@@ -227,12 +289,16 @@ class _LineSplitter:
 
     def split(self, block: bytes) -> list[Record]:
         """Return the lines that end in this block."""
-        first, *others = block.split(b"\n")
-        self._extend_pending(first)
-        if not others:
+        first_end = block.find(b"\n")
+        if first_end < 0:
+            self._extend_pending(block)
             return []
-        lines = [self.take_pending(), *others[:-1]]
-        self._extend_pending(others[-1])
+        self._extend_pending(block[:first_end])
+        last_end = block.rfind(b"\n")
+        lines = [self.take_pending()]
+        # Each match ends with the newline that ends its line.
+        lines += [match[:-1] for match in self.LINES.findall(block, first_end + 1, last_end + 1)]
+        self._extend_pending(block[last_end + 1 :])
         return lines
 
     def take_pending(self) -> Record:
@@ -253,24 +319,49 @@ class _LineSplitter:
 def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
     """Yield blocks of a file, or of a decompressed one."""
     # This calls `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
-    while block := file.read1(2**20):
+    while block := file.read1(BLOCK_BYTES):
         yield block
+
+
+def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield blocks of the text in a gzip file."""
+    yield from _read_blocks(gzip.GzipFile(fileobj=_refuse_empty(file)))
 
 
 def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
     """Yield blocks of the text in a file of zstd frames."""
     # zstandard's stream_reader does not notice that a file is cut short, so we track the frames ourselves.
     frame = None
+    parts = []
+    size = 0
+    _refuse_empty(file)
     while data := file.read(COMPRESSED_READ_BYTES):
         while data:
             # By default, windows of more than 128 MiB are refused, but `zstd --long=31` writes windows of 2 GiB.
             frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            yield frame.decompress(data)
+            try:
+                parts.append(frame.decompress(data))
+            except zstandard.ZstdError:
+                yield b"".join(parts)
+                raise
+            size += len(parts[-1])
             data = frame.unused_data
             if frame.eof:
                 frame = None
+        if size >= BLOCK_BYTES // 4:
+            yield b"".join(parts)
+            parts = []
+            size = 0
+    yield b"".join(parts)
     if frame:
         raise EOFError("the compressed file ends too early")
+
+
+def _refuse_empty(file: IO[bytes]) -> IO[bytes]:
+    """Return a compressed file, which has at least a header. Raise EOFError if it has no content."""
+    if os.fstat(file.fileno()).st_size == 0:
+        raise EOFError("the compressed file is empty")
+    return file
 
 
 def _read_table(path: Path, fields: list[str]) -> Chunks:
@@ -283,11 +374,10 @@ def _read_table(path: Path, fields: list[str]) -> Chunks:
         with open(path, "rb") as file:
             for batch, position in read_batches(file, path, fields):
                 yield _convert_rows(batch), position
-    except (pyarrow.ArrowInvalid, EOFError, OSError) as error:
-        # An error of the disk has a number; pyarrow's errors about the content of a file have none.
-        if getattr(error, "errno", None):
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        if not _shows_damage(error):
             raise
-        yield [BadRecord("damaged file", f"the file is damaged or cut short ({error})")], size
+        yield [_damaged_file(error)], size
 
 
 def _read_parquet(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:
@@ -297,8 +387,11 @@ def _read_parquet(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tu
     table = ParquetFile(file)
     columns = select_columns(str(path), fields, table.schema_arrow.names)
     bytes_per_row = path.stat().st_size / max(table.metadata.num_rows, 1)
+    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+    unpacked_per_row = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
+    rows_per_batch = min(ROWS_PER_BATCH, max(1, int(MAX_BATCH_BYTES / max(unpacked_per_row, 1))))
     rows = 0
-    for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
+    for batch in table.iter_batches(rows_per_batch, columns=columns):
         rows += len(batch)
         yield batch, int(rows * bytes_per_row)
 
@@ -316,9 +409,14 @@ def _read_arrow(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tupl
     else:
         reader = batches = pyarrow.ipc.open_stream(file)
     columns = select_columns(str(path), fields, reader.schema.names)
+    position = file.tell()
     for batch in batches:
+        position = file.tell()
         for start in range(0, batch.num_rows, ROWS_PER_BATCH):
-            yield batch.select(columns).slice(start, ROWS_PER_BATCH), file.tell()
+            yield batch.select(columns).slice(start, ROWS_PER_BATCH), position
+    # A stream that ends without the mark that writers put there was cut short between two batches.
+    if not is_indexed and file.tell() == position:
+        raise EOFError("the stream has no end mark")
 
 
 def _convert_rows(batch) -> list[Record]:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glalm.data.files import file_sha256
-from glalm.prepare.records import SUFFIXES, Chunks, Record, estimate_bytes, read_file, read_rows, select_columns
+from glalm.prepare.records import (
+    SUFFIXES,
+    Chunks,
+    Record,
+    count_lines,
+    estimate_bytes,
+    read_file,
+    read_rows,
+    select_columns,
+)
 
 BATCH_BYTES = 2**20  # of records that a worker process gets at once
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
@@ -63,6 +72,7 @@ class FileInput(Input):
     """A local file."""
 
     path: Path
+    identity: tuple[int, int]  # device and inode, which are the same for all links to one file
 
     def __str__(self) -> str:
         return str(self.path)
@@ -90,7 +100,12 @@ class HubInput(Input):
         dataset = self.dataset
         if dataset.column_names:
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
-        return read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
+        try:
+            yield from read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
+        except Exception as error:  # `datasets` and its libraries raise many kinds.
+            problem = f"{self}: `datasets` cannot read it ({type(error).__name__}: {error})"
+            advice = "To continue from here, run the same command again. If it fails again, download the files and "
+            raise ValueError(f"{problem}. {advice}name their folder without hf:.") from error
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class RecordBatch(NamedTuple):
     Attributes:
         input_index: Which of the inputs they belong to.
         source: The name of the input's source.
-        first: The number of records that precede them in the input.
+        first, end: The number of records that precede them in the input, and the number up to their end.
         size: About how many bytes they take in memory.
         bytes_read: The bytes of the input that end with them.
         is_last: Whether the input ends with them.
@@ -117,6 +132,7 @@ class RecordBatch(NamedTuple):
     input_index: int
     source: str
     first: int
+    end: int
     records: list[Record]
     size: int
     bytes_read: int
@@ -133,23 +149,28 @@ def read_batches(
         start: The index of an input and a number of its records, before which everything is skipped.
     """
     batch_bytes = batch_bytes or BATCH_BYTES
-    first_input, first = start
+    first_input, written = start
     for index, source_input in enumerate(inputs[first_input:], start=first_input):
         read = 0
+        first = written
         records = []
         size = 0
         for chunk, position in source_input.read_records(fields):
-            for record in chunk[max(first - read, 0) :]:
+            for record in chunk:
+                count = count_lines(record)
+                read += count
+                if read <= written:
+                    continue
+                first = first if records else read - count
                 records.append(record)
                 size += estimate_bytes(record)
                 if size >= batch_bytes:
-                    yield RecordBatch(index, source_input.source, first, records, size, position, is_last=False)
-                    first += len(records)
+                    yield RecordBatch(index, source_input.source, first, read, records, size, position, is_last=False)
+                    first = read
                     records = []
                     size = 0
-            read += len(chunk)
-        yield RecordBatch(index, source_input.source, first, records, size, source_input.size, is_last=True)
-        first = 0
+        yield RecordBatch(index, source_input.source, first, read, records, size, source_input.size, is_last=True)
+        written = 0
 
 
 def parse_source(spec: str | os.PathLike | Source) -> Source:
@@ -190,7 +211,7 @@ def find_stdlib(root: str | os.PathLike | None = None, name: str = "stdlib") -> 
         parts = file.split("/")
         # These were written when the interpreter was built. Without them, a version of Python always gives one text.
         is_generated = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
-        if file.endswith(".py") and NOT_LIBRARY.isdisjoint(parts) and not is_generated:
+        if file.endswith(".py") and NOT_LIBRARY.isdisjoint(parts) and not is_generated and (root / file).is_file():
             inputs.append(_describe_file(name, root, file))
     if not inputs:
         raise ValueError(f"{root} has no .py files of a standard library. Name a folder of text instead.")
@@ -203,27 +224,45 @@ def find_local_files(path: str | os.PathLike, name: str = "") -> Source:
     Only files whose names end in one of SUFFIXES, ignoring case, are read. Hidden files and folders are skipped.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
+        FileNotFoundError: `path` does not exist, or a link below it leads nowhere.
         ValueError: No file has one of SUFFIXES.
     """
     path = Path(path)
     if not path.exists():
+        _refuse_dangling_link(path)
         raise FileNotFoundError(f"{path} does not exist. A source is 'stdlib', a path, or hf:DATASET.")
+    if not path.is_dir() and not path.is_file():
+        problem = f"{path} is a pipe, a socket or a device, which can be read only once"
+        raise ValueError(f"{problem}. Write its content to a file, and name that.")
     folder = path if path.is_dir() else path.parent
-    files = _list_files(path) if path.is_dir() else [path.name]
-    readable = [file for file in files if file.lower().endswith(SUFFIXES)]
-    if not readable:
-        raise ValueError(f"{path}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
     name = name or folder.resolve().name or "files"
-    skipped = sorted(set(files) - set(readable))
-    inputs = [_describe_file(name, folder, file) for file in readable]
-    return Source(name, tuple(inputs), tuple(folder / file for file in skipped))
+    inputs = []
+    skipped = []
+    for file in _list_files(path) if path.is_dir() else [path.name]:
+        has_suffix = file.lower().endswith(SUFFIXES)
+        if has_suffix or not Path(file).suffix:
+            _refuse_dangling_link(folder / file)
+        if has_suffix and (folder / file).is_file():
+            inputs.append(_describe_file(name, folder, file))
+        else:
+            skipped.append(folder / file)
+    if not inputs:
+        raise ValueError(f"{path}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
+    return Source(name, tuple(inputs), tuple(skipped))
+
+
+def _refuse_dangling_link(path: Path) -> None:
+    """Raise FileNotFoundError if `path` is a link that leads nowhere: text that should be there is missing."""
+    if path.is_symlink() and not path.exists():
+        problem = f"{path} is a link to {os.readlink(path)}, which does not exist"
+        raise FileNotFoundError(f"{problem}. Restore what it leads to, or remove the link.")
 
 
 def _describe_file(source: str, root: Path, name: str) -> FileInput:
     """Return the file `root` / `name` as an input, with its current size and time."""
     status = (root / name).stat()
-    return FileInput(source, name, status.st_size, status.st_mtime_ns, root / name)
+    identity = (status.st_dev, status.st_ino)
+    return FileInput(source, name, status.st_size, status.st_mtime_ns, root / name, identity)
 
 
 def find_hub_dataset(spec: str, name: str = "") -> Source:
@@ -232,14 +271,18 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     Args:
         spec: DATASET[:CONFIG[:SPLIT]][@REVISION]. SPLIT defaults to train.
     """
-    from datasets import load_dataset  # takes seconds
+    from datasets import load_dataset_builder  # takes seconds
 
     address, _, revision = spec.partition("@")
     path, config, split, *_ = [*address.split(":"), "", ""]
     try:
-        dataset = load_dataset(path, config or None, split=split or "train", revision=revision or None, streaming=True)
+        builder = load_dataset_builder(path, config or None, revision=revision or None)
+        dataset = builder.as_streaming_dataset(split or "train")
     except Exception as error:  # `datasets` and its libraries raise many kinds.
         raise ValueError(f"hf:{spec}: `datasets` cannot open it: {error}") from error
+    # The builder would convert all columns of each file to the types of the first file's, and fail for a column that
+    # is not even read. Without these types it leaves them as they are.
+    builder.info.features = None
     name = name or Path(path).name
     count = dataset.num_shards
     size = (dataset.info.download_size or 0) // count or 1
@@ -247,11 +290,15 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     return Source(name, tuple(inputs))
 
 
-def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
-    """Return the inputs of all `sources`, in order.
+def collect_inputs(sources: list[Source], out: Path | None = None) -> tuple[list[Input], list[FileInput]]:
+    """Return the inputs of all `sources`, in order, and the inputs that are other names of one of these files.
 
-    Files inside `out`, an absolute path without links, are excluded: a set that is written into the folder of a source
-    is not read as text.
+    A file that several links or sources lead to is read once: under a path without links below the folder of its
+    source if there is one, or else under the first.
+
+    Args:
+        out: The folder of the set, an absolute path without links. Files in it are excluded: a set that is written into
+            the folder of a source is not read as text.
 
     Raises:
         ValueError: There are no inputs, or two have the same source and name.
@@ -270,7 +317,37 @@ def collect_inputs(sources: list[Source], out: Path) -> list[Input]:
             inputs[source_input.key] = source_input
     if not inputs:
         raise ValueError(f"All sources lie in {out}, the folder of the set. Choose another folder with --out.")
-    return list(inputs.values())
+    repeated = _find_repeated_files(inputs.values())
+    for file in repeated:
+        del inputs[file.key]
+    return list(inputs.values()), repeated
+
+
+def _find_repeated_files(inputs: Iterable[Input]) -> list[FileInput]:
+    """Return the inputs that are the same file as another one, which is to be read in place of them."""
+    by_identity: dict[tuple[int, int], list[FileInput]] = {}
+    for source_input in inputs:
+        if isinstance(source_input, FileInput):
+            by_identity.setdefault(source_input.identity, []).append(source_input)
+    repeated = []
+    for names in by_identity.values():
+        if len(names) > 1:
+            read = next((file for file in names if not _has_link(file)), names[0])
+            repeated += [file for file in names if file is not read]
+    return repeated
+
+
+def _has_link(file: FileInput) -> bool:
+    """Return whether the path of a file contains a link below the folder of its source."""
+    folder = str(file.path).removesuffix(file.name)
+    return os.path.realpath(file.path) != os.path.join(os.path.realpath(folder), file.name)
+
+
+def describe_repeated_files(repeated: list[FileInput]) -> str:
+    """Return a message about files that are named more than once, or "" if there are none."""
+    if not repeated:
+        return ""
+    return f"Skipped {len(repeated):,} other names of files that are read already (links), such as {repeated[0]}"
 
 
 def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -> str:
@@ -279,13 +356,18 @@ def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -
     for source in sources:
         for path in source.skipped_files:
             if out not in path.resolve().parents:
-                counts[path.suffix.lower() or "no suffix"] += 1
+                is_file = path.is_file() or path.is_symlink()
+                kind = path.suffix.lower() or "no suffix"
+                counts[kind if is_file else "pipes, sockets or devices"] += 1
     found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
-    return f"Skipped files that do not end in {', '.join(SUFFIXES)}: {found}" if counts else ""
+    return f"Skipped what is not a file that ends in {', '.join(SUFFIXES)}: {found}" if counts else ""
 
 
 def _list_files(folder: Path, parents: tuple[str, ...] = ()) -> list[str]:
-    """Return the sorted names of files below `folder`. Links to folders are followed, except to its `parents`."""
+    """Return the sorted names of what is below `folder`, but not of folders.
+
+    Links to folders are followed, except to its `parents`.
+    """
     real = os.path.realpath(folder)
     if real in parents:
         return []
@@ -293,7 +375,7 @@ def _list_files(folder: Path, parents: tuple[str, ...] = ()) -> list[str]:
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # False also for links in a circle, for which entry.is_dir() raises.
             names += [f"{entry.name}/{name}" for name in _list_files(Path(entry), (*parents, real))]
         else:
             names.append(entry.name)

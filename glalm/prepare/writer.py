@@ -6,6 +6,7 @@ lengths, so what a killed process wrote after its last commit is discarded and w
 document is lost or duplicated.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -40,6 +41,7 @@ NO_DOCUMENTS = {"read": 0, "written": 0}
 COUNTS = ("documents", "tokens", "text_bytes")
 HEADER_BYTES = 128  # numpy pads the header of a one-dimensional array to this size, whatever its length.
 MAX_SOURCES = 256
+MAX_FOLDER_NAME = 200  # bytes; file systems limit them to 255
 MAX_OPEN_FILES = 2 * len(SPLITS) * MAX_SOURCES + 512  # 512 are for everything that is not a shard.
 MIN_HELD_OUT_SHARD = 2**16  # tokens
 LEFTOVER_LENGTHS = tuple(2**i for i in range(8, 16))  # window lengths for which the manifest counts leftover tokens
@@ -182,11 +184,10 @@ class SetWriter:
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen_or_advise(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
-        self._source_of_folder: dict[str, str] = {}
         _raise_open_file_limit()
         for split in SPLITS:
             sources = state["splits"].get(split, {})
-            committed = set(map(_folder_name, sources))
+            committed = set(map(folder_name, sources))
             self.out.joinpath(split).mkdir(exist_ok=True)
             for folder in self.out.joinpath(split).iterdir():
                 if folder.name not in committed:
@@ -216,7 +217,7 @@ class SetWriter:
         for entry in (counts, self._input_counts):
             entry["read"] += len(encoded.documents) + len(encoded.skipped)
             entry["written"] += len(encoded.documents)
-        self.position = [batch.input_index, batch.first + len(batch.records)]
+        self.position = [batch.input_index, batch.end]
         if batch.is_last:
             self._finish_input(source_input)
 
@@ -300,11 +301,7 @@ class SetWriter:
 
     def _open_writer(self, split: str, source: str, state: dict | None = None) -> ShardWriter:
         """Return a new writer for the documents of one source in one split, which resumes from `state`."""
-        folder = _folder_name(source)
-        other = self._source_of_folder.setdefault(folder, source)
-        if other != source:
-            raise ValueError(f"The sources {source!r} and {other!r} would share the folder {folder}. Rename one.")
-        if len(self._source_of_folder) > MAX_SOURCES:
+        if len({source, *(name for _, name in self._writers)}) > MAX_SOURCES:
             problem = f"There are more than {MAX_SOURCES} sources, among them {source!r}."
             raise ValueError(f"{problem} Check that --source-field names a field with few values.")
         shard_tokens = self.plan.settings["shard_tokens"]
@@ -312,7 +309,7 @@ class SetWriter:
             # Smaller shards for held-out text, so that the first shards of all splits are complete at about one time.
             share = self.plan.settings["held_out"][split]
             shard_tokens = min(shard_tokens, max(MIN_HELD_OUT_SHARD, int(shard_tokens * share)))
-        writer = ShardWriter(self.out / split / folder, self.out, self.plan.dtype, shard_tokens, state)
+        writer = ShardWriter(self.out / split / folder_name(source), self.out, self.plan.dtype, shard_tokens, state)
         self._writers[split, source] = writer
         return writer
 
@@ -341,9 +338,17 @@ def _reopen_or_advise(path: Path, size: int) -> IO[bytes]:
         raise ValueError(f"{error}. To prepare the set again from its sources, use --overwrite.") from error
 
 
-def _folder_name(source: str) -> str:
-    """Return the name of a source's folders: the source without characters that a path cannot have."""
-    return re.sub(r"[^\w.-]+", "_", source).strip(".") or "_"
+def folder_name(source: str) -> str:
+    """Return the name of a source's folders: the source itself if it can be one, or else its beginning and its hash.
+
+    Different sources have different folders.
+    """
+    is_hashed = re.search(r"~[0-9a-f]{16}$", source)
+    if re.fullmatch(r"\w[\w.-]*", source) and len(source.encode()) <= MAX_FOLDER_NAME and not is_hashed:
+        return source
+    start = re.sub(r"[^\w.-]+", "_", source)[:32].lstrip(".")
+    digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()
+    return f"{start}~{digest[:16]}"
 
 
 def _sum_counts(entries: Collection[dict]) -> dict[str, int]:

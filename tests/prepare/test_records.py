@@ -10,7 +10,16 @@ import pytest
 import zstandard
 
 from glalm.prepare import records
-from glalm.prepare.records import BadRecord, Document, TextFile, estimate_bytes, extract_document, read_file, read_rows
+from glalm.prepare.records import (
+    BadRecord,
+    Document,
+    TextFile,
+    count_lines,
+    estimate_bytes,
+    extract_document,
+    read_file,
+    read_rows,
+)
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]
@@ -26,7 +35,7 @@ def read_texts(path, columns=("text",), field="text"):
     for some, position in read_file(path, list(columns)):
         assert 0 <= position <= path.stat().st_size
         for record in some:
-            number += 1
+            number += count_lines(record)
             if isinstance(record, bytes) and not record.strip():
                 continue
             try:

@@ -3,6 +3,7 @@
 import difflib
 import faulthandler
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,12 +42,36 @@ def compose_config(cls: type, config_name: str, overrides: list[str]):
     """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml."""
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build_config(cls, compose(config_name, overrides))
+        return build_config(cls, compose(config_name, protect_names(overrides)))
+
+
+# What Hydra reads as a number, a truth value or null. As the key of a mapping it may be the name of a source.
+NOT_TEXT = r"[+-]?(?:[\d_.]+(?:[eE][+-]?[\d_]+)?|inf|nan)|true|false|null"
+
+
+def protect_names(overrides: list[str]) -> list[str]:
+    """Return overrides in which a backslash precedes keys of mappings that Hydra would not read as text.
+
+    Hydra reads `data.weights={2010_01: 3}` as {201001: 3}, and its grammar has no quotes for keys.
+    """
+    key = re.compile(rf"(?<=[{{,])(\s*)({NOT_TEXT})(?=\s*:)", re.IGNORECASE)
+    return [key.sub(r"\1\\\2", text) if re.match(r"[^=]+=\{", text) else text for text in overrides]
+
+
+def restore_names(tree):
+    """Return a composed config without the backslashes of `protect_names`."""
+    if not isinstance(tree, dict):
+        return tree
+    restored = {}
+    for key, value in tree.items():
+        is_protected = isinstance(key, str) and re.fullmatch(rf"\\({NOT_TEXT})", key, re.IGNORECASE)
+        restored[key[1:] if is_protected else key] = restore_names(value)
+    return restored
 
 
 def build_config(cls: type, tree: DictConfig):
     """Return the `cls` of a composed config. The mixers of the user's own code that it names are imported."""
-    container = OmegaConf.to_container(tree, resolve=True)
+    container = restore_names(OmegaConf.to_container(tree, resolve=True))
     if "model" in container or container.get("mixers"):
         from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
 
@@ -75,6 +100,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
     with exit_on_error():
         check_command_line(sys.argv[1:], cls)
+    sys.argv[1:] = protect_names(sys.argv[1:])
     refused = []
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from glalm.cli import compose_config, store_defaults
+from glalm.cli import compose_config, protect_names, restore_names, store_defaults
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig, describe_differences, run_identity
-from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree
+from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree, flatten_tree
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
 from glalm.model.config import ModelConfig
 from glalm.train.state import BatchPlan
@@ -260,3 +263,41 @@ def test_a_name_longer_than_a_folders_may_be_is_refused(name):
     with pytest.raises(ConfigError, match=r"^name=.* has 256 bytes, and a folder's name at most 255"):
         RunConfig(name=name)
     assert RunConfig(name=name[:-1]).name == name[:-1]
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(
+        st.one_of(
+            st.sampled_from(["2010_01", "201001", "1e5", "1.10", "1_0.5", "true", "NULL", "nan", "-7", "a/b", "v1.2"]),
+            st.from_regex(r"[0-9]{1,3}([._-][0-9]{1,2}){0,2}", fullmatch=True),
+        ),
+        st.integers(0, 9),
+        min_size=1,
+    )
+)
+@example({"2010_01": 3, "2010_02": 1})
+def test_names_of_sources_on_a_command_line_stay_as_they_are(weights):
+    text = ", ".join(f"{name}: {weight}" for name, weight in weights.items())
+    tree = OmegaConf.create({"data": {"weights": None}})
+    override = OverridesParser.create().parse_override(protect_names([f"data.weights={{{text}}}"])[0])
+    tree.data.weights = override.value()
+    assert restore_names(OmegaConf.to_container(tree)) == {"data": {"weights": weights}}
+
+
+def test_numeric_names_of_sources_reach_the_config():
+    assert composed("data.weights={2010_01: 3, 2010_02: 1}").data.weights == {"2010_01": 3.0, "2010_02": 1.0}
+    assert protect_names(["name=a", "train_evals=[a]", "x='{1: 2}'"]) == ["name=a", "train_evals=[a]", "x='{1: 2}'"]
+
+
+FLOATS = [path for path, value in flatten_tree(default_tree(TrainingRun)).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("path", [*FLOATS, "data.weights.books", "train.guard.spike_factor"])
+@pytest.mark.parametrize("value", ["nan", math.nan])
+def test_nan_is_refused(path, value):
+    tree = value
+    for key in reversed(path.split(".")):
+        tree = {key: tree}
+    with pytest.raises(ConfigError, match=rf"{re.escape(path)}=nan must be a number"):
+        build_dataclass(TrainingRun, tree)

@@ -11,6 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -190,12 +191,12 @@ def _convert_scalar(hint: type, value, where: str):
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():  # YAML reads 15e9 as a float.
         return int(value)
+    # Every comparison with NaN is false, so it would pass the checks of a value's range.
+    require(not (isinstance(value, float) and math.isnan(value)), f"{where}={value} must be a number")
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     require(fits, f"{where}={value!r} must be {_describe_type(hint)}, not {_describe_type(type(value))}")
     # Expand "~" here, because neither Hydra nor YAML does.

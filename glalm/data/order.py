@@ -165,7 +165,9 @@ def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> N
     """Raise ValueError unless the weights name each source, are 0 or more, and are 0 for sources without windows."""
     if weights.keys() != windows.keys():
         sources = ", ".join(windows)
-        raise ValueError(f"weights={dict(weights)} must name each source of the set, with 0 to exclude it: {sources}.")
+        advice = "In a YAML file, quote a name that could be a number."
+        required = f"must name each source of the set, with 0 to exclude it: {sources}"
+        raise ValueError(f"weights={dict(weights)} {required}. {advice}")
     total = sum(weights.values())
     if min(weights.values()) < 0 or not 0 < total < math.inf:
         raise ValueError(f"weights={dict(weights)} must be 0 or more, and one above 0.")

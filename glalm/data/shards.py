@@ -174,12 +174,15 @@ class TokenSet:
                     raise ValueError("another version of .npy")
                 shape, _, found = np.lib.format.read_array_header_1_0(file)
                 header = file.tell()
+                # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands. torch opens
+                # only names in UTF-8, which a descriptor's is.
+                name_of_file = f"/dev/fd/{file.fileno()}"
+                size = os.fstat(file.fileno()).st_size
+                content = torch.from_file(name_of_file, shared=False, size=size, dtype=torch.uint8).numpy()
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}). {self._advice}") from error
         if shape != (length,) or found != dtype:
             raise ValueError(f"{path} holds {found}{list(shape)}, not {dtype}[{length}]. {self._advice}")
-        # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands.
-        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         content.flags.writeable = False
         sums = np.fromfile(self._find_file(shard["files"]["checksums"]), dtype="<u4")
         token_blocks = -(-shard["files"]["tokens"]["bytes"] // BLOCK)

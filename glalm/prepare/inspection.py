@@ -50,6 +50,8 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
         console.print(f"ids: {' '.join(map(str, ids[:12].tolist()))} ... {' '.join(map(str, ids[-3:].tolist()))}")
         console.rule(style="dim")
     if verify:
+        log_console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        log_console.print("Reading every file to verify its SHA-256. To skip this, use --quick.")
         for tokens in splits.values():
             tokens.verify_checksums()
         for log in manifest["logs"].values():

@@ -126,6 +126,7 @@ def run_plan(
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
     writer = SetWriter(out, plan)
+    bar.log(f"Tokenizing {len(inputs) - writer.position[0]:,} inputs (processes: {workers})")
     bar.start_task("tokenizing", starts[-1], starts[writer.position[0]])
     start_time = commit_time = time.monotonic()
     documents = 0

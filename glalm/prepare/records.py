@@ -27,8 +27,8 @@ MAX_RECORD_BYTES = 2**30  # bounds memory
 ROWS_PER_BATCH = 256
 MAX_BATCH_BYTES = 2**24  # of rows of a Parquet file that are unpacked at once, if they are of average size
 BLOCK_BYTES = 2**20  # of text that is split into lines at once
-# zstd needs 4 bytes for a block of 128 KiB of one repeated byte. So this many compressed bytes are at most 16 MiB.
-COMPRESSED_READ_BYTES = 2**9
+# zstd needs 4 bytes for a block of 128 KiB of one repeated byte. So this many compressed bytes are at most 8 MiB.
+COMPRESSED_READ_BYTES = 2**8
 MIN_RECORD_BYTES = 64  # of memory
 # Python refuses integers of more than 4,300 digits. No number of a line is ever used, so its precision does not matter.
 JSON = json.JSONDecoder(parse_int=float)

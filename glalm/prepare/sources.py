@@ -375,7 +375,8 @@ def _list_files(folder: Path, parents: tuple[str, ...] = ()) -> list[str]:
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if os.path.isdir(entry.path):  # False also for links in a circle, for which entry.is_dir() raises.
+        # os.path.isdir returns False for links in a circle, for which entry.is_dir() raises.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             names += [f"{entry.name}/{name}" for name in _list_files(Path(entry), (*parents, real))]
         else:
             names.append(entry.name)

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +242,11 @@ def test_blocks_are_checked_one_by_one(tmp_path):
     assert array.read_range(border, border).tolist() == []
     with pytest.raises(DamagedFile, match="6 checksums of"):
         CheckedArray(path, content[:end], header, "uint16", sums[:-1])
+
+
+def test_a_set_may_lie_in_a_folder_whose_name_is_not_utf8(token_folder, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
+    shutil.copytree(token_folder, folder)
+    expected = TokenSet(token_folder, "train")
+    found = TokenSet(folder, "train")
+    np.testing.assert_array_equal(found.read_tokens(0, 1000), expected.read_tokens(0, 1000))

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,15 +14,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from folder_contents import read_contents
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare import pipeline
 from glalm.prepare import sources as sources_module
 from glalm.prepare.encode import split_of
+from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.sources import find_stdlib
 from glalm.prepare.tokenizer_training import train_sentencepiece
+from glalm.prepare.writer import folder_name
 
 SMALL = {"vocab_size": 400, "progress": False}
 
@@ -501,3 +506,62 @@ def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_fa
     prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # It recognises its own tokenizer.
     with pytest.raises(ValueError, match="different tokenizer"):
         prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False)
+
+
+def test_any_names_of_sources_have_folders_of_their_own(prepared, tmp_path):
+    names = [
+        ".",
+        "..",
+        "x" * 300,
+        "x" * 301,
+        "漢" * 90,
+        "a/b",
+        "a_b",
+        "a b",
+        "a\\b",
+        "\0",
+        "\n",
+        "",
+        "~",
+        "-",
+        "é",
+        "e\u0301",
+    ]
+    names += [folder_name("a/b"), ".hidden", "[red]", "CON"]
+    rows = [{"text": f"text {i}", "s": name} for i, name in enumerate(names)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "source_field": "s", "progress": False}
+    manifest = prepare_data([f"in={tmp_path / 'in.jsonl'}"], tmp_path / "set", **given)
+    sources = manifest["splits"]["train"]["sources"]
+    assert set(sources) == {name or "in" for name in names}
+    assert [entry["documents"] for entry in sources.values()] == [1] * len(names)
+    tokens = TokenSet(tmp_path / "set", "train")
+    assert sorted(tokens.source_tokens) == sorted(sources) and tokens.num_documents == len(names)
+    assert inspect_set(tmp_path / "set") == 0
+
+
+@given(st.lists(st.text(max_size=300), unique=True, max_size=20))
+def test_names_of_folders_are_valid_and_different(sources):
+    folders = [folder_name(source) for source in sources if source]
+    assert len(set(folders)) == len(folders)
+    for folder in folders:
+        assert len(folder.encode()) <= 200 and not folder.startswith(".") and not set(folder) & set("/\0\n\\")
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 1.0, math.inf])
+def test_shares_that_cannot_be_are_named(texts, tmp_path, share):
+    with pytest.raises(ValueError, match=r"held_out=.*'validation': .*(shares must be 0 or more|leaves no documents)"):
+        prepare_data(["stdlib"], tmp_path / "set", held_out={"validation": share, "test": 0.1}, progress=False)
+
+
+def test_an_interrupted_preparation_of_linked_files_resumes(texts, prepared, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f"in/{number}.txt").write_text(text)
+        (tmp_path / f"in/{number}-link.txt").symlink_to(f"{number}.txt")
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
+    manifest = prepare_data([tmp_path / "in"], tmp_path / "set", **given)
+    assert manifest["books"]["in"]["written"] == len(texts)
+    assert f"Skipped {len(texts):,} other names of files" in capsys.readouterr().err
+    again = prepare_data([tmp_path / "in"], tmp_path / "set", **given)
+    assert again == manifest

@@ -2,12 +2,15 @@ import errno
 import gzip
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glalm.prepare import records
 from glalm.prepare.records import (
@@ -20,6 +23,7 @@ from glalm.prepare.records import (
     read_file,
     read_rows,
 )
+from glalm.prepare.sources import _describe_file, read_batches
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]
@@ -249,3 +253,88 @@ def test_broken_records_keep_their_reason():
     with pytest.raises(BadRecord) as caught:
         extract_document(BadRecord("damaged file", "at byte 5"), "text", None)
     assert caught.value.args == ("damaged file", "at byte 5")
+
+
+def test_integers_of_any_length():
+    line = b'{"text": "x", "n": [' + b"7" * 5000 + b", -" + b"9" * 4301 + b"]}"
+    assert extract_document(line, "text", None) == Document("x", None)
+    with pytest.raises(BadRecord, match="text is no text"):
+        extract_document(b'{"text": ' + b"7" * 5000 + b"}", "text", None)
+
+
+def test_an_arrow_stream_cut_anywhere_is_damaged(tmp_path):
+    whole = io.BytesIO()
+    table = pyarrow.table({"text": [f"row {i}" for i in range(30)]})
+    ends = []
+    with pyarrow.ipc.new_stream(whole, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+            ends.append(whole.tell())
+    path = tmp_path / "a.arrow"
+    expected = [(i + 1, f"row {i}") for i in range(30)]
+    for size in range(ends[0] - 8, len(whole.getvalue())):
+        path.write_bytes(whole.getvalue()[:size])
+        rows = 10 * sum(end <= size for end in ends)
+        assert read_texts(path) == [*expected[:rows], (rows + 1, "damaged file")]
+    path.write_bytes(whole.getvalue())
+    assert read_texts(path) == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_compressed_file_without_content_is_damaged(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").touch()
+    assert read_texts(tmp_path / f"a{suffix}") == [(1, "damaged file")]
+
+
+@settings(max_examples=60)
+@given(
+    lines=st.lists(st.sampled_from([b"", b"", b" \t", b"\r", b'{"text": "a"}', b' {"text": "b"} \r', b"x", b"\f"])),
+    cuts=st.lists(st.integers(1, 40)),
+    last_newline=st.booleans(),
+)
+def test_lines_have_their_numbers_wherever_blocks_end(lines, cuts, last_newline):
+    data = b"\n".join(lines) + b"\n" * last_newline
+    splitter = records._LineSplitter()
+    found = []
+    for size in [*cuts, len(data)]:
+        found += splitter.split(data[:size])
+        data = data[size:]
+    items = records.parse_records([*found, splitter.take_pending()], 0, "text", None)
+    bad_lines = [number for number, line in enumerate(lines, 1) if line == b"x"]
+    texts = [json.loads(line)["text"] for line in lines if line.strip().startswith(b"{")]
+    results = list(items)
+    assert [item.number for item in results if isinstance(item, records.SkippedRecord)] == bad_lines
+    assert [item.text for item in results if isinstance(item, Document)] == texts
+
+
+def peak_bytes(function):
+    """Return the most memory that a function takes beyond what is taken before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("suffix", "open_file"), [(".gz", gzip.open), (".zst", zstandard.open)])
+@pytest.mark.parametrize("content", [b"\n", b"a", b" "])
+def test_memory_does_not_grow_with_what_a_file_unpacks_to(tmp_path, suffix, open_file, content, monkeypatch):
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 2**20)
+    path = tmp_path / f"a.jsonl{suffix}"
+    with open_file(path, "wb") as file:
+        for _ in range(64):
+            file.write(content * 2**20)
+
+    def read():
+        for batch in read_batches([_describe_file("s", tmp_path, path.name)], ["text"]):
+            assert len(batch.records) <= 2**14
+
+    assert peak_bytes(read) < 2**25
+
+
+def test_a_batch_of_a_parquet_file_is_as_large_as_its_rows_allow(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i}" + "x" * 2**20 for i in range(64)]}), path)
+    sizes = [len(rows) for rows, _ in read_file(path, ["text"])]
+    assert sum(sizes) == 64 and max(sizes) <= 16

@@ -1,11 +1,28 @@
+import gzip
 import json
+import os
 import shutil
 import sysconfig
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from glalm.prepare.sources import FileInput, find_hub_dataset, find_local_files, find_stdlib, parse_source
+from glalm.prepare.records import BadRecord
+from glalm.prepare.sources import (
+    FileInput,
+    HubInput,
+    collect_inputs,
+    describe_skipped_files,
+    find_hub_dataset,
+    find_local_files,
+    find_stdlib,
+    parse_source,
+    read_batches,
+)
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
@@ -25,6 +42,75 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "corpus/a/up").symlink_to(tmp_path / "corpus")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "corpus/link")
     assert [i.name for i in find_local_files(tmp_path / "corpus").inputs] == ["a/x.txt", "link/b/x.txt"]
+
+
+def names_read(*sources):
+    inputs, repeated = collect_inputs(list(sources))
+    return [str(i.name) for i in inputs], [i.name for i in repeated]
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path):
+    for name in ("v1/a.txt", "v1/b.txt", "v2/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "latest").symlink_to("v1")
+    (tmp_path / "v1/a2.txt").symlink_to("a.txt")
+    (tmp_path / "v2/hard.txt").hardlink_to(tmp_path / "v1/b.txt")
+    found, repeated = names_read(find_local_files(tmp_path))
+    assert found == ["v1/a.txt", "v1/b.txt", "v2/c.txt"]
+    assert repeated == ["latest/a.txt", "latest/a2.txt", "v1/a2.txt", "latest/b.txt", "v2/hard.txt"]
+    other = tmp_path / "elsewhere/one"  # A folder of links alone is read, under the names of the links.
+    other.mkdir(parents=True)
+    (other / "x.txt").symlink_to(tmp_path / "v1/a.txt")
+    (other / "y.txt").symlink_to(tmp_path / "v1/a.txt")
+    assert names_read(find_local_files(other)) == (["x.txt"], ["y.txt"])
+    assert names_read(find_local_files(tmp_path / "v1"), find_local_files(other))[0] == ["a.txt", "b.txt"]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_links_add_and_lose_no_file(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("tree")
+    folders = [root]
+    files = []
+    for number in range(data.draw(st.integers(1, 12))):
+        path = data.draw(st.sampled_from(folders)) / f"{data.draw(st.sampled_from('abc'))}{number}"
+        kind = data.draw(st.sampled_from(["folder", "file", "link to a folder", "link to a file", "hard link"]))
+        if kind == "folder":
+            path.mkdir()
+            folders.append(path)
+        elif kind == "link to a folder":
+            path.symlink_to(data.draw(st.sampled_from(folders)))
+        elif kind == "file" or not files:
+            path.with_suffix(".txt").write_text(str(number))
+            files.append(path.with_suffix(".txt"))
+        elif kind == "link to a file":
+            path.with_suffix(".txt").symlink_to(data.draw(st.sampled_from(files)))
+        else:
+            path.with_suffix(".txt").hardlink_to(data.draw(st.sampled_from(files)))
+    if files:
+        inputs, _ = collect_inputs([find_local_files(root)])
+        assert sorted(i.path.read_text() for i in inputs) == sorted(file.read_text() for file in files)
+        assert not any(i.path.is_symlink() for i in inputs)
+
+
+def test_what_is_not_a_file_is_skipped_or_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "b.jsonl")
+    found = find_local_files(tmp_path)
+    assert [i.name for i in found.inputs] == ["a.txt"]
+    assert describe_skipped_files([found]).endswith(": 1 pipes, sockets or devices")
+    with pytest.raises(ValueError, match=r"b\.jsonl is a pipe.*Write its content to a file"):
+        find_local_files(tmp_path / "b.jsonl")
+    (tmp_path / "c.bin").symlink_to("nowhere")
+    assert len(find_local_files(tmp_path).skipped_files) == 2
+    for name in ("d.jsonl", "v1", "loop"):
+        link = tmp_path / name
+        link.symlink_to(name if name == "loop" else "nowhere")
+        for path in (tmp_path, link):
+            with pytest.raises(FileNotFoundError, match=rf"{name} is a link to .*Restore what it leads to"):
+                find_local_files(path)
+        link.unlink()
 
 
 def test_names(tmp_path):
@@ -90,3 +176,59 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     assert not {i.name for i in found.inputs} & {i.name for i in find_hub_dataset(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read_records(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size
+
+
+def read_hub(folder, fields=("text",)):
+    """Return the texts of each file of a data set, and the reason where one is damaged."""
+    found = []
+    for source_input in find_hub_dataset(str(folder)).inputs:
+        records = [record for batch in read_batches([source_input], list(fields)) for record in batch.records]
+        found.append([r.args[0] if isinstance(r, BadRecord) else r["text"] for r in records])
+    return found
+
+
+def test_a_damaged_file_of_a_hub_data_set_ends_with_a_bad_record(tmp_path):
+    lines = "".join(json.dumps({"text": f"{i} {'x' * 5 * (i % 7)}"}) + "\n" for i in range(2000)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines)[:-2000])
+    (tmp_path / "c.jsonl.gz").write_bytes(b"not gzip")
+    (tmp_path / "d.jsonl.zst").write_bytes(b"not zstd")
+    (tmp_path / "e.jsonl").write_bytes(b"not JSON\n")
+    (tmp_path / "f.jsonl").write_bytes(b'{"text": "last"}\n')
+    assert read_hub(tmp_path) == [["one"], *[["damaged file"]] * 4, ["last"]]
+
+
+def test_rows_before_the_damage_of_a_hub_data_set_are_read(tmp_path):
+    table = pyarrow.table({"text": [f"{i}" for i in range(1000)]})
+    for name in "ab":
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=300)
+    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    place = pyarrow.parquet.ParquetFile(tmp_path / "b.parquet").metadata.row_group(2).column(0).data_page_offset
+    data[place : place + 40] = b"\xff" * 40
+    (tmp_path / "b.parquet").write_bytes(data)
+    texts = [f"{i}" for i in range(1000)]
+    whole, damaged = read_hub(tmp_path)
+    assert whole == texts
+    assert damaged == [*texts[: len(damaged) - 1], "damaged file"] and len(damaged) > 300
+
+
+def test_other_columns_of_a_hub_data_set_may_change_their_type(tmp_path):
+    for name, more in (("a", 1), ("b", {"x": 1}), ("c", None)):
+        row = {"text": name} if more is None else {"text": name, "n": more}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_hub(tmp_path) == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), TimeoutError("network"), KeyError("text")])
+def test_a_hub_data_set_that_cannot_be_read_is_not_damaged(tmp_path, error):
+    class Dataset:
+        column_names = None
+        num_shards = 1
+
+        def shard(self, count, index):
+            raise error
+            yield
+
+    source_input = HubInput("hub", "hub, shard 0 of 1", 1, None, Dataset(), 0)
+    with pytest.raises(ValueError, match=r"shard 0 of 1: `datasets` cannot read it .*run the same command again"):
+        list(source_input.read_records(["text"]))

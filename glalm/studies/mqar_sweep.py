@@ -19,7 +19,7 @@ from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import load_results, save_result
 from glalm.prepare.workers import bind_to_parent
 from glalm.studies.mqar import Job, MQARConfig, train
-from glalm.train.run_dir import lock_run_dir
+from glalm.train.run_dir import RunLock, lock_run_dir
 
 
 def main(config: MQARConfig) -> int:
@@ -29,8 +29,8 @@ def main(config: MQARConfig) -> int:
     """
     folder = Path(config.folder)
     check_writable(folder)
-    with lock_run_dir(folder):
-        return run_sweep(config, folder)
+    with lock_run_dir(folder) as lock:
+        return run_sweep(config, folder, lock)
 
 
 def check_writable(folder: Path) -> None:
@@ -43,7 +43,7 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"folder={folder}: nothing can be written there ({error}); choose another folder") from error
 
 
-def run_sweep(config: MQARConfig, folder: Path) -> int:
+def run_sweep(config: MQARConfig, folder: Path, lock: RunLock) -> int:
     settings = config.settings()
     results: dict[Job, dict] = {}
     saved = {record.get("identity"): record for record in load_results(folder, skip_damaged=True).values()}
@@ -64,6 +64,7 @@ def run_sweep(config: MQARConfig, folder: Path) -> int:
             continue
         results[job] = result = asdict(job) | future.result()
         record = identify_job(config, job).to_record() | {"settings": settings, "results": result}
+        lock.renew()  # Another sweep may have the folder if its lock was removed.
         save_result(folder, record, job.name)
         partial_path(folder, job).unlink(missing_ok=True)
         print(

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -420,6 +421,53 @@ def test_a_run_whose_lock_another_took_stops(tmp_path, other_is_running):
             other.release()
         with pytest.raises(RunError, match=r"used by another run: process 1 on another machine\. This run stops"):
             lock.renew()
+
+
+FOLDER_EVENTS = ["remove the lock", "remove the folder", "empty the lock", "copy the folder", "start another run"]
+
+
+@given(events=st.lists(st.sampled_from(FOLDER_EVENTS), max_size=6), order=st.permutations([0, 1, 2, 3, 4, 5, 6]))
+@settings(max_examples=60)
+def test_at_most_one_run_keeps_a_folder(tmp_path_factory, events, order):
+    """Whatever happens to the folder, once every run has checked its lock, at most one of them still may write."""
+    folder = tmp_path_factory.mktemp("locks") / "run"
+    runs = []
+
+    def start_run() -> None:
+        folder.mkdir(exist_ok=True)
+        lock = RunLock(folder)
+        lock._holder = f"process {len(runs)} on this machine"
+        with suppress(ConfigError):
+            lock.acquire()
+            runs.append(lock)
+
+    start_run()
+    for event in events:
+        path = folder / ".lock"
+        content = path.read_text() if path.exists() else ""
+        if event == "remove the folder":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif event == "start another run":
+            start_run()
+        elif path.exists():
+            path.unlink()
+            if event != "remove the lock":
+                path.write_text(content if event == "copy the folder" else "")
+    remaining = []
+    for i in order:
+        if i < len(runs):
+            with suppress(RunError):
+                runs[i].renew()
+                remaining.append(runs[i])
+    for _ in range(2):
+        for lock in [*remaining]:
+            try:
+                assert not lock.renew()
+            except RunError:
+                remaining.remove(lock)
+    for lock in runs:
+        lock.release()
+    assert len(remaining) <= 1
 
 
 def test_a_name_that_goes_while_it_is_locked_is_not_taken_for_a_lock(tmp_path, monkeypatch):

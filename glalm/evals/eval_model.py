@@ -42,6 +42,7 @@ class EvalModel:
         checksum: SHA-256 of the weights.
         model_id: What the results in one folder have in common: the id of a run, or else the checksum.
         run_config: Config of the training run, if the model is a checkpoint of one.
+        step: The checkpoint's step.
         output_folder: Where eval/ and plots/ are written.
         data_fingerprint, data_manifest: Those of the run's training data, as it was when the run began.
         tokenizer_fingerprint: That of the tokenizer of training, if it was recorded.
@@ -58,6 +59,7 @@ class EvalModel:
     model_id: str = ""
     precision: str = "fp32"
     run_config: RunConfig | None = None
+    step: int = 0
     output_folder: Path = Path()
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None

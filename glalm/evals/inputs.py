@@ -91,6 +91,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
         model_id=metadata["run"] if record else "",
         precision=precision,
         run_config=run_config,
+        step=metadata["step"],
         output_folder=Path(config.out or folder) if record else choose_output_folder(config, path.name),
         data_fingerprint=record["identity"]["data fingerprint"] if record else None,
         tokenizer_fingerprint=(manifest.get("tokenizer") or {}).get("fingerprint"),

@@ -7,12 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
@@ -30,6 +31,8 @@ from glalm.progress import ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
 from glalm.train.parallel import join_process_group
+from glalm.train.run_dir import lock_run_dir
+from glalm.train.trackers import RunTracker
 
 
 def evaluate(config: EvalConfig) -> int:
@@ -52,19 +55,44 @@ def evaluate(config: EvalConfig) -> int:
     devices = f"{world_size} x {device.type}" if world_size > 1 else str(device)
     console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters, {devices}, {model.precision}")
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
-    for name in dict.fromkeys(config.evals):
-        context = EvalContext()
-        try:
-            with context.raise_on_all_ranks():
-                run_evaluator(name, model, config, console, context)
-        except Exception as error:
-            failures.append(name)
-            print_failure(name, error, console)
+    with open_tracker(model, console) as tracker:
+        for name in dict.fromkeys(config.evals):
+            context = EvalContext()
+            try:
+                with context.raise_on_all_ranks():
+                    run_evaluator(name, model, config, console, context, tracker)
+            except Exception as error:
+                failures.append(name)
+                print_failure(name, error, console)
     if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
         draw_training(model.output_folder, console)
     if failures:
         raise RunError(f"{len(failures)} of {len(config.evals)} evaluators failed (see above): {', '.join(failures)}")
     return 0
+
+
+@contextmanager
+def open_tracker(model: EvalModel, console: Console) -> Iterator[RunTracker]:
+    """Open the tracker of the model's run, to add texts and figures to it.
+
+    It logs nothing where there is no such tracker, on other ranks than the first, for results outside of the run's
+    folder, and while the run trains.
+    """
+    run = model.run_config
+    folder = model.output_folder
+    is_tracked = run is not None and run.track.tracker != "none" and (folder / "run.json").is_file()
+    with ExitStack() as stack:
+        if is_tracked and not console.quiet:
+            PartialState(cpu=True)  # Accelerate's trackers ask it whether they are on the main process.
+            try:
+                stack.enter_context(lock_run_dir(folder))
+            except ConfigError:
+                console.print(f"{run.track.tracker} does not receive these results, because the run is training now.")
+                is_tracked = False
+        enabled = is_tracked and not console.quiet
+        tracker = RunTracker(folder, run, model.model_id, None, console.print, enabled)
+        yield tracker
+        tracker.finish()
 
 
 def draw_training(folder: Path, console: Console) -> None:
@@ -86,8 +114,10 @@ def start_processes() -> torch.device:
     return device
 
 
-def run_evaluator(name: str, model: EvalModel, config: EvalConfig, console: Console, context: EvalContext) -> None:
-    """Run one evaluator, or reuse its finished results; print its summary and draw its figures.
+def run_evaluator(
+    name: str, model: EvalModel, config: EvalConfig, console: Console, context: EvalContext, tracker: RunTracker
+) -> None:
+    """Run one evaluator, or reuse its finished results; print its summary, draw its figures, and log both.
 
     Raises:
         RunError: Some of its tasks are missing.
@@ -115,12 +145,16 @@ def run_evaluator(name: str, model: EvalModel, config: EvalConfig, console: Cons
         }
     path = context.run_on_rank_0(lambda: save_result(folder, record, name))
     console.print(f"{path} is up to date; to evaluate again, add force=true" if is_finished else f"wrote {path}")
-    for line in evaluator.summarize(record["results"]):
+    lines = evaluator.summarize(record["results"])
+    for line in lines:
         console.print(Text(line))
+    tracker.log_text(path.stem, "\n".join(lines), model.step)
     if context.rank == 0:
         is_main = path.stem == name
         for figure_path in evaluator.plot_results(record, folder / "plots" / ("" if is_main else path.stem)):
             console.print(f"wrote {figure_path}")
+            if figure_path.suffix == ".png":
+                tracker.log_figure(figure_path.stem, figure_path, model.step)
     if missing := missing_tasks(record["results"]):
         raise RunError(f"these tasks were not evaluated: {', '.join(missing)}")
     if context.rank == 0:

@@ -25,7 +25,8 @@ class RunTracker:
     Args:
         folder: The run's folder. TensorBoard's files, and those of the others without a server, are in it.
         run_id: The run's id in Weights & Biases, and a tag of it in MLflow.
-        start_step: The last step that is not repeated. TensorBoard hides what an earlier process logged after it.
+        start_step: The last step that is not repeated. TensorBoard hides what an earlier process logged after it. None
+            for an evaluation, which adds texts and figures of any step to the finished run.
         log_message: Called with the message of an error.
         enabled: False on processes that log nothing.
     """
@@ -35,12 +36,13 @@ class RunTracker:
         folder: Path,
         config: "RunConfig",
         run_id: str,
-        start_step: int,
+        start_step: int | None,
         log_message: Callable[[str], object],
         enabled: bool,
     ):
         self._library = config.track.tracker if enabled else "none"
         self._log_message = log_message
+        self._is_training = start_step is not None
         self._tracker: GeneralTracker | None = None
         if self._library == "none":
             return
@@ -63,7 +65,8 @@ class RunTracker:
 
                 mlflow.log_text(text, f"{name}/step_{step}.txt")
             elif self._tracker:
-                self._tracker.log_table(name, columns=["step", "text"], data=[[step, text]], step=step)
+                row = [step, text]
+                self._tracker.log_table(name, columns=["step", "text"], data=[row], step=self._wandb_step(step))
 
     def log_figure(self, name: str, path: Path, step: int) -> None:
         """Log the PNG file at `path` under `name`."""
@@ -75,12 +78,16 @@ class RunTracker:
 
                 self._tracker.log_images({name: imread(path)[None, :, :, :3]}, step=step, dataformats="NHWC")
             elif self._tracker:
-                self._tracker.log_images({name: [str(path)]}, step=step)
+                self._tracker.log_images({name: [str(path)]}, step=self._wandb_step(step))
 
     def finish(self) -> None:
         with self._stop_at_error():
             if self._tracker:
                 self._tracker.finish()
+
+    def _wandb_step(self, step: int) -> int | None:
+        """Return the step for wandb, which refuses steps before the last that was logged."""
+        return step if self._is_training else None
 
     @contextmanager
     def _stop_at_error(self) -> Iterator[None]:
@@ -95,7 +102,7 @@ class RunTracker:
             )
 
 
-def start_wandb(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+def start_wandb(folder: Path, config: "RunConfig", run_id: str, start_step: int | None) -> "GeneralTracker":
     """Start or continue a run of Weights & Biases."""
     import wandb
     from accelerate.tracking import WandBTracker
@@ -110,17 +117,18 @@ def start_wandb(folder: Path, config: "RunConfig", run_id: str, start_step: int)
     return tracker
 
 
-def start_tensorboard(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+def start_tensorboard(folder: Path, config: "RunConfig", run_id: str, start_step: int | None) -> "GeneralTracker":
     """Start or continue the files in the run's folder, which `tensorboard --logdir` shows."""
     from accelerate.tracking import TensorBoardTracker
 
-    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=start_step + 1)
+    first_step = None if start_step is None else start_step + 1
+    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=first_step)
     tracker.start()
     tracker.store_init_configuration(flatten(dataclasses.asdict(config)))
     return tracker
 
 
-def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int) -> "GeneralTracker":
+def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int | None) -> "GeneralTracker":
     """Start or continue a run on the server that MLFLOW_TRACKING_URI names, or else in the run's folder."""
     import mlflow
     from accelerate.tracking import MLflowTracker

@@ -30,6 +30,7 @@ from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
 from glalm.train.parallel import leave_process_group
+from glalm.train.run_dir import lock_run_dir
 from glalm.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -164,6 +165,27 @@ def test_a_checkpoint_that_was_copied_into_another_run_keeps_its_own_settings(ru
     copy = shutil.copytree(copy, tmp_path / run.name)  # whose results would be those of the run of that name
     with pytest.raises(ConfigError, match="tiny holds a run of that name; write out=FOLDER"):
         evaluate(wanted(run, checkpoint=str(copy), **only))
+
+
+def test_the_runs_tracker_receives_texts_and_figures(run, capsys):
+    """Unless the run trains at the time, when its tracker is in use."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = run.folder / "run.json"
+    content = json.loads(record.read_text())
+    content["config"]["track"]["tracker"] = "tensorboard"
+    record.write_text(json.dumps(content))
+    config = wanted(run, evals=["generate", "extrapolation"])
+    with lock_run_dir(run.folder):
+        assert evaluate(config) == 0
+    assert "because the run is training now" in capsys.readouterr().out
+    assert not (run.folder / "tensorboard").exists()
+    assert evaluate(config) == 0
+    found = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    [text] = found.Tensors("generate/text_summary")
+    [sample, _] = json.loads((run.folder / "eval" / "generate.json").read_text())["results"]
+    assert text.step == 4 and text.tensor_proto.string_val[0].decode().startswith(f"--- {sample['prompt']}")
+    assert [image.step for image in found.Images("extrapolation")] == [4]
 
 
 def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):

@@ -223,10 +223,10 @@ def describe_group(record: dict, firsts: list[dict]) -> str:
     if len(firsts) == 1:
         return "" if is_own_text(record) else f" On {text_name(record)}."
     settings = measurement(record)
-    keys = differing_settings(firsts)
-    parts = [f"{key}={format_setting(settings.get(key))}" for key in keys if key != "data_sha256"]
+    keys = [key for key in differing_settings(firsts) if key != "data_sha256"]
+    parts = [f"{key}={format_setting(settings.get(key))}" for key in keys]
     text = text_name(record)
-    return f" {', '.join([f'On {text}' if text else 'Measured', *parts])}." if parts or text else ""
+    return f" {f'On {text}' if text else 'Measured'}{' with ' if parts else ''}{', '.join(parts)}."
 
 
 def loss_figures(runs: list[Run]) -> list[tuple[EmbeddedFigure, str]]:

@@ -219,10 +219,9 @@ def is_own_text(identity: ResultIdentity, model: EvalModel, config: EvalConfig) 
     settings = identity.settings
     if model.run_config is None or "data_sha256" not in settings:
         return None
-    if config.data_path is None:
-        return True
-    manifest = model.data_manifest
-    return bool(manifest) and settings["data_sha256"] == split_sha256(manifest, settings["split"])
+    if not model.data_manifest:
+        return config.data_path is None
+    return settings["data_sha256"] == split_sha256(model.data_manifest, settings["split"])
 
 
 def describe_model(model: EvalModel, config: EvalConfig, context: EvalContext) -> dict:

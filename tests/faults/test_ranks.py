@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from glalm.data import loader
 from glalm.train import parallel, random_states, staging, trainer
 from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
 from glalm.train.optim import learning_rate
+from glalm.train.run_dir import RunLock
 from glalm.train.state import BatchPlan, TrainState
 from glalm.train.trainer import train
 from glalm.train.watchdog import WATCHDOG_EXIT_CODE
@@ -157,6 +159,37 @@ def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path):
     assert_close(
         {n: p.detach() for n, p in loaded.named_parameters()}, {n: expected[n] for n, _ in loaded.named_parameters()}
     )
+
+
+def train_without_folder(is_taken: bool, config: RunConfig) -> int:
+    """Train, and let rank 0 remove the run's folder in step 3. If `is_taken`, another run locks a new one."""
+
+    def remove_folder() -> None:
+        shutil.rmtree(config.folder)
+        if is_taken:
+            config.folder.mkdir()
+            other = RunLock(config.folder)
+            other._holder = "process 1 on another machine"
+            other.acquire()
+
+    with before_steps({3: remove_folder} if os.environ["RANK"] == "0" else {}):
+        return train(config)
+
+
+def test_ranks_restore_a_removed_folder_together(run_config, change, tmp_path):
+    config = change(run_config, **{"train.checkpoint.every": 6, "train.micro_batch_size": 1})
+    assert run(config, 2, tmp_path / "log", train_without_folder, False) == [0, 0], text(tmp_path / "log")
+    assert "was removed or emptied while the run was training" in text(tmp_path / "log")
+    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["step_3", "step_6"]
+    assert [row["step"] for row in rows(config.folder)] == [3, 4, 5, 6]
+
+
+def test_ranks_leave_a_folder_of_another_run_together(run_config, change, tmp_path):
+    config = change(run_config, **{"train.guard.hang_seconds": 20.0, "train.micro_batch_size": 1})
+    assert run(config, 2, tmp_path / "log", train_without_folder, True) == [1, 1]
+    for rank in (0, 1):
+        assert "used by another run: process 1 on another machine" in text(tmp_path / "log", rank)
+    assert [path.name for path in config.folder.iterdir()] == [".lock"]
 
 
 def train_struck(fault: str, struck_rank: int, config: RunConfig) -> int:

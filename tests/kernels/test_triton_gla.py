@@ -68,9 +68,26 @@ def test_one_gate_a_head_in_packed_sequences_and_segments(per):
 
 
 @interpreted
-@pytest.mark.parametrize("T", [1, 63, 64, 65])
+@pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65])
 def test_every_length(T):
     check(IEEE, 2, T, 1, 16, 32, dtype=torch.float32, states=True)
+
+
+@interpreted
+@pytest.mark.parametrize("per", ["channel", "head", "fixed", "nothing"])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 0]], ids=["batch", "packed"])
+def test_no_tokens(bounds, per):
+    from glalm.kernels.triton import gla
+
+    q, k, v, g = torch.zeros(4, 2 if bounds is None else 1, 0, 1, 16).unbind()
+    g = {"channel": g, "head": g[..., 0], "fixed": -torch.rand(1), "nothing": None}[per]
+    S, dS = torch.randn(2, 2, 1, 16, 16).unbind()
+    bounds = None if bounds is None else torch.tensor(bounds)
+    o, final_state, saved = gla.forward(q, k, v, g, 1.0, None, S, True, bounds, True)
+    *gradients, dS0 = gla.backward(q, k, v, g, 1.0, None, S, bounds, saved, o, dS)
+    assert torch.equal(final_state, S) and torch.equal(dS0, dS)
+    for gradient, x in zip(gradients, (q, k, v, g if per in ("channel", "head") else None), strict=True):
+        assert gradient is x is None or gradient.shape == x.shape
 
 
 @interpreted

@@ -1,11 +1,10 @@
 """The `glalm` command, which runs a command by its name: `glalm train ...`. `python -m glalm` is the same."""
 
 import difflib
+import signal
 import sys
 from importlib import import_module
 from typing import NoReturn
-
-from glalm.progress import run_command
 
 # The file of glalm/commands that has each command's `main`, and what it does.
 COMMANDS = {
@@ -32,7 +31,16 @@ def main(name: str | None = None) -> NoReturn:
         name = find_command(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
     # Help and usage lines take the program's name from here.
     sys.argv[0] = f"glalm {name}"
-    run_command(lambda: import_module(f"glalm.commands.{COMMANDS[name][0]}").main())
+    raises_interrupt = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raises_interrupt:
+        # Ctrl-C ends the process without a word while it imports: an exception in there would be shown, or be lost.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from glalm.progress import run_command
+
+    command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
+    if raises_interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_command(command.main)
 
 
 def find_command(name: str) -> str:

@@ -2,13 +2,14 @@
 
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import TypeVar
+
+from glalm.data.processes import call_without_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,9 +64,4 @@ def _start_worker() -> None:
 def bind_to_parent() -> None:
     """Make this worker process ignore Ctrl-C, on which its parent acts, and exit when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def exit_with_parent() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    call_without_parent(lambda: os._exit(1))

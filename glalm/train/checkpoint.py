@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -272,9 +271,11 @@ class CheckpointSaver:
 
     def _wait_for_save(self, tolerated_failures: int | None = None) -> None:
         """Wait for the save in flight. Raise CheckpointError if too many failed in a row; None tolerates all."""
-        deadline = time.monotonic() + SAVE_TIMEOUT.total_seconds()
+        # Seconds are counted, because time in which this process is stopped is not time that the save takes.
+        seconds = 0
         while wait([self._pending], timeout=1.0).not_done:
-            if time.monotonic() < deadline:
+            seconds += 1
+            if seconds < SAVE_TIMEOUT.total_seconds():
                 self.on_heartbeat()
         failed = len(self._consecutive_errors)
         if tolerated_failures is not None and failed > tolerated_failures:

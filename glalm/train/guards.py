@@ -18,15 +18,17 @@ from glalm.data.files import write_json
 from glalm.data.order import Order
 from glalm.train.collectives import rank_and_world_size
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's `--signal=USR1@120`.
+# SIGUSR1 and SIGUSR2 come from schedulers (Slurm's `--signal=USR1@120`), SIGHUP from a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Ignore a repeated signal within a second: GNU timeout, for one, signals the process and then its process group.
 REPEAT_SECONDS = 1.0
 SHOW_CURSOR = b"\x1b[?25h"  # The progress bar hides the cursor, and a killed process could not show it again.
 
 
 class StopSignal:
-    """Record SIGINT, SIGTERM and SIGUSR1 in `received` instead of dying, so that the loop can stop after its step.
+    """Record one of STOP_SIGNALS in `received` instead of dying, so that the loop can stop after its step.
 
+    A SIGHUP that the process ignores, because nohup started it, stays ignored.
     A second signal, more than REPEAT_SECONDS later, kills the process at once, even while it saves a checkpoint.
     """
 
@@ -35,7 +37,10 @@ class StopSignal:
         self._received_at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
+        signals = [*STOP_SIGNALS]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signals.remove(signal.SIGHUP)
+        self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in signals}
         return self
 
     def __exit__(self, *_) -> None:

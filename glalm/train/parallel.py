@@ -6,7 +6,10 @@ optimizer together with the model.
 """
 
 import atexit
+import functools
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import require
+from glalm.data.processes import call_without_parent
 from glalm.model.precision import choose_precision
 
 # What `accelerate launch` or the file of `accelerate config` may set, although the config decides it: the values that
@@ -55,6 +59,7 @@ def start_processes(config: RunConfig) -> Accelerator:
         ConfigError: The launcher's settings, the number of processes or the devices contradict the config.
     """
     refuse_launcher_settings(os.environ)
+    stop_with_launcher()
     if not is_launched(os.environ):
         os.environ.pop("LOCAL_RANK", None)  # Accelerate takes it for a launcher.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
@@ -81,6 +86,19 @@ def refuse_launcher_settings(environ: Mapping[str, str]) -> None:
             f"accelerate launch has set {name}={value}, which has no effect. Use {instead} instead, and remove the "
             "setting from the command or from the file of `accelerate config`.",
         )
+
+
+@functools.cache  # The runs of a sweep share a process.
+def stop_with_launcher() -> None:
+    """Send this process SIGTERM once the launcher that started it has been killed, so that it does not train on."""
+
+    def stop() -> None:
+        print("The launcher of this process has ended.", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # torchrun sets the first, and `accelerate launch` of one process the second.
+    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        call_without_parent(stop)
 
 
 def check_devices(environ: Mapping[str, str], gpu_count: int) -> None:

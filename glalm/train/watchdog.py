@@ -15,10 +15,12 @@ from datetime import timedelta
 from torch import distributed
 
 from glalm.train.collectives import rank_and_world_size, run_on_rank_0
+from glalm.train.hang_monitor import HangMonitor
 
 WATCHDOG_EXIT_CODE = 70
 VERDICT_KEY = "verdict"
 REPORT_INTERVAL = 0.5  # Seconds between two reports, at most.
+MAX_DELAY = 5  # Intervals between two turns of a thread that count at most: in more, the process was not scheduled.
 MAX_SILENCE = 60.0  # Seconds until a process without a sign of life counts as dead, at most.
 
 
@@ -37,7 +39,7 @@ class Status:
 
 @dataclass
 class Observation:
-    """The latest status of a process, and when it changed, by this process's clock."""
+    """The latest status of a process, and when it changed, in seconds for which this process was awake."""
 
     status: Status
     lived_at: float
@@ -56,6 +58,9 @@ class Watchdog:
     named, because the others wait for them. If rank 0 itself dies or hangs, the others notice that its store is gone or
     does not change.
 
+    Time in which a process was not scheduled (SIGSTOP, a suspended machine, a frozen container) does not count. A
+    HangMonitor ends a process whose threads cannot run.
+
     Args:
         hang_seconds: None tolerates hangs.
     """
@@ -71,20 +76,29 @@ class Watchdog:
         self._first_failure_at: float | None = None
         self._is_over = threading.Event()
         self._store = self._connect() if self.world_size > 1 else None
-        self._store_answered_at = time.monotonic()
-        loops = [self._watch] if self.rank == 0 else [self._watch, self._watch_store]
+        self._awake_seconds = 0.0
+        self._store_answered_at = 0.0
+        self._monitor: HangMonitor | None = None
+        loops = [self._count_seconds, self._watch]
+        if self.rank:
+            loops.append(self._watch_store)
         self._threads = [threading.Thread(target=loop, name="glalm-watchdog", daemon=True) for loop in loops]
 
     def begin_phase(self, phase: str) -> None:
         """Report a new part of the work, as in "rank 1 hangs: PHASE for 1800 s"."""
         self._status.phase = phase
         self._status.phases += 1
+        if self._monitor:
+            self._monitor.report(phase)
 
     def heartbeat(self, *_) -> None:
         """Report progress within the current phase. The arguments are ignored, so that this can be any callback."""
         self._status.heartbeats += 1
 
     def __enter__(self) -> "Watchdog":
+        if self.hang_seconds < math.inf and sys.platform == "linux":
+            name = f"rank {self.rank} ({self._status.process})"
+            self._monitor = HangMonitor(self.hang_seconds, WATCHDOG_EXIT_CODE, name)
         for thread in self._threads:
             thread.start()
         return self
@@ -98,6 +112,7 @@ class Watchdog:
         if self.world_size > 1:
             self._is_over.wait(10 * self.interval if self.rank else self.silence_limit)
         self._is_over.set()
+        self._threads[0].join()
 
     def _connect(self) -> distributed.TCPStore:
         """Open a store of our own, because a wait for a key blocks every other access to torch's store."""
@@ -109,12 +124,24 @@ class Watchdog:
         port = run_on_rank_0(lambda: store.port)
         return store or distributed.TCPStore(host, port, None, is_master=False, **options)
 
+    def _count_seconds(self) -> None:
+        """Advance the clock by which all times here are measured, and report to the monitor that this process runs."""
+        previous = time.monotonic()
+        while not self._is_over.wait(self.interval):
+            now = time.monotonic()
+            self._awake_seconds += min(now - previous, MAX_DELAY * self.interval)
+            previous = now
+            if self._monitor:
+                self._monitor.report(self._status.phase)
+        if self._monitor:
+            self._monitor.close()
+
     def _watch(self) -> None:
         while not self._is_over.wait(self.interval):
             self._status.ticks += 1
             try:
                 diagnosis = self._judge_all() if self.rank == 0 else self._report_to_rank_0()
-                self._store_answered_at = time.monotonic()
+                self._store_answered_at = self._awake_seconds
             except RuntimeError as error:  # The store does not answer.
                 if self._status.is_done:
                     self._is_over.set()
@@ -131,7 +158,7 @@ class Watchdog:
     def _watch_store(self) -> None:
         """Notice a rank 0 that is stopped but not dead, whose store makes `_report_to_rank_0` wait forever."""
         while not self._is_over.wait(self.interval):
-            waited = time.monotonic() - self._store_answered_at
+            waited = self._awake_seconds - self._store_answered_at
             if waited > self.silence_limit:
                 self._exit(f"rank 0 has died or hangs: its store does not answer for {waited:.0f} s")
 
@@ -167,7 +194,7 @@ class Watchdog:
         return diagnosis
 
     def _observe(self, rank: int, status: Status) -> None:
-        now = time.monotonic()
+        now = self._awake_seconds
         seen = self._observations.setdefault(rank, Observation(replace(status), now, now))
         if seen.status.ticks != status.ticks:
             seen.lived_at = now
@@ -177,7 +204,7 @@ class Watchdog:
 
     def _diagnose(self) -> str:
         """Return which processes have failed, have died or hang, or nothing."""
-        now = time.monotonic()
+        now = self._awake_seconds
         failed = [
             f"rank {rank} failed: {seen.status.failure} ({seen.status.process}, {seen.status.phase})"
             for rank, seen in self._observations.items()
@@ -204,7 +231,7 @@ class Watchdog:
         silent = []
         for rank in ranks:
             seen = self._observations[rank]
-            seconds = time.monotonic() - seen.lived_at
+            seconds = self._awake_seconds - seen.lived_at
             if seconds > limit and not seen.status.is_done:
                 where = f"{seen.status.process}, {seen.status.phase}"
                 silent.append(f"rank {rank} has died or hangs: no sign of life for {seconds:.0f} s ({where})")

@@ -1,9 +1,11 @@
 """Faults of one process: bad numbers, spikes, signals, damaged data, failing trackers."""
 
+import ctypes
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,9 +26,11 @@ from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.train import trainer
 from glalm.train.checkpoint import CheckpointWriter, latest_checkpoint
-from glalm.train.guards import BadSteps
+from glalm.train.guards import STOP_SIGNALS, BadSteps
+from glalm.train.hang_monitor import is_stopped
 from glalm.train.run_dir import newest_valid_checkpoint
 from glalm.train.trainer import Trainer, train
+from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
 
 @pytest.mark.parametrize("what", [{"gradient": math.nan}, {"gradient": math.inf}, {"loss": math.nan}])
@@ -88,7 +92,7 @@ def train_signalled(signum: int, step: int, config: RunConfig) -> int:
         return train(config)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_signal_saves_a_checkpoint_and_sets_the_exit_code(run_config, unbroken, tmp_path, signum):
     assert wait(start(train_signalled, signum, 3, run_config, log=tmp_path / "log")) == [128 + signum]
     assert "checkpoints/step_3. To resume, run the same command again." in text(tmp_path / "log")
@@ -154,6 +158,49 @@ def test_slow_progress_is_no_hang(run_config, change, unbroken, tmp_path, part, 
     config = change(run_config, **slowly, **{"train.checkpoint.every": 6})
     seconds = 1.5 if part == "saving" else 0.6
     assert wait(start(train_slowly, part, seconds, config, log=tmp_path / "log")) == [0], text(tmp_path / "log")
+    assert_same(unbroken, config.folder)
+
+
+def train_ignoring_hangup(config: RunConfig) -> int:
+    """Train as under nohup, and send SIGHUP before step 3."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with before_steps({3: partial(send_signal, signal.SIGHUP)}):
+        return train(config)
+
+
+def test_hangup_under_nohup_is_ignored(run_config, unbroken, tmp_path):
+    assert wait(start(train_ignoring_hangup, run_config, log=tmp_path / "log")) == [0]
+    assert_same(unbroken, run_config.folder)
+
+
+def train_holding_the_gil(config: RunConfig) -> int:
+    """Train, and call C code before step 3 that neither returns nor lets go of Python's lock."""
+    libc = ctypes.PyDLL(None)
+    with before_steps({3: lambda: libc.qsort((ctypes.c_int * 10**7)(), 10**7, 4, libc.usleep)}):
+        return train(config)
+
+
+def test_hang_that_holds_the_gil_ends_the_run_with_a_stack(run_config, change, tmp_path):
+    config = change(run_config, **{"train.guard.hang_seconds": 2.0})
+    assert wait(start(train_holding_the_gil, config, log=tmp_path / "log")) == [WATCHDOG_EXIT_CODE]
+    found = text(tmp_path / "log")
+    assert "it hangs, in step 3 for 2 s, in code that holds Python's lock (GIL)" in found
+    assert re.search(r'File ".*test_steps\.py", line \d+ in <lambda>', found)
+
+
+def stop_before_step_3(config: RunConfig) -> int:
+    with before_steps({3: partial(send_signal, signal.SIGSTOP)}):
+        return train(config)
+
+
+def test_run_that_was_stopped_goes_on(run_config, change, unbroken, tmp_path):
+    """SIGSTOP for twice hang_seconds, then SIGCONT."""
+    config = change(run_config, **{"train.guard.hang_seconds": 2.0})
+    processes = start(stop_before_step_3, config, log=tmp_path / "log")
+    until(lambda: is_stopped(processes[0].pid))
+    time.sleep(4.0)
+    os.kill(processes[0].pid, signal.SIGCONT)
+    assert wait(processes) == [0], text(tmp_path / "log")
     assert_same(unbroken, config.folder)
 
 

@@ -9,7 +9,7 @@ from glalm.data.order import Order
 from glalm.train.guards import STOP_SIGNALS, BadSteps, StopSignal, UpdateGuard
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_repeated_signal_counts_once(signum, capfd):
     before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     with StopSignal() as stop:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from injection import before_steps, poisoned_steps, send_signal
-from processes import start, text, wait
+from processes import start, text, until, wait
 from sameness import rows, weights
 from test_steps import train_signalled
 
@@ -24,6 +24,7 @@ from glalm.config.run import CheckpointConfig, RunConfig
 from glalm.data import loader
 from glalm.train import parallel, random_states, staging, trainer
 from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
+from glalm.train.hang_monitor import is_stopped
 from glalm.train.optim import learning_rate
 from glalm.train.run_dir import RunLock
 from glalm.train.state import BatchPlan, TrainState
@@ -246,6 +247,24 @@ def test_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change
     wait(processes)
     found = [line for line in text(tmp_path / "log", 1 - rank).splitlines() if "ends the run" in line]
     assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({diagnosis})", found[-1]), found
+
+
+def train_stopped(config: RunConfig) -> int:
+    """Train, and stop this process by SIGSTOP before step 3."""
+    with before_steps({3: lambda: send_signal(signal.SIGSTOP)}):
+        return train(config)
+
+
+def test_ranks_that_are_stopped_together_go_on(run_config, change, tmp_path):
+    """As the processes of a frozen container are, for twice hang_seconds."""
+    config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 3.0})
+    processes = start(train_stopped, config, log=tmp_path / "log", world=2)
+    for process in processes:
+        until(lambda pid=process.pid: is_stopped(pid))
+    time.sleep(6.0)
+    for process in processes:
+        os.kill(process.pid, signal.SIGCONT)
+    assert wait(processes) == [0, 0], [text(tmp_path / "log", rank) for rank in (0, 1)]
 
 
 def test_random_states_of_every_rank_are_restored(run_config, tmp_path):

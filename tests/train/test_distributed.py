@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 
 from glalm.config.run import ParallelConfig
 from glalm.config.strict import ConfigError, build_dataclass
-from glalm.data.files import read_jsonl
+from glalm.data.files import read_jsonl, try_lock
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel, trainer
+from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.parallel import check_devices, has_fp32_parameters, is_launched, refuse_launcher_settings
 from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
@@ -211,6 +213,32 @@ def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
     for one, two in zip(alone, pair, strict=True):
         for key in {"step", "loss", "grad_norm", "val_loss", "tokens"} & one.keys():
             assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_processes_of_a_killed_launcher_stop_with_a_checkpoint(launcher, token_folder, tmp_path):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "train.py", "name=mine", f"runs_dir={tmp_path}"]
+    command += [f"data.path={token_folder}", "train.batch_size=4", "train.micro_batch_size=1", "data.seq_len=16"]
+    command += ["model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1", "train.log_every=1"]
+    command += ["optim.warmup_steps=1", "train.steps=1000000", "train.checkpoint.every=500000"]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=log)
+    metrics = tmp_path / "mine" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 3)
+    process.kill()
+    process.wait()
+    wait_until(lambda: "Stopped at step" in (tmp_path / "log").read_text())
+    with open(tmp_path / "mine" / ".lock") as lock:
+        wait_until(lambda: try_lock(lock))  # The last of the processes has ended.
+    assert latest_checkpoint(tmp_path / "mine" / "checkpoints") is not None
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.1)
 
 
 def test_too_large_mesh_ends_with_a_message():

@@ -138,6 +138,20 @@ def printable(name: str | os.PathLike) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
+@contextmanager
+def open_utf8_name(path: str | Path) -> Iterator[str]:
+    """Give a file or folder a name in UTF-8 while the block runs, for libraries that accept no other names."""
+    # Bytes that are not UTF-8 are lone surrogates in a str, which have no encoding.
+    if os.fsencode(path) == str(path).encode(errors="replace"):
+        yield str(path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/dev/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
 def temporary_path(path: Path) -> Path:
     """Return the hidden name beside `path` under which its content is written before it is complete."""
     return path.with_name(f".{path.name}.tmp")

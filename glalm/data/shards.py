@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from glalm.data.checksums import BLOCK, CheckedArray
-from glalm.data.files import DamagedFile, file_sha256, find_mismatch, read_json
+from glalm.data.files import DamagedFile, file_sha256, find_mismatch, open_utf8_name, read_json
 
 FORMAT = "glalm-tokens"
 VERSION = 3
@@ -174,15 +174,13 @@ class TokenSet:
                     raise ValueError("another version of .npy")
                 shape, _, found = np.lib.format.read_array_header_1_0(file)
                 header = file.tell()
-                # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands. torch opens
-                # only names in UTF-8, which a descriptor's is.
-                name_of_file = f"/dev/fd/{file.fileno()}"
-                size = os.fstat(file.fileno()).st_size
-                content = torch.from_file(name_of_file, shared=False, size=size, dtype=torch.uint8).numpy()
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}). {self._advice}") from error
         if shape != (length,) or found != dtype:
             raise ValueError(f"{path} holds {found}{list(shape)}, not {dtype}[{length}]. {self._advice}")
+        # numpy.memmap would hold a file descriptor for each shard, and a large set has thousands.
+        with open_utf8_name(path) as utf8_name:
+            content = torch.from_file(utf8_name, shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
         content.flags.writeable = False
         sums = np.fromfile(self._find_file(shard["files"]["checksums"]), dtype="<u4")
         token_blocks = -(-shard["files"]["tokens"]["bytes"] // BLOCK)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from glalm.data.files import atomic_write
+from glalm.data.files import atomic_write, open_utf8_name
 
 SPACE_MARK = "\u2581"  # SentencePiece spells a space with this character
 MISTRAL_V1 = "mistral-v1"
@@ -252,7 +252,8 @@ class _HuggingFace:
         from transformers import AutoTokenizer  # takes seconds
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            with open_utf8_name(name) as utf8_name:
+                self._tokenizer = AutoTokenizer.from_pretrained(utf8_name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             if "custom code" in reason:
@@ -281,5 +282,6 @@ class _HuggingFace:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> str:
-        self._tokenizer.save_pretrained(folder / "tokenizer")
+        with open_utf8_name(folder) as utf8_name:
+            self._tokenizer.save_pretrained(Path(utf8_name) / "tokenizer")
         return "tokenizer"

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import random
 from pathlib import Path
 
@@ -299,6 +300,14 @@ def test_hugging_face_long_texts_have_the_ids_of_the_whole(hugging_face, texts):
     tokenizer = Tokenizer(hugging_face)
     for text in ("".join(texts) * 20, "a" * 20_000):
         assert tokenizer.encode(text) == tokenizer._backend.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_folder_whose_name_is_not_utf8(hugging_face, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
+    folder.mkdir()
+    tokenizer = Tokenizer(hugging_face)
+    again = Tokenizer(folder / tokenizer.save(folder))
+    assert again.fingerprint == tokenizer.fingerprint and again.encode("if x") == tokenizer.encode("if x")
 
 
 def test_a_folder_with_a_bare_model_is_sentencepiece(tokenizer, tmp_path):

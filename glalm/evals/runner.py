@@ -31,7 +31,7 @@ from glalm.progress import ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
 from glalm.train.parallel import join_process_group
-from glalm.train.run_dir import lock_run_dir
+from glalm.train.run_lock import lock_run_dir
 from glalm.train.trackers import RunTracker
 
 

@@ -19,7 +19,7 @@ from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import load_results, save_result
 from glalm.prepare.workers import bind_to_parent
 from glalm.studies.mqar import Job, MQARConfig, train
-from glalm.train.run_dir import RunLock, lock_run_dir
+from glalm.train.run_lock import RunLock, lock_run_dir
 
 
 def main(config: MQARConfig) -> int:

@@ -14,28 +14,22 @@ that it saved checkpoints is refused while none of them is to be seen: they may 
 import dataclasses
 import itertools
 import os
-import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from glalm.config.run import DATA_RECORD, RunConfig, describe_differences, run_identity
-from glalm.config.strict import ConfigError, RunError, describe_unknown_key, require
+from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import (
     DamagedFile,
     find_mismatch,
     fsync_path,
-    is_named,
-    read_file,
     read_json,
     remove_entry,
-    try_lock,
     write_json,
 )
 from glalm.data.loader import Windows
@@ -53,9 +47,9 @@ from glalm.train.checkpoint import (
 from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
 from glalm.train.environment import describe_environment
 from glalm.train.metrics import read_metrics
+from glalm.train.run_lock import LOCK, RunLock, lock_run_dir
 from glalm.train.state import TrainState
 
-LOCK = ".lock"
 RUN_RECORD = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -67,7 +61,7 @@ _RECORD_LOCK = threading.Lock()  # The thread that saves checkpoints also writes
 
 
 @contextmanager
-def open_run_dir(folder: Path) -> Iterator["RunLock | None"]:
+def open_run_dir(folder: Path) -> Iterator[RunLock | None]:
     """Create `folder` if needed and reserve it for this run until the context ends.
 
     Rank 0 holds the lock for all, and gets it from the context.
@@ -102,94 +96,6 @@ def open_run_dir(folder: Path) -> Iterator["RunLock | None"]:
         run_on_rank_0(claim_folder)
         gather_or_raise(check_shared)
         yield locks[0] if locks else None
-
-
-@contextmanager
-def lock_run_dir(folder: Path) -> Iterator["RunLock"]:
-    """Lock `folder`, which exists, against other runs until the context ends. Raises what `RunLock.acquire` raises."""
-    lock = RunLock(folder)
-    lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-class RunLock:
-    """The lock of a run's folder against other runs.
-
-    The kernel releases it when the process ends, however it ends, so no stale lock remains. On NFS (Linux, version 4,
-    or version 3 with lockd) it holds across machines; with the mount option `nolock` or `local_lock=flock`, only within
-    one.
-
-    The kernel locks the file, not its name. If the name is removed or leads to another file, other runs can lock that
-    one. `renew` notices this, so call it before everything that is written to the folder.
-    """
-
-    def __init__(self, folder: Path):
-        self._path = folder / LOCK
-        self._holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> None:
-        """Lock the folder, which exists.
-
-        Raises:
-            ConfigError: Another run holds the lock, or the filesystem has no locks.
-            DamagedFile: The lock is not a regular file.
-            OSError: The folder cannot be written to.
-        """
-        file = self._lock_file()
-        while not is_named(file, self._path):  # Somebody removed the name between opening and locking.
-            file.close()
-            file = self._lock_file()
-        file.truncate(0)
-        os.write(file.fileno(), self._holder.encode())
-        self._file = file
-
-    def renew(self) -> bool:
-        """Return whether the lock's name had been lost since the last call. The folder is then locked again.
-
-        Raises:
-            RunError: Another run has used the folder in the meantime, or it cannot be locked again.
-        """
-        if is_named(self._file, self._path):
-            return False
-        folder = self._path.parent
-        stopped = "This run stops, because two runs must not write to one folder. What it has not saved is lost."
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            holder = ""
-            with suppress(FileNotFoundError):
-                holder = read_file(self._path).decode(errors="replace")
-            if holder not in ("", self._holder):
-                raise RunError(f"{self._path} was removed, and {folder} was used by another run: {holder}. {stopped}")
-            self.acquire()
-        except (OSError, ConfigError) as error:
-            raise RunError(f"{self._path} was removed and cannot be locked again: {error} {stopped}") from error
-        return True
-
-    def release(self) -> None:
-        self._file.close()
-
-    def _lock_file(self) -> IO[str]:
-        with suppress(FileNotFoundError):
-            read_file(self._path)  # This refuses a pipe, which cannot be locked.
-        file = open(self._path, "a+", errors="replace")  # noqa: SIM115 (`release` closes it)
-        try:
-            if try_lock(file):
-                return file
-        except OSError as error:
-            file.close()
-            folder = self._path.parent
-            message = f"The filesystem of {folder} does not support file locks ({error}). Choose another runs_dir=..."
-            raise ConfigError(message) from error
-        file.seek(0)
-        holder = file.read()
-        file.close()
-        raise ConfigError(
-            f"{self._path.parent} is in use by another run: {holder}. Wait for it, stop it, or choose another name=..."
-        )
 
 
 def refuse_missing_checkpoints(folder: Path) -> None:

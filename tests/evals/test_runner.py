@@ -30,7 +30,7 @@ from glalm.model.config import ModelConfig
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import checkpoint
 from glalm.train.parallel import leave_process_group
-from glalm.train.run_dir import lock_run_dir
+from glalm.train.run_lock import lock_run_dir
 from glalm.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent

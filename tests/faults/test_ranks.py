@@ -26,7 +26,7 @@ from glalm.train import parallel, random_states, staging, trainer
 from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
 from glalm.train.hang_monitor import is_stopped
 from glalm.train.optim import learning_rate
-from glalm.train.run_dir import RunLock
+from glalm.train.run_lock import RunLock
 from glalm.train.state import BatchPlan, TrainState
 from glalm.train.trainer import train
 from glalm.train.watchdog import WATCHDOG_EXIT_CODE

@@ -18,7 +18,7 @@ from glalm.config.strict import ConfigError, RunError
 from glalm.model.mixers.gla import GLAOptions
 from glalm.studies import mqar, mqar_sweep
 from glalm.studies.mqar import Examples, Job, MQARConfig, RecallModel, draw_examples
-from glalm.train.run_dir import lock_run_dir
+from glalm.train.run_lock import lock_run_dir
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,19 +23,18 @@ from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
-from glalm.train import checkpoint, run_dir
+from glalm.train import checkpoint, run_lock
 from glalm.train.checkpoint import CheckpointError, CheckpointSaver, latest_checkpoint, list_checkpoints
 from glalm.train.metrics import read_metrics
 from glalm.train.run_dir import (
-    RunLock,
     check_filesystem,
     find_checkpoint,
-    lock_run_dir,
     newest_valid_checkpoint,
     remove_leftovers,
     resume_run,
     set_aside,
 )
+from glalm.train.run_lock import RunLock, lock_run_dir
 from glalm.train.state import TrainState
 from glalm.train.trainer import train
 
@@ -479,7 +478,7 @@ def test_a_name_that_goes_while_it_is_locked_is_not_taken_for_a_lock(tmp_path, m
             (tmp_path / ".lock").unlink()
         return try_lock(file)
 
-    monkeypatch.setattr(run_dir, "try_lock", lock_slowly)
+    monkeypatch.setattr(run_lock, "try_lock", lock_slowly)
     with lock_run_dir(tmp_path) as lock:
         assert not lock.renew()
 

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "train.dry_run",
     "train.assumed_mfu",
     "train.assumed_gpus",
+    "train.assumed_price",
 )
 
 
@@ -205,13 +206,14 @@ class TrainConfig:
     dry_run: bool = False  # print what the run would need, and exit
     assumed_mfu: float = 0.4  # for the dry run's estimate of time
     assumed_gpus: int | None = None  # for the dry run; null: the number of processes
+    assumed_price: float | None = None  # of a GPU for an hour, for the dry run; null: no costs are printed
 
     def __post_init__(self):
         require_exactly_one(self, "train", "steps", "tokens")
         require_exactly_one(self, "train", "batch_size", "batch_tokens")
         require_positive(self, "train", "steps", "tokens", "batch_size", "batch_tokens", "micro_batch_size")
         require_positive(self, "train", "eval_every", "eval_sequences", "log_every", "assumed_gpus")
-        require_positive(self, "train", "statistics_every")
+        require_positive(self, "train", "statistics_every", "assumed_price")
         require(
             self.statistics_every is None or self.statistics_every % self.log_every == 0,
             f"train.statistics_every={self.statistics_every} must be a multiple of train.log_every={self.log_every}",

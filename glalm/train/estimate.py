@@ -232,8 +232,10 @@ def _describe_time(config: RunConfig, world_size: int, gpu: GPU, flops_per_token
     mfu = config.train.assumed_mfu
     tokens_per_second = peak * mfu / flops_per_token
     hours = tokens / (tokens_per_second * world_size) / 3600
+    price = config.train.assumed_price
+    cost = f" for {hours * world_size * price:,.0f}" if price else ""
     return (
-        f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU hours, at {mfu:.0%} of the GPU's {peak / 1e12:.0f} "
+        f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU hours{cost}, at {mfu:.0%} of the GPU's {peak / 1e12:.0f} "
         f"TFLOP/s: {tokens_per_second:,.0f} tokens/s per GPU"
     )
 

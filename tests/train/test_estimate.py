@@ -134,6 +134,14 @@ def test_report_of_a_dry_run(run_config, change):
     assert "the peak of A small one is unknown" in small
 
 
+def test_dry_run_prints_the_costs(run_config, change):
+    config = change(run_config, **{"train.steps": 10**9, "train.assumed_mfu": 0.5, "train.assumed_price": 2.5})
+    gpu_hours = 10**9 * 4 * 16 * model_cost(config.model, 16).training / (0.5 * 989e12) / 3600
+    assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f}, at 50%" in "\n".join(
+        describe_needs(config, 2, H200)
+    )
+
+
 def test_indivisible_batch_is_refused(run_config, change):
     with pytest.raises(ConfigError, match="Choose a multiple of 3"):
         list(describe_needs(run_config, 3, H200))

@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from glalm.__main__ import COMMANDS
+from glalm.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +73,47 @@ def test_from_text_to_report(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains(command):
     assert f"glalm {command}" in run("-m", "glalm", command, "--help")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("train.py", "data.path=nowhere"), ("eval.py",), ("scripts/export_hf.py", "-h")])
+def test_interrupt_while_importing_shows_no_traceback(arguments, tmp_path):
+    """Ctrl-C at random moments of the first two seconds. A command that was faster ends with its own code."""
+    moments = random.Random(arguments[0])
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        time.sleep(0.1 + moments.random() * 2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        assert "Traceback" not in output, output
+        assert process.returncode in (130, -signal.SIGINT, 0, 1, 2)
+
+
+def test_interrupt_is_an_exception_again_when_the_command_runs(monkeypatch):
+    handlers = []
+    module = SimpleNamespace(main=lambda: handlers.append(signal.getsignal(signal.SIGINT)))
+
+    def import_module(_):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return module
+
+    monkeypatch.setattr("glalm.__main__.import_module", import_module)
+    monkeypatch.setattr(sys, "argv", ["glalm"])
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit):
+            main("report")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler]
 
 
 def test_unknown_command_is_refused_with_the_nearest():

@@ -24,6 +24,7 @@ from glalm.prepare.sources import (
     collect_inputs,
     describe_repeated_files,
     describe_skipped_files,
+    out_of_memory_error,
     parse_source,
     read_batches,
 )
@@ -133,22 +134,25 @@ def run_plan(
     tokens = 0
     batches = read_batches(inputs, list_fields(plan.settings), tuple(writer.position))
     encode = partial(encode_batch, out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
-    for batch, encoded in map_in_order(encode, batches, workers, size_of=lambda batch: batch.size):
-        source_input = inputs[batch.input_index]
-        errors = [record for record in encoded.skipped if record.reason != "empty"]
-        if errors and on_error == "stop":
-            writer.commit()
-            raise bad_record_error(source_input, errors[0])
-        writer.add_batch(batch, encoded, source_input)
-        documents += len(encoded.documents)
-        tokens += len(encoded.ids)
-        now = time.monotonic()
-        speed = tokens / max(now - start_time, 1e-9)
-        status = f"{documents:,} documents  {tokens / 1e6:,.1f}M tokens  {speed / 1e6:.2f}M tokens/s"
-        bar.update(starts[batch.input_index] + batch.bytes_read, status=status)
-        if now - commit_time > commit_seconds:
-            writer.commit()
-            commit_time = now
+    try:
+        for batch, encoded in map_in_order(encode, batches, workers, size_of=lambda batch: batch.size):
+            source_input = inputs[batch.input_index]
+            errors = [record for record in encoded.skipped if record.reason != "empty"]
+            if errors and on_error == "stop":
+                writer.commit()
+                raise bad_record_error(source_input, errors[0])
+            writer.add_batch(batch, encoded, source_input)
+            documents += len(encoded.documents)
+            tokens += len(encoded.ids)
+            now = time.monotonic()
+            speed = tokens / max(now - start_time, 1e-9)
+            status = f"{documents:,} documents  {tokens / 1e6:,.1f}M tokens  {speed / 1e6:.2f}M tokens/s"
+            bar.update(starts[batch.input_index] + batch.bytes_read, status=status)
+            if now - commit_time > commit_seconds:
+                writer.commit()
+                commit_time = now
+    except MemoryError as error:
+        raise out_of_memory_error(inputs[writer.position[0]]) from error
     if not any(counts["written"] for counts in writer.counts.values()):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))

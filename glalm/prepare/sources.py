@@ -155,22 +155,33 @@ def read_batches(
         first = written
         records = []
         size = 0
-        for chunk, position in source_input.read_records(fields):
-            for record in chunk:
-                count = count_lines(record)
-                read += count
-                if read <= written:
-                    continue
-                first = first if records else read - count
-                records.append(record)
-                size += estimate_bytes(record)
-                if size >= batch_bytes:
-                    yield RecordBatch(index, source_input.source, first, read, records, size, position, is_last=False)
-                    first = read
-                    records = []
-                    size = 0
+        try:
+            for chunk, position in source_input.read_records(fields):
+                for record in chunk:
+                    count = count_lines(record)
+                    read += count
+                    if read <= written:
+                        continue
+                    first = first if records else read - count
+                    records.append(record)
+                    size += estimate_bytes(record)
+                    if size >= batch_bytes:
+                        yield RecordBatch(
+                            index, source_input.source, first, read, records, size, position, is_last=False
+                        )
+                        first = read
+                        records = []
+                        size = 0
+        except MemoryError as error:
+            raise out_of_memory_error(source_input) from error
         yield RecordBatch(index, source_input.source, first, read, records, size, source_input.size, is_last=True)
         written = 0
+
+
+def out_of_memory_error(source_input: Input) -> ValueError:
+    """Return the error of an input that has a record which is too large for the memory of this machine."""
+    problem = f"{source_input}: memory ran out. A document takes many times its size while it is tokenized"
+    return ValueError(f"{problem}. Split or remove the longest documents of this file, or use --workers 1.")
 
 
 def parse_source(spec: str | os.PathLike | Source) -> Source:
@@ -279,7 +290,9 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
         builder = load_dataset_builder(path, config or None, revision=revision or None)
         dataset = builder.as_streaming_dataset(split or "train")
     except Exception as error:  # `datasets` and its libraries raise many kinds.
-        raise ValueError(f"hf:{spec}: `datasets` cannot open it: {error}") from error
+        problem = f"hf:{spec}: `datasets` cannot open it: {error}"
+        advice = "If its first file is damaged, download the files and name their folder without hf:."
+        raise ValueError(f"{problem}\n{advice}") from error
     # The builder would convert all columns of each file to the types of the first file's, and fail for a column that
     # is not even read. Without these types it leaves them as they are.
     builder.info.features = None

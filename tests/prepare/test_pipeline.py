@@ -565,3 +565,16 @@ def test_an_interrupted_preparation_of_linked_files_resumes(texts, prepared, tmp
     assert f"Skipped {len(texts):,} other names of files" in capsys.readouterr().err
     again = prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     assert again == manifest
+
+
+@pytest.mark.parametrize("place", ["encode_batch", "read_file"])
+def test_a_document_too_large_for_the_memory_is_named(prepared, tmp_path, monkeypatch, place):
+    (tmp_path / "a.txt").write_text("river")
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline if place == "encode_batch" else sources_module, place, fail)
+    with pytest.raises(ValueError, match=r"a\.txt: memory ran out\. .*--workers 1"):
+        given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
+        prepare_data([tmp_path / "a.txt"], tmp_path / "set", **given)

@@ -330,7 +330,7 @@ def test_memory_does_not_grow_with_what_a_file_unpacks_to(tmp_path, suffix, open
         for batch in read_batches([_describe_file("s", tmp_path, path.name)], ["text"]):
             assert len(batch.records) <= 2**14
 
-    assert peak_bytes(read) < 2**25
+    assert peak_bytes(read) < 48 * 2**20  # of the 64 MiB in the file
 
 
 def test_a_batch_of_a_parquet_file_is_as_large_as_its_rows_allow(tmp_path):

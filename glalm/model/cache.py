@@ -26,7 +26,9 @@ class StateCache:
     states: list = field(default_factory=list)  # one per layer, or none before the first token
     seen: int = 0  # tokens
 
-    is_compileable: ClassVar[bool] = False  # transformers asks for this before it compiles decoding steps by itself.
+    # transformers asks for these before it compiles decoding steps, or decodes a step too many, by itself.
+    is_compileable: ClassVar[bool] = False
+    is_croppable: ClassVar[bool] = False
 
     def __post_init__(self):
         if isinstance(self.states, Iterator):
@@ -47,6 +49,20 @@ class StateCache:
         """Select the sequences beam_idx [B], in place, as transformers' beam search expects. Return the cache."""
         self.states = [tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), s) for s in self.states]
         return self
+
+    def batch_select_indices(self, indices: LongTensor) -> None:
+        """Select the sequences `indices`, in place, as transformers' caches do."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence, in place, as transformers' caches do."""
+        self.states = [tree_map(lambda x: x.repeat_interleave(repeats, 0), s) for s in self.states]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "A state cannot be rolled back to an earlier token. Keep the cache of that token instead: a forward pass "
+            "never changes the cache it is given."
+        )
 
     def check_fits(self, layers: int, sequences: int) -> None:
         """Raise ValueError unless the cache is empty or has states of this number of layers and sequences."""

@@ -502,6 +502,21 @@ def test_caches_of_replicas_are_gathered(choice, tiny, tokens, monkeypatch):
 
 
 @every_choice
+@torch.no_grad()
+def test_sequences_of_a_cache_are_repeated_and_selected(choice, tiny, tokens):
+    model, ids, more = tiny(**choice), tokens(2, 9), tokens(4, 3, seed=2)
+    cache = model(ids).past_key_values
+    cache.batch_repeat_interleave(2)
+    expected = model(torch.cat([ids.repeat_interleave(2, 0), more], 1)).logits[:, 9:]
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, **EXACT)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    torch.testing.assert_close(model(more[[3, 0]], past_key_values=cache).logits, expected[[3, 0]], **EXACT)
+    assert not cache.is_croppable and not cache.is_compileable
+    with pytest.raises(NotImplementedError, match="Keep the cache of that token instead"):
+        cache.crop(-1)
+
+
+@every_choice
 def test_a_cache_is_taken_apart_and_put_together(choice, tiny, tokens):
     cache = tiny(**choice)(tokens(2, 9)).past_key_values
     leaves, structure = tree_flatten(cache)

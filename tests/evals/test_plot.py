@@ -269,7 +269,7 @@ def test_figures_of_a_papers_size_are_written_whole(tmp_path):
 
 
 def test_nothing_to_plot(tmp_path):
-    with pytest.raises(ValueError, match=r"e\.json is missing; to write it, run: python eval\.py"):
+    with pytest.raises(ValueError, match=r"e\.json is missing; to write it, run: glalm eval"):
         plot_extrapolation([tmp_path / "e.json"], tmp_path / "e.png")
     with pytest.raises(ValueError, match="at least one run"):
         plot_extrapolation([], tmp_path / "e.png")

@@ -211,7 +211,7 @@ def describe_needs(config: RunConfig, world_size: int, gpu: GPU) -> Iterator[str
     checkpoint_size = 4 * (counts.total + counts.moments) / 1e9
     kept = config.train.checkpoint.keep_last
     yield f"checkpoints   {checkpoint_size:.2f} GB each, {checkpoint_size * kept:.1f} GB for the newest {kept}"
-    yield "time          " + _describe_time(config, world_size, gpu, flops, tokens)
+    yield "time          " + describe_time(config, world_size, gpu, flops, tokens)
     parts = _estimate_on(config, plan, gpu)
     yield "memory        " + _describe_memory(parts)
     if sum(parts.values()) > USABLE_MEMORY * gpu.memory:
@@ -225,7 +225,7 @@ def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     return f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. {ADVICE}"
 
 
-def _describe_time(config: RunConfig, world_size: int, gpu: GPU, flops_per_token: float, tokens: int) -> str:
+def describe_time(config: RunConfig, world_size: int, gpu: GPU, flops_per_token: float, tokens: int) -> str:
     peak = peak_flops(gpu.name)
     if peak is None:
         return f"the peak of {gpu.name} is unknown"

@@ -16,6 +16,7 @@ from glalm.train.estimate import (
     GPU,
     count_parameters,
     describe_needs,
+    describe_time,
     estimate_memory,
     explain_out_of_memory,
     measure_activations,
@@ -135,11 +136,10 @@ def test_report_of_a_dry_run(run_config, change):
 
 
 def test_dry_run_prints_the_costs(run_config, change):
-    config = change(run_config, **{"train.steps": 10**9, "train.assumed_mfu": 0.5, "train.assumed_price": 2.5})
-    gpu_hours = 10**9 * 4 * 16 * model_cost(config.model, 16).training / (0.5 * 989e12) / 3600
-    assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f}, at 50%" in "\n".join(
-        describe_needs(config, 2, H200)
-    )
+    config = change(run_config, **{"train.assumed_mfu": 0.5, "train.assumed_price": 2.5})
+    text = describe_time(config, 2, H200, flops_per_token=1e9, tokens=10**15)
+    gpu_hours = 1e9 * 1e15 / (0.5 * 989e12) / 3600
+    assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f}, at 50%" in text
 
 
 def test_indivisible_batch_is_refused(run_config, change):

@@ -1,9 +1,9 @@
 """Draw one figure of several models' results: glalm plot FIGURE FOLDER ... [--out FILE]
 
-FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), decode_speed, training. FOLDER: runs,
-or models that `glalm eval` evaluated, or one result of theirs, FOLDER/eval/NAME.json. Results that do not compare,
-because their text or settings differ, are refused. Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the
-first one.
+FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), decode_speed, training, or layers
+(of one run with train.statistics_every). FOLDER: runs, or models that `glalm eval` evaluated, or one result of theirs,
+FOLDER/eval/NAME.json. Results that do not compare, because their text or settings differ, are refused. Writes FILE as
+PNG and as SVG: plots/FIGURE in the folder above the first one.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from glalm.evals import plot
 from glalm.evals.html_report import distinct_names
+from glalm.evals.layer_plot import plot_layers
 
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),
@@ -22,7 +23,7 @@ FIGURES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=[*FIGURES, "training"])
+    parser.add_argument("figure", choices=[*FIGURES, "training", "layers"])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--out", type=Path, metavar="FILE", help="without its suffix .png or .svg: both are written")
     args = parser.parse_args()
@@ -32,6 +33,10 @@ def main() -> int:
     try:
         if args.figure == "training":
             paths = plot.plot_losses({name: folder / "metrics.jsonl" for name, folder in folders}, out)
+        elif args.figure == "layers":
+            if len(folders) > 1:
+                parser.error("layers: name one run")
+            paths = plot_layers(args.folders[0] / "metrics.jsonl", out)
         else:
             draw, evaluator = FIGURES[args.figure]
             records = []

@@ -68,7 +68,7 @@ def plot_extrapolation(records: Sequence[Record], path: str | Path) -> list[Path
     ax.set_xlabel("position in document (tokens)")
     ax.set_ylabel("perplexity")
     _add_legend(ax, other_contexts)
-    return _save_figure(ax.figure, path)
+    return save_figure(ax.figure, path)
 
 
 @style.context(STYLE)
@@ -99,7 +99,7 @@ def plot_ratios(records: Sequence[Record], path: str | Path) -> list[Path]:
     ax.set_xlabel("position in document")
     ax.set_ylabel("perplexity / at the training length")
     _add_legend(ax)
-    return _save_figure(ax.figure, path)
+    return save_figure(ax.figure, path)
 
 
 @style.context(STYLE)
@@ -120,7 +120,7 @@ def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
         ax.plot(*zip(*validation, strict=True), **_line_style(0), label="validation")
     _format_loss_axes(ax, "loss (nats per token)")
     ax.legend(loc="upper right")
-    return _save_figure(ax.figure, path)
+    return save_figure(ax.figure, path)
 
 
 @style.context(STYLE)
@@ -139,7 +139,7 @@ def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
         ax.plot(*zip(*points, strict=True), **_line_style(i), label=_legend_text(name))
     _format_loss_axes(ax, "validation loss (nats per token)")
     _add_legend(ax)
-    return _save_figure(ax.figure, path)
+    return save_figure(ax.figure, path)
 
 
 @style.context(STYLE)
@@ -171,7 +171,7 @@ def plot_mqar(records: Sequence[Record], path: str | Path) -> list[Path]:
         ax.set_xlabel("width")
     axes[0].set_ylabel("accuracy")
     _add_legend(axes[0])
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 @style.context([STYLE, {"axes.grid": False}])
@@ -195,7 +195,7 @@ def plot_needle(record: Record, path: str | Path) -> list[Path]:
     ax.set_ylabel("depth of the needle")
     ax.set_title(*_label_models([record]), fontsize=9)
     ax.figure.colorbar(image, label="accuracy of the answer's tokens", format=lambda x, _: f"{100 * x:.0f}%")
-    return _save_figure(ax.figure, path)
+    return save_figure(ax.figure, path)
 
 
 @style.context(STYLE)
@@ -222,7 +222,7 @@ def plot_decoding(records: Sequence[Record], path: str | Path) -> list[Path]:
     memory.yaxis.set_major_formatter(lambda y, _: format_bytes(y))
     memory.set_ylabel("state of a sequence")
     _add_legend(speed)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------- records and curves
@@ -393,7 +393,7 @@ def _format_perplexity_axis(ax: Axes, values: list[float]) -> None:
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
-def _save_figure(figure: Figure, path: str | Path) -> list[Path]:
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Only these two are suffixes: "ratio_0.5" is a name with a dot.

@@ -61,7 +61,7 @@ METRICS = [
 @pytest.fixture
 def figures(monkeypatch) -> list:
     kept = []
-    monkeypatch.setattr(plot, "_save_figure", lambda figure, path: kept.append(figure) or path)
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: kept.append(figure) or path)
     return kept
 
 
@@ -138,7 +138,7 @@ def test_a_dozen_models_are_told_apart_and_leave_the_axes_their_size(monkeypatch
         assert legend.x0 >= 0 and legend.x1 <= inside.width and legend.y0 >= 0 and legend.y1 <= inside.height
         assert not legend.overlaps(ax.get_tightbbox())
 
-    monkeypatch.setattr(plot, "_save_figure", measured)
+    monkeypatch.setattr(plot, "save_figure", measured)
     for count in (1, 3, 5, 12, 24):
         plot_extrapolation([result(f"a_model_of_some_kind-{i}") for i in range(count)], "x.png")
     assert [len({*each}) for each in styles] == [1, 3, 5, 12, 24]
@@ -175,7 +175,7 @@ def test_a_single_point_is_seen(monkeypatch):
         blue = np.all(np.abs(np.asarray(canvas.buffer_rgba())[..., :3].astype(int) - [0x00, 0x72, 0xB2]) < 9, axis=-1)
         drawn.append(blue[blue.shape[0] // 4 :].sum())  # below the legend
 
-    monkeypatch.setattr(plot, "_save_figure", pixels)
+    monkeypatch.setattr(plot, "save_figure", pixels)
     plot_extrapolation([short], "x.png")
     assert drawn[0] > 5
 
@@ -308,7 +308,7 @@ def test_any_name_of_a_run_is_drawn_as_it_is(tmp_path_factory, name):
     _, svg = plot_losses({name: folder / "metrics.jsonl"}, folder / "loss")
     legends = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plot, "_save_figure", lambda figure, path: legends.append(figure.legends[0]))
+        patch.setattr(plot, "save_figure", lambda figure, path: legends.append(figure.legends[0]))
         plot_losses({name: folder / "metrics.jsonl"}, "x")
     ElementTree.parse(svg)  # It is XML, whatever the name.
     [text] = legends[0].get_texts()

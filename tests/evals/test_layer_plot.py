@@ -45,5 +45,5 @@ def test_figure_is_written(metrics, tmp_path):
 
 def test_metrics_without_statistics_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(ValueError, match="train with train.statistics_every=100"):
+    with pytest.raises(ValueError, match=r"train with train\.statistics_every=100"):
         plot_layers(tmp_path / "metrics.jsonl", tmp_path / "layers")

@@ -151,7 +151,7 @@ def test_sharded_checkpoint_is_exported(run_config, change, unbroken, tmp_path):
     config = change(run_config, **{"parallel.mode": "fsdp2", "train.micro_batch_size": 1})
     assert run(config, 2, tmp_path / "log") == [0, 0], text(tmp_path / "log")
     path = config.folder / "checkpoints" / "step_6"
-    with pytest.raises(ValueError, match=r"export_hf\.py RUN --checkpoint step_6 --out FOLDER"):
+    with pytest.raises(ValueError, match=r"glalm export RUN --checkpoint step_6 --out FOLDER"):
         AutoModelForCausalLM.from_pretrained(path)
     export_run(config.folder, "step_6", tmp_path / "exported")
     loaded, saved = AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), weights(path)

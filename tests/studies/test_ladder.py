@@ -1,4 +1,4 @@
-"""scripts/ladder.py on a made-up language."""
+"""`glalm ladder` on a made-up language."""
 
 import json
 import math

@@ -219,9 +219,11 @@ def is_own_text(identity: ResultIdentity, model: EvalModel, config: EvalConfig) 
     settings = identity.settings
     if model.run_config is None or "data_sha256" not in settings:
         return None
-    if not model.data_manifest:
+    manifest = model.data_manifest
+    if not manifest:
         return config.data_path is None
-    return settings["data_sha256"] == split_sha256(model.data_manifest, settings["split"])
+    split = settings.get("split")
+    return split in manifest["splits"] and settings["data_sha256"] == split_sha256(manifest, split)
 
 
 def describe_model(model: EvalModel, config: EvalConfig, context: EvalContext) -> dict:

@@ -43,9 +43,12 @@ def glalm_commands() -> list[tuple[str, ...]]:
     found = {}
     for page in PAGES:
         for words in shell_commands(page):
-            launched = "-m" in words and words[words.index("-m") + 1] == "glalm"
-            if launched or words[:1] == ["glalm"]:
-                found[tuple(words[words.index("glalm") + 1 :])] = None
+            # A launcher names the module; whatever precedes it is for the launcher.
+            starts = [i + 2 for i in range(len(words) - 1) if words[i : i + 2] == ["-m", "glalm"]]
+            if words[:1] == ["glalm"]:
+                starts = [1]
+            for start in starts:
+                found[tuple(words[start:])] = None
     return list(found)
 
 

@@ -296,7 +296,7 @@ class RunConfig:
             "train.tbptt_length=null or data.document_boundaries=ignore",
         )
         require(
-            "attention" not in self.model.layer_mixers() or self.model.attention.window is not None,
+            "attention" not in self.model.layer_mixers() or self.model.attention.window is not None,  # type: ignore[attr-defined]  # The registry adds the field.
             f"train.tbptt_length={length}: attention without a window has no state of fixed size to carry on; set "
             "model.attention.window=N or train.tbptt_length=null",
         )
@@ -304,8 +304,10 @@ class RunConfig:
     @property
     def batch_size(self) -> int:
         """Sequences per optimizer step, over all processes and micro-batches."""
-        train = self.train
-        return train.batch_size if train.batch_size is not None else train.batch_tokens // self.data.seq_len
+        if self.train.batch_size is not None:
+            return self.train.batch_size
+        assert self.train.batch_tokens is not None
+        return self.train.batch_tokens // self.data.seq_len
 
     @property
     def tokens_per_step(self) -> int:
@@ -319,12 +321,16 @@ class RunConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.train.steps if self.train.steps is not None else self._step_after(self.train.tokens)
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return self._step_after(self.train.tokens)
 
     @property
     def warmup_steps(self) -> int:
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
+        assert self.optim.warmup_tokens is not None
         return self._step_after(self.optim.warmup_tokens)
 
     def tokens_at(self, step: int) -> int:

@@ -69,9 +69,9 @@ def convert_fields(instance, cls: type, where: str) -> None:
 
 def default_tree(cls: type) -> dict:
     """Return the keys and default values of a dataclass as a tree that `build_dataclass` accepts."""
-    tree = {}
+    tree: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             tree[field.name] = default_tree(field.type)
         elif field.default_factory is not dataclasses.MISSING:
             tree[field.name] = field.default_factory()
@@ -82,7 +82,7 @@ def default_tree(cls: type) -> dict:
 
 def flatten_tree(tree: dict, where: str = "") -> dict[str, Any]:
     """Return a nested dict as {"a.b": value}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten_tree(value, join_key(where, key)) if isinstance(value, dict) else {join_key(where, key): value}
     return flat
@@ -113,7 +113,8 @@ def check_overrides(args: Iterable[str], cls: type, groups: list[str]) -> None:
 
 
 def _check_key(key: str, cls: type, groups: list[str]) -> None:
-    level, where = cls, ""
+    level: Any = cls  # the type of the part of the config that `where` names
+    where = ""
     for part in key.split("."):
         hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
         known = hints
@@ -122,8 +123,9 @@ def _check_key(key: str, cls: type, groups: list[str]) -> None:
             known = hints | dict.fromkeys(groups)
             matches_elsewhere = [path for path in iterate_key_paths(cls) if path.endswith(f".{part}")]
         require(part in known, describe_unknown_key(part, known, where, matches_elsewhere))
-        level, where = hints.get(part), join_key(where, part)
-        if dict in map(typing.get_origin, (level, *typing.get_args(level))):
+        level = hints.get(part)
+        where = join_key(where, part)
+        if dict in [typing.get_origin(hint) for hint in (level, *typing.get_args(level))]:
             return  # The user chooses the keys of a dict.
 
 
@@ -131,7 +133,7 @@ def iterate_key_paths(cls: type, where: str = "") -> Iterator[str]:
     """Yield the dotted paths of all keys of a dataclass, nested ones included."""
     for name, hint in typing.get_type_hints(cls).items():
         yield join_key(where, name)
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from iterate_key_paths(hint, join_key(where, name))
 
 
@@ -161,7 +163,7 @@ def _convert_value(hint, value, where: str):
     a list to a tuple.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build_dataclass(hint, value, where)
     if origin is Literal:
         matches = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)

@@ -77,7 +77,7 @@ class CheckedArray:
             if not self._verified[block]:
                 begin = block * BLOCK
                 data = self._content[begin : begin + BLOCK]
-                if zlib.crc32(data) != self._sums[block]:
+                if zlib.crc32(data.data) != self._sums[block]:
                     raise DamagedData(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
                 self._verified[block] = True
         return self._array[start:stop]

@@ -90,6 +90,7 @@ class Order:
 
     def _cycle_counts(self) -> tuple[int, ...]:
         """Return the windows of each source in a cycle of the mixture, in the order of `windows`."""
+        assert self.weights is not None  # Only a mixture has cycles.
         return cycle_counts([self.weights[name] for name in self.windows])
 
     def _ids_at(self, positions: np.ndarray) -> np.ndarray:

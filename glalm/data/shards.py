@@ -240,8 +240,9 @@ def select_manifest(folder: Path, recorded: dict | None) -> dict:
     may have chosen another set. Raises what `read_manifest` raises.
     """
     current = read_manifest(folder)
-    same = bool(recorded) and all(current[key] == recorded[key] for key in ("fingerprint", "tokenizer"))
-    return recorded if same else current
+    if recorded and all(current[key] == recorded[key] for key in ("fingerprint", "tokenizer")):
+        return recorded
+    return current
 
 
 def split_sha256(manifest: dict, split: str) -> str:

@@ -86,7 +86,7 @@ def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
     """Return the backend of the tokenizer that `Tokenizer` calls `name`."""
     if name == MISTRAL_V1:
         spec = importlib.util.find_spec("mistral_common")
-        if not spec:
+        if spec is None or spec.origin is None:
             install = "In the repository, run: pip install -c constraints.txt -e '.[mistral]'"
             raise ValueError(f"{name} needs the package mistral-common, which is not installed. {install}")
         return _SentencePiece(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
@@ -200,7 +200,7 @@ class _SentencePiece:
         )
         model = ModelProto(pieces=model.pieces, trainer_spec=model.trainer_spec, normalizer_spec=identity)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        pairs = set()
+        pairs: set[str] = set()
         for i in range(self.vocab_size):
             pairs.update(a + b for a, b in pairwise(processor.id_to_piece(i)))
         return _PieceEncoder(processor, pairs, joins_unknown=not model.trainer_spec.byte_fallback)
@@ -279,7 +279,9 @@ class _HuggingFace:
         return np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # It would be a list for a batch of ids.
+        return text
 
     def save(self, folder: Path) -> str:
         with open_utf8_name(folder) as utf8_name:

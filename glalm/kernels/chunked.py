@@ -130,7 +130,8 @@ def compute_block(q: Tensor, k: Tensor, g: Tensor) -> Block:
         return tuple(torch.cat(d)[restore_order] for d in zip(*part_grads, strict=True))
 
     results = zip(*(part[:4] for part in parts), strict=True)
-    return Block(*(torch.cat(x)[restore_order] for x in results), pullback)
+    A, q_start, k_end, total = (torch.cat(x)[restore_order] for x in results)
+    return Block(A, q_start, k_end, total, pullback)
 
 
 def sums_from_middle(g: Tensor) -> Tensor:
@@ -279,8 +280,10 @@ class ChunkedGLA:
         dv = (blocks.A.mT @ do).baddbmm_(blocks.k, dstates)
         dq, dk, dg = blocks.pullback(do @ self.v.mT, do @ states.mT, self.v @ dstates.mT, dtotal)
         q, k, v, g = self.args
-        grads = zip((dq.mul_(self.scale), dk, dv), (q, k, v), strict=True)
-        return *(layout.to_tokens(d, x).to(x.dtype) for d, x in grads), layout.to_tokens(dg, g), dS[layout.rank]
+        dq = layout.to_tokens(dq.mul_(self.scale), q).to(q.dtype)
+        dk = layout.to_tokens(dk, k).to(k.dtype)
+        dv = layout.to_tokens(dv, v).to(v.dtype)
+        return dq, dk, dv, layout.to_tokens(dg, g), dS[layout.rank]
 
 
 # 5. A gate on the value axis -------------------------------------------------------------------------------

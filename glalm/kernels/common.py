@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 CHUNK = 64  # tokens
+AnyFunction = TypeVar("AnyFunction", bound=Callable)
+Gate = TypeVar("Gate", Tensor, Tensor | None)
 
 
 # Dtypes and devices -----------------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ def expand_gate(g: Tensor | None, q: Tensor) -> Tensor:
     return (g if g.dim() == 4 else g[..., None]).expand(q.shape)
 
 
-def log_gate(g: Tensor | None, normalizer: float | None) -> Tensor | None:
+def log_gate(g: Gate, normalizer: float | None) -> Gate:
     """Return logsigmoid(g) / normalizer in at least float32. Without a normalizer, g is the log gate already."""
     check_normalizer(normalizer)
     if g is None or normalizer is None:
@@ -71,7 +74,7 @@ def retention_gate(q: Tensor) -> Tensor:
 
 def gate_gradient(dg: Tensor, g: Tensor | None, normalizer: float | None) -> Tensor | None:
     """Convert the gradient of log gates per key channel, [B, T, H, K], to that of g, or None without one."""
-    if not gate_has_gradient(g):
+    if g is None or not gate_has_gradient(g):
         return None
     if g.dim() == 3:
         dg = dg.sum(-1)
@@ -302,13 +305,13 @@ def needs_gradient(*args) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def constant_when_compiled(function: Callable) -> Callable:
+def constant_when_compiled(function: AnyFunction) -> AnyFunction:
     """Let Dynamo call a function while it traces, and treat the result as a constant.
 
     This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes as long as all of
     torch.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Only Dynamo knows this attribute.
     return function
 
 

@@ -212,7 +212,7 @@ def chunk_forward_fake(
     B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = q.new_empty(N, H, K, v.shape[3], dtype=common.wide_dtype(q)) if output_final_state else q.new_empty(0)
-    saved = [((0,), q.dtype)] * 6
+    saved: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), q.dtype)] * 6
     if save_for_backward and common.has_kernel(q):
         from glalm.kernels.triton.gla import saved_shapes
 

@@ -92,6 +92,6 @@ def scan_states(decay: Tensor, update: Tensor, h: Tensor | None) -> Tensor:
     entering = [torch.zeros_like(update[:, 0]) if h is None else h]
     for end, product in zip(from_zero[-1].unbind(1)[:-1], products[-1].unbind(1)[:-1], strict=True):
         entering.append(torch.addcmul(end, product, entering[-1]))
-    entering = torch.stack(entering, 1)
-    states = [torch.addcmul(start, product, entering) for start, product in zip(from_zero, products, strict=True)]
+    entering_all = torch.stack(entering, 1)
+    states = [torch.addcmul(start, product, entering_all) for start, product in zip(from_zero, products, strict=True)]
     return torch.stack(states, 2).flatten(1, 2)[:, :T]

@@ -22,11 +22,11 @@ from glalm.model.precision import matmul_dtype
 class SwiGLU(nn.Module):
     """(silu(x W_gate) * x W_up) W_down."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.mlp = None
         if config.intermediate_size:
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.mlp = SwiGLU(config)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, *, padding: Tensor | None = None, **mixer_inputs) -> tuple[Tensor, object]:
         """Return the residual stream [B, T, d] after the block, and the mixer's state.
@@ -182,5 +182,6 @@ def init_module(module: nn.Module, std: float) -> None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.RMSNorm):
         nn.init.ones_(module.weight)
-    if hasattr(module, "init_parameters"):
-        module.init_parameters()
+    init_parameters = getattr(module, "init_parameters", None)
+    if init_parameters is not None:
+        init_parameters()

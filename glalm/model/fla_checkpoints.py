@@ -6,6 +6,7 @@ a computation that no model here supports is a ConfigError that names it. glalm.
 
 import json
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from glalm.config.strict import require
 
 # Fields that mean the same in both formats, with their defaults in a published config.json.
-SHARED_FIELDS = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "norm_eps": 1e-6}
+SHARED_FIELDS: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "norm_eps": 1e-6}
 SHARED_FIELDS |= {"initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True}
 SHARED_FIELDS |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 SWIGLU_FIELDS = {"hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "attnres_block_size": None}

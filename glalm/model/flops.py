@@ -11,6 +11,7 @@ from torch import nn
 
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
+from glalm.model.mixers.base import Mixer
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ def model_cost(config: ModelConfig, T: int) -> Cost:
 def forward_flops(model: nn.Module, T: int) -> int:
     """Return the operations per token of the forward pass: two per weight of each linear layer, and the mixers'."""
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return linear + sum(layer.attn.flops(T) for layer in model.model.layers)
+    return linear + sum(m.flops(T) for m in model.modules() if isinstance(m, Mixer))

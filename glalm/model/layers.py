@@ -28,7 +28,8 @@ class RMSNorm(nn.RMSNorm):
 class GatedRMSNorm(RMSNorm):
     """RMSNorm over the last axis, followed by a swish output gate: norm(x) * weight * silu(gate)."""
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    # A gated norm is an RMSNorm by its weight, but is never called as one.
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * F.silu(gate)
 
 
@@ -129,7 +130,9 @@ class ShortConv(nn.Module):
         weight = at_least_float32(self.weight)
         taps = weight.shape[2]
         T = max(0, x.shape[1] - taps + 1)
-        y = sum(x[:, i : i + T] * weight[:, 0, i] for i in range(taps))
+        y = x[:, :T] * weight[:, 0, 0]
+        for i in range(1, taps):
+            y = y + x[:, i : i + T] * weight[:, 0, i]
         return F.silu(y if self.bias is None else y + self.bias).to(dtype)
 
     def flops(self) -> int:
@@ -167,7 +170,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-FEATURE_MAPS = {"elu1": elu1, "relu": F.relu, "identity": identity}
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu1": elu1, "relu": F.relu, "identity": identity}
 
 
 def build_feature_map(name: str, heads: int, K: int) -> Callable[[Tensor], Tensor]:

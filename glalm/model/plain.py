@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -17,7 +18,7 @@ def original_forward(kind: type[nn.Module]) -> Callable | None:
 LINEAR_FORWARD = original_forward(nn.Linear)
 
 
-def is_plain_linear(module: nn.Module, bias: bool = False) -> bool:
+def is_plain_linear(module: nn.Module, bias: bool = False) -> TypeGuard[nn.Linear]:
     """Return whether module(x) is F.linear(x, module.weight) and nothing else, so that its weight describes it.
 
     It is not for subclasses, adapters, parametrizations, pruned or weight-normed layers, hooks of any kind (accelerate

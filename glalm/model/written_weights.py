@@ -1,6 +1,7 @@
 """The weights of a model as a file holds them: those that a new model of the same config has, and nothing else."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def collect_weights(model: nn.Module) -> dict[str, Tensor]:
                 f"{name} is not a plain floating-point tensor ({kind}), so the model is quantised. Save the model that "
                 "it was quantised from, and quantise what from_pretrained loads."
             )
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if ties_embeddings(model) else set()
     addresses = set()
     for name, tensor in weights.items():
         if tensor.data_ptr() in addresses and name not in tied:
@@ -57,7 +58,7 @@ def explain_misfit(weights: Mapping[str, Tensor], expected: nn.Module) -> str:
     Only names and shapes of `expected` matter, so it may be on the meta device.
     """
     shapes = {name: tensor.shape for name, tensor in expected.state_dict().items()}
-    is_tied = expected.config.tie_word_embeddings and "lm_head.weight" in shapes
+    is_tied = ties_embeddings(expected) and "lm_head.weight" in shapes
     if is_tied and "lm_head.weight" not in weights:
         del shapes["lm_head.weight"]
     for problem, names in (
@@ -69,13 +70,19 @@ def explain_misfit(weights: Mapping[str, Tensor], expected: nn.Module) -> str:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             return f"{name} is {list(weights[name].shape)}, in a model of its config {list(shape)}. {CHANGE}"
-    head, embeddings = (weights.get(name) for name in ("lm_head.weight", "model.embeddings.weight"))
-    if is_tied and head is not None and not torch.equal(head, embeddings.to(head.device)):
+    head = weights.get("lm_head.weight")
+    if is_tied and head is not None and not torch.equal(head, weights["model.embeddings.weight"].to(head.device)):
         return (
             "lm_head.weight is not the weight of the embeddings, though the config ties the two. Set "
             "model.config.tie_word_embeddings = False."
         )
     return ""
+
+
+def ties_embeddings(model: nn.Module) -> bool:
+    """Return whether the config of `model`, a CausalLM or its transformers face, ties the head to the embeddings."""
+    config: Any = model.config
+    return config.tie_word_embeddings
 
 
 def advise(names: Iterable[str]) -> str:

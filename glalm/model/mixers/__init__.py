@@ -33,7 +33,7 @@ MIXERS: dict[str, type[Mixer]] = {
 
 def options_by_name() -> dict[str, type]:
     """Return the dataclass of options for every key `model.<name>` that a mixer has. Related mixers may share one."""
-    return {mixer.options_name: mixer.Options for mixer in MIXERS.values() if mixer.options_name is not None}
+    return {mixer.options_name: mixer.Options for mixer in MIXERS.values() if mixer.options_name and mixer.Options}
 
 
 def check_mixer_name(key: str, name: str) -> None:

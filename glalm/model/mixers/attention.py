@@ -131,9 +131,11 @@ class Attention(Mixer):
             row = torch.arange(len(k), device=k.device)[:, None]
             is_token = key_positions != PADDED
             newest = is_token.int().argsort(stable=True)[:, surplus:]
-            return tuple(y[row, newest] for y in (k, v, key_positions))
+            return k[row, newest], v[row, newest], key_positions[row, newest]
+        if surplus == 0:
+            return k, v, key_positions
         # A copy, because a view would keep the surplus in memory.
-        return tuple(y[:, surplus:].clone() if surplus else y for y in (k, v, key_positions))
+        return k[:, surplus:].clone(), v[:, surplus:].clone(), key_positions[:, surplus:].clone()
 
     def flops(self, T: int) -> int:
         """Count the scores and their values including the masked half, as is usual (arXiv 2204.02311, appendix B)."""
@@ -184,7 +186,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seql
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     bounds = cu_seqlens.int()
     left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0)).unflatten(0, (B, T))
+    o = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0))
+    assert isinstance(o, Tensor)  # With the sums of the weights, which are not asked for, it would be a tuple.
+    return o.unflatten(0, (B, T))
 
 
 def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

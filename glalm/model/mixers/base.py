@@ -1,5 +1,6 @@
 """The interface that every token mixer implements, and what several of them share."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -61,6 +62,28 @@ class Mixer(nn.Module):
     def flops(self, T: int) -> int:
         """Return the operations per token in a sequence of T tokens, except those of linear layers."""
         raise NotImplementedError
+
+
+Operator = Callable[..., tuple[Tensor, Tensor | None]]  # of glalm.kernels: returns o and the final state, if asked
+State = Tensor | tuple[Tensor, Tensor]
+
+
+def split_state(state: State | None, is_pair: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Return the tensors of a mixer's state, None where there is none.
+
+    Args:
+        state: What the mixer returned, or None at the start of the sequences.
+        is_pair: Whether this mixer, with its options, has a state of two tensors.
+    """
+    if state is None:
+        return None, None
+    assert isinstance(state, tuple) == is_pair, "the state is of a mixer with other options"
+    return state if isinstance(state, tuple) else (state, None)
+
+
+def join_state(first: Tensor | None, second: Tensor | None) -> State | None:
+    """Return a mixer's state of one or two tensors, or None without the first, which an operator returns if asked."""
+    return first if first is None or second is None else (first, second)
 
 
 def is_decoding_step(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """DeltaNet (Yang et al., arXiv 2406.06484)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require
 from glalm.kernels import chunk_delta_rule
 from glalm.model.layers import RMSNorm, ShortConv
-from glalm.model.mixers.base import Mixer, delta_rule_flops
-
-State = tuple[Tensor, Tensor] | Tensor
+from glalm.model.mixers.base import Mixer, State, delta_rule_flops, join_state, split_state
 
 
 @dataclass
@@ -38,7 +37,7 @@ class DeltaNet(Mixer):
     """
 
     options_name = "deltanet"
-    Options = DeltaNetOptions
+    Options: ClassVar[type] = DeltaNetOptions
 
     def __init__(self, config):
         super().__init__()
@@ -65,7 +64,7 @@ class DeltaNet(Mixer):
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        S, conv_state = state if self.conv is not None and state is not None else (state, None)
+        S, conv_state = split_state(state, self.conv is not None)
         q, k, v, conv_state = self.project_qkv(x, conv_state, cu_seqlens)
         o, S = chunk_delta_rule(
             q,
@@ -78,12 +77,11 @@ class DeltaNet(Mixer):
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        y = self.o_proj(self.normalize_output(o, x).flatten(-2))
-        if return_state and self.conv is not None:
-            return y, (S, conv_state)
-        return y, S
+        return self.o_proj(self.normalize_output(o, x).flatten(-2)), join_state(S, conv_state)
 
-    def project_qkv(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    def project_qkv(
+        self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k and v, each [B, T, H, ...] and ready for the operator, and the convolution's new state."""
         x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         if self.conv is None:

@@ -11,15 +11,15 @@ from glalm import kernels
 from glalm.config.strict import describe_divisors, require
 from glalm.kernels.common import log_gate
 from glalm.model.layers import GatedRMSNorm, RMSNorm, ShortConv
-from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
+from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
-CHUNKWISE = {
+CHUNKWISE: dict[str, Operator] = {
     "vector": kernels.chunk_gla,
     "scalar": kernels.chunk_simple_gla,
     "fixed": kernels.chunk_retention,
     "none": kernels.chunk_linear_attn,
 }
-RECURRENT = {
+RECURRENT: dict[str, Operator] = {
     "vector": kernels.fused_recurrent_gla,
     "scalar": kernels.fused_recurrent_simple_gla,
     "fixed": kernels.fused_recurrent_retention,
@@ -97,7 +97,7 @@ class GatedLinearAttention(Mixer):
         self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
         if self.gate == "vector":
             rank = config.gate_low_rank_dim
-            self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key_per_group))
+            self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key_per_group))
         elif self.gate == "scalar":
             self.gk_proj = nn.Linear(d, self.kv_heads)
         if self.output_gate:
@@ -111,36 +111,34 @@ class GatedLinearAttention(Mixer):
         self,
         x: Tensor,
         *,
-        state: Tensor | tuple[Tensor, Tensor] | None = None,
+        state: State | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, State | None]:
         # `padding` is not needed: where x is 0, k is 0, and the state stays as it is.
         q = self.q_proj(x)
         k = self.k_proj(x)
         v = self.v_proj(x)
+        S, conv_state = split_state(state, self.conv is not None)
         if self.conv is not None:
-            state, conv_state = (None, None) if state is None else state
             qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens)
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
         if self.feature_map == "relu":
             q = F.relu(q)
             k = F.relu(k)
         operator = RECURRENT[self.gate] if is_decoding_step(x) else CHUNKWISE[self.gate]
-        o, state = operator(
+        o, S = operator(
             self.split_heads(q),
             self.split_shared_heads(k),
             self.split_shared_heads(v),
             **self.gate_arguments(x),
-            initial_state=state,
+            initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
         y = self.g_norm_swish_gate(o, self.split_heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
-        if self.conv is not None and return_state:
-            state = state, conv_state
-        return self.o_proj(y.flatten(-2)), state
+        return self.o_proj(y.flatten(-2)), join_state(S, conv_state)
 
     def gate_arguments(self, x: Tensor) -> dict:
         """Return the operator's arguments for the gate: logits, or log gates if they are bounded from below."""

@@ -78,7 +78,7 @@ class LinearAttention(Mixer):
         o, state = operator(
             q, k, v, scale=scale, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
         )
-        o = divide_by_weights(o).to(dtype) if self.normalise else self.o_norm(o)
+        o = divide_by_weights(o).to(dtype) if self.o_norm is None else self.o_norm(o)
         return self.o_proj(o.flatten(-2)), state
 
     def flops(self, T: int) -> int:

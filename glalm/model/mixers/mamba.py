@@ -88,6 +88,7 @@ class Mamba(Mixer):
         is_transformed = active_transform(x, dt, A, b, c, self.D) is not None
         if kernel_supports(x, h, cu_seqlens) and not is_transformed and has_mamba_ssm():
             kernel = find_mamba_ssm_scan()
+            assert kernel is not None
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
             bias = self.dt_proj.bias.float()
             o, h = kernel(

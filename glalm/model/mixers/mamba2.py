@@ -105,8 +105,7 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens,
         )
         o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
-        state = (S, conv_state) if return_state else None
-        return self.out_proj(self.norm(o).to(z.dtype)), state
+        return self.out_proj(self.norm(o).to(z.dtype)), None if S is None else (S, conv_state)
 
     def flops(self, T: int) -> int:
         return self.conv1d.flops() + chunkwise_flops(self.num_heads, self.K, self.head_dim, T)

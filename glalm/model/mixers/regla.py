@@ -13,9 +13,8 @@ from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
 from glalm.kernels.chunked import VALUE_GATE_CHUNK
 from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
-from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
+from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
-State = Tensor | tuple[Tensor, Tensor]
 # The running maximum of a sequence without a token: far below any logit, and finite.
 NO_MAXIMUM = -1e4
 
@@ -111,8 +110,9 @@ class ReGLA(Mixer):
         q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         log_gate = self.compute_log_gate(x)
         exponential = self.options.feature_map == "exp"
+        S, past_maximum = split_state(state, exponential)
+        final_maximum = None
         if exponential:
-            state, past_maximum = (None, None) if state is None else state
             q = at_least_float32(q)
             k = at_least_float32(k)
             if padding is not None:
@@ -129,23 +129,21 @@ class ReGLA(Mixer):
         if not self.options.output_norm:
             v = append_ones(v)
             v = v if padding is None else v * padding[..., None].to(v.dtype)
-        operator = fused_recurrent_gla if is_decoding_step(x) else chunk_gla
+        operator: Operator = fused_recurrent_gla if is_decoding_step(x) else chunk_gla
         if self.options.gate_axis == "value":
             operator = chunk_value_gla
-        o, state = operator(
+        o, S = operator(
             q.to(v.dtype),
             k.to(v.dtype),
             v,
             log_gate,
             scale=self.scale,
-            initial_state=state,
+            initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
         )
         o = self.o_norm(o) if self.options.output_norm else divide_by_weights(o).to(dtype)
-        if return_state and exponential:
-            state = state, final_maximum
-        return self.o_proj(o.flatten(-2)), state
+        return self.o_proj(o.flatten(-2)), join_state(S, final_maximum)
 
     def compute_log_gate(self, x: Tensor) -> Tensor:
         """Return the log forget gate log F, [B, T, H, features or V]."""
@@ -228,6 +226,6 @@ def last_maximum(m: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> T
         return m[:, -1].clone()  # A view would keep the entire sequence in memory.
     N = len(m) if cu_seqlens is None else len(cu_seqlens) - 1
     past = m.new_full((N, m.shape[2]), NO_MAXIMUM) if past is None else past
-    if m.shape[1] == 0:
+    if cu_seqlens is None or m.shape[1] == 0:
         return past
     return torch.where(cu_seqlens.diff()[:, None] > 0, m[0, cu_seqlens[1:] - 1], past)

@@ -59,7 +59,7 @@ class Retention(Mixer):
         S, start = (None, torch.zeros(N, dtype=torch.int64, device=x.device)) if state is None else state
         if cu_seqlens is None:
             positions = start[:, None] + torch.arange(T, device=x.device)
-            lengths = T
+            lengths: int | Tensor = T
         else:
             offset = start - cu_seqlens[:-1]
             positions = (torch.arange(T, device=x.device) + offset[sequence_ids(cu_seqlens, T)])[None]
@@ -74,7 +74,7 @@ class Retention(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.g_norm_swish_gate(o, g)
-        return self.o_proj(y.flatten(-2)), (S, start + lengths) if return_state else None
+        return self.o_proj(y.flatten(-2)), None if S is None else (S, start + lengths)
 
     def flops(self, T: int) -> int:
         H = self.num_heads

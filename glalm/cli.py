@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -69,17 +70,26 @@ def restore_names(tree):
     return restored
 
 
-def build_config(cls: type, tree: DictConfig):
-    """Return the `cls` of a composed config. The mixers of the user's own code that it names are imported."""
+def build_config(cls: type, tree: DictConfig, complete: Callable[[dict], dict] = lambda container: container):
+    """Return the `cls` of a composed config. The mixers of the user's own code that it names are imported.
+
+    Args:
+        complete: Returns the config with values from elsewhere. What those name is not imported.
+    """
     container = restore_names(OmegaConf.to_container(tree, resolve=True))
     if "model" in container or container.get("mixers"):
         from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
 
         import_user_mixers(container.get("model", {}), container.get("mixers", []))
-    return build_dataclass(cls, container)
+    return build_dataclass(cls, complete(container))
 
 
-def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
+def hydra_entry(
+    main: Callable[..., int],
+    cls: type,
+    config_name: str,
+    complete: Callable[[dict, list[str]], dict] = lambda container, overrides: container,
+) -> None:
     """Run `main` with the config that configs/<config_name>.yaml and the command line make, and exit.
 
     The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
@@ -91,6 +101,7 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
         main: Returns 0 or a signal's number.
         cls: The dataclass of the config.
         config_name: A file of configs/, without its suffix.
+        complete: Returns the composed config with values from elsewhere, given the overrides of the command line.
     """
     protect_output()
     if not faulthandler.is_enabled():
@@ -107,7 +118,8 @@ def hydra_entry(main: Callable[..., int], cls: type, config_name: str) -> None:
     def run_job(tree: DictConfig) -> None:
         with exit_on_error():
             try:
-                signum = main(build_config(cls, tree))
+                overrides = list(HydraConfig.get().overrides.task)
+                signum = main(build_config(cls, tree, partial(complete, overrides=overrides)))
             except ConfigError as error:
                 is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
                 if not is_sweep or int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -66,6 +66,7 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     }
     auto_map: ClassVar = {}  # trl reads it of every config. None of our classes is loaded from a checkpoint's code.
 
+    vocab_size: int = 32000
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None

@@ -3,12 +3,13 @@
 import atexit
 
 from glalm.cli import hydra_entry
+from glalm.config.saved_run import complete_from_run
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 
 
 def main() -> None:
-    hydra_entry(run_training, TrainingRun, "train")
+    hydra_entry(run_training, TrainingRun, "train", complete_from_run)
 
 
 def run_training(config: TrainingRun) -> int:

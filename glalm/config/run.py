@@ -14,6 +14,7 @@ from typing import Any, Literal
 from glalm.config.strict import describe_divisors, flatten_tree, require, require_positive
 from glalm.model.config import ModelConfig
 
+RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
 DATA_RECORD = "data.json"  # The manifest of the data, in a run's folder.
 
 # Keys that a resumed run may change: paths, reporting, and how the work is divided over the hardware. All others decide

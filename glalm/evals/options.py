@@ -135,6 +135,7 @@ class TrainEvalsConfig:
 class TrainingRun(RunConfig):
     """Everything `glalm train` does: the training run, and the evaluators that run as it trains."""
 
+    resume: str | None = None  # the folder of a run to continue, in place of name and runs_dir: runs/NAME
     train_evals: TrainEvalsConfig = field(default_factory=TrainEvalsConfig)
 
 

@@ -29,7 +29,7 @@ class ModelConfig:
 
     mixer: str = "gla"  # the mixer of every layer; its name in glalm.model.mixers.MIXERS
     layers: str | list[str] | None = None  # a mixer per layer: "3*gla+attention" or a list, repeated to the last layer
-    vocab_size: int = 32000
+    vocab_size: int | None = None  # null: that of the tokenizer of the training data
     hidden_size: int = 1024  # d, the width of the residual stream
     num_hidden_layers: int = 24
     num_heads: int = 4

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
+from glalm.config.strict import require
 from glalm.kernels.common import check_cu_seqlens, check_values
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
@@ -65,6 +66,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, block: type[Block] = Block):
         super().__init__()
+        require(
+            config.vocab_size is not None, "model.vocab_size is null; set it to the number of the tokenizer's tokens"
+        )
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)

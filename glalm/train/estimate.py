@@ -4,11 +4,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from glalm.config.run import RunConfig, TrainConfig
+from glalm.data.shards import read_manifest
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
@@ -20,6 +22,7 @@ from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
 
 GIB = 2**30
+ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
 # The two sequence lengths at which a block's activations are measured, in tokens.
 SHORT, LONG = 128, 256
 MOMENTS_PER_PARAMETER = {"Muon": 1, "AdamW": 2}
@@ -189,9 +192,21 @@ def dry_run(config: RunConfig) -> int:
         ConfigError: The batch or the mesh does not fit the number of processes.
     """
     if int(os.environ.get("RANK", 0)) == 0:
+        if config.model.vocab_size is None:
+            print("vocabulary    " + choose_vocabulary(config))
         world_size = config.train.assumed_gpus or int(os.environ.get("WORLD_SIZE", 1))
         print("\n".join(describe_needs(config, world_size, current_gpu())))
     return 0
+
+
+def choose_vocabulary(config: RunConfig) -> str:
+    """Set model.vocab_size to that of the data, or to ASSUMED_VOCABULARY, and return which of the two it is."""
+    try:
+        config.model.vocab_size = read_manifest(Path(config.data.path))["tokenizer"]["vocab_size"]
+        return f"{config.model.vocab_size:,} tokens, those of {config.data.path}"
+    except (OSError, ValueError) as error:
+        config.model.vocab_size = ASSUMED_VOCABULARY
+        return f"{ASSUMED_VOCABULARY:,} tokens are assumed, because model.vocab_size is null and {error}"
 
 
 def describe_needs(config: RunConfig, world_size: int, gpu: GPU) -> Iterator[str]:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from glalm.config.run import DATA_RECORD, RunConfig, describe_differences, run_identity
+from glalm.config.run import DATA_RECORD, RUN_RECORD, RunConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import (
     DamagedFile,
@@ -50,7 +50,6 @@ from glalm.train.metrics import read_metrics
 from glalm.train.run_lock import LOCK, RunLock, lock_run_dir
 from glalm.train.state import TrainState
 
-RUN_RECORD = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 RECORD_SHAPE = {"id": str, "identity": dict}
@@ -152,7 +151,7 @@ def check_filesystem(folder: Path) -> None:
 
 
 def open_data(config: RunConfig) -> tuple[Windows, Windows]:
-    """Return the training and validation windows of config.data.
+    """Return the training and validation windows of config.data. Set model.vocab_size if it is null.
 
     If the dataset has grown since the run began, the windows are those of the data as it was then.
 
@@ -174,10 +173,12 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.path={config.data.path}: {error}") from error
     vocabulary = training.tokens.vocab_size
+    if config.model.vocab_size is None:
+        config.model.vocab_size = vocabulary
     require(
         vocabulary <= config.model.vocab_size,
         f"The vocabulary of {config.data.path} has {vocabulary} tokens, more than model.vocab_size="
-        f"{config.model.vocab_size}. Write model.vocab_size={vocabulary}.",
+        f"{config.model.vocab_size}. Write model.vocab_size={vocabulary}, or null for that of the data.",
     )
     return training, validation
 

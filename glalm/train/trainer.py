@@ -404,7 +404,8 @@ class TrainingLoop:
         self._save_checkpoint(row, [*self.metrics.unwritten, row])
         saved = self.saver.finish()
         self.metrics.log_message(
-            f"Stopped at step {self.state.step}; saved {saved}. To resume, run the same command again."
+            f"Stopped at step {self.state.step}; saved {saved}. To resume, run the same command again. "
+            f"Shorter: glalm train resume={self.config.folder}"
         )
         self.metrics.write_row(row | self._run_evaluations(), durable=True)
 

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from glalm.config.strict import build_dataclass
+from glalm.config.strict import ConfigError, build_dataclass
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels import delta
 from glalm.kernels.common import CHUNK
@@ -78,6 +78,13 @@ def test_presets_have_as_many_parameters_as_gla(size, millions):
     for name in (*MIXERS, "hybrid"):
         parameters = model_cost(load_preset(f"{name}_{size}"), 2048).parameters / 1e6
         assert parameters == pytest.approx(millions, rel=0.01), name
+
+
+def test_the_10m_preset_has_10_million_parameters():
+    parameters = model_cost(load_preset("gla_10m", vocab_size=8192), 512).parameters
+    assert parameters == 10_194_048 == 8_096_896 + 256 * 8192
+    with pytest.raises(ConfigError, match=r"model.vocab_size is null; set it"):
+        model_cost(load_preset("gla_10m"), 512)
 
 
 def test_a_tied_head_is_counted_once():

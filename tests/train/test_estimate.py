@@ -156,6 +156,23 @@ def test_dry_run_needs_no_data_and_writes_nothing(run_config, change, capsys):
     assert "2 x NVIDIA H200" in capsys.readouterr().out or torch.cuda.is_available()
 
 
+def test_dry_run_names_the_vocabulary_of_the_data_or_its_assumption(run_config, change, capsys, monkeypatch):
+    monkeypatch.setattr(estimate_module, "current_gpu", lambda: H200)
+    config = change(run_config, **{"model.vocab_size": None, "train.compile": False})
+    assert estimate_module.dry_run(config) == 0 and config.model.vocab_size == 300
+    with_data = capsys.readouterr().out
+    assert with_data.startswith(f"vocabulary    300 tokens, those of {config.data.path}\nparameters    ")
+    config = change(run_config, **{"model.vocab_size": None, "train.compile": False, "data.path": "nowhere"})
+    assert estimate_module.dry_run(config) == 0 and config.model.vocab_size == 32000
+    without = capsys.readouterr().out
+    assert "32,000 tokens are assumed, because model.vocab_size is null and nowhere/manifest.json is missing" in without
+
+    def parameters(text: str) -> int:
+        return int(text.splitlines()[1].split()[1].strip(";").replace(",", ""))
+
+    assert parameters(without) - parameters(with_data) == 2 * 32 * (32000 - 300)
+
+
 def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeypatch):
     monkeypatch.setattr(estimate_module, "current_gpu", lambda: H200)
     run_config.train.compile = False

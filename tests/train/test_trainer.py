@@ -158,7 +158,7 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(run_config, change, monk
 
 
 def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
-    """Ctrl-C ends the command with exit code 130. The same command again finishes the run."""
+    """Ctrl-C ends the command with exit code 130. The shorter command that it names finishes the run."""
     command = [sys.executable, "train.py", f"runs_dir={tmp_path}", f"data.path={token_folder}", "name=cli"]
     command += ["train.steps=400", "train.checkpoint.every=400", "train.eval_every=400", "train.log_every=1"]
     command += ["data.seq_len=16", "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=1"]
@@ -173,6 +173,8 @@ def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
     assert "run the same command again" in rest
     saved = latest_checkpoint(tmp_path / "cli" / "checkpoints")
     assert 3 <= int(saved.name.removeprefix("step_")) < 400
+    command = [sys.executable, "train.py", f"resume={tmp_path / 'cli'}"]
+    assert f"Shorter: glalm train resume={tmp_path / 'cli'}" in rest
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert f"resuming after step {saved.name.removeprefix('step_')}" in again.stderr

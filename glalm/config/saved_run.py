@@ -1,0 +1,90 @@
+"""Continue a run from its run.json: a key that the command line does not give is as the run has it."""
+
+import json
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from glalm.config.run import RUN_RECORD
+from glalm.config.strict import flatten_tree, require
+
+RUN_KEYS = ("name", "runs_dir", "resume")  # They say which run it is, wherever its folder lies now.
+
+
+def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
+    """Return the config of a command that continues a run, or `tree` if the command starts one.
+
+    A key that the command line gives has its value in `tree`, and all others have that of run.json. A choice such as
+    `model=gla_small` gives every key of its group, and an experiment every key. The first process prints what was taken
+    from run.json.
+
+    Args:
+        tree: The composed config of a TrainingRun.
+        overrides: The command line without flags, such as `train.steps=3` and `model=gla_small`.
+
+    Raises:
+        ConfigError: `resume` is not the folder of a run, or is given together with `name` or `runs_dir`.
+    """
+    given = []
+    for override in overrides:
+        key, _, package = override.lstrip("+~").partition("=")[0].partition("@")
+        given.append(package or key)
+    if tree["resume"] is not None:
+        tree = _locate_run(tree, given)
+    path = Path(tree["runs_dir"]).expanduser() / tree["name"] / RUN_RECORD
+    record = _read_record(path)
+    if "config" not in record or "experiment" in given:
+        return tree
+    config = json.loads(json.dumps(record["config"]))
+    keys = [*RUN_KEYS, *(key for key in given if key.partition(".")[0] in tree)]
+    if record.get("saved") is not None:
+        # The run has trained with the changed values, which run.json has. It does not allow further changes.
+        keys.append("train.allow_changes")
+    for key in keys:
+        _copy_key(tree, config, key.split("."))
+    composed = flatten_tree(tree)
+    taken = [f"{key}={value}" for key, value in flatten_tree(config).items() if composed.get(key) != value]
+    if taken and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{tree['name']} is continued with these values of {path}: {', '.join(taken)}", flush=True)
+    return config
+
+
+def _locate_run(tree: dict, given: Collection[str]) -> dict:
+    """Return the tree with the name and runs_dir of the folder that `resume` names."""
+    resume = tree["resume"]
+    surplus = [f"{key}=..." for key in ("name", "runs_dir") if key in given]
+    require(not surplus, f"resume={resume} names the run. Remove {' and '.join(surplus)}")
+    folder = Path(os.path.normpath(Path(resume).expanduser()))
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    require(
+        (folder / RUN_RECORD).is_file(),
+        f"resume={resume} is not the folder of a run, because it has no {RUN_RECORD}. To start a run, write name=...",
+    )
+    return tree | {"name": folder.name, "runs_dir": str(folder.parent), "resume": None}
+
+
+def _read_record(path: Path) -> dict:
+    """Return run.json, or {} for a new run.
+
+    A damaged file is {}, too: the config of the command line is then compared with that of the checkpoints.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else {}
+
+
+def _copy_key(source: dict, target: dict, path: list[str]) -> None:
+    """Copy the value at a dotted path, or the tree below it, from one tree to the other."""
+    *parents, last = path
+    for name in parents:
+        source = source[name]
+        if not isinstance(target.get(name), dict):
+            target[name] = {}
+        target = target[name]
+    if last in source:
+        target[last] = source[last]
+    else:
+        target.pop(last, None)

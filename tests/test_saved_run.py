@@ -1,0 +1,149 @@
+"""Commands that continue a run by its name or folder alone."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glalm.cli import CONFIGS, build_config, store_defaults
+from glalm.config.run import run_identity
+from glalm.config.saved_run import complete_from_run
+from glalm.config.strict import ConfigError, default_tree
+from glalm.data.files import read_jsonl
+from glalm.evals.options import TrainingRun
+from glalm.train.trainer import train
+
+SIZES = ["model=gla_10m", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32"]
+STEPS = ["data.seq_len=16", "train.batch_size=2", "train.eval_sequences=4", "optim.warmup_steps=1"]
+
+
+def config_of(*overrides: str) -> TrainingRun:
+    """Return the config that `glalm train` makes of a command line."""
+    store_defaults(TrainingRun)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        tree = compose("train", list(overrides))
+    return build_config(TrainingRun, tree, partial(complete_from_run, overrides=overrides))
+
+
+@pytest.fixture
+def first(token_folder, tmp_path):
+    """The config of a run that has trained two steps with its own data, sizes and rates."""
+    config = config_of(
+        "name=mine",
+        f"runs_dir={tmp_path}",
+        f"data.path={token_folder}",
+        *SIZES,
+        *STEPS,
+        "train.steps=2",
+        "optim.lr=0.02",
+    )
+    assert train(config) == 0
+    return config
+
+
+def test_the_name_alone_continues_the_run(first, token_folder, tmp_path, capsys):
+    capsys.readouterr()
+    config = config_of("name=mine", f"runs_dir={tmp_path}")
+    assert run_identity(config) == run_identity(first)
+    assert (config.data.path, config.optim.lr, config.train.steps) == (str(token_folder), 0.02, 2)
+    message = capsys.readouterr().out
+    assert message.startswith(f"mine is continued with these values of {tmp_path / 'mine' / 'run.json'}: ")
+    assert f"data.path={token_folder}" in message and "optim.lr=0.02" in message and "seed" not in message
+    assert train(config) == 0 and [row["step"] for row in read_jsonl(config.folder / "metrics.jsonl")] == [0, 2]
+
+
+def test_vocabulary_is_that_of_the_data(first):
+    assert config_of(*SIZES, *STEPS).model.vocab_size is None
+    record = json.loads((first.folder / "run.json").read_text())
+    assert record["config"]["model"]["vocab_size"] == record["identity"]["model.vocab_size"] == 300
+    model_config = json.loads((first.folder / "checkpoints" / "step_2" / "config.json").read_text())
+    assert model_config["vocab_size"] == 300
+
+
+def test_the_folder_alone_continues_the_run(first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for resume in ("mine", "mine/", "./mine", str(tmp_path / "mine"), "mine/checkpoints/.."):
+        config = config_of(f"resume={resume}")
+        assert (config.name, config.folder.resolve(), config.resume) == ("mine", tmp_path / "mine", None)
+        assert run_identity(config) == run_identity(first)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert config_of("resume=.").folder == tmp_path / "mine"
+
+
+def test_a_run_in_a_moved_folder_continues_there(first, tmp_path):
+    (tmp_path / "mine").rename(tmp_path / "other name")
+    config = config_of(f"resume='{tmp_path}/other name'")
+    assert config.name == "other name" and train(config) == 0 and not (tmp_path / "mine").exists()
+
+
+def test_given_keys_may_change_or_must_agree(first, tmp_path):
+    where = ["name=mine", f"runs_dir={tmp_path}"]
+    config = config_of(*where, "train.log_every=7", "track.project=x", "optim.lr=0.02")
+    assert (config.train.log_every, config.track.project) == (7, "x") and train(config) == 0
+    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  optim.lr: 0.02 -> 0.01\nTo resume"):
+        train(config_of(*where, "optim.lr=0.01"))
+    with pytest.raises(ConfigError, match=r"model.hidden_size: 32 -> 128\n(.|\n)*model.vocab_size: 300 -> 2048"):
+        train(config_of(*where, "model=gla_tiny"))  # a choice gives every key of its group
+    assert train(config_of(*where, "train.steps=3", "train.allow_changes=[train.steps]")) == 0
+    with pytest.raises(ConfigError, match=r"train.steps: 3 -> 4"):
+        train(config_of(*where, "train.steps=4"))  # what one command allowed is not allowed for ever
+
+
+def test_a_new_name_and_an_experiment_are_as_without_runs(first, tmp_path, capsys):
+    capsys.readouterr()
+    assert config_of("name=other", f"runs_dir={tmp_path}").model.hidden_size == 128
+    experiment = config_of("experiment=gla_340m", "name=mine", f"runs_dir={tmp_path}")
+    assert (experiment.model.hidden_size, experiment.steps) == (1024, 28611)
+    assert capsys.readouterr().out == ""
+
+
+def test_resume_needs_a_run_and_no_name(first, tmp_path):
+    with pytest.raises(ConfigError, match=r"resume=nowhere is not the folder of a run, because it has no run.json"):
+        config_of("resume=nowhere")
+    with pytest.raises(ConfigError, match=r"names the run. Remove name=... and runs_dir=..."):
+        config_of(f"resume={tmp_path}/mine", "name=mine", "runs_dir=x")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}', '{"id": "x"}'])
+def test_damaged_record_gives_nothing(tmp_path, content):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text(content)
+    assert config_of("name=mine", f"runs_dir={tmp_path}").model.hidden_size == 128
+
+
+def test_a_mixer_of_the_users_code_is_not_imported_from_the_record(first, tmp_path, monkeypatch):
+    """Importing runs code, and a run's folder may come from elsewhere."""
+    path = tmp_path / "mine" / "run.json"
+    record = json.loads(path.read_text())
+    record["config"]["model"]["mixer"] = "no_such_module:Mixer"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"model.mixer='no_such_module:Mixer' is none of the mixers"):
+        config_of("name=mine", f"runs_dir={tmp_path}")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_each_key_is_given_or_saved(tmp_path_factory, data):
+    """Whatever keys are given: those have the command's values, and all others the run's."""
+    folder = tmp_path_factory.mktemp("runs")
+    saved = default_tree(TrainingRun) | {"name": "r", "runs_dir": str(folder)}
+    choices = {"seed": 5, "optim.lr": 0.5, "train.steps": 9, "data.seq_len": 3, "data.weights": {"a": 1}}
+    in_record = data.draw(st.dictionaries(st.sampled_from(sorted(choices)), st.integers(10, 20)))
+    given_keys = data.draw(st.lists(st.sampled_from(sorted(choices)), unique=True))
+    composed = json.loads(json.dumps(saved))
+    for tree, values in ((saved, in_record), (composed, choices)):
+        for key, value in values.items():
+            *parents, last = key.split(".")
+            (tree[parents[0]] if parents else tree)[last] = value
+    (folder / "r").mkdir()
+    (Path(folder) / "r" / "run.json").write_text(json.dumps({"config": saved, "saved": 3}))
+    merged = complete_from_run(composed, [f"{key}=..." for key in given_keys])
+    for key in choices:
+        *parents, last = key.split(".")
+        expected = composed if key in given_keys else saved
+        where = merged[parents[0]] if parents else merged
+        assert where[last] == (expected[parents[0]] if parents else expected)[last]

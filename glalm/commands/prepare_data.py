@@ -3,8 +3,10 @@
 import argparse
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
-from glalm.data.shards import SPLITS
+from glalm.data.shards import SPLITS, read_manifest
 from glalm.prepare.encode import HELD_OUT
 from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
@@ -25,7 +27,7 @@ examples:
   Show what is in a set:
     glalm prepare inspect data/mine
 """
-SETTINGS = ("tokenizer", "vocab_size", "validation", "test", "shard_tokens", "text_field", "source_field")
+SETTINGS = ("tokenizer", "eos", "vocab_size", "validation", "test", "shard_tokens", "text_field", "source_field")
 
 
 def main() -> int:
@@ -51,6 +53,9 @@ def prepare() -> int:
     start = time.perf_counter()
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     held_out = {split: settings.pop(split, share) for split, share in HELD_OUT.items()}
+    before = None
+    with suppress(OSError, ValueError):
+        before = read_manifest(Path(args.out))
     manifest = prepare_data(
         args.sources,
         args.out,
@@ -61,7 +66,10 @@ def prepare() -> int:
         overwrite=args.overwrite,
         **settings,
     )
-    print_summary(args.out, manifest, time.perf_counter() - start)
+    if manifest == before and not args.overwrite:
+        print(describe_complete_set(args.out, manifest))
+    else:
+        print_summary(args.out, manifest, time.perf_counter() - start)
     return 0
 
 
@@ -83,7 +91,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="a SentencePiece .model, a Hugging Face folder or name, or mistral-v1 (default: train one)",
+        help="a SentencePiece .model, a Hugging Face tokenizer.json, folder or name, or mistral-v1 (default: train it)",
+    )
+    parser.add_argument(
+        "--eos",
+        metavar="TOKEN",
+        help="the token of a Hugging Face tokenizer that ends a document, if it does not say so: '<|endoftext|>'",
     )
     parser.add_argument("--vocab-size", type=int, metavar="N", help="size of a trained tokenizer (default: 2048)")
     for split, share in HELD_OUT.items():
@@ -114,7 +127,18 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--add uses the settings of the set. Remove --{name.replace('_', '-')}.")
     if args.tokenizer and args.vocab_size:
         parser.error("--vocab-size is the size of a tokenizer that is trained. Remove it, or remove --tokenizer.")
+    if args.eos and not args.tokenizer:
+        parser.error("--eos names a token of --tokenizer. Add --tokenizer tokenizer.json, or remove --eos.")
     return args
+
+
+def describe_complete_set(folder: str, manifest: dict) -> str:
+    documents = sum(manifest["splits"][split]["documents"] for split in SPLITS)
+    tokens = sum(manifest["splits"][split]["tokens"] for split in SPLITS)
+    return (
+        f"{folder} is already complete: {documents:,} documents, {tokens:,} tokens, vocabulary of "
+        f"{manifest['tokenizer']['vocab_size']:,}. To see what is in it, run: glalm prepare inspect {folder}"
+    )
 
 
 def print_summary(folder: str, manifest: dict, seconds: float) -> None:

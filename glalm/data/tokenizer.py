@@ -28,8 +28,10 @@ class Tokenizer:
     """A tokenizer, and the tokens with which a document begins and ends.
 
     Args:
-        name: A SentencePiece .model file; a folder with a Hugging Face tokenizer.json, or with a tokenizer.model; a
+        name: A SentencePiece .model file; a tokenizer.json of the tokenizers library; a folder with one of them; a
             Hugging Face name ("gpt2"); or "mistral-v1", which the package mistral-common ships.
+        eos: The token of a Hugging Face tokenizer that ends a document, as a bare tokenizer.json does not say which it
+            is. None: the tokenizer's own.
 
     Attributes:
         vocab_size: All ids are below it.
@@ -45,14 +47,14 @@ class Tokenizer:
         ValueError: It cannot be loaded, or has no end-of-document token.
     """
 
-    def __init__(self, name: str | os.PathLike):
-        self._backend = _open_backend(str(name))
+    def __init__(self, name: str | os.PathLike, eos: str | None = None):
+        self._backend = _open_backend(str(name), eos)
         self.vocab_size: int = self._backend.vocab_size
         self.fingerprint: str = self._backend.fingerprint
         bos = self._backend.bos_id
         eos = self._backend.eos_id
         if eos is None:
-            raise ValueError(f"{name} has no end-of-document (EOS) token. Choose a tokenizer that has one.")
+            raise ValueError(f"{name} names no end-of-document (EOS) token. {self._backend.eos_advice()}")
         self.bos_ids: list[int] = [] if bos in (None, eos) else [bos]
         self.eos_ids: list[int] = [eos]
         self.bos_id: int = eos if bos is None else bos
@@ -82,8 +84,15 @@ class Tokenizer:
         return self._backend.save(folder)
 
 
-def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
-    """Return the backend of the tokenizer that `Tokenizer` calls `name`."""
+def _open_backend(name: str, eos: str | None = None) -> "_SentencePiece | _HuggingFace":
+    """Return the backend of the tokenizer that `Tokenizer` calls `name`, whose documents end with `eos`."""
+    backend = _find_backend(name)
+    if eos is not None:
+        backend.set_eos(eos)
+    return backend
+
+
+def _find_backend(name: str) -> "_SentencePiece | _HuggingFace":
     if name == MISTRAL_V1:
         spec = importlib.util.find_spec("mistral_common")
         if spec is None or spec.origin is None:
@@ -92,12 +101,14 @@ def _open_backend(name: str) -> "_SentencePiece | _HuggingFace":
         return _SentencePiece(Path(spec.origin).parent / "data" / "tokenizer.model.v1")
     path = Path(name)
     if path.is_file():
-        return _SentencePiece(path)
+        return _HuggingFace(name) if path.suffix == ".json" else _SentencePiece(path)
     # transformers would convert a bare tokenizer.model, to ids that differ from SentencePiece's at a double space.
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return _SentencePiece(path / "tokenizer.model")
-    if not path.is_dir() and (name.endswith(".model") or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"{name} does not exist. Name a .model file, a folder, or a Hugging Face tokenizer.")
+    if not path.is_dir() and (name.endswith((".model", ".json")) or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"{name} does not exist. Name a .model or .json file, a folder, or a Hugging Face tokenizer."
+        )
     return _HuggingFace(name)
 
 
@@ -146,13 +157,21 @@ class _SentencePiece:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
-            advice = "For a Hugging Face tokenizer, use its folder or its name."
+            advice = "For a Hugging Face tokenizer, use its tokenizer.json, its folder or its name."
             raise ValueError(f"{path} is not a SentencePiece model. {advice}") from error
         processor = self.processor
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
         self.vocab_size = processor.get_piece_size()
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
+
+    def set_eos(self, token: str) -> None:
+        raise ValueError(
+            "--eos is for Hugging Face tokenizers. A SentencePiece model says itself what ends a document."
+        )
+
+    def eos_advice(self) -> str:
+        return "Choose a tokenizer that has one."
 
     def encode(self, text: str) -> np.ndarray:
         if SPACE_MARK not in text or self._mark_ids is None:
@@ -243,17 +262,20 @@ def split_text(text: str, size: int, can_cut: Callable[[str, int], bool]) -> Ite
 
 
 class _HuggingFace:
-    """A fast tokenizer of transformers, loaded from a folder or by name.
+    """A fast tokenizer of transformers, loaded from a tokenizer.json, from a folder or by name.
 
     Its normalizer, pre-tokenizer, added tokens and model may look at any part of a text, so a text is never cut.
     """
 
     def __init__(self, name: str):
-        from transformers import AutoTokenizer  # takes seconds
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
         try:
             with open_utf8_name(name) as utf8_name:
-                self._tokenizer = AutoTokenizer.from_pretrained(utf8_name, trust_remote_code=False)
+                if Path(name).is_file():
+                    self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=_read_tokenizer_json(utf8_name))
+                else:
+                    self._tokenizer = AutoTokenizer.from_pretrained(utf8_name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             if "custom code" in reason:
@@ -262,6 +284,10 @@ class _HuggingFace:
         if not self._tokenizer.is_fast:
             raise ValueError(f"{name} has no tokenizer.json. Save it with transformers' fast tokenizer first.")
         self.backend = self._tokenizer.backend_tokenizer
+        self._configure_backend()
+
+    def _configure_backend(self) -> None:
+        """Set what encoding does, and read the attributes of `Tokenizer`."""
         # A tokenizer.json may have a length limit, and would find special tokens in any text.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -271,6 +297,17 @@ class _HuggingFace:
         self.vocab_size = 1 + max(tokens.get_vocab().values())  # The ids may have gaps.
         self.bos_id = tokens.cls_token_id if tokens.bos_token_id is None else tokens.bos_token_id
         self.eos_id = tokens.sep_token_id if tokens.eos_token_id is None else tokens.eos_token_id
+
+    def set_eos(self, token: str) -> None:
+        if token not in self._tokenizer.get_vocab():
+            raise ValueError(f"--eos {token}: the tokenizer has no such token. {self.eos_advice()}")
+        self._tokenizer.add_special_tokens({"eos_token": token})
+        self._configure_backend()
+
+    def eos_advice(self) -> str:
+        special = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        examples = f" It has {', '.join(special[:8])}." if special else ""
+        return f"Name the token that ends a document with --eos TOKEN.{examples}"
 
     def encode(self, text: str) -> np.ndarray:
         text.encode()  # Raises for lone surrogates, which would become replacement characters.
@@ -287,3 +324,13 @@ class _HuggingFace:
         with open_utf8_name(folder) as utf8_name:
             self._tokenizer.save_pretrained(Path(utf8_name) / "tokenizer")
         return "tokenizer"
+
+
+def _read_tokenizer_json(path: str):
+    """Return the tokenizers.Tokenizer of a file. Raises ValueError if it is none."""
+    from tokenizers import Tokenizer as JsonTokenizer
+
+    try:
+        return JsonTokenizer.from_file(path)
+    except Exception as error:  # The library raises no other class.
+        raise ValueError(error) from error

@@ -16,7 +16,7 @@ from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.encode import HELD_OUT, check_shares, encode_batch
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
-from glalm.prepare.set_folder import explain_full_disk, lock_folder, remove_set
+from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
     FileInput,
     Input,
@@ -41,6 +41,7 @@ def prepare_data(
     out: str | os.PathLike,
     *,
     tokenizer: str | os.PathLike | None = None,
+    eos: str | None = None,
     vocab_size: int = 2048,
     held_out: Mapping[str, float] = HELD_OUT,
     shard_tokens: int = 2**27,
@@ -61,6 +62,7 @@ def prepare_data(
     Args:
         sources: Source objects, or what `parse_source` takes: "stdlib", paths, "hf:DATASET".
         tokenizer: What `Tokenizer` takes. None trains a SentencePiece model of `vocab_size` on the training documents.
+        eos: The token of `tokenizer` that ends a document, as of `Tokenizer`.
         held_out: The shares of the documents in "validation" and "test". A document's split depends on its text alone,
             so it stays there as data is added, and copies of a document are never on both sides.
         shard_tokens: A shard ends before it would exceed this. A longer document has a shard to itself. Shards of
@@ -88,7 +90,7 @@ def prepare_data(
     sources = [parse_source(source) for source in sources]
     inputs, repeated = collect_inputs(sources, out.resolve())
     # Open the tokenizer now, because it may be part of the set that is replaced.
-    opened = Tokenizer(tokenizer) if tokenizer else None
+    opened = Tokenizer(tokenizer, eos) if tokenizer else None
     settings = {
         "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
         "held_out": {split: float(held_out.get(split, 0)) for split in SPLITS[1:]},
@@ -96,10 +98,16 @@ def prepare_data(
         "text_field": text_field,
         "source_field": source_field,
     }
+    if eos is not None:
+        settings["eos"] = eos
     # Not every system has sched_getaffinity, which counts only the cores that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
+    with (
+        create_folder(out),
+        lock_folder(out),
+        explain_full_disk(out),
+        ProgressBar(quiet=not progress) as bar,
+    ):
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
             if message:
                 bar.log(message)
@@ -139,7 +147,10 @@ def run_plan(
             source_input = inputs[batch.input_index]
             errors = [record for record in encoded.skipped if record.reason != "empty"]
             if errors and on_error == "stop":
-                writer.commit()
+                if not (encoded.documents or plan.base or _count_written(writer)):
+                    remove_set(out)  # There is nothing to resume, and the next command may have other settings.
+                else:
+                    writer.commit()
                 raise bad_record_error(source_input, errors[0])
             writer.add_batch(batch, encoded, source_input)
             documents += len(encoded.documents)
@@ -153,11 +164,16 @@ def run_plan(
                 commit_time = now
     except MemoryError as error:
         raise out_of_memory_error(inputs[writer.position[0]]) from error
-    if not any(counts["written"] for counts in writer.counts.values()):
+    if not _count_written(writer):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped ({found}).")
     writer.finish()
+
+
+def _count_written(writer: SetWriter) -> int:
+    """Return the number of documents that the set has."""
+    return sum(counts["written"] for counts in writer.counts.values())
 
 
 def _check_arguments(
@@ -169,10 +185,10 @@ def _check_arguments(
             raise ValueError(f"held_out names an unknown split {split!r}. The splits are {' and '.join(SPLITS[1:])}.")
     check_shares(held_out)
     if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1.")
+        raise ValueError(f"--shard-tokens {shard_tokens} must be at least 1.")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error={on_error!r} must be 'stop' or 'skip'.")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1.")
+        raise ValueError(f"--workers {workers} must be at least 1.")
     if add_and_overwrite:
-        raise ValueError("add=True and overwrite=True exclude each other: add to the set or replace it.")
+        raise ValueError("--add and --overwrite exclude each other: add to the set or replace it.")

@@ -16,6 +16,8 @@ from glalm.prepare.sources import HubInput, Input, read_batches
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
 
+SKIP_ADVICE = " To skip such records and count them, use --on-error skip."
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -248,8 +250,7 @@ def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[In
 
 def bad_record_error(source_input: Input, record: SkippedRecord) -> ValueError:
     """Return the error of a record without a document."""
-    advice = "To skip such records and count them, use --on-error skip."
-    return ValueError(f"{source_input}:{record.number}: {record.detail}. {advice}")
+    return ValueError(f"{source_input}:{record.number}: {record.detail}.{SKIP_ADVICE}")
 
 
 def changed_error(source_input: Input, out: Path) -> ValueError:
@@ -259,8 +260,9 @@ def changed_error(source_input: Input, out: Path) -> ValueError:
 
 
 def _differing_keys(old: dict, new: dict | None) -> list[str]:
-    """Return the settings that differ. None stands for any settings."""
-    return [key for key in new or () if old.get(key) != new[key]]
+    """Return the options of the command line that differ. None stands for any settings."""
+    keys = [] if new is None else [key for key in old | new if old.get(key) != new.get(key)]
+    return ["--validation or --test" if key == "held_out" else f"--{key.replace('_', '-')}" for key in keys]
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:

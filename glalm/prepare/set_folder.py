@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ SET_FILES = re.compile(
     rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
     rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs\.npy|\.npy|\.crc32)(\.tmp)?"
 )
+
+
+@contextmanager
+def create_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` if needed. After an error, remove it again if it is new and nothing was written into it."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # It is not empty.
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def train_sentencepiece(
     except RuntimeError as error:
         # Drop SentencePiece's source location in front, and its advice about an option that we do not offer at the end.
         reason = str(error).rpartition("] ")[2].partition(" Increase vocab_size or")[0]
-        raise ValueError(f"vocab_size={vocab_size} does not fit these texts: {reason}") from error
+        raise ValueError(f"--vocab-size {vocab_size} does not fit these texts: {reason}") from error
     with atomic_write(Path(path)) as file:
         file.write(model.getvalue())
     return Tokenizer(path)

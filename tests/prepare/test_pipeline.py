@@ -182,9 +182,8 @@ def test_a_given_tokenizer_is_used_even_from_the_set_it_replaces(corpus, prepare
 def test_a_large_vocabulary_takes_uint32(corpus, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode_array", lambda self, text: np.array([70_000, len(text)]))
     opened = Tokenizer.__init__
-    monkeypatch.setattr(
-        Tokenizer, "__init__", lambda self, name: opened(self, name) or setattr(self, "vocab_size", 70_001)
-    )
+    with_size = lambda self, *args: opened(self, *args) or setattr(self, "vocab_size", 70_001)  # noqa: E731
+    monkeypatch.setattr(Tokenizer, "__init__", with_size)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [])
     prepare_data([corpus], tmp_path / "set", tokenizer=prepared / "tokenizer.model", progress=False)
     tokens = TokenSet(tmp_path / "set", "train").read_document(0)
@@ -233,7 +232,7 @@ def test_arguments_are_checked_before_anything_is_written(corpus, tmp_path):
         ({"held_out": {"valid": 0.1}}, "unknown split 'valid'"),
         ({"held_out": {"test": 0.6, "validation": 0.4}}, "leaves no documents for training"),
         ({"held_out": {"test": -0.1}}, "must be 0 or more"),
-        ({"shard_tokens": 0}, "shard_tokens=0"),
+        ({"shard_tokens": 0}, "--shard-tokens 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare_data([corpus], tmp_path / "set", **wrong)
@@ -452,7 +451,7 @@ def test_a_refused_command_leaves_the_old_set_unchanged(corpus, prepared, tmp_pa
     given = {"tokenizer": prepared / "tokenizer.model"}
     for sources, options, message in [
         ([corpus, tmp_path / "a.parquet"], given, "has no column 'text'. It has body"),
-        ([corpus], {"vocab_size": 10**6}, "vocab_size=1000000 does not fit"),
+        ([corpus], {"vocab_size": 10**6}, "--vocab-size 1000000 does not fit"),
         ([corpus], given | {"text_field": "body"}, r"texts\.jsonl:1: no field 'body'"),
         ([tmp_path / "b.jsonl"], {"source_field": "from", "text_field": "body"}, "no field 'from'"),
         ([tmp_path / "a.jsonl.gz"], given, "damaged"),
@@ -504,7 +503,7 @@ def test_a_hugging_face_tokenizer_goes_with_the_set(corpus, tmp_path, hugging_fa
     assert opened.fingerprint == manifest["tokenizer"]["fingerprint"] == Tokenizer(hugging_face).fingerprint
     tokens.verify_checksums()
     prepare_data([corpus], tmp_path / "set", tokenizer=hugging_face, progress=False)  # It recognises its own tokenizer.
-    with pytest.raises(ValueError, match="different tokenizer"):
+    with pytest.raises(ValueError, match="different --tokenizer"):
         prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False)
 
 
@@ -550,7 +549,9 @@ def test_names_of_folders_are_valid_and_different(sources):
 
 @pytest.mark.parametrize("share", [math.nan, -0.1, 1.0, math.inf])
 def test_shares_that_cannot_be_are_named(texts, tmp_path, share):
-    with pytest.raises(ValueError, match=r"held_out=.*'validation': .*(shares must be 0 or more|leaves no documents)"):
+    with pytest.raises(
+        ValueError, match=rf"^--validation {share:g} --test 0.1.*(shares must be 0 or more|leaves no documents)"
+    ):
         prepare_data(["stdlib"], tmp_path / "set", held_out={"validation": share, "test": 0.1}, progress=False)
 
 

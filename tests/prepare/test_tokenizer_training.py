@@ -38,8 +38,8 @@ def test_sample_keeps_the_budget_whatever_the_order():
 
 def test_training_errors_say_what_to_do(tmp_path, texts):
     for size, message in [
-        (100, r"vocab_size=100 does not fit these texts: Vocabulary size is smaller .*\.$"),
-        (10**6, r"vocab_size=1000000 does not fit these texts: Vocabulary size too high"),
+        (100, r"--vocab-size 100 does not fit these texts: Vocabulary size is smaller .*\.$"),
+        (10**6, r"--vocab-size 1000000 does not fit these texts: Vocabulary size too high"),
         (-3, r"vocab_size=-3 must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -69,7 +69,7 @@ class ExtrapolationEvaluator(Evaluator):
         load_texts = load_longest_documents if options.text == "documents" else load_blocks
         self.texts = load_texts(tokens, self.edges, options.documents)
         self.total_units = len(options.contexts) * sum(last_filled_edge(len(text), self.edges) for text in self.texts)
-        self.settings = {**describe_data(tokens), **dataclasses.asdict(options), "train_length": train_length}
+        self.settings = {**dataclasses.asdict(options), **describe_data(tokens), "train_length": train_length}
 
     def run(self, context: EvalContext) -> dict:
         nats = {}
@@ -275,11 +275,17 @@ def load_longest_documents(tokens: TokenSet, edges: list[int], count: int | None
     order = np.argsort(-last_edges, kind="stable")[:count]
     indices = sorted(int(i) for i in order if last_edges[i])
     if not indices:
-        longest = ", ".join(map(str, np.sort(lengths)[::-1][:3])) or "none"
+        where = f"evals=[extrapolation]: {tokens.folder}"
+        if not len(lengths):
+            raise ConfigError(
+                f"{where} has no documents in its split {tokens.split}; write extrapolation.split=validation, or "
+                "text=FILE to read a file as it lies"
+            )
+        longest = ", ".join(map(str, np.sort(lengths)[::-1][:3]))
         raise ConfigError(
-            f"evals=[extrapolation]: no document of the split {tokens.split} of {tokens.folder} has the "
-            f"{edges[1] + 1} tokens that fill one bucket (the longest have {longest}); write a smaller "
-            "extrapolation.bucket, or prepare longer documents"
+            f"{where}: no document of the split {tokens.split} has the {edges[1] + 1} tokens that fill one bucket (the "
+            f"longest have {longest}); write a smaller extrapolation.bucket, or extrapolation.text=stream to read the "
+            "documents end to end"
         )
     return [tokens.read_document(i) for i in indices]
 

@@ -4,26 +4,53 @@ import dataclasses
 
 import torch
 
+from glalm.config.strict import ConfigError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.inputs import open_split
 from glalm.evals.options import EvalConfig, GenerateConfig
 from glalm.train.random_states import seeded
 
+PROMPT_TOKENS = 12  # with the BOS token, where documents have one
+
 
 class GenerateEvaluator(Evaluator):
-    """Continuations of `generate.prompts`."""
+    """Continuations of `generate.prompts`, or of the beginnings of documents."""
 
     def __init__(self, model: EvalModel, config: EvalConfig):
         super().__init__(model, config)
         model.require_tokenizer("generate")
-        self.settings = {**dataclasses.asdict(config.generate), "seed": config.seed}
-        self.total_units = len(config.generate.prompts) * config.generate.tokens
+        prompts = config.generate.prompts
+        self.options = dataclasses.replace(
+            config.generate, prompts=find_prompts(config, model) if prompts is None else prompts
+        )
+        self.settings = {**dataclasses.asdict(self.options), "seed": config.seed}
+        self.total_units = len(self.options.prompts) * self.options.tokens
 
     def run(self, context: EvalContext) -> list[dict[str, str]]:
-        return sample_continuations(self.model, self.config.generate, self.config.seed, context)
+        return sample_continuations(self.model, self.options, self.config.seed, context)
 
     def summarize(self, results: list[dict[str, str]]) -> list[str]:
         return [f"--- {text['prompt']}{text['continuation']}" for text in results]
+
+
+def find_prompts(config: EvalConfig, model: EvalModel) -> list[str]:
+    """Return the first PROMPT_TOKENS tokens of the first and the middle document of text that was held out.
+
+    Where there is none, as for a model without its data, the only prompt is empty.
+    """
+    for split in ("test", "validation"):
+        try:
+            tokens = open_split(config, model, split)
+        except ConfigError:
+            if config.text is not None or config.data_path is not None:
+                raise
+            continue
+        indices = sorted({0, tokens.num_documents // 2} & set(range(tokens.num_documents)))
+        prompts = [model.tokenizer.decode(tokens.read_document(i)[:PROMPT_TOKENS].tolist()) for i in indices]
+        if any(prompts):
+            return [prompt for prompt in prompts if prompt]
+    return [""]
 
 
 def sample_continuations(

@@ -11,6 +11,7 @@ from glalm.data.files import printable
 
 # Where the text lies, not what it says: results on a set that was moved or copied are the same.
 LOCATION = "data_path"
+TEXT_FILE = "file"  # the split of a text that was read as it lies, from a file that is no prepared set
 # Settings that belong to the model. Numbers of models that differ in them compare.
 MODEL_SETTINGS = ("precision", "tokenizer", "document_prefix")
 # Settings that only decide at which lengths an evaluator measures. The lengths are an axis of its figures.
@@ -108,7 +109,9 @@ def describe_conditions(record: Mapping[str, Any]) -> str:
     settings = record.get("settings", {})
     parts = []
     if LOCATION in settings:
-        parts.append(f"{settings.get('split', '')} split of {text_name(record)}".strip())
+        split = settings.get("split", "")
+        name = text_name(record)
+        parts.append(name if split == TEXT_FILE else f"{split} split of {name}".strip())
     if "seq_len" in settings:
         parts.append(f"windows of {settings['seq_len']:,} tokens")
     if "contexts" in settings:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,10 +20,14 @@ from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet, read_manifest, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
+from glalm.evals.identity import TEXT_FILE
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import load_results, read_json
 from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.model.precision import choose_precision
+from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.plan import SKIP_ADVICE
+from glalm.prepare.records import NAME_A_FIELD
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
 
@@ -219,13 +225,50 @@ def describe_data(tokens: TokenSet) -> dict[str, str]:
     return {"data_path": str(tokens.folder), "data_sha256": tokens.sha256, "split": tokens.split}
 
 
+def open_text(config: EvalConfig, model: EvalModel) -> TokenSet:
+    """Tokenize the file `config.text` with the model's tokenizer, as data preparation does, and open all of it.
+
+    Raises:
+        ConfigError: The model has no tokenizer, or the file cannot be read, or has no text.
+    """
+    saved = (model.data_manifest or {}).get("settings", {})
+    text_field = config.text_field or saved.get("text_field", "text")
+    return _prepare_text(Path(config.text).expanduser(), text_field, model.require_tokenizer("text"))
+
+
+@lru_cache(maxsize=1)  # Several evaluators of one command read the same file.
+def _prepare_text(path: Path, text_field: str, tokenizer: Tokenizer) -> TokenSet:
+    """Return the documents of a file as one split, whose shards are mapped into memory and gone from the disk."""
+    require(path.is_file(), f"text={path}: there is no such file")
+    with TemporaryDirectory(prefix="glalm-") as folder:
+        saved_tokenizer = Path(folder) / tokenizer.save(Path(folder))
+        options = {"held_out": {}, "text_field": text_field, "workers": 1, "progress": False}
+        try:
+            prepare_data([path], Path(folder) / "set", tokenizer=saved_tokenizer, **options)
+        except ValueError as error:
+            advice = (
+                str(error).replace(NAME_A_FIELD, "name one of them with text_field=FIELD").removesuffix(SKIP_ADVICE)
+            )
+            raise ConfigError(f"text={path}: {advice}") from error
+        tokens = TokenSet(Path(folder) / "set", "train")
+    tokens.folder = path
+    tokens.split = TEXT_FILE
+    return tokens
+
+
 def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
-    """Open a split of `config.data_path`, or else of the data that the run was trained on.
+    """Open a split of `config.data_path`, or else of the data that the run was trained on; or all of `config.text`.
 
     Raises:
         ConfigError: It is missing, damaged, or prepared with another tokenizer, or the run's data was replaced.
     """
+    if config.text is not None:
+        return open_text(config, model)
     folder = config.data_path or (model.run_config.data.path if model.run_config else None)
+    require(
+        not Path(folder or "").is_file(),
+        f"data_path={folder} is a file, not a folder of prepared data; to read it as it lies, write text={folder}",
+    )
     require(
         folder is not None, f"{model.name} is not a checkpoint of a run: write data_path=, a folder of prepared data"
     )

@@ -57,7 +57,7 @@ class GenerateConfig:
     tokens: int = 120  # new tokens in a continuation
     temperature: float = 0.8
     top_p: float = 0.95
-    prompts: list[str] = field(default_factory=lambda: ["def ", "class "])
+    prompts: list[str] | None = None  # null: the beginnings of two documents of the test split, or of text=FILE
 
     def __post_init__(self):
         require_positive(self, "generate", "tokens", "temperature")
@@ -150,6 +150,8 @@ class EvalConfig:
     checkpoint: str = "latest"
     out: str | None = None  # the folder of eval/*.json and plots/; null: the run's, or else runs_dir/MODEL
     data_path: str | None = None  # a prepared folder; null: the one that the run was trained on
+    text: str | None = None  # a file to read as it lies, in place of prepared data: .txt, .jsonl, .parquet, ...
+    text_field: str | None = None  # the field of its rows that holds the text; null: that of the run's data, or "text"
     data_dir: str | None = None  # zero-shot tasks' own data, TASK/SPLIT.jsonl or .parquet; null: from the hub
     train_length: int | None = None  # tokens; null: the run's, or the model's max_position_embeddings
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if the GPU supports it, else fp32
@@ -166,6 +168,10 @@ class EvalConfig:
 
     def __post_init__(self):
         require_positive(self, "", "batch_size", "train_length")
+        require(
+            self.text is None or self.data_path is None,
+            f"text={self.text} and data_path={self.data_path} are alternatives; remove one of them",
+        )
         require(len(self.evals) > 0, f"evals is empty; write evals=[perplexity], or any of {', '.join(EVALUATORS)}")
         require_evaluators("evals", self.evals)
         require(

@@ -6,6 +6,7 @@ emptied where a document starts, and the token before a start has no target.
 
 import math
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from glalm.config.strict import RunError
 from glalm.data.loader import Batch, Windows, flatten_batch
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
+from glalm.evals.identity import TEXT_FILE
 from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
 
 
 class PerplexityEvaluator(Evaluator):
-    """Perplexity of the whole validation split."""
+    """Perplexity of the whole validation split, or of the file that `text` names."""
 
     def __init__(self, model: EvalModel, config: EvalConfig):
         super().__init__(model, config)
@@ -37,7 +39,9 @@ class PerplexityEvaluator(Evaluator):
         return compute_perplexity(self.model, self.windows, self.config.batch_size, context)
 
     def summarize(self, results: dict) -> list[str]:
-        return [f"validation perplexity {results['perplexity']:.3f} over {results['tokens']:,} tokens"]
+        settings = self.settings
+        text = Path(settings["data_path"]).name if settings["split"] == TEXT_FILE else settings["split"]
+        return [f"{text} perplexity {results['perplexity']:.3f} over {results['tokens']:,} tokens"]
 
     def metrics(self, results: dict) -> dict[str, float]:
         return {"perplexity": results["perplexity"]}

@@ -12,7 +12,7 @@ from statistics import median
 from glalm.data import files
 from glalm.data.checksums import combine_weights
 from glalm.data.shards import split_sha256
-from glalm.evals.identity import ResultIdentity, group_comparable, text_name
+from glalm.evals.identity import TEXT_FILE, ResultIdentity, group_comparable, text_name
 
 NO_SCORES = ("samples", "num_fewshot", "version")  # numbers beside a task's scores in glalm.evals.harness's results
 
@@ -69,11 +69,14 @@ def save_result(folder: Path, record: dict, name: str) -> Path:
     """Write a result as FOLDER/eval/NAME.json without replacing one of another identity, and return its path.
 
     NAME.json is the newest result of that name, but results on other text do not take the place of one on the text that
-    the run was trained on. All others are named by their text and their identity. What is no result, such as a damaged
-    file, is renamed to NAME.json.replaced.
+    the run was trained on, and results on a file (text=FILE) never do. All others are named by their text and their
+    identity. What is no result, such as a damaged file, is renamed to NAME.json.replaced.
     """
     main_path = folder / "eval" / f"{name}.json"
     path_beside = _path_beside(main_path, record)
+    if record["settings"].get("split") == TEXT_FILE:
+        write_json(path_beside, record)
+        return path_beside
     holder = load_results(folder, skip_damaged=True).get(main_path)
     if holder is None and main_path.exists():
         main_path.rename(main_path.with_name(f"{main_path.name}.replaced"))

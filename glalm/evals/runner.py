@@ -221,7 +221,7 @@ def is_own_text(identity: ResultIdentity, model: EvalModel, config: EvalConfig) 
         return None
     manifest = model.data_manifest
     if not manifest:
-        return config.data_path is None
+        return config.data_path is None and config.text is None
     split = settings.get("split")
     return split in manifest["splits"] and settings["data_sha256"] == split_sha256(manifest, split)
 

@@ -39,8 +39,11 @@ def test_from_text_to_report(tmp_path):
 
     lengths = ["extrapolation.max_length=320", "extrapolation.split=train", "extrapolation.documents=4"]
     text = run("eval.py", *where, *lengths, "generate.tokens=5")
-    assert text.count("def ") >= 1 and "class " in text
     folder = tmp_path / name
+    prompts = json.loads((folder / "eval" / "generate.json").read_text())["settings"]["prompts"]
+    sources = [path.read_text() for top in ("glalm", "tests") for path in (ROOT / top).rglob("*.py")]
+    assert len(prompts) == 2 and all(f"--- {prompt}" in text for prompt in prompts)
+    assert all(any(source.startswith(prompt) for source in sources) for prompt in prompts)
     assert {p.name for p in (folder / "eval").iterdir()} == {"perplexity.json", "extrapolation.json", "generate.json"}
     result = json.loads((folder / "eval" / "extrapolation.json").read_text())
     assert result["results"]["contexts"]["stateful"]["ratios"]["10"]["documents"] == 4

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {"config", "data", "progress", "hf", "kernels", "model"},
     "generation": CORE,
     "compat": {*CORE, "evals.identity", "evals.options", "evals.result_files"},
-    "evals": {*CORE, "generation"},
+    "evals": {*CORE, "generation", "prepare"},
     "commands": {*CORE, "cli", "compat", "evals", "prepare", "studies"},
     "studies": {*CORE, "cli", "evals", "generation", "prepare"},
 }

@@ -29,6 +29,7 @@ from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import require
 from glalm.data.processes import call_without_parent
 from glalm.model.precision import choose_precision
+from glalm.train.flight_recorder import enable_flight_recorder
 
 # What `accelerate launch` or the file of `accelerate config` may set, although the config decides it: the values that
 # do no harm, the default first, and what to use instead.
@@ -66,6 +67,7 @@ def start_processes(config: RunConfig) -> Accelerator:
     if not use_cpu:
         check_devices(os.environ, torch.cuda.device_count())
     precision = choose_precision(config.train.precision, torch.device("cpu" if use_cpu else "cuda"), "train.precision")
+    enable_flight_recorder(config.folder, os.environ)
     # FSDP2 and HSDP need a process group even for one process.
     join_process_group(use_cpu, config.parallel.timeout_minutes, always=config.parallel.mode != "ddp")
     torch.set_float32_matmul_precision(FP32_MATMUL_PRECISION[precision])

@@ -68,7 +68,7 @@ def train(
     with (
         StopSignal() as stop,
         run_dir.open_run_dir(config.folder) as lock,
-        Watchdog(config.train.guard.hang_seconds) as watchdog,
+        Watchdog(config.train.guard.hang_seconds, config.folder) as watchdog,
         _explain_errors(config, plan),
     ):
         record = run_dir.prepare_run_record(config, training.tokens)

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 from torch import distributed
 
 from glalm.train.collectives import rank_and_world_size, run_on_rank_0
+from glalm.train.flight_recorder import write_flight_record
 from glalm.train.hang_monitor import HangMonitor
 
 WATCHDOG_EXIT_CODE = 70
@@ -63,9 +65,12 @@ class Watchdog:
 
     Args:
         hang_seconds: None tolerates hangs.
+        folder: Where each process of several writes its last collectives when the run is ended.
     """
 
-    def __init__(self, hang_seconds: float | None):
+    def __init__(self, hang_seconds: float | None, folder: Path | None = None):
+        self._folder = folder
+        self._start_time = time.time()
         self.rank, self.world_size = rank_and_world_size()
         self.hang_seconds = hang_seconds or math.inf
         self.interval = min(REPORT_INTERVAL, self.hang_seconds / 10)
@@ -239,8 +244,16 @@ class Watchdog:
 
     def _exit(self, diagnosis: str) -> None:
         try:
-            print(f"rank {self.rank} ends the run: {diagnosis}", file=sys.stderr, flush=True)
+            records = self._write_collectives()
+            print(f"rank {self.rank} ends the run: {diagnosis}{records}", file=sys.stderr, flush=True)
             if f"rank {self.rank} hangs" in diagnosis:
                 faulthandler.dump_traceback(all_threads=True)
         finally:  # Exit even if standard error is on a full disk.
             os._exit(WATCHDOG_EXIT_CODE)
+
+    def _write_collectives(self) -> str:
+        """Write this process's last collectives. Return a sentence that names the files of all ranks so far."""
+        if self._folder is None or self.world_size == 1:
+            return ""
+        records = write_flight_record(self._folder, self.rank, self._start_time)
+        return f". Last collectives: {', '.join(map(str, records))}" if records else ""

@@ -247,6 +247,8 @@ def test_rank_that_dies_or_hangs_ends_the_others_and_is_named(run_config, change
     wait(processes)
     found = [line for line in text(tmp_path / "log", 1 - rank).splitlines() if "ends the run" in line]
     assert re.search(rf"rank {1 - rank} ends the run: rank {rank} .*({diagnosis})", found[-1]), found
+    named = found[-1].partition(". Last collectives: ")[2].split(", ")
+    assert str(config.folder / f"flight_record_rank_{1 - rank}") in named and all(map(os.path.exists, named))
 
 
 def train_stopped(config: RunConfig) -> int:

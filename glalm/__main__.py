@@ -1,6 +1,7 @@
 """The `glalm` command, which runs a command by its name: `glalm train ...`. `python -m glalm` is the same."""
 
 import difflib
+import re
 import signal
 import sys
 from importlib import import_module
@@ -40,7 +41,23 @@ def main(name: str | None = None) -> NoReturn:
     command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
     if raises_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    refuse_urls(sys.argv[1:])
     run_command(command.main)
+
+
+def refuse_urls(args: list[str]) -> None:
+    """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL."""
+    from glalm.config.strict import ConfigError, refuse_url
+
+    for arg in args:
+        key, separator, value = arg.partition("=") if re.match(r"[\w.+-]+=", arg) else ("", "", arg)
+        if key.startswith("hydra."):
+            continue  # Hydra's sweepers keep their results at a URL.
+        try:
+            refuse_url(f"{key}{separator}", value.strip("'\""))
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def find_command(name: str) -> str:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from glalm.__main__ import COMMANDS, main
+from glalm.__main__ import COMMANDS, main, refuse_urls
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +76,35 @@ def test_from_text_to_report(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains(command):
     assert f"glalm {command}" in run("-m", "glalm", command, "--help")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prepare", "--out", "s3://bucket/out", "stdlib"),
+        ("prepare", "--out=gs://bucket/out", "stdlib"),
+        ("prepare", "--out", "data/demo", "books=s3://bucket/x.jsonl"),
+        ("train", "data.path=s3://bucket/data"),
+        ("train", "train.resume_from='s3://bucket/runs/step_1'"),
+        ("eval", "text=https://example.org/x.txt"),
+        ("export", "runs/mine", "--out", "s3://bucket/model"),
+    ],
+)
+def test_urls_are_refused(arguments, monkeypatch, capsys, tmp_path):
+    """They would be read, or made, as local folders of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["glalm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "is a URL" in error and "Mount the bucket" in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_values_are_taken_for_urls():
+    refuse_urls(["hf:cerebras/SlimPajama-627B", "generate.prompts=['see https://a.org']", "C:/data", "a=b", "name=a:b"])
+    refuse_urls(["hydra.sweeper.storage=sqlite:///study.db", "--out", "s3/bucket"])
 
 
 @pytest.mark.slow

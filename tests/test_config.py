@@ -125,6 +125,8 @@ def test_valid_command_lines_pass():
         ({"optim": {"betas": [0.9]}}, "optim.betas=[0.9] must be a list of 2 values"),
         ({"optim": {"warmup_steps": 2000}}, "optim.warmup_steps=2000 is longer than train.steps=1000"),
         ({"name": "a/b"}, "must be one folder name"),
+        ({"data": {"path": "gs://bucket/data"}}, "data.path=gs://bucket/data is a URL, but glalm reads"),
+        ({"runs_dir": "s3://bucket/runs"}, "runs_dir=s3://bucket/runs is a URL"),
         ({"seed": -1}, "seed must be from 0 to 2^63 - 1, not -1"),
         ({"seed": 2**63}, "seed must be from 0 to 2^63 - 1, not 9223372036854775808"),
         ({"train": {"stesp": 3}}, "unknown key train.stesp; did you mean train.steps?"),

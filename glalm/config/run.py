@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from glalm.config.strict import describe_divisors, flatten_tree, require, require_positive
+from glalm.config.strict import describe_divisors, flatten_tree, refuse_url, require, require_positive
 from glalm.model.config import ModelConfig
 
 RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
@@ -269,6 +269,10 @@ class RunConfig:
         )
         length = len(os.fsencode(self.name))
         require(length <= 255, f"name={self.name[:20]}... has {length} bytes, and a folder's name at most 255")
+        refuse_url("runs_dir=", self.runs_dir)
+        refuse_url("data.path=", self.data.path)
+        refuse_url("train.init_from=", self.train.init_from)
+        refuse_url("train.resume_from=", self.train.resume_from)
         self.resume_at(step=0, tokens=0)
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         tokens = self.train.batch_tokens

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,16 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition`."""
     if not condition:
         raise ConfigError(message)
+
+
+def refuse_url(where: str, value: str | None) -> None:
+    """Raise ConfigError if `value` is a URL. As a path it would be a local folder, such as `s3:`."""
+    is_url = value is not None and re.match(r"[A-Za-z][\w+.-]+://", value)
+    require(
+        not is_url,
+        f"{where}{value} is a URL, but glalm reads and writes files only. Mount the bucket as a folder (mountpoint-s3, "
+        "gcsfuse, rclone mount) or copy it to a disk (aws s3 sync, rclone copy), then give that path.",
+    )
 
 
 def require_positive(config, where: str, *names: str, finite: bool = False) -> None:

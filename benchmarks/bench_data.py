@@ -132,7 +132,8 @@ def load_rate(windows: Windows, args: argparse.Namespace, workers: int) -> float
 def make_random_set(folder: Path, tokens: int, shard: int = 2**26) -> TokenSet:
     """Write a set of random tokens in documents of 1,000 tokens."""
     (folder / "train").mkdir()
-    (folder / "tokenizer.model").touch()
+    vocabulary = folder / "tokenizer.model"
+    vocabulary.touch()
     random = np.random.default_rng(0)
     shards = []
     for number in range(max(tokens // shard, 1)):
@@ -152,7 +153,7 @@ def make_random_set(folder: Path, tokens: int, shard: int = 2**26) -> TokenSet:
         "vocab_size": 32000,
         "bos_id": 1,
         "eos_id": 2,
-        "files": [],
+        "files": [{"file": vocabulary.name, "bytes": 0, "sha256": file_sha256(vocabulary)}],
     }
     train = {**sums, "sources": {"random": {**sums, "shards": shards}}}
     empty = dict.fromkeys(sums, 0) | {"sources": {}}

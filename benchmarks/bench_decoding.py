@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from glalm.generation.cuda_graph import DecodeStep, prefill_prompt
+from glalm.generation.cuda_graph import CudaGraphGenerator, prefill_prompt
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
 SIZES = {  # width, layers, GLA's heads, SwiGLU's width, vocabulary
@@ -71,13 +71,9 @@ def glalm(size: str, device: str) -> Runner:
     def empty_state(B: int, T: int, room: int):
         return prefill(torch.zeros(B, 16, dtype=torch.int64, device=device), room)
 
-    def start(cache) -> Stepper:
-        step = DecodeStep(model, cache)
-        step.load_states(cache)
-        return step
-
+    generator = CudaGraphGenerator(model)
     state_bytes = sum(x.nbytes for x in tree_leaves(empty_state(1, 1, 0).states))
-    return Runner(model, prefill, empty_state, start, lambda T: state_bytes)
+    return Runner(model, prefill, empty_state, generator.start_step, lambda T: state_bytes)
 
 
 def fla(size: str, device: str) -> Runner:

@@ -1,7 +1,7 @@
 # make demo        train a small model from nothing, evaluate it and write a report (about five minutes on two CPU cores)
 # make test        the fast tests (under 10 minutes on two CPU cores)
 # make test-slow   the tests that are long, real or rare, a soak test and the demo (under 35 minutes)
-# make lint        ruff
+# make lint        ruff and mypy
 # make clean       remove what make and the tests created, but not data/ and runs/
 
 # Use the first of these that is Python 3.11 or 3.12. `make PYTHON=/path/to/python demo` chooses another.
@@ -28,6 +28,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "glalm needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12 demo" >&2; exit 1; }
@@ -36,5 +37,5 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,6 +48,7 @@ from glalm.train.staging import CheckpointError, SlicesByFile
 from glalm.train.state import TrainState
 
 MANIFEST = "manifest.json"
+Content = Iterable[bytes | memoryview]  # of a file, in chunks
 MAX_CONSECUTIVE_FAILURES = 3
 SAVE_TIMEOUT = timedelta(hours=2)
 
@@ -80,7 +81,7 @@ class CheckpointWriter:
     """
 
     def write_checkpoint(
-        self, folder: Path, step: int, files: Mapping[str, Iterable[bytes]], group: ProcessGroup | None
+        self, folder: Path, step: int, files: Mapping[str, Content], group: ProcessGroup | None
     ) -> None:
         """Write folder/step_N together with all other ranks.
 
@@ -105,7 +106,7 @@ class CheckpointWriter:
             return entries
 
         def complete_folder() -> None:
-            files = {}
+            files: dict[str, dict] = {}
             for entries in entries_by_rank:
                 files |= entries
             manifest = json.dumps({"format": 2, "files": dict(sorted(files.items()))}, indent=1)
@@ -123,7 +124,7 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def write_file(self, path: Path, chunks: Iterable[bytes]) -> dict:
+    def write_file(self, path: Path, chunks: Content) -> dict:
         """Write a file to the disk and return its manifest entry: {"bytes": size, "sha256": checksum}.
 
         The checksum is that of `chunks`, not of the file, so reading the file back finds what the disk changed.
@@ -160,7 +161,7 @@ class CheckpointWriter:
                 loss = read_metadata(path).get("val_loss")
                 if loss is not None and math.isfinite(loss):
                     losses[step] = loss
-        kept.update(sorted(losses, key=losses.get)[: config.keep_best])
+        kept.update(sorted(losses, key=losses.__getitem__)[: config.keep_best])
         for step in checkpoints.keys() - kept:
             self.remove_folder(checkpoints[step])
 
@@ -246,7 +247,9 @@ class CheckpointSaver:
         self._wait_for_save(tolerated_failures=MAX_CONSECUTIVE_FAILURES - 1)
         tensors = collect_tensors(state)
         staged = self._stage_to_host(tensors, state.step) if self.config.asynchronous else None
-        files = {name: staging.encode_safetensors(slices) for name, slices in (staged or tensors).items()}
+        files: dict[str, Content] = {}
+        for name, slices in (staged or tensors).items():
+            files[name] = staging.encode_safetensors(slices)
         if self._rank == 0:
             content = {"step": state.step, "processes": self._world_size, "tokens": state.tokens, **metadata}
             files["config.json"] = [GLALMConfig.from_model_config(state.model.config).to_json_string().encode()]
@@ -296,7 +299,7 @@ class CheckpointSaver:
                 print(f"{warning}; training waits until it is saved", file=sys.stderr, flush=True)
             return None
 
-    def _write_checkpoint(self, step: int, files: Mapping[str, Iterable[bytes]]) -> None:
+    def _write_checkpoint(self, step: int, files: Mapping[str, Content]) -> None:
         try:
             self._buffers.synchronize()
             self.writer.write_checkpoint(self.folder, step, files, self._group)

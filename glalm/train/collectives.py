@@ -52,7 +52,8 @@ def gather_or_raise(action: Callable[[], Result], group: ProcessGroup | None = N
 def run_on_rank_0(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run `action` on rank 0 only and return its result on every process. It raises as `gather_or_raise` does."""
     rank, _ = rank_and_world_size()
-    return gather_or_raise(lambda: action() if rank == 0 else None, group)[0]
+    results = gather_or_raise(lambda: [action()] if rank == 0 else [], group)
+    return results[0][0]
 
 
 def max_over_processes(value: int) -> int:

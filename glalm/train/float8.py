@@ -1,6 +1,7 @@
 """Train the blocks' large linear layers in float8, whose peak is twice that of bfloat16, by torchao."""
 
 from types import MethodType
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def convert_to_float8(model: CausalLM) -> None:
         linear.forward = MethodType(_forward_in_float8_if_training, linear)
 
 
-def is_large_linear(module: nn.Module) -> bool:
+def is_large_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether float8 makes this module faster.
 
     It does not for the low-rank projections of gates. torchao's layer would ignore hooks and parametrizations.

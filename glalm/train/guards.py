@@ -32,7 +32,7 @@ class StopSignal:
     A second signal, more than REPEAT_SECONDS later, kills the process at once, even while it saves a checkpoint.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._received_at = 0.0
 
@@ -107,9 +107,10 @@ class UpdateGuard:
         for optimizer in optimizers:
             if getattr(optimizer, "_step_supports_amp_scaling", False):
                 # torch's fused optimizers skip the step where `found_inf` is set, and divide the gradients by
-                # `grad_scale` as they read them, which saves the pass over memory that clipping would need.
-                optimizer.grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1)
-                optimizer.found_inf = skip.float()
+                # `grad_scale` as they read them, which saves the pass over memory that clipping would need. They read
+                # both attributes without declaring them.
+                optimizer.grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1)  # type: ignore[attr-defined]
+                optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
                 optimizer.step()
             elif not skip.item():
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -152,4 +152,5 @@ def is_stopped(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    watch(*map(int, sys.argv[1:4]), float(sys.argv[4]), sys.argv[5])
+    pid, reports, request_exit = map(int, sys.argv[1:4])
+    watch(pid, reports, request_exit, limit=float(sys.argv[4]), name=sys.argv[5])

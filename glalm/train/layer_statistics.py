@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from glalm.model.cache import StateCache
 from glalm.model.decoder import Block, CausalLM
+from glalm.model.mixers.base import Mixer
 from glalm.train.parallel import gradient_norm
 
 OPEN_GATE = 0.999  # A gate above this keeps almost everything,
@@ -49,20 +51,22 @@ def observe_layers(model: CausalLM) -> Iterator[dict[str, Tensor]]:
         squares of the query and key projections; and `output_rms`, that of the residual stream after the layer.
     """
     statistics: dict[str, Tensor] = {}
-    hooks = []
+    handles: list[RemovableHandle] = []
     for layer, block in enumerate(model.model.layers):
-        hooks.append(block.register_forward_hook(partial(_observe_block, statistics, f"layers/{layer}/")))
-        hooks.append(block.attn.register_forward_pre_hook(partial(_observe_gates, statistics, f"layers/{layer}/")))
+        assert isinstance(block, Block)
+        handles.append(block.register_forward_hook(partial(_observe_block, statistics, f"layers/{layer}/")))
+        observe_gates = partial(_observe_gates, statistics, f"layers/{layer}/")
+        handles.append(block.attn.register_forward_pre_hook(observe_gates))
         for name in ("q", "k"):
             projection = getattr(block.attn, f"{name}_proj", None)
             if projection is not None:
                 hook = partial(_observe_output, statistics, f"layers/{layer}/{name}_rms")
-                hooks.append(projection.register_forward_hook(hook))
+                handles.append(projection.register_forward_hook(hook))
     try:
         yield statistics
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def state_norms(cache: StateCache) -> dict[str, Tensor]:
@@ -103,7 +107,7 @@ def _observe_output(statistics: dict[str, Tensor], name: str, module: nn.Module,
     statistics[name] = root_mean_square(output)
 
 
-def _observe_gates(statistics: dict[str, Tensor], prefix: str, mixer: nn.Module, inputs: tuple) -> None:
+def _observe_gates(statistics: dict[str, Tensor], prefix: str, mixer: Mixer, inputs: tuple) -> None:
     log_gates = mixer.compute_log_gate(inputs[0])
     if log_gates is not None:
         described: Mapping[str, Tensor] = describe_gates(log_gates)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import require
 from glalm.data.processes import call_without_parent
+from glalm.model.decoder import CausalLM
 from glalm.model.precision import choose_precision
 from glalm.train.flight_recorder import enable_flight_recorder
 
@@ -156,12 +158,12 @@ def join_process_group(use_cpu: bool, timeout_minutes: float = 30.0, always: boo
         return
     if not use_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    single_process = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(
-        "gloo" if use_cpu else "cpu:gloo,cuda:nccl",
-        timeout=timedelta(minutes=timeout_minutes),
-        **({} if launched else single_process),
-    )
+    backend = "gloo" if use_cpu else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     if use_cpu:
         # Without this, gloo's threads abort one process in six at exit. NCCL's teardown is left to the entry point,
         # because it may wait for processes that have failed.
@@ -179,7 +181,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size() if dist.is_initialized() else 1))
 
 
-def parallelize_model(model: nn.Module, config: RunConfig, accelerator: Accelerator) -> nn.Module:
+def parallelize_model(model: CausalLM, config: RunConfig, accelerator: Accelerator) -> nn.Module:
     """Return the module to train with: `model` itself, sharded in place, or its DDP wrapper.
 
     Build the optimizers afterwards, because sharding replaces the parameters.
@@ -209,20 +211,21 @@ def reduce_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.f
     return bf16_compress_hook(group, bucket)
 
 
-def _shard_fsdp2(model: nn.Module, config: ParallelConfig, accelerator: Accelerator) -> nn.Module:
+def _shard_fsdp2(model: CausalLM, config: ParallelConfig, accelerator: Accelerator) -> nn.Module:
     """Apply FSDP2 over a mesh [replicate, shard]: one unit per block, the rest of the model in the root unit."""
     replicate, shard = config.mesh(accelerator.num_processes, local_world_size())
     sizes = {"shard": shard} if replicate == 1 else {"replicate": replicate, "shard": shard}
     mesh = dist.init_device_mesh(accelerator.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    common = {"reduce_dtype": REDUCE_DTYPE[config.reduce_dtype], "cast_forward_inputs": False}
+    root_policy = MixedPrecisionPolicy(reduce_dtype=REDUCE_DTYPE[config.reduce_dtype], cast_forward_inputs=False)
     for block in model.model.layers:
         # Autocast would cast the blocks' weights to bfloat16 anyway, so they are gathered in bfloat16.
         gather_in_bf16 = accelerator.mixed_precision == "bf16" and not has_fp32_parameters(block)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if gather_in_bf16 else None, **common)
+        policy = replace(root_policy, param_dtype=torch.bfloat16 if gather_in_bf16 else None)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
     # The root's weights stay in float32, because the embeddings start the residual stream, which has DDP's precision.
     # They stay gathered after the forward pass, because the backward pass begins with the head.
-    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**common), reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
+    return model
 
 
 def has_fp32_parameters(block: nn.Module) -> bool:

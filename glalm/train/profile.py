@@ -45,12 +45,12 @@ class Profiler:
 
     def __exit__(self, *_) -> None:
         if self._profile is not None:
-            self._stop()
+            self._stop(self._profile)
 
     def advance(self, step: int) -> None:
         """Start or stop recording after `step`."""
         if self._profile is not None and step >= self.last_step:
-            self._stop()
+            self._stop(self._profile)
         elif self._profile is None and self.first_step <= step + 1 <= self.last_step:
             self._start()
 
@@ -61,9 +61,9 @@ class Profiler:
         self._profile = profile(activities=self.activities, record_shapes=True)
         self._profile.__enter__()
 
-    def _stop(self) -> None:
-        self._profile.__exit__(None, None, None)
-        self._profile.export_chrome_trace(str(self.folder / f"rank_{self.rank}.json.gz"))
+    def _stop(self, recording: profile) -> None:
+        recording.__exit__(None, None, None)
+        recording.export_chrome_trace(str(self.folder / f"rank_{self.rank}.json.gz"))
         if self.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{self.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)

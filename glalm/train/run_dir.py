@@ -345,6 +345,7 @@ def check_run_dir(lock: RunLock | None, config: RunConfig, record: dict, data: T
     """
 
     def check_on_rank_0() -> bool:
+        assert lock is not None  # Rank 0 has it.
         is_renewed = lock.renew()
         is_removed = not os.path.lexists(config.folder / RUN_RECORD)
         if is_removed:
@@ -391,7 +392,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
     path = newest_valid_checkpoint(config.folder / CHECKPOINTS)
     requested = resolve_resume_path(config)
     applies = requested is not None and (path is None or read_metadata(path).get("resumed_from") != requested)
-    if applies:
+    if requested is not None and applies:
         is_own = Path(requested).parent == (config.folder / CHECKPOINTS).resolve()
         require(
             is_own or path is None,

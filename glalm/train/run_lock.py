@@ -63,6 +63,7 @@ class RunLock:
         Raises:
             RunError: Another run has used the folder in the meantime, or it cannot be locked again.
         """
+        assert self._file is not None  # It was acquired.
         if is_named(self._file, self._path):
             return False
         folder = self._path.parent
@@ -80,6 +81,7 @@ class RunLock:
         return True
 
     def release(self) -> None:
+        assert self._file is not None  # It was acquired.
         self._file.close()
 
     def _lock_file(self) -> IO[str]:

@@ -88,7 +88,7 @@ def local_slice(tensor: Tensor, rank: int = 0, world_size: int = 1) -> TensorSli
             shape[dim] = min(shard_size, shape[dim] - start)
         else:
             raise ValueError(f"A tensor placed as {placement} cannot be saved. Shard it evenly or replicate it.")
-    data = tensor.detach().to_local()
+    data = tensor.to_local().detach()
     if list(data.shape) != shape:
         raise ValueError(f"A shard has shape {list(data.shape)}, but {tensor.placements} should give {shape}.")
     return TensorSlice(data, tuple(offset), tuple(tensor.shape), replica, replicas)
@@ -119,7 +119,7 @@ class HostBuffers:
     The buffers are pinned and reused: allocating pinned memory is as slow as writing the checkpoint.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
@@ -134,7 +134,7 @@ class HostBuffers:
     def stage(self, files: SlicesByFile) -> SlicesByFile:
         """Queue a copy of all slices on the current CUDA stream. Call `synchronize` before you read the copies."""
         self.allocate(files)
-        staged = {}
+        staged: SlicesByFile = {}
         for file, slices in files.items():
             staged[file] = {}
             for name, held in slices.items():
@@ -170,7 +170,7 @@ def encode_safetensors(slices: Mapping[str, TensorSlice]) -> Iterator[bytes | me
     yield len(header).to_bytes(8, "little")
     yield header
     for _, held in entries:
-        yield memoryview(held.data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield held.data.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass

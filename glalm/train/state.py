@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from glalm.config.run import RunConfig, format_set_key
@@ -136,7 +137,7 @@ class TrainState:
             KeyError: A tensor belongs to a parameter that is not trained now. The argument is the parameter's name.
         """
         parameters = {parameter: name for name, parameter in self.model.named_parameters()}
-        owners = {}
+        owners: dict[str, tuple[nn.Parameter, Optimizer, dict]] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 owners |= {parameters[parameter]: (parameter, optimizer, group) for parameter in group["params"]}

@@ -150,7 +150,7 @@ def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
     """Return the leaves of a nested dict by their names with dots. Leaves that are not numbers become text."""
-    leaves = {}
+    leaves: dict[str, str | int | float | bool] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             leaves |= flatten(value, f"{prefix}{name}.")

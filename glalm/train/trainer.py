@@ -159,8 +159,8 @@ class Trainer:
             convert_to_float8(model)
         apply_training_forward(model, config.train, accelerator.device)
         self.module = parallel.parallelize_model(model, config, accelerator)
-        guard = UpdateGuard(config.train.guard, accelerator.device)
-        self.state = TrainState(model, build_optimizers(model, config.optim), guard)
+        self.guard = UpdateGuard(config.train.guard, accelerator.device)
+        self.state = TrainState(model, build_optimizers(model, config.optim), self.guard)
 
     def step(self, batch: Batch) -> StepResult:
         """Take one optimizer step, unless the guard skips it. The host does not wait for the device.
@@ -176,7 +176,7 @@ class Trainer:
         statistics = self.measure_layers(batch) if every and step % every == 0 else {}
         lr = learning_rate(step, self.config)
         set_learning_rate(state.optimizers, lr)
-        state.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
+        self.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
         state.step = step
@@ -370,7 +370,7 @@ class TrainingLoop:
             # All processes must stop at the same step, whichever of them received the signal.
             stop_signal = max_over_processes(self.stop.received or 0)
             is_saving = is_last or bool(stop_signal) or step % self.config.train.checkpoint.every == 0
-            row = {"step": step}
+            row: dict[str, float | None] = {"step": step}
             if is_saving or step % self.config.train.log_every == 0:
                 row |= self._training_metrics(result)
             if stop_signal and not is_last:
@@ -409,7 +409,7 @@ class TrainingLoop:
         )
         self.metrics.write_row(row | self._run_evaluations(), durable=True)
 
-    def _training_metrics(self, result: StepResult) -> dict[str, float]:
+    def _training_metrics(self, result: StepResult) -> dict[str, float | None]:
         """Return the metrics of the last step, and of the speed since the previous call. This waits for the device.
 
         A loss or gradient norm that is not finite is left out: its update was skipped, which the guard counts.
@@ -417,12 +417,13 @@ class TrainingLoop:
         accelerator = self.trainer.accelerator
         scalars = torch.stack([result.loss, result.grad_norm])
         loss, grad_norm = accelerator.reduce(scalars, "mean").tolist()
-        metrics = drop_non_finite(
+        metrics: dict[str, float | None] = {}
+        metrics |= drop_non_finite(
             {"loss": loss, "perplexity": perplexity(loss), "lr": result.lr, "grad_norm": grad_norm}
         )
         step = self.state.step
         metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step)}
-        metrics |= self.state.guard.check(self.sources.order, self.config.folder, accelerator.is_main_process)
+        metrics |= self.trainer.guard.check(self.sources.order, self.config.folder, accelerator.is_main_process)
         metrics |= self.sources.metrics(step)
         if result.statistics:
             values = torch.stack(list(result.statistics.values())).tolist()
@@ -432,7 +433,7 @@ class TrainingLoop:
     def _run_evaluations(self) -> dict[str, float]:
         """Run validation and evaluators where they are due, and return their metrics."""
         step = self.state.step
-        metrics = {}
+        metrics: dict[str, float] = {}
         if step == self.config.steps or step % self.config.train.eval_every == 0:
             self.watchdog.begin_phase("validating")
             metrics |= self.trainer.validate(self.validation, self.watchdog.heartbeat)

@@ -122,12 +122,15 @@ class Watchdog:
     def _connect(self) -> distributed.TCPStore:
         """Open a store of our own, because a wait for a key blocks every other access to torch's store."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        options = {"timeout": timedelta(seconds=self.silence_limit), "wait_for_workers": False}
-        store = None
-        if self.rank == 0:
-            store = distributed.TCPStore(host, 0, None, is_master=True, **options)
-        port = run_on_rank_0(lambda: store.port)
-        return store or distributed.TCPStore(host, port, None, is_master=False, **options)
+        timeout = timedelta(seconds=self.silence_limit)
+
+        def open_store(port: int) -> distributed.TCPStore:
+            is_master = self.rank == 0
+            return distributed.TCPStore(host, port, None, is_master, timeout=timeout, wait_for_workers=False)
+
+        store = open_store(0) if self.rank == 0 else None
+        port = run_on_rank_0(lambda: store.port if store else 0)
+        return store or open_store(port)
 
     def _count_seconds(self) -> None:
         """Advance the clock by which all times here are measured, and report to the monitor that this process runs."""
@@ -169,6 +172,7 @@ class Watchdog:
 
     def _report_to_rank_0(self) -> str:
         """Send this process's status to rank 0. Return why the run must end, or nothing."""
+        assert self._store is not None  # There are other processes.
         self._store.set(str(self.rank), json.dumps(asdict(self._status)))
         if not self._store.check([VERDICT_KEY]):
             return ""
@@ -182,8 +186,9 @@ class Watchdog:
         """Collect all processes' statuses, on rank 0, and tell the others the verdict. Return why the run must end."""
         self._observe(0, self._status)
         others = [str(rank) for rank in range(1, self.world_size)]
-        have_reported = bool(others) and self._store.check(others)
-        statuses = map(json.loads, self._store.multi_get(others)) if have_reported else [{}] * len(others)
+        statuses: list[dict] = [{}] * len(others)
+        if self._store is not None and self._store.check(others):
+            statuses = [json.loads(report) for report in self._store.multi_get(others)]
         for rank, status in enumerate(statuses, 1):
             self._observe(rank, Status(**status))
         diagnosis = self._diagnose()

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
@@ -29,15 +30,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 
 from glalm import IGNORE_INDEX
-from glalm.config.strict import build_dataclass, require
+from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.kernels.common import sequence_ids
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
 from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
-from glalm.model.mixers import options_by_name
-from glalm.model.written_weights import collect_weights, explain_misfit
+from glalm.model.mixers import MIXERS, options_by_name
+from glalm.model.written_weights import apply_umask, collect_weights, explain_misfit
 from glalm.pretrained import load_pretrained
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -76,7 +77,10 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
         for key in kwargs:
             near = difflib.get_close_matches(key, MODEL_FIELDS, n=1, cutoff=0.85)
             require(not near or hasattr(PreTrainedConfig, key), f"unknown key {key}; did you mean {near and near[0]}?")
-        ModelConfig.__post_init__(self)
+        try:
+            ModelConfig.__post_init__(self)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{explain_missing_mixers(**kwargs)}") from error
         PreTrainedConfig.__post_init__(self, **kwargs)
 
     def __setattr__(self, name, value):
@@ -117,6 +121,18 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
         return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in tree.items()}
 
 
+def explain_missing_mixers(mixer_packages: dict | None = None, auto_map: dict | None = None, **others) -> str:
+    """Return what to do for the mixers that a config.json of `glalm export` has from outside of glalm, or nothing."""
+    missing = {name: package for name, package in (mixer_packages or {}).items() if name not in MIXERS}
+    steps = [f". Install the Python package {package}, which has the mixer {name}" for name, package in missing.items()]
+    if auto_map:
+        steps.append(
+            ". Its folder may have the code of its mixer: if you trust that code, load the folder by "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
+        )
+    return "".join(steps)
+
+
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -153,7 +169,10 @@ class GLALMPreTrainedModel(PreTrainedModel):
                 expected = type(self)(copy.deepcopy(self.config))
             if misfit := explain_misfit(state_dict, expected):
                 warnings.warn(f"{save_directory} is saved, but does not fit its config.json. {misfit}", stacklevel=2)
-        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process:
+            for path in Path(save_directory).glob("*.safetensors"):
+                apply_umask(path)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

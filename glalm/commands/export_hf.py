@@ -16,9 +16,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--checkpoint", default="latest", help="latest or step_N (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--mixer",
+        action="append",
+        default=[],
+        metavar="PACKAGE.MODULE:CLASS",
+        help="a mixer of your own code that the model has; may be repeated",
+    )
     args = parser.parse_args()
     try:
-        export_run(args.run, args.checkpoint, args.out)
+        export_run(args.run, args.checkpoint, args.out, args.mixer)
     except (RunError, OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained, after `import glalm.hf`")
+    print(f"{args.out}: {args.out / 'README.md'} says how to load it")

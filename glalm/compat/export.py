@@ -5,10 +5,13 @@ A checkpoint of several processes, which from_pretrained does not read, can be e
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
+import glalm
+from glalm.compat.mixer_code import find_mixer_packages, write_mixer_code
 from glalm.config.run import DATA_RECORD
 from glalm.config.strict import RunError, build_dataclass
 from glalm.data.files import read_json, temporary_folder
@@ -18,6 +21,7 @@ from glalm.evals.identity import describe_conditions
 from glalm.evals.options import TrainingRun
 from glalm.evals.result_files import load_results
 from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.model.mixers import import_mixer
 from glalm.train.checkpoint import load_model, read_metadata, verify_checkpoint, weights_sha256
 from glalm.train.run_dir import RUN_RECORD, find_checkpoint
 
@@ -32,14 +36,10 @@ tags: [glalm]
 
 # {name}
 
-A causal language model, pretrained with glalm.
+A causal language model, pretrained with glalm. To load it, install glalm {version}: `pip install .` in a clone of its
+repository, or `pip install` of its wheel.
 
-```python
-import glalm.hf  # registers the architecture
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
+{loading}
 
 ## Recipe
 
@@ -59,23 +59,29 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def export_run(run: Path, checkpoint: str, out: Path) -> None:
+def export_run(run: Path, checkpoint: str, out: Path, mixers: Iterable[str] = ()) -> None:
     """Write a checkpoint of a run to the new folder `out`. If that fails, or is killed, `out` does not exist.
 
     Args:
         run: The folder of the run.
         checkpoint: latest or step_N.
+        mixers: `package.module:Class` of every mixer of the user's own code that the model has.
 
     Raises:
+        ConfigError: One of the mixers cannot be imported, or is not among `mixers`.
         RunError: `out` exists, the data of the run has another tokenizer by now, or transformers cannot represent it.
+            Or a mixer of the user's own needs other files of theirs.
         CheckpointError: The checkpoint is missing or damaged.
         FileNotFoundError: The data of the run or its tokenizer is missing.
     """
     if out.exists():
         raise RunError(f"{out} exists. Choose another --out")
+    for mixer in mixers:
+        import_mixer(mixer)
     path = find_checkpoint(run / "checkpoints", checkpoint)
     record = read_json(run / RUN_RECORD, {"config": dict, "versions": dict})
     config = build_dataclass(TrainingRun, record["config"])
+    packages = find_mixer_packages(config.model)
     model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
     verify_checkpoint(path)
     load_model(path, model)
@@ -95,7 +101,8 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
     # Evaluators read these two. max_position_embeddings would not do, because generate() takes it for a limit.
     model.config.train_length = config.data.seq_len
     model.config.document_boundaries = config.data.document_boundaries
-    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    model.config.pad_token_id = hf_tokenizer.pad_token_id
+    token_ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8)
 
     with temporary_folder(out) as folder:
@@ -103,7 +110,8 @@ def export_run(run: Path, checkpoint: str, out: Path) -> None:
         hf_tokenizer.save_pretrained(folder)
         if tokenizer_path.is_file():
             shutil.copy(tokenizer_path, folder)
-        card = format_model_card(path, record, config, model.num_parameters())
+        write_mixer_code(folder, packages)
+        card = format_model_card(path, record, config, model.num_parameters(), format_loading(packages))
         (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         folder.rename(out)
 
@@ -114,23 +122,23 @@ def load_hf_tokenizer(path: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerBa
     Raises:
         RunError: It gives other ids than `tokenizer`, with which the model was trained.
     """
-    if path.is_dir():
-        hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    else:
-        hf_tokenizer = load_llama_tokenizer(path, tokenizer)
+    if path.is_file():
+        return load_llama_tokenizer(path, tokenizer)
+    hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if hf_tokenizer.pad_token is None:
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(tokenizer.eos_id)
     return hf_tokenizer
 
 
 def load_llama_tokenizer(path: Path, tokenizer: Tokenizer) -> LlamaTokenizer:
-    """Convert a SentencePiece model. See load_hf_tokenizer."""
+    """Convert a SentencePiece model. It pads with the unknown token, which every such model has. See load_hf_tokenizer."""
     texts = [SAMPLE, *SAMPLE.splitlines()]
     # transformers does not read from a SentencePiece model whether it adds a space before the text.
     for adds_space in (False, True):
         hf_tokenizer = LlamaTokenizer.from_pretrained(
             path.parent, legacy=False, add_prefix_space=adds_space, add_bos_token=bool(tokenizer.bos_ids)
         )
+        hf_tokenizer.pad_token = hf_tokenizer.unk_token
         if all(hf_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text) for text in texts):
             return hf_tokenizer
     raise RunError(
@@ -139,12 +147,39 @@ def load_llama_tokenizer(path: Path, tokenizer: Tokenizer) -> LlamaTokenizer:
     )
 
 
-def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, parameters: int) -> str:
+def format_loading(packages: dict[str, str | None]) -> str:
+    """Return the card's lines on the mixers that are not glalm's, and on how to load the model.
+
+    Args:
+        packages: What find_mixer_packages returned.
+    """
+    lines = []
+    imports = ["import glalm.hf  # registers the architecture"]
+    trust = ""
+    for name, package in packages.items():
+        if package is not None:
+            lines.append(f"The token mixer `{name}` is in the Python package `{package}`: install it, too.")
+            if ":" in name:
+                imports += ["from glalm.model.mixers import import_mixer", f'import_mixer("{name}")']
+        else:
+            lines.append(f"The code of the token mixer `{name}` is in this folder. Read it before you trust it.")
+            trust = ", trust_remote_code=True"
+    code = [
+        *imports,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    ]
+    return "\n".join([*lines, *([""] if lines else []), "```python", *dict.fromkeys(code), "```"])
+
+
+def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, parameters: int, loading: str) -> str:
     """Return the model card: how to load the model, how it was trained, its scores and its config.
 
     Args:
         record: The content of the run's run.json.
         parameters: The number of parameters.
+        loading: What format_loading returned.
     """
     model = config.model
     optim = config.optim
@@ -154,6 +189,7 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
     of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
     recipe = {
         "parameters": f"{parameters:,}",
+        "token mixer": ", ".join(f"`{name}`" for name in dict.fromkeys(model.layer_mixers())),
         "architecture": f"{model.num_hidden_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
         "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps{of_tokens})",
@@ -170,6 +206,8 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
     public_config["data"] = public_config["data"] | {"path": Path(config.data.path).name}
     return MODEL_CARD.format(
         name=config.name,
+        version=glalm.__version__,
+        loading=loading,
         recipe="\n".join(f"| {name} | {value} |" for name, value in recipe.items()),
         scores=format_scores(checkpoint),
         config=json.dumps(public_config, indent=1),

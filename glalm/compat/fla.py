@@ -12,7 +12,7 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.model.fla_checkpoints import FEATURE_MAPS, FORMATS, MIXERS, SHARED_FIELDS
 from glalm.model.mixers.attention import attention_heads
-from glalm.model.written_weights import collect_weights, explain_misfit
+from glalm.model.written_weights import apply_umask, collect_weights, explain_misfit
 
 ARCHITECTURES = {"gla": "GLAForCausalLM", "retnet": "RetNetForCausalLM", "transformer": "TransformerForCausalLM"}
 
@@ -36,6 +36,7 @@ def export_checkpoint(model: GLALMForCausalLM, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights_to_fla(weights, model.config), folder / "model.safetensors", metadata={"format": "pt"})
+    apply_umask(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     model.generation_config.save_pretrained(folder)
 

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import LongTensor, Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_leaves, tree_map
 
+from glalm.model.written_weights import apply_umask
+
 FORMAT = "glalm state cache"
 
 
@@ -89,6 +91,7 @@ class StateCache:
                 tensors[f"{i}"] = state
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path, {"format": FORMAT, "seen": str(self.seen)})
+        apply_umask(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "StateCache":

@@ -1,6 +1,9 @@
 """The weights of a model as a file holds them: those that a new model of the same config has, and nothing else."""
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,3 +97,14 @@ def list_some(names: Iterable[str], count: int = 4) -> str:
     """Return the first of `names`, sorted, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def apply_umask(path: str | Path) -> None:
+    """Give a file the permissions of a new file. safetensors makes its files readable by their owner alone."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new.touch()
+    try:
+        shutil.copymode(new, path)
+    finally:
+        new.unlink()

@@ -24,7 +24,7 @@ from glalm.data.files import atomic_write
 from glalm.generation.cuda_graph import GraphCapture
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
-from glalm.model.mixers import MIXERS
+from glalm.model.mixers import check_mixer_name
 from glalm.model.precision import has_bf16
 from glalm.train.random_states import seeded
 
@@ -94,10 +94,8 @@ class MQARConfig:
             f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs",
         )
         for mixer in self.mixers:
-            require(
-                all(layer in MIXERS for layer in mixer.split("+")),
-                f"mixers: {mixer} is none of {', '.join(MIXERS)}, nor one for each layer, as in gla+attention",
-            )
+            for layer in mixer.split("+"):
+                check_mixer_name("mixers", layer)
         for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         self._check_axes()

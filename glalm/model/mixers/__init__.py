@@ -1,8 +1,13 @@
 """The registry of token mixers: the names that `model.mixer` and `model.layers` may contain."""
 
 import difflib
+import inspect
+import os
+import sys
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from glalm.config.strict import ConfigError, require
 from glalm.model.mixers.attention import Attention
@@ -29,6 +34,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
 }
+# Installed packages offer mixers under this group of entry points: average = "mypackage.mixers:Average".
+ENTRY_POINT_GROUP = "glalm.mixers"
 
 
 def options_by_name() -> dict[str, type]:
@@ -37,16 +44,21 @@ def options_by_name() -> dict[str, type]:
 
 
 def check_mixer_name(key: str, name: str) -> None:
-    """Raise ConfigError if no mixer is registered as `name`. `key` is the key of the config that names it."""
+    """Raise ConfigError if no mixer is registered as `name`, and no installed package has an entry point of that name.
+
+    `key` is the key of the config that names it.
+    """
+    if name not in MIXERS:
+        register_entry_point(name)
     if name in MIXERS:
         return
     if ":" in name:
         hint = (
-            ". `glalm train` imports a package.module:Class in model.mixer, and `glalm eval` in mixers; elsewhere, "
-            "call glalm.model.mixers.import_mixer first"
+            ". `glalm train` imports a package.module:Class in model.mixer, `glalm eval` in mixers and `glalm export` in "
+            "--mixer; elsewhere, call glalm.model.mixers.import_mixer first"
         )
     else:
-        near = difflib.get_close_matches(name, MIXERS, n=1)
+        near = difflib.get_close_matches(name, [*MIXERS, *entry_points(group=ENTRY_POINT_GROUP).names], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"{key}={name!r} is none of the mixers: {', '.join(MIXERS)}{hint}")
 
@@ -54,38 +66,72 @@ def check_mixer_name(key: str, name: str) -> None:
 def register_mixer(name: str, mixer: type[Mixer]) -> None:
     """Make `mixer` available as `model.mixer=name`, and to config.json files that name it.
 
-    Raises ConfigError if the name is taken by another class, or if the mixer has its own Options class: only mixers of
-    this package can add keys to the model's config.
+    Several exported folders may each bring a copy of the same source. The first copy serves them all.
+
+    Raises ConfigError if `mixer` is not a Mixer, if the name is taken by a class with another source, or if the mixer
+    has its own Options class: only mixers of this package can add keys to the model's config.
     """
-    require(MIXERS.get(name, mixer) is mixer, f"the mixer name {name!r} is taken by another class")
+    require(
+        isinstance(mixer, type) and issubclass(mixer, Mixer),
+        f"model.mixer={name} is not a subclass of glalm.model.mixers.base.Mixer",
+    )
+    require(
+        name not in MIXERS or is_same_mixer(MIXERS[name], mixer),
+        f"the mixer name {name!r} is taken by another class in this process; load the two models in a process each",
+    )
     require(
         mixer.options_name is None or options_by_name().get(mixer.options_name) is mixer.Options,
         f"the mixer {name!r} has options of its own (model.{mixer.options_name}), which only a mixer inside glalm can "
         "have; make them constants of the class",
     )
-    MIXERS[name] = mixer
+    MIXERS.setdefault(name, mixer)
+
+
+def is_same_mixer(a: type[Mixer], b: type[Mixer]) -> bool:
+    """Return whether `a` and `b` are one class, or two of the same name from files with the same content."""
+    if a is b or a.__qualname__ != b.__qualname__:
+        return a is b
+    try:
+        return Path(inspect.getfile(a)).read_bytes() == Path(inspect.getfile(b)).read_bytes()
+    except (OSError, TypeError):  # A class of an interactive session has no file.
+        return False
+
+
+def register_entry_point(name: str) -> None:
+    """Register the mixer that an installed package offers as the entry point `name`, if there is one.
+
+    Raises ConfigError if several packages offer it, or if it cannot be imported.
+    """
+    points = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    packages = " and ".join(sorted(point.dist.name for point in points))
+    require(len(points) < 2, f"the packages {packages} each have a mixer {name!r}; uninstall all but one")
+    for point in points:
+        try:
+            mixer = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the mixer {name!r} of the package {packages} cannot be imported ({error})") from error
+        register_mixer(name, mixer)
 
 
 def import_mixer(path: str) -> None:
     """Import and register the mixer that a command line names as `package.module:Class`.
 
     Only for what the user typed or wrote into a config of their own: importing a module runs its code, so a config.json
-    must never reach this function.
+    must never reach this function. Modules are also found in the current folder, which Python searches for
+    `python FILE` but not for an installed command such as `glalm`.
 
     Raises ConfigError if there is no such module or class, or if the class is not a Mixer.
     """
     module_name, _, class_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         mixer = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"model.mixer={path} cannot be imported ({error}). Write package.module:Class, and put the folder that "
-            "contains the package on PYTHONPATH."
+            f"model.mixer={path} cannot be imported ({error}). Write package.module:Class. The package or module must be "
+            "installed, in the current folder, or in a folder on PYTHONPATH."
         ) from error
-    require(
-        isinstance(mixer, type) and issubclass(mixer, Mixer),
-        f"model.mixer={path} is not a subclass of glalm.model.mixers.base.Mixer",
-    )
     register_mixer(path, mixer)
 
 

@@ -131,7 +131,10 @@ def load_hf_tokenizer(path: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerBa
 
 
 def load_llama_tokenizer(path: Path, tokenizer: Tokenizer) -> LlamaTokenizer:
-    """Convert a SentencePiece model. It pads with the unknown token, which every such model has. See load_hf_tokenizer."""
+    """Convert a SentencePiece model, and pad with its unknown token, which every such model has.
+
+    See load_hf_tokenizer.
+    """
     texts = [SAMPLE, *SAMPLE.splitlines()]
     # transformers does not read from a SentencePiece model whether it adds a space before the text.
     for adds_space in (False, True):
@@ -168,7 +171,7 @@ def format_loading(packages: dict[str, str | None]) -> str:
         *imports,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
     ]
     return "\n".join([*lines, *([""] if lines else []), "```python", *dict.fromkeys(code), "```"])
 

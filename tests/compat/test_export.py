@@ -1,15 +1,18 @@
 import argparse
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig, pipeline
 
 import glalm.hf  # noqa: F401 (registers the model)
-from glalm.compat.export import export_run, format_scores
+from glalm.compat.export import export_run, format_scores, load_hf_tokenizer
+from glalm.compat.fla import export_checkpoint
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity
@@ -51,12 +54,49 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     assert str(Path(run_config.data.path).parent) not in card and run_config.runs_dir not in card
     assert [line for line in card.splitlines() if "/acc" in line] == ["| zero_shot | lambada_openai/acc | 0.125 |"]
     assert "chance" not in card and "word_perplexity" not in card
+    assert (
+        card.partition("\n# ")[2].splitlines()[2].startswith("A causal language model, pretrained with glalm. To load")
+    )
+    assert "| token mixer | `gla` |" in card
     assert "384 (6 steps of 64)" in card and "seed | 1" in card
     assert not [p for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
     texts = ["alpha beta", "gamma"]
     generate = pipeline("text-generation", model=str(out))
     more = {"do_sample": False, "max_new_tokens": 3}
     assert generate(texts, batch_size=2, **more) == [generate(text, **more) for text in texts]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read(umask, mode, run_config, build_model, tmp_path):
+    """Of everything that is written through safetensors' own writer."""
+    before = os.umask(umask)
+    try:
+        model = build_model()
+        model.save_pretrained(tmp_path / "saved")
+        export_checkpoint(model, tmp_path / "fla")
+        model(torch.arange(4)[None], use_cache=True).past_key_values.save(tmp_path / "cache.safetensors")
+    finally:
+        os.umask(before)
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(paths) == 7 and {stat.S_IMODE(path.stat().st_mode) for path in paths} == {mode}
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "tokenizer.json"])
+def test_padding_is_not_learnt_and_the_end_of_a_document_is(kind, token_folder, hugging_face, tmp_path):
+    """In the way of docs/transformers.md, for the tokenizers of exported models."""
+    path = token_folder / "tokenizer.model" if kind == "SentencePiece" else hugging_face
+    load_hf_tokenizer(path, Tokenizer(path)).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="right")
+    examples = []
+    for text in ("alpha", "alpha beta gamma"):
+        ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        examples.append({"input_ids": ids, "labels": ids})
+    short, long = (len(example["input_ids"]) for example in examples)
+    batch = DataCollatorForSeq2Seq(tokenizer)(examples)
+    assert batch["labels"][0].tolist() == examples[0]["labels"] + [-100] * (long - short)
+    assert batch["labels"][0, short - 1] == Tokenizer(path).eos_id and batch["attention_mask"][0].sum() == short
+    prompts = tokenizer(["alpha", "alpha beta gamma"], padding=True, padding_side="left")
+    assert prompts["attention_mask"][0] == [0] * (long - short) + [1] * (short - 1)
 
 
 def test_scores_on_the_card_say_what_they_are_of(tmp_path):

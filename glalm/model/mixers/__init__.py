@@ -54,8 +54,8 @@ def check_mixer_name(key: str, name: str) -> None:
         return
     if ":" in name:
         hint = (
-            ". `glalm train` imports a package.module:Class in model.mixer, `glalm eval` in mixers and `glalm export` in "
-            "--mixer; elsewhere, call glalm.model.mixers.import_mixer first"
+            ". `glalm train` imports a package.module:Class in model.mixer, `glalm eval` in mixers and `glalm export` "
+            "in --mixer; elsewhere, call glalm.model.mixers.import_mixer first"
         )
     else:
         near = difflib.get_close_matches(name, [*MIXERS, *entry_points(group=ENTRY_POINT_GROUP).names], n=1)
@@ -129,8 +129,8 @@ def import_mixer(path: str) -> None:
         mixer = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"model.mixer={path} cannot be imported ({error}). Write package.module:Class. The package or module must be "
-            "installed, in the current folder, or in a folder on PYTHONPATH."
+            f"model.mixer={path} cannot be imported ({error}). Write package.module:Class. The package or module must "
+            "be installed, in the current folder, or in a folder on PYTHONPATH."
         ) from error
     register_mixer(path, mixer)
 

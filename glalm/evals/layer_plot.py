@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from glalm.evals.plot import COLORS, SIZE, STYLE, save_figure
 from glalm.train.metrics import read_metrics
@@ -45,13 +46,14 @@ def plot_layers(metrics: Path, path: str | Path) -> list[Path]:
     for ax, name in zip(panels, names, strict=False):
         draw_layers(ax, layers[name])
         ax.set_ylabel(PANELS[name])
-        ax.set_yscale("linear" if name in LINEAR else "log")
+        if name not in LINEAR:
+            use_log_axis(ax)
     ax = panels[len(names)]
     for color, (group, curve) in zip(COLORS, gradients.items(), strict=False):
         ax.plot(*zip(*curve, strict=True), color=color, label=group)
     ax.set_ylabel("gradient norm")
-    ax.set_yscale("log")
-    ax.legend(fontsize="small")
+    use_log_axis(ax)
+    ax.legend(fontsize="small", ncols=2)
     for ax in panels[: len(names) + 1]:
         ax.set_xlabel("step")
     for ax in panels[len(names) + 1 :]:
@@ -71,6 +73,14 @@ def read_statistics(metrics: Path) -> tuple[dict[str, dict[int, Curve]], dict[st
             elif key.startswith("grad_norm/"):
                 gradients[key.removeprefix("grad_norm/")].append((row["step"], value))
     return layers, gradients
+
+
+def use_log_axis(ax: Axes) -> None:
+    """Make the values' axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_layers(ax: Axes, curves: dict[int, Curve]) -> None:

@@ -34,6 +34,7 @@ def test_lines_are_the_rows(metrics, tmp_path, monkeypatch):
     assert drawn == [[[2, 2.0], [4, 4.0], [6, 6.0]], [[2, 20.0], [4, 40.0], [6, 60.0]]]
     assert half_life.get_ylabel() == "gates: half-life (tokens)" and half_life.get_yscale() == "log"
     assert [line.get_ydata().tolist() for line in output.lines] == [[1.0] * 3] * 2
+    assert "10" in [label.get_text() for label in half_life.get_yticklabels()]  # and no TeX
     labelled = {line.get_label(): line.get_ydata().tolist() for line in gradients.lines}
     assert labelled == {"mlps": [1.0, 2.0, 3.0], "head": [0.1] * 3}
 

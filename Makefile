@@ -1,6 +1,7 @@
 # make demo        train a small model from nothing, evaluate it and write a report (about five minutes on two CPU cores)
 # make test        the fast tests (under 10 minutes on two CPU cores)
 # make test-slow   the tests that are long, real or rare, a soak test and the demo (under 35 minutes)
+# make docs        the site of docs/, with the API reference, into site/; a broken link is an error
 # make lint        ruff and mypy
 # make clean       remove what make and the tests created, but not data/ and runs/
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow docs lint clean
 
 demo: .venv/installed
 	$(RUN) scripts/prepare_data.py --out data/demo stdlib
@@ -21,9 +22,12 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow"
 
-test-slow: .venv/installed
+test-slow: .venv/installed docs
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow
 	OMP_NUM_THREADS=1 $(RUN) tests/faults/soak.py --minutes 5
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
@@ -37,5 +41,5 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

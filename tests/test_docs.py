@@ -11,7 +11,7 @@ import pytest
 
 from glalm.__main__ import COMMANDS
 from glalm.cli import check_choices, compose_config
-from glalm.config.strict import check_overrides
+from glalm.config.strict import check_overrides, iterate_key_paths
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.studies.mqar import MQARConfig
 
@@ -116,3 +116,17 @@ def test_links_exist(page):
         assert target.is_file(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+def test_every_config_key_is_on_its_page(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    site_pages = import_module("site_pages")
+    page = site_pages.config_page()
+    for cls in HYDRA_COMMANDS.values():
+        for key in iterate_key_paths(cls):
+            table_key = re.search(rf"^\| `(.*\.)?{re.escape(key.rpartition('.')[2])}` \|", page, re.MULTILINE)
+            assert table_key or re.search(rf"^###.* {re.escape(key)}$|^`{re.escape(key)}` has", page, re.MULTILINE), key
+    assert "| `data.seq_len` | `int` | `256` | T: tokens of a training sequence |" in page
+    # A comment above a key, and one after it.
+    assert '| `model.gla.gate` | `vector, scalar, fixed, none` | `"vector"` | vector: one forget gate' in page
+    assert "`generate` has the keys of [glalm train: train_evals.generate](#glalm-train-train_evalsgenerate)." in page

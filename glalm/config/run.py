@@ -252,9 +252,9 @@ class TrackConfig:
 class RunConfig:
     """Everything about a training run. It lives in runs_dir/name; starting the same name again resumes it."""
 
-    name: str = "demo"
+    name: str = "demo"  # the run's folder in runs_dir
     runs_dir: str = "runs"
-    seed: int = 1
+    seed: int = 1  # of the initial weights and the order of the data
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

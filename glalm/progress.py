@@ -3,6 +3,7 @@
 Output never decides over work: a command goes on where what it prints cannot be written.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -52,9 +53,30 @@ def protect_output() -> None:
             setattr(sys, name, IgnoreOSErrors(stream))
 
 
+class StderrHandler(logging.Handler):
+    """Print log records on stderr, warnings with their level before them, and never fail.
+
+    The stream is looked up for each record, because `protect_output` and tests replace it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        with suppress(OSError):
+            print(f"{level}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Show what the package logs on stderr, from the level INFO on. Without this, logging shows warnings only."""
+    logger = logging.getLogger("glalm")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
+        logger.addHandler(StderrHandler())
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a command and exit with its code, or with 130 and one line after Ctrl-C."""
     protect_output()
+    show_log()
     try:
         code = main()
     except KeyboardInterrupt:

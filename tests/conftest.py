@@ -10,9 +10,11 @@ from hypothesis import settings
 
 from glalm.config.run import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
+from glalm.progress import show_log
 
 settings.register_profile("no_deadline", deadline=None)  # A busy machine must not fail a test.
 settings.load_profile("no_deadline")
+show_log()  # Tests read on stderr what a command shows there.
 
 WORDS = [*keyword.kwlist, "(a, b):", "'quoted'", "# comment", "==", "2024", "äöü"]
 

@@ -1,5 +1,6 @@
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from glalm import progress
 from glalm.cli import exit_on_error
-from glalm.progress import IgnoreOSErrors, ProgressBar, run_command
+from glalm.progress import IgnoreOSErrors, ProgressBar, run_command, show_log
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,20 @@ run_command(main)
     done = subprocess.run(command, stdout=write, stderr=write, cwd=ROOT, timeout=60)
     os.close(write)
     assert (tmp_path / "done").exists() and done.returncode == 3
+
+
+def test_log_is_shown_on_stderr(capsys):
+    show_log()  # A second call does not print twice.
+    logging.getLogger("glalm.train").info("Resumed [at] 100%.")
+    logging.getLogger("glalm.train").warning("%s was set aside.", "step_4")
+    logging.getLogger("another").info("Not shown.")
+    assert capsys.readouterr().err == "Resumed [at] 100%.\nwarning: step_4 was set aside.\n"
+
+
+def test_log_ignores_a_stderr_that_cannot_be_written(monkeypatch):
+    with open(os.devnull) as unwritable:
+        monkeypatch.setattr(sys, "stderr", unwritable)
+        logging.getLogger("glalm").warning("Nobody reads this.")
 
 
 def interrupt() -> None:

@@ -1,6 +1,7 @@
 """Turn a Llama's checkpoint into one of a linear model, and fit its new layers to the attention that they replace."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,8 @@ from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.hf import GLALMForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +76,7 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
         )
         tokenizer.save_pretrained(options.out)
     except (OSError, ValueError, KeyError) as error:
-        print(f"No tokenizer was written: {error}".splitlines()[0])
+        logger.warning(f"No tokenizer was written: {error}".splitlines()[0])
     config_file = options.out / "configs" / "model" / "linearized.yaml"
     config_file.parent.mkdir(parents=True)
     settings = OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))
@@ -81,7 +84,7 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
 
 
 def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:
-    """Fit the linear mixers of `model` in place, for options.distil steps on options.device, and print the loss."""
+    """Fit the linear mixers of `model` in place, for options.distil steps on options.device, and log the loss."""
 
     def check_finite(is_finite: bool, finding: str) -> None:
         if not is_finite:
@@ -96,7 +99,7 @@ def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: 
     for step, loss in enumerate(distil_mixers(model, llama, batches, options.lr), 1):
         check_finite(math.isfinite(loss), f"step {step}: the loss is {loss}")
         if step % print_every == 0 or step == 1:
-            print(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}", flush=True)
+            logger.info(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}")
     model.cpu()
     with torch.no_grad():  # No loss was computed after the last update.
         logits = model(torch.arange(min(16, llama.vocab_size))[None]).logits

@@ -15,11 +15,11 @@ that is found damaged is renamed to step_N.damaged. No file is a pickle.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -46,6 +46,8 @@ from glalm.train import random_states, staging
 from glalm.train.collectives import gather_or_raise, rank_and_world_size, run_on_rank_0
 from glalm.train.staging import CheckpointError, SlicesByFile
 from glalm.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 Content = Iterable[bytes | memoryview]  # of a file, in chunks
@@ -294,9 +296,13 @@ class CheckpointSaver:
         except RuntimeError as error:  # PyTorch raises this when an allocation fails.
             self._buffers = staging.HostBuffers()  # Free the incomplete copy: the host needs the memory.
             reason = str(error).partition("\n")[0]  # The other lines are debugging hints.
-            warning = f"warning: rank {self._rank} has no host memory to copy step {step}: {reason}"
-            with suppress(OSError):  # self.log prints on rank 0 only.
-                print(f"{warning}; training waits until it is saved", file=sys.stderr, flush=True)
+            # self.log prints on rank 0 only.
+            logger.warning(
+                "rank %d has no host memory to copy step %d: %s; training waits until it is saved",
+                self._rank,
+                step,
+                reason,
+            )
             return None
 
     def _write_checkpoint(self, step: int, files: Mapping[str, Content]) -> None:

@@ -7,9 +7,9 @@ optimizer together with the model.
 
 import atexit
 import functools
+import logging
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +32,8 @@ from glalm.data.processes import call_without_parent
 from glalm.model.decoder import CausalLM
 from glalm.model.precision import choose_precision
 from glalm.train.flight_recorder import enable_flight_recorder
+
+logger = logging.getLogger(__name__)
 
 # What `accelerate launch` or the file of `accelerate config` may set, although the config decides it: the values that
 # do no harm, the default first, and what to use instead.
@@ -97,7 +99,7 @@ def stop_with_launcher() -> None:
     """Send this process SIGTERM once the launcher that started it has been killed, so that it does not train on."""
 
     def stop() -> None:
-        print("The launcher of this process has ended.", file=sys.stderr, flush=True)
+        logger.info("The launcher of this process has ended.")
         os.kill(os.getpid(), signal.SIGTERM)
 
     # torchrun sets the first, and `accelerate launch` of one process the second.

@@ -13,8 +13,8 @@ that it saved checkpoints is refused while none of them is to be seen: they may 
 
 import dataclasses
 import itertools
+import logging
 import os
-import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -49,6 +49,8 @@ from glalm.train.environment import describe_environment
 from glalm.train.metrics import read_metrics
 from glalm.train.run_lock import LOCK, RunLock, lock_run_dir
 from glalm.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -195,7 +197,7 @@ def read_data_record(path: Path | None) -> dict | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        _print_warning(f"{error}. The manifest in the data's folder is used instead.")
+        logger.warning(f"{error}. The manifest in the data's folder is used instead.")
         return None
 
 
@@ -258,7 +260,7 @@ def read_saved_record(folder: Path) -> dict | None:
                 metadata = read_metadata(path)
                 record = {"id": metadata.get("run"), "identity": metadata.get("identity")}
                 if find_mismatch(record, RECORD_SHAPE) is None:
-                    _print_warning(f"{error}. What it recorded is read from {path}.")
+                    logger.warning(f"{error}. What it recorded is read from {path}.")
                     return record
         raise ConfigError(
             f"{error}, and no checkpoint in {folder / CHECKPOINTS} has a copy of it. To train from the start, choose "
@@ -320,7 +322,7 @@ def write_run_record(config: RunConfig, record: dict, data: TokenSet) -> None:
     record["saved"] = max(list_checkpoints(config.folder / CHECKPOINTS), default=None)
     for path, content in ((config.folder / RUN_RECORD, record), (config.data_record, data.manifest)):
         if path.is_dir():  # A file would be replaced, whatever it holds.
-            _print_warning(f"{path} is a folder. It is set aside as {set_aside(path, 'damaged').name}.")
+            logger.warning(f"{path} is a folder. It is set aside as {set_aside(path, 'damaged').name}.")
         with _RECORD_LOCK:
             write_json(path, content, indent=1 if path.name == RUN_RECORD else None)
 
@@ -351,9 +353,9 @@ def check_run_dir(lock: RunLock | None, config: RunConfig, record: dict, data: T
         if is_removed:
             write_run_record(config, record, data)
             lost = "What it held is gone. The run continues, and saves a checkpoint now."
-            _print_warning(f"{config.folder} was removed or emptied while the run was training. {lost}")
+            logger.warning(f"{config.folder} was removed or emptied while the run was training. {lost}")
         elif is_renewed:
-            _print_warning(f"{config.folder / LOCK} was removed while the run was training. It is locked again.")
+            logger.warning(f"{config.folder / LOCK} was removed while the run was training. It is locked again.")
         return is_removed
 
     return run_on_rank_0(check_on_rank_0)
@@ -424,7 +426,7 @@ def _warn_of_missing(path: Path, saved_step: int | None) -> None:
     """Print a warning if the newest checkpoint that run.json records is neither `path` nor set aside."""
     newest = path.with_name(f"step_{saved_step}")
     if newest != path and not any(newest.parent.glob(f"{newest.name}*")) and saved_step is not None:
-        _print_warning(f"{newest} was saved but is not there any more. The run resumes from {path.name}.")
+        logger.warning(f"{newest} was saved but is not there any more. The run resumes from {path.name}.")
 
 
 def _find_requested_checkpoint(requested: Path) -> Path:
@@ -441,7 +443,7 @@ def _set_newer_aside(folder: Path, step: int, is_own: bool) -> None:
     """Set the checkpoints after `step` aside, and if the run starts from another run's checkpoint, drop old metrics."""
     for newer, path in list_checkpoints(folder / CHECKPOINTS).items():
         if newer > step:
-            _print_warning(f"{path} is set aside as {set_aside(path, 'superseded').name}.")
+            logger.warning(f"{path} is set aside as {set_aside(path, 'superseded').name}.")
     if not is_own and os.path.lexists(folder / METRICS):
         # These rows are of an earlier start, which saved no checkpoint.
         set_aside(folder / METRICS, "superseded")
@@ -489,7 +491,7 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
             return path
         if rank == 0:
             aside = set_aside(path, "damaged")
-            _print_warning(f"{'; '.join(damage)}. It is set aside as {aside.name}, and the previous one is tried.")
+            logger.warning(f"{'; '.join(damage)}. It is set aside as {aside.name}, and the previous one is tried.")
     return None
 
 
@@ -510,7 +512,7 @@ def remove_leftovers(folder: Path) -> None:
         try:
             remove_entry(leftover)
         except OSError as error:
-            _print_warning(f"{leftover} of an interrupted save cannot be removed: {error}")
+            logger.warning(f"{leftover} of an interrupted save cannot be removed: {error}")
 
 
 def set_aside(path: Path, reason: str) -> Path:
@@ -521,7 +523,3 @@ def set_aside(path: Path, reason: str) -> Path:
     suffixes = itertools.chain([""], itertools.count(2))
     candidates = (path.with_name(f"{path.name}.{reason}{suffix}") for suffix in suffixes)
     return path.rename(next(candidate for candidate in candidates if not os.path.lexists(candidate)))
-
-
-def _print_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

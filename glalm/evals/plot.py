@@ -337,16 +337,8 @@ def _add_legend(ax: Axes, contexts: Iterable[str] = ()) -> None:
 
 
 def _format_loss_axes(ax: Axes, label: str) -> None:
-    """Format axes of losses against tokens, with the same losses as perplexities on the right.
-
-    The losses span what a run still learns after its first fifth: the fall from log(vocabulary) would flatten that.
-    """
+    """Format axes of whole curves of losses against tokens, with the same losses as perplexities on the right."""
     ax.set_xlim(left=0)
-    tokens, losses = np.concatenate([np.array(line.get_data(), dtype=float) for line in ax.lines], axis=1)
-    late = losses[(tokens >= tokens.max() / 5) & np.isfinite(losses)]
-    if late.size and np.ptp(late) > 0:
-        margin = 0.05 * np.ptp(late)
-        ax.set_ylim(late.min() - margin, late.max() + margin)
     ax.xaxis.set_major_formatter(lambda x, _: format_quantity(x))
     ax.set_xlabel("tokens trained on")
     ax.set_ylabel(label)

@@ -203,8 +203,9 @@ def test_runs_losses_in_one_figure(figures, tmp_path):
     ax = figures[0].axes[0]
     assert [list(line.get_ydata()) for line in ax.lines] == [[7.5, 5.5, 5.2]] * 2
     assert [t.get_text() for t in figures[0].legends[0].get_texts()] == ["first", "second"]
-    low, high = ax.get_ylim()  # the last two, not the first
-    assert 5.1 < low < 5.2 and 5.5 < high < 5.6
+    low, high = ax.get_ylim()
+    assert 5.0 < low < 5.2 and 7.5 < high < 7.7  # all of the curve, from its start
+    assert ax.get_xlim()[0] == 0
 
 
 def test_recall_by_width_is_the_best_over_learning_rates(figures):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -18,7 +19,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from glalm.config.strict import ConfigError, RunError, build_dataclass, check_overrides, default_tree, require
+from glalm.config.key_help import describe_keys, find_keys
+from glalm.config.strict import (
+    ConfigError,
+    RunError,
+    build_dataclass,
+    check_overrides,
+    default_tree,
+    describe_unknown_key,
+    join_key,
+    require,
+)
 from glalm.progress import INTERRUPTED, protect_output
 
 # torch's CPU threads wait for each other many times per step, and spin by default. On a machine that does anything
@@ -111,6 +122,9 @@ def hydra_entry(
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
     with exit_on_error():
         check_command_line(sys.argv[1:], cls)
+        if {"-h", "--help"} & {*sys.argv[1:]}:
+            print(describe_command(cls, config_name, sys.argv[1:]))
+            sys.exit(0)
     sys.argv[1:] = protect_names(sys.argv[1:])
     refused = []
 
@@ -135,6 +149,65 @@ def hydra_entry(
         sys.exit(2)
 
 
+def describe_command(cls: type, config_name: str, args: list[str]) -> str:
+    """Return the help of a command with the meaning of every key, or, of `--help KEY`, of that key and those below.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    store_defaults(cls)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        overrides = [arg for arg in args if "=" in arg and not arg.startswith("-")]
+        tree = compose(config_name, protect_names(overrides), return_hydra_config=True)
+    template = tree.hydra.help.template
+    values = restore_names(OmegaConf.to_container(OmegaConf.masked_copy(tree, [*default_tree(cls)]), resolve=False))
+    meanings = describe_keys(cls)
+    asked = [arg for arg in args if "=" not in arg and not arg.startswith("-")]
+    if asked:
+        return "\n".join(chain.from_iterable(describe_key(key, values, meanings) for key in asked))
+    choices = []
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
+        choices.append(f"  {folder.name}: {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}\n")
+    lines = "\n".join(format_keys(values, meanings))
+    return template.replace("$APP_CONFIG_GROUPS", "".join(choices)).replace("$CONFIG", lines)
+
+
+def describe_key(key: str, values: dict, meanings: dict[str, str]) -> list[str]:
+    """Return the lines of help of a key by its dotted path, or of all keys with that last name."""
+    found = [path for path in meanings if path == key or path.endswith(f".{key}")]
+    require(len(found) > 0, describe_unknown_key(key, meanings, elsewhere=find_keys(key, meanings)))
+    lines = []
+    for path in found:
+        value = values
+        for name in path.split("."):
+            value = value[name]
+        if isinstance(value, dict) and any(other.startswith(f"{path}.") for other in meanings):
+            lines += [f"{path}:  {meanings[path]}", *format_keys(value, meanings, path)]
+        else:
+            lines += [f"{path}={format_value(value)}", f"  {meanings[path]}"]
+    return lines
+
+
+def format_keys(values: dict, meanings: dict[str, str], where: str = "") -> list[str]:
+    """Return a line "key: value  # meaning" for each key, nested ones indented."""
+    lines = []
+    indent = "  " * (where.count(".") + 1 if where else 0)
+    for name, value in values.items():
+        path = join_key(where, name)
+        is_group = isinstance(value, dict) and any(other.startswith(f"{path}.") for other in meanings)
+        text = f"{indent}{name}:" if is_group else f"{indent}{name}: {format_value(value)}"
+        sentence = meanings.get(path, "").partition(". ")[0]
+        lines.append(f"{text:<36}  # {sentence}" if sentence else text)
+        if is_group:
+            lines += format_keys(value, meanings, path)
+    return lines
+
+
+def format_value(value) -> str:
+    """Return a value as YAML in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn ConfigError, RunError and Ctrl-C into a message and an exit code."""
@@ -154,9 +227,28 @@ def check_command_line(args: list[str], cls: type) -> None:
     Raises:
         ConfigError: A key of the command line is unknown, a choice does not exist, or a file of configs/ is not YAML.
     """
+    check_flags(args, cls)
     check_overrides(args, cls, [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()])
     check_choices(args)
     check_config_files()
+
+
+HYDRA_FLAGS = ("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "info")
+HYDRA_PREFIXES = ("config-", "shell-", "experimental-")
+
+
+def check_flags(args: list[str], cls: type) -> None:
+    """Raise ConfigError for a flag that is a key, such as `--steps 5`."""
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.removeprefix("--").partition("=")
+        is_hydra_flag = flag.startswith(HYDRA_PREFIXES) or any(known.startswith(flag) for known in HYDRA_FLAGS)
+        if not arg.startswith("--") or is_hydra_flag:
+            continue
+        if not equals and i + 1 < len(args):
+            value = args[i + 1]
+        keys = find_keys(flag.replace("-", "_"), describe_keys(cls))
+        hint = " or ".join(f"{key}={value or 'VALUE'}" for key in keys) or "KEY=VALUE; --help lists the keys"
+        raise ConfigError(f"{arg} is no flag. Write {hint}")
 
 
 def check_choices(args: list[str]) -> None:

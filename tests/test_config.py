@@ -91,6 +91,9 @@ def test_overrides_reach_the_dataclasses():
         ("model.heads=4", "did you mean model.num_heads?"),
         ("train.steps.more=3", "unknown key train.steps.more"),
         ("zzz=3", "valid keys: name, runs_dir, seed, model"),
+        ("learning_rate=1e-3", "unknown key learning_rate; did you mean optim.lr?"),
+        ("step=5", "unknown key step; did you mean train.steps?"),
+        ("nam=x", "unknown key nam; did you mean name?"),
     ],
 )
 def test_unknown_key_suggests_the_nearest(override, message):

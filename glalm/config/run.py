@@ -51,6 +51,8 @@ MAY_CHANGE = (
 
 @dataclass
 class DataConfig:
+    """The prepared text to train on, and how it is cut into sequences."""
+
     path: str = "data/demo"  # a folder written by glalm prepare
     seq_len: int = 256  # T: tokens of a training sequence
     weights: dict[str, float] | None = None  # share of each source in the training tokens; null: its share of the data
@@ -68,12 +70,12 @@ class OptimConfig:
     """The optimizer and its learning rate: a linear warm-up from min_lr to lr, then the schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all other parameters
-    lr: float = 3e-4  # peak
+    lr: float = 3e-4  # peak learning rate
     min_lr: float = 3e-5  # at the start, and at the last step unless the schedule is constant
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"  # wsd: constant, then a decay at the end
     decay_fraction: float = 0.2  # of all steps, for the decay of wsd
     decay_shape: Literal["sqrt", "linear"] = "sqrt"  # of wsd's decay: 1 - sqrt(x) or 1 - x
-    warmup_steps: int | None = 100
+    warmup_steps: int | None = 100  # steps in which the learning rate rises
     warmup_tokens: int | None = None  # instead of warmup_steps
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-8  # AdamW
@@ -147,7 +149,7 @@ class CheckpointConfig:
     """When a run saves checkpoints, besides after the last step and when a signal stops it, and which it keeps."""
 
     every: int = 250  # steps
-    keep_last: int = 2
+    keep_last: int = 2  # the newest checkpoints, older ones are removed
     keep_every: int | None = None  # steps: checkpoints at multiples are never removed
     keep_best: int = 0  # as many with the lowest validation loss are not removed either
     asynchronous: bool = True  # copy to host memory, and write in a background thread while training continues
@@ -165,7 +167,7 @@ class GuardConfig:
     # Skip an update whose gradient norm is more than this many standard deviations above the mean of the last
     # `spike_window` updates' norms (6 is usual); null: never.
     spike_factor: float | None = None
-    spike_window: int = 128
+    spike_window: int = 128  # updates, of spike_factor
     hang_seconds: float | None = 1800.0  # a process without progress for this long ends the run; null: never
 
     def __post_init__(self):
@@ -175,6 +177,8 @@ class GuardConfig:
 
 @dataclass
 class TrainConfig:
+    """How long and in which batches to train, and when to validate, log and save."""
+
     steps: int | None = 1000  # optimizer steps
     tokens: int | None = None  # instead of steps, rounded up to a full step, whatever batch was resumed from
     batch_size: int | None = 32  # sequences per optimizer step, over all processes and micro-batches
@@ -194,7 +198,7 @@ class TrainConfig:
     float8: bool = False
     eval_every: int = 250  # steps between validations; the first and the last step are always validated
     eval_sequences: int = 128  # sequences per validation
-    log_every: int = 10
+    log_every: int = 10  # steps between rows of metrics.jsonl
     statistics_every: int | None = None  # steps between statistics of each layer: gates, states, norms; null: none
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -243,7 +247,7 @@ class TrainConfig:
 class TrackConfig:
     """Where to log metrics in addition to metrics.jsonl, which is always written."""
 
-    tracker: Literal["none", "wandb", "tensorboard", "mlflow"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard", "mlflow"] = "none"  # where else metrics go
     project: str = "glalm"  # the project of Weights & Biases, or the experiment of MLflow
     offline: bool = False  # keep the files in the run's folder, whatever login or server there is
 
@@ -253,7 +257,7 @@ class RunConfig:
     """Everything about a training run. It lives in runs_dir/name; starting the same name again resumes it."""
 
     name: str = "demo"  # the run's folder in runs_dir
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # the folder of all runs
     seed: int = 1  # of the initial weights and the order of the data
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
+from glalm.config.key_help import describe_keys, find_keys
+
 TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -132,7 +134,9 @@ def _check_key(key: str, cls: type, groups: list[str]) -> None:
         matches_elsewhere = []
         if not where:
             known = hints | dict.fromkeys(groups)
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.8)
             matches_elsewhere = [path for path in iterate_key_paths(cls) if path.endswith(f".{part}")]
+            matches_elsewhere = near + matches_elsewhere or find_keys(part, describe_keys(cls))
         require(part in known, describe_unknown_key(part, known, where, matches_elsewhere))
         level = hints.get(part)
         where = join_key(where, part)

@@ -35,7 +35,7 @@ class ExtrapolationConfig:
     # documents: each text is a document from its start. stream: a block of the documents end to end.
     text: Literal["documents", "stream"] = "documents"
     documents: int | None = 32  # the documents that fill most buckets, or blocks, at most; null: all
-    split: Split = "test"
+    split: Split = "test"  # the text's
     contexts: list[Context] = field(default_factory=lambda: ["stateful", "reset"])  # one curve each, the first solid
 
     def __post_init__(self):
@@ -55,8 +55,8 @@ class GenerateConfig:
     """Sampled continuations of prompts."""
 
     tokens: int = 120  # new tokens in a continuation
-    temperature: float = 0.8
-    top_p: float = 0.95
+    temperature: float = 0.8  # by which logits are divided before sampling
+    top_p: float = 0.95  # sample from the likeliest tokens with this probability together
     prompts: list[str] | None = None  # null: the beginnings of two documents of the test split, or of text=FILE
 
     def __post_init__(self):
@@ -144,7 +144,7 @@ class EvalConfig:
     """Everything `glalm eval` does: which checkpoint, which evaluators, their settings."""
 
     name: str = "demo"  # the run to evaluate
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # the folder of all runs
     # latest or step_N of that run; or the folder of a checkpoint, of an exported model or of any transformers causal
     # language model; or such a model's name on the Hugging Face hub.
     checkpoint: str = "latest"
@@ -157,9 +157,9 @@ class EvalConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if the GPU supports it, else fp32
     mixers: list[str] = field(default_factory=list)  # mixers of your own code that the model has: package.module:Class
     force: bool = False  # run evaluators again that are up to date
-    seed: int = 1
+    seed: int = 1  # of samples
     batch_size: int = 16  # sequences at once
-    evals: list[str] = field(default_factory=lambda: ["perplexity", "extrapolation", "generate"])
+    evals: list[str] = field(default_factory=lambda: ["perplexity", "extrapolation", "generate"])  # in order
     extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)

@@ -31,16 +31,16 @@ class ModelConfig:
     layers: str | list[str] | None = None  # a mixer per layer: "3*gla+attention" or a list, repeated to the last layer
     vocab_size: int | None = None  # null: that of the tokenizer of the training data
     hidden_size: int = 1024  # d, the width of the residual stream
-    num_hidden_layers: int = 24
-    num_heads: int = 4
+    num_hidden_layers: int = 24  # blocks
+    num_heads: int = 4  # of mixers whose state is a matrix for each head
     expand_k: float = 0.5  # width of the keys of all heads together, in units of d
     expand_v: float = 1.0  # width of the values of all heads together, in units of d
     gate_low_rank_dim: int = 16  # rank of the forget gate's projection
     gate_logit_normalizer: float = 16.0  # temperature: log gate = logsigmoid(logit) / gate_logit_normalizer
     intermediate_size: int | None = None  # width of SwiGLU; null: 8/3 d rounded up to a multiple of 256; 0: no SwiGLU
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     initializer_range: float = 0.02  # standard deviation of every initial matrix
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = False  # whether the head shares the weight of the embeddings
 
     def __post_init__(self):
         # A config.json may hold values of any type, and mappings in place of dataclasses.

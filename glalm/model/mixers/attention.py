@@ -23,7 +23,7 @@ class AttentionOptions:
     num_heads: int | None = None  # null: heads of 64 channels if these divide the width, else model.num_heads
     num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention; null: num_heads
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; null: all tokens before it
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths
 
     def __post_init__(self):
         require_positive(self, "model.attention", "num_heads", "num_kv_heads", "rope_theta", finite=True)

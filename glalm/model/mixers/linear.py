@@ -15,7 +15,7 @@ from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 class LinearOptions:
     """The keys model.linear.*: linear attention without a gate."""
 
-    feature_map: Literal["elu1", "relu", "identity", "hedgehog"] = "elu1"
+    feature_map: Literal["elu1", "relu", "identity", "hedgehog"] = "elu1"  # of queries and keys
     normalise: bool = True  # divide by the sum of the weights; false: an RMSNorm on the output of each head instead
 
     def __post_init__(self):

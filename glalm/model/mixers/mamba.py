@@ -21,7 +21,7 @@ from glalm.model.mixers.base import Mixer
 class MambaOptions:
     """The keys model.mamba.*."""
 
-    state_size: int = 16
+    state_size: int = 16  # numbers of the state for each channel
     expand: int = 2  # the mixer has expand * d channels inside
     conv: int = 4  # taps
 

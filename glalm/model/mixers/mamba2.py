@@ -17,8 +17,8 @@ from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 class Mamba2Options:
     """The keys model.mamba2.*."""
 
-    state_size: int = 128
-    head_dim: int = 64
+    state_size: int = 128  # numbers of the state for each channel
+    head_dim: int = 64  # channels of a head
     expand: int = 2  # the mixer has expand * d channels inside
     groups: int = 1  # groups of heads that share B and C
     conv: int = 4  # taps

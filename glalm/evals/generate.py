@@ -7,7 +7,7 @@ import torch
 from glalm.config.strict import ConfigError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
-from glalm.evals.inputs import open_split
+from glalm.evals.inputs import describe_data, open_split
 from glalm.evals.options import EvalConfig, GenerateConfig
 from glalm.train.random_states import seeded
 
@@ -25,6 +25,8 @@ class GenerateEvaluator(Evaluator):
             config.generate, prompts=find_prompts(config, model) if prompts is None else prompts
         )
         self.settings = {**dataclasses.asdict(self.options), "seed": config.seed}
+        if prompts is None and config.text is not None:
+            self.settings |= describe_data(open_split(config, model, "test"))
         self.total_units = len(self.options.prompts) * self.options.tokens
 
     def run(self, context: EvalContext) -> list[dict[str, str]]:

@@ -149,6 +149,7 @@ def test_prompts_are_the_beginnings_of_held_out_documents(run, held_out):
     expected = [processor.decode(document[:12].tolist()) for document in documents]
     assert [text["prompt"] for text in record["results"]] == expected == record["settings"]["prompts"]
     evaluate(dataclasses.replace(config, text=str(held_out)))
+    assert results_of(run, "generate")["generate.json"] == record
     prompts = [record["settings"]["prompts"] for record in results_of(run, "generate").values()]
     assert [processor.decode(document[:12].tolist()) for document in token_stream(run)[:2]] in prompts
 

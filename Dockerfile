@@ -12,6 +12,6 @@ COPY . .
 # The image has its own torch, so the constraint on it does not apply.
 RUN grep -v '^torch==' constraints.txt > image-constraints.txt
 RUN pip install --no-cache-dir -c image-constraints.txt '.[eval,trackers]'
-RUN glalm train experiment=gla_340m train.dry_run=true train.assumed_gpus=8
+RUN glalm train experiment=gla_340m train.dry_run=true train.assumed_gpu=H200 train.assumed_gpus=8
 WORKDIR /work
 CMD ["glalm", "--help"]

@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "train.memory_snapshot",
     "train.dry_run",
     "train.assumed_mfu",
+    "train.assumed_gpu",
     "train.assumed_gpus",
     "train.assumed_price",
 )
@@ -210,6 +211,8 @@ class TrainConfig:
     memory_snapshot: bool = False  # of the profiled steps, on CUDA, for pytorch.org/memory_viz
     dry_run: bool = False  # print what the run would need, and exit
     assumed_mfu: float = 0.4  # for the dry run's estimate of time
+    # The dry run plans for this kind of GPU; null: that of this machine, or its CPU.
+    assumed_gpu: Literal["B200", "H200", "H100", "A100", "L40S", "L4"] | None = None
     assumed_gpus: int | None = None  # for the dry run; null: the number of processes
     assumed_price: float | None = None  # of a GPU for an hour, for the dry run; null: no costs are printed
 

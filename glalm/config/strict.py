@@ -185,10 +185,12 @@ def _convert_value(hint, value, where: str):
         suggestion = f"; did you mean {matches[0]}?" if matches else ""
         require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{suggestion}")
         return value
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # `Literal[...] | None` is the latter.
         if value is None and type(None) in args:
             return None
         kinds = [arg for arg in args if arg is not type(None)]
+        if len(kinds) == 1:
+            return _convert_value(kinds[0], value, where)
         matching = (kind for kind in kinds if isinstance(value, typing.get_origin(kind) or kind))
         return _convert_value(next(matching, kinds[0]), value, where)
     if origin is dict:

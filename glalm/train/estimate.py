@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from glalm.config.run import RunConfig, TrainConfig
-from glalm.data.shards import read_manifest
+from glalm.config.strict import ConfigError, require
+from glalm.data.shards import MANIFEST, read_manifest
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
@@ -19,6 +22,7 @@ from glalm.model.precision import has_bf16
 from glalm.train.compile import apply_training_forward
 from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
+from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan
 
 GIB = 2**30
@@ -34,11 +38,32 @@ ADVICE = (
 )
 
 
+# What the timing of a model on the CPU may take: operations in a batch, seconds for all batches, parameters.
+TIMED_FLOPS = 1e11
+TIMED_SECONDS = 3.0
+MAX_TIMED_PARAMETERS = 100e6
+PLAN_FOR_GPU = "To plan for a GPU, add train.assumed_gpu=H200."
+
+
 @dataclass(frozen=True)
-class GPU:
+class Device:
+    """A GPU, or the CPU of this machine."""
+
     name: str
     memory: int  # bytes
     bf16: bool
+    is_gpu: bool = True
+
+
+# The memory that CUDA reports is a bit less than that of the data sheets. Only the H200's has been read from one.
+ASSUMED_GPUS = {
+    "B200": Device("NVIDIA B200", 178 * GIB, True),
+    "H200": Device("NVIDIA H200", 150_109_880_320, True),
+    "H100": Device("NVIDIA H100", 79 * GIB, True),
+    "A100": Device("NVIDIA A100", 79 * GIB, True),
+    "L40S": Device("NVIDIA L40S", 44 * GIB, True),
+    "L4": Device("NVIDIA L4", 22 * GIB, True),
+}
 
 
 @dataclass(frozen=True)
@@ -59,12 +84,13 @@ class ActivationBytes:
     fixed: float  # independent of the number of tokens: its weights in bfloat16
 
 
-def current_gpu() -> GPU:
-    """Return this process's GPU, or an H200 if there is none, so that runs can be planned anywhere."""
+def current_device() -> Device:
+    """Return this process's GPU, or this machine's CPU."""
     if not torch.cuda.is_available():
-        return GPU("NVIDIA H200", 150_109_880_320, True)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device(f"CPU with {torch.get_num_threads()} threads", memory, bf16=False, is_gpu=False)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return GPU(properties.name, properties.total_memory, has_bf16(torch.device("cuda")))
+    return Device(properties.name, properties.total_memory, has_bf16(torch.device("cuda")))
 
 
 def count_parameters(config: RunConfig) -> ParameterCounts:
@@ -189,13 +215,21 @@ def dry_run(config: RunConfig) -> int:
     """Print what the run would need, on the first process, and return 0.
 
     Raises:
-        ConfigError: The batch or the mesh does not fit the number of processes.
+        ConfigError: The batch or the mesh does not fit the number of processes, or the data does not fit the config.
     """
     if int(os.environ.get("RANK", 0)) == 0:
+        assumed = config.train.assumed_gpu
+        device = ASSUMED_GPUS[assumed] if assumed else current_device()
+        require(
+            device.is_gpu or config.train.assumed_gpus is None,
+            f"train.assumed_gpus={config.train.assumed_gpus} needs a kind of GPU, because this machine has none. Add "
+            f"train.assumed_gpu=H200, or another of {', '.join(ASSUMED_GPUS)}.",
+        )
         if config.model.vocab_size is None:
             print("vocabulary    " + choose_vocabulary(config))
         world_size = config.train.assumed_gpus or int(os.environ.get("WORLD_SIZE", 1))
-        print("\n".join(describe_needs(config, world_size, current_gpu())))
+        for line in describe_needs(config, world_size, device):
+            print(line, flush=True)
     return 0
 
 
@@ -209,38 +243,98 @@ def choose_vocabulary(config: RunConfig) -> str:
         return f"{ASSUMED_VOCABULARY:,} tokens are assumed, because model.vocab_size is null and {error}"
 
 
-def describe_needs(config: RunConfig, world_size: int, gpu: GPU) -> Iterator[str]:
-    """Yield the lines of the dry run's report for `world_size` GPUs like `gpu`."""
+def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterator[str]:
+    """Yield the lines of the dry run's report for `world_size` devices like `device`."""
     plan = BatchPlan.from_config(config, world_size)
     counts = count_parameters(config)
     flops = model_cost(config.model, config.data.seq_len).training
     tokens = config.steps * plan.tokens_per_step
     embeddings = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_word_embeddings else 2)
+    where = "assumed" if config.train.assumed_gpu else "of this machine"
+    advice = "" if device.is_gpu else f". {PLAN_FOR_GPU}"
+    yield f"planned for   {world_size} x {device.name} ({device.memory / GIB:.1f} GiB), {where}{advice}"
     yield f"parameters    {counts.total:,}; {counts.total - embeddings:,} without embeddings and head"
     yield f"operations    {flops / 1e9:.2f} GFLOP per token, forward and backward, at length {plan.seq_len}"
     yield (
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {world_size} x "
-        f"{gpu.name}, each {plan.accumulation} x {plan.micro_batch} sequences, {config.parallel.mode}"
+        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences, {config.parallel.mode}"
     )
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
-    checkpoint_size = 4 * (counts.total + counts.moments) / 1e9
-    kept = config.train.checkpoint.keep_last
-    yield f"checkpoints   {checkpoint_size:.2f} GB each, {checkpoint_size * kept:.1f} GB for the newest {kept}"
-    yield "time          " + describe_time(config, world_size, gpu, flops, tokens)
-    parts = _estimate_on(config, plan, gpu)
+    yield from describe_data(config, tokens)
+    checkpoint_size = 4 * (counts.total + counts.moments)
+    yield from describe_checkpoints(config, checkpoint_size)
+    if device.is_gpu:
+        yield "time          " + describe_time(config, world_size, device, flops, tokens)
+    else:
+        yield "time          " + describe_cpu_time(config, plan, counts.total, flops, tokens)
+    parts = _estimate_on(config, plan, device)
     yield "memory        " + _describe_memory(parts)
-    if sum(parts.values()) > USABLE_MEMORY * gpu.memory:
-        yield f"WARNING: more than the {gpu.memory / GIB:.1f} GiB of {gpu.name}. {ADVICE}"
+    if sum(parts.values()) > USABLE_MEMORY * device.memory:
+        yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {ADVICE}"
+    if device.is_gpu:
+        yield "host memory   " + describe_host_memory(config, world_size, 4 * counts.total, checkpoint_size)
+
+
+def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
+    """Yield the data's size, checked as the run does at its start if it is there, and estimated if it is not.
+
+    Raises:
+        ConfigError: The data is there, but damaged or of a larger vocabulary than the model's.
+    """
+    folder = Path(config.data.path)
+    try:
+        training, _ = open_data(config)
+    except ConfigError as error:
+        if (folder / MANIFEST).exists():
+            raise
+        width = 2 if config.model.vocab_size <= 2**16 else 4
+        yield (
+            f"data          {width * tokens / 1e9:.2f} GB for tokens that are read once, at {width} bytes per token of "
+            f"a vocabulary of {config.model.vocab_size:,}"
+        )
+        yield f"WARNING: data and vocabulary have not been checked. {error}"
+        return
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    yield (
+        f"data          {folder}: {training.tokens.num_tokens:,} tokens for training, read "
+        f"{tokens / len(training) / config.data.seq_len:.3g} times, and a vocabulary of "
+        f"{training.tokens.vocab_size:,}; {size / 1e9:.2f} GB"
+    )
+
+
+def describe_checkpoints(config: RunConfig, size: int) -> Iterator[str]:
+    kept = config.train.checkpoint.keep_last
+    # An older checkpoint is removed after the new one is complete.
+    needed = size * (kept + 1)
+    folder = config.folder.absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    yield (
+        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {kept} and one that is being "
+        f"saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
+    )
+    if needed > free:
+        yield "WARNING: that is not enough here. Free some space, or choose another runs_dir=..."
+
+
+def describe_host_memory(config: RunConfig, world_size: int, weights: int, checkpoint: int) -> str:
+    """Return the host memory of a machine: each process builds the model there, and later copies its part of a save."""
+    local = _local_world_size(world_size)
+    copies = checkpoint * local // world_size if config.train.checkpoint.asynchronous else 0
+    needed = max(local * weights, copies)
+    return (
+        f"{needed / GIB:.1f} GiB per machine with {local} processes, besides what Python and CUDA take in each: "
+        f"{local * weights / GIB:.1f} while the model is built, later {copies / GIB:.1f} for the copy of a checkpoint"
+    )
 
 
 def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     """Return an error message for a run whose GPU is out of memory."""
-    gpu = current_gpu()
+    gpu = current_device()
     estimate = _describe_memory(_estimate_on(config, plan, gpu))
     return f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. {ADVICE}"
 
 
-def describe_time(config: RunConfig, world_size: int, gpu: GPU, flops_per_token: float, tokens: int) -> str:
+def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_token: float, tokens: int) -> str:
     peak = peak_flops(gpu.name)
     if peak is None:
         return f"the peak of {gpu.name} is unknown"
@@ -255,12 +349,52 @@ def describe_time(config: RunConfig, world_size: int, gpu: GPU, flops_per_token:
     )
 
 
-def _estimate_on(config: RunConfig, plan: BatchPlan, gpu: GPU) -> dict[str, int]:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", min(plan.data_parallel, 8)))
-    bf16 = gpu.bf16 and config.train.precision != "fp32"
-    return estimate_memory(config, plan, local_world_size, bf16, config.train.compile in ("auto", True))
+def describe_cpu_time(config: RunConfig, plan: BatchPlan, parameters: int, flops_per_token: float, tokens: int) -> str:
+    if parameters > MAX_TIMED_PARAMETERS:
+        return f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
+    tokens_per_second = measure_cpu_speed(config, plan, flops_per_token)
+    hours = tokens / tokens_per_second / 3600
+    return f"{hours:,.2f} hours, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
+
+
+def measure_cpu_speed(config: RunConfig, plan: BatchPlan, flops_per_token: float) -> float:
+    """Train on random tokens for TIMED_SECONDS, on the CPU, and return tokens per second.
+
+    The processes of a run on one CPU share its cores, so this is their speed together.
+    """
+    model = CausalLM(config.model)
+    apply_training_forward(model, config.train, torch.device("cpu"))
+    optimizers = build_optimizers(model, config.optim)
+    most_tokens = max(64, int(TIMED_FLOPS / flops_per_token))
+    length = min(plan.segment_length, most_tokens)
+    ids = torch.randint(config.model.vocab_size, (min(plan.micro_batch, most_tokens // length), length))
+
+    def time_batch() -> float:
+        start = time.perf_counter()
+        model(ids, shift_labels=ids).loss.backward()
+        return time.perf_counter() - start
+
+    time_batch()  # The first one allocates memory.
+    times = [time_batch()]
+    while sum(times) < TIMED_SECONDS:
+        times.append(time_batch())
+    start = time.perf_counter()
+    for optimizer in optimizers:
+        optimizer.step()
+    update = (time.perf_counter() - start) * ids.numel() / plan.tokens_per_step
+    return ids.numel() / (sum(times) / len(times) + update)
+
+
+def _local_world_size(world_size: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, 8)))
+
+
+def _estimate_on(config: RunConfig, plan: BatchPlan, device: Device) -> dict[str, int]:
+    bf16 = device.bf16 and config.train.precision != "fp32"
+    compiled = config.train.compile is True or (config.train.compile == "auto" and device.is_gpu)
+    return estimate_memory(config, plan, _local_world_size(plan.data_parallel), bf16, compiled)
 
 
 def _describe_memory(parts: dict[str, int]) -> str:
     each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.1f} GiB per GPU: {each}"
+    return f"{sum(parts.values()) / GIB:.1f} GiB per process: {each}"

@@ -44,7 +44,7 @@ def test_image_builds(tmp_path):
     for command in commands:
         done = subprocess.run(["bash", "-c", command], cwd=source, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert "8 x NVIDIA H200" in done.stdout and "GiB per GPU" in done.stdout
+    assert "8 x NVIDIA H200" in done.stdout and "GiB per process" in done.stdout
 
 
 def test_recipe_runs_commands_that_exist():

@@ -1,6 +1,9 @@
 """Estimates compared with the parameters, activations and optimizer states of real models."""
 
 import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ from glalm.model.flops import model_cost
 from glalm.train import estimate as estimate_module
 from glalm.train.estimate import (
     GIB,
-    GPU,
+    Device,
     count_parameters,
+    describe_checkpoints,
+    describe_data,
+    describe_host_memory,
     describe_needs,
     describe_time,
     estimate_memory,
@@ -25,7 +31,7 @@ from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
-H200 = GPU("NVIDIA H200", 140 * GIB, True)
+H200 = Device("NVIDIA H200", 140 * GIB, True)
 
 
 def estimate(config, world_size: int, local_world_size: int, bf16: bool, compiled: bool) -> dict[str, int]:
@@ -130,7 +136,7 @@ def test_report_of_a_dry_run(run_config, change):
     assert "1,000 (6.4e-05B tokens), warm-up over the first 2" in text
     assert f"{hours:,.1f} hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
     assert "WARNING" not in text
-    small = "\n".join(describe_needs(config, 2, GPU("A small one", 2**16, True)))
+    small = "\n".join(describe_needs(config, 2, Device("A small one", 2**16, True)))
     assert "WARNING: more than the 0.0 GiB of A small one. Set a smaller train.micro_batch_size" in small
     assert "the peak of A small one is unknown" in small
 
@@ -150,32 +156,95 @@ def test_indivisible_batch_is_refused(run_config, change):
 def test_dry_run_needs_no_data_and_writes_nothing(run_config, change, capsys):
     from glalm.train.trainer import train
 
-    config = change(run_config, **{"train.dry_run": True, "train.assumed_gpus": 2, "data.path": "nowhere"})
+    assumed = {"train.assumed_gpu": "H200", "train.assumed_gpus": 2}
+    config = change(run_config, **assumed, **{"train.dry_run": True, "data.path": "nowhere"})
     config.train.compile = False
     assert train(config) == 0 and not config.folder.exists()
-    assert "2 x NVIDIA H200" in capsys.readouterr().out or torch.cuda.is_available()
+    report = capsys.readouterr().out
+    assert report.startswith("planned for   2 x NVIDIA H200 (139.8 GiB), assumed\n")
+    assert "WARNING: data and vocabulary have not been checked. data.path=nowhere: nowhere/manifest.json" in report
+
+
+CPU = Device("CPU with 2 threads", 16 * GIB, bf16=False, is_gpu=False)
+
+
+def test_without_a_gpu_the_cpu_is_timed(run_config, monkeypatch, capsys):
+    """A clock that advances half a second at each look: a batch of 32 tokens takes that long, and an update of 64."""
+    seconds = itertools.count(0.0, 0.5)
+    monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(estimate_module, "current_device", lambda: CPU)
+    assert estimate_module.dry_run(run_config) == 0
+    report = capsys.readouterr().out
+    assert report.startswith(
+        "planned for   1 x CPU with 2 threads (16.0 GiB), of this machine. To plan for a GPU, add "
+    )
+    hours = 6 * 64 / (32 / 0.75) / 3600
+    assert f"time          {hours:.2f} hours, at {32 / 0.75:.0f} tokens/s" in report
+    assert "H200" not in report.partition("\n")[2] and "host memory" not in report
+
+
+def test_large_models_are_not_timed_on_a_cpu(run_config, monkeypatch):
+    monkeypatch.setattr(estimate_module, "MAX_TIMED_PARAMETERS", 1000)
+    (line,) = (line for line in describe_needs(run_config, 1, CPU) if line.startswith("time"))
+    assert "not measured" in line and "train.assumed_gpu=H200" in line
+
+
+def test_a_number_of_gpus_needs_their_kind(run_config, change, monkeypatch):
+    monkeypatch.setattr(estimate_module, "current_device", lambda: CPU)
+    with pytest.raises(ConfigError, match=r"train.assumed_gpus=8 needs a kind of GPU.*train.assumed_gpu=H200"):
+        estimate_module.dry_run(change(run_config, **{"train.assumed_gpus": 8}))
+
+
+def test_dry_run_refuses_what_the_run_refuses(run_config, change):
+    with pytest.raises(ConfigError, match=r"has 300 tokens, more than model\.vocab_size=299"):
+        list(describe_needs(change(run_config, **{"model.vocab_size": 299}), 1, H200))
+    (line,) = describe_data(run_config, tokens=64)
+    size = sum(path.stat().st_size for path in Path(run_config.data.path).rglob("*") if path.is_file())
+    assert "a vocabulary of 300" in line and line.endswith(f"; {size / 1e9:.2f} GB")
+
+
+@pytest.mark.parametrize("vocabulary, size", [(2**16, "2.00 GB"), (2**16 + 1, "4.00 GB")])
+def test_disk_of_data_that_is_not_there(run_config, change, vocabulary, size):
+    config = change(run_config, **{"data.path": "nowhere", "model.vocab_size": vocabulary})
+    line, warning = describe_data(config, tokens=10**9)
+    assert line.startswith(f"data          {size} for tokens that are read once") and warning.startswith("WARNING")
+
+
+def test_a_disk_without_room_for_the_checkpoints(run_config, monkeypatch):
+    for free, lines in ((3 * 10**9, 1), (3 * 10**9 - 1, 2)):
+        monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        report = list(describe_checkpoints(run_config, 10**9))
+        assert len(report) == lines and "1.00 GB each, 3.0 GB for the newest 2 and one" in report[0]
+
+
+def test_host_memory_of_a_machine(run_config, change):
+    """Sixteen processes on two machines. Each builds the model; a checkpoint's copy is divided over all of them."""
+    assert describe_host_memory(run_config, 16, GIB, 12 * GIB).startswith("8.0 GiB per machine with 8 processes")
+    assert describe_host_memory(run_config, 16, GIB, 24 * GIB).startswith("12.0 GiB per machine with 8 processes")
+    config = change(run_config, **{"train.checkpoint.asynchronous": False})
+    assert describe_host_memory(config, 16, GIB, 24 * GIB).startswith("8.0 GiB")
 
 
 def test_dry_run_names_the_vocabulary_of_the_data_or_its_assumption(run_config, change, capsys, monkeypatch):
-    monkeypatch.setattr(estimate_module, "current_gpu", lambda: H200)
+    monkeypatch.setattr(estimate_module, "current_device", lambda: H200)
     config = change(run_config, **{"model.vocab_size": None, "train.compile": False})
     assert estimate_module.dry_run(config) == 0 and config.model.vocab_size == 300
     with_data = capsys.readouterr().out
-    assert with_data.startswith(f"vocabulary    300 tokens, those of {config.data.path}\nparameters    ")
+    assert with_data.startswith(f"vocabulary    300 tokens, those of {config.data.path}\nplanned for   ")
     config = change(run_config, **{"model.vocab_size": None, "train.compile": False, "data.path": "nowhere"})
     assert estimate_module.dry_run(config) == 0 and config.model.vocab_size == 32000
     without = capsys.readouterr().out
     assert "32,000 tokens are assumed, because model.vocab_size is null and nowhere/manifest.json is missing" in without
 
     def parameters(text: str) -> int:
-        return int(text.splitlines()[1].split()[1].strip(";").replace(",", ""))
+        return int(text.splitlines()[2].split()[1].strip(";").replace(",", ""))
 
     assert parameters(without) - parameters(with_data) == 2 * 32 * (32000 - 300)
 
 
 def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeypatch):
-    monkeypatch.setattr(estimate_module, "current_gpu", lambda: H200)
+    monkeypatch.setattr(estimate_module, "current_device", lambda: H200)
     run_config.train.compile = False
     message = explain_out_of_memory(run_config, BatchPlan.from_config(run_config, 1))
-    assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory. The estimate was 0.0 GiB per GPU: ")
+    assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory. The estimate was 0.0 GiB per process: ")
     assert "train.micro_batch_size" in message

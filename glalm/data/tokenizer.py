@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -52,13 +52,13 @@ class Tokenizer:
         self.vocab_size: int = self._backend.vocab_size
         self.fingerprint: str = self._backend.fingerprint
         bos = self._backend.bos_id
-        eos = self._backend.eos_id
-        if eos is None:
+        eos_id = self._backend.eos_id
+        if eos_id is None:
             raise ValueError(f"{name} names no end-of-document (EOS) token. {self._backend.eos_advice()}")
-        self.bos_ids: list[int] = [] if bos in (None, eos) else [bos]
-        self.eos_ids: list[int] = [eos]
-        self.bos_id: int = eos if bos is None else bos
-        self.eos_id: int = eos
+        self.bos_ids: list[int] = [] if bos is None or bos == eos_id else [bos]
+        self.eos_ids: list[int] = [eos_id]
+        self.bos_id: int = eos_id if bos is None else bos
+        self.eos_id: int = eos_id
         self.round_trips: bool = self.decode(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> list[int]:
@@ -270,6 +270,7 @@ class _HuggingFace:
     def __init__(self, name: str):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
+        self._tokenizer: Any  # transformers types what it loads by name as a union of two classes.
         try:
             with open_utf8_name(name) as utf8_name:
                 if Path(name).is_file():

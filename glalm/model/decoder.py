@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from glalm.config.strict import require
+from glalm.config.strict import ConfigError
 from glalm.kernels.common import check_cu_seqlens, check_values
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
@@ -66,9 +66,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, block: type[Block] = Block):
         super().__init__()
-        require(
-            config.vocab_size is not None, "model.vocab_size is null; set it to the number of the tokenizer's tokens"
-        )
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size is null; set it to the number of the tokenizer's tokens")
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -99,7 +98,7 @@ class CausalLM(nn.Module):
         # The weights that a seed gives depend on the order of these draws.
         init = partial(init_module, std=config.initializer_range)
         self.model = Decoder(config).apply(init)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).apply(init)
+        self.lm_head = nn.Linear(config.hidden_size, self.model.embeddings.num_embeddings, bias=False).apply(init)
         self.tie_weights()
 
     def tie_weights(self) -> None:

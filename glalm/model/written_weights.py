@@ -99,7 +99,7 @@ def list_some(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def apply_umask(path: str | Path) -> None:
+def apply_umask(path: str | os.PathLike) -> None:
     """Give a file the permissions of a new file. safetensors makes its files readable by their owner alone."""
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")

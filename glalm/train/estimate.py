@@ -163,6 +163,7 @@ def _gathered_bytes(config: RunConfig, plan: BatchPlan, counts: ParameterCounts,
 
 def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
     """Return the size of the last hidden state, its norm, the head, their gradients, and a chunk of logits."""
+    assert model.vocab_size is not None  # The data's tokenizer has set it.
     width = 2 if bf16 else 4
     hidden = tokens * model.hidden_size * 5 * width
     head = model.vocab_size * model.hidden_size * (4 + width % 4)  # float32 gradient; with bf16 also the cast weight
@@ -249,6 +250,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     counts = count_parameters(config)
     flops = model_cost(config.model, config.data.seq_len).training
     tokens = config.steps * plan.tokens_per_step
+    assert config.model.vocab_size is not None  # The model has been built.
     embeddings = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_word_embeddings else 2)
     where = "assumed" if config.train.assumed_gpu else "of this machine"
     advice = "" if device.is_gpu else f". {PLAN_FOR_GPU}"

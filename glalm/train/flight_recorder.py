@@ -9,6 +9,7 @@ import threading
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch._C import _distributed_c10d
 
@@ -49,7 +50,8 @@ def write_flight_record(folder: Path, rank: int, since: float) -> list[Path]:
 
     def write() -> None:
         # Builds of torch without CUDA have the recorder of gloo's collectives only.
-        dump = getattr(_distributed_c10d, "_dump_nccl_trace", _distributed_c10d._dump_fr_trace)
+        recorder: Any = _distributed_c10d  # Its stubs declare neither function.
+        dump = getattr(recorder, "_dump_nccl_trace", recorder._dump_fr_trace)
         with suppress(OSError):
             (folder / f"{PREFIX}{rank}").write_bytes(dump())
             written = [path for path in folder.glob(f"{PREFIX}*") if path.stat().st_mtime >= since]

@@ -103,7 +103,7 @@ def register_entry_point(name: str) -> None:
     Raises ConfigError if several packages offer it, or if it cannot be imported.
     """
     points = entry_points(group=ENTRY_POINT_GROUP, name=name)
-    packages = " and ".join(sorted(point.dist.name for point in points))
+    packages = " and ".join(sorted(point.dist.name for point in points if point.dist))
     require(len(points) < 2, f"the packages {packages} each have a mixer {name!r}; uninstall all but one")
     for point in points:
         try:

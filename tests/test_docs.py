@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 HYDRA_COMMANDS = {"train": TrainingRun, "eval": EvalConfig, "mqar": MQARConfig}
 # The reader of these pages writes the file of this choice or the module of this mixer.
-WRITTEN_BY_READER = re.compile(r"model=(linearized|average_tiny)|.*package\.module:.*")
+WRITTEN_BY_READER = re.compile(r"model=(linearized|average_tiny)|model\.mixer=average|.*(package\.module|average):.*")
 
 
 class Parsed(BaseException):

@@ -14,7 +14,7 @@ def get_random_states() -> dict[str, Tensor]:
     """Return the state of every generator of this process as uint8 tensors, so that no pickle holds it.
 
     Returns:
-        {"torch": ..., "python": ..., "numpy": ...}, and "cuda" for the current device if there is one.
+        The states of "torch", "python" and "numpy", and of "cuda" for the current device if there is one.
     """
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"] = {name: np.asarray(value).tolist() for name, value in numpy_state["state"].items()}

@@ -87,11 +87,12 @@ class TrainState:
         """Return the state as plain values and live tensors, not copies.
 
         Returns:
-            {"step": int, "tokens": int,
-             "model": {parameter name: Tensor},
-             "training": {"optim.<key>.<parameter name>": Tensor, "guard.<name>": Tensor},
-             "random_states": {generator: uint8 Tensor}, of this process alone}.
-            Parameters and the optimizer's moments may be DTensors.
+            The tree below. Parameters and the optimizer's moments may be DTensors.
+
+                {"step": int, "tokens": int,
+                 "model": {parameter name: Tensor},
+                 "training": {"optim.<key>.<parameter name>": Tensor, "guard.<name>": Tensor},
+                 "random_states": {generator: uint8 Tensor}, of this process alone}
         """
         parameters = dict(self.model.named_parameters())
         training = {}

@@ -246,7 +246,7 @@ class Trainer:
             heartbeat: Called after every batch.
 
         Returns:
-            {"val_loss": mean cross-entropy in nats per token, "val_perplexity": its exponential}.
+            "val_loss", the mean cross-entropy in nats per token, and "val_perplexity", its exponential.
         """
         self.module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # nats, targets

@@ -130,3 +130,8 @@ def test_every_config_key_is_on_its_page(monkeypatch):
     # A comment above a key, and one after it.
     assert '| `model.gla.gate` | `vector, scalar, fixed, none` | `"vector"` | vector: one forget gate' in page
     assert "`generate` has the keys of [glalm train: train_evals.generate](#glalm-train-train_evalsgenerate)." in page
+
+
+def test_navigation_of_the_site_lists_every_page():
+    listed = re.findall(r"^ +- (?:.*: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {path.name for path in ROOT.glob("docs/*.md")} <= {*listed}

@@ -23,7 +23,7 @@ def describe_keys(cls: type, where: str = "") -> dict[str, str]:
     meanings = {}
     for name, hint in typing.get_type_hints(cls).items():
         key = f"{where}.{name}" if where else name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             docstring = hint.__doc__ or ""
             is_own = not docstring.startswith(f"{hint.__name__}(")  # @dataclass writes the signature otherwise.
             meanings[key] = docstring.partition("\n")[0] if is_own else ""
@@ -39,22 +39,24 @@ def _read_comments(cls: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # The class was not read from a file.
         return {}
-    comment_lines = {}
-    inline = {}
+    comment_lines: dict[int, str] = {}
+    inline: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             is_whole_line = not token.line[: token.start[1]].strip()
             (comment_lines if is_whole_line else inline)[token.start[0]] = token.string.lstrip("# ")
     comments = {}
-    for node in ast.parse(source).body[0].body:
-        if not isinstance(node, ast.AnnAssign):
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        above = []
+        above: list[str] = []
         line = node.lineno - 1
         while line in comment_lines:
             above.insert(0, comment_lines[line])
             line -= 1
-        comments[node.target.id] = inline.get(node.end_lineno) or " ".join(above)
+        comments[node.target.id] = inline.get(node.end_lineno or node.lineno) or " ".join(above)
     return comments
 
 

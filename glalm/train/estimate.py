@@ -289,6 +289,7 @@ def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
     except ConfigError as error:
         if (folder / MANIFEST).exists():
             raise
+        assert config.model.vocab_size is not None  # The model has been built.
         width = 2 if config.model.vocab_size <= 2**16 else 4
         yield (
             f"data          {width * tokens / 1e9:.2f} GB for tokens that are read once, at {width} bytes per token of "
@@ -369,7 +370,7 @@ def measure_cpu_speed(config: RunConfig, plan: BatchPlan, flops_per_token: float
     optimizers = build_optimizers(model, config.optim)
     most_tokens = max(64, int(TIMED_FLOPS / flops_per_token))
     length = min(plan.segment_length, most_tokens)
-    ids = torch.randint(config.model.vocab_size, (min(plan.micro_batch, most_tokens // length), length))
+    ids = torch.randint(model.model.embeddings.num_embeddings, (min(plan.micro_batch, most_tokens // length), length))
 
     def time_batch() -> float:
         start = time.perf_counter()

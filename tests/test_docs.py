@@ -134,4 +134,5 @@ def test_every_config_key_is_on_its_page(monkeypatch):
 
 def test_navigation_of_the_site_lists_every_page():
     listed = re.findall(r"^ +- (?:.*: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len({*listed})
     assert {path.name for path in ROOT.glob("docs/*.md")} <= {*listed}

@@ -24,11 +24,12 @@ def create_folder(folder: Path) -> Iterator[None]:
     """Create `folder` if needed. After an error, remove it again if it is new and nothing was written into it."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    created = folder.stat()
     try:
         yield
     except BaseException:
-        if is_new:
-            with suppress(OSError):  # It is not empty.
+        with suppress(OSError):  # It is not empty, or not there.
+            if is_new and os.path.samestat(created, folder.stat()):  # It has not been replaced in the meantime.
                 folder.rmdir()
         raise
 

@@ -383,7 +383,7 @@ def test_stopped_at_a_bad_record_it_resumes_with_skip(sources, settings, uninter
 def test_another_command_does_not_resume_an_unfinished_set(sources, settings, tmp_path):
     with pytest.raises(ValueError, match=r"--on-error skip"):
         prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
-    with pytest.raises(ValueError, match=r"unfinished set.*different shard_tokens"):
+    with pytest.raises(ValueError, match=r"unfinished set.*different --shard-tokens"):
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
     with pytest.raises(ValueError, match=r"unfinished set.*inputs are missing, such as a\.jsonl"):
         prepare_data([sources / "b.jsonl"], tmp_path / "set", **settings)

@@ -1,7 +1,5 @@
 """The `glalm` command, which runs a command by its name: `glalm train ...`. `python -m glalm` is the same."""
 
-import difflib
-import re
 import signal
 import sys
 from importlib import import_module
@@ -47,6 +45,8 @@ def main(name: str | None = None) -> NoReturn:
 
 def refuse_urls(args: list[str]) -> None:
     """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL."""
+    import re
+
     from glalm.config.strict import ConfigError, refuse_url
 
     for arg in args:
@@ -68,6 +68,8 @@ def find_command(name: str) -> str:
             print(f"  {command:<12}{summary}")
         sys.exit(0)
     if name not in COMMANDS:
+        import difflib  # Until `main` handles Ctrl-C, as little as possible is imported.
+
         matches = difflib.get_close_matches(name, COMMANDS, n=1)
         suggestion = f"did you mean {matches[0]}? " if matches else ""
         print(f"glalm has no command {name}; {suggestion}commands: {', '.join(COMMANDS)}", file=sys.stderr)

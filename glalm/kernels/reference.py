@@ -1,5 +1,6 @@
 """The recurrences in float64: every other implementation is tested against them."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -28,25 +29,11 @@ def recurrent_gla(
         o [B, T, H, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
     """
     q, k, v, g = (x.double() for x in (q, k, v, g))
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    if scale is None:
-        scale = K**-0.5
-    if cu_seqlens is None:
-        sequences = [(b, 0, T) for b in range(B)]
-    else:
-        sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
 
-    outputs = [q.new_zeros(0, H, V)]
-    states = []
-    for n, (b, start, end) in enumerate(sequences):
-        S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
-        for t in range(start, end):
-            S = g[b, t].exp()[:, :, None] * S + k[b, t][:, :, None] * v[b, t][:, None, :]
-            outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
-        states.append(S)
-    o = torch.cat(outputs).view(B, T, H, V)
-    return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)
+    def update(S: Tensor, b: int, t: int) -> Tensor:
+        return g[b, t].exp()[:, :, None] * S + k[b, t][:, :, None] * v[b, t][:, None, :]
+
+    return run_recurrence(update, q, v.shape[-1], scale, initial_state, cu_seqlens)
 
 
 def recurrent_delta_rule(
@@ -75,10 +62,30 @@ def recurrent_delta_rule(
         o [B, T, H, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
     """
     q, k, v, beta = (x.double() for x in (q, k, v, beta))
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    g = q.new_zeros(B, T, H) if g is None else g.double()
+    g = q.new_zeros(q.shape[:3]) if g is None else g.double()
     decay = (g if g.dim() == 4 else g[..., None].expand(q.shape)).exp()
+
+    def update(S: Tensor, b: int, t: int) -> Tensor:
+        S = decay[b, t][:, :, None] * S
+        error = v[b, t] - torch.einsum("hk,hkv->hv", k[b, t], S)
+        return S + (beta[b, t][:, None] * k[b, t])[:, :, None] * error[:, None, :]
+
+    return run_recurrence(update, q, v.shape[-1], scale, initial_state, cu_seqlens)
+
+
+def run_recurrence(
+    update: Callable[[Tensor, int, int], Tensor],
+    q: Tensor,
+    V: int,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute o_t = scale * q_t S_t token by token. update(S, b, t) is the state [H, K, V] after token t of row b.
+
+    The other arguments and the results are those of recurrent_gla.
+    """
+    B, T, H, K = q.shape
     if scale is None:
         scale = K**-0.5
     if cu_seqlens is None:
@@ -91,9 +98,7 @@ def recurrent_delta_rule(
     for n, (b, start, end) in enumerate(sequences):
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
-            S = decay[b, t][:, :, None] * S
-            error = v[b, t] - torch.einsum("hk,hkv->hv", k[b, t], S)
-            S = S + (beta[b, t][:, None] * k[b, t])[:, :, None] * error[:, None, :]
+            S = update(S, b, t)
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
         states.append(S)
     o = torch.cat(outputs).view(B, T, H, V)

@@ -5,10 +5,8 @@ MkDocs calls the functions `on_*` (https://www.mkdocs.org/user-guide/plugins/#ev
 
 import dataclasses
 import inspect
-import io
 import json
 import textwrap
-import tokenize
 import typing
 from ast import AnnAssign, get_docstring, parse, unparse
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from pymdownx.slugs import slugify
 
 from glalm.cli import CONFIGS
+from glalm.config.key_help import read_field_comments
 from glalm.config.strict import default_tree, join_key
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.studies.mqar import MQARConfig
@@ -151,21 +150,9 @@ def field_types(cls: type) -> dict[str, str]:
 def field_comments(cls: type) -> dict[str, str]:
     """Return what the comments above and after each field of a dataclass say, in Markdown."""
     comments = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
-        after = {t.start[0]: t.string for t in tokens if t.line.strip() != t.string}
-        alone = {t.start[0]: t.string for t in tokens if t.line.strip() == t.string}
-        for node in annotated_fields(base):
-            first = node.lineno
-            while first - 1 in alone:
-                first -= 1
-            words = [alone[i] for i in range(first, node.lineno)] + [after.get(node.end_lineno, "")]
-            text = " ".join(word.removeprefix("#").strip() for word in words).strip()
-            if text:
-                comments[node.target.id] = text.replace("|", "\\|").replace("*", "\\*")
+    for name, comment in read_field_comments(cls).items():
+        text = f"{comment.above} {comment.after}".strip()
+        comments[name] = text.replace("|", "\\|").replace("*", "\\*")
     return comments
 
 

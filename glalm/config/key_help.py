@@ -10,16 +10,21 @@ import tokenize
 import typing
 
 
+@dataclasses.dataclass(frozen=True)
+class FieldComment:
+    """The comments of a dataclass's field: on the lines above it, and at the end of its own. Empty: it has none."""
+
+    above: str
+    after: str
+
+
 def describe_keys(cls: type, where: str = "") -> dict[str, str]:
     """Return {dotted key: meaning} of all keys of a dataclass, nested ones included. Empty: its comment says nothing.
 
     A field's meaning is the comment at the end of its line, or else the lines of comment above it. The meaning of a
     nested dataclass is the first line of its docstring.
     """
-    comments: dict[str, str] = {}
-    for parent in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(parent):
-            comments |= _read_comments(parent)
+    comments = read_field_comments(cls)
     meanings = {}
     for name, hint in typing.get_type_hints(cls).items():
         key = f"{where}.{name}" if where else name
@@ -29,12 +34,21 @@ def describe_keys(cls: type, where: str = "") -> dict[str, str]:
             meanings[key] = docstring.partition("\n")[0] if is_own else ""
             meanings |= describe_keys(hint, key)
         else:
-            meanings[key] = comments.get(name, "")
+            meanings[key] = comments[name].after or comments[name].above if name in comments else ""
     return meanings
 
 
-def _read_comments(cls: type) -> dict[str, str]:
-    """Return {field: comment} of the fields that the source of a class defines."""
+def read_field_comments(cls: type) -> dict[str, FieldComment]:
+    """Return the comments of the fields of a dataclass that have one. A field declared again keeps an inherited one."""
+    comments: dict[str, FieldComment] = {}
+    for parent in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(parent):
+            comments |= _read_own_comments(parent)
+    return comments
+
+
+def _read_own_comments(cls: type) -> dict[str, FieldComment]:
+    """Return the comments of the fields that the source of a class defines, of those that have one."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # The class was not read from a file.
@@ -56,7 +70,9 @@ def _read_comments(cls: type) -> dict[str, str]:
         while line in comment_lines:
             above.insert(0, comment_lines[line])
             line -= 1
-        comments[node.target.id] = inline.get(node.end_lineno or node.lineno) or " ".join(above)
+        comment = FieldComment(" ".join(above), inline.get(node.end_lineno or node.lineno, ""))
+        if comment.above or comment.after:
+            comments[node.target.id] = comment
     return comments
 
 

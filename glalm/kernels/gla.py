@@ -5,7 +5,7 @@
     operator            log forget gate g
     chunk_gla           [B, T, H, K], one per key channel (GLA, arXiv 2312.06635)
     chunk_simple_gla    [B, T, H], one per head (the state-space dual of Mamba-2, arXiv 2405.21060)
-    chunk_retention     log(1 - 2^(-5-h)) for head h = 0, 1, ... (RetNet, arXiv 2307.08621)
+    chunk_retention     [H], constant: by default log(1 - 2^(-5-h)) for head h = 0, 1, ... (RetNet, arXiv 2307.08621)
     chunk_linear_attn   0 (linear attention, arXiv 2006.16236, without its feature map and its normalizer)
     chunk_value_gla     [B, T, H, V], one per value channel, S_t = S_{t-1} diag(exp g_t) + k_t^T v_t
 
@@ -75,9 +75,15 @@ def chunk_simple_gla(
     return _chunk("chunk_simple_gla", q, k, v, g, "BTH", gate_logit_normalizer, **options)
 
 
-def chunk_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_gla` with RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ... (arXiv 2307.08621)."""
-    return _chunk("chunk_retention", q, k, v, common.retention_gate(q), "H", **options)
+def chunk_retention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_gla` with a constant decay for each head (RetNet, arXiv 2307.08621).
+
+    g [H] holds log gates <= 0, which get no gradient. Without it the decay of head h = 0, 1, ... is RetNet's,
+    1 - 2^(-5-h).
+    """
+    return _chunk("chunk_retention", q, k, v, common.retention_gate(q) if g is None else g, "H", **options)
 
 
 def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:

@@ -40,9 +40,11 @@ def fused_recurrent_simple_gla(
     return _fused_recurrent(q, k, v, g, "BTH", gate_logit_normalizer, **options)
 
 
-def fused_recurrent_retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """Compute `chunk_retention` token by token: RetNet's decay 1 - 2^(-5-h) of head h = 0, 1, ..."""
-    return _fused_recurrent(q, k, v, common.retention_gate(q), "H", **options)
+def fused_recurrent_retention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_retention` token by token: a constant decay for each head, g [H], or RetNet's."""
+    return _fused_recurrent(q, k, v, common.retention_gate(q) if g is None else g, "H", **options)
 
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:

@@ -68,6 +68,18 @@ def test_retention_decays_in_float32():
     torch.testing.assert_close(o[0, 2, :, 0], 1 + decay + decay**2)
 
 
+@both_forms
+def test_retention_takes_other_constant_decays(form, draw):
+    args = draw(dtype=torch.float64)
+    H = args["q"].shape[2]
+    g = -torch.linspace(0, 2, H, dtype=torch.float64)
+    expected, _ = recurrent_gla(**{**args, "g": g[:, None].expand(args["q"].shape)})
+    found, _ = getattr(kernels, f"{form}_retention")(**{**args, "g": g})
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=rf"g: expected the shape \[H\] = \[{H}\]"):
+        getattr(kernels, f"{form}_retention")(**{**args, "g": g[1:]})
+
+
 def test_a_gate_of_the_wrong_shape_is_named():
     q = torch.ones(1, 3, 4, 2)
     with pytest.raises(ValueError, match=r"g: expected the shape \[B, T, H\] = \[1, 3, 4\], got \[1, 3, 4, 2\]"):

@@ -39,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = MIXERS[config.layer_mixers()[layer]](config)
+        self.attn = MIXERS[config.layer_mixers()[layer]].build(config, layer)
         self.mlp = None
         if config.intermediate_size:
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)

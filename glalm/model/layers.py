@@ -45,7 +45,33 @@ class GroupedRMSNorm(nn.RMSNorm):
         return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
 
 
-# ------------------------------------------------------------------------------------------------- rotary positions
+# -------------------------------------------------------------------------------------------------------- positions
+
+
+def token_positions(
+    x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return each token's position in its sequence, and the position after the last token of every sequence.
+
+    Args:
+        x: [B, T, d], of which only the shape and the device matter.
+        start: [N], int64, the positions of the sequences' first tokens; zeros if None.
+        cu_seqlens: [N + 1], the bounds of packed sequences, or None for N = B.
+        padding: [B, T, 1], 0 at padding, which has no position of its own; None if all are tokens.
+
+    Returns:
+        [B, T] and [N], int64.
+    """
+    B, T, _ = x.shape
+    is_token = x.new_ones(B, T, dtype=torch.int64) if padding is None else (padding[..., 0] > 0).long()
+    seen = F.pad(is_token.cumsum(1), (1, 0))  # before each token, and after the last one
+    if cu_seqlens is None:
+        start = x.new_zeros(B, dtype=torch.int64) if start is None else start
+        return start[:, None] + seen[:, 1:] - 1, start + seen[:, -1]
+    start = x.new_zeros(len(cu_seqlens) - 1, dtype=torch.int64) if start is None else start
+    seen_at_bounds = seen[0, cu_seqlens]
+    offset = start - seen_at_bounds[:-1]
+    return seen[:, 1:] - 1 + offset[sequence_ids(cu_seqlens, T)], start + seen_at_bounds.diff()
 
 
 def apply_rotary(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
@@ -170,7 +196,12 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu1": elu1, "relu": F.relu, "identity": identity}
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu1": elu1,
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": identity,
+}
 
 
 def build_feature_map(name: str, heads: int, K: int) -> Callable[[Tensor], Tensor]:

@@ -30,6 +30,11 @@ class Mixer(nn.Module):
     def check_config(cls, config: "ModelConfig") -> None:
         """Raise ConfigError if a model with this config cannot have this mixer."""
 
+    @classmethod
+    def build(cls, config: "ModelConfig", layer: int) -> "Mixer":
+        """Return the mixer of block `layer` = 0, 1, ... A mixer that differs between layers overrides this."""
+        return cls(config)
+
     def forward(
         self,
         x: Tensor,

@@ -1,13 +1,11 @@
 """Retention (RetNet, Sun et al., arXiv 2307.08621)."""
 
-import torch
 from torch import Tensor, nn
 
 from glalm.config.strict import describe_divisors, require
 from glalm.kernels import chunk_retention, fused_recurrent_retention
-from glalm.kernels.common import sequence_ids
-from glalm.model.layers import GatedRMSNorm, apply_rotary
-from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
+from glalm.model.layers import GatedRMSNorm, apply_rotary, token_positions
+from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
 
 class Retention(Mixer):
@@ -46,24 +44,16 @@ class Retention(Mixer):
         self,
         x: Tensor,
         *,
-        state: tuple[Tensor, Tensor] | None = None,
+        state: State | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, State | None]:
         q, k, v, g = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         )
-        T = x.shape[1]
-        N = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-        S, start = (None, torch.zeros(N, dtype=torch.int64, device=x.device)) if state is None else state
-        if cu_seqlens is None:
-            positions = start[:, None] + torch.arange(T, device=x.device)
-            lengths: int | Tensor = T
-        else:
-            offset = start - cu_seqlens[:-1]
-            positions = (torch.arange(T, device=x.device) + offset[sequence_ids(cu_seqlens, T)])[None]
-            lengths = cu_seqlens.diff()
+        S, start = split_state(state, True)
+        positions, end = token_positions(x, start, cu_seqlens)
         operator = fused_recurrent_retention if is_decoding_step(x) else chunk_retention
         o, S = operator(
             apply_rotary(q, positions),
@@ -74,7 +64,7 @@ class Retention(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.g_norm_swish_gate(o, g)
-        return self.o_proj(y.flatten(-2)), None if S is None else (S, start + lengths)
+        return self.o_proj(y.flatten(-2)), join_state(S, end)
 
     def flops(self, T: int) -> int:
         H = self.num_heads

@@ -38,7 +38,7 @@ from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_block
 from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
 from glalm.model.mixers import MIXERS, options_by_name
-from glalm.model.written_weights import apply_umask, collect_weights, explain_misfit
+from glalm.model.written_weights import COMPILED, apply_umask, collect_weights, explain_misfit
 from glalm.pretrained import load_pretrained
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -314,6 +314,9 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         misfit = explain_misfit(weights, core)
         require(not misfit, misfit)
         core.load_state_dict(weights, assign=True)
+        for name, buffer in self.named_buffers():  # Constants, which are in no state dict.
+            module, _, leaf = name.replace(COMPILED, "").rpartition(".")
+            setattr(core.get_submodule(module), leaf, buffer)
         core.tie_weights()
         return core
 

@@ -25,6 +25,12 @@ CHOICES = {
     "deltanet, no convolution": {"mixer": "deltanet", "deltanet": {"short_conv": 0}},
     "gated_deltanet": {"mixer": "gated_deltanet", "expand_k": 0.75, "expand_v": 1.5},
     "kda": {"mixer": "kda", "expand_k": 1.0},
+    "transnormer": {"mixer": "transnormer", "expand_k": 1.0},
+    "transnormer, norm attention": {
+        "mixer": "transnormer",
+        "transnormer": {"feature_map": "elu1", "decay": False, "lrpe": "all", "output_gate": False},
+    },
+    "transnormer_diag": {"mixer": "transnormer_diag", "transnormer_diag": {"block": 8}},
     "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
 }
 EXACT = {"rtol": 1e-7, "atol": 1e-8}

@@ -21,6 +21,7 @@ MIXERS = [
     "deltanet",
     "gated_deltanet",
     "kda",
+    "transnormer_diag+transnormer",
     "gla+attention",
 ]
 

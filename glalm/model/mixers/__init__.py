@@ -21,6 +21,8 @@ from glalm.model.mixers.mamba import Mamba
 from glalm.model.mixers.mamba2 import Mamba2
 from glalm.model.mixers.regla import ReGLA
 from glalm.model.mixers.retention import Retention
+from glalm.model.mixers.transnormer import TransNormer
+from glalm.model.mixers.transnormer_diag import DiagAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
@@ -33,6 +35,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
+    "transnormer": TransNormer,
+    "transnormer_diag": DiagAttention,
 }
 # Installed packages offer mixers under this group of entry points: average = "mypackage.mixers:Average".
 ENTRY_POINT_GROUP = "glalm.mixers"

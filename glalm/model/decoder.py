@@ -181,9 +181,9 @@ def init_module(module: nn.Module, std: float) -> None:
     """Initialise the parameters of `module` itself, but not those of its children."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
         nn.init.zeros_(module.bias)
-    if isinstance(module, nn.RMSNorm):
+    if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
         nn.init.ones_(module.weight)
     init_parameters = getattr(module, "init_parameters", None)
     if init_parameters is not None:

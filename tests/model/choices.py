@@ -31,6 +31,7 @@ CHOICES = {
         "transnormer": {"feature_map": "elu1", "decay": False, "lrpe": "all", "output_gate": False},
     },
     "transnormer_diag": {"mixer": "transnormer_diag", "transnormer_diag": {"block": 8}},
+    "memsizer": {"mixer": "memsizer", "memsizer": {"slots": 6}},
     "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
 }
 EXACT = {"rtol": 1e-7, "atol": 1e-8}

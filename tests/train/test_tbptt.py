@@ -22,6 +22,7 @@ MIXERS = [
     "gated_deltanet",
     "kda",
     "transnormer_diag+transnormer",
+    "memsizer",
     "gla+attention",
 ]
 

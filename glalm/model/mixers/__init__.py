@@ -19,6 +19,7 @@ from glalm.model.mixers.kda import KimiDeltaAttention
 from glalm.model.mixers.linear import LinearAttention
 from glalm.model.mixers.mamba import Mamba
 from glalm.model.mixers.mamba2 import Mamba2
+from glalm.model.mixers.memsizer import MemSizer
 from glalm.model.mixers.regla import ReGLA
 from glalm.model.mixers.retention import Retention
 from glalm.model.mixers.transnormer import TransNormer
@@ -37,6 +38,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "kda": KimiDeltaAttention,
     "transnormer": TransNormer,
     "transnormer_diag": DiagAttention,
+    "memsizer": MemSizer,
 }
 # Installed packages offer mixers under this group of entry points: average = "mypackage.mixers:Average".
 ENTRY_POINT_GROUP = "glalm.mixers"

@@ -21,6 +21,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
+from glalm.model.mixers import MIXERS
 from glalm.model.plain import is_called_plainly, is_plain_linear
 
 MAX_LOGITS = 2**25  # float32 logits computed at once: 128 MiB
@@ -80,9 +81,10 @@ class EvalModel:
         has_our_forward = type(causal_lm) is GLALMForCausalLM and is_called_plainly(causal_lm)
         self._head = causal_lm.get_output_embeddings() if has_our_forward or _head_gives_logits(causal_lm) else None
         self._forward_arguments = inspect.signature(causal_lm.forward).parameters.keys()
-        self.is_recurrent = (
-            "attention" not in causal_lm.config.layer_mixers() if self.is_ours else causal_lm._is_stateful
-        )
+        if self.is_ours:
+            self.is_recurrent = not any(MIXERS[name].state_grows for name in causal_lm.config.layer_mixers())
+        else:
+            self.is_recurrent = causal_lm._is_stateful
         # Recurrent models of transformers cannot read several tokens from a state, only one.
         self._uses_cache = not self.is_ours and not self.is_recurrent and "past_key_values" in self._forward_arguments
         self.accepts_state = self.is_ours or self._uses_cache

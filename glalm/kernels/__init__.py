@@ -1,7 +1,8 @@
-"""Operators of linear recurrences and of the loss: pure functions on tensors, without modules or configs."""
+"""Operators of recurrences, convolutions and the loss: pure functions on tensors, without modules or configs."""
 
 from glalm.kernels.delta import chunk_delta_rule
 from glalm.kernels.gla import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla, chunk_value_gla
+from glalm.kernels.long_convolution import long_convolution
 from glalm.kernels.recurrent import (
     fused_recurrent_gla,
     fused_recurrent_linear_attn,
@@ -21,5 +22,6 @@ __all__ = [
     "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
     "fused_recurrent_simple_gla",
+    "long_convolution",
     "selective_scan",
 ]

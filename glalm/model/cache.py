@@ -18,7 +18,7 @@ FORMAT = "glalm state cache"
 
 @dataclass
 class StateCache:
-    """The mixer state of every layer, and the number of tokens it has seen. Only softmax attention's state grows.
+    """The mixer state of every layer, and the number of tokens it has seen. See Mixer.state_grows.
 
     A forward pass never changes a cache but returns a new one, so a cache can be continued several times.
 

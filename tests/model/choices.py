@@ -32,6 +32,8 @@ CHOICES = {
     },
     "transnormer_diag": {"mixer": "transnormer_diag", "transnormer_diag": {"block": 8}},
     "memsizer": {"mixer": "memsizer", "memsizer": {"slots": 6}},
+    "hyena": {"mixer": "hyena", "hyena": {"filter_frequency": 3.0}},
+    "hyena window": {"mixer": "hyena", "hyena": {"filter_length": 11, "filter_width": 8, "filter_features": 5}},
     "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
 }
 EXACT = {"rtol": 1e-7, "atol": 1e-8}

@@ -1,6 +1,6 @@
 """Parameters and operations by formula, against the model and torch's flop counter."""
 
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from glalm.kernels.common import CHUNK
 from glalm.model.config import ModelConfig
 from glalm.model.flops import forward_flops, model_cost
 from glalm.model.layers import ShortConv
-from glalm.model.mixers import MIXERS
+from glalm.model.mixers import MIXERS, hyena
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
@@ -55,19 +55,34 @@ def sum_products(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
     return x @ y.mT * decay[..., 0]
 
 
+def convolve_short(z: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Convolve by conv1d, as above."""
+    return F.conv1d(z.mT, weight.mT[:, None], groups=z.shape[2]).mT
+
+
+def fft_flops(x_shape, dims, *_, out_shape, **__) -> float:
+    """Count 5/2 n log2 n for each FFT of n real numbers, of which one axis has the spectrum, n / 2 + 1 numbers."""
+    [dim] = dims
+    n = max(x_shape[dim], out_shape[dim])
+    return prod(x_shape) / x_shape[dim] * 2.5 * n * log2(n)
+
+
 @pytest.mark.parametrize("T", [32, 128])
 @pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
 def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
     monkeypatch.setattr(ShortConv, "convolve", convolve)
     monkeypatch.setattr(delta, "sum_products", sum_products)
     monkeypatch.setattr(delta, "CHANNEL_GATE_CHUNK", CHUNK)
+    monkeypatch.setattr(hyena, "convolve_short", convolve_short)
     changes = {"linear": {"feature_map": "hedgehog"}} if name == "linear" else {}
     with FakeTensorMode():
         config = GLALMConfig(**vars(load_preset(f"{name}_tiny", vocab_size=100, **changes)))
         config.attention.window = None  # The counter includes the masked half of the scores.
-        model, ids = GLALMForCausalLM(config), torch.zeros(2, T, dtype=torch.long)
+        # One sequence, because a batch computes a long filter only once.
+        model, ids = GLALMForCausalLM(config), torch.zeros(1, T, dtype=torch.long)
         mapping = {torch.ops.glalm.chunk_gla: chunk_gla_flops, torch.ops.glalm.delta_carry: carry_flops}
         mapping[torch.ops.aten.linalg_solve_triangular] = solve_flops
+        mapping |= {torch.ops.aten._fft_r2c: fft_flops, torch.ops.aten._fft_c2r: fft_flops}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             model(ids)
     assert forward_flops(model, T) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)

@@ -23,6 +23,7 @@ MIXERS = [
     "kda",
     "transnormer_diag+transnormer",
     "memsizer",
+    "hyena",
     "gla+attention",
 ]
 

@@ -15,6 +15,7 @@ from glalm.model.mixers.base import Mixer
 from glalm.model.mixers.deltanet import DeltaNet
 from glalm.model.mixers.gated_deltanet import GatedDeltaNet
 from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.mixers.hyena import Hyena
 from glalm.model.mixers.kda import KimiDeltaAttention
 from glalm.model.mixers.linear import LinearAttention
 from glalm.model.mixers.mamba import Mamba
@@ -39,6 +40,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "transnormer": TransNormer,
     "transnormer_diag": DiagAttention,
     "memsizer": MemSizer,
+    "hyena": Hyena,
 }
 # Installed packages offer mixers under this group of entry points: average = "mypackage.mixers:Average".
 ENTRY_POINT_GROUP = "glalm.mixers"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glalm.config.strict import describe_divisors, require, require_positive
 from glalm.kernels.common import active_transform, sequence_ids
 from glalm.model.layers import apply_rotary
-from glalm.model.mixers.base import Mixer
+from glalm.model.mixers.base import Mixer, mix_unpacked
 
 # The position of padded tokens: later than any query, so that no query sees them.
 PADDED = torch.iinfo(torch.int64).max
@@ -52,6 +52,7 @@ class Attention(Mixer):
 
     options_name = "attention"
     Options = AttentionOptions
+    state_grows = True
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -89,12 +90,7 @@ class Attention(Mixer):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         if cu_seqlens is not None and (return_state or state is not None):
-            # Caches of packed sequences have different lengths, so treat the sequences as a padded batch.
-            rows, is_token = unpack_sequences(x, cu_seqlens)
-            if padding is not None:
-                is_token = is_token * unpack_sequences(padding, cu_seqlens)[0]
-            y, state = self(rows, state=state, return_state=return_state, padding=is_token)
-            return pack_sequences(y, cu_seqlens), state
+            return mix_unpacked(self, x, cu_seqlens, state=state, return_state=return_state, padding=padding)
         B, T, _ = x.shape
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         is_token = x.new_ones(B, T, dtype=torch.bool) if padding is None else padding[..., 0] > 0
@@ -189,32 +185,3 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seql
     o = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0))
     assert isinstance(o, Tensor)  # With the sums of the weights, which are not asked for, it would be a tuple.
     return o.unflatten(0, (B, T))
-
-
-def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn packed sequences into a batch that is padded on the left.
-
-    This copies cu_seqlens to the host, which waits for the GPU.
-
-    Args:
-        x: [1, T, ...].
-        cu_seqlens: [N + 1].
-
-    Returns:
-        x as [N, longest, ...] with zeros at padding, and a mask [N, longest, 1], 1 at tokens and 0 at padding.
-    """
-    lengths = cu_seqlens.diff().tolist()
-    longest = max(lengths)
-
-    def pad_left(y: Tensor) -> Tensor:
-        return F.pad(y, (0, 0) * (y.dim() - 1) + (longest - len(y), 0))
-
-    rows = [pad_left(y) for y in x[0].split(lengths)]
-    mask = [pad_left(x.new_ones(n, 1)) for n in lengths]
-    return torch.stack(rows), torch.stack(mask)
-
-
-def pack_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Invert unpack_sequences: [N, longest, ...] to [1, T, ...]."""
-    lengths = cu_seqlens.diff().tolist()
-    return torch.cat([row[len(row) - n :] for row, n in zip(x, lengths, strict=True)])[None]

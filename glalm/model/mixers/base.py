@@ -1,9 +1,11 @@
 """The interface that every token mixer implements, and what several of them share."""
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels.common import CHUNK
@@ -25,6 +27,8 @@ class Mixer(nn.Module):
 
     options_name: ClassVar[str | None] = None
     Options: ClassVar[type | None] = None
+    # Whether the state holds past tokens one by one, be it of the whole text or of a window.
+    state_grows: ClassVar[bool] = False
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
@@ -114,3 +118,85 @@ def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:
     """
     C = min(T, CHUNK)
     return chunkwise_flops(heads, K, V, T) + heads * (2 * C * K + C * (K + V) + 2 * K * V)
+
+
+def long_convolution_flops(T: int, taps: int, channels: int, filters: int) -> int:
+    """Return the operations per token of `channels` long convolutions of T tokens with `filters` different filters.
+
+    Each channel takes an FFT and its inverse, and each filter an FFT, which all sequences of a batch share. A real FFT
+    of n numbers takes 5/2 n log2 n operations.
+    """
+    n = T + taps
+    return round((2 * channels + filters) * 2.5 * n * math.log2(n) / T)
+
+
+# ------------------------------------------------------------------------------------ states that hold past tokens
+
+
+def mix_unpacked(
+    mixer: Mixer, x: Tensor, cu_seqlens: Tensor, *, state, return_state: bool, padding: Tensor | None
+) -> tuple[Tensor, Any]:
+    """Call a mixer on packed sequences as on a padded batch, because their states have different lengths.
+
+    The arguments and results are those of Mixer.forward. This copies cu_seqlens to the host, which waits for the GPU.
+    """
+    rows, is_token = unpack_sequences(x, cu_seqlens)
+    if padding is not None:
+        is_token = is_token * unpack_sequences(padding, cu_seqlens)[0]
+    y, state = mixer(rows, state=state, return_state=return_state, padding=is_token)
+    return pack_sequences(y, cu_seqlens), state
+
+
+def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn packed sequences into a batch that is padded on the left.
+
+    Args:
+        x: [1, T, ...].
+        cu_seqlens: [N + 1].
+
+    Returns:
+        x as [N, longest, ...] with zeros at padding, and a mask [N, longest, 1], 1 at tokens and 0 at padding.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    longest = max(lengths)
+
+    def pad_left(y: Tensor) -> Tensor:
+        return F.pad(y, (0, 0) * (y.dim() - 1) + (longest - len(y), 0))
+
+    rows = [pad_left(y) for y in x[0].split(lengths)]
+    mask = [pad_left(x.new_ones(n, 1)) for n in lengths]
+    return torch.stack(rows), torch.stack(mask)
+
+
+def pack_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Invert unpack_sequences: [N, longest, ...] to [1, T, ...]."""
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([row[len(row) - n :] for row, n in zip(x, lengths, strict=True)])[None]
+
+
+def append_inputs(past: Tensor | None, x: Tensor, padding: Tensor | None) -> Tensor:
+    """Return the past inputs [B, S, ...] of each row, followed by its new inputs x [B, T, ...], as [B, S + T, ...].
+
+    Padding, which lies between the two, moves to the front of its row, so that the distances of tokens are right. The
+    tokens of x keep their places at the end.
+
+    Args:
+        past: from the state, in any dtype, or None at the start of the sequences.
+        padding: [B, T, 1] as in Mixer.forward, or None.
+    """
+    if past is None:
+        return x
+    joined = torch.cat([past.to(x.dtype), x], 1)
+    if padding is None:
+        return joined
+    is_token = F.pad(padding[..., 0] > 0, (past.shape[1], 0), value=True)
+    order = is_token.int().argsort(stable=True)
+    return joined[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+def keep_last(x: Tensor, count: int) -> Tensor:
+    """Return the last `count` inputs of x [B, S, ...], or all if they are fewer, as a state that holds no more memory.
+
+    A view would keep the memory of all inputs.
+    """
+    return x[:, max(0, x.shape[1] - count) :].clone()

@@ -1,0 +1,100 @@
+"""Causal convolutions whose filters are as long as the text, by the fast Fourier transform (FFT).
+
+    y_t = sum_{0 <= i < L} h_i x_{t - i},   x = 0 before the sequence that token t belongs to
+
+A batch takes one FFT over twice its length, in O(T log T). An FFT knows no bounds of packed sequences, so these are
+convolved by divide and conquer: the text is cut into two halves, and what the first half adds to the second comes from
+one sequence alone, the one that the cut divides. So one masked FFT computes it exactly, and both halves are cut again
+until one token is left. This takes O(T log^2 T), waits for no length on the host, and breaks no compiled graph.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glalm.kernels.common import check_cu_seqlens, check_values, empty_output, sequence_ids, wide_dtype
+
+
+def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Convolve the tokens of every channel with a filter, in float32 (float64 for float64 inputs) on any device.
+
+    Rounding errors are relative to the largest inputs and taps, because an FFT adds all of them up. By such an error, a
+    token's output also depends on the tokens after it. Derivatives of any order and mode come from autograd.
+
+    Args:
+        x: [B, T, ...], floating point.
+        h: [L, ...], the taps, beginning with that of the token itself. Its other axes broadcast with those of x.
+        outputs: compute only the outputs of the last so many tokens. One is summed up without an FFT.
+        cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1), for which `outputs` must be None.
+
+    Returns:
+        y [B, T or outputs, ...], float32 or float64.
+
+    Raises:
+        ValueError: cu_seqlens has the wrong shape or dtype, or, on the CPU, does not rise from 0 to T.
+    """
+    dtype = wide_dtype(x)
+    T = x.shape[1]
+    x = x.to(dtype)
+    h = h[:T].to(dtype)
+    if T == 0:
+        return empty_output(x, h)
+    with torch.autocast(x.device.type, enabled=False):
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, len(x))
+            check_values(None, x, cu_seqlens)
+            return convolve_packed(x, h, sequence_ids(cu_seqlens, T))
+        if outputs == 1:
+            return (x[:, T - len(h) :] * h.flip(0)).sum(1, keepdim=True)
+        y = convolve_circularly(x, h, T + len(h))
+        return y[:, T - (T if outputs is None else outputs) : T]
+
+
+def convolve_circularly(x: Tensor, h: Tensor, period: int) -> Tensor:
+    """Return the circular convolution [B, period, ...] of x [B, T, ...] with h [L, ...], each cut or padded to it."""
+    spectrum = torch.fft.rfft(x, period, dim=1) * torch.fft.rfft(h, period, dim=0)
+    return torch.fft.irfft(spectrum, period, dim=1)
+
+
+def convolve_packed(x: Tensor, h: Tensor, sequence: Tensor) -> Tensor:
+    """Convolve packed sequences x [1, T, ...], whose tokens belong to the sequences `sequence` [T].
+
+    Blocks of at least L tokens reach the next block only, so the first cuts are those between such blocks.
+    """
+    T = x.shape[1]
+    size = 1
+    while size < len(h):
+        size *= 2
+    surplus = -T % size
+    x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, surplus))
+    sequence = F.pad(sequence, (0, surplus), value=-1)
+    y = h[0] * x
+    blocks = x.unflatten(0, (-1, size))
+    ids = sequence.view(-1, size)
+    if len(blocks) > 1:
+        added = continue_sequences(blocks[:-1], ids[:-1], ids[1:], h)
+        y = y + torch.cat([torch.zeros_like(y[:size]), added.flatten(0, 1)])
+    while size > 1:
+        size //= 2
+        halves = x.unflatten(0, (-1, 2, size))
+        ids = sequence.view(-1, 2, size)
+        added = continue_sequences(halves[:, 0], ids[:, 0], ids[:, 1], h)
+        y = y + torch.stack([torch.zeros_like(added), added], 1).flatten(0, 2)
+    return y[None, :T]
+
+
+def continue_sequences(x: Tensor, ids: Tensor, next_ids: Tensor, h: Tensor) -> Tensor:
+    """Return what the tokens of each block add to the outputs of the block after it, [blocks, size, ...].
+
+    Args:
+        x: [blocks, size, ...].
+        ids: [blocks, size], the sequences of the blocks' tokens.
+        next_ids: [blocks, size], the sequences of the tokens in the blocks after these.
+        h: [L, ...].
+    """
+    last = ids[:, -1:]  # No other sequence continues in the next block.
+    is_read = (ids == last).view(*ids.shape, *[1] * (x.dim() - 2))
+    is_reached = (next_ids == last).view(*ids.shape, *[1] * (x.dim() - 2))
+    size = ids.shape[1]
+    y = convolve_circularly(x.where(is_read, 0), h, 2 * size)[:, size:]
+    return y.where(is_reached, 0)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glalm.kernels import long_convolution
+
+
+def convolve_by_definition(x, h, cu_seqlens=None):
+    """Sum the definition term by term."""
+    T = x.shape[1]
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    y = []
+    for t in range(T):
+        start = max(bound for bound in bounds if bound <= t)
+        terms = [h[t - s] * x[:, s] for s in range(max(start, t - len(h) + 1), t + 1)]
+        y.append(sum(terms))
+    return torch.stack(y, 1) if y else x
+
+
+@settings(max_examples=30)
+@given(
+    T=st.integers(1, 40),
+    taps=st.integers(1, 45),
+    cuts=st.lists(st.floats(0, 1), max_size=6),
+    layout=st.sampled_from(["batch", "packed", "last"]),
+    seed=st.integers(0, 99),
+)
+def test_is_the_sum_of_the_definition(T, taps, cuts, layout, seed):
+    """Bounds lie anywhere and repeat. Taps are fewer or more than tokens, and shared by channels."""
+    torch.manual_seed(seed)
+    x = torch.randn(1 if layout == "packed" else 2, T, 2, 3, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(taps, 2, 1, dtype=torch.float64, requires_grad=True)
+    if layout == "packed":
+        bounds = torch.tensor([0, *sorted(round(cut * T) for cut in cuts), T])
+        found, expected = long_convolution(x, h, cu_seqlens=bounds), convolve_by_definition(x, h, bounds)
+    else:
+        outputs = 1 + seed % T if layout == "last" else None
+        found, expected = long_convolution(x, h, outputs=outputs), convolve_by_definition(x, h)
+        expected = expected[:, T - (outputs or T) :]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    dy = torch.randn_like(expected)
+    found_gradients = torch.autograd.grad(found, (x, h), dy)
+    torch.testing.assert_close(found_gradients, torch.autograd.grad(expected, (x, h), dy), rtol=1e-10, atol=1e-10)
+
+
+def test_half_precision_is_convolved_in_float32():
+    """Also under autocast; one bfloat16 rounding of 4,096 sums would show."""
+    torch.manual_seed(0)
+    x, h = torch.randn(1, 4096, 2).bfloat16(), torch.randn(4096, 2).bfloat16()
+    exact = long_convolution(x.double(), h.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = long_convolution(x, h)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_nothing_crosses_a_bound_not_even_nan():
+    x = torch.ones(1, 20, 1)
+    x[:, 7:9] = torch.nan
+    y = long_convolution(x, torch.ones(20, 1), cu_seqlens=torch.tensor([0, 7, 9, 20]))[0, :, 0]
+    assert y[:7].isfinite().all() and y[9:].isfinite().all() and y[7:9].isnan().all()
+
+
+def test_decreasing_bounds_are_refused():
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds"):
+        long_convolution(torch.ones(1, 4, 1), torch.ones(2, 1), cu_seqlens=torch.tensor([0, 3, 2, 4]))

@@ -25,6 +25,7 @@ def run(*args: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_from_text_to_report(tmp_path):
     data, name = tmp_path / "a set", "a run"
     run("scripts/prepare_data.py", "--out", str(data), "--vocab-size", "400", "glalm", "tests")
@@ -73,6 +74,7 @@ def test_from_text_to_report(tmp_path):
     assert f"{damaged} is damaged" in text and "set aside as step_6.damaged" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains(command):
     assert f"glalm {command}" in run("-m", "glalm", command, "--help")
@@ -209,11 +211,13 @@ def test_misspelt_key_is_refused_before_slow_imports(script, argument, message):
     assert message in text and "imported: []" in text
 
 
+@pytest.mark.slow
 def test_misspelt_key_is_refused_within_twice_the_time_of_importing_torch_and_hydra():
     imports = min(cpu_seconds("-c", "import torch, hydra") for _ in range(3))
     assert min(cpu_seconds("train.py", "model.hiden_size=64") for _ in range(3)) <= 2 * imports
 
 
+@pytest.mark.slow
 def test_sweep_continues_after_a_wrong_config(token_folder, tmp_path):
     """It ends with the exit code of a wrong config."""
     where = ["-m", f"hydra.sweep.dir={tmp_path}", f"runs_dir={tmp_path}", f"data.path={token_folder}"]

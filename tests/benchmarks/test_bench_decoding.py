@@ -13,6 +13,7 @@ from glalm.model import loss
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_decoding.py"
 
 
+@pytest.mark.slow
 def test_every_model_gets_its_rows(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPT), "--size", "tiny", "--device", "cpu", "--models", "glalm", "llama"]

@@ -28,6 +28,7 @@ def check(result: dict) -> None:
     assert 7 < result["loss"] < 8.5 and result["first_step_seconds"] > 0  # a vocabulary of 2048, random tokens
 
 
+@pytest.mark.slow
 def test_row_of_our_model(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--steps", "2", "--warmup", "1", "--profile"]

@@ -31,6 +31,7 @@ def visit(compare_trees, tmp_path):
     return compare_trees.Visit(TREE, folder, smoke=True, deadline=time.monotonic() + 300)
 
 
+@pytest.mark.slow
 def test_table_and_record_of_a_whole_comparison(tmp_path):
     record = tmp_path / "record.json"
     command = [sys.executable, str(SCRIPT), str(TREE), str(TREE), "--smoke", "--only", "loader", "--out", str(record)]

@@ -72,6 +72,7 @@ def run(tree: Path, *entries: str, options: tuple[str, ...] = ()) -> subprocess.
 GUARD = '    if b == 0:\n        raise ValueError("b is 0")\n'
 
 
+@pytest.mark.slow
 def test_verdicts(tree):
     done = run(
         tree,

@@ -30,6 +30,7 @@ def run_script(*command) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_convert_distil_and_train(llama, token_folder, tmp_path):
     out = tmp_path / "out"
     options = ["--softmax-layers", 1, "--distil", 3, "--data", token_folder, "--batch-size", 2, "--seq-len", 16]

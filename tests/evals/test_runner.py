@@ -343,6 +343,7 @@ def test_what_is_missing_is_told_and_tried_again(run, capsys, monkeypatch):
     assert not [*(run.folder / "eval").glob(".*")]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(run, tmp_path):
     """As torchrun starts them: one result, that of one process; and an error of one is an error of both."""
     evaluate(wanted(run, evals=["perplexity", "generate"], out=str(tmp_path / "one")))

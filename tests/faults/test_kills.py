@@ -98,6 +98,7 @@ def test_killed_at_a_stage_of_saving(run_config, change, unbroken, tmp_path, sta
     assert_same(unbroken, config.folder)
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(run_config, change, tmp_path):
     """Kill runs 50 times. Each run that finishes equals the uninterrupted one, with every step in its metrics once."""
     small = {"model.num_hidden_layers": 1, "model.hidden_size": 16, "model.intermediate_size": 16}

@@ -31,6 +31,8 @@ from glalm.train.state import BatchPlan, TrainState
 from glalm.train.trainer import train
 from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
+pytestmark = pytest.mark.slow  # Every test starts two to four processes.
+
 
 def save(folder: Path, state: TrainState) -> Path:
     with CheckpointSaver(folder, CheckpointConfig(asynchronous=False)) as saver:
@@ -186,8 +188,9 @@ def test_ranks_restore_a_removed_folder_together(run_config, change, tmp_path):
 
 
 def test_ranks_leave_a_folder_of_another_run_together(run_config, change, tmp_path):
-    config = change(run_config, **{"train.guard.hang_seconds": 20.0, "train.micro_batch_size": 1})
-    assert run(config, 2, tmp_path / "log", train_without_folder, True) == [1, 1]
+    # No save is in flight while the folder is removed.
+    config = change(run_config, **{"train.checkpoint.every": 6, "train.micro_batch_size": 1})
+    assert run(config, 2, tmp_path / "log", train_without_folder, True) == [1, 1], text(tmp_path / "log", 1)
     for rank in (0, 1):
         assert "used by another run: process 1 on another machine" in text(tmp_path / "log", rank)
     assert [path.name for path in config.folder.iterdir()] == [".lock"]

@@ -152,6 +152,7 @@ def train_slowly(part: str, seconds: float, config: RunConfig) -> int:
     return train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "asynchronous"), [("saving", True), ("saving", False), ("validating", True)])
 def test_slow_progress_is_no_hang(run_config, change, unbroken, tmp_path, part, asynchronous):
     slowly = {"train.guard.hang_seconds": 2.0, "train.checkpoint.asynchronous": asynchronous}

@@ -85,6 +85,7 @@ for tree in ({"average": {"max_forgt": 3}}, {"average": {"max_forget": -1}}):
     ]
 
 
+@pytest.mark.slow
 def test_its_tests_pass(copy):
     """Its parity test, and what every mixer has to do."""
     files = ("tests/model/mixers/test_average.py", "tests/model/test_mixers.py")

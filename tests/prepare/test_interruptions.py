@@ -92,6 +92,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert read_contents(tmp_path / "set") == uninterrupted
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes(sources, settings, uninterrupted, tmp_path):
     """Kill a process with two workers by SIGKILL again and again, and let the last one finish."""
     script = (
@@ -405,6 +406,7 @@ def test_two_preparations_of_one_set_are_refused(sources, settings, tmp_path):
         prepare_data([sources], tmp_path / "set", **settings)
 
 
+@pytest.mark.slow
 def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "Tokenizer", ByteTokenizer)
     text = "0123456789abcde " * (100 * 2**20 // 16)
@@ -418,6 +420,7 @@ def test_a_document_of_100_mb(prepared, tmp_path, monkeypatch):
     assert [len(s) for s in tokens._shards] == [8, 100 * 2**20 + 2, 7]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(prepared, tmp_path):
     """The peak memory is the same for 20 times as much input, apart from noise."""
     script = (

@@ -128,6 +128,7 @@ def test_any_starts_in_vain(job, tmp_path, saves):
     check_that_three_starts_in_vain_are_the_last(job, tmp_path, saves)
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_refused_once(job, tmp_path):
     """Here the real Python composes the config, before the run is started on all nodes."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

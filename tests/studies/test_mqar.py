@@ -309,6 +309,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
 SWEEP = ["mixers=[gla]", "lengths=[16]", "pairs=[2]", "widths=[16]", "learning_rates=[1e-3]", "vocab_size=64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, code, tmp_path):
     command = [sys.executable, "scripts/mqar.py", f"folder={tmp_path}", *SWEEP, "train_examples=640", "epochs=9999"]

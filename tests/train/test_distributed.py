@@ -52,6 +52,7 @@ def config(run_config, change):
     )
 
 
+@pytest.mark.slow
 def test_every_mode_gives_the_losses_and_weights_of_one_process(config, change, tmp_path):
     rounded = {f"rounded, {mode}": KINDS["rounded"] | MODES[mode] for mode in ROUNDED}
     found = compare(config, change, tmp_path, MODES | OTHERS | rounded)
@@ -192,6 +193,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher, mode", [("torchrun", "fsdp2"), ("accelerate", "ddp")])
 def test_train_py_under_each_launcher(launcher, mode, token_folder, tmp_path):
     """A sweep by the command line finishes, and its losses are those of one process."""
@@ -241,6 +243,7 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_too_large_mesh_ends_with_a_message():
     done = launched(["train.py", "parallel=hsdp", "parallel.shard=4"])
     assert done.returncode != 0

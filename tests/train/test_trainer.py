@@ -157,6 +157,7 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(run_config, change, monk
     assert latest_checkpoint(run_config.folder / "checkpoints").name == "step_2"
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line(run_config, token_folder, tmp_path):
     """Ctrl-C ends the command with exit code 130. The shorter command that it names finishes the run."""
     command = [sys.executable, "train.py", f"runs_dir={tmp_path}", f"data.path={token_folder}", "name=cli"]

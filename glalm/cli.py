@@ -5,8 +5,10 @@ import faulthandler
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +18,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,7 +35,8 @@ from glalm.config.strict import (
     join_key,
     require,
 )
-from glalm.progress import INTERRUPTED, protect_output
+from glalm.launcher import choose_gpu_of_worker, register_launcher, set_torch_environment
+from glalm.progress import INTERRUPTED, protect_output, show_log
 
 # torch's CPU threads wait for each other many times per step, and spin by default. On a machine that does anything
 # else, a spinning thread keeps the core from the thread that it waits for: training was 20 times slower. OpenMP reads
@@ -99,54 +105,126 @@ def hydra_entry(
     main: Callable[..., int],
     cls: type,
     config_name: str,
-    complete: Callable[[dict, list[str]], dict] = lambda container, overrides: container,
+    complete: Callable[[dict, list[str], list[str]], dict] = lambda container, overrides, swept: container,
+    objective: Callable[..., float | None] = lambda config: None,
 ) -> None:
     """Run `main` with the config that configs/<config_name>.yaml and the command line make, and exit.
 
     The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
     could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds, and Ctrl-C, print one
     message without a traceback. Output that cannot be written, as in `glalm eval | head`, is dropped.
-    In a sweep (--multirun) of one process, a wrong config does not stop the other runs.
+    In a sweep (--multirun), a job that fails does not stop the others, unless torchrun started this process. The exit
+    code is then that of the first job that failed.
 
     Args:
         main: Returns 0 or a signal's number.
         cls: The dataclass of the config.
         config_name: A file of configs/, without its suffix.
-        complete: Returns the composed config with values from elsewhere, given the overrides of the command line.
+        complete: Returns the composed config with values from elsewhere, given the overrides of the run, and those of
+            them that a sweep has chosen for this run.
+        objective: Returns what a sweeper minimizes, given the config, after `main` has returned 0.
     """
     protect_output()
     if not faulthandler.is_enabled():
         faulthandler.enable()  # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened.
     store_defaults(cls)
+    register_launcher()
     # Hydra's parser refuses `KEY=VALUE --config-dir FOLDER KEY=VALUE`, so all overrides go to the end.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Without this, Hydra exits with 1 whatever error a job of a sweep has.
     with exit_on_error():
         check_command_line(sys.argv[1:], cls)
         if {"-h", "--help"} & {*sys.argv[1:]}:
             print(describe_command(cls, config_name, sys.argv[1:]))
             sys.exit(0)
-    sys.argv[1:] = protect_names(sys.argv[1:])
-    refused = []
+        sys.argv[1:] = protect_names(sys.argv[1:])
+        command = HydraCommand(main, cls, complete, objective, normalize_overrides(sys.argv[1:]))
+        hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)(command)()
 
-    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
-    def run_job(tree: DictConfig) -> None:
-        with exit_on_error():
-            try:
-                overrides = list(HydraConfig.get().overrides.task)
-                signum = main(build_config(cls, tree, partial(complete, overrides=overrides)))
-            except ConfigError as error:
-                is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-                if not is_sweep or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                    raise
-                print(f"ConfigError: {error}", file=sys.stderr, flush=True)
-                refused.append(error)
-                return
-        if signum:
+
+@dataclass(frozen=True)
+class HydraCommand:
+    """What Hydra calls with a composed config, in this process or, by a launcher, in another one.
+
+    Args:
+        overrides: Those of the command line. A job of a sweep has others in place of the swept ones.
+        main, cls, complete, objective: As in `hydra_entry`. They must be picklable for launchers.
+    """
+
+    main: Callable[..., int]
+    cls: type
+    complete: Callable[[dict, list[str], list[str]], dict]
+    objective: Callable[..., float | None]
+    overrides: list[str]
+
+    def __call__(self, tree: DictConfig) -> float | None:
+        """Run, exit with an error's code or with 128 + a signal's number, or return the objective.
+
+        A job of a sweep raises its error instead, because its launcher collects them.
+        """
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode is not RunMode.MULTIRUN:
+            with exit_on_error():
+                self._run(tree, swept=[], exits=True)
+            return None
+        launcher = hydra_config.runtime.choices["hydra/launcher"]
+        is_in_this_process = launcher == "basic"
+        if not is_in_this_process:
+            prepare_process(launcher)
+        swept = [override for override in job_overrides() if override not in self.overrides]
+        # All processes of torchrun stop at an error of one, whose next run would wait for the others.
+        runs_in_lockstep = is_in_this_process and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        with exit_on_error() if runs_in_lockstep else report_error(swept):
+            config = self._run(tree, swept, exits=is_in_this_process)
+        return self.objective(config)
+
+    def _run(self, tree: DictConfig, swept: list[str], exits: bool):
+        """Run `main` and return its config. If a signal has stopped it, exit or raise a RunError."""
+        config = build_config(self.cls, tree, partial(self.complete, overrides=job_overrides(), swept=swept))
+        signum = self.main(config)
+        if signum and exits:
             sys.exit(128 + signum)
+        if signum:
+            raise RunError(f"signal {signum} stopped this job. To resume it, run the same command again.")
+        return config
 
-    run_job()
-    if refused:
-        sys.exit(2)
+
+def job_overrides() -> list[str]:
+    """Return the overrides of this run, with references such as `name=mine-${seed}` as they were written."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def prepare_process(launcher: str) -> None:
+    """Prepare a process that `launcher` has started, as a command's own process is."""
+    protect_output()
+    show_log()
+    if launcher == "joblib":
+        choose_gpu_of_worker()
+    elif launcher.startswith("submitit"):
+        set_torch_environment()
+
+
+@contextmanager
+def report_error(swept: list[str]) -> Iterator[None]:
+    """Print the error of a sweep's job with the job's overrides where it happens, and raise it again.
+
+    The sweep's process sees it only after other jobs have ended, and of some launchers without its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if not isinstance(error, (ConfigError, RunError)):
+            text = traceback.format_exc()
+        print(f"{' '.join(swept)}: {text}", file=sys.stderr, flush=True)
+        raise
+
+
+def normalize_overrides(args: list[str]) -> list[str]:
+    """Return the overrides of a command line as Hydra's sweepers write those that they do not sweep."""
+    given = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+    fixed = [override for override in OverridesParser.create().parse_overrides(given) if not override.is_sweep_override()]
+    return [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in fixed]
 
 
 def describe_command(cls: type, config_name: str, args: list[str]) -> str:
@@ -210,12 +288,15 @@ def format_value(value) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn ConfigError, RunError and Ctrl-C into a message and an exit code."""
+    """Turn ConfigError, RunError, an error of Hydra's in the command line, and Ctrl-C into a message and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
+    except CompactHydraException as error:
+        print(error, *filter(None, [error.__cause__]), sep="\n", file=sys.stderr)
+        sys.exit(2)
     except (ConfigError, RunError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
@@ -231,6 +312,37 @@ def check_command_line(args: list[str], cls: type) -> None:
     check_overrides(args, cls, [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()])
     check_choices(args)
     check_config_files()
+    check_plugins(args)
+
+
+# The launchers and sweepers of Hydra that an extra of glalm, or a package, installs.
+PLUGIN_SOURCES = dict.fromkeys(("joblib", "submitit_local", "submitit_slurm", "optuna"), "'glalm[sweeps]'")
+PLUGIN_SOURCES["ray"] = "hydra-ray-launcher"
+
+
+def check_plugins(args: list[str]) -> None:
+    """Raise ConfigError for a launcher or sweeper of Hydra that is not installed, or for an option that it lacks."""
+    overrides = dict(arg.lstrip("+").split("=", 1) for arg in args if arg.startswith(("hydra/", "hydra.")) and "=" in arg)
+    for kind in ("launcher", "sweeper"):
+        options = [key for key in overrides if key.startswith(f"hydra.{kind}.")]
+        choice = overrides.get(f"hydra/{kind}", "basic")
+        if choice == "basic" and not options:
+            continue
+        Plugins.instance()  # It imports the plugins, which register what they offer.
+        installed = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(f"hydra/{kind}")]
+        if choice not in installed and choice in PLUGIN_SOURCES:
+            raise ConfigError(f"hydra/{kind}={choice} needs another package: pip install {PLUGIN_SOURCES[choice]}")
+        require(choice in installed, describe_unknown_choice(f"hydra/{kind}", choice, installed))
+        known = [str(name) for name in ConfigStore.instance().load(f"hydra/{kind}/{choice}.yaml").node]
+        for name in (key.split(".")[2] for key in options):
+            require(name in known, describe_unknown_key(name, known, f"hydra.{kind}"))
+
+
+def describe_unknown_choice(group: str, choice: str, choices: list[str]) -> str:
+    """Return an error message for a choice that a group of configs does not have."""
+    matches = difflib.get_close_matches(choice, choices, n=1)
+    suggestion = f"did you mean {matches[0]}? " if matches else ""
+    return f"{group} has no {choice}; {suggestion}choices: {', '.join(choices)}"
 
 
 HYDRA_FLAGS = ("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "info")

@@ -10,7 +10,8 @@ CORE = {"config", "data", "kernels", "model", "hf", "pretrained", "train", "prog
 ALLOWED = {
     "__main__": {"commands", "config.strict", "progress"},
     "config": {"model.config"},
-    "cli": {"config", "model.mixers", "progress"},
+    "cli": {"config", "launcher", "model.mixers", "progress"},
+    "launcher": {"config.strict", "data.processes"},
     "kernels": set(),
     "data": {"config.strict"},
     "progress": set(),
@@ -23,7 +24,7 @@ ALLOWED = {
     "compat": {*CORE, "evals.identity", "evals.options", "evals.result_files"},
     "evals": {*CORE, "generation", "prepare"},
     "commands": {*CORE, "cli", "compat", "evals", "prepare", "studies"},
-    "studies": {*CORE, "cli", "evals", "generation", "prepare"},
+    "studies": {*CORE, "cli", "launcher", "evals", "generation", "prepare"},
 }
 NO_MODEL = {"torch", "transformers", "glalm.model"}
 REPORTS = ("evals.html_report", "evals.identity", "evals.plot", "evals.published", "evals.report", "evals.result_files")

@@ -1,15 +1,29 @@
 """Train a language model: `glalm train [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `glalm train --help`."""
 
 import atexit
+import math
 
 from glalm.cli import hydra_entry
-from glalm.config.saved_run import complete_from_run
+from glalm.config.saved_run import complete_from_run, name_sweep_run
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 
 
 def main() -> None:
-    hydra_entry(run_training, TrainingRun, "train", complete_from_run)
+    hydra_entry(run_training, TrainingRun, "train", find_run, final_validation_loss)
+
+
+def find_run(tree: dict, overrides: list[str], swept: list[str]) -> dict:
+    """Return the composed config with the name of a sweep's run, and with what the run's run.json has."""
+    return complete_from_run(name_sweep_run(tree, overrides, swept), overrides)
+
+
+def final_validation_loss(config: TrainingRun) -> float | None:
+    """Return the validation loss after the last step, infinity if it was not finite, or None for a dry run."""
+    from glalm.train.metrics import read_metrics
+
+    rows, _ = read_metrics(config.folder / "metrics.jsonl")
+    return rows[-1].get("val_loss", math.inf) if rows and not config.train.dry_run else None
 
 
 def run_training(config: TrainingRun) -> int:

@@ -1,7 +1,11 @@
-"""Continue a run from its run.json: a key that the command line does not give is as the run has it."""
+"""Which run a command is about: it continues a run from its run.json, and each run of a sweep has a name of its own.
+
+A key that the command line does not give is as run.json has it.
+"""
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -47,6 +51,25 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
     if taken and int(os.environ.get("RANK", 0)) == 0:
         print(f"{tree['name']} is continued with these values of {path}: {', '.join(taken)}", flush=True)
     return config
+
+
+def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> dict:
+    """Return the config of a run of a sweep with a name of its own: the swept keys and values follow the given name.
+
+    For example, `name=mine optim.lr=1e-3,3e-3` are the runs mine-lr-0.001 and mine-lr-0.003. A name stays as it is if
+    the sweep chooses it, if it refers to other keys (`name=mine-${seed}`), or if `resume` names the run.
+    """
+    chosen = [override.partition("=")[0] for override in swept]
+    refers = any(override.startswith("name=") and "${" in override for override in overrides)
+    if refers or "name" in chosen or tree["resume"] is not None:
+        return tree
+    lasts = [key.split(".")[-1] for key in chosen]
+    name = tree["name"]
+    for override, key, last in zip(swept, chosen, lasts, strict=True):
+        # A name must be writable as name=... again, and be one folder.
+        value = re.sub(r"[^\w.+-]+", "_", override.partition("=")[2]).strip("_")
+        name += f"-{last if lasts.count(last) == 1 else key}-{value}"
+    return tree | {"name": name}
 
 
 def _locate_run(tree: dict, given: Collection[str]) -> dict:

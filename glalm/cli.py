@@ -190,7 +190,7 @@ class HydraCommand:
 
 
 def job_overrides() -> list[str]:
-    """Return the overrides of this run, with references such as `name=mine-${seed}` as they were written."""
+    """Return the overrides of this run. References such as `name=mine-${seed}` are not resolved."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
 
 
@@ -223,7 +223,8 @@ def report_error(swept: list[str]) -> Iterator[None]:
 def normalize_overrides(args: list[str]) -> list[str]:
     """Return the overrides of a command line as Hydra's sweepers write those that they do not sweep."""
     given = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
-    fixed = [override for override in OverridesParser.create().parse_overrides(given) if not override.is_sweep_override()]
+    overrides = OverridesParser.create().parse_overrides(given)
+    fixed = [override for override in overrides if not override.is_sweep_override()]
     return [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in fixed]
 
 
@@ -288,7 +289,7 @@ def format_value(value) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn ConfigError, RunError, an error of Hydra's in the command line, and Ctrl-C into a message and an exit code."""
+    """Turn ConfigError, RunError, Hydra's errors of the command line, and Ctrl-C into a message and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
@@ -322,7 +323,7 @@ PLUGIN_SOURCES["ray"] = "hydra-ray-launcher"
 
 def check_plugins(args: list[str]) -> None:
     """Raise ConfigError for a launcher or sweeper of Hydra that is not installed, or for an option that it lacks."""
-    overrides = dict(arg.lstrip("+").split("=", 1) for arg in args if arg.startswith(("hydra/", "hydra.")) and "=" in arg)
+    overrides = dict(arg.split("=", 1) for arg in args if arg.startswith("hydra") and "=" in arg)
     for kind in ("launcher", "sweeper"):
         options = [key for key in overrides if key.startswith(f"hydra.{kind}.")]
         choice = overrides.get(f"hydra/{kind}", "basic")

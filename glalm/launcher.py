@@ -26,7 +26,6 @@ from omegaconf import DictConfig, open_dict
 from glalm.config.strict import RunError
 from glalm.data.processes import call_without_parent
 
-
 # Hydra accepts launchers from its package of plugins only, by their names.
 TARGET = "hydra_plugins.glalm.ProcessLauncher"
 

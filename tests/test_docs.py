@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from glalm.__main__ import COMMANDS
-from glalm.cli import check_choices, compose_config
+from glalm.cli import CONFIGS, check_choices, check_plugins, compose_config, normalize_overrides
 from glalm.config.strict import check_overrides, iterate_key_paths
 from glalm.evals.options import EvalConfig, TrainingRun
+from glalm.launcher import register_launcher
 from glalm.studies.mqar import MQARConfig
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,11 @@ def test_command_parses(words, monkeypatch):
     if command in HYDRA_COMMANDS:
         overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
         check_choices(overrides)
+        if "--multirun" in arguments:
+            register_launcher()
+            check_overrides(overrides, HYDRA_COMMANDS[command], [path.name for path in CONFIGS.iterdir()])
+            check_plugins(overrides)
+            overrides = normalize_overrides(overrides)
         compose_config(HYDRA_COMMANDS[command], command, overrides)
         return
 

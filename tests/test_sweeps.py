@@ -56,8 +56,8 @@ def test_each_job_trains_and_a_refused_one_does_not_stop_the_others(name, token_
 
 @pytest.mark.slow
 def test_optuna_minimizes_the_validation_loss_and_resumes(token_folder, tmp_path):
-    command = [f"data.path={token_folder}", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
-    command += ["hydra.sweeper.sampler.seed=1", "optim.lr=tag(log,interval(1e-4,1e-2))"]
+    command = [f"data.path={token_folder}", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
+    command += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1", "optim.lr=tag(log,interval(1e-4,1e-2))"]
     done = sweep(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     losses = final_losses(tmp_path)
@@ -89,13 +89,13 @@ def test_a_run_is_named_by_what_is_swept(swept, name):
 
 def test_a_name_of_the_user_stays():
     tree = {"name": "mine-2", "resume": None}
-    assert name_sweep_run(tree, ["name=mine-${seed}", "seed=2"], ["seed=2"]) == tree
+    assert name_sweep_run(tree, ["name=mine-$\\{seed}", "seed=2"], ["seed=2"]) == tree
     resumed = {"name": "mine", "resume": "runs/mine"}
     assert name_sweep_run(resumed, ["resume=runs/mine", "seed=2"], ["seed=2"]) == resumed
 
 
 def test_what_is_not_swept_is_written_as_sweepers_write_it():
-    args = ["--multirun", "--config-dir", "mine", 'name="a b"', "+x={a: 1}", "~track", "seed=1,2", "optim.lr=choice(1,2)"]
+    args = ["-m", "--config-dir", "mine", 'name="a b"', "+x={a: 1}", "~track", "seed=1,2", "optim.lr=choice(1,2)"]
     assert normalize_overrides(args) == ['name="a b"', "+x={a:1}", "~track=null"]
 
 

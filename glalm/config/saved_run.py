@@ -60,7 +60,7 @@ def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> di
     the sweep chooses it, if it refers to other keys (`name=mine-${seed}`), or if `resume` names the run.
     """
     chosen = [override.partition("=")[0] for override in swept]
-    refers = any(override.startswith("name=") and "${" in override for override in overrides)
+    refers = any(re.match(r"name=.*\$\\?\{", override) for override in overrides)  # Hydra writes $\{ for ${.
     if refers or "name" in chosen or tree["resume"] is not None:
         return tree
     lasts = [key.split(".")[-1] for key in chosen]

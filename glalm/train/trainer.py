@@ -24,6 +24,7 @@ from glalm.train.collectives import max_over_processes, run_on_rank_0
 from glalm.train.compile import apply_training_forward
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
+from glalm.train.garbage import collect_between_steps
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.init_weights import build_initial_model
 from glalm.train.layer_statistics import gradient_norms, observe_layers, state_norms
@@ -359,6 +360,10 @@ class TrainingLoop:
         self._log_start()
         if self.state.step == 0:
             self.metrics.write_row({"step": 0, **self._run_evaluations()})
+        with collect_between_steps() as collect_garbage:
+            return self._fit_steps(collect_garbage)
+
+    def _fit_steps(self, collect_garbage: Callable[[], None]) -> int:
         first_step = self.state.step + 1
         self.meter.restart(self.state.step)
         for batch in self.meter.time_waiting(self.trainer.iterate_batches(self.training)):
@@ -366,6 +371,7 @@ class TrainingLoop:
             step = self.state.step
             if step == first_step:
                 self.saver.warm_up(self.state)
+                collect_garbage()
             is_last = step == self.config.steps
             # All processes must stop at the same step, whichever of them received the signal.
             stop_signal = max_over_processes(self.stop.received or 0)
@@ -385,6 +391,7 @@ class TrainingLoop:
                     # The row is written first. A checkpoint also saves rows that could not be written, because a
                     # resumed run can drop surplus rows but cannot recreate missing ones.
                     self._save_checkpoint(row, [*self.metrics.unwritten])
+                    collect_garbage()
                 self.meter.restart(step)
             self.watchdog.begin_phase(f"waiting for the data of step {step + 1}")
         self.metrics.log_message(f"Trained to step {self.config.steps}. The last checkpoint is {self.saver.finish()}.")

@@ -1,7 +1,8 @@
-"""Turn records into token ids: the unit of work of preparation, a pure function of its arguments."""
+"""Turn records into token ids: a pure function of its arguments."""
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,11 @@ class EncodedBatch(NamedTuple):
     ids: np.ndarray
     documents: list[EncodedDocument]
     skipped: list[SkippedRecord]
+
+    def shift_numbers(self, before: int) -> "EncodedBatch":
+        """Return the batch with the numbers that records have if `before` records precede those that were read."""
+        skipped = [replace(record, number=before + record.number) for record in self.skipped]
+        return self._replace(skipped=skipped)
 
 
 def encode_batch(

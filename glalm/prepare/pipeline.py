@@ -7,14 +7,13 @@ preparation was interrupted and resumed.
 import os
 import time
 from collections.abc import Iterable, Mapping
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare.encode import HELD_OUT, check_shares, encode_batch
+from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
@@ -26,9 +25,9 @@ from glalm.prepare.sources import (
     describe_skipped_files,
     out_of_memory_error,
     parse_source,
-    read_batches,
 )
-from glalm.prepare.workers import map_in_order
+from glalm.prepare.units import UnitEncoder, cut_units, estimate_memory
+from glalm.prepare.workers import stream_in_order
 from glalm.prepare.writer import SetWriter, format_counts
 from glalm.progress import ProgressBar
 
@@ -131,20 +130,24 @@ def run_plan(
     available = {source_input.key: source_input for source_input in inputs}
     inputs = [available[entry["source"], entry["name"]] for entry in plan.inputs]
     starts = [0, *accumulate(source_input.size for source_input in inputs)]  # of each input, in bytes
+    fields = list_fields(plan.settings)
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
     writer = SetWriter(out, plan)
-    bar.log(f"Tokenizing {len(inputs) - writer.position[0]:,} inputs (processes: {workers})")
-    bar.start_task("tokenizing", starts[-1], starts[writer.position[0]])
+    bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} inputs (processes: {workers})")
+    bar.start_task("tokenizing", starts[-1], starts[writer.position.input])
     start_time = commit_time = time.monotonic()
     documents = 0
     tokens = 0
-    batches = read_batches(inputs, list_fields(plan.settings), tuple(writer.position))
-    encode = partial(encode_batch, out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings)
+    units = cut_units(inputs, fields, writer.position)
+    encode = UnitEncoder(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings, fields)
     try:
-        for batch, encoded in map_in_order(encode, batches, workers, size_of=lambda batch: batch.size):
+        for _, (batch, encoded) in stream_in_order(encode, units, workers, size_of=estimate_memory):
+            if batch.input_index < writer.position.input:
+                continue  # The input is damaged in an earlier part, which ends it.
             source_input = inputs[batch.input_index]
+            encoded = encoded.shift_numbers(writer.position.before)
             errors = [record for record in encoded.skipped if record.reason != "empty"]
             if errors and on_error == "stop":
                 if not (encoded.documents or plan.base or _count_written(writer)):
@@ -163,7 +166,7 @@ def run_plan(
                 writer.commit()
                 commit_time = now
     except MemoryError as error:
-        raise out_of_memory_error(inputs[writer.position[0]]) from error
+        raise out_of_memory_error(inputs[writer.position.input]) from error
     if not _count_written(writer):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))

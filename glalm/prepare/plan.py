@@ -12,7 +12,7 @@ from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet,
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.records import Document, SkippedRecord, parse_records
 from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_set_files, remove_set
-from glalm.prepare.sources import HubInput, Input, read_batches
+from glalm.prepare.sources import HubInput, Input, Position, read_batches
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
 
@@ -223,7 +223,8 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
     for split, entry in manifest["splits"].items():
         splits[split] = {name: {"shards": source["shards"], "open": None} for name, source in entry["sources"].items()}
     logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
-    base = {"cursor": [0, 0], "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
+    cursor = dataclasses.asdict(Position())
+    base = {"cursor": cursor, "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
     kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
     return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=base)
 

@@ -1,8 +1,8 @@
-"""Read files into records, and turn a record into a document.
+"""Read files, or ranges of them, into records, and turn a record into a document.
 
-Files are read by one process, and records are parsed by many. So a record is what is cheap to send to another process:
-a JSON line or a text file as bytes, or a row of a table as a dict. What cannot be read becomes a `BadRecord`, so that
-documents and failures are counted in one place. Memory does not grow with the size of a file.
+A record is what is cheap to send to another process: a JSON line or a text file as bytes, or a row of a table as a
+dict. What cannot be read becomes a `BadRecord`, so that documents and failures are counted in one place. Memory does
+not grow with the size of a file.
 """
 
 import gzip
@@ -30,6 +30,7 @@ BLOCK_BYTES = 2**20  # of text that is split into lines at once
 # zstd needs 4 bytes for a block of 128 KiB of one repeated byte. So this many compressed bytes are at most 8 MiB.
 COMPRESSED_READ_BYTES = 2**8
 MIN_RECORD_BYTES = 64  # of memory
+DAMAGED_FILE = "damaged file"  # the reason of the last record of a file that cannot be read any further
 # Python refuses integers of more than 4,300 digits. No number of a line is ever used, so its precision does not matter.
 JSON = json.JSONDecoder(parse_int=float)
 NAME_A_FIELD = "name one of them with --text-field or --source-field"
@@ -135,14 +136,33 @@ def _estimate_value_bytes(value: Any) -> int:
     return len(value) if isinstance(value, bytes | str) else 8
 
 
-def read_file(path: Path, fields: list[str]) -> Chunks:
-    """Yield the records of a file in order. From a table, only the columns that hold `fields` are read."""
+def find_cuts(path: Path, start: int, part_bytes: int) -> list[int]:
+    """Return where to cut a file after `start` into parts of about `part_bytes`, of its text or of unpacked columns.
+
+    The parts of plain JSON Lines are cut at a byte: a line belongs to the part in which it begins. Those of Parquet are
+    cut before a row group. Other files cannot be read from their midst.
+    """
+    name = path.name.lower()
+    if name.endswith(".jsonl"):
+        first = (start // part_bytes + 1) * part_bytes
+        return list(range(first, path.stat().st_size, part_bytes))
+    if name.endswith(".parquet"):
+        return _find_row_groups(path, start, part_bytes)
+    return []
+
+
+def read_file(path: Path, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
+    """Yield the records of a file in order. From a table, only the columns that hold `fields` are read.
+
+    Args:
+        start, stop: The part of the file to read, between two of the places that `find_cuts` returns or to the end.
+    """
     name = path.name.lower()
     size = path.stat().st_size
     if name.endswith(TABLES):
-        yield from _read_table(path, fields)
+        yield from _read_table(path, fields, start, stop)
     elif name.endswith(JSONL):
-        yield from _read_lines(path)
+        yield from _read_lines(path, start, stop)
     elif size > MAX_RECORD_BYTES:
         yield [_oversized_record("file", size)], size
     else:
@@ -240,7 +260,7 @@ def _oversized_record(kind: str, size: int) -> BadRecord:
 
 def _damaged_file(error: Exception) -> BadRecord:
     """Return the record in place of those that follow where a file is damaged."""
-    return BadRecord("damaged file", f"the file is damaged or cut short from here on ({error})")
+    return BadRecord(DAMAGED_FILE, f"the file is damaged or cut short from here on ({error})")
 
 
 def _shows_damage(error: Exception) -> bool:
@@ -259,19 +279,21 @@ def _shows_damage(error: Exception) -> bool:
     return isinstance(error, (*of_content, ValueError, TypeError))
 
 
-def _read_lines(path: Path) -> Chunks:
-    """Yield the lines of a JSON Lines file, and a `BadRecord` where a compressed file is damaged."""
+def _read_lines(path: Path, start: int, stop: int | None) -> Chunks:
+    """Yield the lines that begin in a part of a JSON Lines file, and a `BadRecord` where a packed file is damaged."""
     suffix = path.suffix.lower()
     splitter = _LineSplitter()
     with open(path, "rb") as file:
-        read_blocks = {".gz": _read_gzip, ".zst": _read_zstd}.get(suffix, _read_blocks)
+        blocks = {".gz": _read_gzip, ".zst": _read_zstd}[suffix](file) if suffix in (".gz", ".zst") else None
         try:
-            for block in read_blocks(file):
+            for block in blocks or _read_line_range(file, start, stop):
                 yield splitter.split(block), file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             yield [_damaged_file(error)], file.tell()
         else:
-            yield [splitter.take_pending()], file.tell()
+            # The last line of the file may lack its newline. A part before it ends with one, and has nothing pending.
+            pending = splitter.take_pending()
+            yield [pending] if pending else [], file.tell()
 
 
 class _LineSplitter:
@@ -323,6 +345,32 @@ def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
+def _read_line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:
+    """Yield blocks of the lines that begin in the bytes [start, stop) of a file, to the end of the last of them."""
+    if start:
+        # A line begins at `start` if the byte before it is a newline.
+        file.seek(start - 1)
+        _skip_line(file, stop)
+    position = file.tell()
+    block = b"\n"
+    while stop is None or position < stop:
+        limit = BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position)
+        block = file.read1(limit)
+        if not block:
+            return
+        position += len(block)
+        yield block
+    while not block.endswith(b"\n") and (block := file.readline(BLOCK_BYTES)):
+        yield block
+
+
+def _skip_line(file: IO[bytes], stop: int | None) -> None:
+    """Move behind the next newline in a file, or to `stop` or beyond if there is none before it."""
+    while (part := file.readline(BLOCK_BYTES)) and not part.endswith(b"\n"):
+        if stop is not None and file.tell() >= stop:
+            return
+
+
 def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
     """Yield blocks of the text in a gzip file."""
     yield from _read_blocks(gzip.GzipFile(fileobj=_refuse_empty(file)))
@@ -364,15 +412,16 @@ def _refuse_empty(file: IO[bytes]) -> IO[bytes]:
     return file
 
 
-def _read_table(path: Path, fields: list[str]) -> Chunks:
-    """Yield the rows of a Parquet or Arrow file, and a `BadRecord` where it is damaged."""
+def _read_table(path: Path, fields: list[str], start: int, stop: int | None) -> Chunks:
+    """Yield the rows of a part of a Parquet or Arrow file, and a `BadRecord` where it is damaged."""
     import pyarrow
 
-    read_batches = _read_parquet if path.suffix.lower() == ".parquet" else _read_arrow
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
-            for batch, position in read_batches(file, path, fields):
+            is_parquet = path.suffix.lower() == ".parquet"
+            batches = _read_parquet(file, path, fields, start, stop) if is_parquet else _read_arrow(file, path, fields)
+            for batch, position in batches:
                 yield _convert_rows(batch), position
     except (pyarrow.ArrowException, EOFError, OSError) as error:
         if not _shows_damage(error):
@@ -380,20 +429,46 @@ def _read_table(path: Path, fields: list[str]) -> Chunks:
         yield [_damaged_file(error)], size
 
 
-def _read_parquet(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:
-    """Yield batches of rows, and the share of the rows read so far in bytes of the file."""
+def _find_row_groups(path: Path, start: int, part_bytes: int) -> list[int]:
+    """Return the row groups of a Parquet file before which to cut it after the row group `start`."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with open(path, "rb") as file:
+            metadata = ParquetFile(file).metadata
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        if not _shows_damage(error):
+            raise
+        return []  # Whoever reads the file reports the damage.
+    cuts = []
+    size = 0
+    for group in range(start, metadata.num_row_groups):
+        if size >= part_bytes:
+            cuts.append(group)
+            size = 0
+        size += metadata.row_group(group).total_byte_size
+    return cuts
+
+
+def _read_parquet(
+    file: IO[bytes], path: Path, fields: list[str], start: int, stop: int | None
+) -> Iterator[tuple[Any, int]]:
+    """Yield batches of the rows in the row groups [start, stop), and the share of rows so far in bytes of the file."""
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(file)
     columns = select_columns(str(path), fields, table.schema_arrow.names)
     bytes_per_row = path.stat().st_size / max(table.metadata.num_rows, 1)
-    groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     unpacked_per_row = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
     rows_per_batch = min(ROWS_PER_BATCH, max(1, int(MAX_BATCH_BYTES / max(unpacked_per_row, 1))))
-    rows = 0
-    for batch in table.iter_batches(rows_per_batch, columns=columns):
-        rows += len(batch)
-        yield batch, int(rows * bytes_per_row)
+    rows = sum(group.num_rows for group in groups[:start])
+    for group in range(len(groups))[start:stop]:
+        # A batch does not cross row groups, so that rows before a damaged one are read wherever the file is cut.
+        for batch in table.iter_batches(rows_per_batch, row_groups=[group], columns=columns):
+            rows += len(batch)
+            yield batch, int(rows * bytes_per_row)
 
 
 def _read_arrow(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:

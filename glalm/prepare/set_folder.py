@@ -5,11 +5,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from glalm.data.files import file_sha256, is_named, read_json, try_lock
 from glalm.data.shards import MANIFEST, PLAN, SPLITS
+from glalm.prepare.sources import Position
 
 JOURNAL = ".journal.json"
 LOGS = ("inputs.jsonl", "skipped.jsonl")
@@ -60,7 +62,8 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 def last_commit(out: Path) -> dict | None:
     """Return what `SetWriter.commit` wrote last, or None. Raises DamagedFile."""
-    shape = {"cursor": [int], "books": dict, "current": dict, "logs": dict.fromkeys(LOGS, int), "splits": dict}
+    cursor = dict.fromkeys(asdict(Position()), int)
+    shape = {"cursor": cursor, "books": dict, "current": dict, "logs": dict.fromkeys(LOGS, int), "splits": dict}
     try:
         return read_json(out / JOURNAL, shape)
     except FileNotFoundError:

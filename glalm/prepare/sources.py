@@ -1,38 +1,42 @@
 """Find the text to prepare: files and folders, Python's standard library, and data sets of the Hugging Face hub.
 
 A source is a name and its inputs, in order. An input is a local file, or one file of a data set that is streamed.
-`read_batches` reads inputs; what is inside of a file is the subject of glalm.prepare.records.
+`read_part` reads a part of an input; what is inside of a file is the subject of glalm.prepare.records.
 """
 
+import math
 import os
 import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from glalm.data.files import file_sha256
 from glalm.prepare.records import (
+    DAMAGED_FILE,
     SUFFIXES,
+    BadRecord,
     Chunks,
     Record,
     count_lines,
     estimate_bytes,
+    find_cuts,
     read_file,
     read_rows,
     select_columns,
 )
 
-BATCH_BYTES = 2**20  # of records that a worker process gets at once
+BATCH_BYTES = 2**20  # of records that are encoded at once
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file of a source, which is read from its beginning to its end.
+    """One file of a source.
 
     Attributes:
         source: The name of its source.
@@ -53,6 +57,19 @@ class Input:
     def key(self) -> tuple[str, str]:
         """What identifies the input within a set."""
         return self.source, self.name
+
+    @property
+    def expected_bytes(self) -> float:
+        """About how many bytes there are to read, or infinity if that is unknown."""
+        return self.size
+
+    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
+        """Return where to cut the input after `start`, as `records.find_cuts` does; [] if it is read as a whole."""
+        return []
+
+    def for_another_process(self) -> "Input":
+        """Return an input with the same records that is cheap to pickle."""
+        return self
 
     def has_changed(self) -> bool:
         """Return whether the input has changed since its size and time were read. A streamed file never does."""
@@ -77,9 +94,13 @@ class FileInput(Input):
     def __str__(self) -> str:
         return str(self.path)
 
-    def read_records(self, fields: list[str]) -> Chunks:
-        """Yield all records in order. From a table, only the columns that hold `fields` are read."""
-        return read_file(self.path, fields)
+    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
+        """Yield the records of a part in order. From a table, only the columns that hold `fields` are read."""
+        return read_file(self.path, fields, start, stop)
+
+    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
+        # Most files are small. These are not opened.
+        return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
 
     def has_changed(self) -> bool:
         status = self.path.stat()
@@ -96,7 +117,16 @@ class HubInput(Input):
     dataset: Any  # datasets.IterableDataset
     index: int
 
-    def read_records(self, fields: list[str]) -> Chunks:
+    @property
+    def expected_bytes(self) -> float:
+        return self.size if self.size > 1 else math.inf
+
+    def for_another_process(self) -> "HubInput":
+        # The data set may have 100,000 files, and this is one of them.
+        return replace(self, dataset=self.dataset.shard(self.dataset.num_shards, self.index), index=0)
+
+    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
+        """Yield all records in order, of the columns that hold `fields`."""
         dataset = self.dataset
         if dataset.column_names:
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
@@ -117,16 +147,51 @@ class Source:
     skipped_files: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True)
+class Position:
+    """A place in a list of inputs, before which everything is written.
+
+    Attributes:
+        input: The index of an input.
+        start: Where a part of it starts, as of `records.find_cuts`.
+        records: The number of the part's records that are written.
+        before: The number of the input's records that precede the part.
+    """
+
+    input: int = 0
+    start: int = 0
+    records: int = 0
+    before: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an input, which is read without what precedes it.
+
+    Attributes:
+        input_index: Which of the inputs it belongs to.
+        start, stop: Where it begins and ends, as of `records.find_cuts`; None is the end of the input.
+        skip: The number of its first records that are not read.
+    """
+
+    input_index: int
+    source_input: Input
+    start: int = 0
+    stop: int | None = None
+    skip: int = 0
+
+
 class RecordBatch(NamedTuple):
-    """Neighbouring records of one input: what a worker process encodes at once.
+    """Neighbouring records of one part of an input, which are encoded at once.
 
     Attributes:
         input_index: Which of the inputs they belong to.
         source: The name of the input's source.
-        first, end: The number of records that precede them in the input, and the number up to their end.
+        first, end: The number of records that precede them in the part, and the number up to their end.
         size: About how many bytes they take in memory.
         bytes_read: The bytes of the input that end with them.
-        is_last: Whether the input ends with them.
+        is_last: Whether the part ends with them.
+        next_start: Where the next part of the input starts, or None if nothing follows in it.
     """
 
     input_index: int
@@ -137,45 +202,51 @@ class RecordBatch(NamedTuple):
     size: int
     bytes_read: int
     is_last: bool
+    next_start: int | None
 
 
-def read_batches(
-    inputs: list[Input], fields: list[str], start: tuple[int, int] = (0, 0), batch_bytes: int | None = None
-) -> Iterator[RecordBatch]:
-    """Yield the records of `inputs` in batches of about `batch_bytes` bytes. The last batch of an input may be empty.
+def read_part(part: Part, fields: list[str], batch_bytes: int | None = None) -> Iterator[RecordBatch]:
+    """Yield the records of a part in batches of about `batch_bytes` bytes. The last batch may be empty.
 
     Args:
         fields: The columns to read from a table; see `records.select_columns`.
-        start: The index of an input and a number of its records, before which everything is skipped.
     """
     batch_bytes = batch_bytes or BATCH_BYTES
-    first_input, written = start
-    for index, source_input in enumerate(inputs[first_input:], start=first_input):
-        read = 0
-        first = written
-        records = []
-        size = 0
-        try:
-            for chunk, position in source_input.read_records(fields):
-                for record in chunk:
-                    count = count_lines(record)
-                    read += count
-                    if read <= written:
-                        continue
-                    first = first if records else read - count
-                    records.append(record)
-                    size += estimate_bytes(record)
-                    if size >= batch_bytes:
-                        yield RecordBatch(
-                            index, source_input.source, first, read, records, size, position, is_last=False
-                        )
-                        first = read
-                        records = []
-                        size = 0
-        except MemoryError as error:
-            raise out_of_memory_error(source_input) from error
-        yield RecordBatch(index, source_input.source, first, read, records, size, source_input.size, is_last=True)
-        written = 0
+    index = part.input_index
+    source = part.source_input.source
+    read = 0
+    first = part.skip
+    records: list[Record] = []
+    size = 0
+    next_start = part.stop
+    position = 0
+    try:
+        for chunk, position in part.source_input.read_records(fields, part.start, part.stop):
+            for record in chunk:
+                if isinstance(record, BadRecord) and record.args[0] == DAMAGED_FILE:
+                    next_start = None
+                count = count_lines(record)
+                read += count
+                if read <= part.skip:
+                    continue
+                first = first if records else read - count
+                records.append(record)
+                size += estimate_bytes(record)
+                if size >= batch_bytes:
+                    yield RecordBatch(index, source, first, read, records, size, position, False, next_start)
+                    first = read
+                    records = []
+                    size = 0
+    except MemoryError as error:
+        raise out_of_memory_error(part.source_input) from error
+    position = part.source_input.size if next_start is None else position
+    yield RecordBatch(index, source, first, read, records, size, position, True, next_start)
+
+
+def read_batches(inputs: list[Input], fields: list[str], batch_bytes: int | None = None) -> Iterator[RecordBatch]:
+    """Yield all records of `inputs` in batches; see `read_part`."""
+    for index, source_input in enumerate(inputs):
+        yield from read_part(Part(index, source_input), fields, batch_bytes)
 
 
 def out_of_memory_error(source_input: Input) -> ValueError:

@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,12 +32,12 @@ from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, count_lef
 from glalm.prepare.encode import EncodedBatch
 from glalm.prepare.plan import Plan, changed_error
 from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
-from glalm.prepare.sources import Input, RecordBatch
+from glalm.prepare.sources import Input, Position, RecordBatch
 
 # The journal's keys, which are part of the format on disk, stand for these attributes of SetWriter: "cursor" for
 # `position`, "books" for `counts` (the documents of each source, as in the manifest), "current" for `_input_counts`.
 # "logs" has the sizes of the logs, and "splits" the states of the shard writers.
-EMPTY_STATE = {"cursor": [0, 0], "books": {}, "current": {}, "logs": {}, "splits": {}}
+EMPTY_STATE = {"cursor": asdict(Position()), "books": {}, "current": {}, "logs": {}, "splits": {}}
 NO_DOCUMENTS = {"read": 0, "written": 0}
 COUNTS = ("documents", "tokens", "text_bytes")
 HEADER_BYTES = 128  # numpy pads the header of a one-dimensional array to this size, whatever its length.
@@ -170,7 +171,7 @@ class SetWriter:
     """Write all files of a set but its tokenizer, from the last commit on, or from the set that `plan` adds to.
 
     Attributes:
-        position: The index of the input that is being read, and the number of its records that are written.
+        position: Up to where the inputs are written.
         counts: For each source, the documents read, written, and skipped by reason.
     """
 
@@ -179,7 +180,7 @@ class SetWriter:
         self._folder = os.stat(out)
         self.plan = plan
         state = last_commit(out) or plan.base or EMPTY_STATE
-        self.position: list[int] = state["cursor"]
+        self.position = Position(**state["cursor"])
         self.counts: dict[str, dict] = dict(state["books"])
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen_or_advise(out / name, state["logs"].get(name, 0)) for name in LOGS}
@@ -217,8 +218,12 @@ class SetWriter:
         for entry in (counts, self._input_counts):
             entry["read"] += len(encoded.documents) + len(encoded.skipped)
             entry["written"] += len(encoded.documents)
-        self.position = [batch.input_index, batch.end]
-        if batch.is_last:
+        if not batch.is_last:
+            self.position = replace(self.position, records=batch.end)
+        elif batch.next_start is not None:
+            before = self.position.before + batch.end
+            self.position = Position(batch.input_index, batch.next_start, before=before)
+        else:
             self._finish_input(source_input)
 
     def commit(self) -> None:
@@ -235,7 +240,7 @@ class SetWriter:
         for (split, source), writer in self._writers.items():
             splits[split][source] = writer.commit()
         state = {
-            "cursor": self.position,
+            "cursor": asdict(self.position),
             "books": self.counts,
             "current": self._input_counts,
             "logs": {name: flush_to_disk(file) for name, file in self._logs.items()},
@@ -291,7 +296,7 @@ class SetWriter:
         if source_input.has_changed():
             raise changed_error(source_input, self.out)
         self._log("inputs.jsonl", {**source_input.describe(), "sha256": sha256, **self._input_counts})
-        self.position = [self.position[0] + 1, 0]
+        self.position = Position(self.position.input + 1)
         self._input_counts = dict(NO_DOCUMENTS)
 
     def _log(self, name: str, row: dict) -> None:

@@ -19,7 +19,7 @@ from folder_contents import read_contents
 
 from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
-from glalm.prepare import encode, pipeline, plan, set_folder, workers, writer
+from glalm.prepare import encode, pipeline, plan, set_folder, units, writer
 from glalm.prepare import sources as sources_module
 from glalm.prepare.pipeline import prepare_data
 
@@ -87,7 +87,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 ):
     monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr(sources_module, "BATCH_BYTES", 10_000)
-    monkeypatch.setattr(workers, "PENDING_BYTES", 30_000)
+    monkeypatch.setattr(units, "UNIT_BYTES", 30_000)
     prepare_data([sources], tmp_path / "set", workers=processes, **settings)
     assert read_contents(tmp_path / "set") == uninterrupted
 
@@ -96,8 +96,8 @@ def test_any_number_of_workers_writes_the_same_bytes(
 def test_killed_at_random_moments_it_resumes(sources, settings, uninterrupted, tmp_path):
     """Kill a process with two workers by SIGKILL again and again, and let the last one finish."""
     script = (
-        "import time\nfrom glalm.prepare import pipeline, sources\nfrom glalm.prepare.writer import SetWriter\n"
-        "pipeline.BYTES_PER_WORKER, sources.BATCH_BYTES = 1, 5_000\n"
+        "import time\nfrom glalm.prepare import pipeline, sources, units\nfrom glalm.prepare.writer import SetWriter\n"
+        "pipeline.BYTES_PER_WORKER, sources.BATCH_BYTES, units.UNIT_BYTES = 1, 5_000, 20_000\n"
         "add = SetWriter.add_batch\nSetWriter.add_batch = lambda *args: (time.sleep(0.01), add(*args))\n"
         "if __name__ == '__main__':\n"
         f"    pipeline.prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, "

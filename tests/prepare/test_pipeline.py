@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare import pipeline
+from glalm.prepare import pipeline, units
 from glalm.prepare import sources as sources_module
 from glalm.prepare.encode import split_of
 from glalm.prepare.inspection import inspect_set
@@ -575,7 +575,7 @@ def test_a_document_too_large_for_the_memory_is_named(prepared, tmp_path, monkey
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(pipeline if place == "encode_batch" else sources_module, place, fail)
+    monkeypatch.setattr(units if place == "encode_batch" else sources_module, place, fail)
     with pytest.raises(ValueError, match=r"a\.txt: memory ran out\. .*--workers 1"):
         given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
         prepare_data([tmp_path / "a.txt"], tmp_path / "set", **given)

@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": ("prepare_data", "split text, tokenize it, and write token shards"),
     "tokenizer": ("train_tokenizer", "train a SentencePiece tokenizer"),
     "train": ("train", "train a model; the same command again resumes"),
+    "slurm": ("slurm", "print the Slurm template for several nodes"),
     "eval": ("eval", "evaluate a checkpoint, an exported folder, or a model of the hub"),
     "report": ("report", "print what runs reached, and write a page of it"),
     "plot": ("plot", "draw one figure of several models' results"),

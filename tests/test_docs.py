@@ -33,7 +33,7 @@ def shell_commands(page: Path) -> list[list[str]]:
     for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            separators = [i for i, word in enumerate(words) if word in ("&&", "|")]
+            separators = [i for i, word in enumerate(words) if word in ("&&", "|", ">")]
             for start, end in zip([-1, *separators], [*separators, len(words)], strict=True):
                 commands.append(words[start + 1 : end])
     return commands

@@ -57,7 +57,7 @@ def job(tmp_path):
         slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
         slurm |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NAME": "glalm"}
         env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        script = str(ROOT / "scripts/slurm/pretrain.sbatch")
+        script = str(ROOT / "glalm/commands/pretrain.sbatch")
         done = subprocess.run(
             ["bash", script, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
         )

@@ -43,7 +43,7 @@ def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seq
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, len(x))
             check_values(None, x, cu_seqlens)
-            return convolve_packed(x, h, sequence_ids(cu_seqlens, T))
+            return h[0] * x + convolve_between_blocks(x, h, sequence_ids(cu_seqlens, T), block=1)
         if outputs == 1:
             return (x[:, T - len(h) :] * h.flip(0)).sum(1, keepdim=True)
         y = convolve_circularly(x, h, T + len(h))
@@ -56,45 +56,49 @@ def convolve_circularly(x: Tensor, h: Tensor, period: int) -> Tensor:
     return torch.fft.irfft(spectrum, period, dim=1)
 
 
-def convolve_packed(x: Tensor, h: Tensor, sequence: Tensor) -> Tensor:
-    """Convolve packed sequences x [1, T, ...], whose tokens belong to the sequences `sequence` [T].
+def convolve_between_blocks(x: Tensor, h: Tensor, sequence: Tensor, block: int) -> Tensor:
+    """Return the part of the convolution [B, T, ...] that comes from tokens in earlier blocks than the token's own.
 
-    Blocks of at least L tokens reach the next block only, so the first cuts are those between such blocks.
+    Args:
+        x: [B, T, ...], float32 or float64.
+        h: [L, ...], in the dtype of x.
+        sequence: [T], the sequence that each token belongs to.
+        block: tokens in a block. With 1, only h_0 x_t is missing.
     """
     T = x.shape[1]
-    size = 1
+    size = block
     while size < len(h):
         size *= 2
     surplus = -T % size
-    x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, surplus))
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, surplus))
     sequence = F.pad(sequence, (0, surplus), value=-1)
-    y = h[0] * x
-    blocks = x.unflatten(0, (-1, size))
-    ids = sequence.view(-1, size)
-    if len(blocks) > 1:
-        added = continue_sequences(blocks[:-1], ids[:-1], ids[1:], h)
-        y = y + torch.cat([torch.zeros_like(y[:size]), added.flatten(0, 1)])
-    while size > 1:
+    y = torch.zeros_like(x)
+    if size < T:  # Blocks of at least L tokens reach the next block only, so the first cuts are those between them.
+        blocks = x.unflatten(1, (-1, size))
+        ids = sequence.view(-1, size)
+        added = continue_sequences(blocks[:, :-1], ids[:-1], ids[1:], h)
+        y = y + torch.cat([torch.zeros_like(y[:, :size]), added.flatten(1, 2)], 1)
+    while size > block:
         size //= 2
-        halves = x.unflatten(0, (-1, 2, size))
+        halves = x.unflatten(1, (-1, 2, size))
         ids = sequence.view(-1, 2, size)
-        added = continue_sequences(halves[:, 0], ids[:, 0], ids[:, 1], h)
-        y = y + torch.stack([torch.zeros_like(added), added], 1).flatten(0, 2)
-    return y[None, :T]
+        added = continue_sequences(halves[:, :, 0], ids[:, 0], ids[:, 1], h)
+        y = y + torch.stack([torch.zeros_like(added), added], 2).flatten(1, 3)
+    return y[:, :T]
 
 
 def continue_sequences(x: Tensor, ids: Tensor, next_ids: Tensor, h: Tensor) -> Tensor:
-    """Return what the tokens of each block add to the outputs of the block after it, [blocks, size, ...].
+    """Return what the tokens of each block add to the outputs of the block after it, [B, blocks, size, ...].
 
     Args:
-        x: [blocks, size, ...].
+        x: [B, blocks, size, ...].
         ids: [blocks, size], the sequences of the blocks' tokens.
         next_ids: [blocks, size], the sequences of the tokens in the blocks after these.
         h: [L, ...].
     """
     last = ids[:, -1:]  # No other sequence continues in the next block.
-    is_read = (ids == last).view(*ids.shape, *[1] * (x.dim() - 2))
-    is_reached = (next_ids == last).view(*ids.shape, *[1] * (x.dim() - 2))
+    is_read = (ids == last).view(*ids.shape, *[1] * (x.dim() - 3))
+    is_reached = (next_ids == last).view(*ids.shape, *[1] * (x.dim() - 3))
     size = ids.shape[1]
-    y = convolve_circularly(x.where(is_read, 0), h, 2 * size)[:, size:]
-    return y.where(is_reached, 0)
+    y = convolve_circularly(x.where(is_read, 0).flatten(0, 1), h, 2 * size)[:, size:]
+    return y.unflatten(0, x.shape[:2]).where(is_reached, 0)

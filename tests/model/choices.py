@@ -34,6 +34,8 @@ CHOICES = {
     "memsizer": {"mixer": "memsizer", "memsizer": {"slots": 6}},
     "hyena": {"mixer": "hyena", "hyena": {"filter_frequency": 3.0}},
     "hyena window": {"mixer": "hyena", "hyena": {"filter_length": 11, "filter_width": 8, "filter_features": 5}},
+    "rpe_attention": {"mixer": "rpe_attention"},
+    "rpe_attention window": {"mixer": "rpe_attention", "rpe_attention": {"features": 3, "window": 11}},
     "gla + attention": {"layers": "gla+attention", "attention": {"window": 9}},
 }
 EXACT = {"rtol": 1e-7, "atol": 1e-8}

@@ -24,6 +24,7 @@ MIXERS = [
     "transnormer_diag+transnormer",
     "memsizer",
     "hyena",
+    "rpe_attention",
     "gla+attention",
 ]
 

@@ -23,6 +23,7 @@ from glalm.model.mixers.mamba2 import Mamba2
 from glalm.model.mixers.memsizer import MemSizer
 from glalm.model.mixers.regla import ReGLA
 from glalm.model.mixers.retention import Retention
+from glalm.model.mixers.rpe_attention import RPEAttention
 from glalm.model.mixers.transnormer import TransNormer
 from glalm.model.mixers.transnormer_diag import DiagAttention
 
@@ -41,6 +42,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "transnormer_diag": DiagAttention,
     "memsizer": MemSizer,
     "hyena": Hyena,
+    "rpe_attention": RPEAttention,
 }
 # Installed packages offer mixers under this group of entry points: average = "mypackage.mixers:Average".
 ENTRY_POINT_GROUP = "glalm.mixers"

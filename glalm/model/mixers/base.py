@@ -120,14 +120,32 @@ def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:
     return chunkwise_flops(heads, K, V, T) + heads * (2 * C * K + C * (K + V) + 2 * K * V)
 
 
-def long_convolution_flops(T: int, taps: int, channels: int, filters: int) -> int:
+def convolution_flops(T: int, taps: int, block: int | None, channels: int, filters: int) -> int:
     """Return the operations per token of `channels` long convolutions of T tokens with `filters` different filters.
 
     Each channel takes an FFT and its inverse, and each filter an FFT, which all sequences of a batch share. A real FFT
     of n numbers takes 5/2 n log2 n operations.
+
+    Args:
+        block: None for `long_convolution`, or the tokens in a block for `convolve_between_blocks`.
     """
-    n = T + taps
-    return round((2 * channels + filters) * 2.5 * n * math.log2(n) / T)
+    if block is None:
+        return round((2 * channels + filters) * fft_flops(T + taps) / T)
+    size = block
+    while size < taps:
+        size *= 2
+    blocks = -(-T // size)
+    total = ((blocks - 1) * 2 * channels + filters) * fft_flops(2 * size) if blocks > 1 else 0.0
+    while size > block:
+        size //= 2
+        total += (blocks * 2 * channels + filters) * fft_flops(2 * size)
+        blocks *= 2
+    return round(total / T)
+
+
+def fft_flops(n: int) -> float:
+    """Return the operations of a fast Fourier transform of n real numbers."""
+    return 2.5 * n * math.log2(n)
 
 
 # ------------------------------------------------------------------------------------ states that hold past tokens

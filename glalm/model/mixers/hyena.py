@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require, require_positive
 from glalm.kernels import long_convolution
 from glalm.kernels.common import at_least_float32, sequence_ids
-from glalm.model.mixers.base import Mixer, append_inputs, keep_last, long_convolution_flops, mix_unpacked
+from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
 
 # The taps of a channel are multiplied by exp(-rate t), where t is 1 at the last tap. The rates of the channels lie
 # between those that bring the taps down to DECAY_TARGET at these two values of t.
@@ -115,7 +115,7 @@ class Hyena(Mixer):
         taps = min(self.length, T)
         channels = self.D.numel()
         network = taps * self.filter.flops() // T
-        return 2 * self.short_filter.numel() + network + long_convolution_flops(T, taps, channels, filters=channels)
+        return 2 * self.short_filter.numel() + network + convolution_flops(T, taps, None, channels, filters=channels)
 
 
 def convolve_short(z: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,0 +1,156 @@
+"""Kernelized attention with relative positional encoding, by FFT (Luo et al., arXiv 2106.12566)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glalm.config.strict import require_positive
+from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
+from glalm.kernels.long_convolution import convolve_between_blocks
+from glalm.model.layers import append_ones, divide_by_weights
+from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass
+class RPEAttentionOptions:
+    """The keys model.rpe_attention.*."""
+
+    features: int = 16  # of queries and keys in each head; the memory in training is proportional to them
+    window: int = 2048  # a token sees itself and the window - 1 tokens before it; each distance has a learned weight
+
+    def __post_init__(self):
+        require_positive(self, "model.rpe_attention", "features", "window", finite=True)
+
+
+class RPEAttention(Mixer):
+    """Attention with phi(q_t) . phi(k_s) in place of softmax's exponential, weighted by the distance of the tokens:
+
+        o_t = sum_{s <= t} c_{t-s} (phi(q_t) . phi(k_s)) v_s / sum_{s <= t} c_{t-s} (phi(q_t) . phi(k_s)),   y = o W_o
+        c_i = exp(b_i) for i < model.rpe_attention.window, else 0,   phi(x) = exp(W x / |x|)
+
+    Each head has a bias b_i for every distance, and features W. As sums over c_{t-s}, numerator and denominator are
+    convolutions of the F (V + 1) columns of phi(k_s)^T [v_s, 1] for a head with F features and V channels.
+
+    Of one FFT over the whole text, as in the paper, the first tokens would get rounding errors of the size of the last
+    tokens' sums, and divide them by their own small ones. So tokens of the same block of CHUNK attend to each other in
+    the dense form, and FFTs over no more tokens than are summed up add the earlier blocks: O(T log^2 T) in all.
+
+    phi is the paper's map of positive random features, of normalized queries and keys, without the factors that cancel.
+    W starts as the paper's random numbers and is trained. The paper's b has as many distances as the training length.
+
+    The state is a tuple of phi(k) [N, S, H, F], at least float32, and v [N, S, H, V] in the dtype it was computed in. S
+    is the number of tokens so far, but at most window - 1. A decoding step reads all of it, as softmax attention does.
+    """
+
+    options_name = "rpe_attention"
+    Options = RPEAttentionOptions
+    state_grows = True
+
+    def __init__(self, config):
+        super().__init__()
+        options: RPEAttentionOptions = config.rpe_attention
+        d = config.hidden_size
+        self.num_heads = config.num_heads
+        self.window = options.window
+        self.q_proj = nn.Linear(d, config.key_dim, bias=False)
+        self.k_proj = nn.Linear(d, config.key_dim, bias=False)
+        self.v_proj = nn.Linear(d, config.value_dim, bias=False)
+        self.features = nn.Parameter(torch.empty(self.num_heads, options.features, config.key_dim // self.num_heads))
+        self.position_bias = nn.Parameter(torch.empty(options.window, self.num_heads))
+        self.o_proj = nn.Linear(config.value_dim, d, bias=False)
+
+    def init_parameters(self) -> None:
+        """Draw the features from a normal distribution, and let all distances weigh the same."""
+        nn.init.normal_(self.features)
+        nn.init.zeros_(self.position_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: State | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        if cu_seqlens is not None and (return_state or state is not None):
+            return mix_unpacked(self, x, cu_seqlens, state=state, return_state=return_state, padding=padding)
+        q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.map_features(q)
+        k = self.map_features(k)
+        if padding is not None:
+            k = k * padding[..., None].to(k.dtype)  # phi(0) is not 0.
+        past_k, past_v = (None, None) if state is None else state
+        k = append_inputs(past_k, k, padding)
+        v = append_inputs(past_v, v, padding)
+        o = self.attend(q, k, v, cu_seqlens).to(v.dtype)
+        new_state = (keep_last(k, self.window - 1), keep_last(v, self.window - 1)) if return_state else None
+        return self.o_proj(o.flatten(-2)), new_state
+
+    def map_features(self, x: Tensor) -> Tensor:
+        """Return phi(x) [B, T, H, F], at least float32, of queries or keys x [B, T, H, K]."""
+        with torch.autocast(x.device.type, enabled=False):
+            directions = F.normalize(at_least_float32(x), dim=-1)
+            return torch.einsum("bthk,hfk->bthf", directions, at_least_float32(self.features)).exp()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the outputs [B, T, H, V], at least float32.
+
+        Args:
+            q: phi(q) [B, T, H, F].
+            k: phi(k) [B, S, H, F], whose last T tokens are those of q; 0 at padding.
+            v: [B, S, H, V].
+            cu_seqlens: as of Mixer.forward.
+        """
+        T = q.shape[1]
+        S = k.shape[1]
+        bias = at_least_float32(self.position_bias[: max(1, S)])
+        c = (bias - bias.detach().amax(0)).exp()  # The largest bias cancels, so no weight can overflow.
+        v = append_ones(at_least_float32(v))
+        with torch.autocast(v.device.type, enabled=False):
+            if T == 1 and cu_seqlens is None:
+                weights = torch.einsum("bhf,bshf->bsh", q[:, 0], k) * c.flip(0)
+                return divide_by_weights(torch.einsum("bsh,bshv->bhv", weights, v)[:, None])
+            sequence = c.new_zeros(S, dtype=torch.int64) if cu_seqlens is None else sequence_ids(cu_seqlens, S)
+            block = max(1, min(S, CHUNK))
+            q = F.pad(q, (0, 0, 0, 0, S - T, 0))
+            columns = k[..., None] * v[..., None, :]
+            columns = convolve_between_blocks(columns, c[..., None, None], sequence, block)
+            o = torch.einsum("bthf,bthfv->bthv", q, columns) + attend_within_blocks(q, k, v, c, sequence, block)
+        return divide_by_weights(o[:, S - T :])
+
+    def flops(self, T: int) -> int:
+        """Count both maps, the scores and sums in blocks, the FFTs, and the products of the queries with them."""
+        H, features, K = self.features.shape
+        V = self.v_proj.out_features // H + 1
+        block = min(T, CHUNK)
+        ffts = convolution_flops(T, min(self.window, T), block, channels=H * features * V, filters=H)
+        return H * (4 * features * K + 2 * block * (features + V) + 2 * features * V) + ffts
+
+
+def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: Tensor, block: int) -> Tensor:
+    """Return the sums [B, S, H, V] over the tokens of a token's own block and sequence, by the matrix of weights.
+
+    Args:
+        q: phi(q) [B, S, H, F].
+        k: phi(k) [B, S, H, F].
+        v: [B, S, H, V].
+        c: [window, H], the weights of the distances.
+        sequence: [S], the sequence that each token belongs to.
+        block: tokens in a block.
+    """
+    S = q.shape[1]
+    surplus = -S % block
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, surplus)).unflatten(1, (-1, block)) for x in (q, k, v))
+    ids = F.pad(sequence, (0, surplus), value=-1).view(-1, block)
+    tokens = torch.arange(block, device=c.device)
+    distance = tokens[:, None] - tokens
+    c = F.pad(c[:block], (0, 0, 0, block - len(c[:block])))
+    is_seen = (distance >= 0) & (ids[:, :, None] == ids[:, None, :])
+    weights = c[distance.clamp(min=0)] * is_seen[..., None]
+    scores = torch.einsum("bnihf,bnjhf->bnijh", q, k) * weights
+    return torch.einsum("bnijh,bnjhv->bnihv", scores, v).flatten(1, 2)[:, :S]

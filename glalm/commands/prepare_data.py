@@ -62,6 +62,8 @@ def prepare() -> int:
         held_out=held_out,
         on_error=args.on_error,
         workers=args.workers,
+        engine=args.engine,
+        address=args.address,
         add=args.add,
         overwrite=args.overwrite,
         **settings,
@@ -117,6 +119,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenize (default: all cores); the result is the same"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where to tokenize: in processes of this machine or on a Ray cluster; the result is the same",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of the Ray cluster, or 'auto' for the one that runs on this machine"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")

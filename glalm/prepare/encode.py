@@ -67,7 +67,7 @@ def encode_batch(
     Raises:
         ValueError: The tokenizer returned an id outside of its vocabulary.
     """
-    tokenizer = _open_tokenizer(tokenizer_path, fingerprint)
+    tokenizer = open_tokenizer(tokenizer_path, fingerprint)
     bos_ids = np.array(tokenizer.bos_ids, dtype=np.int32)
     eos_ids = np.array(tokenizer.eos_ids, dtype=np.int32)
     parts = [np.empty(0, np.int32)]
@@ -91,7 +91,7 @@ def encode_batch(
 
 
 @lru_cache(maxsize=1)
-def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+def open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     """Return the tokenizer at `path`, loaded once by each process.
 
     The fingerprint is part of the cache's key, because another tokenizer may have replaced the one at `path`.

@@ -7,6 +7,7 @@ preparation was interrupted and resumed.
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
+from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
     FileInput,
@@ -48,6 +50,8 @@ def prepare_data(
     source_field: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     workers: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
     add: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -71,7 +75,9 @@ def prepare_data(
             source is that of the input.
         on_error: For a record without a document, either raise ValueError with its file and line ("stop"), or skip it
             and count it by reason ("skip"). Empty documents are always skipped and counted.
-        workers: The number of processes that tokenize. None uses all cores.
+        workers: The number of processes that read and tokenize, on this machine. None uses all cores.
+        engine: Where to read and tokenize: in processes of this machine, or in tasks of a Ray cluster.
+        address: The address of the Ray cluster; see `ray_engine.connect_to_ray`.
         add: Append to a complete set those of `sources` that it lacks, with the settings and tokenizer of the set.
         overwrite: Replace a set in `out`, once a document of each input was read and the tokenizer is available.
         progress: Show a progress bar and messages on stderr.
@@ -83,6 +89,7 @@ def prepare_data(
         FileNotFoundError: A source or the tokenizer does not exist.
     """
     _check_arguments(held_out, shard_tokens, on_error, workers, add and overwrite)
+    _check_engine(engine, address, workers)
     out = Path(out)
     if out.is_file():
         raise ValueError(f"{out} is a file. Name a folder to write the set to with --out.")
@@ -102,6 +109,7 @@ def prepare_data(
     # Not every system has sched_getaffinity, which counts only the cores that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
+        connect_to_ray(address) if engine == "ray" else nullcontext(),
         create_folder(out),
         lock_folder(out),
         explain_full_disk(out),
@@ -112,7 +120,7 @@ def prepare_data(
                 bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if plan:
-            run_plan(plan, inputs, out, on_error, workers or cores, commit_seconds, bar)
+            run_plan(plan, inputs, out, on_error, engine, workers or cores, commit_seconds, bar)
             new = find_new_inputs(out, inputs, bar) if len(inputs) > len(plan.inputs) else []
             if new:
                 bar.log(f"{len(new)} inputs are not in {out}, because they appeared after it was begun. Use --add.")
@@ -120,7 +128,14 @@ def prepare_data(
 
 
 def run_plan(
-    plan: Plan, inputs: list[Input], out: Path, on_error: str, workers: int, commit_seconds: float, bar: ProgressBar
+    plan: Plan,
+    inputs: list[Input],
+    out: Path,
+    on_error: str,
+    engine: str,
+    workers: int,
+    commit_seconds: float,
+    bar: ProgressBar,
 ) -> None:
     """Read, tokenize and write the inputs of the plan that are not written yet.
 
@@ -135,15 +150,20 @@ def run_plan(
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
     writer = SetWriter(out, plan)
-    bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} inputs (processes: {workers})")
+    engine_name = "engine: ray" if engine == "ray" else f"processes: {workers}"
+    bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} inputs ({engine_name})")
     bar.start_task("tokenizing", starts[-1], starts[writer.position.input])
     start_time = commit_time = time.monotonic()
     documents = 0
     tokens = 0
     units = cut_units(inputs, fields, writer.position)
-    encode = UnitEncoder(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings, fields)
+    encoder = UnitEncoder(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings, fields)
+    if engine == "ray":
+        results = stream_on_ray(encoder, units)
+    else:
+        results = stream_in_order(encoder, units, workers, size_of=estimate_memory)
     try:
-        for _, (batch, encoded) in stream_in_order(encode, units, workers, size_of=estimate_memory):
+        for _, (batch, encoded) in results:
             if batch.input_index < writer.position.input:
                 continue  # The input is damaged in an earlier part, which ends it.
             source_input = inputs[batch.input_index]
@@ -167,6 +187,8 @@ def run_plan(
                 commit_time = now
     except MemoryError as error:
         raise out_of_memory_error(inputs[writer.position.input]) from error
+    finally:
+        results.close()
     if not _count_written(writer):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))
@@ -195,3 +217,15 @@ def _check_arguments(
         raise ValueError(f"--workers {workers} must be at least 1.")
     if add_and_overwrite:
         raise ValueError("--add and --overwrite exclude each other: add to the set or replace it.")
+
+
+def _check_engine(engine: str, address: str | None, workers: int | None) -> None:
+    """Raise ValueError if an argument of `prepare_data` does not fit the engine, or the engine is not installed."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine {engine} must be local or ray.")
+    if engine == "local" and address:
+        raise ValueError(f"--address {address} is that of a Ray cluster. Add --engine ray, or remove it.")
+    if engine == "ray" and workers:
+        raise ValueError(f"--workers {workers} is for --engine local. Ray uses all CPUs of its nodes; see ray start.")
+    if engine == "ray":
+        import_ray()

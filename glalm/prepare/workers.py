@@ -9,7 +9,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
@@ -24,17 +23,6 @@ BUFFER_BYTES = 2**26  # of results per worker that wait for those of earlier ite
 UNSENT_RESULTS = 8  # of a worker that wait until its parent receives them
 # The first byte of a message from a worker says what follows: a result, nothing after the last one, or an exception.
 RESULT, END, ERROR = (bytes([kind]) for kind in range(3))
-
-
-def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, size_of: Callable[[Item], int]
-) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with function(item), in order; see `stream_in_order`."""
-    return stream_in_order(partial(_call_once, function), items, workers, size_of)
-
-
-def _call_once(function: Callable[[Item], Result], item: Item) -> Iterator[Result]:
-    yield function(item)
 
 
 def stream_in_order(

@@ -319,9 +319,9 @@ def prepare_killed_at_removal(moment, monkeypatch, *args, **kwargs):
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = (
-        "import os, time\nfrom glalm.prepare.workers import map_in_order\n"
+        "import os, time\nfrom glalm.prepare.workers import stream_in_order\n"
         "def sleep(item):\n    print(os.getpid(), flush=True)\n    time.sleep(60)\n"
-        "if __name__ == '__main__':\n    list(map_in_order(sleep, range(2), workers=2, size_of=lambda item: 1))\n"
+        "if __name__ == '__main__':\n    list(stream_in_order(sleep, range(2), workers=2, size_of=lambda item: 1))\n"
     )
     (tmp_path / "parent.py").write_text(script)
     parent = subprocess.Popen(

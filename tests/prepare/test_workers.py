@@ -5,7 +5,7 @@ import time
 import pytest
 
 from glalm.prepare import workers
-from glalm.prepare.workers import map_in_order, stream_in_order
+from glalm.prepare.workers import stream_in_order
 
 pytestmark = pytest.mark.slow  # They start processes.
 
@@ -42,7 +42,6 @@ def test_results_come_in_the_order_of_the_items():
     items = [3, 0, 50, 1, 2, 0, 0, 7] * 5
     found = list(stream_in_order(count_to, items, 3, size_of=lambda item: 2**20))
     assert found == [(item, (item, number)) for item in items for number in range(item)]
-    assert list(map_in_order(abs, [-1, 2, -3], 2, size_of=lambda item: 1)) == [(-1, 1), (2, 2), (-3, 3)]
 
 
 def test_an_exception_is_raised_where_it_belongs():

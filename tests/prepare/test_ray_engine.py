@@ -1,0 +1,129 @@
+"""The Ray engine writes the set that the local one does, whatever dies. A real Ray runs here, with two nodes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from folder_contents import read_contents
+
+from glalm.prepare import pipeline, ray_engine, units
+from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.set_folder import JOURNAL
+from glalm.prepare.writer import SetWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, texts):
+    """A folder of two files of lines, some of which are bad, and of small files."""
+    folder = tmp_path_factory.mktemp("sources") / "text"
+    folder.mkdir()
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {i} {texts[i % 60]}"}) for i in range(2000)]
+        (folder / f"{name}.jsonl").write_text("\n{\n".join(lines))
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def settings(prepared, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 100_000)
+    tokenizer = str(prepared / "tokenizer.model")
+    return {"tokenizer": tokenizer, "on_error": "skip", "shard_tokens": 300_000, "progress": False}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster of two nodes with a CPU each, on this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.second_node = cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, settings, tmp_path, monkeypatch):
+    out = tmp_path / "ray"
+    script = (
+        "from glalm.prepare import pipeline, units\nunits.UNIT_BYTES = 100_000\n"
+        f"pipeline.prepare_data([{str(sources)!r}], {str(out)!r}, engine='ray', address={cluster.address!r}, "
+        f"commit_seconds=0, **{settings!r})"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while driver.poll() is None and not (out / JOURNAL).exists():
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    position = json.loads((out / JOURNAL).read_bytes())["cursor"]
+    assert position["input"] < 62  # It was killed before the end.
+
+    batches = 0
+    add_batch = SetWriter.add_batch
+
+    def kill_node(self, *args):
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            cluster.remove_node(cluster.second_node, allow_graceful=False)
+        add_batch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SetWriter, "add_batch", kill_node)
+        prepare_data([sources], out, engine="ray", address=cluster.address, **settings)
+    assert batches > 10
+    prepare_data([sources], tmp_path / "local", workers=1, **settings)
+    assert read_contents(out) == read_contents(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_local_engine(cluster, sources, settings, tmp_path):
+    with_ray = {**settings, "engine": "ray", "address": cluster.address}
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON.*--on-error skip"):
+        prepare_data([sources], tmp_path / "set", **{**with_ray, "on_error": "stop"})
+    (tmp_path / "x.parquet").write_bytes((sources / "a.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="damaged"):
+        prepare_data([tmp_path / "x.parquet"], tmp_path / "other", **{**with_ray, "on_error": "stop"})
+    with pytest.raises(ValueError, match=r"There is no Ray cluster at 127\.0\.0\.1:1: "):
+        prepare_data([sources], tmp_path / "set", **{**with_ray, "address": "127.0.0.1:1"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "dask"}, "--engine dask must be local or ray"),
+        ({"address": "auto"}, "--address auto is that of a Ray cluster. Add --engine ray"),
+        ({"engine": "ray", "workers": 2}, "--workers 2 is for --engine local"),
+    ],
+)
+def test_options_that_do_not_fit_the_engine_are_refused(corpus, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False, **options)
+
+
+def test_without_ray_its_extra_is_named(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"needs the package ray\. Install it: pip install"):
+        prepare_data([corpus], tmp_path / "set", vocab_size=400, progress=False, engine="ray")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_tokenizer_is_loaded_where_its_folder_is_not(prepared, hugging_face):
+    for path in (prepared / "tokenizer.model", hugging_face):
+        files = ray_engine._read_tokenizer(path)
+        loaded = ray_engine._load_tokenizer(str(path), tuple(files.items()))
+        assert not loaded.exists()
+        tokenizer = ray_engine.open_tokenizer(loaded, str(path))
+        assert tokenizer.encode("river") == pipeline.Tokenizer(path).encode("river")

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.kernels.common import CHUNK, empty_output, sequence_masks, wide_dtype
+from glalm.kernels.context_parallel import ContextShard, reverse_exchange
 
 # The largest exponent that scales q or k. In float32, a sum of gates near 20 is off by a few 1e-6, and so are the
 # results. Larger exponents would lose more digits long before anything overflows.
@@ -237,10 +238,22 @@ def scan_chunks(steps: list[slice], decay: Tensor, update: Tensor, S: Tensor) ->
 
 
 class ChunkedGLA:
-    """One call of `chunk_gla`, whose arguments these are. The backward pass recomputes all but the arguments."""
+    """One call of `chunk_gla`, whose arguments these are. The backward pass recomputes all but the arguments.
+
+    With a context, S is the state before the first process's tokens, and `entering` [N, H, K, V] the states that enter
+    this process's sequences, which a backward pass hands in as its S. It needs no exchange then.
+    """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, S: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        scale: float,
+        S: Tensor | None,
+        cu_seqlens: Tensor | None,
+        context: ContextShard | None = None,
     ):
         H, K = q.shape[2:]
         V = v.shape[3]
@@ -251,8 +264,14 @@ class ChunkedGLA:
         q, k, self.v, g = (self.layout.to_chunks(x, dtype) for x in self.args)
         self.blocks = compute_block(q.mul_(scale), k, g.clamp_(min=MIN_LOG_GATE))
         self.decay = self.blocks.g.exp().view(-1, H, K, 1)
-        self.S = q.new_zeros(len(self.layout.order), H, K, V) if S is None else S.to(dtype)[self.layout.order]
         update = (self.blocks.k.mT @ self.v).view(-1, H, K, V)
+        self.entering = S
+        self.final: Tensor | None = None
+        if context is not None:
+            local = self.scan_from_zeros(update, self.layout.steps)
+            self.entering, self.final = context.exchange(local, self.total_decay(), S)
+            S = self.entering
+        self.S = q.new_zeros(len(self.layout.order), H, K, V) if S is None else S.to(dtype)[self.layout.order]
         self.states = scan_chunks(self.layout.steps, self.decay, update, self.S)
 
     def outputs(self) -> Tensor:
@@ -262,16 +281,36 @@ class ChunkedGLA:
         return self.layout.to_tokens(o, v).to(v.dtype)
 
     def final_state(self) -> Tensor:
-        """Return the states after the last tokens, [N, H, K, V]."""
-        return self.S[self.layout.rank]
+        """Return the states after the last tokens, [N, H, K, V]; with a context, of the last process."""
+        return self.S[self.layout.rank] if self.final is None else self.final
 
-    def gradients(self, do: Tensor, dfinal_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv, dg and the gradient of the initial states; dg is not rounded to the dtype of g."""
+    def scan_from_zeros(self, update: Tensor, steps: list[slice]) -> Tensor:
+        """Return the states [N, H, K, V] to which scan_chunks brings zeros. It leaves `update` as it is."""
+        S = update.new_zeros(len(self.layout.order), *update.shape[1:])
+        scan_chunks(steps, self.decay, update.clone(), S)
+        return S[self.layout.rank]
+
+    def total_decay(self) -> Tensor:
+        """Return the factors by which the sequences multiply the states that enter them, [N, H, K, 1]."""
+        total = self.decay.new_ones(len(self.layout.order), *self.decay.shape[1:])
+        scan_chunks(self.layout.steps, self.decay, torch.zeros_like(self.decay), total)
+        return total[self.layout.rank]
+
+    def gradients(
+        self, do: Tensor, dfinal_state: Tensor | None, context: ContextShard | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv, dg and the gradient of the initial states; dg is not rounded to the dtype of g.
+
+        With a context, the initial and final states are those of the whole group of processes.
+        """
         layout = self.layout
         blocks = self.blocks
         do = layout.to_chunks(do, self.v.dtype)
-        dS = torch.zeros_like(self.S) if dfinal_state is None else dfinal_state.to(self.S.dtype)[layout.order]
         update = (blocks.q.mT @ do).view(self.states.shape)
+        if context is not None:
+            dentering = self.scan_from_zeros(update, layout.steps[::-1])
+            dfinal_state, dinitial = reverse_exchange(context, dentering, self.total_decay(), dfinal_state)
+        dS = torch.zeros_like(self.S) if dfinal_state is None else dfinal_state.to(self.S.dtype)[layout.order]
         dstates = scan_chunks(layout.steps[::-1], self.decay, update, dS)
 
         dtotal = (self.decay * (self.states * dstates).sum(-1, keepdim=True)).flatten(0, 1).squeeze(-1)
@@ -283,7 +322,7 @@ class ChunkedGLA:
         dq = layout.to_tokens(dq.mul_(self.scale), q).to(q.dtype)
         dk = layout.to_tokens(dk, k).to(k.dtype)
         dv = layout.to_tokens(dv, v).to(v.dtype)
-        return dq, dk, dv, layout.to_tokens(dg, g), dS[layout.rank]
+        return dq, dk, dv, layout.to_tokens(dg, g), dS[layout.rank] if context is None else dinitial
 
 
 # 5. A gate on the value axis -------------------------------------------------------------------------------

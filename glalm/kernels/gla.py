@@ -12,13 +12,14 @@
 On CUDA, Triton kernels compute all but the last. On other devices and in float64, PyTorch does (chunked.py).
 
 The relatives have the results and errors of chunk_gla. Their `options` are its keyword arguments scale, initial_state,
-output_final_state and cu_seqlens.
+output_final_state, cu_seqlens and context.
 """
 
 import torch
 from torch import Tensor
 
 from glalm.kernels import chunked, common
+from glalm.kernels.context_parallel import ContextShard, check_context, exchange_states
 
 # Public operators -------------------------------------------------------------------------------------------
 
@@ -34,6 +35,7 @@ def chunk_gla(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     gate_logit_normalizer: float | None = None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute gated linear attention (arXiv 2312.06635, section 4) in time and memory linear in T.
 
@@ -52,6 +54,7 @@ def chunk_gla(
             row (B = 1). A sequence may be empty. Without cu_seqlens, N = B.
         gate_logit_normalizer: if it is not None, g holds logits x of any sign, and the log gate is
             logsigmoid(x) / gate_logit_normalizer, computed in float32 inside the kernels, like its gradient.
+        context: this process's shard of sequences that several processes share; see ContextShard.
 
     Returns:
         o [B, T, H, V] in q's dtype, and S_T, of initial_state's shape and dtype, or None.
@@ -65,6 +68,7 @@ def chunk_gla(
     return _chunk(
         "chunk_gla", q, k, v, g, "BTHK", gate_logit_normalizer,
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        context=context,
     )  # fmt: skip
 
 
@@ -101,6 +105,7 @@ def chunk_value_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `chunk_gla` with the gate on the value axis of the state: g [B, T, H, V], log gates <= 0.
 
@@ -110,31 +115,55 @@ def chunk_value_gla(
     derivatives of any order and mode come from autograd. With states, cu_seqlens is read on the host.
     """
     common.check_inputs(q, k, v, g, initial_state, cu_seqlens, "BTHV")
+    check_context(context, initial_state, output_final_state, cu_seqlens)
     common.check_values(g, q, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = common.wide_dtype(q)
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
     with torch.autocast(q.device.type, enabled=False):
-        o, state = common.map_sequences(
-            chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens
-        )
-    return o.to(v.dtype), state
+        if context is None:
+            o, state = common.map_sequences(
+                chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens
+            )
+        else:
+            o, state = _value_gla_over_processes(inputs, initial_state, cu_seqlens, context)
+    return o.to(v.dtype), state if output_final_state else None
+
+
+def _value_gla_over_processes(
+    inputs: list[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard
+) -> tuple[Tensor, Tensor]:
+    """Compute the shard from states of zeros, exchange the states, and add the effect of those that enter.
+
+    Args:
+        inputs: q, scaled, k, v and g in the dtype to compute in.
+    """
+    o, local = common.map_sequences(chunked.value_gated_attention, inputs, None, True, cu_seqlens)
+    assert local is not None
+    q, _, _, g = (context.unpack_rows(x) for x in inputs)
+    log_decay = g.cumsum(1)
+    decay = context.place_first(log_decay[:, -1].exp(), len(local))[:, :, None]
+    entering, final = exchange_states(local, decay, initial_state, context)
+    effect = torch.einsum("bthk,bhkv->bthv", q, context.select_first(entering)) * log_decay.exp()
+    return o + (effect * context.is_in_first(effect, cu_seqlens)).reshape(o.shape), final
 
 
 def _chunk(
     name, q, k, v, g, gate_axes, normalizer=None,
-    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the public operator `name`, whose gate has the axes `gate_axes` of B, T, H and K, or is None."""
     common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    check_context(context, initial_state, output_final_state, cu_seqlens)
     common.check_normalizer(normalizer)
     common.refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    shard = (None, 0, 1, None) if context is None else (context.group, context.rank, context.size, context.rows)
     args = (q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens)
     if common.needs_gradient(q, k, v, g, initial_state):
-        o, final_state = ChunkGLA.apply(name, *args)
+        o, final_state = ChunkGLA.apply(name, *args, *shard)
     else:
-        o, final_state, *_ = forward_operator(*args, False)
+        o, final_state, *_ = forward_operator(*args, False, *shard)
     return o, final_state if output_final_state else None
 
 
@@ -150,32 +179,36 @@ class ChunkGLA(torch.autograd.Function):
     """Differentiate the forward operator by the backward operator, under the name of the public one."""
 
     @staticmethod
-    def forward(ctx, name, q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens):
-        o, final_state, *saved = forward_operator(
-            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, True
+    def forward(
+        ctx, name, q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens,
+        group, rank, size, rows,
+    ):  # fmt: skip
+        o, final_state, *saved, entering = forward_operator(
+            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, True, group, rank, size, rows
         )
-        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *saved)
+        entering = initial_state if group is None else entering
+        ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, rows, entering, *saved)
         ctx.set_materialize_grads(False)  # Autograd would allocate zeros for a final state that the loss ignores.
-        ctx.options = (name, scale, normalizer, output_final_state)
+        ctx.options = (name, scale, normalizer, output_final_state, group, rank, size)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, dfinal_state):
-        q, k, v, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
-        name, scale, normalizer, output_final_state = ctx.options
+        q, k, v, g, initial_state, cu_seqlens, rows, entering, *saved = ctx.saved_tensors
+        name, scale, normalizer, output_final_state, *shard = ctx.options
         common.refuse_transformed_gradients(name, do, dfinal_state, alternative=_alternative(name))
         do = torch.zeros_like(v) if do is None else do
         dfinal_state = dfinal_state if output_final_state else None
         with torch.no_grad():
             dq, dk, dv, dg, dinitial_state = backward_operator(
-                q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state
+                q, k, v, g, scale, normalizer, entering, cu_seqlens, saved, do, dfinal_state, *shard, rows
             )
         dg = dg if common.gate_has_gradient(g) else None
         dinitial_state = None if initial_state is None else dinitial_state
         grads = (dq, dk, dv, dg, dinitial_state)
         inputs = (q, k, v, g, initial_state, do, dfinal_state)
         dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, inputs, _alternative(name))
-        return None, dq, dk, dv, dg, None, None, dinitial_state, None, None
+        return None, dq, dk, dv, dg, None, None, dinitial_state, *[None] * 6
 
 
 # Registered operators. Each returns tensors only: an empty tensor stands for a result that does not exist. ----
@@ -192,38 +225,61 @@ def chunk_forward(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute o, the final states, and the six buffers that the Triton kernels save for chunk_backward."""
+    group: str | None = None,
+    rank: int = 0,
+    size: int = 1,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute o, the final states, six buffers that the kernels save for chunk_backward, and the entering states.
+
+    `group`, `rank`, `size` and `rows` are the fields of a ContextShard. With one, the entering states are those that
+    enter the shard's sequences.
+    """
+    context = None if group is None else ContextShard(group, rank, size, rows)
+    entering = None
     common.check_values(g if normalizer is None else None, q, cu_seqlens)
     saved = None
     if common.has_kernel(q):
         from glalm.kernels.triton import gla  # A machine without a GPU may lack Triton.
 
-        o, final_state, saved = gla.forward(
-            q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
-        )
+        if context is None:
+            o, final_state, saved = gla.forward(
+                q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
+            )
+        else:
+            o, final_state, entering, saved = gla.forward_over_processes(
+                q, k, v, g, scale, normalizer, initial_state, cu_seqlens, save_for_backward, context
+            )
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = common.expand_gate(common.log_gate(g, normalizer), q)
-            call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
+            call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens, context)
             o = call.outputs()
-            final_state = call.final_state() if output_final_state else None
-    return o, _tensor_or_empty(final_state, q), *(saved or (q.new_empty(0) for _ in range(6)))
+            final_state = call.final_state()
+            entering = None if context is None else call.entering
+    final_state = final_state if output_final_state else None
+    buffers = saved or (q.new_empty(0) for _ in range(6))
+    return o, _tensor_or_empty(final_state, q), *buffers, _tensor_or_empty(entering, q)
 
 
 def chunk_forward_fake(
-    q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward
-) -> tuple[Tensor, ...]:
+    q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens, save_for_backward,
+    group=None, rank=0, size=1, rows=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return uninitialized tensors of the shapes and dtypes that chunk_forward returns."""
     B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = q.new_empty(N, H, K, v.shape[3], dtype=common.wide_dtype(q)) if output_final_state else q.new_empty(0)
+    states = []
+    for exists in (output_final_state, group is not None):
+        shape = (N, H, K, v.shape[3])
+        states.append(q.new_empty(shape, dtype=common.wide_dtype(q)) if exists else q.new_empty(0))
     saved: list[tuple[tuple[int, ...], torch.dtype]] = [((0,), q.dtype)] * 6
     if save_for_backward and common.has_kernel(q):
         from glalm.kernels.triton.gla import saved_shapes
 
         saved = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
-    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved)
+    final_state, entering = states
+    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved), entering
 
 
 def chunk_backward(
@@ -238,28 +294,40 @@ def chunk_backward(
     saved: list[Tensor],
     do: Tensor,
     dfinal_state: Tensor | None,
+    group: str | None = None,
+    rank: int = 0,
+    size: int = 1,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k, v, g and initial_state."""
+    """Compute the gradients of q, k, v, g and initial_state.
+
+    With a context, `initial_state` is what entered the shard, and its gradient that of the state before all shards.
+    """
+    context = None if group is None else ContextShard(group, rank, size, rows)
     if common.has_kernel(q):
         from glalm.kernels.triton import gla
 
         dq, dk, dv, dg, dinitial_state = gla.backward(
-            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.SavedForBackward(*saved), do, dfinal_state
-        )
+            q, k, v, g, scale, normalizer, initial_state, cu_seqlens, gla.SavedForBackward(*saved),
+            do, dfinal_state, context,
+        )  # fmt: skip
     else:
         with torch.autocast(q.device.type, enabled=False):
             gates = common.expand_gate(common.log_gate(g, normalizer), q)
             call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
-            dq, dk, dv, dg, dinitial_state = call.gradients(do, dfinal_state)
+            dq, dk, dv, dg, dinitial_state = call.gradients(do, dfinal_state, context)
             dg = common.gate_gradient(dg, g, normalizer)
-            dinitial_state = None if initial_state is None else dinitial_state
+    if initial_state is None or rows is not None:
+        dinitial_state = None  # Packed sequences have no initial state before the first process's tokens.
     return dq, dk, dv, _tensor_or_empty(dg, q), _tensor_or_empty(dinitial_state, q)
 
 
 def chunk_backward_fake(
-    q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state
-) -> tuple[Tensor, ...]:
+    q, k, v, g, scale, normalizer, initial_state, cu_seqlens, saved, do, dfinal_state,
+    group=None, rank=0, size=1, rows=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return uninitialized tensors of the shapes and dtypes that chunk_backward returns."""
+    initial_state = None if rows is not None else initial_state
     inputs = (q, k, v, g if common.gate_has_gradient(g) else None, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 

@@ -78,9 +78,11 @@ def states_in_place() -> Iterator[None]:
 
 def _fused_recurrent(
     q, k, v, g, gate_axes, normalizer=None,
-    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none."""
+    if context is not None:
+        raise ValueError("context: only the chunkwise operators serve sequences that several processes share")
     common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
     g = common.log_gate(g, normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale

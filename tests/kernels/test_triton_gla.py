@@ -1,5 +1,7 @@
 """The real Triton kernels at small shapes, through Triton's interpreter. On a GPU they run compiled: tests/gpu."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -183,6 +185,48 @@ def test_results_do_not_depend_on_uninitialized_memory(H, K, V, bounds, segments
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "per, bounds, segments",
+    [("channel", None, 1), ("channel", None, 2), ("head", None, 2), ("nothing", None, 1), ("channel", [0, 40, 90], 2)],
+)
+def test_a_shard_exchanges_states(per, bounds, segments, monkeypatch):
+    """It sends what it leaves from zero states, and computes from what it gets; so do the gradients backward."""
+    from glalm.kernels.triton import gla
+
+    cut_into_segments(segments, monkeypatch)
+    r = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 90, 1, n, generator=r) for n in (16, 16, 24, 24))
+    x = torch.nn.functional.logsigmoid(torch.randn(1, 90, 1, 16, generator=r)) / 4
+    g = {"channel": x, "head": x[..., 0].contiguous(), "nothing": None}[per]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    entering, dleaving = torch.randn(2, 1 if bounds is None else 2, 1, 16, 24, generator=r)
+    inputs = q, k, v, g, 0.25, None
+
+    o, leaving, saved = gla.forward(*inputs, entering, True, cu_seqlens, True)
+    _, local, _ = gla.forward(*inputs, None, True, cu_seqlens, False)
+    grads = gla.backward(*inputs, entering, cu_seqlens, saved, do, dleaving)
+    _, _, _, _, dlocal = gla.backward(*inputs, entering, cu_seqlens, saved, do, None)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+    class Shard:
+        def exchange(self, sent, decay, initial):
+            close(sent, local)
+            close(sent + decay * entering, leaving)
+            return entering, leaving
+
+    def reverse_exchange(context, sent, decay, dfinal):
+        close(sent, dlocal)
+        close(sent + decay * dleaving, grads[4])
+        return dleaving, grads[4]
+
+    monkeypatch.setattr(gla, "reverse_exchange", reverse_exchange)
+    *found, buffers = gla.forward_over_processes(*inputs, None, cu_seqlens, True, Shard())
+    found += gla.backward(*inputs, entering, cu_seqlens, buffers, do, None, Shard())
+    for one, other in zip(found, (o, leaving, entering, *grads), strict=True):
+        close(one, other)
 
 
 @interpreted

@@ -2,8 +2,12 @@
 
 Forward:   rescale -> scan (carries the state and computes o)
 Backward:  scan (recomputes the states) -> reverse scan (dv and the gradients of the states) -> gradients (dq, dk, dg)
+
+Where processes share the sequences, both scans first run their segments from zero states, as they do where a sequence
+is cut to fill the GPU, exchange the results between processes, and then start from the states that enter the shard.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glalm.kernels.common import gate_has_gradient, multiplies_exactly
+from glalm.kernels.context_parallel import ContextShard, reverse_exchange
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
 from glalm.kernels.triton.launch import LaunchConfig, config_for, launch, multiprocessors, padded_head_size
@@ -99,6 +104,32 @@ def forward(
     return o, final_state, saved if save_for_backward else None
 
 
+def forward_over_processes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalizer: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save_for_backward: bool,
+    context: ContextShard,
+) -> tuple[Tensor, Tensor, Tensor, SavedForBackward | None]:
+    """Return what `forward` does, for a shard of the sequences.
+
+    Returns o; the final state of the sequences; the state that enters the shard, which `backward` takes as its
+    initial_state; and SavedForBackward or None.
+    """
+    plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
+    saved = plan.rescale(with_residual=save_for_backward)
+    o = torch.empty_like(plan.v)
+    entering, final_state = plan.exchange_and_scan(
+        lambda local, decay: context.exchange(local, decay, initial_state), saved, plan.v, out=o
+    )
+    return o, final_state, entering, saved if save_for_backward else None
+
+
 def backward(
     q: Tensor,
     k: Tensor,
@@ -111,16 +142,26 @@ def backward(
     saved: SavedForBackward,
     do: Tensor,
     dfinal_state: Tensor | None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return dq, dk, dv, dg (None without a gate or with a fixed one) and dinitial_state (None without one)."""
+    """Return dq, dk, dv, dg (None without a gate or with a fixed one) and dinitial_state (None without one).
+
+    With a context, initial_state is what enters the shard, and dinitial_state the gradient of what enters the first.
+    """
     plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     do = do.contiguous()
     dv = torch.empty_like(plan.v)
-    dinitial_state = plan.allocate_state() if initial_state is not None else None
     states = plan.allocate_chunk_states()
     dstates = plan.allocate_chunk_states()
     plan.scan(saved, plan.v, initial_state, None, states=states)
-    plan.scan(saved, do, dfinal_state, dinitial_state, out=dv, states=dstates, reverse=True)
+    if context is None:
+        dinitial_state = plan.allocate_state() if initial_state is not None else None
+        plan.scan(saved, do, dfinal_state, dinitial_state, out=dv, states=dstates, reverse=True)
+    else:
+        _, dinitial_state = plan.exchange_and_scan(
+            lambda dentering, decay: reverse_exchange(context, dentering, decay, dfinal_state),
+            saved, do, out=dv, states=dstates, reverse=True,
+        )  # fmt: skip
     dq, dk, dg = plan.compute_gradients(saved, do, states, dstates)
     return dq, dk, dv, dg, dinitial_state
 
@@ -244,6 +285,38 @@ class LaunchPlan:
             self.compute_segment_starts(starts, segments, saved, w, initial, final, reverse)
         self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
 
+    def exchange_and_scan(
+        self,
+        exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        saved: SavedForBackward,
+        w: Tensor,
+        out: Tensor,
+        states: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Scan from the states that the sequences get in exchange for what they leave behind from zero states.
+
+        Args:
+            exchange: takes the final states [N, H, K, V] from zero states, and the factors [N, H, K, 1] by which the
+                sequences multiply their initial states. It returns these initial states, and another result.
+
+        Returns what `exchange` does.
+        """
+        segments = self.segments_of_scan(reverse)
+        # The backward pass reuses the segments' initial states, as in `scan`.
+        saves_starts = not reverse and saved.segment_starts.numel() > 0
+        starts = saved.segment_starts if saves_starts else self.allocate_state(segments)
+        segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
+        local = self.allocate_state()
+        self.join_segments(starts.clone(), segment_decay, segments, None, local, reverse)
+        decay = segment_decay.view(self.chunks.sequences, segments, self.H, self.KP)[..., : self.K].prod(1)
+        initial, result = exchange(local, decay[..., None])
+        initial = initial.contiguous()
+        self.join_segments(starts, segment_decay, segments, initial, None, reverse)
+        config = self.config.scan_backward if reverse else self.config.scan_forward
+        self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
+        return initial, result
+
     def _copy_state(self, initial: Tensor | None, final: Tensor | None) -> None:
         """Set `final`, if given, to `initial`, or to zeros: the scan of no tokens."""
         if final is None:
@@ -260,14 +333,28 @@ class LaunchPlan:
 
         First every segment runs from a zero state, all in parallel; then join_segments_kernel chains the results.
         """
+        segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
+        self.join_segments(starts, segment_decay, segments, initial, final, reverse)
+
+    def run_segments_from_zero(
+        self, ends: Tensor, segments: int, saved: SavedForBackward, w: Tensor, reverse: bool
+    ) -> Tensor:
+        """Fill `ends` with the states to which the segments bring zero states.
+
+        Returns the factors by which they multiply their initial states, [N * segments, H, KP].
+        """
         segment_decay = self.allocate(self.chunks.sequences * segments, self.H, self.KP, dtype=torch.float32)
         config = self.config.scan_segment_starts
-        self.launch_scan(segments, config, saved, w, None, starts, None, None, reverse, segment_decay)
+        self.launch_scan(segments, config, saved, w, None, ends, None, None, reverse, segment_decay)
+        return segment_decay
+
+    def join_segments(self, ends: Tensor, segment_decay: Tensor, segments: int, initial, final, reverse: bool) -> None:
+        """Replace the segments' ends from zero states by the states they begin with; fill `final` with the last end."""
         BK = min(self.KP, 32)
         BV = min(self.VP, 64)
         constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse)
         programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
-        launch(join_segments_kernel, programs, (starts, segment_decay, initial, final, segments), constants, {})
+        launch(join_segments_kernel, programs, (ends, segment_decay, initial, final, segments), constants, {})
 
     def launch_scan(
         self,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.kernels import common
+from glalm.kernels.context_parallel import ContextShard, check_context, exchange_states
 
 # Chunks with one gate per key channel are short, because they hold [C, C, K] decays.
 CHANNEL_GATE_CHUNK = 16  # tokens
@@ -38,6 +39,7 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the (gated) delta rule over whole sequences, or over the next tokens of them.
 
@@ -58,6 +60,7 @@ def chunk_delta_rule(
         output_final_state: whether to return S_T.
         cu_seqlens: [N + 1], int32 or int64, the bounds of N sequences packed into one row (B = 1). With states, it is
             read on the host. Without cu_seqlens, N = B.
+        context: this process's shard of sequences that several processes share; see ContextShard.
 
     Returns:
         o [B, T, H, V] in v's dtype, and S_T, of initial_state's shape and dtype, or None.
@@ -74,6 +77,10 @@ def chunk_delta_rule(
     common.check_values(g, q, cu_seqlens)
     common.refuse_transforms("chunk_delta_rule", q, k, v, beta, g, initial_state)
     scale = K**-0.5 if scale is None else scale
+    if context is not None:
+        check_context(context, initial_state, output_final_state, cu_seqlens)
+        o, final = compute_over_processes(q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens, context)
+        return o, final if output_final_state else None
     if normalize:
         q = l2_normalize(q)
         k = l2_normalize(k)
@@ -92,6 +99,43 @@ def chunk_delta_rule(
     with torch.autocast(q.device.type, enabled=False):
         o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
+
+
+def compute_over_processes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    context: ContextShard,
+) -> tuple[Tensor, Tensor]:
+    """Return o and the final state of sequences that several processes share.
+
+    Tokens take a state S to P S + local, with a matrix P [K, K]. Values that are followed by K columns of zeros, from
+    the state [0 | I], give [local | P] after the shard and [o | q P] at each token. So one call of the operator serves
+    both the exchange and the outputs, to which q P S is added.
+    """
+    V = v.shape[3]
+    K = q.shape[3]
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    identity = torch.eye(K, V + K, dtype=common.wide_dtype(q), device=q.device).roll(V, 1)
+    o, state = chunk_delta_rule(
+        q, k, torch.cat([v, torch.zeros_like(k)], -1), beta, g, scale=scale, normalize=normalize,
+        initial_state=identity.expand(N, q.shape[2], K, V + K).contiguous(),
+        output_final_state=True, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    assert state is not None
+    local, transition = state.split([V, K], -1)
+    entering, final = exchange_states(local, transition, initial_state, context, is_matrix=True)
+    o, reads = (context.unpack_rows(x) for x in o.split([V, K], -1))
+    with torch.autocast(q.device.type, enabled=False):
+        effect = torch.einsum("bthk,bhkv->bthv", reads.to(entering.dtype), context.select_first(entering))
+    effect = effect * context.is_in_first(effect, cu_seqlens)
+    return (o + effect).to(v.dtype).reshape(v.shape), final
 
 
 def l2_normalize(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm.kernels.common import check_cu_seqlens, check_values, empty_output, wide_dtype
+from glalm.kernels.context_parallel import ContextShard, check_context, exchange_states
 
 
 def selective_scan(
@@ -27,6 +28,7 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the selective scan on any device. Derivatives of any order and mode come from autograd.
 
@@ -37,6 +39,8 @@ def selective_scan(
         B, C: [batch, T, N].
         initial_state: h_0, [n, D, N], float32 (float64 for float64 inputs); zeros if None.
         cu_seqlens: [n + 1], the bounds of n sequences packed into one row (batch = 1). Without it, n is the batch.
+        context: this process's shard of sequences that several processes share; see ContextShard. Of packed sequences,
+            the final states are then not those of single sequences, and mean nothing.
 
     Returns:
         y [batch, T, D] in x's dtype, and the final states [n, D, N] in initial_state's.
@@ -47,6 +51,9 @@ def selective_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(x))
         check_values(None, x, cu_seqlens)
+    if context is not None:
+        check_context(context, initial_state, False, cu_seqlens)
+        return scan_over_processes(x, dt, A, B, C, initial_state, cu_seqlens, context)
     dtype = wide_dtype(x)
     T = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
@@ -72,6 +79,29 @@ def selective_scan(
             h = scan_states(decay.masked_fill(starts[:, None, None], 0), update, None)
             final_state = torch.where(has_tokens, h[0, last], 0 if initial_state is None else initial_state)
         return torch.einsum("btdn,btn->btd", h, C.to(dtype)).to(x.dtype), final_state
+
+
+def scan_over_processes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    context: ContextShard,
+) -> tuple[Tensor, Tensor]:
+    """Scan the shard from states of zeros, exchange the states, and add the effect of those that enter."""
+    y, local = selective_scan(x, dt, A, B, C, cu_seqlens=cu_seqlens)
+    dtype = wide_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        steps, reads = (context.unpack_rows(z).to(dtype) for z in (dt, C))
+        decay = (steps.cumsum(1)[..., None] * A.to(dtype)).exp()
+        total = context.place_first(decay[:, -1], len(local))
+        entering, final = exchange_states(local, total, initial_state, context)
+        effect = torch.einsum("btdn,bdn,btn->btd", decay, context.select_first(entering), reads)
+        effect = effect * context.is_in_first(effect, cu_seqlens)
+        return (y + effect.reshape(y.shape)).to(y.dtype), final
 
 
 def scan_states(decay: Tensor, update: Tensor, h: Tensor | None) -> Tensor:

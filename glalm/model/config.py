@@ -65,6 +65,16 @@ class ModelConfig:
         for name in dict.fromkeys(self.layer_mixers()):
             MIXERS[name].check_config(self)
 
+    def check_context_support(self, key: str) -> None:
+        """Raise ConfigError unless every mixer can share a sequence between processes. `key` names the setting."""
+        for name in dict.fromkeys(self.layer_mixers()):
+            able = ", ".join(other for other, mixer in MIXERS.items() if mixer.supports_context)
+            require(
+                MIXERS[name].supports_context,
+                f"{key}: the mixer {name} cannot share a sequence between processes; set parallel.context=1, or "
+                f"model.mixer to one of {able}",
+            )
+
     @property
     def key_dim(self) -> int:
         """The width of the keys of all heads together."""

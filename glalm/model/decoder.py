@@ -12,6 +12,7 @@ from torch import LongTensor, Tensor, nn
 
 from glalm.config.strict import ConfigError
 from glalm.kernels.common import check_cu_seqlens, check_values
+from glalm.kernels.context_parallel import ContextShard, check_context
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.layers import RMSNorm
@@ -115,6 +116,7 @@ class CausalLM(nn.Module):
         return_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
         z_loss: float = 0.0,
     ) -> CausalLMOutput:
         """Compute the loss of the next tokens, or their logits.
@@ -129,10 +131,12 @@ class CausalLM(nn.Module):
                 raises a ValueError on the CPU only.
             padding: [B, T, 1], 0 at padded tokens and 1 elsewhere. Padding comes before the first token of a row, or
                 after its last one if the cache that comes out is not used.
+            context: this process's shard, if several processes share the sequences (see ContextShard). Then the loss is
+                the mean over its tokens, and caches are those of the entire sequences.
             z_loss: a factor for the mean of logsumexp(logits)^2, which is added to the loss.
         """
         hidden, cache = self.model(
-            input_ids, cache=cache, return_cache=return_cache, cu_seqlens=cu_seqlens, padding=padding
+            input_ids, cache=cache, return_cache=return_cache, cu_seqlens=cu_seqlens, padding=padding, context=context
         )
         if shift_labels is None:
             return CausalLMOutput(None, self.lm_head(hidden), cache)
@@ -147,6 +151,7 @@ def run_blocks(
     return_cache: bool = False,
     cu_seqlens: Tensor | None = None,
     padding: Tensor | None = None,
+    context: ContextShard | None = None,
     block_inputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, StateCache | None]:
     """Run embedded tokens x [B, T, d] through all blocks. See CausalLM.forward for most arguments.
@@ -161,19 +166,26 @@ def run_blocks(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(x))
         check_values(None, x, cu_seqlens)
+    if context is not None:
+        if padding is not None:
+            raise ValueError("context: sequences that several processes share have no padding")
+        check_context(context, cache, return_cache, cu_seqlens)
     cache = StateCache() if cache is None else cache
     cache.check_fits(len(blocks), len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
     # Under autocast the residual stream has its dtype: in float32 it would take twice the memory and traffic.
     x = x.to(matmul_dtype(x))
     if padding is not None:
         padding = padding.to(x.dtype)
+    # Mixers that serve no context have no such argument.
+    shard = {} if context is None else {"context": context}
+    seen = cache.seen + x.shape[1] * (1 if context is None else context.size)
     states = []
     for block, state in zip(blocks, cache.states or [None] * len(blocks), strict=True):
         if block_inputs is not None:
             block_inputs.append(x)
-        x, state = block(x, padding=padding, state=state, return_state=return_cache, cu_seqlens=cu_seqlens)
+        x, state = block(x, padding=padding, state=state, return_state=return_cache, cu_seqlens=cu_seqlens, **shard)
         states.append(state)
-    return x, StateCache(states, cache.seen + x.shape[1]) if return_cache else None
+    return x, StateCache(states, seen) if return_cache else None
 
 
 @torch.no_grad()

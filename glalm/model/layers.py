@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels.common import at_least_float32, sequence_ids, wide_dtype
+from glalm.kernels.context_parallel import ContextShard, gather_history
 
 MIN_TIME_STEP = 1e-3
 MAX_TIME_STEP = 1e-1
@@ -49,7 +50,11 @@ class GroupedRMSNorm(nn.RMSNorm):
 
 
 def token_positions(
-    x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None, padding: Tensor | None = None
+    x: Tensor,
+    start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    padding: Tensor | None = None,
+    context: ContextShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each token's position in its sequence, and the position after the last token of every sequence.
 
@@ -58,11 +63,19 @@ def token_positions(
         start: [N], int64, the positions of the sequences' first tokens; zeros if None.
         cu_seqlens: [N + 1], the bounds of packed sequences, or None for N = B.
         padding: [B, T, 1], 0 at padding, which has no position of its own; None if all are tokens.
+        context: the shard that x is, if processes share the sequences; `start` and the positions after the last tokens
+            are then those of the entire sequences. Packed sequences have none of the latter.
 
     Returns:
         [B, T] and [N], int64.
     """
     B, T, _ = x.shape
+    if context is not None:
+        start = (
+            x.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.int64) if start is None else start
+        )
+        positions, _ = token_positions(x, context.shift_positions(start, T), cu_seqlens)
+        return positions, start + context.size * T
     is_token = x.new_ones(B, T, dtype=torch.int64) if padding is None else (padding[..., 0] > 0).long()
     seen = F.pad(is_token.cumsum(1), (1, 0))  # before each token, and after the last one
     if cu_seqlens is None:
@@ -122,9 +135,18 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve x [B, T, channels], and return y of the same shape and the new state."""
+    def forward(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, shard: ContextShard | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve x [B, T, channels], and return y of the same shape and the new state.
+
+        With a `shard`, x is part of sequences that several processes share, and the states are those of the sequences.
+        """
         context = self.weight.shape[2] - 1
+        if shard is not None:
+            past, final = gather_history(x, state, context, shard, cu_seqlens)
+            y, local = self(x, past, cu_seqlens)
+            return y, local if final is None else final
         if cu_seqlens is None:
             past = x.new_zeros(len(x), context, x.shape[2]) if state is None else state.to(x.dtype)
             x = torch.cat([past, x], 1)

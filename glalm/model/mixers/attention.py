@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from glalm.config.strict import describe_divisors, require, require_positive
 from glalm.kernels.common import active_transform, sequence_ids
-from glalm.model.layers import apply_rotary
+from glalm.kernels.context_parallel import ContextShard, gather_ranks
+from glalm.model.layers import apply_rotary, token_positions
 from glalm.model.mixers.base import Mixer, mix_unpacked
 
 # The position of padded tokens: later than any query, so that no query sees them.
@@ -53,6 +55,7 @@ class Attention(Mixer):
     options_name = "attention"
     Options = AttentionOptions
     state_grows = True
+    supports_context = True
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -88,7 +91,10 @@ class Attention(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
+        if context is not None:
+            return self.attend_over_processes(x, state, return_state, cu_seqlens, context)
         if cu_seqlens is not None and (return_state or state is not None):
             return mix_unpacked(self, x, cu_seqlens, state=state, return_state=return_state, padding=padding)
         B, T, _ = x.shape
@@ -113,6 +119,43 @@ class Attention(Mixer):
             o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
         if return_state:
             state = *self.trim_cache(k, v, key_positions, padding), start + is_token.sum(1)
+        return self.o_proj(o.flatten(-2)), state if return_state else None
+
+    def attend_over_processes(
+        self, x: Tensor, state: State | None, return_state: bool, cu_seqlens: Tensor | None, context: ContextShard
+    ) -> tuple[Tensor, State | None]:
+        """Gather the keys and values of all processes, and attend from the queries of this one.
+
+        Without a state, a window and packed sequences, torch's kernels apply the causal mask; otherwise it is a tensor
+        of this process's queries by all keys.
+        """
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        T = context.unpack_rows(x).shape[1]
+        positions, end_positions = token_positions(x, None if state is None else state[3], cu_seqlens, context=context)
+        q = apply_rotary(q, positions, self.theta)
+        k = apply_rotary(k, positions, self.theta)
+        q, k, v, positions = (context.unpack_rows(y) for y in (q, k, v, positions))
+        k, v = (gather_ranks(y, context).transpose(0, 1).flatten(1, 2) for y in (k, v))
+        end = (context.rank + 1) * T
+        if cu_seqlens is not None:
+            # A query sees itself and as many tokens before it as its sequence has.
+            tokens = torch.arange(end, device=x.device)
+            query = tokens[end - T :, None]
+            reach = positions if self.window is None else positions.clamp(max=self.window - 1)
+            mask = (tokens <= query) & (tokens >= query - reach[..., None])
+            o = masked_attention(q, k[:, :end], v[:, :end], mask[:, None])
+            return self.o_proj(o.reshape(*x.shape[:2], -1)), None
+        key_positions = end_positions[:, None] - torch.arange(context.size * T, 0, -1, device=x.device)
+        if state is None and self.window is None:
+            o = masked_attention(q, k[:, :end], v[:, :end], causal_lower_right(T, end))
+        else:
+            if state is not None:
+                k = torch.cat([state[0].to(k.dtype), k], 1)
+                v = torch.cat([state[1].to(v.dtype), v], 1)
+                key_positions = torch.cat([state[2], key_positions], 1)
+            o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))
+        if return_state:
+            state = *self.trim_cache(k, v, key_positions, None), end_positions
         return self.o_proj(o.flatten(-2)), state if return_state else None
 
     def trim_cache(

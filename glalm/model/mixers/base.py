@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels.common import CHUNK
+from glalm.kernels.context_parallel import ContextShard
 
 if TYPE_CHECKING:
     from glalm.model.config import ModelConfig
@@ -23,12 +24,17 @@ class Mixer(nn.Module):
 
     By default matrices are initialized from a normal distribution, norm weights to 1 and biases to 0. A module with
     other initial values sets them in `init_parameters()`.
+
+    A mixer whose forward also takes `context: ContextShard | None = None` may set `supports_context`: with a context, x
+    holds this process's tokens of sequences that several processes share (parallel.context). It hands the context to
+    its short convolution and to the operator of glalm.kernels.
     """
 
     options_name: ClassVar[str | None] = None
     Options: ClassVar[type | None] = None
     # Whether the state holds past tokens one by one, be it of the whole text or of a window.
     state_grows: ClassVar[bool] = False
+    supports_context: ClassVar[bool] = False
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:
@@ -95,9 +101,12 @@ def join_state(first: Tensor | None, second: Tensor | None) -> State | None:
     return first if first is None or second is None else (first, second)
 
 
-def is_decoding_step(x: Tensor) -> bool:
-    """Return whether x [B, T, d] is one token to decode, where recurrent operators are faster than chunkwise ones."""
-    return x.shape[1] == 1 and not torch.is_grad_enabled()
+def is_decoding_step(x: Tensor, context: ContextShard | None = None) -> bool:
+    """Return whether x [B, T, d] is one token to decode, where recurrent operators are faster than chunkwise ones.
+
+    They serve no context.
+    """
+    return x.shape[1] == 1 and not torch.is_grad_enabled() and context is None
 
 
 def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_delta_rule
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import RMSNorm, ShortConv
 from glalm.model.mixers.base import Mixer, State, delta_rule_flops, join_state, split_state
 
@@ -38,6 +39,7 @@ class DeltaNet(Mixer):
 
     options_name = "deltanet"
     Options: ClassVar[type] = DeltaNetOptions
+    supports_context = True
 
     def __init__(self, config):
         super().__init__()
@@ -63,9 +65,10 @@ class DeltaNet(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         S, conv_state = split_state(state, self.conv is not None)
-        q, k, v, conv_state = self.project_qkv(x, conv_state, cu_seqlens)
+        q, k, v, conv_state = self.project_qkv(x, conv_state, cu_seqlens, context)
         o, S = chunk_delta_rule(
             q,
             k,
@@ -76,18 +79,19 @@ class DeltaNet(Mixer):
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            context=context,
         )
         return self.o_proj(self.normalize_output(o, x).flatten(-2)), join_state(S, conv_state)
 
     def project_qkv(
-        self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k and v, each [B, T, H, ...] and ready for the operator, and the convolution's new state."""
         x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         if self.conv is None:
             x = F.silu(x)
         else:
-            x, conv_state = self.conv(x, conv_state, cu_seqlens)  # ends with a SiLU
+            x, conv_state = self.conv(x, conv_state, cu_seqlens, context)  # ends with a SiLU
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
         return q, k, v, conv_state
 

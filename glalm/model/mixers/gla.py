@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from glalm import kernels
 from glalm.config.strict import describe_divisors, require
 from glalm.kernels.common import log_gate
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import GatedRMSNorm, RMSNorm, ShortConv
 from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
@@ -66,6 +67,7 @@ class GatedLinearAttention(Mixer):
 
     options_name = "gla"
     Options = GLAOptions
+    supports_context = True
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -115,6 +117,7 @@ class GatedLinearAttention(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         # `padding` is not needed: where x is 0, k is 0, and the state stays as it is.
         q = self.q_proj(x)
@@ -122,12 +125,12 @@ class GatedLinearAttention(Mixer):
         v = self.v_proj(x)
         S, conv_state = split_state(state, self.conv is not None)
         if self.conv is not None:
-            qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens)
+            qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens, context)
             q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
         if self.feature_map == "relu":
             q = F.relu(q)
             k = F.relu(k)
-        operator = RECURRENT[self.gate] if is_decoding_step(x) else CHUNKWISE[self.gate]
+        operator = RECURRENT[self.gate] if is_decoding_step(x, context) else CHUNKWISE[self.gate]
         o, S = operator(
             self.split_heads(q),
             self.split_shared_heads(k),
@@ -136,6 +139,7 @@ class GatedLinearAttention(Mixer):
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            context=context,
         )
         y = self.g_norm_swish_gate(o, self.split_heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
         return self.o_proj(y.flatten(-2)), join_state(S, conv_state)

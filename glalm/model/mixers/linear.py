@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_linear_attn, fused_recurrent_linear_attn
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
@@ -38,6 +39,7 @@ class LinearAttention(Mixer):
 
     options_name = "linear"
     Options = LinearOptions
+    supports_context = True
 
     def __init__(self, config):
         super().__init__()
@@ -63,6 +65,7 @@ class LinearAttention(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
         dtype = v.dtype
@@ -73,10 +76,17 @@ class LinearAttention(Mixer):
         if padding is not None:
             # phi(0) is not 0, so padded keys must be masked explicitly.
             k = k * padding[..., None].to(k.dtype)
-        operator = fused_recurrent_linear_attn if is_decoding_step(x) else chunk_linear_attn
+        operator = fused_recurrent_linear_attn if is_decoding_step(x, context) else chunk_linear_attn
         scale = 1.0 if self.normalise else self.K**-0.5
         o, state = operator(
-            q, k, v, scale=scale, initial_state=state, output_final_state=return_state, cu_seqlens=cu_seqlens
+            q,
+            k,
+            v,
+            scale=scale,
+            initial_state=state,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            context=context,
         )
         o = divide_by_weights(o).to(dtype) if self.o_norm is None else self.o_norm(o)
         return self.o_proj(o.flatten(-2)), state

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
 from glalm.kernels.common import active_transform, at_least_float32, constant_when_compiled
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer
 
@@ -46,6 +47,7 @@ class Mamba(Mixer):
 
     options_name = "mamba"
     Options = MambaOptions
+    supports_context = True
 
     def __init__(self, config):
         super().__init__()
@@ -76,17 +78,18 @@ class Mamba(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         h, conv_state = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, -1)
-        x, conv_state = self.conv1d(x, conv_state, cu_seqlens)
+        x, conv_state = self.conv1d(x, conv_state, cu_seqlens, context)
         if padding is not None:
             x = x * padding.to(x.dtype)  # The convolution's bias has made padding nonzero.
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
         dt = self.dt_proj(dt)
         A = -at_least_float32(self.A_log).exp()
         is_transformed = active_transform(x, dt, A, b, c, self.D) is not None
-        if kernel_supports(x, h, cu_seqlens) and not is_transformed and has_mamba_ssm():
+        if kernel_supports(x, h, cu_seqlens) and context is None and not is_transformed and has_mamba_ssm():
             kernel = find_mamba_ssm_scan()
             assert kernel is not None
             # The kernel takes dt in the dtype of x, and its bias separately in float32.
@@ -105,7 +108,7 @@ class Mamba(Mixer):
             )
             o = o.mT
         else:
-            o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens)
+            o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens, context=context)
             o = (o + x * self.D) * F.silu(z)
         # Both scans return a view that would keep the states of all tokens in memory.
         state = (h.clone(), conv_state) if return_state else None

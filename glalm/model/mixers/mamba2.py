@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require, require_positive
 from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
 from glalm.kernels.common import at_least_float32
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import GroupedRMSNorm, ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
@@ -40,6 +41,7 @@ class Mamba2(Mixer):
 
     options_name = "mamba2"
     Options = Mamba2Options
+    supports_context = True
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -82,10 +84,11 @@ class Mamba2(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         S, conv_state = (None, None) if state is None else state
         z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
-        xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens)
+        xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens, context)
         if padding is not None:
             xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias has made padding nonzero.
         x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
@@ -93,7 +96,7 @@ class Mamba2(Mixer):
         heads_per_group = self.num_heads // self.groups
         q, k = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(heads_per_group, 2) for y in (c, b))
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)
-        operator = fused_recurrent_simple_gla if is_decoding_step(x) else chunk_simple_gla
+        operator = fused_recurrent_simple_gla if is_decoding_step(x, context) else chunk_simple_gla
         o, S = operator(
             q,
             k,
@@ -103,6 +106,7 @@ class Mamba2(Mixer):
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            context=context,
         )
         o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
         return self.out_proj(self.norm(o).to(z.dtype)), None if S is None else (S, conv_state)

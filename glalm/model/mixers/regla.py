@@ -12,6 +12,7 @@ from glalm.config.strict import require
 from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
 from glalm.kernels.chunked import VALUE_GATE_CHUNK
 from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
+from glalm.kernels.context_parallel import ContextShard, gather_ranks
 from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
@@ -71,6 +72,7 @@ class ReGLA(Mixer):
 
     options_name = "regla"
     Options = ReGLAOptions
+    supports_context = True
 
     def __init__(self, config):
         super().__init__()
@@ -106,6 +108,7 @@ class ReGLA(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         log_gate = self.compute_log_gate(x)
@@ -117,11 +120,16 @@ class ReGLA(Mixer):
             k = at_least_float32(k)
             if padding is not None:
                 k = k.masked_fill(padding[..., None] == 0, NO_MAXIMUM)
-            m, previous_m = running_maximum(k.amax(-1), past_maximum, cu_seqlens)
+            largest = k.amax(-1)
+            entering_maximum = past_maximum
+            if context is not None:
+                entering_maximum, final_maximum = exchange_maxima(largest, past_maximum, cu_seqlens, context)
+            m, previous_m = running_maximum(largest, entering_maximum, cu_seqlens)
             q = (q - q.amax(-1, keepdim=True)).exp()
             k = (k - m[..., None]).exp()
             log_gate = log_gate + (previous_m - m)[..., None]
-            final_maximum = last_maximum(m, past_maximum, cu_seqlens)
+            if context is None:
+                final_maximum = last_maximum(m, past_maximum, cu_seqlens)
         else:
             q = self.q_map(q)
             k = self.k_map(k)
@@ -129,7 +137,7 @@ class ReGLA(Mixer):
         if not self.options.output_norm:
             v = append_ones(v)
             v = v if padding is None else v * padding[..., None].to(v.dtype)
-        operator: Operator = fused_recurrent_gla if is_decoding_step(x) else chunk_gla
+        operator: Operator = fused_recurrent_gla if is_decoding_step(x, context) else chunk_gla
         if self.options.gate_axis == "value":
             operator = chunk_value_gla
         o, S = operator(
@@ -141,6 +149,7 @@ class ReGLA(Mixer):
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            context=context,
         )
         o = self.o_norm(o) if self.options.output_norm else divide_by_weights(o).to(dtype)
         return self.o_proj(o.flatten(-2)), join_state(S, final_maximum)
@@ -218,6 +227,37 @@ def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -
     previous = torch.cat([m[:, :1], m[:, :-1]], 1)
     at_start = m if past is None else past[sequence].to(x.dtype)[None]
     return m, torch.where((tokens == first)[:, None], at_start, previous)
+
+
+def exchange_maxima(
+    x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard
+) -> tuple[Tensor, Tensor]:
+    """Return the maximum before each sequence of a shard, [N, H], and that of all processes' tokens, [B, H].
+
+    Args:
+        x: [B, T, H], or [1, B * T, H] of packed sequences.
+        past: [B, H], the maximum of the tokens before the first process's, or None.
+    """
+    x = context.unpack_rows(x)
+    B, T, H = x.shape
+    past = x.new_full((B, H), NO_MAXIMUM) if past is None else past.to(x.dtype)
+    if context.rows is None:
+        # Of equal numbers, cummax lets the last have the gradient, as running_maximum does over whole sequences.
+        largest = x.cummax(1).values[:, -1]
+        maxima = torch.cat([past[None], gather_ranks(largest, context)]).cummax(0).values
+        return maxima[context.rank], maxima[-1]
+    assert cu_seqlens is not None
+    first, last, offset = context.rows
+    tokens = torch.arange(T, device=x.device)
+    row_starts = torch.arange(B, device=x.device) * T
+    in_last = tokens >= (cu_seqlens[last] - row_starts)[:, None]
+    maxima = gather_ranks(x.masked_fill(~in_last[..., None], NO_MAXIMUM).max(1).values, context)
+    # The last sequence of an earlier process is the first of this one if so many of its tokens lie before this shard.
+    distance = (context.rank - 1 - torch.arange(context.size, device=x.device)) * T
+    is_same = (distance >= 0)[:, None] & (offset > distance[:, None])
+    entering = maxima.masked_fill(~is_same[..., None], NO_MAXIMUM).max(0).values
+    N = cu_seqlens.shape[0] - 1
+    return x.new_full((N, H), NO_MAXIMUM).index_copy(0, first, entering), past
 
 
 def last_maximum(m: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import describe_divisors, require
 from glalm.kernels import chunk_retention, fused_recurrent_retention
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import GatedRMSNorm, apply_rotary, token_positions
 from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
@@ -17,6 +18,8 @@ class Retention(Mixer):
     In the paper v is twice as wide as q and k: model.expand_k=1, model.expand_v=2. The state is a tuple of [N, H, K,
     V], float32, and the next token's position [N], int64.
     """
+
+    supports_context = True
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -48,13 +51,14 @@ class Retention(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         q, k, v, g = (
             proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         )
         S, start = split_state(state, True)
-        positions, end = token_positions(x, start, cu_seqlens)
-        operator = fused_recurrent_retention if is_decoding_step(x) else chunk_retention
+        positions, end = token_positions(x, start, cu_seqlens, context=context)
+        operator = fused_recurrent_retention if is_decoding_step(x, context) else chunk_retention
         o, S = operator(
             apply_rotary(q, positions),
             apply_rotary(k, positions),
@@ -62,6 +66,7 @@ class Retention(Mixer):
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            context=context,
         )
         y = self.g_norm_swish_gate(o, g)
         return self.o_proj(y.flatten(-2)), join_state(S, end)

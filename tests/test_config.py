@@ -33,7 +33,7 @@ def test_every_file_of_configs_builds(group):
         assert isinstance(composed(f"{group}={file.stem}", *steps), RunConfig)
 
 
-@pytest.mark.parametrize("experiment", [p.stem for p in (CONFIGS / "experiment").glob("[!l]*.yaml")])
+@pytest.mark.parametrize("experiment", ["gla_340m", "gla_1b3", "attention_340m", "attention_1b3"])
 def test_experiments_are_the_papers(experiment):
     """They have the steps, warm-up and rates of the GLA paper's appendix, and its batch on 1 to 256 GPUs."""
     config = composed(f"experiment={experiment}")
@@ -48,6 +48,15 @@ def test_experiments_are_the_papers(experiment):
     for world in (1, 2, 8, 64, 256):
         plan = BatchPlan.from_config(config, world)
         assert plan.micro_batch * plan.accumulation * world * 2048 == batch == plan.tokens_per_step
+
+
+def test_experiment_of_a_million_tokens_is_shared_by_eight():
+    config = composed("experiment=gla_340m_1m")
+    plan = BatchPlan.from_config(config, 8)
+    assert (plan.seq_len, plan.shard_length, plan.data_parallel, plan.context_parallel) == (2**20, 2**17, 1, 8)
+    assert (
+        BatchPlan.from_config(composed("experiment=gla_340m_1m", "train.tbptt_length=65536"), 8).shard_length == 2**13
+    )
 
 
 def test_budgets_of_the_ladder():

@@ -108,11 +108,12 @@ class ParallelConfig:
     # The dtype of the collectives that average gradients. The results are float32. bf16 halves the traffic; under fsdp2
     # and hsdp, micro-batches are then accumulated in bf16, too.
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    context: int = 1  # processes that share the tokens of each sequence, for sequences that one GPU cannot hold
     reshard: bool = True  # free a block's gathered weights after its forward pass; false: after its backward pass
     timeout_minutes: float = 30.0  # a collective that waits longer ends the run
 
     def __post_init__(self):
-        require_positive(self, "parallel", "shard", "replicate", "timeout_minutes")
+        require_positive(self, "parallel", "shard", "replicate", "context", "timeout_minutes")
         require(
             self.mode == "hsdp" or (self.shard is None and self.replicate is None),
             f"parallel.shard and parallel.replicate are options of parallel=hsdp, not of {self.mode}",
@@ -295,6 +296,8 @@ class RunConfig:
         )
         if self.train.tbptt_length is not None:
             self._check_tbptt(self.train.tbptt_length)
+        if self.parallel.context > 1:
+            self._check_context(self.parallel.context)
 
     def _check_tbptt(self, length: int) -> None:
         require(
@@ -311,6 +314,15 @@ class RunConfig:
             "attention" not in self.model.layer_mixers() or self.model.attention.window is not None,  # type: ignore[attr-defined]  # The registry adds the field.
             f"train.tbptt_length={length}: attention without a window has no state of fixed size to carry on; set "
             "model.attention.window=N or train.tbptt_length=null",
+        )
+
+    def _check_context(self, processes: int) -> None:
+        self.model.check_context_support(f"parallel.context={processes}")
+        length = self.train.tbptt_length or self.data.seq_len
+        key = "data.seq_len" if self.train.tbptt_length is None else "train.tbptt_length"
+        require(
+            length % processes == 0,
+            f"parallel.context={processes} does not divide {key}={length}; {describe_divisors(length)}",
         )
 
     @property

@@ -103,12 +103,43 @@ def flatten_batch(batch: Batch) -> Batch:
 
     `cu_seqlens`, int64 [segments + 1], replaces `starts`: the boundaries of the segments, each of which is a document
     or the part of one that lies in a window. The batch must be one of `Windows` with `reset_state`.
+
+    For a batch of shard_batch, `rows`, int64 [3, B], replaces `offsets`: the indices of the first and of the last
+    segment of each row, and the number of tokens of the first that other processes hold.
     """
     # `starts` may still be on the CPU, where counting the segments does not wait for the GPU.
     starts = batch["starts"].flatten()
     cu_seqlens = torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)], device=starts.device)])
-    row = {name: x.flatten()[None] for name, x in batch.items() if name != "starts"}
-    return {**row, "cu_seqlens": cu_seqlens.to(row["input_ids"].device, non_blocking=True)}
+    row = {name: x.flatten()[None] for name, x in batch.items() if name not in ("starts", "offsets")}
+    device = row["input_ids"].device
+    row["cu_seqlens"] = cu_seqlens.to(device, non_blocking=True)
+    if "offsets" in batch:
+        last = batch["starts"].sum(1).cumsum(0) - 1
+        first = torch.cat([last.new_zeros(1), last[:-1] + 1])
+        row["rows"] = torch.stack([first, last, batch["offsets"].flatten()]).to(device, non_blocking=True)
+    return row
+
+
+def shard_batch(batch: Batch, segment_length: int, rank: int, size: int) -> Batch:
+    """Return the tokens of process `rank` of the `size` that share the sequences of a batch.
+
+    Each segment of `segment_length` tokens is cut into `size` equal runs, and the process has the same one of each. Its
+    rows begin with a start, and `offsets`, int64 [B, 1], counts the tokens before the row of the document it begins in.
+    """
+    length = segment_length // size
+
+    def select(x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1, size, length)[:, :, rank].flatten(1)
+
+    if "starts" not in batch:
+        return {name: select(x) for name, x in batch.items()}
+    tokens = torch.arange(batch["starts"].shape[1])
+    newest_start = torch.where(batch["starts"], tokens, 0).cummax(1).values
+    shard = {name: select(x) for name, x in batch.items()}
+    shard["offsets"] = select(tokens - newest_start)[:, :1].clone()
+    shard["starts"] = shard["starts"].clone()
+    shard["starts"][:, 0] = True
+    return shard
 
 
 def training_batches(

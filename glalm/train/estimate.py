@@ -125,8 +125,8 @@ def estimate_memory(
     """
     counts = count_parameters(config)
     is_ddp = config.parallel.mode == "ddp"
-    _, shards = config.parallel.mesh(plan.data_parallel, local_world_size)
-    tokens = plan.micro_batch * plan.segment_length
+    _, shards = config.parallel.mesh(plan.world_size, local_world_size)
+    tokens = plan.micro_batch * plan.shard_length
     parts = {
         "weights": 4 * counts.total // shards,
         "gradients": 4 * counts.total // shards,
@@ -257,9 +257,10 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     yield f"planned for   {world_size} x {device.name} ({device.memory / GIB:.1f} GiB), {where}{advice}"
     yield f"parameters    {counts.total:,}; {counts.total - embeddings:,} without embeddings and head"
     yield f"operations    {flops / 1e9:.2f} GFLOP per token, forward and backward, at length {plan.seq_len}"
+    shard = f" of {plan.shard_length:,} tokens to a process" if plan.context_parallel > 1 else ""
     yield (
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {world_size} x "
-        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences, {config.parallel.mode}"
+        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences{shard}, {config.parallel.mode}"
     )
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_data(config, tokens)
@@ -395,7 +396,7 @@ def _local_world_size(world_size: int) -> int:
 def _estimate_on(config: RunConfig, plan: BatchPlan, device: Device) -> dict[str, int]:
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = config.train.compile is True or (config.train.compile == "auto" and device.is_gpu)
-    return estimate_memory(config, plan, _local_world_size(plan.data_parallel), bf16, compiled)
+    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled)
 
 
 def _describe_memory(parts: dict[str, int]) -> str:

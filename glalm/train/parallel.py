@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from glalm.config.run import ParallelConfig, RunConfig
 from glalm.config.strict import require
 from glalm.data.processes import call_without_parent
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.decoder import CausalLM
 from glalm.model.precision import choose_precision
 from glalm.train.flight_recorder import enable_flight_recorder
@@ -176,6 +177,18 @@ def leave_process_group() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def find_context_shard(context: int, accelerator: Accelerator) -> ContextShard | None:
+    """Return which shard of its sequences this process has, if `context` processes share them, else None.
+
+    They are neighbours: processes 0 to context - 1, and so on.
+    """
+    if context == 1:
+        return None
+    shape = (accelerator.num_processes // context, context)
+    mesh = dist.init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("data", "context"))
+    return ContextShard(mesh.get_group("context").group_name, mesh.get_local_rank("context"), context)
 
 
 def local_world_size() -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from glalm.config.run import RunConfig, format_set_key
-from glalm.config.strict import require
+from glalm.config.strict import describe_divisors, require
 from glalm.model.decoder import CausalLM
 from glalm.train import random_states
 from glalm.train.guards import UpdateGuard
@@ -19,8 +19,9 @@ from glalm.train.guards import UpdateGuard
 class BatchPlan:
     """How the processes of a run divide the batch of one optimizer step.
 
-    A process takes `local_batch` sequences of the global batch, runs them as `accumulation` micro-batches of
-    `micro_batch` sequences, and each micro-batch as `segments` consecutive pieces of `segment_length` tokens.
+    A process takes an equal share of the sequences of the global batch, runs them as `accumulation` micro-batches of
+    `micro_batch` sequences, and each micro-batch as `segments` consecutive pieces of `segment_length` tokens. Of each
+    piece it has `shard_length` tokens, if several processes share the sequences.
     """
 
     global_batch: int  # sequences per optimizer step, over all processes
@@ -38,23 +39,32 @@ class BatchPlan:
         The micro-batch is the largest divisor of a process's share that is at most train.micro_batch_size.
 
         Raises:
-            ConfigError: The batch size is not a multiple of the number of processes.
+            ConfigError: parallel.context does not divide the number of processes, or the batch size is not a multiple
+                of the number of groups of processes that share sequences.
         """
-        batch = config.batch_size
-        key = format_set_key(config.train, "train", "batch_size", "batch_tokens")
+        context = config.parallel.context
         require(
-            batch % world_size == 0,
-            f"{key} is {batch} sequences, which cannot be divided evenly over {world_size} processes. Choose a "
-            f"multiple of {world_size}, or start a number of processes that divides {batch}.",
+            world_size % context == 0,
+            f"parallel.context={context} does not divide the number of processes, {world_size}; "
+            f"{describe_divisors(world_size)}, or start a multiple of {context} processes",
         )
-        share = batch // world_size
+        batch = config.batch_size
+        groups = world_size // context
+        key = format_set_key(config.train, "train", "batch_size", "batch_tokens")
+        over = f"{groups} processes" if context == 1 else f"{groups} groups of {context} processes (parallel.context)"
+        require(
+            batch % groups == 0,
+            f"{key} is {batch} sequences, which cannot be divided evenly over {over}. Choose a multiple of {groups}, "
+            f"or start a number of {'processes' if context == 1 else 'groups'} that divides {batch}.",
+        )
+        share = batch // groups
         limit = min(share, config.train.micro_batch_size or share)
         micro_batch = next(size for size in range(limit, 0, -1) if share % size == 0)
         return cls(
             global_batch=batch,
             seq_len=config.data.seq_len,
-            data_parallel=world_size,
-            context_parallel=1,
+            data_parallel=groups,
+            context_parallel=context,
             micro_batch=micro_batch,
             accumulation=share // micro_batch,
             segments=config.data.seq_len // (config.train.tbptt_length or config.data.seq_len),
@@ -62,8 +72,17 @@ class BatchPlan:
 
     @property
     def segment_length(self) -> int:
-        """Tokens of a sequence in one forward pass."""
+        """Tokens of a sequence in one forward pass, over the processes that share it."""
         return self.seq_len // self.segments
+
+    @property
+    def shard_length(self) -> int:
+        """Tokens of a sequence in one forward pass of one process."""
+        return self.segment_length // self.context_parallel
+
+    @property
+    def world_size(self) -> int:
+        return self.data_parallel * self.context_parallel
 
     @property
     def tokens_per_step(self) -> int:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,8 @@ from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedData
-from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, training_batches
+from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, shard_batch, training_batches
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.cache import StateCache
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel, run_dir
@@ -149,12 +151,14 @@ class Trainer:
     Attributes:
         state: What steps change and checkpoints hold.
         module: `state.model`, wrapped or sharded for training.
+        context: Which shard of its sequences this process has, if several share them (parallel.context), else None.
     """
 
     def __init__(self, config: RunConfig, plan: BatchPlan, accelerator: Accelerator, from_scratch: bool = True):
         self.config = config
         self.plan = plan
         self.accelerator = accelerator
+        self.context = parallel.find_context_shard(plan.context_parallel, accelerator)
         model = build_initial_model(config, from_scratch).to(accelerator.device)
         if config.train.float8:
             convert_to_float8(model)
@@ -196,7 +200,7 @@ class Trainer:
         self.module.train()
         total_loss = torch.zeros((), device=self.accelerator.device)
         for micro_batch, weight in zip(micro_batches, weights, strict=True):
-            segments = split_batch(micro_batch, self.plan.segment_length, dim=1)
+            segments = split_batch(micro_batch, self.plan.shard_length, dim=1)
             cache = None
             for segment in segments:
                 # Gradients are averaged over processes once per step, with the last backward pass.
@@ -204,7 +208,7 @@ class Trainer:
                 with parallel.no_sync_unless(is_last, self.module):
                     with self.accelerator.autocast():
                         output = self.module(
-                            **model_inputs(segment),
+                            **model_inputs(segment, self.context),
                             cache=cache,
                             return_cache=len(segments) > 1,
                             z_loss=self.config.train.z_loss,
@@ -219,16 +223,18 @@ class Trainer:
     def measure_layers(self, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient norms of groups of parameters, and statistics of each layer over one sequence of `batch`.
 
-        They are scalars on the device. Gradients must have been accumulated.
+        They are scalars on the device. Gradients must have been accumulated. If processes share sequences, each has the
+        statistics of its shard; those of packed documents then lack the states, which no process has all of.
         """
-        segment = split_batch(batch, self.plan.segment_length, dim=1)[0]
+        segment = split_batch(batch, self.plan.shard_length, dim=1)[0]
+        has_states = self.context is None or "starts" not in batch
         sequence = {name: x[:1] for name, x in segment.items()}
         model = self.state.model
         # Hooks do not reach into compiled blocks.
         with torch.compiler.set_stance("force_eager"), observe_layers(model) as layers, self.accelerator.autocast():
-            output = self.module(**model_inputs(sequence), return_cache=True)
+            output = self.module(**model_inputs(sequence, self.context), return_cache=has_states)
         parallel.free_gathered_weights(self.module)
-        return gradient_norms(model) | layers | state_norms(output.cache)
+        return gradient_norms(model) | layers | (state_norms(output.cache) if has_states else {})
 
     def _weigh_micro_batches(self, micro_batches: list[Batch]) -> list[float] | Tensor:
         """Return each micro-batch's share of the targets of all processes, times the number of processes."""
@@ -253,7 +259,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)  # nats, targets
         for batch in self.iterate_validation_batches(windows):
             with self.accelerator.autocast():
-                loss = self.module(**model_inputs(batch)).loss
+                loss = self.module(**model_inputs(batch, self.context)).loss
             targets = (batch["labels"] != IGNORE_INDEX).sum()
             total += torch.stack([loss * targets, targets])
             heartbeat()
@@ -268,31 +274,38 @@ class Trainer:
             seed=self.config.seed,
             batch_size=self.plan.global_batch,
             start_step=self.state.step,
-            rank=self.accelerator.process_index,
+            rank=self.accelerator.process_index // self.plan.context_parallel,
             world_size=self.plan.data_parallel,
             weights=self.config.data.weights,
             workers=self.config.data.workers,
             pin=self.accelerator.device.type == "cuda",
         )
         for _, batch in islice(stream, self.config.steps - self.state.step):
-            yield self._to_device(batch)
+            yield self._to_device(self._select_shard(batch, self.plan.segment_length))
 
     def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:
         """Yield this process's share of the validation windows, in micro-batches."""
         stream = sequential_batches(
             windows,
             self.plan.micro_batch,
-            rank=self.accelerator.process_index,
+            rank=self.accelerator.process_index // self.plan.context_parallel,
             world_size=self.plan.data_parallel,
             limit=self.config.train.eval_sequences,
         )
         for batch in stream:
-            yield self._to_device(batch)
+            yield self._to_device(self._select_shard(batch, windows.length))
+
+    def _select_shard(self, batch: Batch, segment_length: int) -> Batch:
+        """Return this process's part of the sequences of a batch, which are cut into segments of this many tokens."""
+        if self.context is None:
+            return batch
+        return shard_batch(batch, segment_length, self.context.rank, self.context.size)
 
     def _to_device(self, batch: Batch) -> Batch:
         # `starts` stays on the host, where `model_inputs` computes shapes from it.
         device = self.accelerator.device
-        return {name: x if name == "starts" else x.to(device, non_blocking=True) for name, x in batch.items()}
+        on_host = ("starts", "offsets")
+        return {name: x if name in on_host else x.to(device, non_blocking=True) for name, x in batch.items()}
 
 
 def split_batch(batch: Batch, size: int, dim: int) -> list[Batch]:
@@ -301,10 +314,17 @@ def split_batch(batch: Batch, size: int, dim: int) -> list[Batch]:
     return [dict(zip(batch, piece, strict=True)) for piece in pieces]
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """Return the model's arguments for a batch: its rows, or one row of packed documents if it has `starts`."""
+def model_inputs(batch: Batch, context: ContextShard | None = None) -> dict[str, Any]:
+    """Return the model's arguments for a batch: its rows, or one row of packed documents if it has `starts`.
+
+    Args:
+        batch: Tensors of `Windows.load_batch`, or with a context, of `shard_batch`.
+        context: The place of this process in the group that shares the sequences, if it does.
+    """
     batch = flatten_batch(batch) if "starts" in batch else batch
-    inputs = {"shift_labels" if name == "labels" else name: x for name, x in batch.items()}
+    inputs: dict[str, Any] = {"shift_labels" if name == "labels" else name: x for name, x in batch.items()}
+    if context is not None:
+        inputs["context"] = replace(context, rows=inputs.pop("rows", None))
     if "cu_seqlens" in inputs:
         # Its length differs from batch to batch. One compiled graph serves all lengths.
         torch._dynamo.maybe_mark_dynamic(inputs["cu_seqlens"], 0)
@@ -471,8 +491,10 @@ class TrainingLoop:
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         if config.train.float8:
             precision += ", large linear layers in float8"
+        sharing = f", {self.trainer.plan.context_parallel} to a sequence" if self.trainer.context else ""
         resuming = f", resuming after step {self.state.step}" if self.state.step else ""
         self.metrics.log_message(
             f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens ({epochs:.2f} epochs of "
-            f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}, {precision}{resuming}"
+            f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}{sharing}, "
+            f"{precision}{resuming}"
         )

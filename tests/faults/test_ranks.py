@@ -80,6 +80,30 @@ def train_part(steps: int, config: RunConfig) -> int:
     return train(config)
 
 
+@pytest.mark.slow
+def test_killed_run_resumes_with_another_context(run_config, change, unbroken, tmp_path):
+    """Four processes share the tokens of a sequence, then one has all of them, then two of four share them."""
+    log = tmp_path / "log"
+    config = change(run_config, **{"train.checkpoint.asynchronous": False})
+    for world, context, kill_before in ((4, 4, 4), (1, 1, 3), (4, 2, None)):
+        shared = change(config, **{"parallel.context": context})
+        codes = run(shared, world, log, train_killed, kill_before)
+        assert (-signal.SIGKILL in codes) == (kill_before is not None) and (any(codes) or kill_before is None), text(
+            log
+        )
+    assert_close(weights(config.folder / "checkpoints/step_6"), weights(unbroken / "checkpoints/step_6"))
+    for a, b in zip(rows(config.folder), rows(unbroken), strict=True):
+        assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
+        for name in {"loss", "val_loss"} & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+def train_killed(step: int | None, config: RunConfig) -> int:
+    """Train until this process kills itself before its `step`-th step."""
+    with before_steps({} if step is None else {step: lambda: send_signal(signal.SIGKILL)}):
+        return train(config)
+
+
 def test_missing_file_of_one_rank(run_config, tmp_path):
     """Both processes resume from the same older checkpoint."""
     assert run(run_config, 2, tmp_path / "log") == [0, 0]

@@ -73,9 +73,10 @@ def run(config: RunConfig) -> dict:
     return {"losses": losses, "norms": norms, "val_loss": val_loss, **weights}
 
 
-def launched(arguments: list[str]) -> subprocess.CompletedProcess:
-    """Run torchrun with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+def launched(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
+    """Run torchrun with two processes or more."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", *torchrun, *arguments]
     return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=540)
 
 

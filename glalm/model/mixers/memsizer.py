@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
 from glalm.kernels import chunk_linear_attn, fused_recurrent_linear_attn
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import token_positions
 from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
@@ -33,6 +34,7 @@ class MemSizer(Mixer):
 
     options_name = "memsizer"
     Options = MemSizerOptions
+    supports_context = True
 
     def __init__(self, config):
         super().__init__()
@@ -53,9 +55,10 @@ class MemSizer(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         S, start = split_state(state, True)
-        positions, end = token_positions(x, start, cu_seqlens, padding)
+        positions, end = token_positions(x, start, cu_seqlens, padding, context)
         q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         dtype = v.dtype  # Under autocast, softmax and LayerNorm return float32.
         q = q.unflatten(-1, (self.num_heads, -1)).softmax(-1).mean(2)
@@ -65,9 +68,16 @@ class MemSizer(Mixer):
         v = self.v_norm(v)
         if padding is not None:
             k = k * padding.to(k.dtype)  # LayerNorm(0) is its bias.
-        operator = fused_recurrent_linear_attn if is_decoding_step(x) else chunk_linear_attn
+        operator = fused_recurrent_linear_attn if is_decoding_step(x, context) else chunk_linear_attn
         one_head = (y.to(dtype)[:, :, None] for y in (q, k, v))
-        o, S = operator(*one_head, scale=1.0, initial_state=S, output_final_state=return_state, cu_seqlens=cu_seqlens)
+        o, S = operator(
+            *one_head,
+            scale=1.0,
+            initial_state=S,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            context=context,
+        )
         return o[:, :, 0], join_state(S, end)
 
     def flops(self, T: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glalm.kernels import chunk_linear_attn, chunk_retention, fused_recurrent_linear_attn, fused_recurrent_retention
 from glalm.kernels.common import at_least_float32, wide_dtype
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import FEATURE_MAPS, token_positions
 from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
@@ -43,6 +44,7 @@ class TransNormer(Mixer):
 
     options_name = "transnormer"
     Options = TransNormerOptions
+    supports_context = True
 
     @classmethod
     def build(cls, config, layer: int) -> "TransNormer":
@@ -76,6 +78,7 @@ class TransNormer(Mixer):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = FEATURE_MAPS[self.map_name](q)
@@ -86,7 +89,7 @@ class TransNormer(Mixer):
         S, start = split_state(state, self.lrpe is not None)
         end = None
         if self.lrpe is not None:
-            positions, end = token_positions(x, start, cu_seqlens)
+            positions, end = token_positions(x, start, cu_seqlens, context=context)
             q = self.lrpe(q, positions)
             k = self.lrpe(k, positions)
         options = {
@@ -94,12 +97,13 @@ class TransNormer(Mixer):
             "initial_state": S,
             "output_final_state": return_state,
             "cu_seqlens": cu_seqlens,
+            "context": context,
         }
         if self.decay is None:
-            linear = fused_recurrent_linear_attn if is_decoding_step(x) else chunk_linear_attn
+            linear = fused_recurrent_linear_attn if is_decoding_step(x, context) else chunk_linear_attn
             o, S = linear(q, k, v, **options)
         else:
-            decaying = fused_recurrent_retention if is_decoding_step(x) else chunk_retention
+            decaying = fused_recurrent_retention if is_decoding_step(x, context) else chunk_retention
             o, S = decaying(q, k, v, self.decay(wide_dtype(q)), **options)
         y = F.rms_norm(o.flatten(-2), (self.o_proj.in_features,), eps=self.eps)
         if self.u_proj is not None:

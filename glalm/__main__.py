@@ -8,6 +8,7 @@ from typing import NoReturn
 # The file of glalm/commands that has each command's `main`, and what it does.
 COMMANDS = {
     "prepare": ("prepare_data", "split text, tokenize it, and write token shards"),
+    "deduplicate": ("deduplicate", "list duplicate documents, which prepare then leaves out"),
     "tokenizer": ("train_tokenizer", "train a SentencePiece tokenizer"),
     "train": ("train", "train a model; the same command again resumes"),
     "slurm": ("slurm", "print the Slurm template for several nodes"),

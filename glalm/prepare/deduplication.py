@@ -1,0 +1,222 @@
+"""Deduplicate documents before they are prepared: compute their signatures, find duplicates, and list them.
+
+The folder of a deduplication has a plan (settings and inputs), the signatures, and the results, of which the report is
+written last. The same inputs give the same results for any number of processes, and however often the work was
+interrupted and resumed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from glalm.data.files import read_json, remove_entry, temporary_path, write_json
+from glalm.prepare.duplicate_list import FORMAT, LIST, INPUTS, REPORT, VERSION, read_report, write_results
+from glalm.prepare.duplicates import find_duplicates
+from glalm.prepare.plan import list_fields
+from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder
+from glalm.prepare.signature_store import SignatureStore
+from glalm.prepare.signatures import Signatures, compute_signatures
+from glalm.prepare.sources import (
+    Input,
+    RecordBatch,
+    Source,
+    collect_inputs,
+    describe_repeated_files,
+    describe_skipped_files,
+    parse_source,
+    read_batches,
+)
+from glalm.prepare.workers import map_in_order
+from glalm.progress import ProgressBar
+
+PLAN = "plan.json"
+SIGNATURES = "signatures"
+PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
+MAX_PART_BYTES = 2**26  # of signatures that are in memory before they are written
+
+Compute = Callable[[RecordBatch], Signatures]
+MapBatches = Callable[[Compute, Iterable[RecordBatch]], Iterator[tuple[RecordBatch, Signatures]]]
+
+
+def deduplicate(
+    sources: Iterable[Source | str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    mode: Literal["near", "exact"] = "near",
+    threshold: float = 0.8,
+    ngram: int = 5,
+    text_field: str = "text",
+    source_field: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    commit_seconds: float = 15,
+) -> dict[str, Any]:
+    """List the documents of `sources` that duplicate an earlier one in the folder `out`, and return the report.
+
+    `glalm.prepare.duplicates` says which documents these are. The same call again resumes, or returns at once. A call
+    with more sources compares their documents with the earlier ones, about which nothing changes.
+
+    Args:
+        sources: See `prepare_data`. Their order decides which copy is kept.
+        mode: Look for equal texts and near-duplicates, or for equal texts only.
+        threshold: Two documents are near-duplicates if the Jaccard index of their shingles is at least this.
+        ngram: The number of words of a shingle.
+        text_field, source_field: See `prepare_data`. Records that it would skip are not compared.
+        workers: The number of processes that compute signatures. None uses all cores.
+        overwrite: Discard an earlier deduplication in `out`.
+        commit_seconds: The time between two commits: how much work an interruption may lose.
+
+    Raises:
+        ValueError: An argument is invalid; or `out` has other files, or a deduplication with other settings or of an
+            input that has changed since; or an input changes while it is read.
+        FileNotFoundError: A source does not exist.
+    """
+    _check_arguments(mode, threshold, ngram, workers)
+    out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out} is a file. Name a folder for the results with --out.")
+    sources = [parse_source(source) for source in sources]
+    inputs, repeated = collect_inputs(sources, out.resolve())
+    settings = {"mode": mode, "text_field": text_field, "source_field": source_field}
+    if mode == "near":
+        settings |= {"threshold": threshold, "ngram": ngram}
+    workers = workers or len(os.sched_getaffinity(0))
+    map_batches = partial(map_in_order, workers=workers, size_of=lambda batch: batch.size)
+    with create_folder(out), lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
+        for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
+            if message:
+                bar.log(message)
+        _check_folder(out, overwrite)
+        store = SignatureStore(out / SIGNATURES)
+        planned = plan_inputs(out, settings, inputs, store.finished)
+        if not (out / REPORT).exists():
+            bar.log(f"Computing signatures of {len(planned) - store.position[0]:,} inputs (processes: {workers})")
+            available = {source_input.key: source_input for source_input in inputs}
+            ordered = [available.get((entry["source"], entry["name"])) for entry in planned]
+            add_signatures(store, ordered, settings, map_batches, commit_seconds, bar)
+            bar.start_task("comparing", len(store))
+            duplicates = find_duplicates(store, threshold, lambda document: bar.update(document))
+            write_results(out, settings, planned, store, duplicates)
+    return read_report(out)
+
+
+def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[str | None]) -> list[dict]:
+    """Return the inputs of the deduplication in `out`, as `Input.describe` returns them: its earlier ones, and others.
+
+    Args:
+        inputs: The inputs of this call.
+        finished: The SHA-256 of those of which all signatures are stored.
+
+    Raises:
+        ValueError: The deduplication has other settings, or an input of it has changed or is missing.
+    """
+    path = out / PLAN
+    saved = read_json(path, PLAN_SHAPE) if path.exists() else {"version": VERSION, "settings": settings, "inputs": []}
+    advice = "Choose another folder, or replace it with --overwrite."
+    if saved["version"] != VERSION:
+        raise ValueError(f"{out} has a deduplication of another format, {saved['version']}. {advice}")
+    old = saved["settings"]
+    differing = [f"--{key.replace('_', '-')}" for key in settings | old if settings.get(key) != old.get(key)]
+    if differing:
+        raise ValueError(f"{out} has a deduplication with different {', '.join(differing)}. {advice}")
+    available = {source_input.key: source_input for source_input in inputs}
+    for index, entry in enumerate(saved["inputs"]):
+        source_input = available.pop((entry["source"], entry["name"]), None)
+        sha256 = finished[index] if index < len(finished) else None
+        if source_input is None and index >= len(finished):
+            problem = f"{out} has an unfinished deduplication of {entry['source']}, {entry['name']}, which is missing"
+            raise ValueError(f"{problem}. Finish it with the sources of the earlier command. {advice}")
+        if source_input and source_input.describe() != entry and sha256 != (source_input.compute_sha256() or ""):
+            raise ValueError(f"{source_input} has changed since the deduplication in {out} began. {advice}")
+    if available:
+        # Without a report, the results that it describes do not count.
+        (out / REPORT).unlink(missing_ok=True)
+        saved["inputs"] += [source_input.describe() for source_input in available.values()]
+        write_json(path, {"format": FORMAT, **saved})
+    return saved["inputs"]
+
+
+def add_signatures(
+    store: SignatureStore,
+    inputs: list[Input],
+    settings: dict,
+    map_batches: MapBatches,
+    commit_seconds: float,
+    bar: ProgressBar,
+) -> None:
+    """Compute the signatures of the documents of `inputs` that are not in the store.
+
+    Args:
+        inputs: All planned inputs. Those that are finished may be None.
+        map_batches: Applies a pure function to batches and yields both in order.
+
+    Raises:
+        ValueError: An input changed while it was read.
+    """
+    starts = [0, *accumulate(source_input.size if source_input else 0 for source_input in inputs)]
+    bar.start_task("reading", starts[-1], starts[store.position[0]])
+    batches = read_batches(inputs, list_fields(settings), tuple(store.position))
+    pending: list[Signatures] = []
+    finished: list[str | None] = []
+    pending_bytes = 0
+    documents = len(store)
+    commit_time = time.monotonic()
+    for batch, signatures in map_batches(partial(compute_signatures, settings), batches):
+        source_input = inputs[batch.input_index]
+        position = [batch.input_index, batch.end]
+        if batch.is_last:
+            finished.append(source_input.compute_sha256())
+            if source_input.has_changed():
+                raise ValueError(f"{source_input} changed while it was read. Run the command again with --overwrite.")
+            position = [batch.input_index + 1, 0]
+        pending.append(signatures)
+        pending_bytes += sum(values.nbytes for values in signatures)
+        documents += len(signatures.documents)
+        bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
+        is_end = batch.is_last and position[0] == len(inputs)
+        if is_end or pending_bytes > MAX_PART_BYTES or time.monotonic() - commit_time > commit_seconds:
+            store.append(pending, position, finished)
+            pending = []
+            finished = []
+            pending_bytes = 0
+            commit_time = time.monotonic()
+
+
+def _check_arguments(mode: str, threshold: float, ngram: int, workers: int | None) -> None:
+    """Raise ValueError if an argument of `deduplicate` is invalid, or a library is missing."""
+    if mode not in ("near", "exact"):
+        raise ValueError(f"--mode {mode} must be near or exact.")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--threshold {threshold} must be above 0 and at most 1.")
+    if ngram < 1:
+        raise ValueError(f"--ngram {ngram} must be at least 1.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1.")
+    if mode == "near" and not (find_spec("datasketch") and find_spec("xxhash")):
+        install = "pip install -c constraints.txt -e '.[dedup]'"
+        raise ValueError(f"Near-duplicates need datasketch. Run {install}, or look for equal texts with --mode exact.")
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Discard the deduplication in `out` if `overwrite` is set. Raise ValueError if there are files of another kind."""
+    # The plan is the first file of a deduplication, so that without it no file is taken for a part of one.
+    has_plan = (out / PLAN).exists() and read_json(out / PLAN, PLAN_SHAPE)
+    known = {PLAN, SIGNATURES, REPORT, LIST, INPUTS} if has_plan else set()
+    for path in out.iterdir():
+        if path.name not in known and not path.name.startswith("."):
+            raise ValueError(f"{path} is not part of a deduplication. Choose another folder than {out} with --out.")
+    if overwrite and has_plan:
+        # The signatures vanish all at once, because a part that stays could be taken for one of the next.
+        hidden = temporary_path(out / SIGNATURES)
+        remove_entry(hidden)
+        remove_entry(out / REPORT)
+        if (out / SIGNATURES).exists():
+            (out / SIGNATURES).rename(hidden)
+        for path in (hidden, out / LIST, out / INPUTS, out / PLAN):
+            remove_entry(path)

@@ -1,0 +1,184 @@
+"""Write the results of a deduplication, and read them where a set is prepared without the duplicates."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glalm.data.files import DamagedFile, atomic_write, file_sha256, read_json, read_jsonl, write_json
+from glalm.prepare.duplicates import EXACT, NEAR, Duplicates
+from glalm.prepare.records import SkippedRecord
+from glalm.prepare.signature_store import SignatureStore
+from glalm.prepare.sources import Input
+
+FORMAT = "glalm-duplicates"
+VERSION = 1
+REPORT = "report.json"
+LIST = "duplicates.jsonl"
+INPUTS = "inputs.jsonl"
+COUNTS = ("documents", EXACT, NEAR)
+REPORT_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "sha256": str, "sources": {str: dict}}
+EXAMPLES = 5  # of each kind in the report
+# A line of the list: the records of the two documents, the index of the kept one's input, and the other entries.
+ROW = np.dtype([("record", "<i8"), ("of_input", "<i8"), ("of_record", "<i8"), ("jaccard", "<f8"), ("kind", "S15")])
+
+
+def write_results(out: Path, settings: dict, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> None:
+    """Write the list of removed documents, the inputs with their counts and, last, the report.
+
+    Args:
+        inputs: What `Input.describe` returns of the inputs of the store's documents.
+    """
+    with atomic_write(out / LIST) as file:
+        for index in range(len(duplicates.removed)):
+            file.write(_to_line(_describe_pair(index, inputs, store, duplicates)))
+    input_of = store.read_column("input_index")
+    input_of_removed = input_of[duplicates.removed]
+    counted = (input_of, input_of_removed[duplicates.exact], input_of_removed[~duplicates.exact])
+    counts = np.stack([np.bincount(indices, minlength=len(inputs)) for indices in counted])
+    sources: dict[str, dict[str, int]] = {}
+    with atomic_write(out / INPUTS) as file:
+        for index, entry in enumerate(inputs):
+            of_input = dict(zip(COUNTS, counts[:, index].tolist(), strict=True))
+            file.write(_to_line({**entry, "sha256": store.finished[index], **of_input}))
+            of_source = sources.setdefault(entry["source"], dict.fromkeys(COUNTS, 0))
+            for name, count in of_input.items():
+                of_source[name] += count
+    report = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": settings,
+        "sha256": file_sha256(out / LIST),
+        "sources": sources,
+        "examples": _choose_examples(inputs, store, duplicates),
+    }
+    write_json(out / REPORT, report, indent=1)
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """Return the report of the deduplication in `out`.
+
+    Raises:
+        FileNotFoundError: There is none, because it is unfinished or was never begun.
+        DamagedFile: It is damaged.
+        ValueError: It is of another format.
+    """
+    try:
+        report = read_json(out / REPORT, REPORT_SHAPE)
+    except FileNotFoundError as error:
+        advice = f"To begin or finish one, run: glalm deduplicate --out {out} SOURCE"
+        raise FileNotFoundError(f"{out} has no finished deduplication. {advice}") from error
+    if report["version"] != VERSION:
+        problem = f"{out} has a deduplication of format {report['version']}, not {VERSION}"
+        raise ValueError(f"{problem}. Replace it with: glalm deduplicate --out {out} --overwrite SOURCE")
+    return report
+
+
+class DuplicateList:
+    """The removed documents of a finished deduplication.
+
+    Attributes:
+        sha256: The checksum of the list.
+
+    Raises:
+        DamagedFile: The list was changed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        report = read_report(folder)
+        self.sha256: str = report["sha256"]
+        self._settings = report["settings"]
+        self._command = f"glalm deduplicate --out {folder}"
+        if file_sha256(folder / LIST) != self.sha256:
+            problem = f"{folder / LIST} is damaged: its SHA-256 does not match the report"
+            raise DamagedFile(f"{problem}. Replace it with: {self._command} --overwrite SOURCE")
+        self._inputs = {(row["source"], row["name"]): row for row in read_jsonl(folder / INPUTS)}
+        self._keys = list(self._inputs)
+        removed = [row[EXACT] + row[NEAR] for row in self._inputs.values()]
+        ends = np.cumsum(removed, dtype=np.int64)
+        self._ranges = dict(zip(self._keys, zip(ends - removed, ends, strict=True), strict=True))
+        self._rows = self._read_rows()
+
+    def check(self, settings: dict, inputs: Iterable[Input]) -> None:
+        """Raise ValueError unless the documents of `inputs`, as a set with `settings` has them, were compared."""
+        for name in ("text_field", "source_field"):
+            if settings[name] != self._settings[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{self.folder} was made with another {option}. Use the same one in both commands.")
+        for source_input in inputs:
+            row = self._inputs.get(source_input.key)
+            if row is None:
+                problem = f"{source_input}: {self.folder} has no {source_input.name!r} of {source_input.source!r}"
+                advice = "Name the sources as in that command, or add them there"
+                raise ValueError(f"{problem}. {advice}: {self._command} SOURCE")
+            described = source_input.describe()
+            same = described == {key: row[key] for key in described}
+            if not same and not (row["sha256"] and row["sha256"] == source_input.compute_sha256()):
+                problem = f"{source_input} has changed since it was read for {self.folder}"
+                raise ValueError(f"{problem}. Look for duplicates again with: {self._command} --overwrite SOURCE")
+
+    def find(self, key: tuple[str, str], first: int, end: int) -> dict[int, SkippedRecord]:
+        """Return the removed documents among the records first + 1 to end of an input, by the record's number."""
+        start, stop = self._ranges[key]
+        rows = self._rows[start:stop]
+        low, high = np.searchsorted(rows["record"], (first, end), side="right")
+        found = {}
+        for row in rows[low:high]:
+            source, name = self._keys[row["of_input"]]
+            detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['of_record']}"
+            record = int(row["record"])
+            found[record] = SkippedRecord(record, row["kind"].decode(), detail)
+        return found
+
+    def _read_rows(self) -> np.ndarray:
+        """Return the lines of the list, of the dtype ROW."""
+        numbers = {key: number for number, key in enumerate(self._keys)}
+
+        def read_tuples() -> Iterator[tuple]:
+            with open(self.folder / LIST, "rb") as file:
+                for line in file:
+                    row = json.loads(line)
+                    of = row["of"]
+                    of_input = numbers[of["source"], of["name"]]
+                    yield row["record"], of_input, of["record"], row["jaccard"], row["kind"].encode()
+
+        return np.fromiter(read_tuples(), ROW)
+
+
+def _describe_pair(index: int, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> dict[str, Any]:
+    """Return the line of the list for the removed document of this index."""
+    return {
+        **_locate(int(duplicates.removed[index]), inputs, store),
+        "kind": EXACT if duplicates.exact[index] else NEAR,
+        "jaccard": round(float(duplicates.jaccard[index]), 4),
+        "of": _locate(int(duplicates.kept[index]), inputs, store),
+    }
+
+
+def _locate(document: int, inputs: list[dict], store: SignatureStore) -> dict[str, Any]:
+    """Return the source and name of the input, and the number of the record, that has a document."""
+    described = store.read_document(document)
+    entry = inputs[described["input_index"]]
+    return {"source": entry["source"], "name": entry["name"], "record": int(described["record"])}
+
+
+def _choose_examples(inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> list[dict[str, Any]]:
+    """Return pairs with the beginnings of their texts: the near-duplicates that are the least alike, and some copies."""
+    by_jaccard = np.argsort(duplicates.jaccard, kind="stable")
+    is_exact = duplicates.exact[by_jaccard]
+    chosen = [*by_jaccard[~is_exact][:EXAMPLES], *by_jaccard[is_exact][:EXAMPLES]]
+    examples = []
+    for index in chosen:
+        starts = [store.read_document(int(number[index]))["start"] for number in (duplicates.removed, duplicates.kept)]
+        texts = [start.decode(errors="ignore") for start in starts]
+        examples.append({**_describe_pair(index, inputs, store, duplicates), "text": texts[0], "of_text": texts[1]})
+    return examples
+
+
+def _to_line(row: dict[str, Any]) -> bytes:
+    """Return a line of JSON Lines."""
+    # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -1,0 +1,111 @@
+"""Store the signatures of many documents on disk, so that an interrupted pass over their texts resumes there."""
+
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+
+from glalm.data.files import DamagedFile, atomic_write, read_json, write_json
+from glalm.prepare.signatures import Signatures
+
+PART_SHAPE = {"position": [int], "finished": list, "files": {str: int}}
+
+
+class SignatureStore:
+    """The signatures of documents in the order of their inputs, in parts that are written one after the other.
+
+    A part is three arrays and, written last, a JSON file, without which the arrays do not count. So a killed process
+    loses only the part that it had not written yet. Documents are numbered from 0 through all parts.
+
+    Attributes:
+        position: The index of the next input to read, and the number of its records that the parts cover.
+        finished: The SHA-256 of each input that was read to its end, or None for a streamed one.
+
+    Raises:
+        DamagedFile: A part is damaged or incomplete.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.position = [0, 0]
+        self.finished: list[str | None] = []
+        self._parts: list[Signatures] = []
+        self._sketch_ends: list[np.ndarray] = []  # of the documents of each part, in its array of sketches
+        self._starts = [0]  # the number of each part's first document, and the number of all documents
+        while (folder / f"{len(self._parts):06d}.json").exists():
+            self._open_part()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_bands(self) -> int:
+        """The number of band hashes of a document, 0 without documents."""
+        return len(self._parts[0].bands) if self._parts else 0
+
+    def append(self, batches: list[Signatures], position: list[int], finished: list[str | None]) -> None:
+        """Write a part of the signatures of neighbouring documents.
+
+        Args:
+            position: See the attribute.
+            finished: The SHA-256 of the inputs that end in this part.
+        """
+        columns = Signatures(
+            np.concatenate([batch.documents for batch in batches]),
+            np.concatenate([batch.bands for batch in batches], axis=1),
+            np.concatenate([batch.sketches for batch in batches]),
+        )
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{len(self._parts):06d}"
+        sizes = {}
+        for name, values in columns._asdict().items():
+            with atomic_write(path.with_suffix(f".{name}.npy")) as file:
+                np.save(file, values)
+                sizes[name] = file.tell()
+        write_json(path.with_suffix(".json"), {"position": position, "finished": finished, "files": sizes})
+        self._open_part()
+
+    def read_column(self, name: str) -> np.ndarray:
+        """Return a field of DOCUMENT of all documents."""
+        return np.concatenate([part.documents[name] for part in self._parts])
+
+    def read_band(self, index: int) -> np.ndarray:
+        """Return one of the band hashes of all documents: uint64 [documents]."""
+        return np.concatenate([part.bands[index] for part in self._parts])
+
+    def read_document(self, document: int) -> np.void:
+        """Return the DOCUMENT of this number."""
+        part, index = self._locate(document)
+        return self._parts[part].documents[index]
+
+    def read_sketch(self, document: int) -> np.ndarray:
+        """Return the sketch of the document of this number."""
+        part, index = self._locate(document)
+        end = self._sketch_ends[part][index]
+        start = self._sketch_ends[part][index - 1] if index else 0
+        return self._parts[part].sketches[start:end]
+
+    def _locate(self, document: int) -> tuple[int, int]:
+        """Return the part that has a document, and the document's index in it."""
+        part = bisect_right(self._starts, document) - 1
+        return part, document - self._starts[part]
+
+    def _open_part(self) -> None:
+        """Map the next part into memory, and move the position past it."""
+        path = self.folder / f"{len(self._parts):06d}.json"
+        record = read_json(path, PART_SHAPE)
+        arrays = {}
+        for name in Signatures._fields:
+            array_path = path.with_suffix(f".{name}.npy")
+            size = array_path.stat().st_size if array_path.exists() else 0
+            if size != record["files"].get(name):
+                problem = f"{array_path} is damaged: it has {size} bytes, but {record['files'].get(name)} were written"
+                raise DamagedFile(f"{problem}. To read all documents again, use --overwrite.")
+            # The view is an ndarray, of which slices take less time than those of a memmap.
+            arrays[name] = np.load(array_path, mmap_mode="r").view(np.ndarray)
+        part = Signatures(**arrays)
+        self._parts.append(part)
+        self._sketch_ends.append(np.cumsum(part.documents["sketch_size"], dtype=np.int64))
+        self._starts.append(len(self) + len(part.documents))
+        self.position = record["position"]
+        self.finished += record["finished"]

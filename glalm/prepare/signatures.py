@@ -1,0 +1,163 @@
+"""Compute the signatures of documents: what deduplication stores and compares in place of their texts.
+
+A near-duplicate shares most of its shingles, the runs of `ngram` neighbouring words. Its signature has two parts. Band
+hashes, made of MinHash values, are equal for some pairs and tell which documents to compare at all (Leskovec,
+Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). A sketch, the lowest hashes of the shingles, is what is
+compared (Broder, On the resemblance and containment of documents, 1997).
+"""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glalm.prepare.records import Document, count_lines, parse_records
+from glalm.prepare.sources import RecordBatch
+
+PERMUTATIONS = 128  # MinHash values of a document
+SKETCH_SIZE = 1024  # Sketches of documents with fewer different shingles are exact.
+MIN_RECALL = 0.99  # the share of the pairs at the threshold that have a band hash in common
+CHARACTERS_AT_ONCE = 2**20  # bounds the memory for the words of a long document
+SHINGLES_AT_ONCE = 2**14  # bounds the memory for the MinHash values of a long document: 128 x 4 bytes each
+START_BYTES = 64
+# Han, kana, Thai, Lao, Myanmar and Khmer are written without spaces, so each character counts as a word.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+DOCUMENT = np.dtype(
+    [
+        ("input_index", "<u4"),
+        ("record", "<u8"),  # the number of its record, counted from 1
+        ("text_hash", "<u8", 2),
+        ("sketch_size", "<u4"),
+        ("start", f"S{START_BYTES}"),  # the beginning of the text in UTF-8, which the report shows
+    ]
+)
+
+
+class Signatures(NamedTuple):
+    """The signatures of neighbouring documents of one input.
+
+    Attributes:
+        documents: What is known of each document, of the dtype DOCUMENT: [documents].
+        bands: The band hashes, uint64 [bands, documents].
+        sketches: The sketches of all documents end to end, each in ascending order, uint32.
+    """
+
+    documents: np.ndarray
+    bands: np.ndarray
+    sketches: np.ndarray
+
+
+def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatures:
+    """Return the signatures of the documents in a batch of records. Records without a document have none.
+
+    Args:
+        settings: Those of `glalm.prepare.deduplication.deduplicate`. If the mode is "exact", bands and sketches are
+            empty.
+    """
+    near = settings["mode"] == "near"
+    rows = count_rows(settings["threshold"])
+    documents = []
+    bands = []
+    sketches = [np.empty(0, np.uint32)]
+    for number, text in _read_texts(batch, settings["text_field"], settings["source_field"]):
+        data = text.encode()
+        shingles = hash_shingles(text, settings["ngram"]) if near else np.empty(0, np.uint32)
+        sketches.append(shingles[:SKETCH_SIZE])
+        bands.append(_hash_bands(shingles, rows) if near else [])
+        text_hash = np.frombuffer(blake2b(data, digest_size=16).digest(), "<u8")
+        documents.append((batch.input_index, number, text_hash, len(sketches[-1]), data[:START_BYTES]))
+    return Signatures(
+        np.array(documents, DOCUMENT),
+        np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // rows if near else 0).T,
+        np.concatenate(sketches),
+    )
+
+
+def count_rows(threshold: float) -> int:
+    """Return the number of MinHash values in a band: the most that give MIN_RECALL at the Jaccard index `threshold`.
+
+    The more values a band has, the fewer documents are compared in vain.
+    """
+    for rows in range(PERMUTATIONS, 1, -1):
+        if 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= MIN_RECALL:
+            return rows
+    return 1
+
+
+def hash_shingles(text: str, ngram: int) -> np.ndarray:
+    """Return the different 32-bit hashes of the runs of `ngram` neighbouring words, in ascending order.
+
+    Case, punctuation and space do not count. A text of fewer words, but at least one, has one shingle of all of them.
+    """
+    from xxhash import xxh32_intdigest
+
+    hashes = [np.empty(0, np.uint32)]
+    words: list[bytes] = []
+    for piece in _split_words(text):
+        words = words[max(len(words) - ngram + 1, 0) :] + piece
+        runs = zip(*(islice(words, start, None) for start in range(ngram)), strict=False)
+        shingles = set(map(b" ".join, runs))
+        hashes.append(np.fromiter(map(xxh32_intdigest, shingles), np.uint32, len(shingles)))
+    if 0 < len(words) < ngram:
+        hashes.append(np.array([xxh32_intdigest(b" ".join(words))], np.uint32))
+    return np.unique(np.concatenate(hashes))
+
+
+def estimate_jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the Jaccard index |A and B| / |A or B| of the sets of which `a` and `b` are sketches; 0 for empty ones.
+
+    It is exact if both have fewer than SKETCH_SIZE elements. Otherwise it is that of the SKETCH_SIZE lowest elements
+    of the union, a random sample: at an index of 0.8 its standard error is 0.0125.
+    """
+    if len(a) == SKETCH_SIZE or len(b) == SKETCH_SIZE:
+        last = np.union1d(a, b)[SKETCH_SIZE - 1]
+        a = a[a <= last]
+        b = b[b <= last]
+    merged = np.sort(np.concatenate((a, b)))
+    shared = np.count_nonzero(merged[1:] == merged[:-1])
+    return shared / max(len(merged) - shared, 1)
+
+
+def _read_texts(batch: RecordBatch, text_field: str, source_field: str | None) -> Iterator[tuple[int, str]]:
+    """Yield the number of each record that has a document, and its text."""
+    number = batch.first
+    for record in batch.records:
+        items = list(parse_records([record], number, text_field, source_field))
+        number += count_lines(record)
+        if items and isinstance(items[0], Document):
+            yield number, items[0].text
+
+
+def _split_words(text: str) -> Iterator[list[bytes]]:
+    """Yield the words of a text in lower case, those of about CHARACTERS_AT_ONCE at a time, without punctuation."""
+    start = 0
+    while start < len(text):
+        stop = text.find(" ", start + CHARACTERS_AT_ONCE)
+        stop = len(text) if stop < 0 else stop
+        yield " ".join(WORD.findall(text[start:stop].lower())).encode().split()
+        start = stop
+
+
+def _hash_bands(shingles: np.ndarray, rows: int) -> list[int]:
+    """Return the hashes of PERMUTATIONS // `rows` bands of MinHash values."""
+    from xxhash import xxh3_64_intdigest
+
+    minhash = _make_minhash()
+    minhash.clear()
+    for start in range(0, len(shingles), SHINGLES_AT_ONCE):
+        minhash.update_batch(shingles[start : start + SHINGLES_AT_ONCE])
+    bands = minhash.hashvalues[: PERMUTATIONS // rows * rows].reshape(-1, rows)
+    return [xxh3_64_intdigest(band.tobytes()) for band in bands]
+
+
+@lru_cache(maxsize=1)
+def _make_minhash() -> Any:
+    """Return a datasketch.MinHash of values that are hashes already, made once by each process."""
+    from datasketch import MinHash
+
+    return MinHash(PERMUTATIONS, seed=1, hashfunc=int, scheme="affine32")

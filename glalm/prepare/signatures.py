@@ -59,21 +59,20 @@ def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatur
         settings: Those of `glalm.prepare.deduplication.deduplicate`. If the mode is "exact", bands and sketches are
             empty.
     """
-    near = settings["mode"] == "near"
-    rows = count_rows(settings["threshold"])
+    rows = count_rows(settings["threshold"]) if settings["mode"] == "near" else None
     documents = []
     bands = []
     sketches = [np.empty(0, np.uint32)]
     for number, text in _read_texts(batch, settings["text_field"], settings["source_field"]):
         data = text.encode()
-        shingles = hash_shingles(text, settings["ngram"]) if near else np.empty(0, np.uint32)
+        shingles = hash_shingles(text, settings["ngram"]) if rows else np.empty(0, np.uint32)
         sketches.append(shingles[:SKETCH_SIZE])
-        bands.append(_hash_bands(shingles, rows) if near else [])
+        bands.append(_hash_bands(shingles, rows) if rows else [])
         text_hash = np.frombuffer(blake2b(data, digest_size=16).digest(), "<u8")
         documents.append((batch.input_index, number, text_hash, len(sketches[-1]), data[:START_BYTES]))
     return Signatures(
         np.array(documents, DOCUMENT),
-        np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // rows if near else 0).T,
+        np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // rows if rows else 0).T,
         np.concatenate(sketches),
     )
 
@@ -103,7 +102,7 @@ def hash_shingles(text: str, ngram: int) -> np.ndarray:
         runs = zip(*(islice(words, start, None) for start in range(ngram)), strict=False)
         shingles = set(map(b" ".join, runs))
         hashes.append(np.fromiter(map(xxh32_intdigest, shingles), np.uint32, len(shingles)))
-    if 0 < len(words) < ngram:
+    if words and not any(map(len, hashes)):
         hashes.append(np.array([xxh32_intdigest(b" ".join(words))], np.uint32))
     return np.unique(np.concatenate(hashes))
 

@@ -50,8 +50,9 @@ def main() -> None:
         print_quality(nearest, removed)
         if args.kills:
             run_with_kills(folder, args.kills, args.workers + 1, seconds)
-            same = (folder / "out/duplicates.jsonl").read_bytes() == (folder / "killed/duplicates.jsonl").read_bytes()
-            print(f"killed {args.kills} times, with {args.workers + 1} workers: {'the same' if same else 'ANOTHER'} list")
+            lists = [(folder / name / "duplicates.jsonl").read_bytes() for name in ("out", "killed")]
+            verdict = "the same list" if lists[0] == lists[1] else "ANOTHER LIST"
+            print(f"killed {args.kills} times, with {args.workers + 1} workers: {verdict}")
 
 
 # ----------------------------------------------------------------------------------------------- documents and truth

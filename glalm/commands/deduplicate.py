@@ -57,9 +57,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="J",
         help="Jaccard index of the word n-grams from which on two documents are near-duplicates (default: %(default)s)",
     )
-    parser.add_argument(
-        "--ngram", type=int, default=5, metavar="N", help="words of an n-gram (default: %(default)s)"
-    )
+    parser.add_argument("--ngram", type=int, default=5, metavar="N", help="words of an n-gram (default: %(default)s)")
     parser.add_argument("--text-field", default="text", metavar="FIELD", help="as for glalm prepare (default: text)")
     parser.add_argument("--source-field", metavar="FIELD", help="as for glalm prepare")
     parser.add_argument(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glalm.data.files import read_json, remove_entry, temporary_path, write_json
-from glalm.prepare.duplicate_list import FORMAT, LIST, INPUTS, REPORT, VERSION, read_report, write_results
+from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
 from glalm.prepare.plan import list_fields
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder

@@ -166,7 +166,7 @@ def _locate(document: int, inputs: list[dict], store: SignatureStore) -> dict[st
 
 
 def _choose_examples(inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> list[dict[str, Any]]:
-    """Return pairs with the beginnings of their texts: the near-duplicates that are the least alike, and some copies."""
+    """Return pairs with the beginnings of their texts: near-duplicates that are least alike, and some copies."""
     by_jaccard = np.argsort(duplicates.jaccard, kind="stable")
     is_exact = duplicates.exact[by_jaccard]
     chosen = [*by_jaccard[~is_exact][:EXAMPLES], *by_jaccard[is_exact][:EXAMPLES]]

@@ -144,9 +144,7 @@ def test_any_number_of_workers_gives_the_same_results(sources, uninterrupted, tm
 
 @pytest.mark.parametrize("moment", ["rename_into_place", "atomic_write", "flush_to_disk", "fsync_path", "write_json"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_between_any_two_steps_on_the_disk(
-    sources, uninterrupted, tmp_path, monkeypatch, moment, overwrite
-):
+def test_killed_between_any_two_steps_on_the_disk(sources, uninterrupted, tmp_path, monkeypatch, moment, overwrite):
     """Stop before the n-th call of a function that changes the disk, for several n."""
 
     class Killed(BaseException):
@@ -303,7 +301,8 @@ def test_sources_without_documents_have_no_duplicates(tmp_path):
 
 
 def test_the_command_prints_counts_and_examples(sources, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["glalm deduplicate", "--out", str(tmp_path / "out"), "--workers", "1", str(sources)])
+    argv = ["glalm deduplicate", "--out", str(tmp_path / "out"), "--workers", "1", str(sources)]
+    monkeypatch.setattr(sys, "argv", argv)
     assert command.main() == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -312,7 +311,7 @@ def test_the_command_prints_counts_and_examples(sources, tmp_path, monkeypatch, 
     example = report["examples"][0]
     assert f"mixed, {example['name']}:{example['record']}: '{example['text'][:20]}" in printed
     assert f"--duplicates {tmp_path / 'out'}" in printed
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--ngram", "3"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--ngram", "3"])
     assert command.main() == 1
     assert "error: " in capsys.readouterr().err
 

@@ -60,6 +60,7 @@ def prepare() -> int:
         args.sources,
         args.out,
         held_out=held_out,
+        duplicates=args.duplicates,
         on_error=args.on_error,
         workers=args.workers,
         engine=args.engine,
@@ -111,6 +112,9 @@ def parse_arguments() -> argparse.Namespace:
         help="field of a line or row that holds the text; dots lead into nested fields (default: text)",
     )
     parser.add_argument("--source-field", metavar="FIELD", help="field that names a document's source, to mix sources")
+    parser.add_argument(
+        "--duplicates", metavar="FOLDER", help="leave out the documents that glalm deduplicate --out FOLDER listed"
+    )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import compress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from glalm.data.files import DamagedFile, atomic_write, file_sha256, read_json, read_jsonl, write_json
 from glalm.prepare.duplicates import EXACT, NEAR, Duplicates
+from glalm.prepare.encode import EncodedBatch
 from glalm.prepare.records import SkippedRecord
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.sources import Input
@@ -101,6 +104,7 @@ class DuplicateList:
         ends = np.cumsum(removed, dtype=np.int64)
         self._ranges = dict(zip(self._keys, zip(ends - removed, ends, strict=True), strict=True))
         self._rows = self._read_rows()
+        self._records = self._rows["record"].copy()  # A search in a field of the rows would copy it each time.
 
     def check(self, settings: dict, inputs: Iterable[Input]) -> None:
         """Raise ValueError unless the documents of `inputs`, as a set with `settings` has them, were compared."""
@@ -120,18 +124,31 @@ class DuplicateList:
                 problem = f"{source_input} has changed since it was read for {self.folder}"
                 raise ValueError(f"{problem}. Look for duplicates again with: {self._command} --overwrite SOURCE")
 
-    def find(self, key: tuple[str, str], first: int, end: int) -> dict[int, SkippedRecord]:
-        """Return the removed documents among the records first + 1 to end of an input, by the record's number."""
+    def remove_from(self, encoded: EncodedBatch, key: tuple[str, str]) -> EncodedBatch:
+        """Return a batch in which the removed documents count as skipped records.
+
+        Args:
+            key: That of the input of the batch, in which the documents have their numbers.
+        """
+        if not encoded.documents:
+            return encoded
         start, stop = self._ranges[key]
-        rows = self._rows[start:stop]
-        low, high = np.searchsorted(rows["record"], (first, end), side="right")
-        found = {}
-        for row in rows[low:high]:
-            source, name = self._keys[row["of_input"]]
-            detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['of_record']}"
-            record = int(row["record"])
-            found[record] = SkippedRecord(record, row["kind"].decode(), detail)
-        return found
+        numbers = np.array([document.number for document in encoded.documents])
+        first, last = start + np.searchsorted(self._records[start:stop], (numbers[0], numbers[-1] + 1))
+        rows = self._rows[first:last]
+        is_kept = ~np.isin(numbers, rows["record"])
+        lengths = [document.tokens for document in encoded.documents]
+        return EncodedBatch(
+            encoded.ids[np.repeat(is_kept, lengths)],
+            list(compress(encoded.documents, is_kept)),
+            sorted([*encoded.skipped, *map(self._describe, rows)], key=attrgetter("number")),
+        )
+
+    def _describe(self, row: np.void) -> SkippedRecord:
+        """Return a removed document as a skipped record."""
+        source, name = self._keys[row["of_input"]]
+        detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['of_record']}"
+        return SkippedRecord(int(row["record"]), row["kind"].decode(), detail)
 
     def _read_rows(self) -> np.ndarray:
         """Return the lines of the list, of the dtype ROW."""

@@ -30,8 +30,9 @@ def _format_shares(held_out: Mapping[str, float]) -> str:
 
 
 class EncodedDocument(NamedTuple):
-    """One document of an `EncodedBatch`: the next `tokens` of its ids."""
+    """One document of an `EncodedBatch`: the next `tokens` of its ids. `number` is that of its record."""
 
+    number: int
     split: str
     source: str
     tokens: int
@@ -82,7 +83,7 @@ def encode_batch(
         data = item.text.encode()
         tokens = len(bos_ids) + len(ids) + len(eos_ids)
         split = split_of(data, settings["held_out"])
-        documents.append(EncodedDocument(split, item.source or batch.source, tokens, len(data)))
+        documents.append(EncodedDocument(item.number, split, item.source or batch.source, tokens, len(data)))
     ids = np.concatenate(parts)
     if len(ids) and ids.max() >= tokenizer.vocab_size:
         vocabulary = f"its vocabulary has {tokenizer.vocab_size} ids"

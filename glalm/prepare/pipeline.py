@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
@@ -48,6 +49,7 @@ def prepare_data(
     shard_tokens: int = 2**27,
     text_field: str = "text",
     source_field: str | None = None,
+    duplicates: str | os.PathLike | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     workers: int | None = None,
     engine: Literal["local", "ray"] = "local",
@@ -73,6 +75,7 @@ def prepare_data(
         text_field, source_field: The fields of a JSON line or a table's row that hold the text and the name of the
             document's source. A name with dots that is no field leads into nested fields. Without `source_field`, the
             source is that of the input.
+        duplicates: The folder of `deduplicate`, of which the listed documents are skipped and counted.
         on_error: For a record without a document, either raise ValueError with its file and line ("stop"), or skip it
             and count it by reason ("skip"). Empty documents are always skipped and counted.
         workers: The number of processes that read and tokenize, on this machine. None uses all cores.
@@ -106,6 +109,10 @@ def prepare_data(
     }
     if eos is not None:
         settings["eos"] = eos
+    listed = DuplicateList(Path(duplicates)) if duplicates else None
+    if listed:
+        settings["duplicates"] = listed.sha256
+        listed.check(settings, inputs)
     # Not every system has sched_getaffinity, which counts only the cores that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
@@ -120,7 +127,7 @@ def prepare_data(
                 bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if plan:
-            run_plan(plan, inputs, out, on_error, engine, workers or cores, commit_seconds, bar)
+            run_plan(plan, inputs, out, listed, on_error, engine, workers or cores, commit_seconds, bar)
             new = find_new_inputs(out, inputs, bar) if len(inputs) > len(plan.inputs) else []
             if new:
                 bar.log(f"{len(new)} inputs are not in {out}, because they appeared after it was begun. Use --add.")
@@ -131,6 +138,7 @@ def run_plan(
     plan: Plan,
     inputs: list[Input],
     out: Path,
+    listed: DuplicateList | None,
     on_error: str,
     engine: str,
     workers: int,
@@ -141,6 +149,7 @@ def run_plan(
 
     Args:
         inputs: The plan's inputs, and possibly others.
+        listed: The documents to skip, if there are any.
     """
     available = {source_input.key: source_input for source_input in inputs}
     inputs = [available[entry["source"], entry["name"]] for entry in plan.inputs]
@@ -175,6 +184,8 @@ def run_plan(
                 else:
                     writer.commit()
                 raise bad_record_error(source_input, errors[0])
+            if listed:
+                encoded = listed.remove_from(encoded, source_input.key)
             writer.add_batch(batch, encoded, source_input)
             documents += len(encoded.documents)
             tokens += len(encoded.ids)

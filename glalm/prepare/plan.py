@@ -80,10 +80,10 @@ def make_plan(
             overwrite = True
     required = None if add else settings
     if not overwrite and (out / PLAN).exists():
-        return _resume_plan(out, required, inputs)
+        return _resume_plan(out, settings, inputs, add)
     if not overwrite and has_manifest:
         (out / JOURNAL).unlink(missing_ok=True)  # A process that was killed just after it completed the set left it.
-        plan = _plan_addition(out, required, inputs, bar)
+        plan = _plan_addition(out, required, inputs, settings.get("duplicates"), bar)
     elif add:
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
     else:
@@ -155,7 +155,7 @@ def list_fields(settings: dict) -> list[str]:
     return [settings[key] for key in ("text_field", "source_field") if settings[key]]
 
 
-def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
+def _resume_plan(out: Path, settings: dict, inputs: list[Input], add: bool) -> Plan:
     """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
 
     `inputs` that are not in the plan are ignored here; `prepare_data` logs them at the end.
@@ -165,6 +165,9 @@ def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
     """
     saved = read_json(out / PLAN, PLAN_SHAPE)
     plan = Plan(**{name: saved[name] for name in PLAN_SHAPE})
+    if add:
+        # What is added has the settings of the set, but may have another list of duplicates.
+        settings = plan.settings | {"duplicates": settings.get("duplicates")}
     available = {source_input.key: source_input for source_input in inputs}
     planned = {(entry["source"], entry["name"]): entry for entry in plan.inputs}
     changed = _differing_keys(plan.settings, settings)
@@ -189,11 +192,14 @@ def _resume_plan(out: Path, settings: dict | None, inputs: list[Input]) -> Plan:
     return plan
 
 
-def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: ProgressBar) -> Plan | None:
+def _plan_addition(
+    out: Path, settings: dict | None, inputs: list[Input], duplicates: str | None, bar: ProgressBar
+) -> Plan | None:
     """Return a plan that adds to a complete set those of `inputs` that it does not have, or None if it has all.
 
     Args:
         settings: The settings and, implicitly, the inputs that the set must have; None to add inputs to any set.
+        duplicates: The setting of what is added; see `DuplicateList.sha256`.
 
     Raises:
         ValueError: The set has other settings, or has other content for one of the inputs.
@@ -218,6 +224,9 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
         raise ValueError(f"{difference} {advice}")
     if not new:
         return None
+    if "duplicates" in manifest["settings"] and not duplicates:
+        advice = "Look for duplicates of all sources, old and new, with glalm deduplicate, and name its folder"
+        raise ValueError(f"{out} was prepared without duplicates. {advice} with --duplicates.")
     # SetWriter continues from this state as from one that SetWriter.commit wrote.
     splits = {}
     for split, entry in manifest["splits"].items():
@@ -226,6 +235,8 @@ def _plan_addition(out: Path, settings: dict | None, inputs: list[Input], bar: P
     cursor = dataclasses.asdict(Position())
     base = {"cursor": cursor, "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
     kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
+    if duplicates:
+        kept["settings"] = kept["settings"] | {"duplicates": duplicates}
     return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=base)
 
 

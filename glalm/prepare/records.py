@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -54,10 +54,11 @@ Chunks = Iterator[tuple[list[Record], int]]  # some records, and the bytes of th
 
 @dataclass(frozen=True)
 class Document:
-    """A document: its text, and its source if the record names one."""
+    """A document: its text, its source if the record names one, and the number of the record as of `SkippedRecord`."""
 
     text: str
     source: str | None
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def parse_records(
         if isinstance(record, bytes) and not record.strip():
             continue
         try:
-            yield extract_document(record, text_field, source_field)
+            yield replace(extract_document(record, text_field, source_field), number=number)
         except BadRecord as error:
             yield SkippedRecord(number, *error.args)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glalm.prepare.records import Document, count_lines, parse_records
+from glalm.prepare.records import SkippedRecord, parse_records
 from glalm.prepare.sources import RecordBatch
 
 PERMUTATIONS = 128  # MinHash values of a document
@@ -63,13 +63,15 @@ def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatur
     documents = []
     bands = []
     sketches = [np.empty(0, np.uint32)]
-    for number, text in _read_texts(batch, settings["text_field"], settings["source_field"]):
-        data = text.encode()
-        shingles = hash_shingles(text, settings["ngram"]) if rows else np.empty(0, np.uint32)
+    for item in parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"]):
+        if isinstance(item, SkippedRecord):
+            continue
+        data = item.text.encode()
+        shingles = hash_shingles(item.text, settings["ngram"]) if rows else np.empty(0, np.uint32)
         sketches.append(shingles[:SKETCH_SIZE])
         bands.append(_hash_bands(shingles, rows) if rows else [])
         text_hash = np.frombuffer(blake2b(data, digest_size=16).digest(), "<u8")
-        documents.append((batch.input_index, number, text_hash, len(sketches[-1]), data[:START_BYTES]))
+        documents.append((batch.input_index, item.number, text_hash, len(sketches[-1]), data[:START_BYTES]))
     return Signatures(
         np.array(documents, DOCUMENT),
         np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // rows if rows else 0).T,
@@ -120,16 +122,6 @@ def estimate_jaccard(a: np.ndarray, b: np.ndarray) -> float:
     merged = np.sort(np.concatenate((a, b)))
     shared = np.count_nonzero(merged[1:] == merged[:-1])
     return shared / max(len(merged) - shared, 1)
-
-
-def _read_texts(batch: RecordBatch, text_field: str, source_field: str | None) -> Iterator[tuple[int, str]]:
-    """Yield the number of each record that has a document, and its text."""
-    number = batch.first
-    for record in batch.records:
-        items = list(parse_records([record], number, text_field, source_field))
-        number += count_lines(record)
-        if items and isinstance(items[0], Document):
-            yield number, items[0].text
 
 
 def _split_words(text: str) -> Iterator[list[bytes]]:

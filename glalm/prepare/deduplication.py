@@ -8,6 +8,7 @@ interrupted and resumed.
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
@@ -29,9 +30,9 @@ from glalm.prepare.sources import (
     describe_repeated_files,
     describe_skipped_files,
     parse_source,
-    read_batches,
 )
-from glalm.prepare.workers import map_in_order
+from glalm.prepare.units import Unit, cut_units, estimate_memory, read_unit
+from glalm.prepare.workers import count_cores, stream_in_order
 from glalm.progress import ProgressBar
 
 PLAN = "plan.json"
@@ -39,8 +40,7 @@ SIGNATURES = "signatures"
 PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
 MAX_PART_BYTES = 2**26  # of signatures that are in memory before they are written
 
-Compute = Callable[[RecordBatch], Signatures]
-MapBatches = Callable[[Compute, Iterable[RecordBatch]], Iterator[tuple[RecordBatch, Signatures]]]
+MapUnits = Callable[[Callable, Iterable[Unit]], Iterator[tuple[Unit, Any]]]
 
 
 def deduplicate(
@@ -86,8 +86,8 @@ def deduplicate(
     settings = {"mode": mode, "text_field": text_field, "source_field": source_field}
     if mode == "near":
         settings |= {"threshold": threshold, "ngram": ngram}
-    workers = workers or len(os.sched_getaffinity(0))
-    map_batches = partial(map_in_order, workers=workers, size_of=lambda batch: batch.size)
+    workers = workers or count_cores()
+    map_units = partial(stream_in_order, workers=workers, size_of=estimate_memory)
     with create_folder(out), lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
             if message:
@@ -96,10 +96,10 @@ def deduplicate(
         store = SignatureStore(out / SIGNATURES)
         planned = plan_inputs(out, settings, inputs, store.finished)
         if not (out / REPORT).exists():
-            bar.log(f"Computing signatures of {len(planned) - store.position[0]:,} inputs (processes: {workers})")
+            bar.log(f"Computing signatures of {len(planned) - store.position.input:,} inputs (processes: {workers})")
             available = {source_input.key: source_input for source_input in inputs}
             ordered = [available.get((entry["source"], entry["name"])) for entry in planned]
-            add_signatures(store, ordered, settings, map_batches, commit_seconds, bar)
+            add_signatures(store, ordered, settings, map_units, commit_seconds, bar)
             bar.start_task("comparing", len(store))
             duplicates = find_duplicates(store, threshold, lambda document: bar.update(document))
             write_results(out, settings, planned, store, duplicates)
@@ -142,11 +142,29 @@ def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[s
     return saved["inputs"]
 
 
+@dataclass(frozen=True)
+class UnitSigner:
+    """Compute the signatures of the documents of units.
+
+    Attributes:
+        settings: See `compute_signatures`.
+        fields: The columns to read from a table.
+    """
+
+    settings: dict
+    fields: list[str]
+
+    def __call__(self, unit: Unit) -> Iterator[tuple[RecordBatch, Signatures]]:
+        """Yield the batches of a unit, without their records, and the signatures."""
+        for batch in read_unit(unit, self.fields):
+            yield batch._replace(records=[]), compute_signatures(self.settings, batch)
+
+
 def add_signatures(
     store: SignatureStore,
     inputs: list[Input],
     settings: dict,
-    map_batches: MapBatches,
+    map_units: MapUnits,
     commit_seconds: float,
     bar: ProgressBar,
 ) -> None:
@@ -154,32 +172,35 @@ def add_signatures(
 
     Args:
         inputs: All planned inputs. Those that are finished may be None.
-        map_batches: Applies a pure function to batches and yields both in order.
+        map_units: Applies a pure function to units, and yields each unit with each of its results, in order.
 
     Raises:
         ValueError: An input changed while it was read.
     """
     starts = [0, *accumulate(source_input.size if source_input else 0 for source_input in inputs)]
-    bar.start_task("reading", starts[-1], starts[store.position[0]])
-    batches = read_batches(inputs, list_fields(settings), tuple(store.position))
+    position = store.position
+    bar.start_task("reading", starts[-1], starts[position.input])
+    fields = list_fields(settings)
     pending: list[Signatures] = []
     finished: list[str | None] = []
     pending_bytes = 0
     documents = len(store)
     commit_time = time.monotonic()
-    for batch, signatures in map_batches(partial(compute_signatures, settings), batches):
+    for _, (batch, signatures) in map_units(UnitSigner(settings, fields), cut_units(inputs, fields, position)):
+        if batch.input_index < position.input:
+            continue  # The input is damaged in an earlier part, which ends it.
         source_input = inputs[batch.input_index]
-        position = [batch.input_index, batch.end]
-        if batch.is_last:
+        signatures.documents["record"] += position.before
+        position = position.after(batch)
+        if position.input > batch.input_index:
             finished.append(source_input.compute_sha256())
             if source_input.has_changed():
                 raise ValueError(f"{source_input} changed while it was read. Run the command again with --overwrite.")
-            position = [batch.input_index + 1, 0]
         pending.append(signatures)
         pending_bytes += sum(values.nbytes for values in signatures)
         documents += len(signatures.documents)
         bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
-        is_end = batch.is_last and position[0] == len(inputs)
+        is_end = position.input == len(inputs)
         if is_end or pending_bytes > MAX_PART_BYTES or time.monotonic() - commit_time > commit_seconds:
             store.append(pending, position, finished)
             pending = []

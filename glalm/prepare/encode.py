@@ -52,7 +52,8 @@ class EncodedBatch(NamedTuple):
     def shift_numbers(self, before: int) -> "EncodedBatch":
         """Return the batch with the numbers that records have if `before` records precede those that were read."""
         skipped = [replace(record, number=before + record.number) for record in self.skipped]
-        return self._replace(skipped=skipped)
+        documents = [document._replace(number=before + document.number) for document in self.documents]
+        return self._replace(skipped=skipped, documents=documents)
 
 
 def encode_batch(

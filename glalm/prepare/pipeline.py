@@ -30,7 +30,7 @@ from glalm.prepare.sources import (
     parse_source,
 )
 from glalm.prepare.units import UnitEncoder, cut_units, estimate_memory
-from glalm.prepare.workers import stream_in_order
+from glalm.prepare.workers import count_cores, stream_in_order
 from glalm.prepare.writer import SetWriter, format_counts
 from glalm.progress import ProgressBar
 
@@ -113,8 +113,6 @@ def prepare_data(
     if listed:
         settings["duplicates"] = listed.sha256
         listed.check(settings, inputs)
-    # Not every system has sched_getaffinity, which counts only the cores that this process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
         connect_to_ray(address) if engine == "ray" else nullcontext(),
         create_folder(out),
@@ -127,7 +125,7 @@ def prepare_data(
                 bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if plan:
-            run_plan(plan, inputs, out, listed, on_error, engine, workers or cores, commit_seconds, bar)
+            run_plan(plan, inputs, out, listed, on_error, engine, workers or count_cores(), commit_seconds, bar)
             new = find_new_inputs(out, inputs, bar) if len(inputs) > len(plan.inputs) else []
             if new:
                 bar.log(f"{len(new)} inputs are not in {out}, because they appeared after it was begun. Use --add.")

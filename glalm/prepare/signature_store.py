@@ -1,14 +1,17 @@
 """Store the signatures of many documents on disk, so that an interrupted pass over their texts resumes there."""
 
 from bisect import bisect_right
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from glalm.data.files import DamagedFile, atomic_write, read_json, write_json
 from glalm.prepare.signatures import Signatures
+from glalm.prepare.sources import Position
 
-PART_SHAPE = {"position": [int], "finished": list, "files": {str: int}}
+POSITION_SHAPE = dict.fromkeys(asdict(Position()), int)
+PART_SHAPE = {"position": POSITION_SHAPE, "finished": list, "files": {str: int}}
 
 
 class SignatureStore:
@@ -18,7 +21,7 @@ class SignatureStore:
     loses only the part that it had not written yet. Documents are numbered from 0 through all parts.
 
     Attributes:
-        position: The index of the next input to read, and the number of its records that the parts cover.
+        position: Up to where the inputs are covered by the parts.
         finished: The SHA-256 of each input that was read to its end, or None for a streamed one.
 
     Raises:
@@ -27,7 +30,7 @@ class SignatureStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.position = [0, 0]
+        self.position = Position()
         self.finished: list[str | None] = []
         self._parts: list[Signatures] = []
         self._sketch_ends: list[np.ndarray] = []  # of the documents of each part, in its array of sketches
@@ -43,7 +46,7 @@ class SignatureStore:
         """The number of band hashes of a document, 0 without documents."""
         return len(self._parts[0].bands) if self._parts else 0
 
-    def append(self, batches: list[Signatures], position: list[int], finished: list[str | None]) -> None:
+    def append(self, batches: list[Signatures], position: Position, finished: list[str | None]) -> None:
         """Write a part of the signatures of neighbouring documents.
 
         Args:
@@ -62,7 +65,7 @@ class SignatureStore:
             with atomic_write(path.with_suffix(f".{name}.npy")) as file:
                 np.save(file, values)
                 sizes[name] = file.tell()
-        write_json(path.with_suffix(".json"), {"position": position, "finished": finished, "files": sizes})
+        write_json(path.with_suffix(".json"), {"position": asdict(position), "finished": finished, "files": sizes})
         self._open_part()
 
     def read_column(self, name: str) -> np.ndarray:
@@ -107,5 +110,5 @@ class SignatureStore:
         self._parts.append(part)
         self._sketch_ends.append(np.cumsum(part.documents["sketch_size"], dtype=np.int64))
         self._starts.append(len(self) + len(part.documents))
-        self.position = record["position"]
+        self.position = Position(**record["position"])
         self.finished += record["finished"]

@@ -163,6 +163,14 @@ class Position:
     records: int = 0
     before: int = 0
 
+    def after(self, batch: "RecordBatch") -> "Position":
+        """Return the position behind a batch that begins here."""
+        if not batch.is_last:
+            return replace(self, records=batch.end)
+        if batch.next_start is None:
+            return Position(self.input + 1)
+        return Position(self.input, batch.next_start, before=self.before + batch.end)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -60,6 +60,19 @@ def estimate_memory(unit: Unit) -> int:
     return unit.size if isinstance(unit, RecordBatch) else PENDING_BYTES // 2
 
 
+def read_unit(unit: Unit, fields: list[str]) -> Iterator[RecordBatch]:
+    """Yield the batches of a unit.
+
+    Args:
+        fields: The columns to read from a table.
+    """
+    if isinstance(unit, RecordBatch):
+        yield unit
+        return
+    for part in unit:
+        yield from read_part(part, fields)
+
+
 @dataclass(frozen=True)
 class UnitEncoder:
     """Encode units with the settings of a set.
@@ -79,10 +92,6 @@ class UnitEncoder:
 
     def __call__(self, unit: Unit) -> Iterator[tuple[RecordBatch, EncodedBatch]]:
         """Yield the batches of a unit, without their records, and what they are encoded to."""
-        for batch in [unit] if isinstance(unit, RecordBatch) else self._read(unit):
+        for batch in read_unit(unit, self.fields):
             encoded = encode_batch(self.tokenizer_path, self.fingerprint, self.dtype, self.settings, batch)
             yield batch._replace(records=[]), encoded
-
-    def _read(self, parts: tuple[Part, ...]) -> Iterator[RecordBatch]:
-        for part in parts:
-            yield from read_part(part, self.fields)

@@ -13,7 +13,7 @@ import re
 import resource
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -218,12 +218,8 @@ class SetWriter:
         for entry in (counts, self._input_counts):
             entry["read"] += len(encoded.documents) + len(encoded.skipped)
             entry["written"] += len(encoded.documents)
-        if not batch.is_last:
-            self.position = replace(self.position, records=batch.end)
-        elif batch.next_start is not None:
-            before = self.position.before + batch.end
-            self.position = Position(batch.input_index, batch.next_start, before=before)
-        else:
+        self.position = self.position.after(batch)
+        if self.position.input > batch.input_index:
             self._finish_input(source_input)
 
     def commit(self) -> None:
@@ -291,12 +287,11 @@ class SetWriter:
         return {**_sum_counts(sources.values()), "sources": sources, "left_over": leftover}
 
     def _finish_input(self, source_input: Input) -> None:
-        """Log an input that was read completely, and move the position to the next one."""
+        """Log an input that was read completely."""
         sha256 = source_input.compute_sha256()
         if source_input.has_changed():
             raise changed_error(source_input, self.out)
         self._log("inputs.jsonl", {**source_input.describe(), "sha256": sha256, **self._input_counts})
-        self.position = Position(self.position.input + 1)
         self._input_counts = dict(NO_DOCUMENTS)
 
     def _log(self, name: str, row: dict) -> None:

@@ -15,7 +15,7 @@ from folder_contents import read_contents
 
 from glalm.commands import deduplicate as command
 from glalm.data import files
-from glalm.prepare import deduplication, duplicate_list, signature_store
+from glalm.prepare import deduplication, duplicate_list, signature_store, units
 from glalm.prepare import sources as sources_module
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.duplicate_list import DuplicateList
@@ -129,6 +129,7 @@ def test_the_parts_of_the_signatures_do_not_matter(
 ):
     monkeypatch.setattr(deduplication, "MAX_PART_BYTES", part_bytes)
     monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", batch_bytes)  # The files are read in ranges of bytes.
     deduplicate([sources], tmp_path / "out", **QUIET)
     assert len(list((tmp_path / "out/signatures").glob("*.json"))) > 1
     assert read_results(tmp_path / "out") == read_results(uninterrupted)
@@ -137,7 +138,7 @@ def test_the_parts_of_the_signatures_do_not_matter(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_gives_the_same_results(sources, uninterrupted, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 5_000)
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
     deduplicate([sources], tmp_path / "out", workers=workers, progress=False)
     assert read_results(tmp_path / "out") == read_results(uninterrupted)
 
@@ -233,7 +234,6 @@ def test_an_input_that_changes_while_it_is_read_is_refused(sources, tmp_path, mo
 
 def test_an_unfinished_input_must_not_be_missing(sources, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(deduplication, "find_duplicates", lambda *args: 1 / 0)
         patch.setattr(sources_module.FileInput, "compute_sha256", lambda self: _raise_at(self, "b.jsonl"))
         deduplicate([sources], tmp_path / "out", commit_seconds=0, **QUIET)
     with pytest.raises(ValueError, match=r"unfinished deduplication of mixed, b\.jsonl, which is missing"):

@@ -14,7 +14,7 @@ from glalm.prepare import duplicates, signatures
 from glalm.prepare.duplicates import find_duplicates, find_first_copies
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import compute_signatures, count_rows, estimate_jaccard, hash_shingles
-from glalm.prepare.sources import RecordBatch
+from glalm.prepare.sources import Position, RecordBatch
 
 pytest.importorskip("datasketch")
 
@@ -42,7 +42,7 @@ def make_batch(texts: list[str]) -> RecordBatch:
 def make_store(folder: Path, texts: list[str], **changes) -> SignatureStore:
     store = SignatureStore(folder)
     for start in range(0, len(texts), 7):  # in several parts
-        store.append([compute_signatures(NEAR | changes, make_batch(texts[start : start + 7]))], [0, start], [])
+        store.append([compute_signatures(NEAR | changes, make_batch(texts[start : start + 7]))], Position(), [])
     return store
 
 

@@ -10,7 +10,7 @@ from folder_contents import read_contents
 from glalm.commands import prepare_data as command
 from glalm.data import files
 from glalm.data.shards import SPLITS
-from glalm.prepare import pipeline, writer
+from glalm.prepare import pipeline, units, writer
 from glalm.prepare import sources as sources_module
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.pipeline import prepare_data
@@ -71,6 +71,7 @@ def read_shards(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("batch_bytes", [200, 2**20])
 def test_the_set_has_the_other_documents(sources, listed, expected, settings, tmp_path, monkeypatch, batch_bytes):
     monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(units, "UNIT_BYTES", 10 * batch_bytes)  # The file is read in ranges of bytes.
     manifest = prepare_data([sources], tmp_path / "set", duplicates=listed, **settings)
     assert read_shards(tmp_path / "set") == read_shards(expected)
     assert manifest["splits"] == json.loads((expected / "manifest.json").read_text())["splits"]
@@ -119,6 +120,7 @@ def test_an_interrupted_preparation_resumes(sources, listed, expected, settings,
 @pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(sources, listed, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
     for workers in (1, 3):
         given = {**settings, "workers": workers}
         prepare_data([sources], tmp_path / f"set{workers}", duplicates=listed, **given)

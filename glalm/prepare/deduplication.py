@@ -31,7 +31,7 @@ from glalm.prepare.sources import (
     describe_skipped_files,
     parse_source,
 )
-from glalm.prepare.units import Unit, cut_units, estimate_memory, read_unit
+from glalm.prepare.units import Unit, cut_units, estimate_memory, limit_workers, read_unit
 from glalm.prepare.workers import count_cores, stream_in_order
 from glalm.progress import ProgressBar
 
@@ -86,7 +86,7 @@ def deduplicate(
     settings = {"mode": mode, "text_field": text_field, "source_field": source_field}
     if mode == "near":
         settings |= {"threshold": threshold, "ngram": ngram}
-    workers = workers or count_cores()
+    workers = limit_workers(workers or count_cores(), inputs)
     map_units = partial(stream_in_order, workers=workers, size_of=estimate_memory)
     with create_folder(out), lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):

@@ -60,6 +60,11 @@ def estimate_memory(unit: Unit) -> int:
     return unit.size if isinstance(unit, RecordBatch) else PENDING_BYTES // 2
 
 
+def limit_workers(workers: int, inputs: list[Input]) -> int:
+    """Return the number of processes, at most `workers`, for which there are units."""
+    return int(min(workers, 1 + sum(source_input.expected_bytes for source_input in inputs) / UNIT_BYTES))
+
+
 def read_unit(unit: Unit, fields: list[str]) -> Iterator[RecordBatch]:
     """Yield the batches of a unit.
 

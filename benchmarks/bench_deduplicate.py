@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,11 @@ def main() -> None:
         start = time.perf_counter()
         peak = run_to_end(folder / "text.jsonl", folder / "out", args.workers)
         seconds = time.perf_counter() - start
-        print(f"{seconds:.0f} s with {args.workers} workers: {args.documents / seconds:,.0f} documents/s")
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = usage.ru_utime + usage.ru_stime
+        print(
+            f"{seconds:.0f} s with {args.workers} workers, {cpu:.0f} s of CPU: {args.documents / cpu:,.0f} documents/s"
+        )
         print(f"{peak / 2**30:.2f} GiB at most in memory, all processes together", flush=True)
         removed = read_removed(folder / "out")
         print_quality(nearest, removed)

@@ -47,9 +47,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = usage.ru_utime + usage.ru_stime
-        print(
-            f"{seconds:.0f} s with {args.workers} workers, {cpu:.0f} s of CPU: {args.documents / cpu:,.0f} documents/s"
-        )
+        print(f"{seconds:.0f} s with {args.workers} workers, {cpu:.0f} s of CPU time")
         print(f"{peak / 2**30:.2f} GiB at most in memory, all processes together", flush=True)
         removed = read_removed(folder / "out")
         print_quality(nearest, removed)

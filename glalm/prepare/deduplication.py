@@ -29,6 +29,7 @@ from glalm.prepare.sources import (
     collect_inputs,
     describe_repeated_files,
     describe_skipped_files,
+    out_of_memory_error,
     parse_source,
 )
 from glalm.prepare.units import Unit, cut_units, estimate_memory, limit_workers, read_unit
@@ -38,7 +39,7 @@ from glalm.progress import ProgressBar
 PLAN = "plan.json"
 SIGNATURES = "signatures"
 PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
-MAX_PART_BYTES = 2**26  # of signatures that are in memory before they are written
+MAX_PENDING_BYTES = 2**26  # of signatures that are kept in memory
 
 MapUnits = Callable[[Callable, Iterable[Unit]], Iterator[tuple[Unit, Any]]]
 
@@ -181,32 +182,30 @@ def add_signatures(
     position = store.position
     bar.start_task("reading", starts[-1], starts[position.input])
     fields = list_fields(settings)
-    pending: list[Signatures] = []
-    finished: list[str | None] = []
-    pending_bytes = 0
+    units = cut_units(inputs, fields, position)
     documents = len(store)
     commit_time = time.monotonic()
-    for _, (batch, signatures) in map_units(UnitSigner(settings, fields), cut_units(inputs, fields, position)):
-        if batch.input_index < position.input:
-            continue  # The input is damaged in an earlier part, which ends it.
-        source_input = inputs[batch.input_index]
-        signatures.documents["record"] += position.before
-        position = position.after(batch)
-        if position.input > batch.input_index:
-            finished.append(source_input.compute_sha256())
-            if source_input.has_changed():
-                raise ValueError(f"{source_input} changed while it was read. Run the command again with --overwrite.")
-        pending.append(signatures)
-        pending_bytes += sum(values.nbytes for values in signatures)
-        documents += len(signatures.documents)
-        bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
-        is_end = position.input == len(inputs)
-        if is_end or pending_bytes > MAX_PART_BYTES or time.monotonic() - commit_time > commit_seconds:
-            store.append(pending, position, finished)
-            pending = []
-            finished = []
-            pending_bytes = 0
-            commit_time = time.monotonic()
+    try:
+        for _, (batch, signatures) in map_units(UnitSigner(settings, fields), units):
+            if batch.input_index < position.input:
+                continue  # The input is damaged in an earlier part, which ends it.
+            source_input = inputs[batch.input_index]
+            signatures.documents["record"] += position.before
+            position = position.after(batch)
+            store.add(signatures, position)
+            if position.input > batch.input_index:
+                store.finish_input(source_input.compute_sha256())
+                if source_input.has_changed():
+                    advice = "Run the command again with --overwrite."
+                    raise ValueError(f"{source_input} changed while it was read. {advice}")
+            documents += len(signatures.documents)
+            bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
+            if store.pending_bytes > MAX_PENDING_BYTES or time.monotonic() - commit_time > commit_seconds:
+                store.commit()
+                commit_time = time.monotonic()
+        store.commit()
+    except MemoryError as error:
+        raise out_of_memory_error(inputs[position.input]) from error
 
 
 def _check_arguments(mode: str, threshold: float, ngram: int, workers: int | None) -> None:

@@ -23,6 +23,7 @@ class SignatureStore:
     Attributes:
         position: Up to where the inputs are covered by the parts.
         finished: The SHA-256 of each input that was read to its end, or None for a streamed one.
+        pending_bytes: The memory that signatures take until the next `commit`.
 
     Raises:
         DamagedFile: A part is damaged or incomplete.
@@ -35,6 +36,7 @@ class SignatureStore:
         self._parts: list[Signatures] = []
         self._sketch_ends: list[np.ndarray] = []  # of the documents of each part, in its array of sketches
         self._starts = [0]  # the number of each part's first document, and the number of all documents
+        self._discard_pending()
         while (folder / f"{len(self._parts):06d}.json").exists():
             self._open_part()
 
@@ -46,17 +48,24 @@ class SignatureStore:
         """The number of band hashes of a document, 0 without documents."""
         return len(self._parts[0].bands) if self._parts else 0
 
-    def append(self, batches: list[Signatures], position: Position, finished: list[str | None]) -> None:
-        """Write a part of the signatures of neighbouring documents.
+    def add(self, signatures: Signatures, position: Position) -> None:
+        """Add the signatures of the documents up to `position`, which are in the store after the next `commit`."""
+        self._pending.append(signatures)
+        self._pending_position = position
+        self.pending_bytes += sum(values.nbytes for values in signatures)
 
-        Args:
-            position: See the attribute.
-            finished: The SHA-256 of the inputs that end in this part.
-        """
+    def finish_input(self, sha256: str | None) -> None:
+        """Add the SHA-256 of an input of which all signatures were added."""
+        self._pending_finished.append(sha256)
+
+    def commit(self) -> None:
+        """Write what was added as a part, if there is anything."""
+        if not self._pending:
+            return
         columns = Signatures(
-            np.concatenate([batch.documents for batch in batches]),
-            np.concatenate([batch.bands for batch in batches], axis=1),
-            np.concatenate([batch.sketches for batch in batches]),
+            np.concatenate([signatures.documents for signatures in self._pending]),
+            np.concatenate([signatures.bands for signatures in self._pending], axis=1),
+            np.concatenate([signatures.sketches for signatures in self._pending]),
         )
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{len(self._parts):06d}"
@@ -65,7 +74,9 @@ class SignatureStore:
             with atomic_write(path.with_suffix(f".{name}.npy")) as file:
                 np.save(file, values)
                 sizes[name] = file.tell()
-        write_json(path.with_suffix(".json"), {"position": asdict(position), "finished": finished, "files": sizes})
+        record = {"position": asdict(self._pending_position), "finished": self._pending_finished, "files": sizes}
+        write_json(path.with_suffix(".json"), record)
+        self._discard_pending()
         self._open_part()
 
     def read_column(self, name: str) -> np.ndarray:
@@ -87,6 +98,12 @@ class SignatureStore:
         end = self._sketch_ends[part][index]
         start = self._sketch_ends[part][index - 1] if index else 0
         return self._parts[part].sketches[start:end]
+
+    def _discard_pending(self) -> None:
+        """Forget what was added since the last commit."""
+        self._pending: list[Signatures] = []
+        self._pending_finished: list[str | None] = []
+        self.pending_bytes = 0
 
     def _locate(self, document: int) -> tuple[int, int]:
         """Return the part that has a document, and the document's index in it."""

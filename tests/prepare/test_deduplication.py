@@ -127,7 +127,7 @@ def test_the_same_call_again_changes_nothing(sources, uninterrupted, monkeypatch
 def test_the_parts_of_the_signatures_do_not_matter(
     sources, uninterrupted, tmp_path, monkeypatch, part_bytes, batch_bytes
 ):
-    monkeypatch.setattr(deduplication, "MAX_PART_BYTES", part_bytes)
+    monkeypatch.setattr(deduplication, "MAX_PENDING_BYTES", part_bytes)
     monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
     monkeypatch.setattr(units, "UNIT_BYTES", batch_bytes)  # The files are read in ranges of bytes.
     deduplicate([sources], tmp_path / "out", **QUIET)
@@ -322,7 +322,7 @@ def test_killed_at_random_moments_it_resumes(sources, uninterrupted, tmp_path):
     script = (
         "import time\nfrom glalm.prepare import deduplication, sources\n"
         "from glalm.prepare.signature_store import SignatureStore\nsources.BATCH_BYTES = 3_000\n"
-        "append = SignatureStore.append\nSignatureStore.append = lambda *args: (time.sleep(0.02), append(*args))\n"
+        "commit = SignatureStore.commit\nSignatureStore.commit = lambda *args: (time.sleep(0.02), commit(*args))\n"
         "if __name__ == '__main__':\n"
         f"    deduplication.deduplicate([{str(sources)!r}], {str(tmp_path / 'out')!r}, workers=2, commit_seconds=0)"
     )

@@ -42,7 +42,8 @@ def make_batch(texts: list[str]) -> RecordBatch:
 def make_store(folder: Path, texts: list[str], **changes) -> SignatureStore:
     store = SignatureStore(folder)
     for start in range(0, len(texts), 7):  # in several parts
-        store.append([compute_signatures(NEAR | changes, make_batch(texts[start : start + 7]))], Position(), [])
+        store.add(compute_signatures(NEAR | changes, make_batch(texts[start : start + 7])), Position())
+        store.commit()
     return store
 
 

@@ -112,7 +112,7 @@ def prepare_data(
     listed = DuplicateList(Path(duplicates)) if duplicates else None
     if listed:
         settings["duplicates"] = listed.sha256
-        listed.check(settings, inputs)
+        listed.check(read_manifest(out)["settings"] if add else settings, inputs)
     with (
         connect_to_ray(address) if engine == "ray" else nullcontext(),
         create_folder(out),

@@ -136,20 +136,22 @@ def test_another_list_is_another_setting(sources, listed, settings, tmp_path):
             prepare_data([sources], tmp_path / "set", **changes, **settings)
 
 
-def test_more_text_is_added_with_a_longer_list(sources, settings, tmp_path):
-    inputs = [f"mixed={sources / name}" for name in ("a.jsonl", "b.txt", "c.txt")]
-    deduplicate(inputs[:1], tmp_path / "list", **QUIET)
-    prepare_data(inputs[:1], tmp_path / "set", duplicates=tmp_path / "list", **settings)
+def test_more_text_is_added_with_a_longer_list(sources, copied, settings, tmp_path):
+    (copied / "a.jsonl").write_text((sources / "a.jsonl").read_text().replace('{"text": ', '{"body": '))
+    inputs = [f"mixed={copied / name}" for name in ("a.jsonl", "b.txt", "c.txt")]
+    field = {"text_field": "body"}
+    deduplicate(inputs[:1], tmp_path / "list", **field, **QUIET)
+    prepare_data(inputs[:1], tmp_path / "set", duplicates=tmp_path / "list", **field, **settings)
     options = {"add": True, **settings, "tokenizer": None}
     with pytest.raises(ValueError, match=r"b\.txt.* has no .*glalm deduplicate --out"):
         prepare_data(inputs[1:], tmp_path / "set", duplicates=tmp_path / "list", **options)
-    deduplicate(inputs, tmp_path / "list", **QUIET)
+    deduplicate(inputs, tmp_path / "list", **field, **QUIET)
     with pytest.raises(ValueError, match=r"without duplicates.*--duplicates"):
         prepare_data(inputs[1:], tmp_path / "set", **options)
     manifest = prepare_data(inputs[1:], tmp_path / "set", duplicates=tmp_path / "list", **options)
-    whole = prepare_data(inputs, tmp_path / "whole", duplicates=tmp_path / "list", **settings)
+    whole = prepare_data(inputs, tmp_path / "whole", duplicates=tmp_path / "list", **field, **settings)
     assert manifest["books"] == whole["books"] and manifest["settings"] == whole["settings"]
-    assert prepare_data(inputs, tmp_path / "set", duplicates=tmp_path / "list", **settings) == manifest
+    assert prepare_data(inputs, tmp_path / "set", duplicates=tmp_path / "list", **field, **settings) == manifest
 
 
 @pytest.fixture

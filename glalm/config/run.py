@@ -81,6 +81,9 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-8  # AdamW
     momentum: float = 0.95  # Muon
+    # Muon: the coefficients of its iterations, Jordan's (newton_schulz) or those of arXiv 2505.16932 (polar_express).
+    orthogonalization: Literal["newton_schulz", "polar_express"] = "newton_schulz"
+    neuron_beta: float | None = None  # NorMuon: the decay of each neuron's mean square update; null: Muon
     weight_decay: float = 0.01  # for matrices only, not for norms, biases or embeddings
     grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
 
@@ -91,6 +94,7 @@ class OptimConfig:
             require((getattr(self, name) or 0) >= 0, f"optim.{name} must not be negative")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
+        require(0 <= (self.neuron_beta or 0) < 1, f"optim.neuron_beta must lie in [0, 1), not {self.neuron_beta}")
         require_positive(self, "optim", "grad_clip", "eps")
         require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")

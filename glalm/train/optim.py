@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from glalm.config.run import OptimConfig, RunConfig
+from glalm.train.muon import Muon
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
-    """Return fused AdamW, or with optim.name=muon, Muon (Jordan 2024) for the blocks' matrices and AdamW for the rest.
+    """Return fused AdamW, or with optim.name=muon, Muon for the blocks' matrices and AdamW for the rest.
 
-    Only the weights of linear layers decay, not embeddings, norms, biases and other parameters. Muon's update is scaled
-    to the size of AdamW's (Liu et al., arXiv 2502.16982), so that one learning rate serves both. Parameters may be
-    DTensors: Muon's matrix products then run on the shards, with the communication that they need. Every parameter
+    Only the weights of linear layers decay, not embeddings, norms, biases and other parameters. One learning rate
+    serves both, because Muon's updates are scaled to the size of AdamW's. Parameters may be DTensors. Every parameter
     group has "initial_lr", the peak.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -38,12 +38,13 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     adamw = torch.optim.AdamW(groups, lr=config.min_lr, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(
+    muon = Muon(
         [{"params": muon_parameters, "initial_lr": config.lr}],
         lr=config.min_lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
+        orthogonalization=config.orthogonalization,
+        neuron_beta=config.neuron_beta,
     )
     return [muon, adamw]
 

@@ -168,6 +168,8 @@ class TrainState:
             parameter, optimizer, group = owners[name]
             if shape == tuple(parameter.shape):
                 tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            elif len(shape) == 2 and shape == (len(parameter), 1):  # NorMuon's numbers of each row
+                tensor = torch.zeros_like(parameter[:, :1].detach(), dtype=dtype)
             else:
                 # A step count. Fused and capturable optimizers keep it on the parameter's device, others on the CPU.
                 on_device = group.get("fused") or group.get("capturable")

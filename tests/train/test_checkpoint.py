@@ -35,14 +35,14 @@ from glalm.train.staging import TensorSlice
 from glalm.train.state import TrainState
 
 
-def train_tiny(seed: int = 0, steps: int = 2, tied: bool = False, optimizer: str = "adamw") -> TrainState:
+def train_tiny(seed: int = 0, steps: int = 2, tied: bool = False, **optim) -> TrainState:
     """Return the state of a tiny model after `steps` optimizer steps on random tokens."""
     torch.manual_seed(seed)
     config = ModelConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8, tie_word_embeddings=tied
     )
     model = CausalLM(config)
-    state = TrainState(model, build_optimizers(model, OptimConfig(name=optimizer)))
+    state = TrainState(model, build_optimizers(model, OptimConfig(**optim)))
     for _ in range(steps):
         ids = torch.randint(30, (2, 8))
         model(ids, shift_labels=ids).loss.backward()
@@ -94,14 +94,16 @@ def test_round_trip_is_bit_equal(tmp_path, tied):
     assert torch.equal(GLALMForCausalLM.from_pretrained(path).lm_head.weight, state.model.lm_head.weight)
 
 
-def test_muon_round_trip_is_bit_equal(tmp_path):
-    state = train_tiny(optimizer="muon")
-    other = train_tiny(seed=1, steps=0, optimizer="muon")
+@pytest.mark.parametrize("optim", [{"name": "muon"}, {"name": "muon", "neuron_beta": 0.9}])
+def test_muon_round_trip_is_bit_equal(tmp_path, optim):
+    state = train_tiny(**optim)
+    other = train_tiny(seed=1, steps=0, **optim)
     load(save(tmp_path, 1, state), other)
     for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
         [saved] = [optimizer.state[a] for optimizer in state.optimizers if a in optimizer.state]
         [loaded] = [optimizer.state[b] for optimizer in other.optimizers if b in optimizer.state]
         assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    assert any("mean_square" in x for x in state.optimizers[0].state.values()) == ("neuron_beta" in optim)
 
 
 def test_files_and_manifest(tmp_path):

@@ -5,8 +5,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
@@ -188,29 +186,3 @@ def test_two_steps_equal_muon():
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * update
     moved = 0.01 * 0.2 * math.sqrt(max(w.shape) * min(w.shape))
     assert (w.double() - expected).norm() < 0.05 * moved  # Muon multiplies in bfloat16
-
-
-def muon_on_shards(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    whole, sharded = (CausalLM(ModelConfig(**TINY)) for _ in range(2))
-    torch.manual_seed(0)
-    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
-        torch.nn.init.normal_(p)
-        q.data.copy_(p.data)
-    fully_shard(sharded, mesh=mesh)
-    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = torch.distributed.tensor.distribute_tensor(p.grad, mesh, q.placements)
-    before = [p.detach().clone() for p in whole.parameters()]
-    for model in (whole, sharded):
-        for optimizer in build_optimizers(model, OptimConfig(name="muon", lr=0.1, min_lr=0.1)):
-            optimizer.step()
-    for p, q, old in zip(whole.parameters(), sharded.parameters(), before, strict=True):
-        assert (p - q.full_tensor()).norm() < 0.05 * (p - old).norm()
-    torch.distributed.barrier()  # gloo aborts a process whose peer leaves before it
-    torch.distributed.destroy_process_group()
-
-
-def test_muon_on_shards_equals_muon_on_one_process(tmp_path):
-    torch.multiprocessing.spawn(muon_on_shards, (str(tmp_path),), nprocs=2)

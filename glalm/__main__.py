@@ -20,6 +20,8 @@ COMMANDS = {
     "ladder": ("ladder", "train and evaluate many models at one size and budget"),
     "mqar": ("mqar", "measure multi-query associative recall"),
 }
+# The options of commands that take URLs.
+SERVED_URLS = {"prepare": ("--out", "--address")}
 
 
 def main(name: str | None = None) -> NoReturn:
@@ -41,19 +43,23 @@ def main(name: str | None = None) -> NoReturn:
     command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
     if raises_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    refuse_urls(sys.argv[1:])
+    refuse_urls(sys.argv[1:], served=SERVED_URLS.get(name, ()))
     run_command(command.main)
 
 
-def refuse_urls(args: list[str]) -> None:
-    """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL."""
+def refuse_urls(args: list[str], served: tuple[str, ...] = ()) -> None:
+    """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL.
+
+    Args:
+        served: The options that may have one.
+    """
     import re
 
     from glalm.config.strict import ConfigError, refuse_url
 
-    for arg in args:
+    for previous, arg in zip(["", *args], args, strict=False):
         key, separator, value = arg.partition("=") if re.match(r"[\w.+-]+=", arg) else ("", "", arg)
-        if key.startswith("hydra."):
+        if key.startswith("hydra.") or key in served or previous in served:
             continue  # Hydra's sweepers keep their results at a URL.
         try:
             refuse_url(f"{key}{separator}", value.strip("'\""))

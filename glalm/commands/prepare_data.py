@@ -65,6 +65,7 @@ def prepare() -> int:
         workers=args.workers,
         engine=args.engine,
         address=args.address,
+        staging=args.staging,
         add=args.add,
         overwrite=args.overwrite,
         **settings,
@@ -90,7 +91,12 @@ def parse_arguments() -> argparse.Namespace:
         help="'stdlib'; a file or folder (" + ", ".join(SUFFIXES) + "); or hf:DATASET[:CONFIG[:SPLIT]][@REVISION], "
         "which is streamed. NAME=SOURCE gives it a name; the default is that of its folder",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the set")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the set, or a URL: s3://...")
+    parser.add_argument(
+        "--staging",
+        metavar="FOLDER",
+        help="where a set is prepared that is copied to a URL (default: a folder in data/staging)",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
@@ -168,3 +174,5 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
     if not tokenizer["round_trips"]:
         print("Note: this tokenizer normalizes, so decoding does not return every text unchanged.")
     print(f"{folder} is ready: vocabulary of {tokenizer['vocab_size']:,}, prepared in {seconds:.1f} s")
+    if "://" in folder:
+        print(f"To train on it elsewhere, copy it to a disk there: aws s3 sync {folder} FOLDER, or rclone copy")

@@ -6,8 +6,8 @@ preparation was interrupted and resumed.
 
 import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
+from glalm.prepare.object_store import URL, SetCopy, staging_folder
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
@@ -54,12 +55,13 @@ def prepare_data(
     workers: int | None = None,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
+    staging: str | os.PathLike | None = None,
     add: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     commit_seconds: float = 15,
 ) -> dict[str, Any]:
-    """Tokenize `sources` into the folder `out`, and return the manifest of the set.
+    """Tokenize `sources` into the folder or URL `out`, and return the manifest of the set.
 
     The same call again resumes an interrupted preparation, and returns at once if the set is complete. Input files are
     recognised by name, size and time of change, or else by name, size and SHA-256.
@@ -81,6 +83,8 @@ def prepare_data(
         workers: The number of processes that read and tokenize, on this machine. None uses all cores.
         engine: Where to read and tokenize: in processes of this machine, or in tasks of a Ray cluster.
         address: The address of the Ray cluster; see `ray_engine.connect_to_ray`.
+        staging: The folder in which the set is prepared if `out` is a URL; see `glalm.prepare.object_store`. None is a
+            folder below data/staging that is named after the URL.
         add: Append to a complete set those of `sources` that it lacks, with the settings and tokenizer of the set.
         overwrite: Replace a set in `out`, once a document of each input was read and the tokenizer is available.
         progress: Show a progress bar and messages on stderr.
@@ -93,7 +97,10 @@ def prepare_data(
     """
     _check_arguments(held_out, shard_tokens, on_error, workers, add and overwrite)
     _check_engine(engine, address, workers)
-    out = Path(out)
+    url = os.fspath(out) if URL.fullmatch(os.fspath(out)) else ""
+    if staging and not url:
+        raise ValueError(f"--staging is for a URL. {out} is a folder, in which the set is prepared; remove --staging.")
+    out = Path(staging or staging_folder(url) if url else out)
     if out.is_file():
         raise ValueError(f"{out} is a file. Name a folder to write the set to with --out.")
     sources = [parse_source(source) for source in sources]
@@ -119,16 +126,26 @@ def prepare_data(
         lock_folder(out),
         explain_full_disk(out),
         ProgressBar(quiet=not progress) as bar,
+        closing(SetCopy(url, out)) if url else nullcontext() as copy,
     ):
+        if copy:
+            copy.check_target(overwrite)
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
             if message:
                 bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
+        if copy:
+            copy.begin(overwrite)
         if plan:
-            run_plan(plan, inputs, out, listed, on_error, engine, workers or count_cores(), commit_seconds, bar)
+            after_commit = copy.copy_shards if copy else None
+            workers = workers or count_cores()
+            run_plan(plan, inputs, out, listed, on_error, engine, workers, commit_seconds, after_commit, bar)
             new = find_new_inputs(out, inputs, bar) if len(inputs) > len(plan.inputs) else []
             if new:
                 bar.log(f"{len(new)} inputs are not in {out}, because they appeared after it was begun. Use --add.")
+        if copy:
+            bar.log(f"Copying the last files to {url}")
+            copy.finish()
     return read_manifest(out)
 
 
@@ -141,6 +158,7 @@ def run_plan(
     engine: str,
     workers: int,
     commit_seconds: float,
+    after_commit: Callable[[], None] | None,
     bar: ProgressBar,
 ) -> None:
     """Read, tokenize and write the inputs of the plan that are not written yet.
@@ -193,6 +211,8 @@ def run_plan(
             bar.update(starts[batch.input_index] + batch.bytes_read, status=status)
             if now - commit_time > commit_seconds:
                 writer.commit()
+                if after_commit:
+                    after_commit()
                 commit_time = now
     except MemoryError as error:
         raise out_of_memory_error(inputs[writer.position.input]) from error

@@ -1,0 +1,177 @@
+"""Sets are copied to a URL, the manifest last: to a folder (file://), and to a real S3 server (slow)."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from folder_contents import read_contents
+
+from glalm.prepare import object_store
+from glalm.prepare.object_store import SetCopy, staging_folder
+from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.writer import SetWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """The address of an S3 server that runs in this process."""
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow)])
+def url(request, tmp_path, monkeypatch):
+    """The URL of a set that does not exist yet."""
+    if request.param == "file":
+        yield f"file://{tmp_path}/bucket/sets/mine"
+        return
+    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.mkdir("bucket")
+    yield "s3://bucket/sets/mine"
+    filesystem.rm("bucket", recursive=True)
+
+
+@pytest.fixture
+def settings(prepared, tmp_path):
+    tokenizer = str(prepared / "tokenizer.model")
+    return {"tokenizer": tokenizer, "shard_tokens": 1000, "progress": False, "staging": tmp_path / "staging"}
+
+
+def read_url(url: str) -> dict[str, bytes]:
+    filesystem, root = fsspec.url_to_fs(url)
+    filesystem.invalidate_cache()
+    return {path.removeprefix(f"{root}/"): filesystem.cat_file(path) for path in filesystem.find(root)}
+
+
+def read_set(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in read_contents(folder).items() if name != object_store.COPIED}
+
+
+def test_the_set_at_a_url_is_the_set_of_the_folder(url, settings, corpus, tmp_path):
+    options = {name: value for name, value in settings.items() if name != "staging"}
+    manifest = prepare_data([corpus], tmp_path / "local", **options)
+    assert prepare_data([corpus], url, **settings) == manifest
+    assert read_url(url) == read_set(tmp_path / "local") == read_set(tmp_path / "staging")
+    assert prepare_data([corpus], url, **settings) == manifest  # It is complete.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/x.txt").write_text("more text")
+    del settings["tokenizer"], settings["shard_tokens"]
+    added = prepare_data([tmp_path / "more"], url, add=True, **settings)
+    assert added["books"]["more"]["written"] == 1
+    assert read_url(url) == read_set(tmp_path / "staging")
+
+
+def test_the_manifest_is_last_and_shards_come_early(url, settings, corpus, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    from glalm.prepare import sources
+
+    monkeypatch.setattr(sources, "BATCH_BYTES", 5000)
+    add_batch = SetWriter.add_batch
+    left = 8
+
+    def kill(self, *args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        add_batch(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SetWriter, "add_batch", kill)
+        prepare_data([corpus], url, commit_seconds=0, workers=1, **settings)
+    early = read_url(url)
+    assert early and "manifest.json" not in early
+    copied = []
+    original = SetCopy._copy_file
+    with monkeypatch.context() as patch:
+        patch.setattr(SetCopy, "_copy_file", lambda self, entry: copied.append(entry["file"]) or original(self, entry))
+        prepare_data([corpus], url, workers=1, **settings)
+    complete = read_url(url)
+    assert complete == read_set(tmp_path / "staging")
+    assert {name: complete[name] for name in early} == early
+    recorded = set(complete) - set(copied) - {"manifest.json"}
+    assert recorded and recorded <= set(early)  # What was copied before is not copied again.
+
+
+def test_another_set_at_the_url_is_replaced_only_with_overwrite(url, settings, corpus, tmp_path):
+    prepare_data([corpus], url, **settings)
+    before = read_url(url)
+    shutil.rmtree(tmp_path / "staging")
+    changed = {**settings, "shard_tokens": 3000}
+    with pytest.raises(ValueError, match=r"has a complete set, which is not the one that .*--overwrite"):
+        prepare_data([corpus], url, **changed)
+    assert read_url(url) == before
+    prepare_data([corpus], url, overwrite=True, **changed)
+    assert read_url(url) == read_set(tmp_path / "staging") != before
+
+
+def test_a_url_with_other_files_is_not_touched(url, settings, corpus):
+    filesystem, root = fsspec.url_to_fs(url)
+    filesystem.makedirs(root, exist_ok=True)
+    filesystem.pipe_file(f"{root}/notes.txt", b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"notes\.txt is not part of a prepared set"):
+            prepare_data([corpus], url, overwrite=overwrite, **settings)
+    assert read_url(url) == {"notes.txt": b"precious"}
+
+
+def test_a_copy_that_was_changed_is_noticed_and_mended(url, settings, corpus, tmp_path):
+    prepare_data([corpus], url, **settings)
+    filesystem, root = fsspec.url_to_fs(url)
+    name = next(name for name in read_url(url) if name.endswith("00000.npy"))
+    filesystem.pipe_file(f"{root}/{name}", b"cut")
+    with pytest.raises(ValueError, match=r"has 3 bytes, not \d+\. Run the same command again"):
+        prepare_data([corpus], url, **settings)
+    prepare_data([corpus], url, **settings)
+    assert read_url(url) == read_set(tmp_path / "staging")
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_resumes(url, settings, corpus, tmp_path):
+    options = {**settings, "staging": str(settings["staging"]), "commit_seconds": 0}
+    script = (
+        "import time\nfrom glalm.prepare import pipeline, sources\nsources.BATCH_BYTES = 3000\n"
+        "from glalm.prepare.writer import SetWriter\nadd = SetWriter.add_batch\n"
+        "SetWriter.add_batch = lambda *args: (time.sleep(0.05), add(*args))\n"
+        f"pipeline.prepare_data([{str(corpus)!r}], {url!r}, workers=1, **{options!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while process.poll() is None and not (tmp_path / "staging" / object_store.COPIED).exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert "manifest.json" not in read_url(url)
+    prepare_data([corpus], url, workers=1, **settings)
+    assert read_url(url) == read_set(tmp_path / "staging")
+    assert json.loads(read_url(url)["manifest.json"])["complete"]
+
+
+def test_the_staging_folder_is_named_after_the_url(corpus, tmp_path):
+    assert staging_folder("s3://bucket/sets/mine/") == Path("data/staging/bucket/sets/mine")
+    with pytest.raises(ValueError, match="--staging is for a URL"):
+        prepare_data([corpus], tmp_path / "set", staging=tmp_path / "staging")
+
+
+@pytest.mark.slow
+def test_a_bucket_that_does_not_exist_is_named(url, settings, corpus):
+    if url.startswith("s3"):
+        with pytest.raises(ValueError, match=r"s3://absent/set cannot be listed .*Check that the bucket exists"):
+            prepare_data([corpus], "s3://absent/set", **settings)

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from glalm.config.key_help import describe_keys, find_keys
@@ -192,6 +196,37 @@ class HydraCommand:
 def job_overrides() -> list[str]:
     """Return the overrides of this run. References such as `name=mine-${seed}` are not resolved."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def launch_jobs(
+    cls: type, config_name: str, task: Callable[[DictConfig], Any], overrides: list[str], jobs: list[list[str]]
+) -> list[JobReturn]:
+    """Run `task` with the composed config of each job's overrides, and return what the launcher returns.
+
+    Args:
+        task: Picklable, if the launcher starts other processes. They have been prepared by `prepare_process`.
+        overrides: Such as hydra/launcher=NAME, which chooses the launcher, and hydra.launcher.KEY=VALUE.
+    """
+    store_defaults(cls)
+    register_launcher()
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(config_name, overrides, return_hydra_config=True)
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        launcher = Plugins.instance().instantiate_launcher(context, PreparedTask(task), config)
+        return [*launcher.launch(jobs, initial_job_idx=0)]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task of `launch_jobs`, which prepares the process that a launcher has started."""
+
+    task: Callable[[DictConfig], Any]
+
+    def __call__(self, tree: DictConfig):
+        launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+        if launcher != "basic":
+            prepare_process(launcher)
+        return self.task(tree)
 
 
 def prepare_process(launcher: str) -> None:

@@ -7,10 +7,15 @@ is in configs/experiment/ladder_SIZE.yaml. For example, two seeds of everything,
 
     glalm ladder --size small --seeds 2 --at-once 3 data.path=data/mine
 
-Each run is `glalm train` followed by `glalm eval`. Its folder is FOLDER/NAME-SEED and its output FOLDER/NAME-SEED.log.
-Run the same command again to skip complete runs and resume interrupted ones. FOLDER/ladder.json has the table,
-FOLDER/loss.png and .svg the validation loss against tokens, FOLDER/positions.png and .svg the perplexity against
-position; the figures show the first seed.
+Three models, three seeds and two learning rates, first what they would cost:
+
+    glalm ladder gla retention attention --seeds 3 --lrs 1e-3,3e-3 --dry-run
+
+Each run is `glalm train` followed by `glalm eval`. Its folder is FOLDER/NAME-SEED, or FOLDER/NAME-lr-LR-SEED, and its
+output is in a .log beside it. Run the same command again to skip complete runs and resume interrupted ones.
+FOLDER/ladder.json has the table, ladder.csv a line for each run, loss.png and .svg the validation loss against tokens,
+positions.png and .svg the perplexity against position. The figures show each model at its best rate, with bands over
+seeds. hydra/launcher=NAME runs them elsewhere, for example as jobs of Slurm (docs/launch.md, Sweeps).
 """
 
 from glalm.studies import ladder

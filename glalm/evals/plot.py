@@ -5,8 +5,10 @@ two paths. A record is the content of an evaluator's file, or the path of the fi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 from matplotlib import style
@@ -124,19 +126,30 @@ def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
 
 
 @style.context(STYLE)
-def plot_losses(metrics: dict[str, Path], path: str | Path) -> list[Path]:
+def plot_losses(metrics: Mapping[str, Path | Sequence[Path]], path: str | Path) -> list[Path]:
     """Plot validation loss against tokens of several runs, {name: metrics.jsonl}.
+
+    Several files of one name are runs of several seeds: the curve is their mean, and the band one standard deviation.
 
     Raises:
         ValueError: No run has a validation loss, or the runs were not validated on the same windows of text.
     """
-    curves = {name: points for name, file in metrics.items() if (points := _read_curve(file, "val_loss"))}
+    files = {name: [file] if isinstance(file, (str, Path)) else file for name, file in metrics.items()}
+    curves = {}
+    validations = []
+    for name, runs in files.items():
+        found = {Path(file): points for file in runs if (points := _read_curve(file, "val_loss"))}
+        if found:
+            curves[name] = [*found.values()]
+            validations += [describe_validation(file.parent) for file in found]
     if not curves:
-        raise ValueError(f"{', '.join(map(str, metrics.values())) or 'metrics'}: no validation loss in any")
-    require_comparable([describe_validation(Path(metrics[name]).parent) for name in curves])
+        raise ValueError(f"{', '.join(map(str, chain(*files.values()))) or 'metrics'}: no validation loss in any")
+    require_comparable(validations)
     ax = Figure().subplots()
-    for i, (name, points) in enumerate(curves.items()):
-        ax.plot(*zip(*points, strict=True), **_line_style(i), label=_legend_text(name))
+    for i, (name, runs) in enumerate(curves.items()):
+        tokens, means, bounds = _average_curves(runs)
+        [line] = ax.plot(tokens, means, **_line_style(i), label=_legend_text(name))
+        _draw_band(line, bounds)
     _format_loss_axes(ax, "validation loss (nats per token)")
     _add_legend(ax)
     return save_figure(ax.figure, path)
@@ -253,6 +266,17 @@ def _read_curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
     """Return (tokens, value) of the rows of a metrics.jsonl that have the key."""
     rows, _ = read_metrics(Path(metrics))
     return [(tokens, row[key]) for tokens, row in zip(infer_tokens(rows), rows, strict=True) if key in row]
+
+
+def _average_curves(curves: Sequence[list[tuple]]) -> tuple[list, list[float], list[tuple]]:
+    """Return x, the mean of y, and the mean less and plus one standard deviation, where all curves have a point."""
+    values = [dict(curve) for curve in curves]
+    xs = [x for x in values[0] if all(x in curve for curve in values)]
+    means = [fmean(curve[x] for curve in values) for x in xs]
+    if len(curves) == 1:
+        return xs, means, [(None, None)] * len(xs)
+    spreads = [stdev(curve[x] for curve in values) for x in xs]
+    return xs, means, [(mean - spread, mean + spread) for mean, spread in zip(means, spreads, strict=True)]
 
 
 def _filled_buckets(context: dict) -> list[dict]:

@@ -1,42 +1,30 @@
-"""Train and evaluate many models at one size and token budget, and compare them in one table and two figures."""
+"""Train and evaluate many models at one size and token budget, as jobs of one of Hydra's launchers."""
 
 import argparse
+import itertools
 import json
 import math
 import os
-import queue
-import signal
-import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from omegaconf import DictConfig
 
-from glalm.cli import CONFIGS, compose_config
-from glalm.config.strict import ConfigError, check_overrides, require
-from glalm.evals.identity import describe_differences
+from glalm.cli import CONFIGS, build_config, check_plugins, compose_config, launch_jobs
+from glalm.config.strict import ConfigError, RunError, check_overrides, require
 from glalm.evals.options import EvalConfig, TrainingRun
-from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import (
-    current_results,
-    is_own_text,
-    median_training_speed,
-    read_json,
-    select_result,
-    write_json,
-)
-from glalm.model.flops import model_cost
+from glalm.evals.result_files import current_results, is_own_text, read_json, select_result, write_json
+from glalm.launcher import register_launcher
 from glalm.model.mixers import MIXERS
+from glalm.progress import ProgressBar
+from glalm.studies.ladder_results import print_cost, write_results
 from glalm.train.metrics import read_metrics
 
 # Overrides of the GLA preset. {length}, {window} and {tokens} are the run's training length, twelve times it, and its
@@ -61,6 +49,7 @@ class LadderRun:
     """One model of the comparison: `glalm train` and then `glalm eval`, with these arguments."""
 
     model: str  # a preset without its size, or a key of ABLATIONS
+    lr: float | None  # one of --lrs, or None without that option
     config: TrainingRun
     train_arguments: list[str]
     eval_arguments: list[str]
@@ -97,22 +86,17 @@ def main(description: str) -> int:
     `description` is the help text of the command.
     """
     args = parse_arguments(description)
-    overrides = [a for a in args.arguments if "=" in a]
-    models = [a for a in args.arguments if "=" not in a] or [*MIXERS, "hybrid"]
     try:
-        refuse_keys(overrides, {"name": "NAME", "runs_dir": "--folder", "seed": "--seeds"})
-        refuse_keys(args.eval, dict.fromkeys(("name", "runs_dir", "out", "checkpoint"), "the run that is evaluated"))
-        groups = [p.name for p in CONFIGS.iterdir() if p.is_dir()]
-        check_overrides(args.eval, EvalConfig, groups)
-        check_overrides(overrides, TrainingRun, groups)
-        runs = []
-        for seed in range(1, args.seeds + 1):
-            runs += [plan_run(model, seed, args, overrides) for model in models]
+        runs = plan_runs(args)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return 2
+    missing = [run for run in runs if not run.is_complete()]
+    if args.dry_run:
+        print_cost(runs, missing)
+        return 0
     args.folder.mkdir(parents=True, exist_ok=True)
-    failures = run_all(runs, args.at_once)
+    failures = run_all(runs, missing, args) if missing else {}
     complete = [run for run in runs if run.is_complete()]
     if complete:
         write_results(complete, args)
@@ -126,11 +110,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
     sizes = sorted(p.stem.removeprefix("ladder_") for p in (CONFIGS / "experiment").glob("ladder_*.yaml"))
     parser.add_argument("--size", choices=sizes, default="tiny", help="of the presets and the budget (%(default)s)")
     parser.add_argument("--seeds", type=parse_positive, default=1, metavar="N", help="use the seeds 1 to N (1)")
+    parser.add_argument("--lrs", type=parse_rates, default=[None], metavar="LR,LR", help="train at each learning rate")
     parser.add_argument(
         "--at-once", type=parse_positive, default=1, metavar="N", help="runs on each visible GPU, or on the CPU (1)"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"), help="where the runs go (%(default)s)")
     parser.add_argument("--eval", action="append", default=[], metavar="KEY=VALUE", help="for glalm eval; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="print what all runs would cost, and exit")
     parser.add_argument("arguments", nargs="*", metavar="NAME | KEY=VALUE")
     return parser.parse_intermixed_args()
 
@@ -142,6 +128,36 @@ def parse_positive(text: str) -> int:
     return number
 
 
+def parse_rates(text: str) -> list[float]:
+    rates = [float(rate) for rate in text.split(",")]
+    if not all(0 < rate < math.inf for rate in rates) or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ValueError
+    return rates
+
+
+def plan_runs(args: argparse.Namespace) -> list[LadderRun]:
+    """Return all runs of the command line with their checked configs. Raises ConfigError."""
+    overrides = [argument for argument in args.arguments if "=" in argument]
+    models = [argument for argument in args.arguments if "=" not in argument] or [*MIXERS, "hybrid"]
+    set_by = {"name": "NAME", "runs_dir": "--folder", "seed": "--seeds", "train.dry_run": "--dry-run"}
+    if args.lrs != [None]:
+        set_by["optim.lr"] = "--lrs"
+    refuse_keys(overrides, set_by)
+    refuse_keys(args.eval, dict.fromkeys(("name", "runs_dir", "out", "checkpoint"), "the run that is evaluated"))
+    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    check_overrides(args.eval, EvalConfig, groups)
+    check_overrides(overrides, TrainingRun, groups)
+    register_launcher()
+    check_plugins(overrides)
+    require(
+        args.at_once == 1 or not any(override.startswith("hydra/launcher=") for override in overrides),
+        "--at-once is for runs on this machine without hydra/launcher=...; that launcher has options of its own, such "
+        "as hydra.launcher.n_jobs=N of joblib",
+    )
+    axes = itertools.product(range(1, args.seeds + 1), args.lrs, models)
+    return [plan_run(model, lr, seed, args, overrides) for seed, lr, model in axes]
+
+
 def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
     """Raise ConfigError for a key that the ladder sets itself, because its table would describe other runs."""
     for override in overrides:
@@ -149,7 +165,7 @@ def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
         require(key not in set_by, f"{key}=... is set for each run, by {set_by.get(key)}")
 
 
-def plan_run(model: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:
+def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:
     """Return one run with its checked config. Raises ConfigError."""
     presets = sorted(p.stem.removesuffix(f"_{args.size}") for p in (CONFIGS / "model").glob(f"*_{args.size}.yaml"))
     require(
@@ -157,9 +173,15 @@ def plan_run(model: str, seed: int, args: argparse.Namespace, overrides: list[st
         f"{model} is none of the presets: {', '.join(presets)}; nor of the ablations: {', '.join(ABLATIONS)}",
     )
     preset = f"model={'gla' if model in ABLATIONS else model}_{args.size}"
-    place = [f'name="{model}-{seed}"', f'runs_dir="{args.folder}"']
+    name = f"{model}-{seed}" if lr is None else f"{model}-lr-{lr:g}-{seed}"
+    place = [f'name="{name}"', f'runs_dir="{args.folder}"']
+    overrides = [override for override in overrides if not override.startswith("hydra")]
     train_arguments = [f"experiment=ladder_{args.size}", preset, *place, f"seed={seed}", *overrides]
     config = compose_config(TrainingRun, "train", train_arguments)
+    if lr is not None:
+        train_arguments += [f"optim.lr={lr:g}"]
+        if not any(override.startswith("optim.min_lr=") for override in overrides):
+            train_arguments += [f"optim.min_lr={lr * config.optim.min_lr / config.optim.lr:g}"]
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train_arguments += [override.format(**sizes) for override in ABLATIONS.get(model, [])]
     config = compose_config(TrainingRun, "train", train_arguments)
@@ -173,184 +195,149 @@ def plan_run(model: str, seed: int, args: argparse.Namespace, overrides: list[st
         "extrapolation.contexts=[stateful]",
         *args.eval,
     ]
-    return LadderRun(model, config, train_arguments, eval_arguments)
+    return LadderRun(model, lr, config, train_arguments, eval_arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- running
 
 
-@dataclass
-class ProcessGroup:
-    """The processes that run now, so that all of them can be stopped."""
-
-    running: set[subprocess.Popen] = field(default_factory=set)
-    stopping: bool = False
-
-    def run(self, command: list[str], log: Path, environment: dict[str, str]) -> int:
-        """Run a command to its end, append its output to `log`, and return its exit code."""
-        with log.open("a") as file:
-            # In a session of its own, a process does not get this script's Ctrl-C, but is stopped by `stop`, once.
-            process = subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
-            )
-            self.running.add(process)
-            if self.stopping:
-                process.terminate()
-            code = process.wait()
-            self.running.discard(process)
-        return code
-
-    def stop(self) -> None:
-        self.stopping = True
-        for process in list(self.running):
-            process.terminate()
-
-
-def run_all(runs: list[LadderRun], at_once: int) -> dict[str, str]:
-    """Run what is not complete, `at_once` runs on each GPU. Return the reasons of failures by the run's name."""
-    missing = [run for run in runs if not run.is_complete()]
-    slots = [gpu for _ in range(at_once) for gpu in visible_gpus() or [None]]
-    free_slots: queue.SimpleQueue = queue.SimpleQueue()
-    for slot in slots:
-        free_slots.put(slot)
-    processes = ProcessGroup()
+def run_all(runs: list[LadderRun], missing: list[LadderRun], args: argparse.Namespace) -> dict[str, str]:
+    """Run what is missing by a launcher of Hydra. Return the reasons of failures by the run's name."""
+    launcher = [argument for argument in args.arguments if argument.startswith("hydra")]
+    if not any(argument.startswith("hydra/launcher=") for argument in launcher):
+        launcher += ["hydra/launcher=processes", f"hydra.launcher.at_once={args.at_once}"]
+    launcher.append(f'hydra.sweep.dir="{args.folder}"')
+    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
+    try:
+        with show_progress(missing):
+            jobs = [run.train_arguments for run in missing]
+            # Jobs cannot compose the configs of evaluations, because Hydra is in use where they run.
+            task = TrainAndEvaluate({run.config.name: (run, run.eval_config) for run in missing})
+            returned = launch_jobs(TrainingRun, "train", task, launcher, jobs)
+    except KeyboardInterrupt:
+        return {run.config.name: "stopped" for run in missing if not run.is_complete()}
     failures = {}
-    print(f"{len(runs)} runs, {len(missing)} to do, {len(slots)} at once", flush=True)
-    signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
-    with ThreadPoolExecutor(len(slots)) as pool:
-        futures = {pool.submit(run_one, run, free_slots, len(slots), processes): run for run in missing}
+    for run, job in zip(missing, returned, strict=True):
         try:
-            for n, future in enumerate(as_completed(futures), 1):
-                run = futures[future]
-                reason = future.result()
-                if reason:
-                    failures[run.config.name] = reason
-                print(f"{n}/{len(missing)} {run.config.name}: {reason or describe_score(run)}", flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            processes.stop()  # Training saves a checkpoint before it ends.
-            failures = {run.config.name: "stopped" for run in missing if not run.is_complete()}
+            reason = job.return_value
+        except Exception as error:  # The process ended without a word, for example by a lack of memory.
+            reason = str(error)
+        if reason:
+            failures[run.config.name] = reason
     return failures
 
 
-def raise_keyboard_interrupt(*_) -> None:
-    """Treat SIGTERM as Ctrl-C, once, because GNU timeout sends it twice."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+@dataclass(frozen=True)
+class TrainAndEvaluate:
+    """What a launcher calls for each of `runs`, by their names. What it prints is appended to FOLDER/NAME.log."""
 
+    runs: dict[str, tuple[LadderRun, EvalConfig]]
 
-def run_one(run: LadderRun, free_slots: queue.SimpleQueue, slots: int, processes: ProcessGroup) -> str | None:
-    """Train and evaluate on the first free GPU. Return the reason of a failure, or None."""
-    gpu = free_slots.get()
-    threads = str(max(1, (os.cpu_count() or 1) // slots))
-    environment = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    log = run.config.folder.with_name(f"{run.config.name}.log")
-    try:
-        for name, arguments in (("train", run.train_arguments), ("eval", run.eval_arguments)):
-            command = [sys.executable, "-m", "glalm", name, *arguments]
-            code = processes.run(command, log, environment)
-            if code:
-                return f"glalm {name} ended with exit code {code}"
-        write_json(run.config.folder / "ladder.json", run.completion_record())
+    def __call__(self, tree: DictConfig) -> str | None:
+        """Train and evaluate. Return the reason of a failure, or None."""
+        run, eval_config = self.runs[tree.name]
+        with redirect_output(run.config.folder.with_name(f"{tree.name}.log")):
+            try:
+                train_run(build_config(TrainingRun, tree))
+                evaluate_run(eval_config)
+                write_json(run.config.folder / "ladder.json", run.completion_record())
+            except (ConfigError, RunError) as error:
+                print(error, file=sys.stderr)
+                return f"{type(error).__name__}: {error}"
+            except Exception as error:
+                traceback.print_exc()
+                return f"{type(error).__name__}: {error}"
         return None
-    finally:
-        free_slots.put(gpu)
 
 
-def visible_gpus() -> list[str]:
-    """Return the GPUs as CUDA_VISIBLE_DEVICES names them."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+def train_run(config: TrainingRun) -> None:
+    from glalm.evals.in_training import make_evaluator
+    from glalm.train.trainer import train
+
+    signum = train(config, make_evaluator(config) if config.train_evals.evals else None)
+    if signum:
+        raise RunError(f"stopped by signal {signum}")
+
+
+def evaluate_run(config: EvalConfig) -> None:
+    from glalm.evals.runner import evaluate
+
+    evaluate(config)
+
+
+@contextmanager
+def redirect_output(log: Path) -> Iterator[None]:
+    """Append all that this process writes to its standard output and error to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        try:
+            for descriptor in saved:
+                os.dup2(file.fileno(), descriptor)
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for descriptor, copy in saved.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+@contextmanager
+def show_progress(runs: list[LadderRun]) -> Iterator[None]:
+    """Show how much of the runs' training is done and how long the rest will take, from their metrics.jsonl.
+
+    On a terminal this is a bar, elsewhere a line whenever PROGRESS_PERCENT more is done.
+    """
+    ended = threading.Event()
+    with ProgressBar() as bar:
+        watcher = threading.Thread(target=watch_runs, args=(runs, bar, ended), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+PROGRESS_SECONDS = 2.0
+PROGRESS_PERCENT = 5
+
+
+def watch_runs(runs: list[LadderRun], bar: ProgressBar, ended: threading.Event) -> None:
+    total = sum(run.config.steps * run.config.tokens_per_step for run in runs)
+    first = sum(trained_tokens(run) for run in runs)
+    start = time.monotonic()
+    shown = first
+    complete: list[LadderRun] = []
+    bar.start_task(f"{len(runs)} runs", total=total, completed=first)
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(PROGRESS_SECONDS)
+        for run in runs:
+            if run not in complete and run.is_complete():
+                complete.append(run)
+                bar.log(f"{len(complete)}/{len(runs)} {run.config.name}: {describe_score(run)}")
+        done = sum(trained_tokens(run) for run in runs)
+        bar.update(completed=done, status=f"{done / total:.0%} of the tokens")
+        if not bar.is_drawn and done - shown >= total * PROGRESS_PERCENT / 100:
+            shown = done
+            left = (time.monotonic() - start) * (total - done) / (done - first)
+            bar.log(f"{done / total:.0%} of the tokens, about {format_seconds(left)} of training left")
 
 
 def describe_score(run: LadderRun) -> str:
     return f"perplexity {run.results('perplexity')['results']['perplexity']:.2f}"
 
 
-# --------------------------------------------------------------------------------------------------------- results
+def trained_tokens(run: LadderRun) -> int:
+    """Return the tokens that a run has been trained on, by its metrics.jsonl."""
+    rows, _ = read_metrics(run.config.folder / "metrics.jsonl")
+    return rows[-1]["step"] * run.config.tokens_per_step if rows else 0
 
 
-def write_results(runs: list[LadderRun], args: argparse.Namespace) -> None:
-    """Write ladder.json and the two figures of all complete runs, and print the table."""
-    by_model: dict[str, list[LadderRun]] = {}
-    for run in runs:
-        by_model.setdefault(run.model, []).append(run)
-    rows = [build_row(model, seeds) for model, seeds in by_model.items()]
-    first_seeds = [seeds[0] for seeds in by_model.values()]
-    evaluated = first_seeds[0].results("perplexity")
-    record = {
-        "size": args.size,
-        "arguments": args.arguments,
-        "eval": args.eval,
-        "at_once": args.at_once,
-        "device": evaluated["device"],
-        "gpus": len(visible_gpus()),
-        "versions": evaluated["versions"],
-        "rows": rows,
-    }
-    differences = describe_differences([run.results("perplexity") for run in runs])
-    write_json(args.folder / "ladder.json", record | {"differences": differences})
-    print_table(rows)
-    if differences:
-        print(f"These perplexities do not compare: {'; '.join(differences)}.")
-    # Runs with longer windows are left out of the figure, because their validation losses do not compare.
-    shortest = min(run.config.data.seq_len for run in first_seeds)
-    losses = {r.model: r.config.folder / "metrics.jsonl" for r in first_seeds if r.config.data.seq_len == shortest}
-    positions = [run.results("extrapolation") | {"model": run.model} for run in first_seeds]
-    draw_figure(plot_losses, losses, args.folder / "loss.png")
-    draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
-
-
-def draw_figure(draw: Callable[[Any, Path], list[Path]], content: Any, path: Path) -> None:
-    """Draw one figure, or print why its curves do not compare."""
-    try:
-        for figure in draw(content, path):
-            print(f"wrote {figure}")
-    except ValueError as error:
-        print(f"{path} was not drawn: {error}")
-
-
-def build_row(model: str, runs: list[LadderRun]) -> dict:
-    """Return a model's row: means over its seeds, of perplexities and ratios by their logarithms.
-
-    tokens/s is the speed of a run while others share its GPU.
-    """
-    config = runs[0].config
-    found = [run.results("perplexity") for run in runs]
-    metrics = [read_metrics(run.config.folder / "metrics.jsonl")[0] for run in runs]
-    ratios = []
-    for run in runs:
-        [context] = run.results("extrapolation")["results"]["contexts"].values()
-        ratios.append(context["ratios"])
-    reached = [n for n in ratios[0] if n in ("2", "4", "10") and ratios[0][n]["documents"]]
-    return {
-        "model": model,
-        "parameters": found[0]["parameters"],
-        "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
-        "tokens": config.steps * config.tokens_per_step,
-        "tokens/s": median_training_speed(chain.from_iterable(metrics)),
-        "perplexity": math.exp(fmean(f["results"]["nats_per_token"] for f in found)),
-        "seeds": {str(run.config.seed): f["results"]["perplexity"] for run, f in zip(runs, found, strict=True)},
-        **{f"{n}x / 1x": math.exp(fmean(math.log(r[n]["ratio"]) for r in ratios)) for n in reached},
-    }
-
-
-def print_table(rows: list[dict]) -> None:
-    table = Table(title="one size, one token budget", box=box.MARKDOWN)
-    columns = list(dict.fromkeys(chain.from_iterable(rows)))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in sorted(rows, key=lambda r: r["perplexity"]):
-        table.add_row(*(format_cell(column, row.get(column)) for column in columns))
-    Console(width=130, markup=False).print(table)
-
-
-def format_cell(column: str, value) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, dict):
-        return ", ".join(f"{v:.2f}" for v in value.values())
-    return f"{value:,.0f}" if column in ("parameters", "tokens", "tokens/s") else f"{value:.2f}"
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 40 s, 12 min or 5.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

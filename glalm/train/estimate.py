@@ -234,6 +234,26 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
+def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
+    """Return the hours that a run takes on one device, and the bytes of its memory.
+
+    The device is train.assumed_gpu, or this machine's. Hours are None where the speed is not known. A model.vocab_size
+    of null becomes that of the data.
+    """
+    device = ASSUMED_GPUS[config.train.assumed_gpu] if config.train.assumed_gpu else current_device()
+    if config.model.vocab_size is None:
+        choose_vocabulary(config)
+    plan = BatchPlan.from_config(config, 1)
+    flops = model_cost(config.model, config.data.seq_len).training
+    speed = None
+    if device.is_gpu and (peak := peak_flops(device.name)) is not None:
+        speed = peak * config.train.assumed_mfu / flops
+    elif not device.is_gpu and count_parameters(config).total <= MAX_TIMED_PARAMETERS:
+        speed = measure_cpu_speed(config, plan, flops)
+    hours = config.steps * plan.tokens_per_step / speed / 3600 if speed else None
+    return hours, sum(_estimate_on(config, plan, device).values())
+
+
 def choose_vocabulary(config: RunConfig) -> str:
     """Set model.vocab_size to that of the data, or to ASSUMED_VOCABULARY, and return which of the two it is."""
     try:

@@ -196,6 +196,19 @@ def test_ratios_to_the_training_length(figures):
     assert [t.get_text() for t in ax.get_xticklabels()] == ["training\nlength", "2×", "4×", "8×", "16×"]
 
 
+def test_losses_of_seeds_are_a_mean_and_a_band(figures, tmp_path):
+    losses = {"a": [3.0, 2.0, 1.5], "b": [5.0, 4.0]}
+    for name, values in losses.items():
+        rows = [{"step": step, "tokens": 10 * step, "val_loss": loss} for step, loss in enumerate(values)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_losses({"gla": [tmp_path / "a", tmp_path / "b"]}, "x.png")
+    [line] = figures[0].axes[0].lines
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[0, 10], [4.0, 3.0]]
+    [band] = figures[0].axes[0].collections
+    extent = band.get_paths()[0].get_extents()
+    assert (extent.y0, extent.y1) == pytest.approx((3 - math.sqrt(2), 4 + math.sqrt(2)))
+
+
 def test_runs_losses_in_one_figure(figures, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in METRICS))

@@ -1,9 +1,11 @@
 """The commands of the pages that lead a new user, as typed, with the wheel installed, in an empty folder."""
 
+import asyncio
 import json
 import random
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,27 @@ def test_own_text(installed, tmp_path):
     assert results["generate.json"]["own_text"] is None
     assert (run / "report.html").is_file() and (tmp_path / "mine-hf" / "model.safetensors").is_file()
     assert "is already complete: 120 documents" in installed(tmp_path, *commands[0])
+
+
+@pytest.mark.slow
+def test_comparison(installed, tmp_path):
+    """The corpus is a part of the standard library, to be quick."""
+    printed = []
+    for command in page_commands("journey_comparison.md"):
+        command = [str(Path(asyncio.__file__).parent) if word == "stdlib" else word for word in command]
+        printed.append(installed(tmp_path, *command))
+    cost, table = printed[1:3]
+    assert "18 runs, 18 to do" in cost and "hours of training" in cost
+    folder = tmp_path / "runs" / "first"
+    rows = json.loads((folder / "ladder.json").read_text())["rows"]
+    assert {(row["model"], row["lr"]) for row in rows} == set(product(("gla", "retention", "attention"), (1e-3, 3e-3)))
+    assert all(len(row["seeds"]) == 3 and row["sd"] > 0 for row in rows)
+    for model in ("gla", "retention", "attention"):
+        same = [row for row in rows if row["model"] == model]
+        best = min(same, key=lambda row: row["perplexity"])
+        assert [row["best"] for row in same] == [row is best for row in same]
+        assert f"{best['perplexity']:.2f} ± {best['sd']:.2f}" in table
+    assert len((folder / "ladder.csv").read_text().splitlines()) == 19
+    for name in ("loss", "positions"):
+        assert (folder / f"{name}.svg").is_file() and (folder / f"{name}.png").is_file()
+    assert (folder / "gla-lr-0.003-1" / "report.html").is_file()

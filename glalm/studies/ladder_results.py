@@ -1,0 +1,235 @@
+"""The ladder's table, its CSV file and its figures, and what its runs would cost."""
+
+import argparse
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from glalm.data.files import atomic_write
+from glalm.evals.identity import describe_differences
+from glalm.evals.plot import plot_extrapolation, plot_losses
+from glalm.evals.result_files import median_training_speed, write_json
+from glalm.launcher import visible_gpus
+from glalm.model.flops import model_cost
+from glalm.train.estimate import GIB, count_parameters, estimate_hours_and_memory
+from glalm.train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from glalm.studies.ladder import LadderRun
+
+RATIOS = ("2", "4", "10")  # training lengths at which the table shows the perplexity
+
+
+def write_results(runs: "list[LadderRun]", args: argparse.Namespace) -> None:
+    """Write ladder.json, ladder.csv and the figures of all complete runs, and print the table.
+
+    The figures show each model at its best learning rate: means over seeds, with bands of one standard deviation.
+    """
+    groups: dict[tuple, list[LadderRun]] = {}
+    for run in runs:
+        groups.setdefault((run.model, run.lr), []).append(run)
+    rows = {key: build_row(seeds) for key, seeds in groups.items()}
+    best = find_best_rates(rows)
+    for key, row in rows.items():
+        if args.lrs != [None]:
+            row["best"] = key == best[key[0]]
+    evaluated = runs[0].results("perplexity")
+    record = {
+        "size": args.size,
+        "arguments": args.arguments,
+        "eval": args.eval,
+        "at_once": args.at_once,
+        "device": evaluated["device"],
+        "gpus": len(visible_gpus()),
+        "versions": evaluated["versions"],
+        "rows": [*rows.values()],
+    }
+    differences = describe_differences([run.results("perplexity") for run in runs])
+    write_json(args.folder / "ladder.json", record | {"differences": differences})
+    write_csv(runs, args.folder / "ladder.csv")
+    print_table(rows.values())
+    if differences:
+        print(f"These perplexities do not compare: {'; '.join(differences)}.")
+    shown = {model: groups[key] for model, key in best.items()}
+    # Runs with longer windows are left out of the figure, because their validation losses do not compare.
+    shortest = min(run.config.data.seq_len for run in runs)
+    losses = {
+        model: [run.config.folder / "metrics.jsonl" for run in seeds]
+        for model, seeds in shown.items()
+        if seeds[0].config.data.seq_len == shortest
+    }
+    positions = [combine_seeds([run.results("extrapolation") for run in seeds], m) for m, seeds in shown.items()]
+    draw_figure(plot_losses, losses, args.folder / "loss.png")
+    draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
+
+
+def find_best_rates(rows: dict[tuple, dict]) -> dict[str, tuple]:
+    """Return the key (model, learning rate) with the lowest perplexity of each model."""
+    best: dict[str, tuple] = {}
+    for key, row in rows.items():
+        model = row["model"]
+        if model not in best or row["perplexity"] < rows[best[model]]["perplexity"]:
+            best[model] = key
+    return best
+
+
+def draw_figure(draw: Callable[[Any, Path], list[Path]], content: Any, path: Path) -> None:
+    """Draw one figure, or print why its curves do not compare."""
+    try:
+        for figure in draw(content, path):
+            print(f"wrote {figure}")
+    except ValueError as error:
+        print(f"{path} was not drawn: {error}")
+
+
+def combine_seeds(records: list[dict], model: str) -> dict:
+    """Return one record of extrapolation for several seeds of a model.
+
+    A bucket's perplexity is the mean over seeds, by logarithms, and its bounds are one standard deviation away. With
+    one seed the bounds are those of the record, one standard error over documents.
+    """
+    record = records[0] | {"model": model}
+    if len(records) == 1:
+        return record
+    contexts = {}
+    for name, context in record["results"]["contexts"].items():
+        buckets = []
+        for i, bucket in enumerate(context["buckets"]):
+            of_seeds = [other["results"]["contexts"][name]["buckets"][i]["perplexity"] for other in records]
+            buckets.append(bucket | summarize_perplexities(of_seeds) if bucket["documents"] else bucket)
+        contexts[name] = context | {"buckets": buckets}
+    return record | {"results": record["results"] | {"contexts": contexts}}
+
+
+def summarize_perplexities(perplexities: list[float]) -> dict[str, float]:
+    """Return their geometric mean, and one standard deviation of the logarithms below and above it."""
+    logs = [math.log(perplexity) for perplexity in perplexities]
+    mean = fmean(logs)
+    spread = stdev(logs)
+    return {
+        "perplexity": math.exp(mean),
+        "perplexity_low": math.exp(mean - spread),
+        "perplexity_high": math.exp(mean + spread),
+    }
+
+
+def build_row(runs: "list[LadderRun]") -> dict:
+    """Return the row of a model at one learning rate.
+
+    Perplexities and ratios are means over its seeds, by their logarithms; "sd" is the standard deviation of the seeds'
+    perplexities. tokens/s is the speed of a run while others share its GPU.
+    """
+    config = runs[0].config
+    by_run = [describe_run(run) for run in runs]
+    perplexities = [row["perplexity"] for row in by_run]
+    shared = [name for name in (f"{n}x / 1x" for n in RATIOS) if all(name in row for row in by_run)]
+    metrics = [read_metrics(run.config.folder / "metrics.jsonl")[0] for run in runs]
+    row = {
+        "model": runs[0].model,
+        "lr": runs[0].lr,
+        "parameters": by_run[0]["parameters"],
+        "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
+        "tokens": config.steps * config.tokens_per_step,
+        "tokens/s": median_training_speed(chain.from_iterable(metrics)),
+        "perplexity": math.exp(fmean(math.log(perplexity) for perplexity in perplexities)),
+        "sd": stdev(perplexities) if len(perplexities) > 1 else None,
+        "seeds": {str(row["seed"]): row["perplexity"] for row in by_run},
+        **{name: math.exp(fmean(math.log(row[name]) for row in by_run)) for name in shared},
+    }
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def describe_run(run: "LadderRun") -> dict:
+    """Return a run's line of ladder.csv."""
+    found = run.results("perplexity")
+    [context] = run.results("extrapolation")["results"]["contexts"].values()
+    ratios = {n: context["ratios"][n] for n in RATIOS if n in context["ratios"]}
+    return {
+        "name": run.config.name,
+        "model": run.model,
+        "lr": run.config.optim.lr,
+        "seed": run.config.seed,
+        "parameters": found["parameters"],
+        "tokens": run.config.steps * run.config.tokens_per_step,
+        "tokens/s": median_training_speed(read_metrics(run.config.folder / "metrics.jsonl")[0]),
+        "nats per token": found["results"]["nats_per_token"],
+        "perplexity": found["results"]["perplexity"],
+        **{f"{n}x / 1x": ratio["ratio"] for n, ratio in ratios.items() if ratio["documents"]},
+    }
+
+
+def write_csv(runs: "list[LadderRun]", path: Path) -> None:
+    """Write a line for each run, with all digits."""
+    lines = [describe_run(run) for run in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*dict.fromkeys(chain.from_iterable(lines))], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+    print(f"wrote {path}")
+
+
+def print_table(rows: Iterable[dict]) -> None:
+    """Print the rows by their perplexity, with one standard deviation over seeds in place of each seed's."""
+    shown = []
+    for row in sorted(rows, key=lambda row: row["perplexity"]):
+        shown.append({name: value for name, value in row.items() if name not in ("sd", "seeds")})
+        if "sd" in row:
+            shown[-1]["perplexity"] = f"{row['perplexity']:.2f} ± {row['sd']:.2f}"
+    print_rows("one size, one token budget; means over seeds ± one standard deviation", shown)
+
+
+def print_rows(title: str, rows: list[dict]) -> None:
+    table = Table(title=title, box=box.MARKDOWN)
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*(format_cell(column, row.get(column)) for column in columns))
+    Console(width=140, markup=False).print(table)
+
+
+def format_cell(column: str, value) -> str:
+    if isinstance(value, bool):
+        return "best" if value else ""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, dict):
+        return ", ".join(f"{v:.2f}" for v in value.values())
+    if column == "lr":
+        return f"{value:g}"
+    return f"{value:,.0f}" if column in ("parameters", "tokens", "tokens/s", "runs") else f"{value:.2f}"
+
+
+def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
+    """Print what the training of each model costs, by the dry run's estimates, and of all that are missing."""
+    by_model: dict[str, list[LadderRun]] = {}
+    for run in runs:
+        by_model.setdefault(run.model, []).append(run)
+    hours: dict[str, float | None] = {}
+    rows = []
+    for model, same in by_model.items():
+        config = same[0].config
+        hours[model], memory = estimate_hours_and_memory(config)
+        row = {"model": model, "runs": len(same), "parameters": count_parameters(config).total}
+        row |= {"tokens": config.steps * config.tokens_per_step, "GiB": memory / GIB}
+        rows.append(row if hours[model] is None else row | {"minutes": 60 * hours[model]})
+    print_rows("runs of each model; tokens, memory and minutes of one run", rows)
+    tokens = sum(run.config.steps * run.config.tokens_per_step for run in missing)
+    print(f"{len(runs)} runs, {len(missing)} to do with {tokens:,} tokens")
+    if None in hours.values():
+        print("The time of some is not known. To plan for a GPU, add train.assumed_gpu=H200.")
+        return
+    total = sum(hours[run.model] for run in missing) / max(1, torch.cuda.device_count())
+    print(f"about {total:.2f} hours of training on this machine's GPUs or its CPU, without the evaluations")

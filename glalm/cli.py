@@ -6,13 +6,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
@@ -199,30 +198,51 @@ def job_overrides() -> list[str]:
 
 
 def launch_jobs(
-    cls: type, config_name: str, task: Callable[[DictConfig], Any], overrides: list[str], jobs: list[list[str]]
-) -> list[JobReturn]:
-    """Run `task` with the composed config of each job's overrides, and return what the launcher returns.
+    cls: type,
+    config_name: str,
+    task: Callable[[DictConfig], str | None],
+    overrides: Iterable[str],
+    jobs: list[list[str]],
+) -> list[str | None]:
+    """Run `task` with the composed config of each job's overrides, by one of Hydra's launchers.
 
     Args:
-        task: Picklable, if the launcher starts other processes. They have been prepared by `prepare_process`.
-        overrides: Such as hydra/launcher=NAME, which chooses the launcher, and hydra.launcher.KEY=VALUE.
+        task: Returns None, or the reason of its failure. It must be picklable for launchers of other processes.
+        overrides: Those of Hydra: hydra/launcher=NAME, and hydra.launcher.KEY=VALUE.
+
+    Returns:
+        None or the reason of a failure, for each job. If the launcher itself fails, that is the reason for all of them,
+        although some may have succeeded.
     """
     store_defaults(cls)
     register_launcher()
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose(config_name, overrides, return_hydra_config=True)
+    is_in_use = GlobalHydra.instance().is_initialized()  # by the command's own entry
+    with nullcontext() if is_in_use else initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(config_name, [*overrides], return_hydra_config=True)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         launcher = Plugins.instance().instantiate_launcher(context, PreparedTask(task), config)
-        return [*launcher.launch(jobs, initial_job_idx=0)]
+        try:
+            returned = launcher.launch(jobs, initial_job_idx=0)
+        except Exception as error:  # For example, joblib's launcher if one of its processes was killed.
+            return [f"{type(error).__name__}: {error}"] * len(jobs)
+    return [find_failure(job) for job in returned]
+
+
+def find_failure(job: JobReturn) -> str | None:
+    """Return what the task of a job has returned, or the error by which the job ended instead."""
+    try:
+        return job.return_value
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
 class PreparedTask:
     """A task of `launch_jobs`, which prepares the process that a launcher has started."""
 
-    task: Callable[[DictConfig], Any]
+    task: Callable[[DictConfig], str | None]
 
-    def __call__(self, tree: DictConfig):
+    def __call__(self, tree: DictConfig) -> str | None:
         launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
         if launcher != "basic":
             prepare_process(launcher)

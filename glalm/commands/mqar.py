@@ -7,8 +7,10 @@ to train what is missing; interrupted models resume after their last epoch. For 
     glalm mqar mixers=[attention,gla] lengths=[64] pairs=[4] widths=[64] learning_rates=[3e-3] \
         vocab_size=512 train_examples=20000 test_examples=1000 epochs=8 batch_size=128
 
-and with many models at once on one GPU: glalm mqar workers=12
+and with twelve models at once on each GPU: glalm mqar hydra/launcher=processes hydra.launcher.at_once=12
 """
+
+from hydra.core.hydra_config import HydraConfig
 
 from glalm.cli import hydra_entry
 from glalm.studies.mqar import MQARConfig
@@ -21,4 +23,4 @@ def main() -> None:
 def run_sweep(config: MQARConfig) -> int:
     from glalm.studies.mqar_sweep import main  # only after the config has been checked
 
-    return main(config)
+    return main(config, HydraConfig.get().overrides.hydra)

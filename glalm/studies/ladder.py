@@ -213,18 +213,14 @@ def run_all(runs: list[LadderRun], missing: list[LadderRun], args: argparse.Name
             jobs = [run.train_arguments for run in missing]
             # Jobs cannot compose the configs of evaluations, because Hydra is in use where they run.
             task = TrainAndEvaluate({run.config.name: (run, run.eval_config) for run in missing})
-            returned = launch_jobs(TrainingRun, "train", task, launcher, jobs)
+            reasons = launch_jobs(TrainingRun, "train", task, launcher, jobs)
     except KeyboardInterrupt:
-        return {run.config.name: "stopped" for run in missing if not run.is_complete()}
-    failures = {}
-    for run, job in zip(missing, returned, strict=True):
-        try:
-            reason = job.return_value
-        except Exception as error:  # The process ended without a word, for example by a lack of memory.
-            reason = str(error)
-        if reason:
-            failures[run.config.name] = reason
-    return failures
+        reasons = ["stopped"] * len(missing)
+    return {
+        run.config.name: reason
+        for run, reason in zip(missing, reasons, strict=True)
+        if reason is not None and not run.is_complete()
+    }
 
 
 @dataclass(frozen=True)

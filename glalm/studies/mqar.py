@@ -46,7 +46,7 @@ class RecallModel(ModelConfig):
 
 
 # The keys of MQARConfig that change which models are trained, but no model.
-SWEEP_KEYS = ("folder", "workers", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
+SWEEP_KEYS = ("folder", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 
 
 @dataclass
@@ -75,7 +75,6 @@ class MQARConfig:
     stop_at: float = 0.99  # test accuracy at which training ends
     weight_decay: float = 0.1
     seed: int = 1
-    workers: int = 1  # models trained at once, over all GPUs; one is far too small to fill a GPU
     cuda_graph: bool = True  # run a step on a GPU as one CUDA graph; false for mixers whose step waits for the GPU
     model: RecallModel = field(default_factory=RecallModel)  # mixer, vocab_size and width are overwritten
 
@@ -96,7 +95,7 @@ class MQARConfig:
         for mixer in self.mixers:
             for layer in mixer.split("+"):
                 check_mixer_name("mixers", layer)
-        for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "workers"):
+        for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         self._check_axes()
 

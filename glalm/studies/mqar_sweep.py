@@ -1,36 +1,38 @@
 """The sweep of multi-query associative recall: a model for every mixer, length, width and learning rate."""
 
 import itertools
-import os
-import sys
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
-from multiprocessing import get_context
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
+from glalm.cli import launch_jobs
 from glalm.config.strict import ConfigError, RunError
 from glalm.evals.identity import ResultIdentity
 from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import load_results, save_result
-from glalm.prepare.workers import bind_to_parent
+from glalm.model.mixers import import_user_mixers
 from glalm.studies.mqar import Job, MQARConfig, train
 from glalm.train.run_lock import RunLock, lock_run_dir
 
 
-def main(config: MQARConfig) -> int:
+def main(config: MQARConfig, launcher: Sequence[str] = ()) -> int:
     """Train what is missing in config.folder, and draw the figure of all results there.
+
+    `launcher` are overrides that choose a launcher of Hydra and its options. Without them, one model is trained after
+    the other in this process.
 
     Raises ConfigError if the folder cannot be written or is in use, and RunError if some models could not be trained.
     """
     folder = Path(config.folder)
     check_writable(folder)
     with lock_run_dir(folder) as lock:
-        return run_sweep(config, folder, lock)
+        return run_sweep(config, folder, lock, launcher)
 
 
 def check_writable(folder: Path) -> None:
@@ -43,40 +45,35 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"folder={folder}: nothing can be written there ({error}); choose another folder") from error
 
 
-def run_sweep(config: MQARConfig, folder: Path, lock: RunLock) -> int:
-    settings = config.settings()
-    results: dict[Job, dict] = {}
-    saved = {record.get("identity"): record for record in load_results(folder, skip_damaged=True).values()}
-    for job in list_jobs(config):
-        if found := saved.get(identify_job(config, job).digest):
-            results[job] = found["results"]
-    missing = [job for job in list_jobs(config) if job not in results and not is_solved(config, job, results)]
-    print(
-        f"{folder}: {len(results)} models are trained, at most {len(missing)} remain, {config.workers} at once",
-        flush=True,
-    )
-    failures = []
-    for n, (job, future) in enumerate(train_all(config, missing, results), 1):
-        progress = f"{n}/{len(missing)} {job.name}"
-        if error := future.exception():
-            failures.append(f"{job.name}: {type(error).__name__}: {error}")
-            print(f"{n}/{len(missing)} {failures[-1]}", file=sys.stderr, flush=True)
+def run_sweep(config: MQARConfig, folder: Path, lock: RunLock, launcher: Sequence[str]) -> int:
+    jobs = list_jobs(config)
+    results = find_results(config, folder, jobs)
+    remaining = [job for job in jobs if job not in results and not is_solved(config, job, results)]
+    print(f"{folder}: {len(results)} models are trained, at most {len(remaining)} remain", flush=True)
+    failures = {}
+    for rate in config.learning_rates:
+        # A model is skipped if a rate before has solved its task.
+        missing = [job for job in remaining if job.lr == rate and not is_solved(config, job, results)]
+        if not missing:
             continue
-        results[job] = result = asdict(job) | future.result()
-        record = identify_job(config, job).to_record() | {"settings": settings, "results": result}
         lock.renew()  # Another sweep may have the folder if its lock was removed.
-        save_result(folder, record, job.name)
-        partial_path(folder, job).unlink(missing_ok=True)
-        print(
-            f"{progress}: accuracy {result['accuracy']:.3f} after {result['epochs']} epochs, {result['seconds']:.0f} s",
-            flush=True,
-        )
+        reasons = launch_jobs(MQARConfig, "mqar", TrainJobs(config, missing), launcher, [[] for _ in missing])
+        results |= find_results(config, folder, missing)
+        failures |= {job: reason for job, reason in zip(missing, reasons, strict=True) if job not in results}
     if results:
         for figure in plot_mqar([{"results": result} for result in results.values()], folder / "plots" / "mqar.png"):
             print(f"wrote {figure}")
     if failures:
-        raise RunError(f"{len(failures)} models were not trained: {'; '.join(failures)}")
+        reasons = "; ".join(f"{job.name}: {reason}" for job, reason in failures.items())
+        raise RunError(f"{len(failures)} models were not trained: {reasons}")
     return 0
+
+
+def find_results(config: MQARConfig, folder: Path, jobs: list[Job]) -> dict[Job, dict]:
+    """Return the results of those of `jobs` that are trained."""
+    saved = {record.get("identity"): record for record in load_results(folder, skip_damaged=True).values()}
+    found = {job: saved.get(identify_job(config, job).digest) for job in jobs}
+    return {job: record["results"] for job, record in found.items() if record}
 
 
 def list_jobs(config: MQARConfig) -> list[Job]:
@@ -97,45 +94,35 @@ def is_solved(config: MQARConfig, job: Job, results: dict[Job, dict]) -> bool:
     return any(other in results and results[other]["accuracy"] >= config.stop_at for other in same_task)
 
 
-def train_all(config: MQARConfig, jobs: list[Job], results: dict[Job, dict]) -> Iterator[tuple[Job, Future]]:
-    """Train the jobs in a pool of processes, and yield each with its future when it ends.
+@dataclass(frozen=True)
+class TrainJobs:
+    """What a launcher calls for each of `jobs`. The result is in the sweep's folder as soon as a model is trained."""
 
-    A job is skipped if another learning rate has solved its task by then; the caller adds results to `results`.
-    """
-    waiting = deque(enumerate(jobs))
-    running: dict[Future, Job] = {}
-    with ProcessPoolExecutor(config.workers, get_context("spawn"), bind_to_parent) as pool:
+    config: MQARConfig
+    jobs: list[Job]
+
+    def __call__(self, tree: DictConfig) -> str | None:
+        """Train the model whose number the launcher gives. Return the reason of a failure, or None."""
+        job = self.jobs[HydraConfig.get().job.num]
+        folder = Path(self.config.folder)
+        import_user_mixers({}, self.config.mixers)
         try:
-            while waiting or running:
-                while waiting and len(running) < config.workers:
-                    number, job = waiting.popleft()
-                    if not is_solved(config, job, results):
-                        running[submit(pool, train_job, config, number, job)] = job
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future
-        except KeyboardInterrupt:
-            print("Interrupted. Run the same command to resume each model after its last epoch.", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(130)  # Leaving the pool normally would wait for all models in training.
+            result = asdict(job) | train_job(self.config, job)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+        record = identify_job(self.config, job).to_record()
+        save_result(folder, record | {"settings": self.config.settings(), "results": result}, job.name)
+        partial_path(folder, job).unlink(missing_ok=True)
+        accuracy = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs"
+        print(f"{job.name}: {accuracy}, {result['seconds']:.0f} s", flush=True)
+        return None
 
 
-def submit(pool: Executor, *call) -> Future:
-    """Submit a call. If a killed process has broken the pool, return a future with that error."""
-    try:
-        return pool.submit(*call)
-    except BrokenExecutor as error:
-        failed = Future()
-        failed.set_exception(error)
-        return failed
-
-
-def train_job(config: MQARConfig, number: int, job: Job) -> dict:
-    """Train one model in a process of the pool, on the GPUs in turn or on one CPU core."""
+def train_job(config: MQARConfig, job: Job) -> dict:
+    """Train one model on the first visible GPU, or on one CPU core."""
     torch.set_num_threads(1)  # The models share the cores.
-    gpus = torch.cuda.device_count()
-    device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return train(config, job, device, partial_path(Path(config.folder), job))
 
 

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.plugins import Plugins
 from safetensors import safe_open
 
 from glalm.config.strict import ConfigError, RunError
@@ -196,7 +196,6 @@ def test_accuracy_counts_queries():
 
 
 def test_the_sweep_writes_a_file_a_model_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     config = dataclasses.replace(
         SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2], train_examples=64, epochs=1
     )
@@ -220,11 +219,10 @@ def test_sweeps_of_other_settings_share_a_folder(tmp_path, monkeypatch):
     """Neither replaces the other's results, and both are complete afterwards."""
     trained = []
 
-    def train_job(config, number, job):
+    def train_job(config, job):
         trained.append(config.seed)
         return {"accuracy": config.seed / 10, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": []}
 
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     monkeypatch.setattr(mqar_sweep, "train_job", train_job)
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16], learning_rates=[1e-2])
     for seed in (1, 2, 1, 2):
@@ -237,12 +235,11 @@ def test_sweeps_of_other_settings_share_a_folder(tmp_path, monkeypatch):
 def test_what_one_learning_rate_solves_is_not_trained_at_the_others(tmp_path, monkeypatch):
     tried = []
 
-    def train_job(config, number, job):
+    def train_job(config, job):
         tried.append((job.width, job.lr))
         accuracy = 0.95 if (job.width, job.lr) in ((64, 1e-2), (32, 1e-3)) else 0.5
         return {"accuracy": accuracy, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": [accuracy]}
 
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     monkeypatch.setattr(mqar_sweep, "train_job", train_job)
     rates = [1e-2, 1e-3, 1e-4]
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32, 64], learning_rates=rates)
@@ -256,11 +253,11 @@ def test_what_one_learning_rate_solves_is_not_trained_at_the_others(tmp_path, mo
 
 
 def test_a_worker_that_is_killed_is_reported_for_every_model(tmp_path, monkeypatch):
-    class Broken(ThreadPoolExecutor):
-        def submit(self, *call):
+    class BrokenLauncher:
+        def launch(self, jobs, initial_job_idx):
             raise BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda workers, *_: Broken(workers))
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_: BrokenLauncher())
     config = dataclasses.replace(SMALL, folder=str(tmp_path), mixers=["gla"], widths=[16, 32], learning_rates=[1e-2])
     with pytest.raises(RunError, match=r"2 models were not trained: .*d32.*terminated abruptly; .*d16"):
         mqar_sweep.main(config)
@@ -268,7 +265,7 @@ def test_a_worker_that_is_killed_is_reported_for_every_model(tmp_path, monkeypat
 
 @pytest.mark.parametrize("part", ["", "eval", "partial", "plots"])
 def test_a_folder_that_cannot_be_written_is_named_before_training(part, tmp_path, monkeypatch):
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+    monkeypatch.setattr(mqar_sweep, "train_job", lambda *_: pytest.fail("models are trained"))
     (tmp_path / "out" / part).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / part).touch()  # no folder
     with pytest.raises(ConfigError, match=r"folder=.*/out: nothing can be written there"):
@@ -277,7 +274,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(part, tmp_path
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="no permission binds root")
 def test_so_is_one_without_permission(tmp_path, monkeypatch):
-    monkeypatch.setattr(mqar_sweep, "ProcessPoolExecutor", lambda *_: pytest.fail("models are trained"))
+    monkeypatch.setattr(mqar_sweep, "train_job", lambda *_: pytest.fail("models are trained"))
     for part in ("eval", "plots"):
         (tmp_path / part).mkdir(mode=0o500)
     with pytest.raises(ConfigError, match=r"folder=.*Permission denied"):
@@ -326,6 +323,16 @@ def test_an_interrupted_sweep_leaves_no_process_and_what_was_trained(signum, cod
         assert process.returncode == code and "Traceback" not in said
     with safe_open(next(tmp_path.glob("partial/*.safetensors")), "pt") as file:
         assert json.loads(file.metadata()["record"])["history"]
+
+
+@pytest.mark.slow
+def test_a_sweep_in_processes(tmp_path):
+    command = [sys.executable, "-m", "glalm", "mqar", f"folder={tmp_path}", *SWEEP, "widths=[16,32]"]
+    command += ["train_examples=64", "epochs=1", "hydra/launcher=processes", "hydra.launcher.at_once=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(path.read_text())["results"] for path in (tmp_path / "eval").iterdir()]
+    assert sorted(result["width"] for result in results) == [16, 32]
 
 
 @pytest.mark.parametrize(

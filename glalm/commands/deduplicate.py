@@ -63,6 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read (default: all cores); the result is the same"
     )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="as for glalm prepare; the result is the same"
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="as for glalm prepare")
     parser.add_argument("--overwrite", action="store_true", help="replace the deduplication in FOLDER")
     return parser.parse_args()
 

@@ -7,7 +7,8 @@ interrupted and resumed.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +19,9 @@ from typing import Any, Literal
 from glalm.data.files import read_json, remove_entry, temporary_path, write_json
 from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
+from glalm.prepare.pipeline import check_engine
 from glalm.prepare.plan import list_fields
+from glalm.prepare.ray_engine import connect_to_ray, stream_on_ray
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import Signatures, compute_signatures
@@ -41,7 +44,7 @@ SIGNATURES = "signatures"
 PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
 MAX_PENDING_BYTES = 2**26  # of signatures that are kept in memory
 
-MapUnits = Callable[[Callable, Iterable[Unit]], Iterator[tuple[Unit, Any]]]
+MapUnits = Callable[[Callable, Iterable[Unit]], Generator[tuple[Unit, Any], None, None]]
 
 
 def deduplicate(
@@ -54,6 +57,8 @@ def deduplicate(
     text_field: str = "text",
     source_field: str | None = None,
     workers: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
     commit_seconds: float = 15,
@@ -69,7 +74,8 @@ def deduplicate(
         threshold: Two documents are near-duplicates if the Jaccard index of their shingles is at least this.
         ngram: The number of words of a shingle.
         text_field, source_field: See `prepare_data`. Records that it would skip are not compared.
-        workers: The number of processes that compute signatures. None uses all cores.
+        workers: The number of processes that read and compute signatures, on this machine. None uses all cores.
+        engine, address: Where to do so; see `prepare_data`. Signatures are compared on this machine.
         overwrite: Discard an earlier deduplication in `out`.
         commit_seconds: The time between two commits: how much work an interruption may lose.
 
@@ -79,6 +85,7 @@ def deduplicate(
         FileNotFoundError: A source does not exist.
     """
     _check_arguments(mode, threshold, ngram, workers)
+    check_engine(engine, address, workers)
     out = Path(out)
     if out.is_file():
         raise ValueError(f"{out} is a file. Name a folder for the results with --out.")
@@ -88,8 +95,15 @@ def deduplicate(
     if mode == "near":
         settings |= {"threshold": threshold, "ngram": ngram}
     workers = limit_workers(workers or count_cores(), inputs)
-    map_units = partial(stream_in_order, workers=workers, size_of=estimate_memory)
-    with create_folder(out), lock_folder(out), explain_full_disk(out), ProgressBar(quiet=not progress) as bar:
+    in_processes = partial(stream_in_order, workers=workers, size_of=estimate_memory)
+    map_units = stream_on_ray if engine == "ray" else in_processes
+    with (
+        connect_to_ray(address) if engine == "ray" else nullcontext(),
+        create_folder(out),
+        lock_folder(out),
+        explain_full_disk(out),
+        ProgressBar(quiet=not progress) as bar,
+    ):
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
             if message:
                 bar.log(message)
@@ -97,7 +111,8 @@ def deduplicate(
         store = SignatureStore(out / SIGNATURES)
         planned = plan_inputs(out, settings, inputs, store.finished)
         if not (out / REPORT).exists():
-            bar.log(f"Computing signatures of {len(planned) - store.position.input:,} inputs (processes: {workers})")
+            engine_name = "engine: ray" if engine == "ray" else f"processes: {workers}"
+            bar.log(f"Computing signatures of {len(planned) - store.position.input:,} inputs ({engine_name})")
             available = {source_input.key: source_input for source_input in inputs}
             ordered = [available.get((entry["source"], entry["name"])) for entry in planned]
             add_signatures(store, ordered, settings, map_units, commit_seconds, bar)
@@ -182,15 +197,15 @@ def add_signatures(
     position = store.position
     bar.start_task("reading", starts[-1], starts[position.input])
     fields = list_fields(settings)
-    units = cut_units(inputs, fields, position)
+    results = map_units(UnitSigner(settings, fields), cut_units(inputs, fields, position))
     documents = len(store)
     commit_time = time.monotonic()
     try:
-        for _, (batch, signatures) in map_units(UnitSigner(settings, fields), units):
+        for _, (batch, signatures) in results:
             if batch.input_index < position.input:
                 continue  # The input is damaged in an earlier part, which ends it.
             source_input = inputs[batch.input_index]
-            signatures.documents["record"] += position.before
+            signatures = signatures.shift_numbers(position.before)
             position = position.after(batch)
             store.add(signatures, position)
             if position.input > batch.input_index:
@@ -206,6 +221,8 @@ def add_signatures(
         store.commit()
     except MemoryError as error:
         raise out_of_memory_error(inputs[position.input]) from error
+    finally:
+        results.close()
 
 
 def _check_arguments(mode: str, threshold: float, ngram: int, workers: int | None) -> None:

@@ -96,7 +96,7 @@ def prepare_data(
         FileNotFoundError: A source or the tokenizer does not exist.
     """
     _check_arguments(held_out, shard_tokens, on_error, workers, add and overwrite)
-    _check_engine(engine, address, workers)
+    check_engine(engine, address, workers)
     url = os.fspath(out) if URL.fullmatch(os.fspath(out)) else ""
     if staging and not url:
         raise ValueError(f"--staging is for a URL. {out} is a folder, in which the set is prepared; remove --staging.")
@@ -248,8 +248,8 @@ def _check_arguments(
         raise ValueError("--add and --overwrite exclude each other: add to the set or replace it.")
 
 
-def _check_engine(engine: str, address: str | None, workers: int | None) -> None:
-    """Raise ValueError if an argument of `prepare_data` does not fit the engine, or the engine is not installed."""
+def check_engine(engine: str, address: str | None, workers: int | None) -> None:
+    """Raise ValueError if an option does not fit the engine, or the engine is not installed."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine {engine} must be local or ray.")
     if engine == "local" and address:

@@ -1,26 +1,29 @@
-"""Run units on the machines of a Ray cluster. The process that writes the set is the driver."""
+"""Run units on the machines of a Ray cluster. The process that writes their results to disk is the driver."""
 
 import logging
 import re
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from glalm.prepare.encode import EncodedBatch, open_tokenizer
 from glalm.prepare.sources import RecordBatch
 from glalm.prepare.units import Unit, UnitEncoder
 
 Encoded = tuple[RecordBatch, EncodedBatch]
+Result = tuple[RecordBatch, Any]  # a batch without its records, and what it was turned into
 
 MAX_RETRIES = 8  # of a unit whose process or machine died, or whose result was lost with a machine
 UNITS_PER_CPU = 2  # that are in flight, so that no CPU waits for the driver
-RETURN_BYTES = 2**22  # of token ids that a task hands over at once
+RETURN_BYTES = 2**22  # of arrays that a task hands over at once
 
 
 def import_ray() -> Any:
@@ -65,8 +68,25 @@ def _refuse_silent_address(address: str | None) -> None:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
 
 
-def stream_on_ray(encoder: UnitEncoder, units: Iterator[Unit]) -> Iterator[tuple[Unit, Encoded]]:
-    """Yield each unit with each batch that `encoder` gives for it, in order, computed by tasks of the cluster.
+@dataclass(frozen=True)
+class RemoteEncoder:
+    """Encode units on any machine.
+
+    Attributes:
+        encoder: The encoder on the driver.
+        tokenizer_files: Its tokenizer; see `_read_tokenizer`.
+    """
+
+    encoder: UnitEncoder
+    tokenizer_files: dict[str, bytes]
+
+    def __call__(self, unit: Unit) -> Iterator[Encoded]:
+        path = _load_tokenizer(self.encoder.fingerprint, tuple(self.tokenizer_files.items()))
+        yield from replace(self.encoder, tokenizer_path=path)(unit)
+
+
+def stream_on_ray(function: Callable[[Unit], Iterator[Result]], units: Iterator[Unit]) -> Iterator[tuple[Unit, Result]]:
+    """Yield each unit with each batch that `function` gives for it, in order, computed by tasks of the cluster.
 
     Ray keeps results that wait in its object store, and on disk if they do not fit.
 
@@ -75,21 +95,22 @@ def stream_on_ray(encoder: UnitEncoder, units: Iterator[Unit]) -> Iterator[tuple
     """
     ray = import_ray()
     run = ray.remote(num_returns="streaming", max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(run_unit)
-    encoder_ref = ray.put(encoder)
-    files_ref = ray.put(_read_tokenizer(encoder.tokenizer_path))
+    if isinstance(function, UnitEncoder):
+        function = RemoteEncoder(function, _read_tokenizer(function.tokenizer_path))
+    function_ref = ray.put(function)
     running: deque[tuple[Unit, Any]] = deque()
     units = iter(units)
     try:
         while True:
             limit = UNITS_PER_CPU * _count_cpus(ray)  # Machines come and go.
             while len(running) < limit and (unit := next(units, None)) is not None:
-                running.append((unit, run.remote(encoder_ref, files_ref, unit)))
+                running.append((unit, run.remote(function_ref, unit)))
             if not running:
                 return
             unit, batch_refs = running[0]
             for batch_ref in batch_refs:
-                for encoded in ray.get(batch_ref):
-                    yield unit, encoded
+                for result in ray.get(batch_ref):
+                    yield unit, result
             running.popleft()
     except ray.exceptions.RayTaskError as error:
         raise _explain_missing_file(error.cause) from error
@@ -102,19 +123,18 @@ def stream_on_ray(encoder: UnitEncoder, units: Iterator[Unit]) -> Iterator[tuple
             ray.cancel(batch_refs)
 
 
-def run_unit(encoder: UnitEncoder, tokenizer_files: dict[str, bytes], unit: Unit) -> Iterator[list[Encoded]]:
-    """Encode a unit on any machine, and yield the batches in lists."""
-    encoder = replace(encoder, tokenizer_path=_load_tokenizer(encoder.fingerprint, tuple(tokenizer_files.items())))
-    batches = []
+def run_unit(function: Callable[[Unit], Iterator[Result]], unit: Unit) -> Iterator[list[Result]]:
+    """Yield the results of function(unit) in lists."""
+    results = []
     size = 0
-    for batch, encoded in encoder(unit):
-        batches.append((batch, encoded))
-        size += encoded.ids.nbytes
+    for batch, result in function(unit):
+        results.append((batch, result))
+        size += sum(values.nbytes for values in result if isinstance(values, np.ndarray))
         if size >= RETURN_BYTES:
-            yield batches
-            batches = []
+            yield results
+            results = []
             size = 0
-    yield batches
+    yield results
 
 
 def _count_cpus(ray: Any) -> int:

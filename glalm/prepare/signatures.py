@@ -51,6 +51,12 @@ class Signatures(NamedTuple):
     bands: np.ndarray
     sketches: np.ndarray
 
+    def shift_numbers(self, before: int) -> "Signatures":
+        """Return the signatures with the numbers of records of which `before` others precede those that were read."""
+        documents = self.documents.copy()  # Arrays that come from another process may be read-only.
+        documents["record"] += before
+        return self._replace(documents=documents)
+
 
 def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatures:
     """Return the signatures of the documents in a batch of records. Records without a document have none.

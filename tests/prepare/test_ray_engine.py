@@ -12,8 +12,10 @@ import pytest
 from folder_contents import read_contents
 
 from glalm.prepare import pipeline, ray_engine, units
+from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.set_folder import JOURNAL
+from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.writer import SetWriter
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,30 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
     assert batches > 10
     prepare_data([sources], tmp_path / "local", workers=1, **settings)
     assert read_contents(out) == read_contents(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_duplicates_are_those_of_the_local_engine_though_a_node_dies(cluster, sources, tmp_path, monkeypatch):
+    pytest.importorskip("datasketch")
+    monkeypatch.setattr(units, "UNIT_BYTES", 100_000)
+    batches = 0
+    add = SignatureStore.add
+
+    def kill_node(self, *args):
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            cluster.remove_node(cluster.second_node, allow_graceful=False)
+        add(self, *args)
+
+    deduplicate([sources], tmp_path / "local", threshold=0.5, workers=1, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(SignatureStore, "add", kill_node)
+        options = {"engine": "ray", "address": cluster.address, "progress": False}
+        report = deduplicate([sources], tmp_path / "ray", threshold=0.5, **options)
+    assert batches > 10 and report["sources"]["text"]["near duplicate"] > 1000
+    for name in ("duplicates.jsonl", "inputs.jsonl", "report.json"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
 @pytest.mark.slow

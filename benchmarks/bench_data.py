@@ -1,6 +1,7 @@
-"""Measure how fast text is prepared, compared to the bare tokenizer, and how fast batches are read.
+"""Measure how fast text is prepared, compared to the bare tokenizer and by many processes, and how batches are read.
 
 python benchmarks/bench_data.py prepare --tokenizer mistral-v1 FILE...  speed of preparation per core over the tokenizer
+python benchmarks/bench_data.py scale --tokenizer mistral-v1           preparation by 1, 2, 4, 8 and 16 processes
 python benchmarks/bench_data.py load --workers 1 2 4                   tokens per second from shards in the page cache
 """
 
@@ -10,6 +11,7 @@ import os
 import resource
 import tempfile
 import time
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from glalm.data.loader import Windows, training_batches
 from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.pipeline import prepare_data
-from glalm.prepare.records import parse_records
+from glalm.prepare.records import Document, parse_records
 from glalm.prepare.sources import parse_source, read_batches
 
 NEEDED = 50 * 250_000  # tokens per second: 50 times what a 340M model consumes on one H200
@@ -34,6 +36,13 @@ def main() -> None:
     mode.add_argument("--tokenizer", default="mistral-v1")
     mode.add_argument("--workers", type=int, default=1)
     mode.add_argument("--repeat", type=int, default=3)
+    mode = modes.add_parser("scale")
+    mode.add_argument("files", nargs="*", default=["stdlib"], help="repeated to --megabytes (default: stdlib)")
+    mode.add_argument("--tokenizer", default="mistral-v1")
+    mode.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    mode.add_argument("--megabytes", type=int, default=800, help="of text")
+    mode.add_argument("--inputs", type=int, default=4, help="the number of .jsonl files that the text is divided into")
+    mode.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     mode = modes.add_parser("load")
     mode.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     mode.add_argument("--tokens", type=int, default=2**28)
@@ -41,7 +50,7 @@ def main() -> None:
     mode.add_argument("--batch-size", type=int, default=256)
     mode.add_argument("--seconds", type=float, default=5)
     args = parser.parse_args()
-    bench_prepare(args) if args.mode == "prepare" else bench_load(args)
+    {"prepare": bench_prepare, "scale": bench_scaling, "load": bench_load}[args.mode](args)
 
 
 def bench_prepare(args: argparse.Namespace) -> None:
@@ -72,6 +81,45 @@ def bench_prepare(args: argparse.Namespace) -> None:
     total = f"{written / min(wall):,.0f} tokens/s in total"
     print(f"preparation      {written / min(ours):>12,.0f} tokens/s per core, {total}")
     print(f"per-core ratio   {written / min(ours) / (tokens / min(bare)):>12.2f}   (goal: 0.85)")
+
+
+def bench_scaling(args: argparse.Namespace) -> None:
+    """Prepare the same text with several numbers of processes, each once, with their start."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        text = Path(folder) / "text"
+        write_text(args.files, text, args.megabytes * 10**6, args.inputs)
+        print(f"{args.megabytes} MB in {args.inputs} files, {os.cpu_count()} cores, {args.tokenizer}")
+        print(f"{'processes':>9}{'tokens/s':>14}{'seconds':>10}{'of linear':>11}{'CPU of the writer':>19}")
+        rates = {}
+        for workers in args.workers:
+            start = time.perf_counter()
+            writer_start = time.process_time()
+            options = {"tokenizer": args.tokenizer, "workers": workers, "progress": False, "overwrite": True}
+            manifest = prepare_data([text], Path(folder) / "set", **options)
+            seconds = time.perf_counter() - start
+            writer_share = (time.process_time() - writer_start) / seconds
+            rates[workers] = sum(entry["tokens"] for entry in manifest["splits"].values()) / seconds
+            linear = rates[workers] / workers / (rates[args.workers[0]] / args.workers[0])
+            print(
+                f"{workers:>9}{rates[workers]:>14,.0f}{seconds:>10.1f}{linear:>11.2f}{writer_share:>18.0%}", flush=True
+            )
+
+
+def write_text(sources: list[str], folder: Path, size: int, files: int) -> None:
+    """Write the documents of `sources`, again and again, in pieces of 4,000 characters, as .jsonl files of `size`."""
+    folder.mkdir()
+    lines = []
+    for spec in sources:
+        for batch in read_batches(list(parse_source(spec).inputs), ["text"]):
+            for item in parse_records(batch.records, batch.first, "text", None):
+                text = item.text if isinstance(item, Document) else ""
+                lines += [json.dumps({"text": text[i : i + 4000]}) + "\n" for i in range(0, len(text), 4000)]
+    endless = cycle(lines)
+    for number in range(files):
+        with open(folder / f"{number}.jsonl", "w") as file:
+            written = 0
+            while written < size // files:
+                written += file.write(next(endless))
 
 
 def bare_encoder(tokenizer: Tokenizer):

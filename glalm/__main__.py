@@ -20,8 +20,7 @@ COMMANDS = {
     "ladder": ("ladder", "train and evaluate many models at one size and budget"),
     "mqar": ("mqar", "measure multi-query associative recall"),
 }
-# The options of commands that take URLs.
-SERVED_URLS = {"prepare": ("--out", "--address")}
+TAKES_URLS = ("prepare",)  # These commands refuse themselves what may not be a URL.
 
 
 def main(name: str | None = None) -> NoReturn:
@@ -43,23 +42,20 @@ def main(name: str | None = None) -> NoReturn:
     command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
     if raises_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    refuse_urls(sys.argv[1:], served=SERVED_URLS.get(name, ()))
+    if name not in TAKES_URLS:
+        refuse_urls(sys.argv[1:])
     run_command(command.main)
 
 
-def refuse_urls(args: list[str], served: tuple[str, ...] = ()) -> None:
-    """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL.
-
-    Args:
-        served: The options that may have one.
-    """
+def refuse_urls(args: list[str]) -> None:
+    """Exit with a message if an argument, or the value of KEY=VALUE or --OPTION=VALUE, is a URL."""
     import re
 
     from glalm.config.strict import ConfigError, refuse_url
 
-    for previous, arg in zip(["", *args], args, strict=False):
+    for arg in args:
         key, separator, value = arg.partition("=") if re.match(r"[\w.+-]+=", arg) else ("", "", arg)
-        if key.startswith("hydra.") or key in served or previous in served:
+        if key.startswith("hydra."):
             continue  # Hydra's sweepers keep their results at a URL.
         try:
             refuse_url(f"{key}{separator}", value.strip("'\""))

@@ -85,7 +85,7 @@ def test_help_explains(command):
     [
         ("prepare", "--out", "s3://bucket/out", "--tokenizer", "s3://bucket/tokenizer.json", "stdlib"),
         ("prepare", "--out=gs://bucket/out", "--staging", "s3://bucket/staging", "stdlib"),
-        ("prepare", "--out", "data/demo", "books=s3://bucket/x.jsonl"),
+        ("tokenizer", "--out", "data/demo.model", "books=s3://bucket/x.jsonl"),
         ("tokenizer", "--out", "s3://bucket/tokenizer.model", "stdlib"),
         ("train", "data.path=s3://bucket/data"),
         ("train", "train.resume_from='s3://bucket/runs/step_1'"),
@@ -108,7 +108,6 @@ def test_urls_are_refused(arguments, monkeypatch, capsys, tmp_path):
 def test_only_values_are_taken_for_urls():
     refuse_urls(["hf:cerebras/SlimPajama-627B", "generate.prompts=['see https://a.org']", "C:/data", "a=b", "name=a:b"])
     refuse_urls(["hydra.sweeper.storage=sqlite:///study.db", "--out", "s3/bucket"])
-    refuse_urls(["--out", "s3://bucket/set", "--address=ray://head:10001", "stdlib"], served=("--out", "--address"))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from glalm.config.strict import ConfigError, refuse_url
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.prepare.encode import HELD_OUT
 from glalm.prepare.inspection import inspect_set
@@ -37,7 +38,7 @@ def main() -> int:
         return prepare()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 def inspect() -> int:
@@ -88,7 +89,9 @@ def parse_arguments() -> argparse.Namespace:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="'stdlib'; a file or folder (" + ", ".join(SUFFIXES) + "); or hf:DATASET[:CONFIG[:SPLIT]][@REVISION], "
+        help="'stdlib'; a file, a folder or a URL ("
+        + ", ".join(SUFFIXES)
+        + "); or hf:DATASET[:CONFIG[:SPLIT]][@REVISION], "
         "which is streamed. NAME=SOURCE gives it a name; the default is that of its folder",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the set, or a URL: s3://...")
@@ -143,6 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")
     mode.add_argument("--overwrite", action="store_true", help="replace the set in FOLDER")
     args = parser.parse_args()
+    refuse_url("--tokenizer ", args.tokenizer)
+    refuse_url("--staging ", args.staging)
     for name in SETTINGS:
         if args.add and getattr(args, name) is not None:
             parser.error(f"--add uses the settings of the set. Remove --{name.replace('_', '-')}.")

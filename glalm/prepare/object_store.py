@@ -6,41 +6,24 @@ complete set. What was copied is recorded in the staging folder, from which the 
 """
 
 import json
-import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from glalm.data.files import DamagedFile, read_json, write_json
 from glalm.data.shards import MANIFEST, PLAN, read_manifest
+from glalm.prepare.remote import URL, open_url
 from glalm.prepare.set_folder import SET_FILES
 
 COPIED = ".copied.json"  # in the folder: the SHA-256 of each file that was copied, by its name
 STAGING = Path("data/staging")
 THREADS = 4
-URL = re.compile(r"[A-Za-z][\w+.-]+://(.+)")
 
 
 def staging_folder(url: str) -> Path:
     """Return the default folder in which a set is prepared that is copied to `url`."""
     match = URL.fullmatch(url)
     return STAGING / match[1].strip("/") if match else STAGING
-
-
-def open_url(url: str) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a URL, and the path in it.
-
-    Raises:
-        ValueError: The filesystem's package is not installed.
-    """
-    import fsspec
-
-    try:
-        return fsspec.url_to_fs(url)
-    except ImportError as error:
-        advice = "For s3://, install the extra s3: pip install 'glalm[s3]'"
-        raise ValueError(f"{url} cannot be opened: {error}. {advice}") from error
 
 
 class SetCopy:

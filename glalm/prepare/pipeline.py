@@ -16,9 +16,10 @@ from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
-from glalm.prepare.object_store import URL, SetCopy, staging_folder
+from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
 from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
+from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
     FileInput,

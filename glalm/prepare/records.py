@@ -8,16 +8,18 @@ not grow with the size of a file.
 import gzip
 import json
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
+
+from glalm.prepare.remote import RemoteFile
 
 TEXT = (".txt", ".md", ".py")  # one document per file
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # one document per line
@@ -137,7 +139,7 @@ def _estimate_value_bytes(value: Any) -> int:
     return len(value) if isinstance(value, bytes | str) else 8
 
 
-def find_cuts(path: Path, start: int, part_bytes: int) -> list[int]:
+def find_cuts(path: Path | RemoteFile, start: int, part_bytes: int) -> list[int]:
     """Return where to cut a file after `start` into parts of about `part_bytes`, of its text or of unpacked columns.
 
     The parts of plain JSON Lines are cut at a byte: a line belongs to the part in which it begins. Those of Parquet are
@@ -152,7 +154,7 @@ def find_cuts(path: Path, start: int, part_bytes: int) -> list[int]:
     return []
 
 
-def read_file(path: Path, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
+def read_file(path: Path | RemoteFile, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
     """Yield the records of a file in order. From a table, only the columns that hold `fields` are read.
 
     Args:
@@ -280,11 +282,11 @@ def _shows_damage(error: Exception) -> bool:
     return isinstance(error, (*of_content, ValueError, TypeError))
 
 
-def _read_lines(path: Path, start: int, stop: int | None) -> Chunks:
+def _read_lines(path: Path | RemoteFile, start: int, stop: int | None) -> Chunks:
     """Yield the lines that begin in a part of a JSON Lines file, and a `BadRecord` where a packed file is damaged."""
     suffix = path.suffix.lower()
     splitter = _LineSplitter()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         blocks = {".gz": _read_gzip, ".zst": _read_zstd}[suffix](file) if suffix in (".gz", ".zst") else None
         try:
             for block in blocks or _read_line_range(file, start, stop):
@@ -372,12 +374,12 @@ def _skip_line(file: IO[bytes], stop: int | None) -> None:
             return
 
 
-def _read_gzip(file: IO[bytes]) -> Iterator[bytes]:
+def _read_gzip(file: BufferedReader) -> Iterator[bytes]:
     """Yield blocks of the text in a gzip file."""
     yield from _read_blocks(gzip.GzipFile(fileobj=_refuse_empty(file)))
 
 
-def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
+def _read_zstd(file: BufferedReader) -> Iterator[bytes]:
     """Yield blocks of the text in a file of zstd frames."""
     # zstandard's stream_reader does not notice that a file is cut short, so we track the frames ourselves.
     frame = None
@@ -406,20 +408,20 @@ def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the compressed file ends too early")
 
 
-def _refuse_empty(file: IO[bytes]) -> IO[bytes]:
+def _refuse_empty(file: BufferedReader) -> BufferedReader:
     """Return a compressed file, which has at least a header. Raise EOFError if it has no content."""
-    if os.fstat(file.fileno()).st_size == 0:
+    if not file.peek(1):
         raise EOFError("the compressed file is empty")
     return file
 
 
-def _read_table(path: Path, fields: list[str], start: int, stop: int | None) -> Chunks:
+def _read_table(path: Path | RemoteFile, fields: list[str], start: int, stop: int | None) -> Chunks:
     """Yield the rows of a part of a Parquet or Arrow file, and a `BadRecord` where it is damaged."""
     import pyarrow
 
     size = path.stat().st_size
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             is_parquet = path.suffix.lower() == ".parquet"
             batches = _read_parquet(file, path, fields, start, stop) if is_parquet else _read_arrow(file, path, fields)
             for batch, position in batches:
@@ -430,13 +432,13 @@ def _read_table(path: Path, fields: list[str], start: int, stop: int | None) -> 
         yield [_damaged_file(error)], size
 
 
-def _find_row_groups(path: Path, start: int, part_bytes: int) -> list[int]:
+def _find_row_groups(path: Path | RemoteFile, start: int, part_bytes: int) -> list[int]:
     """Return the row groups of a Parquet file before which to cut it after the row group `start`."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             metadata = ParquetFile(file).metadata
     except (pyarrow.ArrowException, EOFError, OSError) as error:
         if not _shows_damage(error):
@@ -453,7 +455,7 @@ def _find_row_groups(path: Path, start: int, part_bytes: int) -> list[int]:
 
 
 def _read_parquet(
-    file: IO[bytes], path: Path, fields: list[str], start: int, stop: int | None
+    file: IO[bytes], path: Path | RemoteFile, fields: list[str], start: int, stop: int | None
 ) -> Iterator[tuple[Any, int]]:
     """Yield batches of the rows in the row groups [start, stop), and the share of rows so far in bytes of the file."""
     from pyarrow.parquet import ParquetFile
@@ -472,7 +474,7 @@ def _read_parquet(
             yield batch, int(rows * bytes_per_row)
 
 
-def _read_arrow(file: IO[bytes], path: Path, fields: list[str]) -> Iterator[tuple[Any, int]]:
+def _read_arrow(file: IO[bytes], path: Path | RemoteFile, fields: list[str]) -> Iterator[tuple[Any, int]]:
     """Yield batches of rows, and the position in the file."""
     import pyarrow
 

@@ -1,6 +1,6 @@
-"""Find the text to prepare: files and folders, Python's standard library, and data sets of the Hugging Face hub.
+"""Find the text to prepare: files, folders and URLs, Python's standard library, data sets of the Hugging Face hub.
 
-A source is a name and its inputs, in order. An input is a local file, or one file of a data set that is streamed.
+A source is a name and its inputs, in order. An input is a file, or one file of a data set that is streamed.
 `read_part` reads a part of an input; what is inside of a file is the subject of glalm.prepare.records.
 """
 
@@ -11,7 +11,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from glalm.data.files import file_sha256
@@ -28,6 +28,7 @@ from glalm.prepare.records import (
     read_rows,
     select_columns,
 )
+from glalm.prepare.remote import URL, RemoteFile, list_remote_files
 
 BATCH_BYTES = 2**20  # of records that are encoded at once
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
@@ -111,6 +112,26 @@ class FileInput(Input):
 
 
 @dataclass(frozen=True)
+class RemoteInput(Input):
+    """A file at a URL. It has no SHA-256, because it would be read twice for it."""
+
+    path: RemoteFile
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
+        """Yield the records of a part in order. From a table, only the columns that hold `fields` are read."""
+        return read_file(self.path, fields, start, stop)
+
+    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
+        return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
+
+    def has_changed(self) -> bool:
+        return self.path.stat(from_cache=False) != (self.size, self.mtime_ns)
+
+
+@dataclass(frozen=True)
 class HubInput(Input):
     """One of the files of a data set that is streamed through `datasets`. A revision names it, so it never changes."""
 
@@ -143,8 +164,8 @@ class Source:
     """A named list of inputs. `skipped_files` are files of its folder that have an unknown suffix."""
 
     name: str
-    inputs: tuple[FileInput | HubInput, ...]
-    skipped_files: tuple[Path, ...] = ()
+    inputs: tuple[FileInput | RemoteInput | HubInput, ...]
+    skipped_files: tuple[Path | RemoteFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,7 @@ def parse_source(spec: str | os.PathLike | Source) -> Source:
 
         stdlib                                 the standard library of the running interpreter
         a file or a folder                     its default name is that of the folder, or of the folder it lies in
+        a URL                                  a file, or all files below it, of an object store: s3://bucket/folder
         hf:DATASET[:CONFIG[:SPLIT]][@REVISION] a data set of the Hugging Face hub, or a local folder of one, streamed
 
     Raises:
@@ -282,6 +304,8 @@ def parse_source(spec: str | os.PathLike | Source) -> Source:
         name, address = match.groups()
     if address == "stdlib":
         return find_stdlib(name=name or "stdlib")
+    if URL.fullmatch(address):
+        return find_remote_files(address, name)
     if address.startswith("hf:"):
         return find_hub_dataset(address.removeprefix("hf:"), name)
     return find_local_files(address, name)
@@ -320,7 +344,7 @@ def find_local_files(path: str | os.PathLike, name: str = "") -> Source:
     path = Path(path)
     if not path.exists():
         _refuse_dangling_link(path)
-        raise FileNotFoundError(f"{path} does not exist. A source is 'stdlib', a path, or hf:DATASET.")
+        raise FileNotFoundError(f"{path} does not exist. A source is 'stdlib', a path, a URL, or hf:DATASET.")
     if not path.is_dir() and not path.is_file():
         problem = f"{path} is a pipe, a socket or a device, which can be read only once"
         raise ValueError(f"{problem}. Write its content to a file, and name that.")
@@ -338,6 +362,33 @@ def find_local_files(path: str | os.PathLike, name: str = "") -> Source:
             skipped.append(folder / file)
     if not inputs:
         raise ValueError(f"{path}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
+    return Source(name, tuple(inputs), tuple(skipped))
+
+
+def find_remote_files(url: str, name: str = "") -> Source:
+    """Return the source that consists of one file at a URL, or of all files below it, as of `find_local_files`.
+
+    Raises:
+        FileNotFoundError: There is nothing at `url`.
+        ValueError: No file has one of SUFFIXES, or `url` cannot be listed.
+    """
+    url = url.rstrip("/")
+    found = list(list_remote_files(url))
+    is_file = url.endswith(f"/{found[0][0]}") and len(found) == 1
+    folder = url.rpartition("/")[0] if is_file else url
+    name = name or PurePosixPath(folder).name
+    inputs = []
+    skipped = []
+    for file, status in found:
+        path = RemoteFile(f"{folder}/{file}")
+        if any(part.startswith(".") for part in file.split("/")):
+            continue
+        if file.lower().endswith(SUFFIXES):
+            inputs.append(RemoteInput(name, file, status.st_size, status.st_mtime_ns, path))
+        else:
+            skipped.append(path)
+    if not inputs:
+        raise ValueError(f"{url}: no file to read. File names must end in one of {', '.join(SUFFIXES)}.")
     return Source(name, tuple(inputs), tuple(skipped))
 
 
@@ -447,9 +498,11 @@ def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -
     counts = Counter()
     for source in sources:
         for path in source.skipped_files:
-            if out not in path.resolve().parents:
+            kind = path.suffix.lower() or "no suffix"
+            if isinstance(path, RemoteFile):
+                counts[kind] += 1
+            elif out not in path.resolve().parents:
                 is_file = path.is_file() or path.is_symlink()
-                kind = path.suffix.lower() or "no suffix"
                 counts[kind if is_file else "pipes, sockets or devices"] += 1
     found = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
     return f"Skipped what is not a file that ends in {', '.join(SUFFIXES)}: {found}" if counts else ""

@@ -50,10 +50,9 @@ def draw_batch(length: int, packed: bool) -> dict[str, torch.Tensor]:
 
 
 def run_model(model: CausalLM, batch: dict, context: ContextShard | None, past: torch.Tensor | None) -> dict:
-    """Return the sum of the losses, the cache after the batch (or none if packed), and the gradients."""
+    """Return the sum of the losses, the gradients, and with a `past` the cache after the batch."""
     model.zero_grad()
-    packed = "starts" in batch
-    batch = flatten_batch(batch) if packed else batch
+    batch = flatten_batch(batch) if "starts" in batch else batch
     cache = None
     if past is not None:
         with torch.no_grad():
@@ -61,13 +60,13 @@ def run_model(model: CausalLM, batch: dict, context: ContextShard | None, past: 
     options = {} if context is None else {"context": replace(context, rows=batch.get("rows"))}
     output = model(
         batch["input_ids"], batch["labels"], cache=cache, cu_seqlens=batch.get("cu_seqlens"),
-        return_cache=not packed, **options,
+        return_cache=past is not None, **options,
     )  # fmt: skip
     loss = output.loss * (batch["labels"] != IGNORE_INDEX).sum()
     loss.backward()
-    leaves = {} if packed else dict(enumerate(torch.utils._pytree.tree_leaves(output.cache.states)))
+    leaves = {} if past is None else dict(enumerate(torch.utils._pytree.tree_leaves(output.cache.states)))
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"loss": loss.detach(), "seen": None if packed else output.cache.seen, **leaves, **gradients}
+    return {"loss": loss.detach(), "seen": None if past is None else output.cache.seen, **leaves, **gradients}
 
 
 def compare(name: str, choice: dict, context: ContextShard, length: int, packed: bool, past: torch.Tensor | None):
@@ -124,7 +123,7 @@ def compare_states(name: str, context: ContextShard) -> None:
     results = []
     for shard in (None, context):
         leaves = {key: x.clone().requires_grad_() for key, x in {**inputs, "S0": S0}.items()}
-        cut = {key: x if shard is None else x.chunk(shard.size, 1)[shard.rank] for key, x in leaves.items()}
+        cut = {key: leaves[key] if shard is None else leaves[key].chunk(shard.size, 1)[shard.rank] for key in inputs}
         o, S = call_operator(name, cut, leaves["S0"], shard)
         # The final state is the same on all processes, and each has a share of the loss.
         (o.square().sum() + (S * dS).sum() / (1 if shard is None else shard.size)).backward()

@@ -15,7 +15,7 @@ from glalm.config.run import RunConfig, TrainConfig
 from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import CausalLM
+from glalm.model.decoder import Block, CausalLM
 from glalm.model.flops import model_cost
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
@@ -135,6 +135,7 @@ def estimate_memory(
         "bf16 weights": 0,
         "activations": 0,
         "one block's backward": 0,
+        "gathered keys and values": 0,  # of one block, and their gradients
         "loss": _loss_bytes(config.model, tokens, bf16),
     }
     recomputes = config.train.activation_checkpointing in ("selective", "full")
@@ -145,9 +146,20 @@ def estimate_memory(
         full = measure_activations(config.model, mixer, TrainConfig(), bf16, compiled) if recomputes else saved
         parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
         parts["one block's backward"] = max(parts["one block's backward"], int(full.per_token * tokens))
+        gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * (2 if bf16 else 4)
+        parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
         if is_ddp:  # Sharded weights are gathered in bfloat16, and freed again.
             parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
     return parts
+
+
+def gathered_channels(model: ModelConfig, mixer: str) -> int:
+    """Return Mixer.gathered_channels of a layer."""
+    with torch.device("meta"):
+        one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
+    block = one_block.model.layers[0]
+    assert isinstance(block, Block)
+    return block.attn.gathered_channels()
 
 
 def _gathered_bytes(config: RunConfig, plan: BatchPlan, counts: ParameterCounts, bf16: bool) -> int:

@@ -108,6 +108,16 @@ def test_memory_of_a_shard(config, change):
         parts[context] = estimate_memory(given, plan, 8, bf16=False, compiled=False)
     assert parts[8]["activations"] == pytest.approx(parts[1]["activations"] / 8, rel=1e-3)
     assert parts[8]["weights"] == parts[1]["weights"]
+    assert parts[8]["gathered keys and values"] == parts[1]["gathered keys and values"] == 0
+
+
+def test_memory_of_gathered_keys_and_values(config, change):
+    """A process holds those of all eight, and their gradients, for one layer."""
+    given = {"model.mixer": "attention", "parallel.context": 8, "train.batch_size": 1}
+    config = change(config, **given)
+    parts = estimate_memory(config, BatchPlan.from_config(config, 8), 8, bf16=False, compiled=False)
+    keys_and_values = 4 * 2 * config.model.hidden_size * config.data.seq_len
+    assert parts["gathered keys and values"] == 2 * keys_and_values * 7 / 8
 
 
 class Alone(Mixer):

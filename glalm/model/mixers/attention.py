@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from glalm.config.strict import describe_divisors, require, require_positive
 from glalm.kernels.common import active_transform, sequence_ids
@@ -126,37 +127,52 @@ class Attention(Mixer):
     ) -> tuple[Tensor, State | None]:
         """Gather the keys and values of all processes, and attend from the queries of this one.
 
-        Without a state, a window and packed sequences, torch's kernels apply the causal mask; otherwise it is a tensor
-        of this process's queries by all keys.
+        Where autograd records and no state is involved, the backward pass gathers them again and repeats the attention,
+        so that only one layer's are in memory at a time.
         """
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        T = context.unpack_rows(x).shape[1]
-        positions, end_positions = token_positions(x, None if state is None else state[3], cu_seqlens, context=context)
+        positions, end = token_positions(x, None if state is None else state[3], cu_seqlens, context=context)
         q = apply_rotary(q, positions, self.theta)
         k = apply_rotary(k, positions, self.theta)
         q, k, v, positions = (context.unpack_rows(y) for y in (q, k, v, positions))
-        k, v = (gather_ranks(y, context).transpose(0, 1).flatten(1, 2) for y in (k, v))
-        end = (context.rank + 1) * T
-        if cu_seqlens is not None:
-            # A query sees itself and as many tokens before it as its sequence has.
-            tokens = torch.arange(end, device=x.device)
-            query = tokens[end - T :, None]
-            reach = positions if self.window is None else positions.clamp(max=self.window - 1)
-            mask = (tokens <= query) & (tokens >= query - reach[..., None])
-            o = masked_attention(q, k[:, :end], v[:, :end], mask[:, None])
+        if state is None and not return_state:
+            attend = self.attend_packed if cu_seqlens is not None else self.attend_from_start
+            o = checkpoint(attend, q, k, v, positions, context, use_reentrant=False, preserve_rng_state=False)
             return self.o_proj(o.reshape(*x.shape[:2], -1)), None
-        key_positions = end_positions[:, None] - torch.arange(context.size * T, 0, -1, device=x.device)
-        if state is None and self.window is None:
-            o = masked_attention(q, k[:, :end], v[:, :end], causal_lower_right(T, end))
-        else:
-            if state is not None:
-                k = torch.cat([state[0].to(k.dtype), k], 1)
-                v = torch.cat([state[1].to(v.dtype), v], 1)
-                key_positions = torch.cat([state[2], key_positions], 1)
-            o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))
-        if return_state:
-            state = *self.trim_cache(k, v, key_positions, None), end_positions
-        return self.o_proj(o.flatten(-2)), state if return_state else None
+        k, v = (gather_tokens(y, context) for y in (k, v))
+        key_positions = end[:, None] - torch.arange(k.shape[1], 0, -1, device=x.device)
+        if state is not None:
+            k = torch.cat([state[0].to(k.dtype), k], 1)
+            v = torch.cat([state[1].to(v.dtype), v], 1)
+            key_positions = torch.cat([state[2], key_positions], 1)
+        o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))
+        new_state = (*self.trim_cache(k, v, key_positions, None), end) if return_state else None
+        return self.o_proj(o.flatten(-2)), new_state
+
+    def attend_from_start(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, context: ContextShard) -> Tensor:
+        """Return the outputs [B, T, H, D] of a shard. Without a window, torch's kernels apply the causal mask."""
+        T = q.shape[1]
+        end = (context.rank + 1) * T
+        k, v = (gather_tokens(y, context)[:, :end] for y in (k, v))
+        if self.window is None:
+            return masked_attention(q, k, v, causal_lower_right(T, end))
+        key_positions = torch.arange(end, device=q.device)[None]
+        return masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, context: ContextShard) -> Tensor:
+        """Return the outputs [B, T, H, D] of rows of packed sequences, in which the tokens have these positions."""
+        T = q.shape[1]
+        end = (context.rank + 1) * T
+        k, v = (gather_tokens(y, context)[:, :end] for y in (k, v))
+        # A query sees itself and as many tokens before it as its sequence has.
+        tokens = torch.arange(end, device=q.device)
+        query = tokens[end - T :, None]
+        reach = positions if self.window is None else positions.clamp(max=self.window - 1)
+        mask = (tokens <= query) & (tokens >= query - reach[..., None])
+        return masked_attention(q, k, v, mask[:, None])
+
+    def gathered_channels(self) -> int:
+        return self.k_proj.out_features + self.v_proj.out_features
 
     def trim_cache(
         self, k: Tensor, v: Tensor, key_positions: Tensor, padding: Tensor | None
@@ -179,6 +195,11 @@ class Attention(Mixer):
     def flops(self, T: int) -> int:
         """Count the scores and their values including the masked half, as is usual (arXiv 2204.02311, appendix B)."""
         return 4 * min(T, self.window or T) * self.num_heads * self.head_dim
+
+
+def gather_tokens(x: Tensor, context: ContextShard) -> Tensor:
+    """Return x [B, T, ...] of all processes, [B, size * T, ...]."""
+    return gather_ranks(x, context).transpose(0, 1).flatten(1, 2)
 
 
 def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

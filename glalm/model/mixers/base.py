@@ -74,6 +74,10 @@ class Mixer(nn.Module):
         """Return the log forget gates of x [B, T, d], [B, T, H] or [B, T, H, channels]; None if there are none."""
         return None
 
+    def gathered_channels(self) -> int:
+        """Return the numbers per token that a shard holds of all processes at once, while they share sequences."""
+        return 0
+
     def flops(self, T: int) -> int:
         """Return the operations per token in a sequence of T tokens, except those of linear layers."""
         raise NotImplementedError

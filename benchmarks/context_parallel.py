@@ -1,0 +1,166 @@
+"""Measure what it costs to share sequences between processes (parallel.context), and print the results as tables.
+
+    python benchmarks/context_parallel.py
+    torchrun --standalone --nproc-per-node=8 benchmarks/context_parallel.py
+
+One process takes the turns of a whole group on its device: it runs chunk_gla on one shard after another, forward and
+backward, each with the summaries that the others have left, and compares time and results with one call on the whole
+sequence. So the table shows the work that sharing adds, without the network.
+
+Several processes train a model of each mixer on sequences that they share, and print the time and memory of a step:
+GLA, which exchanges states, beside softmax attention, which gathers keys and values (arXiv 2311.02382).
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glalm.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from glalm.data.loader import shard_batch
+from glalm.kernels import chunk_gla, context_parallel
+from glalm.kernels.context_parallel import ContextShard
+from glalm.model.config import ModelConfig
+from glalm.train import parallel
+from glalm.train.state import BatchPlan
+from glalm.train.trainer import Trainer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, K, V = 4, 128, 256  # a layer of the 340M model
+VOCABULARY = 32000
+REPEATS = 3
+
+
+class MessageBoard:
+    """Stand in for the all-gather of a group whose ranks run in turn: return what they have posted in earlier turns."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rank = 0
+        self.is_backward = False
+        self.posted: dict[tuple[bool, int], Tensor] = {}
+
+    def all_gather(self, message: Tensor, group: str, size: int) -> Tensor:
+        self.posted[self.is_backward, self.rank] = message
+        nothing = torch.zeros_like(message)
+        return torch.stack([self.posted.get((self.is_backward, rank), nothing) for rank in range(size)])
+
+
+def run_turn(board: MessageBoard, shards: list[list[Tensor]], rank: int) -> list[Tensor]:
+    """Return the outputs and gradients of one rank's shard: of q, k, v, the log gates and the output's gradient."""
+    *inputs, do = shards[rank]
+    board.rank = rank
+    board.is_backward = False
+    o, _ = chunk_gla(*inputs, context=ContextShard("turns", rank, board.size))
+    board.is_backward = True
+    return [o, *torch.autograd.grad(o, inputs, do)]
+
+
+def run_whole(inputs: list[Tensor], do: Tensor) -> list[Tensor]:
+    o, _ = chunk_gla(*inputs)
+    return [o, *torch.autograd.grad(o, inputs, do)]
+
+
+def measure_seconds(call: Callable[[], object]) -> float:
+    """Return the least time of a few calls: that of all kernels on a GPU, else that on the clock."""
+    call()  # The first call compiles and allocates.
+    times = []
+    for _ in range(REPEATS):
+        if DEVICE.type == "cuda":
+            activity = torch.profiler.ProfilerActivity.CUDA
+            with torch.profiler.profile(activities=[activity]) as profile:
+                call()
+                torch.cuda.synchronize()
+            times.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
+        else:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compare_turns(T: int, size: int) -> str:
+    """Return a row of the table: times of the whole sequence and of all turns, and how far the results differ."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    q, k, v, do = (torch.randn(1, T, HEADS, n, device=DEVICE, dtype=dtype) for n in (K, K, V, V))
+    g = F.logsigmoid(torch.randn(1, T, HEADS, K, device=DEVICE, dtype=dtype)) / 16
+    inputs = [x.requires_grad_() for x in (q, k, v, g)]
+    cut = [[x.detach().contiguous() for x in tensor.chunk(size, 1)] for tensor in (*inputs, do)]
+    shards = [[*(x.requires_grad_() for x in shard[:4]), shard[4]] for shard in map(list, zip(*cut, strict=True))]
+    board = MessageBoard(size)
+    context_parallel.all_gather = board.all_gather
+    for rank in range(size):  # Let every rank post its summaries.
+        run_turn(board, shards, rank)
+    found = [torch.cat(parts, 1) for parts in zip(*(run_turn(board, shards, r) for r in range(size)), strict=True)]
+    expected = run_whole(inputs, do)
+    difference = max(relative_difference(x, y) for x, y in zip(found, expected, strict=True))
+    whole = measure_seconds(lambda: run_whole(inputs, do))
+    turns = sum(measure_seconds(lambda rank=rank: run_turn(board, shards, rank)) for rank in range(size))
+    return f"| {T:,} | {size} | {whole * 1e3:.2f} | {turns * 1e3:.2f} | {turns / whole - 1:+.1%} | {difference:.1e} |"
+
+
+def relative_difference(x: Tensor, y: Tensor) -> float:
+    return ((x.float() - y.float()).norm() / y.float().norm()).item()
+
+
+def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> str:
+    """Train on sequences of T tokens that all processes share, and return a row of the table."""
+    config = RunConfig(
+        model=ModelConfig(mixer=mixer, vocab_size=VOCABULARY, **sizes),
+        data=DataConfig(seq_len=T),
+        optim=OptimConfig(warmup_steps=0),
+        train=TrainConfig(steps=steps, batch_size=1, activation_checkpointing="full"),
+        parallel=ParallelConfig(context=int(os.environ["WORLD_SIZE"])),
+    )
+    accelerator = parallel.start_processes(config)
+    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    tokens = torch.randint(VOCABULARY, (1, T + 1), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
+    assert trainer.context is not None
+    shard = shard_batch(batch, T, trainer.context.rank, trainer.context.size)
+    shard = {name: x.to(accelerator.device) for name, x in shard.items()}
+    trainer.step(shard)  # The first step compiles and allocates.
+    start = time.perf_counter()
+    for _ in range(steps):
+        loss = trainer.step(shard).loss.item()
+    seconds = (time.perf_counter() - start) / steps
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE.type == "cuda" else "-"
+    return f"| {mixer} | {T:,} | {seconds * 1e3:,.0f} | {T / seconds:,.0f} | {memory} | {loss:.3f} |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 262144], help="tokens of a sequence")
+    parser.add_argument("--size", type=int, default=8, help="ranks that take turns on one device")
+    parser.add_argument("--mixers", nargs="+", default=["gla", "attention"], help="of the models that processes train")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each model")
+    parser.add_argument("--tiny", action="store_true", help="models of two small layers, for a CPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        print("| tokens | ranks | one call, ms | all turns, ms | extra | largest relative difference |\n|-|-|-|-|-|-|")
+        for T in options.lengths:
+            print(compare_turns(T, options.size), flush=True)
+        return
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 128}
+    is_first = os.environ["RANK"] == "0"
+    if is_first:
+        print("| mixer | tokens | step, ms | tokens/s | peak GiB of a GPU | loss |\n|-|-|-|-|-|-|")
+    for mixer in options.mixers:
+        for T in options.lengths:
+            row = measure_steps(mixer, small if options.tiny else {}, T, options.steps)
+            if is_first:
+                print(row, flush=True)
+    parallel.leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

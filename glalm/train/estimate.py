@@ -34,7 +34,7 @@ MOMENTS_PER_PARAMETER = {"Muon": 1, "AdamW": 2}
 USABLE_MEMORY = 0.95
 ADVICE = (
     "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
-    "train.tbptt_length, or with several GPUs parallel=fsdp2."
+    "train.tbptt_length, or with several GPUs parallel=fsdp2, and for long sequences parallel.context=N."
 )
 
 

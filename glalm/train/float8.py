@@ -35,11 +35,11 @@ def check_float8_support(plan: BatchPlan, device: torch.device) -> None:
         "train.float8=true needs a GPU of CUDA capability 8.9 or more (L40S, H100, H200, B200), but this is "
         f"{found}. Set train.float8=false.",
     )
-    tokens = plan.micro_batch * plan.segment_length
+    tokens = plan.micro_batch * plan.shard_length
     require(
         tokens % ALIGNMENT == 0,
         f"train.float8=true: a forward pass has {tokens} tokens, which is not a multiple of {ALIGNMENT}. Change "
-        "train.micro_batch_size, data.seq_len or train.tbptt_length, or set train.float8=false.",
+        "train.micro_batch_size, data.seq_len, train.tbptt_length or parallel.context, or set train.float8=false.",
     )
 
 

@@ -1,0 +1,88 @@
+"""The exchange of states, by the ranks of a group that run in turn in this process. See also tests/train."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glalm.data.loader import flatten_batch, shard_batch
+from glalm.kernels import chunk_gla, context_parallel, fused_recurrent_gla
+from glalm.kernels.context_parallel import ContextShard
+
+NAMES = ("q", "k", "v", "g")
+
+
+def run_in_turns(function: Callable[[int], list], size: int, patch: pytest.MonkeyPatch) -> list[list]:
+    """Return function(rank) of every rank, whose all-gathers return what the ranks sent.
+
+    What they send must not depend on what they receive: the first round of turns collects it, the second has it all.
+    """
+    sent: list[list[torch.Tensor]] = [[] for _ in range(size)]
+    results = []
+    for is_last_round in (False, True):
+        for rank in range(size):
+            calls = iter(range(10))
+
+            def all_gather(x, group, size, rank=rank, calls=calls, is_last_round=is_last_round):
+                call = next(calls)
+                if not is_last_round:
+                    sent[rank].append(x)
+                    return torch.zeros(size, *x.shape, dtype=x.dtype)
+                return torch.stack([messages[call] for messages in sent])
+
+            patch.setattr(context_parallel, "all_gather", all_gather)
+            result = function(rank)
+            if is_last_round:
+                results.append(result)
+    return results
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_shards_of_packed_sequences_equal_the_whole(data):
+    """Documents begin anywhere, and gates forget anything from nothing to everything."""
+    size = data.draw(st.integers(1, 4), "size")
+    rows, T = data.draw(st.integers(1, 2), "rows"), size * data.draw(st.integers(1, 5), "length")
+    starts = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows * T, max_size=rows * T), "starts"))
+    starts = starts.view(rows, T)
+    starts[:, 0] = True
+    r = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    x = {name: torch.randn(rows, T, 2, 3, generator=r, dtype=torch.float64) for name in (*NAMES, "do")}
+    x["g"] = -data.draw(st.sampled_from([0.0, 0.1, 1.0, 1000.0]), "forget") * x["g"].abs()
+
+    def compute(batch: dict, context: ContextShard | None) -> list[torch.Tensor]:
+        row = flatten_batch(batch)
+        context = context and ContextShard(context.group, context.rank, context.size, row["rows"])
+        shape = (*batch["starts"].shape, 2, 3)
+        inputs = [row[name].view(1, -1, 2, 3).detach().requires_grad_() for name in NAMES]
+        o, _ = chunk_gla(*inputs, cu_seqlens=row["cu_seqlens"], context=context)
+        grads = torch.autograd.grad(o, inputs, row["do"].view(o.shape))
+        return [y.view(shape) for y in (o, *grads)]
+
+    flat = {name: y.flatten(2) for name, y in x.items()}
+    flat |= {"input_ids": starts.long(), "starts": starts}
+
+    def compute_shard(rank: int) -> list[torch.Tensor]:
+        shard = {name: y.unflatten(1, (size, -1))[:, rank] for name, y in flat.items()}
+        located = shard_batch({"input_ids": starts.long(), "starts": starts}, T, rank, size)
+        return compute(shard | located, ContextShard("turns", rank, size))
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = run_in_turns(compute_shard, size, patch)
+    for parts, expected in zip(zip(*found, strict=True), compute(flat, None), strict=True):
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_calls_that_make_no_sense_are_refused():
+    q = torch.ones(1, 4, 1, 2)
+    S0 = torch.zeros(1, 1, 2, 2)
+    bounds = torch.tensor([0, 4])
+    rows = torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="give both or neither"):
+        chunk_gla(q, q, q, -q, cu_seqlens=bounds, context=ContextShard("none", 0, 2))
+    with pytest.raises(ValueError, match="no initial and no final states"):
+        chunk_gla(q, q, q, -q, initial_state=S0, cu_seqlens=bounds, context=ContextShard("none", 0, 2, rows))
+    with pytest.raises(ValueError, match="only the chunkwise operators"):
+        fused_recurrent_gla(q, q, q, -q, context=ContextShard("none", 0, 2))

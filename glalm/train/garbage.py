@@ -4,16 +4,17 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NEVER = 2**31 - 1  # collections of the middle generation until a full one
+NEVER = 2**31 - 1  # The threshold is this many collections of the middle generation, which no process reaches.
 
 
 @contextmanager
 def collect_between_steps() -> Iterator[Callable[[], None]]:
-    """Start no full collection of garbage in the context except by calling the function that it yields.
+    """Within this context, collect all garbage only when the function that it yields is called.
 
     A full collection visits every object of the process. After imports and compilation that takes some 0.4 s, in which
-    the GPU runs out of work, and the other processes wait for this one. So all processes collect after the same steps.
-    The first call also takes the objects that exist by then out of the later collections, which take milliseconds.
+    the GPU runs out of work, and the other processes wait for this one. So all processes should call the function after
+    the same steps. Its first call also exempts the objects that then exist from later collections, which so take
+    milliseconds; call it when imports and compilation are done. Leaving the context ends the exemption.
 
     Collections of young objects, which are short, go on by themselves.
     """

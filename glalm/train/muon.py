@@ -27,19 +27,23 @@ UPDATE_RMS = 0.2
 class Muon(Optimizer):
     """Muon for matrices, with Nesterov momentum, decoupled weight decay, and updates of the size of AdamW's:
 
-        M <- momentum M + (1 - momentum) G,   O = orthogonalize((1 - momentum) G + momentum M)
-        W <- W - lr decay W - lr 0.2 sqrt(max(rows, columns)) O
+        M_t = momentum M_{t-1} + (1 - momentum) G_t,   O_t = orthogonalize((1 - momentum) G_t + momentum M_t)
+        W_t = (1 - lr decay) W_{t-1} - lr 0.2 sqrt(max(rows, columns)) O_t
 
     With `neuron_beta` it is NorMuon (Li et al., arXiv 2510.05491): every row of O, which belongs to one output neuron,
-    is divided by the root of a moving average of its mean square, and O is scaled back to its former size.
+    is divided by the root of a moving average of its mean square, and O is scaled to the norm of an orthogonal matrix.
 
-    Parameters may be DTensors that are sharded by rows. Each process then orthogonalizes whole matrices, its share of
-    all: it gets the rows of the others and gives them back the result, so the result is that of one process, bit for
-    bit.
+    Parameters may be DTensors that are sharded by rows. The matrices are then divided among the processes: each gathers
+    its matrices whole, orthogonalizes them and sends the rows back. Muon's result is that of one process bit for bit,
+    NorMuon's up to the rounding of its norms.
 
     Args:
-        orthogonalization: Which coefficients: "newton_schulz", Jordan's, or "polar_express".
+        params: Matrices, or groups of them. In a group all are sharded over the same processes, or none is.
+        orthogonalization: Whose coefficients: Jordan's ("newton_schulz") or those of `polar_express`.
         neuron_beta: The decay of the moving average, or None.
+
+    Raises:
+        ValueError: A parameter is no matrix or is not sharded by its rows, or those of a group are sharded differently.
     """
 
     def __init__(
@@ -52,8 +56,14 @@ class Muon(Optimizer):
         neuron_beta: float | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.coefficients = polar_express() if orthogonalization == "polar_express" else NEWTON_SCHULZ
+        self.coefficients = {"newton_schulz": NEWTON_SCHULZ, "polar_express": polar_express()}[orthogonalization]
         self.neuron_beta = neuron_beta
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() != 2:
+                    raise ValueError(f"Muon takes matrices, not a parameter of shape {list(parameter.shape)}.")
+                if find_shard_group(parameter) != find_shard_group(group["params"][0]):
+                    raise ValueError("The parameters of a group of Muon must be sharded over the same processes.")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -64,6 +74,8 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
             updates = [self._advance_momentum(parameter, group["momentum"]) for parameter in parameters]
             directions = orthogonalize_all(updates, self.coefficients)
             if self.neuron_beta is not None:
@@ -85,7 +97,10 @@ class Muon(Optimizer):
         return gradient.lerp(state["momentum_buffer"], momentum)
 
     def _normalize_neurons(self, parameters: list[Tensor], directions: list[Tensor], beta: float) -> list[Tensor]:
-        """Return the directions, this process's rows, with rows of like size, and of the same norm as before."""
+        """Return the directions, of which this process has some rows, with rows of like size.
+
+        Each has the norm sqrt(min(rows, columns)) of an orthogonal matrix.
+        """
         normalized = []
         for parameter, direction in zip(parameters, directions, strict=True):
             state = self.state[parameter]
@@ -94,8 +109,8 @@ class Muon(Optimizer):
             mean_square = local_rows(state["mean_square"])
             mean_square.lerp_(direction.float().square().mean(1, keepdim=True), 1 - beta)
             normalized.append(direction.float() / (mean_square.sqrt() + EPS))
-        # An orthogonal matrix has the norm sqrt(min(rows, columns)).
         norms = sum_over_shards(torch.stack([x.square().sum() for x in normalized]), parameters[0]).sqrt()
+        norms = norms.clamp(min=EPS)  # An update of zeros stays one.
         sizes = (math.sqrt(min(parameter.shape)) for parameter in parameters)
         return [x * (size / norm) for x, size, norm in zip(normalized, sizes, norms, strict=True)]
 
@@ -105,7 +120,7 @@ def orthogonalize(matrix: Tensor, coefficients: Coefficients) -> Tensor:
     x = matrix.bfloat16()
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=EPS)  # Now no singular value is above 1.
+    x = x / x.norm().clamp(min=EPS)  # Now no singular value is above 1, up to rounding.
     for a, b, c in coefficients:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -120,8 +135,10 @@ def polar_express(smallest: float = 1e-3, cushion: float = 0.02407327424182761, 
 
     Args:
         smallest: The smallest singular value that the iterations bring near 1.
-        cushion: The lower end of no interval is below this part of the upper end, which keeps rounding errors small.
-        safety: All iterations but the last expect values so many times as large, because bfloat16 rounds some above 1.
+        cushion: Polynomials are fitted as if the lower end of the interval were at least this part of its upper end,
+            which keeps rounding errors small.
+        safety: The polynomials of all iterations but the last are stretched by this factor, because rounding to
+            bfloat16 can lift values above the interval.
     """
     lower = smallest
     upper = 1.0
@@ -133,7 +150,7 @@ def polar_express(smallest: float = 1e-3, cushion: float = 0.02407327424182761, 
             scale = 2 / (evaluate(a, b, c, lower) + evaluate(a, b, c, upper))
             a, b, c = a * scale, b * scale, c * scale
         lower = evaluate(a, b, c, lower)
-        upper = 2 - lower
+        upper = 2 - lower  # The best polynomial deviates from 1 as much upwards as downwards.
         expected = safety if iteration < ITERATIONS - 1 else 1.0
         found.append((a / expected, b / expected**3, c / expected**5))
     return tuple(found)
@@ -197,7 +214,7 @@ def sum_over_shards(values: Tensor, parameter: Tensor) -> Tensor:
 def orthogonalize_all(updates: list[Tensor], coefficients: Coefficients) -> list[Tensor]:
     """Return this process's rows of all updates, orthogonalized, in bfloat16.
 
-    Where processes share the rows, each owns every n-th matrix of n processes.
+    Where n processes share the rows, process i orthogonalizes the matrices i, i + n, i + 2n, ...
     """
     group = find_shard_group(updates[0]) if updates else None
     if group is None:

@@ -132,6 +132,28 @@ def test_on_shards_it_is_that_of_one_process(tmp_path, world):
     torch.multiprocessing.spawn(compare_on_shards, (str(tmp_path), world), nprocs=world)
 
 
+@pytest.mark.parametrize("beta", [None, 0.9])
+def test_an_update_of_zeros_changes_nothing(beta):
+    """As of the matrices before a projection whose weights are zeros."""
+    parameters = make_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    Muon(parameters, 0.1, 0.0, 0.9, neuron_beta=beta).step()
+    assert all(map(torch.equal, parameters, before))
+
+
+def test_parameters_without_gradients_stay():
+    parameters = make_parameters()
+    Muon(parameters, 0.1, 0.2, 0.9, neuron_beta=0.9).step()
+    assert all(map(torch.equal, parameters, make_parameters()))
+
+
+def test_vectors_are_refused():
+    with pytest.raises(ValueError, match=r"matrices, not a parameter of shape \[3\]"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], 0.1, 0.2, 0.9)
+
+
 def test_columns_are_refused():
     class Sharded:
         placements = (Shard(1),)

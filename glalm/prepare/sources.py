@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from glalm.prepare.records import (
     read_rows,
     select_columns,
 )
-from glalm.prepare.remote import URL, RemoteFile, list_remote_files
+from glalm.prepare.remote import URL, RemoteFile, list_remote_files, open_url
 
 BATCH_BYTES = 2**20  # of records that are encoded at once
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
@@ -137,10 +138,15 @@ class HubInput(Input):
 
     dataset: Any  # datasets.IterableDataset
     index: int
+    address: str = ""  # of its file, if that is known
 
     @property
     def expected_bytes(self) -> float:
-        return self.size if self.size > 1 else math.inf
+        if self.address:
+            with suppress(Exception):  # Filesystems raise many kinds, and reading the file will show the reason.
+                filesystem, path = open_url(self.address)
+                return filesystem.size(path)
+        return math.inf
 
     def for_another_process(self) -> "HubInput":
         # The data set may have 100,000 files, and this is one of them.
@@ -429,7 +435,11 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     name = name or Path(path).name
     count = dataset.num_shards
     size = (dataset.info.download_size or 0) // count or 1
-    inputs = [HubInput(name, f"{spec}, shard {i} of {count}", size, None, dataset, i) for i in range(count)]
+    files = (builder.config.data_files or {}).get(split or "train", [])
+    addresses = files if len(files) == count else [""] * count
+    inputs = []
+    for index, file in enumerate(addresses):
+        inputs.append(HubInput(name, f"{spec}, shard {index} of {count}", size, None, dataset, index, file))
     return Source(name, tuple(inputs))
 
 

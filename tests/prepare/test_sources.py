@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import os
 import shutil
 import sysconfig
@@ -230,5 +231,6 @@ def test_a_hub_data_set_that_cannot_be_read_is_not_damaged(tmp_path, error):
             yield
 
     source_input = HubInput("hub", "hub, shard 0 of 1", 1, None, Dataset(), 0)
+    assert source_input.expected_bytes == math.inf  # Its file is not known.
     with pytest.raises(ValueError, match=r"shard 0 of 1: `datasets` cannot read it .*run the same command again"):
         list(source_input.read_records(["text"]))

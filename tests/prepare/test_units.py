@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glalm.prepare import pipeline, units
-from glalm.prepare import sources as sources_module
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import Document, find_cuts, parse_records, read_file
 from glalm.prepare.sources import Position, RecordBatch, _describe_file, find_hub_dataset, read_part
@@ -134,14 +133,13 @@ def test_processes_give_the_same_set_of_every_kind(many_kinds, texts, prepared, 
         (hub / f"{number}.jsonl").write_text(rows)
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(sources_module.HubInput, "expected_bytes", 2000)  # Else it is read in the parent process.
-    assert not any(isinstance(unit, RecordBatch) for unit in cut_all(find_hub_dataset(str(hub)).inputs))
+    inputs = find_hub_dataset(str(hub)).inputs
+    assert [source_input.expected_bytes for source_input in inputs] == [
+        (hub / f"{number}.jsonl").stat().st_size for number in range(4)
+    ]
+    assert not any(isinstance(unit, RecordBatch) for unit in units.cut_units(list(inputs), ["text"], Position()))
     given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
     sources = [many_kinds, f"hub=hf:{hub}"]
     prepare_data(sources, tmp_path / "one", workers=1, **given)
     prepare_data(sources, tmp_path / "many", workers=processes, **given)
     assert read_contents(tmp_path / "many") == read_contents(tmp_path / "one")
-
-
-def cut_all(inputs):
-    return list(units.cut_units(list(inputs), ["text"], Position()))

@@ -72,8 +72,17 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
     position = json.loads((out / JOURNAL).read_bytes())["cursor"]
     assert position["input"] < 62  # It was killed before the end.
 
+    import ray
+
     batches = 0
     add_batch = SetWriter.add_batch
+    run_unit = ray_engine.run_unit
+    notes = tmp_path / "nodes"
+
+    def note_node(*args):  # This function travels to the nodes, because it is nested.
+        with open(notes, "a") as file:
+            file.write(ray.get_runtime_context().get_node_id() + "\n")
+        yield from run_unit(*args)
 
     def kill_node(self, *args):
         nonlocal batches
@@ -84,8 +93,9 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
 
     with monkeypatch.context() as patch:
         patch.setattr(SetWriter, "add_batch", kill_node)
+        patch.setattr(ray_engine, "run_unit", note_node)
         prepare_data([sources], out, engine="ray", address=cluster.address, **settings)
-    assert batches > 10
+    assert batches > 10 and len(set(notes.read_text().split())) == 2  # Both nodes had a part in it.
     prepare_data([sources], tmp_path / "local", workers=1, **settings)
     assert read_contents(out) == read_contents(tmp_path / "local")
 

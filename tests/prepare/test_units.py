@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from folder_contents import read_contents
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.prepare import pipeline, units
@@ -35,6 +35,7 @@ def read_items(parts_of_units):
     return items
 
 
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(LINES), max_size=30), st.booleans(), st.integers(1, 120))
 def test_parts_of_a_file_of_lines_are_its_lines(tmp_path_factory, lines, last_newline, part_bytes):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
@@ -51,6 +52,7 @@ def test_parts_of_a_file_of_lines_are_its_lines(tmp_path_factory, lines, last_ne
     assert find_cuts(path, 0, part_bytes) == list(range(part_bytes, size, part_bytes))
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4000), st.data())
 def test_parts_of_a_parquet_file_are_its_rows(tmp_path_factory, group_rows, part_bytes, data):
     path = tmp_path_factory.mktemp("rows") / "a.parquet"

@@ -76,7 +76,8 @@ class MQARConfig:
     weight_decay: float = 0.1
     seed: int = 1
     cuda_graph: bool = True  # run a step on a GPU as one CUDA graph; false for mixers whose step waits for the GPU
-    model: RecallModel = field(default_factory=RecallModel)  # mixer, vocab_size and width are overwritten
+    # Overwritten: mixer, vocab_size, hidden_size, and hyena.filter_length by the number of tokens.
+    model: RecallModel = field(default_factory=RecallModel)
 
     def __post_init__(self):
         require(
@@ -212,7 +213,7 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
     training = draw_examples(config.train_examples, job.length, job.pairs, generator, **task)
     test = draw_examples(config.test_examples, job.length, job.pairs, generator, **task)
-    model = build_model(config, job.mixer, job.width, device)
+    model = build_model(fit_filter(config, job.length), job.mixer, job.width, device)
     capture = config.cuda_graph and device.type == "cuda"
     # A captured step reads the learning rate from the GPU.
     lr = torch.tensor(job.lr, device=device) if capture else job.lr
@@ -324,6 +325,12 @@ def capture_step(step: Callable[[Examples], None], batch_size: int, device: torc
         graph.replay()
 
     return run
+
+
+def fit_filter(config: MQARConfig, length: int) -> MQARConfig:
+    """Return the config with Hyena's filter as long as sequences of `length` tokens, as it is in Hyena's paper."""
+    hyena = dataclasses.replace(config.model.hyena, filter_length=length)  # type: ignore[attr-defined]  # The registry adds the field.
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, hyena=hyena))
 
 
 def build_model(config: MQARConfig, mixer: str, width: int, device: torch.device) -> CausalLM:

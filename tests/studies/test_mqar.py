@@ -287,15 +287,25 @@ def test_a_mixer_for_each_layer():
         assert model.config.layer_mixers() == layers
 
 
+@pytest.mark.parametrize("length", [16, 64])
+def test_the_filter_of_hyena_is_as_long_as_the_sequences(length, monkeypatch):
+    models = []
+    build_model = mqar.build_model
+    monkeypatch.setattr(mqar, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
+    config = dataclasses.replace(SMALL, train_examples=4, test_examples=2, epochs=1)
+    mqar.train(config, Job("hyena", length, 2, 16, 1e-3), torch.device("cpu"))
+    assert [model.model.layers[0].attn.filter.length for model in models] == [length]
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="at least four for each of 20 pairs"):
         MQARConfig(lengths=[64], pairs=[20])
     with pytest.raises(ConfigError, match="must have as many entries"):
         MQARConfig(lengths=[64, 128], pairs=[4])
-    with pytest.raises(ConfigError, match="mixers='hyena' is none of the mixers: gla"):
-        MQARConfig(mixers=["hyena"])
-    with pytest.raises(ConfigError, match="mixers='hyena' is none of the mixers: gla"):
-        MQARConfig(mixers=["gla+hyena"])
+    with pytest.raises(ConfigError, match="mixers='rwkv' is none of the mixers: gla"):
+        MQARConfig(mixers=["rwkv"])
+    with pytest.raises(ConfigError, match="mixers='rwkv' is none of the mixers: gla"):
+        MQARConfig(mixers=["gla+rwkv"])
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):

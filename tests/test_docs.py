@@ -73,8 +73,8 @@ def test_command_parses(words, monkeypatch):
     if command in HYDRA_COMMANDS:
         overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
         check_choices(overrides)
+        register_launcher()
         if "--multirun" in arguments:
-            register_launcher()
             check_overrides(overrides, HYDRA_COMMANDS[command], [path.name for path in CONFIGS.iterdir()])
             check_plugins(overrides)
             overrides = normalize_overrides(overrides)

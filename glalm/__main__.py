@@ -20,7 +20,7 @@ COMMANDS = {
     "ladder": ("ladder", "train and evaluate many models at one size and budget"),
     "mqar": ("mqar", "measure multi-query associative recall"),
 }
-TAKES_URLS = ("prepare",)  # These commands refuse themselves what may not be a URL.
+TAKES_URLS = ("prepare", "deduplicate")  # These commands refuse themselves what may not be a URL.
 
 
 def main(name: str | None = None) -> NoReturn:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from glalm.config.strict import ConfigError, refuse_url
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.duplicate_list import COUNTS, LIST, REPORT
 from glalm.prepare.records import SUFFIXES
@@ -20,12 +21,12 @@ SHOWN_CHARACTERS = 48  # of a text in an example
 
 
 def main() -> int:
-    args = parse_arguments()
     try:
+        args = parse_arguments()
         report = deduplicate(**vars(args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     print_report(args.out, report)
     return 0
 
@@ -68,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="as for glalm prepare")
     parser.add_argument("--overwrite", action="store_true", help="replace the deduplication in FOLDER")
-    return parser.parse_args()
+    args = parser.parse_args()
+    refuse_url("--out ", args.out)
+    return args
 
 
 def print_report(folder: str, report: dict[str, Any]) -> None:

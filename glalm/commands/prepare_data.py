@@ -148,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     refuse_url("--tokenizer ", args.tokenizer)
     refuse_url("--staging ", args.staging)
+    refuse_url("--duplicates ", args.duplicates)
     for name in SETTINGS:
         if args.add and getattr(args, name) is not None:
             parser.error(f"--add uses the settings of the set. Remove --{name.replace('_', '-')}.")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from folder_contents import read_contents
 
@@ -211,6 +212,14 @@ def test_more_sources_leave_earlier_decisions_as_they_are(sources, uninterrupted
         assert rows == files.read_jsonl(uninterrupted / "duplicates.jsonl")[: len(rows)]
     deduplicate(names[2:], tmp_path / "out", **QUIET)
     assert read_results(tmp_path / "out") == read_results(uninterrupted)
+
+
+def test_documents_at_urls_are_compared(sources, uninterrupted, tmp_path):
+    bucket = fsspec.filesystem("memory")
+    for path in sources.iterdir():
+        bucket.pipe(f"/bucket/mixed/{path.name}", path.read_bytes())
+    deduplicate(["mixed=memory://bucket/mixed"], tmp_path / "out", **QUIET)
+    assert (tmp_path / "out/duplicates.jsonl").read_bytes() == (uninterrupted / "duplicates.jsonl").read_bytes()
 
 
 def test_a_changed_input_is_refused(sources, tmp_path):

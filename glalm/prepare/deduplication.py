@@ -44,7 +44,7 @@ SIGNATURES = "signatures"
 PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
 MAX_PENDING_BYTES = 2**26  # of signatures that are kept in memory
 
-MapUnits = Callable[[Callable, Iterable[Unit]], Generator[tuple[Unit, Any], None, None]]
+MapUnits = Callable[[Callable, Iterable[Unit]], Generator[Any, None, None]]
 
 
 def deduplicate(
@@ -188,7 +188,7 @@ def add_signatures(
 
     Args:
         inputs: All planned inputs. Those that are finished may be None.
-        map_units: Applies a pure function to units, and yields each unit with each of its results, in order.
+        map_units: Applies a pure function to units, and yields the results of all units in order.
 
     Raises:
         ValueError: An input changed while it was read.
@@ -201,7 +201,7 @@ def add_signatures(
     documents = len(store)
     commit_time = time.monotonic()
     try:
-        for _, (batch, signatures) in results:
+        for batch, signatures in results:
             if batch.input_index < position.input:
                 continue  # The input is damaged in an earlier part, which ends it.
             source_input = inputs[batch.input_index]

@@ -189,7 +189,7 @@ def run_plan(
     else:
         results = stream_in_order(encoder, units, workers, size_of=estimate_memory)
     try:
-        for _, (batch, encoded) in results:
+        for batch, encoded in results:
             if batch.input_index < writer.position.input:
                 continue  # The input is damaged in an earlier part, which ends it.
             source_input = inputs[batch.input_index]

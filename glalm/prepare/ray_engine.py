@@ -85,8 +85,8 @@ class RemoteEncoder:
         yield from replace(self.encoder, tokenizer_path=path)(unit)
 
 
-def stream_on_ray(function: Callable[[Unit], Iterator[Result]], units: Iterator[Unit]) -> Iterator[tuple[Unit, Result]]:
-    """Yield each unit with each batch that `function` gives for it, in order, computed by tasks of the cluster.
+def stream_on_ray(function: Callable[[Unit], Iterator[Result]], units: Iterator[Unit]) -> Iterator[Result]:
+    """Yield the results of function(unit) for each unit, in order, computed by tasks of the cluster.
 
     Ray keeps results that wait in its object store, and on disk if they do not fit.
 

@@ -18,9 +18,9 @@ from glalm.data.processes import call_without_parent
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PENDING_BYTES = 2**23  # of items per worker that are handed out at once
-BUFFER_BYTES = 2**26  # of results per worker that wait for those of earlier items
-UNSENT_RESULTS = 8  # of a worker that wait until its parent receives them
+PENDING_BYTES = 2**23  # A worker that has items of this size to do is handed no others.
+BUFFER_BYTES = 2**26  # A worker waits if results of this size cannot be yielded, because earlier items are not done.
+UNSENT_RESULTS = 8  # A worker computes so many results before its parent receives one.
 # The first byte of a message from a worker says what follows: a result, nothing after the last one, or an exception.
 RESULT, END, ERROR = (bytes([kind]) for kind in range(3))
 
@@ -36,41 +36,42 @@ def stream_in_order(
     items: Iterable[Item],
     workers: int,
     size_of: Callable[[Item], int],
-) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with each result of function(item), in order, computed by `workers` processes, or by this one if
-    it is 1.
+) -> Iterator[Result]:
+    """Yield the results of function(item) for each item, in order, computed by `workers` processes. 1 means this
+    process, without any other.
 
-    Memory does not grow with the number of results: a worker waits while BUFFER_BYTES of its results cannot be yielded.
+    Memory does not grow with the number of items or results: an item is kept only until a worker has it, and a worker
+    waits while BUFFER_BYTES of its results cannot be yielded.
 
     Args:
         function: A picklable function.
-        size_of: Returns the bytes that an item takes. At most PENDING_BYTES per worker, or one item, are handed out.
+        size_of: Returns the bytes that an item takes. Per worker, PENDING_BYTES and the item that exceeds them are
+            handed out.
 
     Raises:
-        ValueError: A worker process was killed.
+        ValueError: A worker process was killed, or could not start.
+        Exception: What `items` or `function` raises.
     """
     if workers == 1:
         for item in items:
-            for result in function(item):
-                yield item, result
+            yield from function(item)
         return
-    pool = [_Worker(function) for _ in range(workers)]
-    tasks: deque[_Task] = deque()  # not yielded completely, in order
+    pool: list[_Worker] = []
+    unyielded: deque[_Task] = deque()  # in the order of the items
     remaining = iter(items)
     try:
+        for _ in range(workers):
+            pool.append(_Worker(function))
         while True:
-            tasks.extend(_hand_out(remaining, pool, size_of))
-            if not tasks:
+            unyielded.extend(_hand_out(remaining, pool, size_of))
+            if not unyielded:
                 return
-            _receive(pool, first=tasks[0])
-            while tasks[0].results:
-                yield tasks[0].item, tasks[0].take_result()
-            if tasks[0].is_done:
-                tasks.popleft()
-    except (EOFError, ConnectionError) as error:
-        problem = f"One of the {workers} worker processes was killed, as the system does when memory runs out."
-        advice = "Run the same command again to resume, with a smaller --workers if memory is short."
-        raise ValueError(f"{problem} {advice}") from error
+            first = unyielded[0]
+            _receive(pool, first)
+            while first.results:
+                yield first.take_result()
+            if first.is_done:
+                unyielded.popleft()
     finally:
         for worker in pool:
             worker.stop()
@@ -86,9 +87,39 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(connection, function), daemon=True)
         self.process.start()
         connection.close()
-        self.tasks: deque[_Task] = deque()  # not done, in order
-        self.pending_bytes = 0  # of these
-        self.buffered_bytes = 0  # of results that were received and not taken
+        self.unfinished: deque[_Task] = deque()  # in the order in which they were handed out
+        self.pending_bytes = 0  # the size of the items of these tasks
+        self.buffered_bytes = 0  # the size of the results that were received and not taken
+
+    def send(self, item: Any) -> None:
+        """Send an item to the process. Raises ValueError if it has ended."""
+        data = pickle.dumps(item)
+        try:
+            self.connection.send_bytes(data)
+        except ConnectionError as error:
+            raise self._explain_end() from error
+
+    def receive(self) -> bytes:
+        """Return the next message of the process. Raises ValueError if it has ended."""
+        try:
+            return self.connection.recv_bytes()
+        except (EOFError, ConnectionError) as error:
+            raise self._explain_end() from error
+
+    def _explain_end(self) -> ValueError:
+        """Return the error of a process that has ended though its parent did not stop it."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            problem = "A worker process was killed, as the system does when memory runs out."
+            advice = "Run the same command again to resume, with a smaller --workers if memory is short."
+        elif code < 0:
+            problem = f"A worker process was ended by the signal {signal.Signals(-code).name}."
+            advice = "Run the same command again to resume. If it ends again, use --workers 1 to see which file does it."
+        else:
+            problem = f"A worker process ended with exit code {code}. Its own error is printed above."
+            advice = "A script that starts worker processes must do so below: if __name__ == '__main__':"
+        return ValueError(f"{problem} {advice}")
 
     def stop(self) -> None:
         """Kill the process, which has nothing to lose, and wait until it has ended."""
@@ -99,9 +130,8 @@ class _Worker:
 
 @dataclass
 class _Task:
-    """An item that was handed to a worker, and its results, pickled, that were received and not taken."""
+    """An item of this size that was handed to a worker, and its pickled results that were received and not taken."""
 
-    item: Any
     size: int
     worker: _Worker
     results: deque[bytes] = field(default_factory=deque)
@@ -118,15 +148,16 @@ class _Task:
 
 
 def _hand_out(items: Iterator, pool: list[_Worker], size_of: Callable[[Any], int]) -> Iterator[_Task]:
-    """Give items to the workers that have the least to do, and yield the tasks, until all have enough."""
+    """Hand items to the workers that have the least to do, until all have enough, and yield the tasks."""
     while (worker := min(pool, key=lambda worker: worker.pending_bytes)).pending_bytes < PENDING_BYTES:
-        item = next(items, None)
-        if item is None:
+        try:
+            item = next(items)
+        except StopIteration:
             return
-        task = _Task(item, size_of(item), worker)
-        worker.tasks.append(task)
+        task = _Task(size_of(item), worker)
+        worker.unfinished.append(task)
         worker.pending_bytes += task.size
-        worker.connection.send(item)
+        worker.send(item)
         yield task
 
 
@@ -135,19 +166,19 @@ def _receive(pool: list[_Worker], first: _Task) -> None:
 
     Workers whose results fill their buffer are left waiting, except for the one whose results are yielded next.
     """
-    open_workers = {}
+    readable = {}
     for worker in pool:
-        if worker.tasks and (worker is first.worker or worker.buffered_bytes < BUFFER_BYTES):
-            open_workers[worker.connection] = worker
-    for connection in wait(list(open_workers), timeout=0 if first.results or first.is_done else None):
-        worker = open_workers[connection]
-        message = worker.connection.recv_bytes()
+        if worker.unfinished and (worker is first.worker or worker.buffered_bytes < BUFFER_BYTES):
+            readable[worker.connection] = worker
+    for connection in wait(list(readable), timeout=0 if first.results or first.is_done else None):
+        worker = readable[connection]
+        message = worker.receive()
         if message[:1] == END:
-            task = worker.tasks.popleft()
+            task = worker.unfinished.popleft()
             task.is_done = True
             worker.pending_bytes -= task.size
         else:
-            worker.tasks[0].results.append(message)
+            worker.unfinished[0].results.append(message)
             worker.buffered_bytes += len(message)
 
 
@@ -158,24 +189,23 @@ def _serve(connection: Connection, function: Callable) -> NoReturn:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
     bind_to_parent()
-    items: queue.SimpleQueue = queue.SimpleQueue()
+    items: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     messages: queue.Queue[bytes] = queue.Queue(UNSENT_RESULTS)
     threading.Thread(target=_receive_items, args=(connection, items), daemon=True).start()
     threading.Thread(target=_send_messages, args=(connection, messages), daemon=True).start()
     while True:
-        item = items.get()
         try:
-            for result in function(item):
+            for result in function(pickle.loads(items.get())):
                 messages.put(RESULT + pickle.dumps(result))
         except BaseException as error:
             messages.put(ERROR + _pickle_error(error))
         messages.put(END)
 
 
-def _receive_items(connection: Connection, items: queue.SimpleQueue) -> None:
+def _receive_items(connection: Connection, items: queue.SimpleQueue[bytes]) -> None:
     while True:
         try:
-            items.put(connection.recv())
+            items.put(connection.recv_bytes())
         except (EOFError, OSError):  # The parent is gone.
             os._exit(1)
 
@@ -190,16 +220,19 @@ def _send_messages(connection: Connection, messages: queue.Queue[bytes]) -> None
 
 def _pickle_error(error: BaseException) -> bytes:
     """Return an exception with the traceback of this process, or one with its message if it cannot be pickled."""
-    error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+    note = f"In a worker process:\n{traceback.format_exc()}"
+    error.add_note(note)
     try:
         data = pickle.dumps(error)
         pickle.loads(data)  # It fails for classes whose arguments differ from `args`.
     except Exception:
-        data = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        substitute = RuntimeError(f"{type(error).__name__}: {error}")
+        substitute.add_note(note)
+        data = pickle.dumps(substitute)
     return data
 
 
 def bind_to_parent() -> None:
-    """Make this worker process ignore Ctrl-C, on which its parent acts, and exit when its parent is gone."""
+    """Make this worker process exit when its parent is gone, and ignore Ctrl-C, which is for the parent to act on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     call_without_parent(lambda: os._exit(1))

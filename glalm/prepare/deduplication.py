@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from glalm.data.files import read_json, remove_entry, temporary_path, write_json
+from glalm.data.files import DamagedFile, read_json, remove_entry, temporary_path, write_json
 from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
 from glalm.prepare.pipeline import check_engine
@@ -220,7 +220,7 @@ def add_signatures(
                 commit_time = time.monotonic()
         store.commit()
     except MemoryError as error:
-        raise out_of_memory_error(inputs[position.input]) from error
+        raise out_of_memory_error(inputs[min(position.input, len(inputs) - 1)]) from error
     finally:
         results.close()
 
@@ -235,15 +235,22 @@ def _check_arguments(mode: str, threshold: float, ngram: int, workers: int | Non
         raise ValueError(f"--ngram {ngram} must be at least 1.")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1.")
-    if mode == "near" and not (find_spec("datasketch") and find_spec("xxhash")):
-        install = "pip install -c constraints.txt -e '.[dedup]'"
-        raise ValueError(f"Near-duplicates need datasketch. Run {install}, or look for equal texts with --mode exact.")
+    missing = [name for name in ("datasketch", "xxhash") if not find_spec(name)]
+    if mode == "near" and missing:
+        advice = "Run pip install 'glalm[dedup]', or look for equal texts with --mode exact."
+        raise ValueError(f"Near-duplicates need {' and '.join(missing)}. {advice}")
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Discard the deduplication in `out` if `overwrite` is set. Raise ValueError if there are files of another kind."""
     # The plan is the first file of a deduplication, so that without it no file is taken for a part of one.
-    has_plan = (out / PLAN).exists() and read_json(out / PLAN, PLAN_SHAPE)
+    try:
+        has_plan = (out / PLAN).exists() and read_json(out / PLAN, PLAN_SHAPE)
+    except DamagedFile as error:
+        advice = (
+            f"If {out} has nothing but a deduplication, delete it and run the command again. Else choose another --out"
+        )
+        raise DamagedFile(f"{error}. {advice}.") from error
     known = {PLAN, SIGNATURES, REPORT, LIST, INPUTS} if has_plan else set()
     for path in out.iterdir():
         if path.name not in known and not path.name.startswith("."):

@@ -1,7 +1,7 @@
 """Write the results of a deduplication, and read them where a set is prepared without the duplicates."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import compress
 from operator import attrgetter
 from pathlib import Path
@@ -17,12 +17,19 @@ from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.sources import Input
 
 FORMAT = "glalm-duplicates"
-VERSION = 1
+VERSION = 2
 REPORT = "report.json"
 LIST = "duplicates.jsonl"
 INPUTS = "inputs.jsonl"
 COUNTS = ("documents", EXACT, NEAR)
-REPORT_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "sha256": str, "sources": {str: dict}}
+CHECKSUMS_SHAPE = {LIST: str, INPUTS: str}
+REPORT_SHAPE = {
+    "format": {FORMAT},
+    "version": int,
+    "settings": dict,
+    "sha256": CHECKSUMS_SHAPE,
+    "sources": {str: dict},
+}
 EXAMPLES = 5  # of each kind in the report
 # A line of the list: the records of the two documents, the index of the kept one's input, and the other entries.
 ROW = np.dtype([("record", "<i8"), ("of_input", "<i8"), ("of_record", "<i8"), ("jaccard", "<f8"), ("kind", "S15")])
@@ -53,7 +60,7 @@ def write_results(out: Path, settings: dict, inputs: list[dict], store: Signatur
         "format": FORMAT,
         "version": VERSION,
         "settings": settings,
-        "sha256": file_sha256(out / LIST),
+        "sha256": {name: file_sha256(out / name) for name in (LIST, INPUTS)},
         "sources": sources,
         "examples": _choose_examples(inputs, store, duplicates),
     }
@@ -86,18 +93,19 @@ class DuplicateList:
         sha256: The checksum of the list.
 
     Raises:
-        DamagedFile: The list was changed.
+        DamagedFile: The list, or the file of the inputs with their counts, was changed.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         report = read_report(folder)
-        self.sha256: str = report["sha256"]
+        self.sha256: str = report["sha256"][LIST]
         self._settings = report["settings"]
         self._command = f"glalm deduplicate --out {folder}"
-        if file_sha256(folder / LIST) != self.sha256:
-            problem = f"{folder / LIST} is damaged: its SHA-256 does not match the report"
-            raise DamagedFile(f"{problem}. Replace it with: {self._command} --overwrite SOURCE")
+        for name in (LIST, INPUTS):
+            if file_sha256(folder / name) != report["sha256"][name]:
+                problem = f"{folder / name} is damaged: its SHA-256 does not match the report"
+                raise DamagedFile(f"{problem}. Replace it with: {self._command} --overwrite SOURCE")
         self._inputs = {(row["source"], row["name"]): row for row in read_jsonl(folder / INPUTS)}
         self._keys = list(self._inputs)
         removed = [row[EXACT] + row[NEAR] for row in self._inputs.values()]
@@ -123,6 +131,21 @@ class DuplicateList:
             if not same and not (row["sha256"] and row["sha256"] == source_input.compute_sha256()):
                 problem = f"{source_input} has changed since it was read for {self.folder}"
                 raise ValueError(f"{problem}. Look for duplicates again with: {self._command} --overwrite SOURCE")
+
+    def describe_absent_copies(self, keys: Container[tuple[str, str]]) -> str:
+        """Return a message about removed documents of which the kept copy is in none of the inputs that have `keys`.
+
+        Neither copy is part of a set that has only these inputs. Return "" if there are no such documents.
+        """
+        is_present = np.array([key in keys for key in self._keys])
+        counts = [stop - start for start, stop in self._ranges.values()]
+        kept_in = self._rows["of_input"]
+        is_absent = np.repeat(is_present, counts) & ~is_present[kept_in]
+        if not is_absent.any():
+            return ""
+        source, name = self._keys[kept_in[is_absent][0]]
+        problem = f"Of {is_absent.sum():,} documents this set has no copy: {self.folder} keeps one in {source}, {name}"
+        return f"{problem} or in other inputs that are not in the set. Add these, unless you want to keep them out."
 
     def remove_from(self, encoded: EncodedBatch, key: tuple[str, str]) -> EncodedBatch:
         """Return a batch in which the removed documents count as skipped records.

@@ -17,7 +17,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.object_store import SetCopy, staging_folder
-from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, make_plan
+from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, list_written_keys, make_plan
 from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
 from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
@@ -138,6 +138,10 @@ def prepare_data(
         if copy:
             copy.begin(overwrite)
         if plan:
+            if listed:
+                keys = {source_input.key for source_input in inputs} | list_written_keys(out)
+                if message := listed.describe_absent_copies(keys):
+                    bar.log(message)
             after_commit = copy.copy_shards if copy else None
             workers = workers or count_cores()
             run_plan(plan, inputs, out, listed, on_error, engine, workers, commit_seconds, after_commit, bar)
@@ -216,7 +220,7 @@ def run_plan(
                     after_commit()
                 commit_time = now
     except MemoryError as error:
-        raise out_of_memory_error(inputs[writer.position.input]) from error
+        raise out_of_memory_error(inputs[min(writer.position.input, len(inputs) - 1)]) from error
     finally:
         results.close()
     if not _count_written(writer):

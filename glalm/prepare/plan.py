@@ -155,6 +155,12 @@ def list_fields(settings: dict) -> list[str]:
     return [settings[key] for key in ("text_field", "source_field") if settings[key]]
 
 
+def list_written_keys(out: Path) -> set[tuple[str, str]]:
+    """Return the keys of the inputs that the set in `out` has so far."""
+    path = out / "inputs.jsonl"
+    return {(row["source"], row["name"]) for row in read_jsonl(path)} if path.exists() else set()
+
+
 def _resume_plan(out: Path, settings: dict, inputs: list[Input], add: bool) -> Plan:
     """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
 
@@ -207,7 +213,7 @@ def _plan_addition(
     for split in SPLITS:
         manifest = TokenSet(out, split).manifest  # Opening a split checks its files.
     new = find_new_inputs(out, inputs, bar)
-    written = {(row["source"], row["name"]) for row in read_jsonl(out / "inputs.jsonl")}
+    written = list_written_keys(out)
     for source_input in new:
         if source_input.key in written:
             raise ValueError(

@@ -64,7 +64,8 @@ class SignatureStore:
             return
         columns = Signatures(
             np.concatenate([signatures.documents for signatures in self._pending]),
-            np.concatenate([signatures.bands for signatures in self._pending], axis=1),
+            # Each band is contiguous, because `read_band` reads one of them.
+            np.ascontiguousarray(np.concatenate([signatures.bands for signatures in self._pending], axis=1)),
             np.concatenate([signatures.sketches for signatures in self._pending]),
         )
         self.folder.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ compared (Broder, On the resemblance and containment of documents, 1997).
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,9 +25,12 @@ MIN_RECALL = 0.99  # the share of the pairs at the threshold that have a band ha
 CHARACTERS_AT_ONCE = 2**20  # bounds the memory for the words of a long document
 SHINGLES_AT_ONCE = 2**14  # bounds the memory for the MinHash values of a long document: 128 x 4 bytes each
 START_BYTES = 64
-# Han, kana, Thai, Lao, Myanmar and Khmer are written without spaces, so each character counts as a word.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+# The letters of scripts without spaces: Han, kana, Thai, Lao, Burmese and Khmer.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Joiners, which words of Persian and Hindi contain, and the marks that select a variant of a Han character.
+OTHER_MARKS = "\u200c\u200d\U000e0100-\U000e01ef"
 DOCUMENT = np.dtype(
     [
         ("input_index", "<u4"),
@@ -99,7 +103,9 @@ def count_rows(threshold: float) -> int:
 def hash_shingles(text: str, ngram: int) -> np.ndarray:
     """Return the different 32-bit hashes of the runs of `ngram` neighbouring words, in ascending order.
 
-    Case, punctuation and space do not count. A text of fewer words, but at least one, has one shingle of all of them.
+    A word is a run of letters, digits and underscores with their combining marks, such as the vowel signs of Hindi and
+    Tamil. In a script without spaces, each letter with its marks is a word. Words are compared in lower case and in
+    Unicode's form NFKC. A text of fewer than `ngram` words, but at least one, has one shingle of all of them.
     """
     from xxhash import xxh32_intdigest
 
@@ -131,13 +137,27 @@ def estimate_jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _split_words(text: str) -> Iterator[list[bytes]]:
-    """Yield the words of a text in lower case, those of about CHARACTERS_AT_ONCE at a time, without punctuation."""
+    """Yield the words of a text, normalized and in lower case, those of about CHARACTERS_AT_ONCE at a time."""
+    word, boundary = _compile_words()
+    text = unicodedata.normalize("NFKC", text).lower()
     start = 0
     while start < len(text):
-        stop = text.find(" ", start + CHARACTERS_AT_ONCE)
-        stop = len(text) if stop < 0 else stop
-        yield " ".join(WORD.findall(text[start:stop].lower())).encode().split()
+        match = boundary.search(text, start + CHARACTERS_AT_ONCE)
+        stop = match.start() if match else len(text)
+        yield " ".join(word.findall(text, start, stop)).encode().split()
         start = stop
+
+
+@lru_cache(maxsize=1)
+def _compile_words() -> tuple[re.Pattern, re.Pattern]:
+    """Return the patterns of a word, and of a character before which a text may be cut, because no word spans it."""
+    # Those above U+FFFF belong to rare scripts, and would make each search several times slower.
+    marks = "".join(filter(lambda mark: unicodedata.category(mark).startswith("M"), map(chr, range(2**16))))
+    marks += OTHER_MARKS
+    letters = rf"[^\W{UNSPACED}]"
+    letter = rf"(?=\w)[{UNSPACED}]"
+    word = rf"{letters}+(?:[{marks}]+{letters}*)*|{letter}[{marks}]*"
+    return re.compile(word), re.compile(rf"[^\w{marks}]|{letter}")
 
 
 def _hash_bands(shingles: np.ndarray, rows: int) -> list[int]:

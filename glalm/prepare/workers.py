@@ -115,7 +115,7 @@ class _Worker:
             advice = "Run the same command again to resume, with a smaller --workers if memory is short."
         elif code < 0:
             problem = f"A worker process was ended by the signal {signal.Signals(-code).name}."
-            advice = "Run the same command again to resume. If it ends again, use --workers 1 to see which file does it."
+            advice = "Run the same command again to resume. If it ends again, find its file with --workers 1."
         else:
             problem = f"A worker process ended with exit code {code}. Its own error is printed above."
             advice = "A script that starts worker processes must do so below: if __name__ == '__main__':"

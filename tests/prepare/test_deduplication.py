@@ -294,12 +294,38 @@ def test_a_damaged_part_is_refused(sources, tmp_path):
     deduplicate([sources], tmp_path / "out", overwrite=True, **QUIET)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_a_damaged_plan_the_folder_is_to_be_deleted(sources, tmp_path, overwrite):
+    """No other file says that the folder is a deduplication, which --overwrite may delete."""
+    deduplicate([sources], tmp_path / "out", **QUIET)
+    os.truncate(tmp_path / "out/plan.json", 100)
+    with pytest.raises(files.DamagedFile, match=r"plan\.json is damaged.*delete it and run the command again"):
+        deduplicate([sources], tmp_path / "out", overwrite=overwrite, **QUIET)
+
+
+def test_if_memory_runs_out_at_the_end_the_last_input_is_named(sources, tmp_path, monkeypatch):
+    def run_out(store):
+        raise MemoryError
+
+    monkeypatch.setattr(signature_store.SignatureStore, "commit", run_out)
+    with pytest.raises(ValueError, match=r"c\.txt: memory ran out"):
+        deduplicate([sources], tmp_path / "out", **QUIET)
+
+
 def test_a_missing_library_is_named(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(deduplication, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"\[dedup\].*--mode exact"):
+    monkeypatch.setattr(deduplication, "find_spec", lambda name: None if name == "xxhash" else name)
+    with pytest.raises(ValueError, match=r"Near-duplicates need xxhash\. .*\[dedup\].*--mode exact"):
         deduplicate([sources], tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
     deduplicate([sources], tmp_path / "out", mode="exact", **QUIET)
+
+
+def test_each_input_has_its_own_checksum_also_without_records(tmp_path):
+    for number, text in enumerate(["", '{"text": "a"}\n', "\n\n", "", '{"text": "b"}\n']):
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    deduplicate([tmp_path / f"{number}.jsonl" for number in range(5)], tmp_path / "out", **QUIET)
+    for row in files.read_jsonl(tmp_path / "out/inputs.jsonl"):
+        assert row["sha256"] == files.file_sha256(tmp_path / row["name"])
 
 
 def test_sources_without_documents_have_no_duplicates(tmp_path):

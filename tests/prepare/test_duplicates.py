@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,22 @@ pytest.importorskip("datasketch")
 NEAR = {"mode": "near", "threshold": 0.8, "ngram": 5, "text_field": "text", "source_field": None}
 # Texts of a few words, so that many of them have the same runs.
 TEXTS = st.lists(st.sampled_from(["a", "B", "c d", "e,", "ä", "-", "今日", ""]), max_size=30).map(" ".join)
+# Words with marks and joiners, each of which is one word, in several scripts and normal forms.
+MARKED = [
+    "हिन्दी",
+    "বাংলা",
+    "தமிழ்",
+    "שָׁלוֹם",
+    "می\u200cخواهم",
+    "cafe\u0301",
+    "café",
+    "ﬁn",
+    "ガ",
+    "カ\u3099",
+    "葛\U000e0100",
+    "မြ",
+    "a_1",
+]
 
 
 def find_shingles(text: str, ngram: int = 5) -> set[tuple[str, ...]]:
@@ -56,6 +73,36 @@ def test_shingles_are_the_runs_of_words(text, ngram):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signatures, "CHARACTERS_AT_ONCE", 3)
         assert hash_shingles(text, ngram).tolist() == hashes.tolist()
+
+
+def normalize(word: str) -> str:
+    return unicodedata.normalize("NFKC", word)
+
+
+@given(
+    st.lists(st.sampled_from(MARKED), max_size=20), st.sampled_from([" ", "\n", "، ", "・", "।"]), st.integers(1, 50)
+)
+def test_combining_marks_are_part_of_words(words, separator, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signatures, "CHARACTERS_AT_ONCE", at_once)
+        pieces = list(signatures._split_words(separator.join(words)))
+    assert [word.decode() for piece in pieces for word in piece] == [normalize(word) for word in words]
+
+
+def test_the_form_of_a_character_does_not_matter():
+    text = "Déjà vu: là où l’été naît, हिन्दी ड़"
+    hashes = {form: hash_shingles(unicodedata.normalize(form, text), 2).tolist() for form in ("NFC", "NFD", "NFKD")}
+    assert hashes["NFC"] == hashes["NFD"] == hashes["NFKD"] and len(hashes["NFC"]) == 8
+
+
+@pytest.mark.parametrize("text", ["今日" * 500, "a,b" * 500, "one\n" * 500, "กำ" * 500, "က္မ" * 500])
+def test_texts_without_spaces_are_split_a_part_at_a_time(monkeypatch, text):
+    monkeypatch.setattr(signatures, "CHARACTERS_AT_ONCE", 10)
+    pieces = list(signatures._split_words(text))
+    assert max(map(len, pieces)) <= 14
+    monkeypatch.undo()
+    [whole] = signatures._split_words(text)
+    assert [word for piece in pieces for word in piece] == whole
 
 
 @given(TEXTS, TEXTS)

@@ -188,6 +188,29 @@ def test_an_unfinished_or_damaged_list_is_refused(sources, settings, tmp_path):
         prepare_data([sources], tmp_path / "set", duplicates=tmp_path / "list", **settings)
 
 
+def test_a_changed_count_of_an_input_is_refused(sources, settings, tmp_path):
+    """The counts say which lines of the list belong to an input, so that another count would remove other documents."""
+    deduplicate([sources], tmp_path / "list", **QUIET)
+    path = tmp_path / "list/inputs.jsonl"
+    rows = files.read_jsonl(path)
+    rows[0]["near duplicate"] -= 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"inputs\.jsonl is damaged.*--overwrite"):
+        prepare_data([sources], tmp_path / "set", duplicates=tmp_path / "list", **settings)
+
+
+def test_documents_of_which_the_set_has_no_copy_are_reported(sources, listed, settings, tmp_path, capsys):
+    options = {**settings, "duplicates": listed, "progress": True}
+    copy, other = (f"mixed={sources / name}" for name in ("b.txt", "c.txt"))
+    message = f"Of 1 documents this set has no copy: {listed} keeps one in mixed, a.jsonl"
+    prepare_data([copy, other], tmp_path / "one", **options)
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    prepare_data([other, f"mixed={sources / 'a.jsonl'}"], tmp_path / "two", **options)
+    prepare_data([copy], tmp_path / "two", add=True, **{**options, "tokenizer": None})
+    prepare_data([sources], tmp_path / "three", **options)
+    assert "has no copy" not in capsys.readouterr().err
+
+
 def test_the_command_takes_the_folder(sources, listed, settings, tmp_path, monkeypatch, capsys):
     argv = ["glalm prepare", "--out", str(tmp_path / "set"), "--tokenizer", str(settings["tokenizer"]), "--workers"]
     monkeypatch.setattr("sys.argv", [*argv, "1", "--duplicates", os.fspath(listed), str(sources)])

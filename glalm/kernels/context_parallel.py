@@ -6,8 +6,8 @@ state of zeros. These summaries have the size of a state, however long the shard
 fold in the order of the processes give each process the state that enters its shard (LASP-2, arXiv 2502.07563), and
 the backward pass does the same in the other direction with the gradients of the entering states.
 
-Sums are in the dtype of the states, float32 or float64, and always in the order of the processes, so results do not
-depend on the timing of the network.
+The fold's sums are in the dtype of the states, float32 or float64, and always in the order of the processes, so they do
+not depend on the timing of the network.
 
 Softmax attention has no such summary: gather_ranks gathers its keys and values, and its backward pass is one
 reduce-scatter (the sequence-distributed attention of arXiv 2311.02382).
@@ -27,8 +27,10 @@ class ContextShard:
 
     An operator with a `context` takes the tokens of the shard, [B, T, ...] of sequences with `size` * T tokens, and
     returns their outputs. The initial state is the one before the first process's tokens, and the final state the one
-    after the last's, both the same on every process; the gradient of the initial state is returned by process 0, and is
-    0 on the others. All processes of the group must call the same operators in the same order.
+    after the last's, both the same on every process. The gradient of the initial state is the sum over the processes of
+    what each returns. All processes of the group must call the same operators in the same order, and either all or none
+    of them must have the final state in their loss: the backward pass gathers its gradients, and would wait for ever
+    for a process that has none.
 
     With packed sequences, B rows of T tokens lie in one row, as flatten_batch lays them out, and `cu_seqlens` bounds
     the parts of sequences that are in the shard. The first of each row may continue a sequence of the process before
@@ -38,8 +40,8 @@ class ContextShard:
     group: str  # the name of the process group
     rank: int  # of this process in the group
     size: int  # processes of the group
-    # Of packed sequences, int64 [3, B]: for each row, the indices of its first and its last sequence, and the number of
-    # tokens of the first that earlier processes hold.
+    # For packed sequences, int64 [3, B]. rows[0] and rows[1] are the indices of each row's first and last sequence;
+    # rows[2] is the number of tokens of the first sequence that earlier processes hold.
     rows: Tensor | None = None
 
     def shift_positions(self, start: Tensor, T: int) -> Tensor:
@@ -55,11 +57,12 @@ class ContextShard:
 
         Args:
             local: [N, ...], the states after the shard's tokens, from states of zeros.
-            decay: [N, ...], by which the shard multiplies the states that enter it, broadcast to `local`; or, if
-                `is_matrix`, [N, ..., K, K] for states [N, ..., K, V].
+            decay: [N, ...], by which the shard multiplies the states that enter it, broadcast to `local`.
             initial: [B, ...], the states before the first process's tokens, or None for zeros.
-            reverse: go through the processes from the last to the first, with transposed matrices: `local` holds
-                gradients of the states that enter the shard, and the results are gradients of those that leave it.
+            is_matrix: Whether `decay` holds matrices [N, ..., K, K], which multiply states [N, ..., K, V].
+            reverse: Compute the backward pass: fold from the last process to the first, with transposed matrices. Then
+                `local` is the gradient with respect to the entering states, `initial` that with respect to the final
+                ones, and the results are the gradients with respect to the leaving and the initial states.
 
         Returns:
             The states [N, ...] that enter the shard, and those [B, ...] after the last process's tokens.
@@ -86,20 +89,20 @@ class ContextShard:
         """Return what the sequences [N, ...] do to the state that crosses each row, [B, ...]."""
         if self.rows is None:
             return local, decay
-        first, last, offset = self.rows
-        continues = expand_like(offset > 0, local)
-        passes = expand_like((offset > 0) & (first == last), decay)
-        decay = torch.where(passes, decay[first], 0)
+        first, last, tokens_before = self.rows
+        continues = expand_like(tokens_before > 0, local)
+        crosses_whole_row = expand_like((tokens_before > 0) & (first == last), decay)
+        decay = torch.where(crosses_whole_row, decay[first], 0)
         return (torch.where(continues, local[first], 0) if reverse else local[last]), decay
 
     def _distribute_rows(self, entering: Tensor, N: int, reverse: bool) -> Tensor:
         """Return the states that enter the sequences, [N, ...]: those of the rows [B, ...], and elsewhere zeros."""
         if self.rows is None:
             return entering
-        first, last, offset = self.rows
+        first, last, tokens_before = self.rows
         if reverse:
             return place_rows(entering, last, N)
-        return place_rows(torch.where(expand_like(offset > 0, entering), entering, 0), first, N)
+        return place_rows(torch.where(expand_like(tokens_before > 0, entering), entering, 0), first, N)
 
     def unpack_rows(self, x: Tensor) -> Tensor:
         """Return the tokens of packed sequences [1, B * T, ...] by rows, [B, T, ...]; other tokens as they are."""
@@ -114,7 +117,11 @@ class ContextShard:
         return x if self.rows is None else place_rows(x, self.rows[0], N)
 
     def is_in_first(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Return which tokens of x [B, T, ...] belong to the sequences in which the rows begin, [B, T, 1, ...]."""
+        """Return which tokens of x [B, T, ...] belong to the sequences in which the rows begin.
+
+        Returns:
+            bool [B, T, 1, ...] for packed sequences, and a single True [] otherwise.
+        """
         if self.rows is None:
             return x.new_ones((), dtype=torch.bool)
         assert cu_seqlens is not None  # as check_context checks
@@ -198,7 +205,8 @@ class ExchangeStates(torch.autograd.Function):
         context = ContextShard(group, rank, size, rows)
         entering, final = context.exchange(local, decay, initial, is_matrix)
         ctx.save_for_backward(decay, entering, rows)
-        ctx.set_materialize_grads(False)  # All processes leave the final state out of the loss, or none does.
+        # The gradients of a final state that no process has in its loss are None, and need no all-gather.
+        ctx.set_materialize_grads(False)
         ctx.options = is_matrix, group, rank, size
         return entering, final
 
@@ -210,7 +218,11 @@ class ExchangeStates(torch.autograd.Function):
         with torch.no_grad():
             dentering_or_0 = torch.zeros_like(entering) if dentering is None else dentering
             dlocal, dinitial = reverse_exchange(context, dentering_or_0, decay, dfinal, is_matrix)
-            ddecay = dlocal @ entering.mT if is_matrix else (dlocal * entering).sum_to_size(decay.shape)
+            if is_matrix:
+                with torch.autocast(dlocal.device.type, enabled=False):
+                    ddecay = dlocal @ entering.mT
+            else:
+                ddecay = (dlocal * entering).sum_to_size(decay.shape)
         grads = (dlocal, ddecay, dinitial if ctx.needs_input_grad[2] else None)
         inputs = (decay, entering, dentering, dfinal)
         return *refuse_double_backward("context parallelism", grads, inputs), None, None, None, None, None
@@ -222,9 +234,10 @@ def reverse_exchange(
     """Return the gradients of the states that leave the shard [N, ...], and of the initial states [B, ...].
 
     Args:
-        dentering: [N, ...], the gradients of the states that enter the shard, for constant states that leave it.
+        dentering: [N, ...], the gradients with respect to the entering states through the shard's outputs alone, not
+            through the states that leave it.
         decay: as of ContextShard.exchange.
-        dfinal: [B, ...], this process's gradient of the final states, or None on all processes.
+        dfinal: [B, ...], this process's gradient of the final states, or None, which it must then be on all processes.
     """
     if dfinal is not None:
         dfinal = all_gather(dfinal, context.group, context.size).sum(0)

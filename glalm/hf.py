@@ -424,6 +424,9 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
+        if next_sequence_length == 1 and seen:
+            # The logits of the one token are asked for, so it is no padding; without a mask, decoding is faster.
+            inputs["attention_mask"] = None
         reads_all = next_sequence_length is None and inputs["input_ids"] is not None
         # transformers 5.17 cuts the entire prompt and its mask into chunks, even if the cache has seen a part of it.
         if reads_all and attention_mask is not None and attention_mask.shape[1] < seen + input_ids.shape[1]:

@@ -18,6 +18,7 @@ from glalm.model.config import ModelConfig
 from glalm.model.layers import RMSNorm
 from glalm.model.loss import head_cross_entropy
 from glalm.model.mixers import MIXERS
+from glalm.model.mixers.base import mix_tokens
 from glalm.model.precision import matmul_dtype
 
 
@@ -46,7 +47,7 @@ class Block(nn.Module):
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, *, padding: Tensor | None = None, **mixer_inputs) -> tuple[Tensor, object]:
+    def forward(self, x: Tensor, *, padding: Tensor | None = None, state=None, **mixer_inputs) -> tuple[Tensor, object]:
         """Return the residual stream [B, T, d] after the block, and the mixer's state.
 
         The keyword arguments are those of Mixer.forward.
@@ -54,7 +55,10 @@ class Block(nn.Module):
         h = self.attn_norm(x)
         if padding is not None:
             h = h * padding  # The state of most mixers does not change where their input is 0.
-        h, state = self.attn(h, padding=padding, **mixer_inputs)
+        if padding is None or state is None or self.attn.state_grows:
+            h, state = self.attn(h, padding=padding, state=state, **mixer_inputs)
+        else:
+            h, state = mix_tokens(self.attn, h, padding, state=state, **mixer_inputs)
         x = x + h
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 

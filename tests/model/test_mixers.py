@@ -111,6 +111,23 @@ def test_padding_on_the_left_is_ignored(choice, tiny, tokens):
 
 
 @every_choice
+@torch.no_grad()
+def test_padding_between_a_state_and_its_tokens_is_ignored(choice, tiny, tokens):
+    """Rows of a batch are continued by different numbers of tokens, or by none."""
+    model, past, more, last = tiny(**choice), tokens(3, 9), tokens(3, 5, seed=2), tokens(3, 2, seed=3)
+    before = model(past, use_cache=True).past_key_values
+    for T, counts in ((5, [2, 5, 0]), (1, [1, 0, 1])):
+        mask = torch.arange(T) >= T - torch.tensor(counts)[:, None]
+        out = model(more[:, :T], attention_mask=mask, past_key_values=before, use_cache=True)
+        after = model(last, past_key_values=out.past_key_values).logits
+        for row, count in enumerate(counts):
+            text = torch.cat([past[row], more[row, T - count : T], last[row]])
+            expected = model(text[None]).logits[0]
+            torch.testing.assert_close(out.logits[row, T - count :], expected[9 : 9 + count], **EXACT)
+            torch.testing.assert_close(after[row], expected[-2:], **EXACT)
+
+
+@every_choice
 def test_generation_and_beams_from_the_state_equal_those_from_all_tokens(choice, tiny, tokens):
     model = tiny(**choice)
     for ids, beams in ((tokens(2, 9), 1), (tokens(1, 6), 3)):

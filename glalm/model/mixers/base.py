@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from glalm.kernels.common import CHUNK
 from glalm.kernels.context_parallel import ContextShard
@@ -63,7 +64,8 @@ class Mixer(nn.Module):
             return_state: whether to return the state after x.
             cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one.
             padding: [B, T, 1], 0 at padding and 1 at tokens. Padding precedes all tokens of its row, and x is 0 there.
-                A mixer whose state is not affected by such input may ignore it.
+                A mixer whose state is still that of no tokens after such input may ignore it. With a state, only mixers
+                of `state_grows` get padding: for the others the block calls `mix_tokens`.
 
         Returns:
             y [B, T, d], and the new state or None.
@@ -159,6 +161,43 @@ def convolution_flops(T: int, taps: int, block: int | None, channels: int, filte
 def fft_flops(n: int) -> float:
     """Return the operations of a fast Fourier transform of n real numbers."""
     return 2.5 * n * math.log2(n)
+
+
+# ------------------------------------------------------------------------------------------- padding after a state
+
+
+def mix_tokens(
+    mixer: Mixer, x: Tensor, padding: Tensor, *, state, return_state: bool = False, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Continue a mixer's state by the tokens of a padded batch alone, since padding would decay or shift the state.
+
+    The tokens are packed, and the padding becomes one more sequence behind them, so that no length is copied to the
+    host. A single token for each sequence is not packed, because decoding operators read no packed sequences.
+
+    The arguments and results are those of Mixer.forward.
+    """
+    B, T, d = x.shape
+    if T == 1 and cu_seqlens is None:
+        y, new_state = mixer(x, state=state, return_state=return_state)
+        is_token = padding[:, 0, 0] > 0
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(is_token.view(-1, *[1] * (new.dim() - 1)), new, old.to(new.dtype))
+
+        return y, tree_map(choose, new_state, state) if return_state else None
+
+    is_token = padding.flatten() > 0
+    order = is_token.logical_not().argsort(stable=True)
+    bounds = T * torch.arange(B + 1, device=x.device) if cu_seqlens is None else cu_seqlens
+    tokens_before = F.pad(is_token.cumsum(0), (1, 0))
+    y, new_state = mixer(
+        x.flatten(0, 1)[order][None],
+        state=tree_map(lambda old: F.pad(old, (0, 0) * (old.dim() - 1) + (0, 1)), state),
+        return_state=return_state,
+        cu_seqlens=F.pad(tokens_before[bounds], (0, 1), value=B * T),
+    )
+    y = torch.zeros_like(y[0]).index_copy(0, order, y[0]).view(B, T, d)
+    return y, tree_map(lambda new: new[:-1].clone(), new_state) if return_state else None
 
 
 # ------------------------------------------------------------------------------------ states that hold past tokens

@@ -2,10 +2,10 @@
 
     y_t = sum_{0 <= i < L} h_i x_{t - i},   x = 0 before the sequence that token t belongs to
 
-A batch takes one FFT over twice its length, in O(T log T). An FFT knows no bounds of packed sequences, so these are
-convolved by divide and conquer: the text is cut into two halves, and what the first half adds to the second comes from
-one sequence alone, the one that the cut divides. So one masked FFT computes it exactly, and both halves are cut again
-until one token is left. This takes O(T log^2 T), waits for no length on the host, and breaks no compiled graph.
+A batch takes one FFT over T + L tokens. An FFT knows no bounds of packed sequences, so these are convolved by divide
+and conquer: the text is cut into two halves, and what the first half adds to the second comes from one sequence alone,
+the one that the cut divides. So one masked FFT computes it exactly, and both halves are cut again until one token is
+left. This takes O(T log^2 T), waits for no length on the host, and breaks no compiled graph.
 """
 
 import torch
@@ -16,25 +16,28 @@ from glalm.kernels.common import check_cu_seqlens, check_values, empty_output, s
 
 
 def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Convolve the tokens of every channel with a filter, in float32 (float64 for float64 inputs) on any device.
+    """Convolve the tokens of every channel with a filter, in float32 (float64 if x is float64) on any device.
 
-    Rounding errors are relative to the largest inputs and taps, because an FFT adds all of them up. By such an error, a
-    token's output also depends on the tokens after it. Derivatives of any order and mode come from autograd.
+    Rounding errors are relative to the largest inputs and taps, because an FFT adds all of them up. Through these
+    errors, a token's output also depends on the tokens after it. Derivatives of any order and mode come from autograd.
 
     Args:
         x: [B, T, ...], floating point.
-        h: [L, ...], the taps, beginning with that of the token itself. Its other axes broadcast with those of x.
-        outputs: compute only the outputs of the last so many tokens. One is summed up without an FFT.
+        h: [L, ...], the taps; h[0] weighs the token itself. Its other axes are as many as those of x, and broadcast.
+        outputs: at most T, to return the outputs of the last so many tokens; one needs no FFT. None: return all.
         cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1), for which `outputs` must be None.
 
     Returns:
         y [B, T or outputs, ...], float32 or float64.
 
     Raises:
-        ValueError: cu_seqlens has the wrong shape or dtype, or, on the CPU, does not rise from 0 to T.
+        ValueError: `outputs` is not from 0 to T, or is given with cu_seqlens. cu_seqlens has the wrong shape or dtype,
+            or, on the CPU, does not rise from 0 to T.
     """
     dtype = wide_dtype(x)
     T = x.shape[1]
+    if outputs is not None and (cu_seqlens is not None or not 0 <= outputs <= T):
+        raise ValueError(f"outputs={outputs}: expected 0 to T = {T} without cu_seqlens, or None")
     x = x.to(dtype)
     h = h[:T].to(dtype)
     if T == 0:
@@ -51,7 +54,7 @@ def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seq
 
 
 def convolve_circularly(x: Tensor, h: Tensor, period: int) -> Tensor:
-    """Return the circular convolution [B, period, ...] of x [B, T, ...] with h [L, ...], each cut or padded to it."""
+    """Return the circular convolution [B, period, ...] of x [B, T, ...] and h [L, ...], cut or padded to `period`."""
     spectrum = torch.fft.rfft(x, period, dim=1) * torch.fft.rfft(h, period, dim=0)
     return torch.fft.irfft(spectrum, period, dim=1)
 
@@ -76,18 +79,18 @@ def convolve_between_blocks(x: Tensor, h: Tensor, sequence: Tensor, block: int) 
     if size < T:  # Blocks of at least L tokens reach the next block only, so the first cuts are those between them.
         blocks = x.unflatten(1, (-1, size))
         ids = sequence.view(-1, size)
-        added = continue_sequences(blocks[:, :-1], ids[:-1], ids[1:], h)
+        added = convolve_into_next_block(blocks[:, :-1], ids[:-1], ids[1:], h)
         y = y + torch.cat([torch.zeros_like(y[:, :size]), added.flatten(1, 2)], 1)
     while size > block:
         size //= 2
         halves = x.unflatten(1, (-1, 2, size))
         ids = sequence.view(-1, 2, size)
-        added = continue_sequences(halves[:, :, 0], ids[:, 0], ids[:, 1], h)
+        added = convolve_into_next_block(halves[:, :, 0], ids[:, 0], ids[:, 1], h)
         y = y + torch.stack([torch.zeros_like(added), added], 2).flatten(1, 3)
     return y[:, :T]
 
 
-def continue_sequences(x: Tensor, ids: Tensor, next_ids: Tensor, h: Tensor) -> Tensor:
+def convolve_into_next_block(x: Tensor, ids: Tensor, next_ids: Tensor, h: Tensor) -> Tensor:
     """Return what the tokens of each block add to the outputs of the block after it, [B, blocks, size, ...].
 
     Args:
@@ -100,5 +103,6 @@ def continue_sequences(x: Tensor, ids: Tensor, next_ids: Tensor, h: Tensor) -> T
     is_read = (ids == last).view(*ids.shape, *[1] * (x.dim() - 3))
     is_reached = (next_ids == last).view(*ids.shape, *[1] * (x.dim() - 3))
     size = ids.shape[1]
+    # Only taps below 2 * size are read, and what they add beyond the period wraps around to the first `size` outputs.
     y = convolve_circularly(x.where(is_read, 0).flatten(0, 1), h, 2 * size)[:, size:]
     return y.unflatten(0, x.shape[:2]).where(is_reached, 0)

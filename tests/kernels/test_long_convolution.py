@@ -62,6 +62,13 @@ def test_nothing_crosses_a_bound_not_even_nan():
     assert y[:7].isfinite().all() and y[9:].isfinite().all() and y[7:9].isnan().all()
 
 
+def test_more_outputs_than_tokens_or_of_packed_sequences_are_refused():
+    x = torch.ones(1, 3, 1)
+    for options in ({"outputs": 5}, {"outputs": -1}, {"outputs": 1, "cu_seqlens": torch.tensor([0, 3])}):
+        with pytest.raises(ValueError, match="expected 0 to T = 3 without cu_seqlens"):
+            long_convolution(x, torch.ones(3, 1), **options)
+
+
 def test_decreasing_bounds_are_refused():
     with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds"):
         long_convolution(torch.ones(1, 4, 1), torch.ones(2, 1), cu_seqlens=torch.tensor([0, 3, 2, 4]))

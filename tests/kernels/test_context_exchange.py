@@ -75,6 +75,16 @@ def test_shards_of_packed_sequences_equal_the_whole(data):
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_gradients_of_matrices_are_not_rounded_under_autocast(monkeypatch):
+    monkeypatch.setattr(context_parallel, "all_gather", lambda x, group, size: x[None])
+    local, initial = torch.randn(2, 1, 2, 5, 4)
+    decay = torch.randn(1, 2, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, final = context_parallel.exchange_states(local, decay, initial, ContextShard("alone", 0, 1), is_matrix=True)
+        final.sum().backward()
+    torch.testing.assert_close(decay.grad, torch.ones(1, 2, 5, 4) @ initial.mT)
+
+
 def test_calls_that_make_no_sense_are_refused():
     q = torch.ones(1, 4, 1, 2)
     S0 = torch.zeros(1, 1, 2, 2)

@@ -15,8 +15,8 @@ from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, kee
 # The taps of a channel are multiplied by exp(-rate t), where t is 1 at the last tap. The rates of the channels lie
 # between those that bring the taps down to DECAY_TARGET at these two values of t.
 DECAY_TARGET = 1e-2
-FASTEST_DECAY = 0.3
-SLOWEST_DECAY = 1.5
+FASTEST_REACH = 0.3
+SLOWEST_REACH = 1.5
 # The lowest frequency of the positions' sines, so that none is constant.
 LOWEST_BAND = 1e-4
 
@@ -67,7 +67,7 @@ class Hyena(Mixer):
         super().__init__()
         options: HyenaOptions = config.hyena
         d = config.hidden_size
-        self.length = options.filter_length
+        self.filter_length = options.filter_length
         self.in_proj = nn.Linear(d, 3 * d)
         self.short_filter = nn.Parameter(torch.empty(options.short_conv, 3 * d))
         self.short_bias = nn.Parameter(torch.empty(3 * d))
@@ -94,25 +94,25 @@ class Hyena(Mixer):
         if cu_seqlens is not None and (return_state or state is not None):
             return mix_unpacked(self, x, cu_seqlens, state=state, return_state=return_state, padding=padding)
         past_z, past_u = (None, None) if state is None else state
-        context = len(self.short_filter) - 1
+        history = len(self.short_filter) - 1
         z = self.in_proj(x)
         if padding is not None:
             z = z * padding.to(z.dtype)  # The bias has made padding nonzero.
-        z = F.pad(z, (0, 0, context, 0)) if past_z is None else append_inputs(past_z, z, padding)
+        z = F.pad(z, (0, 0, history, 0)) if past_z is None else append_inputs(past_z, z, padding)
         q, k, v = convolve_short(z, self.short_filter, self.short_bias, cu_seqlens).chunk(3, -1)
         u = k * v
         if padding is not None:
             u = u * padding.to(u.dtype)
         inputs = append_inputs(past_u, u, padding)
-        h = self.filter(min(self.length, inputs.shape[1]))
+        h = self.filter(min(self.filter_length, inputs.shape[1]))
         outputs = None if past_u is None else x.shape[1]
         o = long_convolution(inputs, h, outputs=outputs, cu_seqlens=cu_seqlens) + u * at_least_float32(self.D)
-        new_state = (keep_last(z, context), keep_last(inputs, self.length - 1)) if return_state else None
+        new_state = (keep_last(z, history), keep_last(inputs, self.filter_length - 1)) if return_state else None
         return self.out_proj(q * o.to(q.dtype)), new_state
 
     def flops(self, T: int) -> int:
-        """Count the convolutions and the taps, which a batch computes only once, as of a batch of one sequence."""
-        taps = min(self.length, T)
+        """Count the convolutions, and the network of the taps as for a batch of one sequence."""
+        taps = min(self.filter_length, T)
         channels = self.D.numel()
         network = taps * self.filter.flops() // T
         return 2 * self.short_filter.numel() + network + convolution_flops(T, taps, None, channels, filters=channels)
@@ -126,13 +126,13 @@ def convolve_short(z: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor |
         bias: [C].
         cu_seqlens: [N + 1], the bounds of sequences that are packed into T tokens, without past inputs, or None.
     """
-    context = len(weight) - 1
-    T = z.shape[1] - context
+    history = len(weight) - 1
+    T = z.shape[1] - history
     wide = at_least_float32(z)  # The gradient of z sums over the taps, and half precision would round every term.
     sequence = None if cu_seqlens is None else sequence_ids(cu_seqlens, T)
-    y = at_least_float32(bias) + wide[:, context:] * at_least_float32(weight[0])
+    y = at_least_float32(bias) + wide[:, history:] * at_least_float32(weight[0])
     for i in range(1, len(weight)):
-        read = wide[:, context - i : context - i + T]
+        read = wide[:, history - i : history - i + T]
         if sequence is not None:
             is_same = sequence == F.pad(sequence, (i, 0), value=-1)[:T]
             read = read.where(is_same[:, None], 0)
@@ -146,13 +146,13 @@ class ImplicitFilter(nn.Module):
         z_0 = [t, cos(2 pi f_b i / L), -sin(2 pi f_b i / L)],   t = i / (L - 1),   frequencies f_b
         z_n = sin(w * (z_{n-1} W_n + b_n)),  n = 1, 2, 3,      h_i = exp(-rate t) * (z_3 W_4)
 
-    Its weights are plain parameters, because they are float32 also under autocast, where a rounded position would be
-    that of another tap, and do not decay.
+    Its weights are plain parameters, so that weight decay leaves them out, and float32 also under autocast, where a
+    rounded position would be that of another tap.
     """
 
     def __init__(self, options: HyenaOptions, channels: int, std: float):
         super().__init__()
-        self.length = options.filter_length
+        self.filter_length = options.filter_length
         self.initial_frequency = options.filter_frequency
         self.std = std
         width = options.filter_width
@@ -174,11 +174,11 @@ class ImplicitFilter(nn.Module):
         W_out = at_least_float32(self.W_out)
         bands = (len(self.W_in) - 1) // 2
         frequencies = torch.linspace(LOWEST_BAND, bands - 1, bands, device=W_out.device, dtype=W_out.dtype)
-        slowest, fastest = (-math.log(DECAY_TARGET) / reach for reach in (SLOWEST_DECAY, FASTEST_DECAY))
+        slowest, fastest = (-math.log(DECAY_TARGET) / reach for reach in (SLOWEST_REACH, FASTEST_REACH))
         rates = torch.linspace(slowest, fastest, W_out.shape[1], device=W_out.device, dtype=W_out.dtype)
         i = torch.arange(taps, device=W_out.device, dtype=W_out.dtype)[:, None]
-        t = i / max(1, self.length - 1)
-        angles = 2 * math.pi / self.length * i * frequencies
+        t = i / max(1, self.filter_length - 1)
+        angles = 2 * math.pi / self.filter_length * i * frequencies
         with torch.autocast(W_out.device.type, enabled=False):
             z = torch.cat([t, angles.cos(), -angles.sin()], 1)
             for W, b in zip(weights, self.b, strict=True):

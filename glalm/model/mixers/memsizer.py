@@ -15,7 +15,7 @@ from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_s
 class MemSizerOptions:
     """The keys model.memsizer.*."""
 
-    slots: int = 32  # m, of the memory
+    slots: int = 32  # m, the number of slots of the memory
 
     def __post_init__(self):
         require_positive(self, "model.memsizer", "slots", finite=True)
@@ -27,9 +27,9 @@ class MemSizer(Mixer):
         S_t = S_{t-1} + LayerNorm(x_t W_k)^T LayerNorm(x_t W_v),   q_t = mean_h softmax(x_t W_q^h)
         y_t = t^-1/2 q_t S_t,   t = 1, 2, ... in each sequence
 
-    It is linear attention of one head with m key channels and d value channels. The mean over the heads is the paper's
-    output, which no projection follows. The state is a tuple of [N, 1, m, d], float32, and the number of tokens [N],
-    int64.
+    It is linear attention of one head with m key channels and d value channels. As in the paper, the heads are
+    averaged, and there is no output projection. The state is a tuple of [N, 1, m, d], float32, and the number of tokens
+    [N], int64.
     """
 
     options_name = "memsizer"
@@ -57,28 +57,31 @@ class MemSizer(Mixer):
         padding: Tensor | None = None,
         context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
-        S, start = split_state(state, True)
-        positions, end = token_positions(x, start, cu_seqlens, padding, context)
+        S, seen = split_state(state, True)
+        positions, seen_after = token_positions(x, seen, cu_seqlens, padding, context)
         q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         dtype = v.dtype  # Under autocast, softmax and LayerNorm return float32.
         q = q.unflatten(-1, (self.num_heads, -1)).softmax(-1).mean(2)
         # The factor is applied to q, because the sum without it would grow with t and could leave float16's range.
+        # Padding before the first token has position -1.
         q = q * (positions + 1).clamp(min=1)[..., None].to(q.dtype).rsqrt()
         k = self.k_norm(k)
         v = self.v_norm(v)
         if padding is not None:
             k = k * padding.to(k.dtype)  # LayerNorm(0) is its bias.
         operator = fused_recurrent_linear_attn if is_decoding_step(x, context) else chunk_linear_attn
-        one_head = (y.to(dtype)[:, :, None] for y in (q, k, v))
+        q, k, v = (y.to(dtype)[:, :, None] for y in (q, k, v))
         o, S = operator(
-            *one_head,
+            q,
+            k,
+            v,
             scale=1.0,
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             context=context,
         )
-        return o[:, :, 0], join_state(S, end)
+        return o[:, :, 0], join_state(S, seen_after)
 
     def flops(self, T: int) -> int:
         return chunkwise_flops(1, self.slots, self.v_proj.out_features, T)

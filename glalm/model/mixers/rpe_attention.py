@@ -35,12 +35,15 @@ class RPEAttention(Mixer):
     Each head has a bias b_i for every distance, and features W. As sums over c_{t-s}, numerator and denominator are
     convolutions of the F (V + 1) columns of phi(k_s)^T [v_s, 1] for a head with F features and V channels.
 
-    Of one FFT over the whole text, as in the paper, the first tokens would get rounding errors of the size of the last
-    tokens' sums, and divide them by their own small ones. So tokens of the same block of CHUNK attend to each other in
-    the dense form, and FFTs over no more tokens than are summed up add the earlier blocks: O(T log^2 T) in all.
+    With one FFT over the whole text, as in the paper, all tokens have rounding errors as large as those of the largest
+    sums, which early tokens then divide by small denominators. So tokens of the same block of CHUNK attend to each
+    other in the dense form, and FFTs of growing size add the earlier blocks, each over only the tokens that it sums:
+    O(T log^2 T) in all.
 
     phi is the paper's map of positive random features, of normalized queries and keys, without the factors that cancel.
     W starts as the paper's random numbers and is trained. The paper's b has as many distances as the training length.
+    The range of float32 limits both: |W x| / |x| above 88 overflows to NaN, and a token that sees only distances whose
+    biases are 87 below the largest one gets 0.
 
     The state is a tuple of phi(k) [N, S, H, F], at least float32, and v [N, S, H, V] in the dtype it was computed in. S
     is the number of tokens so far, but at most window - 1. A decoding step reads all of it, as softmax attention does.
@@ -109,7 +112,9 @@ class RPEAttention(Mixer):
         T = q.shape[1]
         S = k.shape[1]
         bias = at_least_float32(self.position_bias[: max(1, S)])
-        c = (bias - bias.detach().amax(0)).exp()  # The largest bias cancels, so no weight can overflow.
+        c = (
+            bias - bias.detach().amax(0)
+        ).exp()  # The largest bias cancels in the ratio; without it, no weight overflows.
         v = append_ones(at_least_float32(v))
         with torch.autocast(v.device.type, enabled=False):
             if T == 1 and cu_seqlens is None:

@@ -22,13 +22,15 @@ class TransNormerOptions:
     """
 
     feature_map: Literal["silu", "elu1", "relu", "identity"] = "silu"  # of queries and keys
-    decay: bool = True  # the state decays at a constant rate for each head and layer; false: it keeps all
-    lrpe: Literal["first", "all", "none"] = "first"  # layers with LRPE, learned rotary positions that double K
+    decay: bool = True  # the state decays at a fixed rate per head and layer; false: no decay
+    lrpe: Literal["first", "all", "none"] = "first"  # which layers have LRPE, learned rotary positions that double K
     output_gate: bool = True  # y = norm(o) * x W_u instead of norm(o)
 
 
 class TransNormer(Mixer):
-    """Linear attention with a norm in place of the normalizer, in layer l = 0, ..., L - 1 with heads h = 1, ..., H:
+    """Linear attention in which an RMS norm replaces the division by the sum of weights.
+
+    In layer l = 0, ..., L - 1, with heads h = 1, ..., H:
 
         S_t = lambda_h S_{t-1} + phi(k_t)^T v_t,   lambda_h = exp(-2^(-8 h / H) (1 - l / (L - 1) + 1e-5))
         o_t = K^-1/2 phi(q_t) S_t,   y_t = (x_t W_u * norm(o_t)) W_o
@@ -50,7 +52,7 @@ class TransNormer(Mixer):
     def build(cls, config, layer: int) -> "TransNormer":
         return cls(config, layer)
 
-    def __init__(self, config, layer: int = 0):
+    def __init__(self, config, layer: int):
         super().__init__()
         options: TransNormerOptions = config.transnormer
         d = config.hidden_size
@@ -118,7 +120,7 @@ class TransNormer(Mixer):
 class LayerDecay(nn.Module):
     """The log decays of the heads in one layer: those of ALiBi (arXiv 2108.12409), which fade towards the last layer.
 
-    The layer's number is a buffer, because torch.compile would compile the blocks anew for each value of an attribute.
+    The layer's index is a buffer, because torch.compile would compile the blocks anew for each value of an attribute.
     """
 
     layer: Tensor
@@ -126,17 +128,18 @@ class LayerDecay(nn.Module):
     def __init__(self, heads: int, layer: int, layers: int):
         super().__init__()
         self.heads = heads
-        self.last = max(1, layers - 1)
-        self.number = layer
+        self.last_layer = max(1, layers - 1)
+        self.layer_index = layer
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
 
     def init_parameters(self) -> None:
-        self.layer.fill_(self.number)
+        """Refill the buffer, which is empty if the module was built on the meta device."""
+        self.layer.fill_(self.layer_index)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """Return the log decays [H]."""
         heads = torch.arange(1, self.heads + 1, device=self.layer.device, dtype=dtype)
-        return -torch.exp2(-8 * heads / self.heads) * (1 - self.layer.to(dtype) / self.last + 1e-5)
+        return -torch.exp2(-8 * heads / self.heads) * (1 - self.layer.to(dtype) / self.last_layer + 1e-5)
 
 
 class LRPE(nn.Module):

@@ -26,10 +26,12 @@ class DiagAttentionOptions:
 
 
 class DiagAttention(Mixer):
-    """o_t = sum_s softmax_s(D^-1/2 q_t . k_s) v_s over b floor(t / b) <= s <= t with rotary q and k; y = o W_o.
+    """Causal softmax attention within blocks of b tokens:
 
-    Every sequence is cut into blocks of b tokens that do not see each other. TransNormer has such layers below its
-    layers of linear attention, which see everything (the mixer `transnormer`).
+        o_t = sum_s softmax_s(D^-1/2 q_t . k_s) v_s over b floor(t / b) <= s <= t with rotary q and k,   y = o W_o
+
+    Every sequence is cut into such blocks, which do not see each other. TransNormer has such layers below its layers of
+    linear attention, which see everything (the mixer `transnormer`).
 
     The state holds the keys and values of the current block [N, b, H, D], zeros where no token is yet, and the next
     token's position [N], int64.
@@ -76,9 +78,9 @@ class DiagAttention(Mixer):
                 return self.o_proj(self.attend_from_start(q, k, v).flatten(-2)), None
             if state is not None and x.shape[1] == 1:
                 o, state = self.attend_to_state(q, k, v, state)
-                return self.o_proj(o.flatten(-2)), state
+                return self.o_proj(o.flatten(-2)), state if return_state else None
 
-        layout = BlockLayout.place(positions, start, end, cu_seqlens, padding, self.block)
+        layout = BlockLayout.build(positions, start, end, cu_seqlens, padding, self.block)
         k = layout.scatter(k, past_k)
         v = layout.scatter(v, past_v)
         o = layout.gather(masked_attention(layout.scatter(q), k, v, None)).view_as(q)
@@ -87,21 +89,22 @@ class DiagAttention(Mixer):
 
     def attend_from_start(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the outputs [B, T, H, D] of sequences that begin here, whose blocks are cut out of T."""
-        T = q.shape[1]
+        B, T = q.shape[:2]
         block = max(1, min(T, self.block))
-        q, k, v = (F.pad(y, (0, 0, 0, 0, 0, -T % block)).unflatten(1, (-1, block)).flatten(0, 1) for y in (q, k, v))
-        return masked_attention(q, k, v, None).unflatten(0, (-1, -(-T // block))).flatten(1, 2)[:, :T]
+        blocks = -(-T // block)
+        q, k, v = (F.pad(y, (0, 0, 0, 0, 0, -T % block)).unflatten(1, (blocks, block)).flatten(0, 1) for y in (q, k, v))
+        return masked_attention(q, k, v, None).unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
 
     def attend_to_state(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the output [B, 1, H, D] of one token more for every sequence, and the new state."""
         past_k, past_v, start = state
-        slots = torch.arange(self.block, device=q.device)
-        slot = (start % self.block)[:, None]
-        is_new = (slots == slot)[..., None, None]
+        offsets = torch.arange(self.block, device=q.device)
+        new_offset = (start % self.block)[:, None]
+        is_new = (offsets == new_offset)[..., None, None]
         k = torch.where(is_new, k, past_k.to(k.dtype))
         v = torch.where(is_new, v, past_v.to(v.dtype))
-        o = masked_attention(q, k, v, (slots <= slot)[:, None, None])
-        is_full = (slot == self.block - 1)[..., None, None]
+        o = masked_attention(q, k, v, (offsets <= new_offset)[:, None, None])
+        is_full = (new_offset == self.block - 1)[..., None, None]
         return o, (k.masked_fill(is_full, 0), v.masked_fill(is_full, 0), start + 1)
 
     def flops(self, T: int) -> int:
@@ -113,17 +116,17 @@ class DiagAttention(Mixer):
 class BlockLayout:
     """Where tokens lie if each sequence has blocks of its own, the first of which continues that of its state.
 
-    Nothing waits for the GPU: there are as many blocks as the sequences could need, and the surplus stays empty.
+    No length is copied to the host: there are as many blocks as the sequences could need, and the surplus stays empty.
     """
 
-    slots: Tensor  # [B T], the row of each token; padding has the row after the last block
+    token_rows: Tensor  # [B * T], the row of each token; padding is sent to one extra row, which is dropped
     first_rows: Tensor  # [N], the row at which the first block of each sequence begins
     last_rows: Tensor  # [N], the same of the last block, in which the next token will lie
     blocks: int
     block: int
 
     @classmethod
-    def place(
+    def build(
         cls,
         positions: Tensor,
         start: Tensor | None,
@@ -140,27 +143,30 @@ class BlockLayout:
         counts = end // block + 1 - first_block
         first_rows = (counts.cumsum(0) - counts) * block
         sequence = torch.arange(B, device=end.device)[:, None] if cu_seqlens is None else sequence_ids(cu_seqlens, T)
-        slots = positions + (first_rows - first_block * block)[sequence]
+        token_rows = positions + (first_rows - first_block * block)[sequence]
         blocks = B * T // block + 2 * N
         if padding is not None:
-            slots = slots.masked_fill(padding[..., 0] == 0, blocks * block)
-        return cls(slots.flatten(), first_rows, first_rows + (counts - 1) * block, blocks, block)
+            token_rows = token_rows.masked_fill(padding[..., 0] == 0, blocks * block)
+        return cls(token_rows.flatten(), first_rows, first_rows + (counts - 1) * block, blocks, block)
 
     def rows_of_blocks(self, first_rows: Tensor) -> Tensor:
         """Return the rows of whole blocks, [N * block]."""
         return (first_rows[:, None] + torch.arange(self.block, device=first_rows.device)).flatten()
 
     def scatter(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """Return x [B, T, H, D] as blocks [blocks, block, H, D], behind `past` [N, block, H, D], the begun blocks."""
+        """Return x [B, T, H, D] as blocks [blocks, block, H, D].
+
+        The tokens follow `past` [N, block, H, D], the blocks that are already begun.
+        """
         rows = x.new_zeros(self.blocks * self.block + 1, *x.shape[2:])
         if past is not None:
             rows = rows.index_copy(0, self.rows_of_blocks(self.first_rows), past.to(x.dtype).flatten(0, 1))
-        rows = rows.index_copy(0, self.slots, x.flatten(0, 1))
+        rows = rows.index_copy(0, self.token_rows, x.flatten(0, 1))
         return rows[:-1].unflatten(0, (self.blocks, self.block))
 
     def gather(self, o: Tensor) -> Tensor:
-        """Return the outputs [blocks, block, H, D] of the tokens, [B T, H, D], 0 at padding."""
-        return F.pad(o.flatten(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, self.slots)
+        """Return the outputs [blocks, block, H, D] of the tokens, [B * T, H, D], 0 at padding."""
+        return F.pad(o.flatten(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, self.token_rows)
 
     def last_blocks(self, x: Tensor) -> Tensor:
         """Return the block of every sequence in which its next token will lie, [N, block, H, D]."""

@@ -69,3 +69,14 @@ def test_the_state_ends_at_the_filters_length(tiny, tokens):
     model = tiny(mixer="hyena", hyena={"filter_length": 11})
     z, u = model(tokens(2, 30), use_cache=True).past_key_values.states[0]
     assert z.shape == (2, 2, 96) and u.shape == (2, 10, 32)
+
+
+@torch.no_grad()
+def test_filters_of_one_tap_have_empty_states(tiny, tokens):
+    model, ids = tiny(mixer="hyena", hyena={"filter_length": 1, "short_conv": 1}), tokens(2, 12)
+    cache = None
+    for start, end in ((0, 4), (4, 5), (5, 12)):
+        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    torch.testing.assert_close(out.logits, model(ids).logits[:, 5:])
+    assert all(x.shape[1] == 0 for x in cache.states[0])

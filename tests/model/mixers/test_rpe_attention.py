@@ -85,3 +85,14 @@ def test_the_state_ends_at_the_window(tiny, tokens):
 def test_options_are_checked():
     with pytest.raises(ConfigError, match=r"model\.rpe_attention\.features must be positive"):
         RPEAttentionOptions(features=0)
+
+
+@torch.no_grad()
+def test_a_window_of_one_token_has_an_empty_state(tiny, tokens):
+    model, ids = tiny(mixer="rpe_attention", rpe_attention={"window": 1}), tokens(2, 12)
+    cache = None
+    for start, end in ((0, 4), (4, 5), (5, 12)):
+        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    torch.testing.assert_close(out.logits, model(ids).logits[:, 5:])
+    assert all(x.shape[1] == 0 for x in cache.states[0])

@@ -118,6 +118,12 @@ def test_is_softmax_attention_inside_of_blocks(block, assert_is, tiny):
     assert_is(diag_attention, T=40, mixer="transnormer_diag", transnormer_diag={"block": block})
 
 
+def test_blocks_of_no_tokens(tiny):
+    mixer = tiny(mixer="transnormer_diag").model.layers[0].attn
+    y, state = mixer(torch.zeros(2, 0, 32, dtype=torch.float64))
+    assert y.shape == (2, 0, 32) and state is None
+
+
 def test_odd_heads_are_refused():
     with pytest.raises(ConfigError, match=r"model\.num_heads=16 does not cut model.hidden_size=48 into heads"):
         ModelConfig(mixer="transnormer_diag", vocab_size=8, hidden_size=48, num_heads=16, expand_k=1.0)

@@ -4,13 +4,14 @@ joblib's launcher kills its processes at Ctrl-C. This one lets each job in train
 """
 
 import os
+import pickle
 import re
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, current_process, get_context
+from multiprocessing import connection, current_process, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,11 +24,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from glalm.config.strict import RunError
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.processes import call_without_parent
 
 # Hydra accepts launchers from its package of plugins only, by their names.
 TARGET = "hydra_plugins.glalm.ProcessLauncher"
+
+POLL_SECONDS = 0.5
+TEARDOWN_SECONDS = 60.0  # how long a job may take to exit once it has sent its result
 
 
 def register_launcher() -> None:
@@ -41,7 +45,9 @@ def register_launcher() -> None:
 class ProcessLauncher(Launcher):
     """Run jobs in processes of this machine, `at_once` on each visible GPU, or `at_once` on the CPU.
 
-    Ctrl-C and SIGTERM are passed on to the jobs as one SIGTERM, and end the launch when all jobs have ended.
+    Ctrl-C reaches all processes of the terminal, but a job must stop only once. So jobs leave its group, and this
+    process turns the first Ctrl-C or SIGTERM into one SIGTERM to each job. The launch ends when all jobs have ended. An
+    error in this process stops the jobs in the same way.
     """
 
     config: DictConfig
@@ -58,32 +64,32 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a job for each list of overrides, and return what each has returned or raised, in the same order."""
+        if self.at_once < 1:
+            raise ConfigError(f"hydra.launcher.at_once must be at least 1, not {self.at_once}")
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         free_slots: list[str | None] = [gpu for _ in range(self.at_once) for gpu in visible_gpus() or [None]]
-        limit_threads(len(free_slots))
+        limit_threads(min(len(free_slots), len(job_overrides)))
         waiting = deque(enumerate(job_overrides, initial_job_idx))
-        running: dict[connection.Connection, Job] = {}
+        running: list[Job] = []
         results: dict[int, JobReturn] = {}
-        with interrupt_on_sigterm():
+        with catch_stop_signals() as stop:
             try:
                 while waiting or running:
-                    while waiting and free_slots:
-                        job = start_job(self, *waiting.popleft(), free_slots.pop(0))
-                        running[job.result] = job
-                    for ready in connection.wait(running):
-                        job = running.pop(ready)  # type: ignore[call-overload]  # A Connection, as `running` has.
+                    while waiting and free_slots and not stop.is_requested:
+                        running.append(start_job(self, *waiting.popleft(), free_slots.pop(0)))
+                    if stop.is_requested:
+                        raise KeyboardInterrupt
+                    for job in wait_for_jobs(running):
                         results[job.number] = job.receive()
+                        running.remove(job)
                         free_slots.append(job.gpu)
-            except KeyboardInterrupt:
-                for job in running.values():
-                    job.process.terminate()
-                for job in running.values():
-                    job.process.join()
+            except BaseException:
+                stop_jobs(running)
                 raise
         return [results[number] for number in sorted(results)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A job that runs in a process, and the pipe by which its JobReturn comes."""
 
@@ -91,18 +97,56 @@ class Job:
     overrides: Sequence[str]
     gpu: str | None
     process: BaseProcess
-    result: connection.Connection
+    pipe: connection.Connection
 
     def receive(self) -> JobReturn:
-        """Return what the job sent before its end. If it sent nothing, return a RunError with the exit code."""
+        """Return what the job sent before its end. If it sent nothing, return a RunError that says how it ended."""
+        done = None
         try:
-            done = self.result.recv()
-        except EOFError:
+            if self.pipe.poll():
+                done = self.pipe.recv()
+        except (EOFError, OSError):  # The process ended before it sent all of its result.
+            pass
+        self.process.join(TEARDOWN_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
             self.process.join()
+        self.pipe.close()
+        if done is None:
             done = JobReturn(overrides=self.overrides, status=JobStatus.FAILED)
-            done.return_value = RunError(f"the process of this job ended with exit code {self.process.exitcode}")
-        self.process.join()
+            done.return_value = RunError(self.describe_end())
         return done
+
+    def describe_end(self) -> str:
+        code = self.process.exitcode or 0
+        job = f"job {self.number} ({' '.join(self.overrides)})"
+        if code >= 0:
+            return f"{job} ended with exit code {code} and no result; its last messages are above"
+        advice = (
+            "Linux does that when memory runs out; set a smaller hydra.launcher.at_once. "
+            if code == -signal.SIGKILL
+            else ""
+        )
+        return f"{job} was ended by {signal.Signals(-code).name}. {advice}The same command resumes it"
+
+
+def wait_for_jobs(jobs: list[Job]) -> list[Job]:
+    """Return the jobs that have ended or sent their result, after POLL_SECONDS at most.
+
+    Processes that a job has started inherit its pipe and its sentinel, and may hold them open after its end. So this
+    also asks the system which jobs are alive.
+    """
+    ready = connection.wait([job.pipe for job in jobs], POLL_SECONDS)
+    return [job for job in jobs if job.pipe in ready or not job.process.is_alive()]
+
+
+def stop_jobs(jobs: list[Job]) -> None:
+    """Let the jobs save and end. Another Ctrl-C ends this process without them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for job in jobs:
+        job.process.terminate()
+    for job in jobs:
+        job.process.join()
 
 
 def start_job(launcher: ProcessLauncher, number: int, overrides: Sequence[str], gpu: str | None) -> Job:
@@ -110,12 +154,13 @@ def start_job(launcher: ProcessLauncher, number: int, overrides: Sequence[str], 
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, gpu, launcher, list(overrides), number, Singleton.get_state()["instances"])
     process = context.Process(target=run_in_process, args=arguments)
-    # The new process inherits that Ctrl-C is ignored, on which its parent acts.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # Starting it would unblock the signal.
+    # The new process inherits that Ctrl-C is blocked, until it has left this process's group.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sender.close()
     return Job(number, overrides, gpu, process, receiver)
 
@@ -128,12 +173,14 @@ def run_in_process(
     number: int,
     singletons: dict,
 ) -> None:
-    """Run one job in this process, which shows it one GPU, and send its JobReturn."""
-    os.setsid()  # Training handles Ctrl-C itself, but the parent passes it on.
+    """Run one job in this process, to which one GPU is made visible, and send its JobReturn."""
+    os.setsid()  # No further Ctrl-C arrives, and one that already did is dropped.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     call_without_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    setup_globals()  # OmegaConf's resolvers, which Singleton's state has, too, cannot be pickled.
+    setup_globals()  # This registers OmegaConf's resolvers anew, because they cannot be pickled and sent.
     Singleton.set_state(Singleton.get_state() | {"instances": singletons})
     config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
     with open_dict(config):
@@ -145,27 +192,47 @@ def run_in_process(
     )
     done.cfg = None  # Sweepers do not read the configs, whose classes may not be picklable.
     done.hydra_cfg = None
-    sender.send(done)
+    sender.send(make_sendable(done))
+
+
+def make_sendable(done: JobReturn) -> JobReturn:
+    """Replace an error or a value that cannot be pickled and read again by a RunError with its type and message."""
+    try:
+        pickle.loads(pickle.dumps(done))  # Reading fails for errors whose arguments differ from their `args`.
+    except Exception:
+        value = done._return_value
+        done.status = JobStatus.FAILED
+        done.return_value = RunError(f"{type(value).__name__}: {value}")
+    return done
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    is_requested: bool = False
 
 
 @contextmanager
-def interrupt_on_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, once, because GNU timeout sends it twice."""
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """Note Ctrl-C and SIGTERM instead of raising, which would lose a job that is about to start or to be received."""
+    stop = StopRequest()
 
-    def interrupt(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def request(*_) -> None:
+        stop.is_requested = True
 
-    handler = signal.signal(signal.SIGTERM, interrupt)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(signum, request) for signum in signals]
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for signum, handler in zip(signals, handlers, strict=True):
+            signal.signal(signum, handler)
 
 
 def limit_threads(jobs: int) -> None:
     """Share the cores among `jobs` processes that this one starts, unless the user has set OMP_NUM_THREADS."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, (os.cpu_count() or 1) // max(1, jobs)))
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.setdefault(name, threads)
 

@@ -2,18 +2,23 @@
 
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
-from multiprocessing import current_process
+from collections.abc import Callable
+from multiprocessing import current_process, get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
 
 from glalm import launcher
 from glalm.cli import PLUGIN_SOURCES, check_plugins, normalize_overrides
 from glalm.config.saved_run import name_sweep_run
-from glalm.config.strict import ConfigError
+from glalm.config.strict import ConfigError, RunError
 from glalm.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -125,3 +130,120 @@ def test_a_worker_of_joblib_has_one_gpu_for_all_of_its_jobs(monkeypatch):
         for _ in range(2):
             launcher.choose_gpu_of_worker()
             assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu
+
+
+def fork_job(number: int, run: Callable) -> launcher.Job:
+    """Start run(pipe) in a process that ends at SIGTERM, and return its job when it runs."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    is_ready = context.Event()
+
+    def start() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        is_ready.set()
+        run(sender)
+
+    process = context.Process(target=start)
+    process.start()
+    is_ready.wait()
+    sender.close()
+    return launcher.Job(number, ["optim.lr=1"], None, process, receiver)
+
+
+def wait_for_signal(pipe) -> None:
+    signal.pause()
+
+
+def launch(folder: Path, monkeypatch, start_job: Callable, at_once: int = 2, jobs: int = 2) -> list[JobReturn]:
+    """Launch jobs that start_job(number) starts."""
+    monkeypatch.setattr(launcher, "visible_gpus", list)
+    monkeypatch.setattr(launcher, "limit_threads", lambda jobs: None)
+    monkeypatch.setattr(launcher, "start_job", lambda _, number, overrides, gpu: start_job(number))
+    processes = launcher.ProcessLauncher(at_once)
+    processes.config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=folder)))
+    return processes.launch([["optim.lr=1"]] * jobs, 0)
+
+
+def test_an_error_of_the_launcher_stops_the_jobs(tmp_path, monkeypatch):
+    started = []
+
+    def start_job(number: int) -> launcher.Job:
+        if started:
+            raise OSError("no memory")
+        started.append(fork_job(number, wait_for_signal))
+        return started[0]
+
+    with pytest.raises(OSError, match="no memory"):
+        launch(tmp_path, monkeypatch, start_job)
+    assert started[0].process.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_job_starts_stops_it_and_starts_no_other(signum, tmp_path, monkeypatch):
+    started = []
+
+    def start_job(number: int) -> launcher.Job:
+        started.append(fork_job(number, wait_for_signal))
+        os.kill(os.getpid(), signum)
+        return started[-1]
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt):
+        launch(tmp_path, monkeypatch, start_job)
+    assert [job.process.exitcode for job in started] == [-signal.SIGTERM]
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_killed_job_frees_its_slot_although_its_child_holds_the_pipe(tmp_path, monkeypatch):
+    ends = os.pipe()
+
+    def start_child_and_die(pipe) -> None:
+        os.close(ends[1])
+        if os.fork() == 0:
+            os.read(ends[0], 1)  # It returns when the test closes the other end.
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def send_result(pipe) -> None:
+        pipe.send(JobReturn(status=JobStatus.COMPLETED, _return_value=7))
+
+    def start_job(number: int) -> launcher.Job:
+        return fork_job(number, send_result if number else start_child_and_die)
+
+    first, second = launch(tmp_path, monkeypatch, start_job, at_once=1)
+    os.close(ends[1])
+    os.close(ends[0])
+    with pytest.raises(
+        RunError, match=r"job 0 \(optim.lr=1\) was ended by SIGKILL. Linux does that when memory runs out"
+    ):
+        assert first.return_value
+    assert second.return_value == 7
+
+
+def test_a_job_that_hangs_after_its_result_is_killed(tmp_path, monkeypatch):
+    def send_result_and_hang(pipe) -> None:
+        pipe.send(JobReturn(status=JobStatus.COMPLETED, _return_value=7))
+        signal.pause()
+
+    monkeypatch.setattr(launcher, "TEARDOWN_SECONDS", 0.1)
+    (job,) = launch(tmp_path, monkeypatch, lambda number: fork_job(number, send_result_and_hang), jobs=1)
+    assert job.return_value == 7
+
+
+class TwoArguments(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_message():
+    done = JobReturn(status=JobStatus.FAILED, _return_value=TwoArguments("full disk", 1))
+    received = pickle.loads(pickle.dumps(launcher.make_sendable(done)))
+    with pytest.raises(RunError, match="TwoArguments: full disk"):
+        assert received.return_value
+    done = JobReturn(status=JobStatus.COMPLETED, _return_value=7)
+    assert pickle.loads(pickle.dumps(launcher.make_sendable(done))).return_value == 7
+
+
+def test_no_jobs_at_once_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.at_once must be at least 1, not 0"):
+        launch(tmp_path, monkeypatch, lambda number: None, at_once=0)

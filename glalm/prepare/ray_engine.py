@@ -1,6 +1,7 @@
 """Run units on the machines of a Ray cluster. The process that writes their results to disk is the driver."""
 
 import logging
+import os
 import re
 import socket
 from collections import deque
@@ -21,9 +22,9 @@ from glalm.prepare.units import Unit, UnitEncoder
 Encoded = tuple[RecordBatch, EncodedBatch]
 Result = tuple[RecordBatch, Any]  # a batch without its records, and what it was turned into
 
-MAX_RETRIES = 8  # of a unit whose process or machine died, or whose result was lost with a machine
-UNITS_PER_CPU = 2  # that are in flight, so that no CPU waits for the driver
-RETURN_BYTES = 2**22  # of arrays that a task hands over at once
+MAX_RETRIES = 8  # A unit is run again so often if its process or machine dies, or a machine is lost with its result.
+UNITS_PER_CPU = 2  # So many are in flight for each CPU, so that none waits for the driver.
+RETURN_BYTES = 2**22  # A task hands over arrays of about this size at once.
 
 
 def import_ray() -> Any:
@@ -36,33 +37,46 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connect_to_ray(address: str | None) -> Iterator[int]:
-    """Connect this process to a Ray cluster, and return the number of its CPUs.
+def connect_to_ray(address: str | None) -> Iterator[None]:
+    """Connect this process to a Ray cluster until the block ends.
 
     Args:
-        address: The cluster's address, or "auto" for one that runs on this machine. None is that of RAY_ADDRESS, or of
-            a cluster on this machine, or else starts Ray on this machine alone until the block ends.
+        address: The cluster's address, or "auto" for one that runs on this machine. None stands for the first that
+            there is of the address in RAY_ADDRESS, a cluster on this machine, and Ray on this machine alone, which is
+            started and ends with the block.
 
     Raises:
-        ValueError: There is no cluster at `address`, or ray is not installed.
+        ValueError: There is no cluster at `address`, it has no CPUs, or ray is not installed or cannot start.
     """
     ray = import_ray()
     is_connected = ray.is_initialized()
     if not is_connected:
         try:
-            _refuse_silent_address(address)
+            _check_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            advice = "Start one (ray start --head), or leave --address out to run Ray on this machine alone."
-            raise ValueError(f"There is no Ray cluster at {address}: {error}. {advice}") from error
+            raise _explain_failed_start(error, address or os.environ.get("RAY_ADDRESS", "")) from error
     try:
-        yield _count_cpus(ray)
+        if not ray.cluster_resources().get("CPU"):
+            advice = "Start its nodes with some (ray start --num-cpus), or add a node"
+            raise ValueError(f"The Ray cluster has no CPUs, so that no task would ever run. {advice}.")
+        yield
     finally:
         if not is_connected:
             ray.shutdown()
 
 
-def _refuse_silent_address(address: str | None) -> None:
+def _explain_failed_start(error: Exception, address: str) -> ValueError:
+    """Return the error of a Ray cluster to which this process cannot connect, or of Ray that cannot start here."""
+    if not address:
+        return ValueError(f"Ray cannot start on this machine: {error}. To do without it, use --engine local.")
+    if not isinstance(error, OSError):  # for example, another version of Ray or Python
+        return ValueError(f"The Ray cluster at {address} cannot be used: {error}.")
+    advice = "Start one (ray start --head), or leave --address out to run Ray on this machine alone."
+    return ValueError(f"There is no Ray cluster at {address}: {error}. {advice}")
+
+
+def _check_listening(address: str | None) -> None:
     """Raise OSError if nothing listens at HOST:PORT, on which Ray would wait for minutes."""
     if match := re.fullmatch(r"([^:/]+):(\d+)", address or ""):
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
@@ -98,29 +112,27 @@ def stream_on_ray(function: Callable[[Unit], Iterator[Result]], units: Iterator[
     if isinstance(function, UnitEncoder):
         function = RemoteEncoder(function, _read_tokenizer(function.tokenizer_path))
     function_ref = ray.put(function)
-    running: deque[tuple[Unit, Any]] = deque()
+    running: deque[Any] = deque()  # for each unit, Ray's generator of references to its lists of results
     units = iter(units)
     try:
         while True:
             limit = UNITS_PER_CPU * _count_cpus(ray)  # Machines come and go.
             while len(running) < limit and (unit := next(units, None)) is not None:
-                running.append((unit, run.remote(function_ref, unit)))
+                running.append(run.remote(function_ref, unit))
             if not running:
                 return
-            unit, batch_refs = running[0]
-            for batch_ref in batch_refs:
-                for result in ray.get(batch_ref):
-                    yield unit, result
+            for results_ref in running[0]:
+                yield from ray.get(results_ref)
             running.popleft()
     except ray.exceptions.RayTaskError as error:
         raise _explain_missing_file(error.cause) from error
     except ray.exceptions.RayError as error:
         problem = f"Ray gave up on a unit of the preparation ({type(error).__name__}: {error})."
-        advice = "If memory ran out, start the nodes with fewer CPUs (ray start --num-cpus). Then run the same command "
-        raise ValueError(f"{problem} {advice}again to resume.") from error
+        advice = "If memory ran out, start the nodes with fewer CPUs (ray start --num-cpus)."
+        raise ValueError(f"{problem} {advice} Then run the same command again to resume.") from error
     finally:
-        for _, batch_refs in running:
-            ray.cancel(batch_refs)
+        for results_refs in running:
+            ray.cancel(results_refs)
 
 
 def run_unit(function: Callable[[Unit], Iterator[Result]], unit: Unit) -> Iterator[list[Result]]:
@@ -138,6 +150,7 @@ def run_unit(function: Callable[[Unit], Iterator[Result]], unit: Unit) -> Iterat
 
 
 def _count_cpus(ray: Any) -> int:
+    """Return the number of the cluster's CPUs, or 1 while it has lost all of them and waits for others."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
@@ -149,14 +162,15 @@ def _read_tokenizer(path: Path) -> dict[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(fingerprint: str, files: tuple[tuple[str, bytes], ...]) -> Path:
-    """Load a tokenizer from the content of its files, and return the path under which `open_tokenizer` caches it.
+    """Load a tokenizer from the content of its files, and return the path under which `open_tokenizer` has cached it.
 
-    The set's folder, where these files lie, is not on every machine.
+    The set's folder, where these files lie, is not on every machine. Nothing exists at the path any more, so that a
+    killed process leaves no files. Both caches hold the one last tokenizer, and change together.
     """
     with TemporaryDirectory() as folder:
         for name, content in files:
             path = Path(folder, name)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         top = Path(folder, files[0][0].split("/")[0])
         open_tokenizer(top, fingerprint)

@@ -1,4 +1,4 @@
-"""Cut inputs into units of work. What a unit gives is a pure function of the inputs and the settings.
+"""Cut inputs into units of work. The results of a unit are a pure function of the inputs and the settings.
 
 So any process of any machine can do it, again if need be, and the results, in the order of the inputs, are the same
 for any number of processes.
@@ -13,9 +13,10 @@ from glalm.prepare.encode import EncodedBatch, encode_batch
 from glalm.prepare.sources import Input, Part, Position, RecordBatch, read_part
 from glalm.prepare.workers import PENDING_BYTES
 
-UNIT_BYTES = 2**24  # of input that a unit has, at least, if there is more than one
-MAX_WHOLE_BYTES = 2**25  # of a file without cuts that is one unit; compressed text is some three times its size
-MAX_PARTS = 2**10  # of a unit
+UNIT_BYTES = 2**24  # A unit has at most about this much of its files, as they are stored, or else one file.
+# Larger files that cannot be cut are read by the parent process. Compressed ones expand to some three times this size.
+MAX_WHOLE_BYTES = 2**25
+MAX_PARTS = 2**10  # A unit has at most so many small files.
 
 # What a process reads and encodes: parts of neighbouring inputs, or the records of a large input without cuts, which
 # the parent process reads.
@@ -48,6 +49,7 @@ def _cut_parts(inputs: list[Input], position: Position) -> Iterator[tuple[Part, 
     """Yield the parts of all that follows `position` in `inputs`, and about how many bytes each of them has."""
     for index, source_input in enumerate(inputs[position.input :], position.input):
         cuts = source_input.find_cuts(position.start, UNIT_BYTES)
+        # Of a file that can be cut, what follows the last cut has no others.
         part_bytes = UNIT_BYTES if cuts or position.start else source_input.expected_bytes
         for start, stop in pairwise([position.start, *cuts, None]):
             yield Part(index, source_input.for_another_process(), start, stop, position.records), part_bytes
@@ -56,13 +58,15 @@ def _cut_parts(inputs: list[Input], position: Position) -> Iterator[tuple[Part, 
 
 
 def estimate_memory(unit: Unit) -> int:
-    """Return about how many bytes of memory a unit takes, as an item for `workers.stream_in_order`."""
+    """Return the size of a unit for `workers.stream_in_order`: that of records, or what lets a worker have two."""
     return unit.size if isinstance(unit, RecordBatch) else PENDING_BYTES // 2
 
 
 def limit_workers(workers: int, inputs: list[Input]) -> int:
-    """Return the number of processes, at most `workers`, for which there are units."""
-    return int(min(workers, 1 + sum(source_input.expected_bytes for source_input in inputs) / UNIT_BYTES))
+    """Return the number of processes, at most `workers`, for which there are about as many units."""
+    smallest = UNIT_BYTES / MAX_PARTS  # However small a file is, a unit has at most MAX_PARTS of them.
+    size = sum(max(source_input.expected_bytes, smallest) for source_input in inputs)
+    return int(min(workers, 1 + size / UNIT_BYTES))
 
 
 def read_unit(unit: Unit, fields: list[str]) -> Iterator[RecordBatch]:

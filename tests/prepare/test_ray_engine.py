@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from folder_contents import read_contents
@@ -156,9 +157,38 @@ def test_without_ray_its_extra_is_named(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
+def make_ray(resources, error=None):
+    """A module like ray, of a cluster with these resources, or to which no process can connect."""
+
+    def init(**options):
+        if error:
+            raise error
+
+    names = {"is_initialized": lambda: False, "init": init, "shutdown": lambda: None}
+    return SimpleNamespace(**names, cluster_resources=lambda: resources)
+
+
+@pytest.mark.parametrize(
+    ("address", "ray", "message"),
+    [
+        (None, make_ray({"memory": 1.0}), r"The Ray cluster has no CPUs.*ray start --num-cpus"),
+        (None, make_ray({}, RuntimeError("no shared memory")), r"Ray cannot start on this machine: no shared memory\."),
+        ("auto", make_ray({}, ConnectionError("none found")), r"There is no Ray cluster at auto: none found.*--head"),
+        ("auto", make_ray({}, RuntimeError("Version mismatch")), r"cluster at auto cannot be used: Version mismatch\."),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_explained(monkeypatch, address, ray, message):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ValueError, match=message), ray_engine.connect_to_ray(address):
+        pass
+
+
 def test_a_tokenizer_is_loaded_where_its_folder_is_not(prepared, hugging_face):
     for path in (prepared / "tokenizer.model", hugging_face):
         files = ray_engine._read_tokenizer(path)
+        if path.is_dir():
+            files[f"{path.name}/a/b/notes.txt"] = b"The folder a has no file of its own."
         loaded = ray_engine._load_tokenizer(str(path), tuple(files.items()))
         assert not loaded.exists()
         tokenizer = ray_engine.open_tokenizer(loaded, str(path))

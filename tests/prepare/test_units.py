@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from glalm.prepare import pipeline, units
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import Document, find_cuts, parse_records, read_file
-from glalm.prepare.sources import Position, RecordBatch, _describe_file, find_hub_dataset, read_part
+from glalm.prepare.sources import Input, Position, RecordBatch, _describe_file, find_hub_dataset, read_part
 
 LINES = [b"", b"", b" \t", b"\r", b'{"text": "a"}', b' {"text": "b"} \r', b"x", b'{"text": "' + b"c" * 50 + b'"}']
 
@@ -88,6 +88,12 @@ def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path, monkeypatch):
     assert found == [("parts", [0, 1, 2]), ("parts", [3, 4]), *cut, ("parts", [6]), ("read", [7])]
     [(first, *_), *_] = units.cut_units(inputs, ["text"], Position(input=5, start=1000, records=3, before=72))
     assert (first.start, first.stop, first.skip) == (1000, 2000, 3)
+
+
+@pytest.mark.parametrize(("size", "files", "expected"), [(100, 10_000, 10), (2**24, 3, 4), (100, 3, 1)])
+def test_there_are_processes_for_units_of_tiny_files(size, files, expected):
+    assert units.limit_workers(64, [Input("s", f"{i}", size, 0) for i in range(files)]) == expected
+    assert units.limit_workers(2, [Input("s", f"{i}", size, 0) for i in range(files)]) == min(2, expected)
 
 
 @pytest.fixture(scope="module")

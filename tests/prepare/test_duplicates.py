@@ -1,6 +1,7 @@
 """Signatures and the search for duplicates, compared with sets of words and a comparison of all pairs."""
 
 import json
+import os
 import random
 import re
 import unicodedata
@@ -38,6 +39,13 @@ MARKED = [
     "မြ",
     "a_1",
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 def find_shingles(text: str, ngram: int = 5) -> set[tuple[str, ...]]:
@@ -227,6 +235,22 @@ def test_a_copy_of_a_removed_document_duplicates_the_kept_one(tmp_path):
 def test_documents_without_words_resemble_nothing(tmp_path):
     found = find_duplicates(make_store(tmp_path / "store", ["!", "?", "-", "!", "a b", "B A"]), 0.8)
     assert found.removed.tolist() == [3]
+
+
+def test_the_files_of_a_store_do_not_grow_in_number(tmp_path):
+    """One file for each column and band, in which the band's hashes of all documents are neighbours."""
+    texts = [f"{i} is a text of six words" for i in range(20)]
+    store = make_store(tmp_path / "store", texts)
+    names = {path.name for path in store.folder.iterdir()}
+    assert names == {"documents", "sketches", "finished.jsonl", "journal.json", *(f"band-{i:03d}" for i in range(21))}
+    expected = compute_signatures(NEAR, make_batch(texts))
+    (store.folder / "band-003").write_bytes((store.folder / "band-003").read_bytes() + b"cut short by a kill")
+    for found in (store, SignatureStore(store.folder)):
+        assert [found.read_band(i).tolist() for i in range(21)] == expected.bands.tolist()
+        assert np.concatenate([found.read_sketch(i) for i in range(20)]).tolist() == expected.sketches.tolist()
+    found.add(expected, Position())
+    found.commit()
+    assert found.read_band(3).tolist() == expected.bands[3].tolist() * 2 and len(found) == 40
 
 
 def test_in_exact_mode_only_equal_texts_count(tmp_path):

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from choices import CHOICES, EXACT, every_choice
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glalm.hf import GLALMForCausalLM
 from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
 from glalm.model.mixers import MIXERS
+from glalm.model.mixers.base import mix_tokens
 
 
 def test_every_mixer_is_here():
@@ -125,6 +129,26 @@ def test_padding_between_a_state_and_its_tokens_is_ignored(choice, tiny, tokens)
             expected = model(text[None]).logits[0]
             torch.testing.assert_close(out.logits[row, T - count :], expected[9 : 9 + count], **EXACT)
             torch.testing.assert_close(after[row], expected[-2:], **EXACT)
+
+
+@settings(max_examples=12)
+@given(data=st.data(), is_packed=st.booleans())
+@torch.no_grad()
+def test_only_tokens_continue_a_state(data, is_packed):
+    """Padding may be anywhere, in a batch or in packed sequences."""
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12), "mask")).view(3, 4)
+    x = torch.randn(3, 4, 16, dtype=torch.float64)
+    config = ModelConfig(mixer="mamba2", hidden_size=16, mamba2={"state_size": 4, "head_dim": 8}, vocab_size=8)
+    mixer = CausalLM(config).double().model.layers[0].attn
+    _, state = mixer(torch.randn(3, 6, 16, dtype=torch.float64), return_state=True)
+    rows, bounds = (x.view(1, 12, 16), torch.tensor([0, 4, 8, 12])) if is_packed else (x, None)
+    padding = mask.view(*rows.shape[:2], 1)
+    y, after = mix_tokens(mixer, rows, padding, state=state, return_state=True, cu_seqlens=bounds)
+    for i in range(3):
+        past = torch.utils._pytree.tree_map(lambda old, i=i: old[i : i + 1], state)
+        expected, end = mixer(x[i, mask[i]][None], state=past, return_state=True)
+        torch.testing.assert_close(y.view(3, 4, 16)[i, mask[i]], expected[0])
+        torch.testing.assert_close(torch.utils._pytree.tree_map(lambda new, i=i: new[i : i + 1], after), end)
 
 
 @every_choice

@@ -49,7 +49,9 @@ def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seq
             return h[0] * x + convolve_between_blocks(x, h, sequence_ids(cu_seqlens, T), block=1)
         if outputs == 1:
             return (x[:, T - len(h) :] * h.flip(0)).sum(1, keepdim=True)
-        y = convolve_circularly(x, h, T + len(h))
+        # FFTs over a prime number of tokens, or a multiple of a large prime, take several times as long.
+        period = -(-(T + len(h)) // 64) * 64
+        y = convolve_circularly(x, h, period)
         return y[:, T - (T if outputs is None else outputs) : T]
 
 

@@ -63,14 +63,14 @@ def deduplicate(
     progress: bool = True,
     commit_seconds: float = 15,
 ) -> dict[str, Any]:
-    """List the documents of `sources` that duplicate an earlier one in the folder `out`, and return the report.
+    """Write a list of the documents of `sources` that duplicate an earlier one to the folder `out`. Return the report.
 
     `glalm.prepare.duplicates` says which documents these are. The same call again resumes, or returns at once. A call
     with more sources compares their documents with the earlier ones, about which nothing changes.
 
     Args:
         sources: See `prepare_data`. Their order decides which copy is kept.
-        mode: Look for equal texts and near-duplicates, or for equal texts only.
+        mode: "near" looks for equal texts and near-duplicates, "exact" for equal texts only.
         threshold: Two documents are near-duplicates if the Jaccard index of their shingles is at least this.
         ngram: The number of words of a shingle.
         text_field, source_field: See `prepare_data`. Records that it would skip are not compared.
@@ -109,16 +109,16 @@ def deduplicate(
                 bar.log(message)
         _check_folder(out, overwrite)
         store = SignatureStore(out / SIGNATURES)
-        planned = plan_inputs(out, settings, inputs, store.finished)
+        entries = plan_inputs(out, settings, inputs, store.finished)
         if not (out / REPORT).exists():
             engine_name = "engine: ray" if engine == "ray" else f"processes: {workers}"
-            bar.log(f"Computing signatures of {len(planned) - store.position.input:,} inputs ({engine_name})")
+            bar.log(f"Computing signatures of {len(entries) - store.position.input:,} inputs ({engine_name})")
             available = {source_input.key: source_input for source_input in inputs}
-            ordered = [available.get((entry["source"], entry["name"])) for entry in planned]
-            add_signatures(store, ordered, settings, map_units, commit_seconds, bar)
+            planned = [available.get((entry["source"], entry["name"])) for entry in entries]
+            add_signatures(store, planned, settings, map_units, commit_seconds, bar)
             bar.start_task("comparing", len(store))
             duplicates = find_duplicates(store, threshold, lambda document: bar.update(document))
-            write_results(out, settings, planned, store, duplicates)
+            write_results(out, settings, entries, store, duplicates)
     return read_report(out)
 
 
@@ -148,7 +148,8 @@ def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[s
         if source_input is None and index >= len(finished):
             problem = f"{out} has an unfinished deduplication of {entry['source']}, {entry['name']}, which is missing"
             raise ValueError(f"{problem}. Finish it with the sources of the earlier command. {advice}")
-        if source_input and source_input.describe() != entry and sha256 != (source_input.compute_sha256() or ""):
+        same = not source_input or source_input.describe() == entry
+        if not same and not (sha256 and sha256 == source_input.compute_sha256()):
             raise ValueError(f"{source_input} has changed since the deduplication in {out} began. {advice}")
     if available:
         # Without a report, the results that it describes do not count.
@@ -193,9 +194,9 @@ def add_signatures(
     Raises:
         ValueError: An input changed while it was read.
     """
-    starts = [0, *accumulate(source_input.size if source_input else 0 for source_input in inputs)]
+    bytes_before = [0, *accumulate(source_input.size if source_input else 0 for source_input in inputs)]
     position = store.position
-    bar.start_task("reading", starts[-1], starts[position.input])
+    bar.start_task("reading", bytes_before[-1], bytes_before[position.input])
     fields = list_fields(settings)
     results = map_units(UnitSigner(settings, fields), cut_units(inputs, fields, position))
     documents = len(store)
@@ -203,7 +204,7 @@ def add_signatures(
     try:
         for batch, signatures in results:
             if batch.input_index < position.input:
-                continue  # The input is damaged in an earlier part, which ends it.
+                continue  # A damaged part has ended this input. Its later parts are skipped.
             source_input = inputs[batch.input_index]
             signatures = signatures.shift_numbers(position.before)
             position = position.after(batch)
@@ -214,7 +215,7 @@ def add_signatures(
                     advice = "Run the command again with --overwrite."
                     raise ValueError(f"{source_input} changed while it was read. {advice}")
             documents += len(signatures.documents)
-            bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
+            bar.update(bytes_before[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
             if store.pending_bytes > MAX_PENDING_BYTES or time.monotonic() - commit_time > commit_seconds:
                 store.commit()
                 commit_time = time.monotonic()

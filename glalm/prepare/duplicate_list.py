@@ -31,8 +31,8 @@ REPORT_SHAPE = {
     "sources": {str: dict},
 }
 EXAMPLES = 5  # of each kind in the report
-# A line of the list: the records of the two documents, the index of the kept one's input, and the other entries.
-ROW = np.dtype([("record", "<i8"), ("of_input", "<i8"), ("of_record", "<i8"), ("jaccard", "<f8"), ("kind", "S15")])
+# A line of the list: a removed document's record, the input's index and the record of the kept one, and the rest.
+ROW = np.dtype([("record", "<i8"), ("kept_input", "<i8"), ("kept_record", "<i8"), ("jaccard", "<f8"), ("kind", "S15")])
 
 
 def write_results(out: Path, settings: dict, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> None:
@@ -51,11 +51,11 @@ def write_results(out: Path, settings: dict, inputs: list[dict], store: Signatur
     sources: dict[str, dict[str, int]] = {}
     with atomic_write(out / INPUTS) as file:
         for index, entry in enumerate(inputs):
-            of_input = dict(zip(COUNTS, counts[:, index].tolist(), strict=True))
-            file.write(_to_line({**entry, "sha256": store.finished[index], **of_input}))
-            of_source = sources.setdefault(entry["source"], dict.fromkeys(COUNTS, 0))
-            for name, count in of_input.items():
-                of_source[name] += count
+            input_counts = dict(zip(COUNTS, counts[:, index].tolist(), strict=True))
+            file.write(_to_line({**entry, "sha256": store.finished[index], **input_counts}))
+            source_counts = sources.setdefault(entry["source"], dict.fromkeys(COUNTS, 0))
+            for name, count in input_counts.items():
+                source_counts[name] += count
     report = {
         "format": FORMAT,
         "version": VERSION,
@@ -115,7 +115,7 @@ class DuplicateList:
         self._records = self._rows["record"].copy()  # A search in a field of the rows would copy it each time.
 
     def check(self, settings: dict, inputs: Iterable[Input]) -> None:
-        """Raise ValueError unless the documents of `inputs`, as a set with `settings` has them, were compared."""
+        """Raise ValueError unless all `inputs`, read with `settings`, were part of the deduplication."""
         for name in ("text_field", "source_field"):
             if settings[name] != self._settings[name]:
                 option = f"--{name.replace('_', '-')}"
@@ -139,7 +139,7 @@ class DuplicateList:
         """
         is_present = np.array([key in keys for key in self._keys])
         counts = [stop - start for start, stop in self._ranges.values()]
-        kept_in = self._rows["of_input"]
+        kept_in = self._rows["kept_input"]
         is_absent = np.repeat(is_present, counts) & ~is_present[kept_in]
         if not is_absent.any():
             return ""
@@ -151,14 +151,14 @@ class DuplicateList:
         """Return a batch in which the removed documents count as skipped records.
 
         Args:
-            key: That of the input of the batch, in which the documents have their numbers.
+            key: The (source, name) of the batch's input. The documents are numbered by its records.
         """
         if not encoded.documents:
             return encoded
         start, stop = self._ranges[key]
         numbers = np.array([document.number for document in encoded.documents])
-        first, last = start + np.searchsorted(self._records[start:stop], (numbers[0], numbers[-1] + 1))
-        rows = self._rows[first:last]
+        begin, end = start + np.searchsorted(self._records[start:stop], (numbers[0], numbers[-1] + 1))
+        rows = self._rows[begin:end]
         is_kept = ~np.isin(numbers, rows["record"])
         lengths = [document.tokens for document in encoded.documents]
         return EncodedBatch(
@@ -169,8 +169,8 @@ class DuplicateList:
 
     def _describe(self, row: np.void) -> SkippedRecord:
         """Return a removed document as a skipped record."""
-        source, name = self._keys[row["of_input"]]
-        detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['of_record']}"
+        source, name = self._keys[row["kept_input"]]
+        detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['kept_record']}"
         return SkippedRecord(int(row["record"]), row["kind"].decode(), detail)
 
     def _read_rows(self) -> np.ndarray:
@@ -181,9 +181,9 @@ class DuplicateList:
             with open(self.folder / LIST, "rb") as file:
                 for line in file:
                     row = json.loads(line)
-                    of = row["of"]
-                    of_input = numbers[of["source"], of["name"]]
-                    yield row["record"], of_input, of["record"], row["jaccard"], row["kind"].encode()
+                    kept = row["of"]
+                    kept_input = numbers[kept["source"], kept["name"]]
+                    yield row["record"], kept_input, kept["record"], row["jaccard"], row["kind"].encode()
 
         return np.fromiter(read_tuples(), ROW)
 
@@ -191,14 +191,14 @@ class DuplicateList:
 def _describe_pair(index: int, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> dict[str, Any]:
     """Return the line of the list for the removed document of this index."""
     return {
-        **_locate(int(duplicates.removed[index]), inputs, store),
+        **_describe_document(int(duplicates.removed[index]), inputs, store),
         "kind": EXACT if duplicates.exact[index] else NEAR,
         "jaccard": round(float(duplicates.jaccard[index]), 4),
-        "of": _locate(int(duplicates.kept[index]), inputs, store),
+        "of": _describe_document(int(duplicates.kept[index]), inputs, store),
     }
 
 
-def _locate(document: int, inputs: list[dict], store: SignatureStore) -> dict[str, Any]:
+def _describe_document(document: int, inputs: list[dict], store: SignatureStore) -> dict[str, Any]:
     """Return the source and name of the input, and the number of the record, that has a document."""
     described = store.read_document(document)
     entry = inputs[described["input_index"]]
@@ -212,8 +212,8 @@ def _choose_examples(inputs: list[dict], store: SignatureStore, duplicates: Dupl
     chosen = [*by_jaccard[~is_exact][:EXAMPLES], *by_jaccard[is_exact][:EXAMPLES]]
     examples = []
     for index in chosen:
-        starts = [store.read_document(int(number[index]))["start"] for number in (duplicates.removed, duplicates.kept)]
-        texts = [start.decode(errors="ignore") for start in starts]
+        pair = (int(duplicates.removed[index]), int(duplicates.kept[index]))
+        texts = [store.read_document(document)["beginning"].decode(errors="ignore") for document in pair]
         examples.append({**_describe_pair(index, inputs, store, duplicates), "text": texts[0], "of_text": texts[1]})
     return examples
 

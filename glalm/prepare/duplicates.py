@@ -2,8 +2,9 @@
 
 Documents are compared in the order of the inputs. A document is removed if an earlier document that is itself not
 removed has the same text or, if near-duplicates are looked for, a Jaccard index of the shingles of at least the
-threshold. So there are no chains: each removed document resembles the one that is kept in its place. The first copy is
-always kept, and documents that are appended never change what was decided about earlier ones.
+threshold. Equal texts have one fate: if the first is removed, so are the others, for the document that is kept in its
+place. So there are no chains: each removed document resembles the one that is kept in its place. Documents that are
+appended never change what was decided about earlier ones.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import numpy as np
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import estimate_jaccard
 
-# The kept documents of a bucket with which another one is compared. Otherwise the time would be quadratic in the number
-# of pages that share a template and are no duplicates. Copies share several buckets, so few of them are missed.
+# A document is compared with at most so many kept documents of each of its buckets. Without a limit, the time would be
+# quadratic in the number of pages that share a template and are no duplicates. A document that resembles only later
+# members of a bucket is missed there, but near-duplicates mostly share several buckets.
 MAX_COMPARED = 32
 PROGRESS_STEP = 1000  # documents
 EXACT = "exact duplicate"
@@ -60,7 +62,7 @@ def find_duplicates(
     Args:
         threshold: The Jaccard index from which on two documents are near-duplicates. It has no effect on signatures of
             the mode "exact", which have no band hashes.
-        on_progress: Is called with the number of each document before it is compared.
+        on_progress: Is called with the number of a document before it is compared, once in PROGRESS_STEP documents.
     """
     if not len(store):
         return Duplicates(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, bool))
@@ -68,16 +70,17 @@ def find_duplicates(
     numbers = np.arange(len(store))
     # A document without words resembles nothing.
     compared = numbers[(first_copy == numbers) & (store.read_column("sketch_size") > 0)]
-    kept = numbers.copy()
+    representative = numbers.copy()  # the document that is kept in place of each
     jaccard = np.ones(len(store))
-    for document, other, index in find_near_duplicates(store, compared, threshold, on_progress):
-        kept[document] = other
-        jaccard[document] = index
-    # A copy of a document that was removed resembles the document that is kept in its place.
-    kept = kept[first_copy]
+    for document, other, similarity in find_near_duplicates(store, compared, threshold, on_progress):
+        representative[document] = other
+        jaccard[document] = similarity
+    # Copies of a document that was removed count as near-duplicates of the document that is kept in its place.
+    representative = representative[first_copy]
     jaccard = jaccard[first_copy]
-    removed = np.flatnonzero(kept != numbers)
-    return Duplicates(removed, kept[removed], jaccard[removed], (kept == first_copy)[removed])
+    removed = np.flatnonzero(representative != numbers)
+    is_exact = representative == first_copy
+    return Duplicates(removed, representative[removed], jaccard[removed], is_exact[removed])
 
 
 def find_first_copies(text_hashes: np.ndarray) -> np.ndarray:

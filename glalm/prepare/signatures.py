@@ -1,7 +1,7 @@
 """Compute the signatures of documents: what deduplication stores and compares in place of their texts.
 
-A near-duplicate shares most of its shingles, the runs of `ngram` neighbouring words. Its signature has two parts. Band
-hashes, made of MinHash values, are equal for some pairs and tell which documents to compare at all (Leskovec,
+Near-duplicates share most of their shingles, the runs of `ngram` neighbouring words. A signature has two parts.
+Documents are compared only if they have one of their band hashes, made of MinHash values, in common (Leskovec,
 Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). A sketch, the lowest hashes of the shingles, is what is
 compared (Broder, On the resemblance and containment of documents, 1997).
 """
@@ -20,11 +20,11 @@ from glalm.prepare.records import SkippedRecord, parse_records
 from glalm.prepare.sources import RecordBatch
 
 PERMUTATIONS = 128  # MinHash values of a document
-SKETCH_SIZE = 1024  # Sketches of documents with fewer different shingles are exact.
+SKETCH_SIZE = 1024  # So many of the lowest shingle hashes are kept: all, if a document has fewer different ones.
 MIN_RECALL = 0.99  # the share of the pairs at the threshold that have a band hash in common
 CHARACTERS_AT_ONCE = 2**20  # bounds the memory for the words of a long document
 SHINGLES_AT_ONCE = 2**14  # bounds the memory for the MinHash values of a long document: 128 x 4 bytes each
-START_BYTES = 64
+BEGINNING_BYTES = 64
 # The letters of scripts without spaces: Han, kana, Thai, Lao, Burmese and Khmer.
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -37,7 +37,7 @@ DOCUMENT = np.dtype(
         ("record", "<u8"),  # the number of its record, counted from 1
         ("text_hash", "<u8", 2),
         ("sketch_size", "<u4"),
-        ("start", f"S{START_BYTES}"),  # the beginning of the text in UTF-8, which the report shows
+        ("beginning", f"S{BEGINNING_BYTES}"),  # The report shows how the text begins, in UTF-8.
     ]
 )
 
@@ -69,7 +69,8 @@ def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatur
         settings: Those of `glalm.prepare.deduplication.deduplicate`. If the mode is "exact", bands and sketches are
             empty.
     """
-    rows = count_rows(settings["threshold"]) if settings["mode"] == "near" else None
+    is_near = settings["mode"] == "near"
+    band_size = count_values_per_band(settings["threshold"]) if is_near else 0
     documents = []
     bands = []
     sketches = [np.empty(0, np.uint32)]
@@ -77,26 +78,26 @@ def compute_signatures(settings: dict[str, Any], batch: RecordBatch) -> Signatur
         if isinstance(item, SkippedRecord):
             continue
         data = item.text.encode()
-        shingles = hash_shingles(item.text, settings["ngram"]) if rows else np.empty(0, np.uint32)
+        shingles = hash_shingles(item.text, settings["ngram"]) if is_near else np.empty(0, np.uint32)
         sketches.append(shingles[:SKETCH_SIZE])
-        bands.append(_hash_bands(shingles, rows) if rows else [])
+        bands.append(_hash_bands(shingles, band_size) if is_near else [])
         text_hash = np.frombuffer(blake2b(data, digest_size=16).digest(), "<u8")
-        documents.append((batch.input_index, item.number, text_hash, len(sketches[-1]), data[:START_BYTES]))
+        documents.append((batch.input_index, item.number, text_hash, len(sketches[-1]), data[:BEGINNING_BYTES]))
     return Signatures(
         np.array(documents, DOCUMENT),
-        np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // rows if rows else 0).T,
+        np.array(bands, np.uint64).reshape(len(documents), PERMUTATIONS // band_size if is_near else 0).T,
         np.concatenate(sketches),
     )
 
 
-def count_rows(threshold: float) -> int:
+def count_values_per_band(threshold: float) -> int:
     """Return the number of MinHash values in a band: the most that give MIN_RECALL at the Jaccard index `threshold`.
 
-    The more values a band has, the fewer documents are compared in vain.
+    The more values a band has, the fewer documents are compared in vain. It is 1 if no number gives MIN_RECALL.
     """
-    for rows in range(PERMUTATIONS, 1, -1):
-        if 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= MIN_RECALL:
-            return rows
+    for band_size in range(PERMUTATIONS, 1, -1):
+        if 1 - (1 - threshold**band_size) ** (PERMUTATIONS // band_size) >= MIN_RECALL:
+            return band_size
     return 1
 
 
@@ -151,7 +152,7 @@ def _split_words(text: str) -> Iterator[list[bytes]]:
 @lru_cache(maxsize=1)
 def _compile_words() -> tuple[re.Pattern, re.Pattern]:
     """Return the patterns of a word, and of a character before which a text may be cut, because no word spans it."""
-    # Those above U+FFFF belong to rare scripts, and would make each search several times slower.
+    # Marks above U+FFFF belong to rare scripts, and would make each search several times slower.
     marks = "".join(filter(lambda mark: unicodedata.category(mark).startswith("M"), map(chr, range(2**16))))
     marks += OTHER_MARKS
     letters = rf"[^\W{UNSPACED}]"
@@ -160,15 +161,15 @@ def _compile_words() -> tuple[re.Pattern, re.Pattern]:
     return re.compile(word), re.compile(rf"[^\w{marks}]|{letter}")
 
 
-def _hash_bands(shingles: np.ndarray, rows: int) -> list[int]:
-    """Return the hashes of PERMUTATIONS // `rows` bands of MinHash values."""
+def _hash_bands(shingles: np.ndarray, band_size: int) -> list[int]:
+    """Return the hashes of PERMUTATIONS // `band_size` bands of MinHash values."""
     from xxhash import xxh3_64_intdigest
 
     minhash = _make_minhash()
     minhash.clear()
     for start in range(0, len(shingles), SHINGLES_AT_ONCE):
         minhash.update_batch(shingles[start : start + SHINGLES_AT_ONCE])
-    bands = minhash.hashvalues[: PERMUTATIONS // rows * rows].reshape(-1, rows)
+    bands = minhash.hashvalues[: PERMUTATIONS // band_size * band_size].reshape(-1, band_size)
     return [xxh3_64_intdigest(band.tobytes()) for band in bands]
 
 

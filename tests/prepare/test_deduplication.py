@@ -131,6 +131,7 @@ def test_the_parts_of_the_signatures_do_not_matter(
     monkeypatch.setattr(deduplication, "MAX_PENDING_BYTES", part_bytes)
     monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
     monkeypatch.setattr(units, "UNIT_BYTES", batch_bytes)  # The files are read in ranges of bytes.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # There are many commits.
     commits = []
     write_json = signature_store.write_json
     monkeypatch.setattr(signature_store, "write_json", lambda *args: commits.append(write_json(*args)))

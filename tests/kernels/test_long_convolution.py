@@ -55,6 +55,24 @@ def test_half_precision_is_convolved_in_float32():
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("T", range(4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_short_inputs(T, dtype, packed):
+    torch.manual_seed(0)
+    x = torch.randn(1, T, 2).to(dtype).requires_grad_()
+    h = torch.randn(3, 2).to(dtype).requires_grad_()
+    bounds = torch.tensor([0, T // 2, T]) if packed else None
+    found = long_convolution(x, h, cu_seqlens=bounds)
+    expected = convolve_by_definition(x.double(), h.double(), bounds)
+    dy = torch.randn(expected.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(found, (x, h), dy.to(found.dtype))
+    exact = torch.autograd.grad(expected, (x, h), dy, materialize_grads=True)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for value, truth in zip((found, *gradients), (expected, *exact), strict=True):
+        torch.testing.assert_close(value.double(), truth.double(), rtol=tolerance, atol=tolerance)
+
+
 def test_nothing_crosses_a_bound_not_even_nan():
     x = torch.ones(1, 20, 1)
     x[:, 7:9] = torch.nan

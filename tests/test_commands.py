@@ -166,6 +166,7 @@ def test_clone_has_a_script_for_each_command():
     assert {path.read_text().splitlines()[-1] for path in scripts} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -208,6 +209,7 @@ def cpu_seconds(*args: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, argument, message", MISSPELT)
 def test_misspelt_key_is_refused_before_slow_imports(script, argument, message):
     text = run("-c", RUN_AND_LIST_IMPORTS, script, argument, code=2)

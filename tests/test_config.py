@@ -78,9 +78,11 @@ def test_every_key_can_be_set(config, cls):
 
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
+        overrides = [f"{path}=null" for path in paths(default_tree(cls))]
+        check_overrides(overrides, cls, [])
+        composed = compose(config, overrides)
         for path in paths(default_tree(cls)):
-            check_overrides([f"{path}=null"], cls, [])
-            assert OmegaConf.select(compose(config, [f"{path}=null"]), path) is None
+            assert OmegaConf.select(composed, path) is None
 
 
 def test_overrides_reach_the_dataclasses():

@@ -215,6 +215,7 @@ def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(run_config, tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

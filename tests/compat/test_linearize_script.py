@@ -109,6 +109,7 @@ def test_diverged_distillation_writes_nothing(run_linearize, llama, token_folder
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_data_with_larger_vocabulary_is_an_error(token_folder, tmp_path):
     shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(intermediate_size=48, **shape)).save_pretrained(tmp_path / "llama")

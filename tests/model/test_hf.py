@@ -65,6 +65,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="w0", pad_token="w0", padding_side="left")
 
 
+@pytest.mark.slow
 def test_importing_hf_registers_the_auto_classes(saved):
     """Importing the package alone imports and registers nothing."""
     _, folder = saved()

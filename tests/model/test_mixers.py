@@ -160,6 +160,7 @@ def test_generation_and_beams_from_the_state_equal_those_from_all_tokens(choice,
         assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@pytest.mark.slow
 @every_choice
 def test_compiled_without_a_graph_break(choice, tiny, tokens):
     torch._dynamo.reset()

@@ -73,6 +73,7 @@ def test_what_is_wrong_is_named(tree, message):
         build_dataclass(ModelConfig, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tree, message",
     [

@@ -55,6 +55,7 @@ def test_it_takes_less_than_60_lines():
     assert sum(len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS) < 60
 
 
+@pytest.mark.slow
 def test_the_config_is_of_its_size(copy):
     code = """
 import yaml
@@ -67,6 +68,7 @@ print(model_cost(build_dataclass(ModelConfig, yaml.safe_load(open("configs/model
     assert int(run_python(copy, "-c", code)) == pytest.approx(model_cost(gla, 256).parameters, rel=0.01)
 
 
+@pytest.mark.slow
 def test_its_option_is_a_key_of_the_model(copy):
     code = """
 from glalm.config.strict import ConfigError, build_dataclass

@@ -84,6 +84,7 @@ def test_rates_and_seeds_by_another_launcher(run_ladder, tiny, tmp_path, capfd):
         assert config["lr"] == rate and config["min_lr"] < rate
 
 
+@pytest.mark.slow
 def test_the_cost_of_all_runs_is_known_before(run_ladder, tmp_path, capsys):
     arguments = [
         "gla",

@@ -294,7 +294,7 @@ def test_the_filter_of_hyena_is_as_long_as_the_sequences(length, monkeypatch):
     monkeypatch.setattr(mqar, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
     config = dataclasses.replace(SMALL, train_examples=4, test_examples=2, epochs=1)
     mqar.train(config, Job("hyena", length, 2, 16, 1e-3), torch.device("cpu"))
-    assert [model.model.layers[0].attn.filter.length for model in models] == [length]
+    assert [model.model.layers[0].attn.filter.filter_length for model in models] == [length]
 
 
 def test_settings_that_cannot_be():

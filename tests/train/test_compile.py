@@ -63,6 +63,7 @@ def test_each_mixer_compiles_to_one_graph(layers, compile_counter):
     torch.testing.assert_close(found, gradients(tiny(layers), batch), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["gla", "mamba2", "gated_deltanet"])
 def test_any_number_of_documents_and_segments_shares_a_graph(layers, compile_counter):
     model = tiny(layers, compile=True)
@@ -80,6 +81,7 @@ def test_any_number_of_documents_and_segments_shares_a_graph(layers, compile_cou
     assert compile_counter.frame_count == 3  # from an empty state, and from a given one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["elementwise", "selective", "full"])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])  # the latter differentiates the graph, as Inductor does
 def test_recomputation_does_not_change_gradients(kept, backend, monkeypatch):

@@ -86,6 +86,7 @@ def test_activations_are_what_a_model_saves(run_config, change, mixer, bf16):
     assert parts["activations"] + parts["bf16 weights"] + loss == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.slow
 def test_no_part_is_negative(run_config, change):
     """Mamba saves one state less than it has chunks, so a linear fit of its activations starts below 0."""
     config = change(run_config, model=ModelConfig(**MODEL, mixer="mamba"), **{"data.seq_len": 256})
@@ -97,6 +98,7 @@ def test_full_checkpointing_saves_only_a_blocks_input():
     assert kept.per_token == 2 * 64 and abs(kept.fixed) < 1000
 
 
+@pytest.mark.slow
 def test_more_recomputation_saves_less():
     model = ModelConfig(**MODEL)
     eager = measure_activations(model, "gla", TrainConfig(), True, False).per_token

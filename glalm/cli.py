@@ -131,7 +131,6 @@ def hydra_entry(
     if not faulthandler.is_enabled():
         faulthandler.enable()  # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened.
     store_defaults(cls)
-    register_launcher()
     # Hydra's parser refuses `KEY=VALUE --config-dir FOLDER KEY=VALUE`, so all overrides go to the end.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Without this, Hydra exits with 1 whatever error a job of a sweep has.
@@ -141,6 +140,7 @@ def hydra_entry(
             print(describe_command(cls, config_name, sys.argv[1:]))
             sys.exit(0)
         sys.argv[1:] = protect_names(sys.argv[1:])
+        register_launcher()  # This imports all plugins, as Hydra does, so it follows the checks.
         command = HydraCommand(main, cls, complete, objective, normalize_overrides(sys.argv[1:]))
         hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)(command)()
 
@@ -384,7 +384,7 @@ def check_plugins(args: list[str]) -> None:
         choice = overrides.get(f"hydra/{kind}", "basic")
         if choice == "basic" and not options:
             continue
-        Plugins.instance()  # It imports the plugins, which register what they offer.
+        register_launcher()  # This also imports the plugins, which register what they offer.
         installed = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(f"hydra/{kind}")]
         if choice not in installed and choice in PLUGIN_SOURCES:
             raise ConfigError(f"hydra/{kind}={choice} needs another package: pip install {PLUGIN_SOURCES[choice]}")

@@ -1,5 +1,6 @@
 """The blocks of docs/journey_own_mixer.md, as typed, with the wheel installed, in an empty folder."""
 
+import ast
 import asyncio
 import json
 import re
@@ -35,7 +36,7 @@ def test_own_mixer(installed, tmp_path):
     source = (tmp_path / "average.py").read_text()
     for folder in ("exported", "finetuned"):
         assert (tmp_path / folder / "average.py").read_text() == source
-    assert printed["python load.py"].startswith("['def main(")
+    assert ast.literal_eval(printed["python load.py"])[0].startswith("def main(")
     packaged = tmp_path / "exported-packaged"
     assert not list(packaged.glob("*.py"))
     assert json.loads((packaged / "config.json").read_text())["mixer_packages"] == {"average": "glalm-average==1.0"}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from glalm.config.strict import describe_divisors, require, require_positive
@@ -155,6 +154,8 @@ class Attention(Mixer):
         end = (context.rank + 1) * T
         k, v = (gather_tokens(y, context)[:, :end] for y in (k, v))
         if self.window is None:
+            from torch.nn.attention.bias import causal_lower_right  # It imports torch's compiler, which takes seconds.
+
             return masked_attention(q, k, v, causal_lower_right(T, end))
         key_positions = torch.arange(end, device=q.device)[None]
         return masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))

@@ -7,10 +7,8 @@ interrupted and resumed.
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any, Literal
 from glalm.data.files import DamagedFile, read_json, remove_entry, temporary_path, write_json
 from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
-from glalm.prepare.pipeline import check_engine
+from glalm.prepare.engine import MapUnits, check_engine, choose_engine, connect_engine
 from glalm.prepare.plan import list_fields
-from glalm.prepare.ray_engine import connect_to_ray, stream_on_ray
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import Signatures, compute_signatures
@@ -35,16 +32,14 @@ from glalm.prepare.sources import (
     out_of_memory_error,
     parse_source,
 )
-from glalm.prepare.units import Unit, cut_units, estimate_memory, limit_workers, read_unit
-from glalm.prepare.workers import count_cores, stream_in_order
+from glalm.prepare.units import Unit, cut_units, limit_workers, read_unit
+from glalm.prepare.workers import count_cores
 from glalm.progress import ProgressBar
 
 PLAN = "plan.json"
 SIGNATURES = "signatures"
 PLAN_SHAPE = {"format": {FORMAT}, "version": int, "settings": dict, "inputs": [{"source": str, "name": str}]}
 MAX_PENDING_BYTES = 2**26  # of signatures that are kept in memory
-
-MapUnits = Callable[[Callable, Iterable[Unit]], Generator[Any, None, None]]
 
 
 def deduplicate(
@@ -95,10 +90,9 @@ def deduplicate(
     if mode == "near":
         settings |= {"threshold": threshold, "ngram": ngram}
     workers = limit_workers(workers or count_cores(), inputs)
-    in_processes = partial(stream_in_order, workers=workers, size_of=estimate_memory)
-    map_units = stream_on_ray if engine == "ray" else in_processes
+    map_units, engine_name = choose_engine(engine, workers)
     with (
-        connect_to_ray(address) if engine == "ray" else nullcontext(),
+        connect_engine(engine, address),
         create_folder(out),
         lock_folder(out),
         explain_full_disk(out),
@@ -111,7 +105,6 @@ def deduplicate(
         store = SignatureStore(out / SIGNATURES)
         entries = plan_inputs(out, settings, inputs, store.finished)
         if not (out / REPORT).exists():
-            engine_name = "engine: ray" if engine == "ray" else f"processes: {workers}"
             bar.log(f"Computing signatures of {len(entries) - store.position.input:,} inputs ({engine_name})")
             available = {source_input.key: source_input for source_input in inputs}
             planned = [available.get((entry["source"], entry["name"])) for entry in entries]

@@ -16,9 +16,9 @@ from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
+from glalm.prepare.engine import check_engine, choose_engine, connect_engine
 from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, list_written_keys, make_plan
-from glalm.prepare.ray_engine import connect_to_ray, import_ray, stream_on_ray
 from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import (
@@ -31,8 +31,8 @@ from glalm.prepare.sources import (
     out_of_memory_error,
     parse_source,
 )
-from glalm.prepare.units import UnitEncoder, cut_units, estimate_memory
-from glalm.prepare.workers import count_cores, stream_in_order
+from glalm.prepare.units import UnitEncoder, cut_units
+from glalm.prepare.workers import count_cores
 from glalm.prepare.writer import SetWriter, format_counts
 from glalm.progress import ProgressBar
 
@@ -122,7 +122,7 @@ def prepare_data(
         settings["duplicates"] = listed.sha256
         listed.check(read_manifest(out)["settings"] if add else settings, inputs)
     with (
-        connect_to_ray(address) if engine == "ray" else nullcontext(),
+        connect_engine(engine, address),
         create_folder(out),
         lock_folder(out),
         explain_full_disk(out),
@@ -180,7 +180,7 @@ def run_plan(
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
     writer = SetWriter(out, plan)
-    engine_name = "engine: ray" if engine == "ray" else f"processes: {workers}"
+    map_units, engine_name = choose_engine(engine, workers)
     bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} inputs ({engine_name})")
     bar.start_task("tokenizing", starts[-1], starts[writer.position.input])
     start_time = commit_time = time.monotonic()
@@ -188,10 +188,7 @@ def run_plan(
     tokens = 0
     units = cut_units(inputs, fields, writer.position)
     encoder = UnitEncoder(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings, fields)
-    if engine == "ray":
-        results = stream_on_ray(encoder, units)
-    else:
-        results = stream_in_order(encoder, units, workers, size_of=estimate_memory)
+    results = map_units(encoder, units)
     try:
         for batch, encoded in results:
             if batch.input_index < writer.position.input:
@@ -251,15 +248,3 @@ def _check_arguments(
         raise ValueError(f"--workers {workers} must be at least 1.")
     if add_and_overwrite:
         raise ValueError("--add and --overwrite exclude each other: add to the set or replace it.")
-
-
-def check_engine(engine: str, address: str | None, workers: int | None) -> None:
-    """Raise ValueError if an option does not fit the engine, or the engine is not installed."""
-    if engine not in ("local", "ray"):
-        raise ValueError(f"--engine {engine} must be local or ray.")
-    if engine == "local" and address:
-        raise ValueError(f"--address {address} is that of a Ray cluster. Add --engine ray, or remove it.")
-    if engine == "ray" and workers:
-        raise ValueError(f"--workers {workers} is for --engine local. Ray uses all CPUs of its nodes; see ray start.")
-    if engine == "ray":
-        import_ray()

@@ -17,6 +17,9 @@ from glalm.model.config import ModelConfig
 RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
 DATA_RECORD = "data.json"  # The manifest of the data, in a run's folder.
 
+# Which weights of a checkpoint: those that the last step left, or their moving average (train.ema_decay).
+Weights = Literal["current", "average"]
+
 # Keys that a resumed run may change: paths, reporting, and how the work is divided over the hardware. All others decide
 # what is learned.
 MAY_CHANGE = (
@@ -211,6 +214,9 @@ class TrainConfig:
     init_from: str | None = None  # a folder of save_pretrained with the initial weights; null: random weights
     resume_from: str | None = None  # a checkpoint to start from, once; null: the run's own newest, if any
     allow_changes: list[str] = field(default_factory=list)  # keys that a resumed run may change in spite of the check
+    # Keep an exponential moving average of the weights, which validation, checkpoints, evaluation and export know: this
+    # share of it remains from step to step, 0.999 for example. It takes as much memory as the weights. null: none.
+    ema_decay: float | None = None
     z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in the training loss
     profile_steps: tuple[int, int] | None = None  # [first, last]: write a Chrome trace of these steps
     memory_snapshot: bool = False  # of the profiled steps, on CUDA, for pytorch.org/memory_viz
@@ -235,6 +241,10 @@ class TrainConfig:
             not self.checkpoint.keep_best or self.checkpoint.every % self.eval_every == 0,
             f"train.checkpoint.keep_best={self.checkpoint.keep_best} needs a validation at each checkpoint; set "
             f"train.checkpoint.every to a multiple of train.eval_every={self.eval_every}",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"train.ema_decay must lie between 0 and 1, for example 0.999, or be null, not {self.ema_decay}",
         )
         require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
         require(0 < self.assumed_mfu <= 1, f"train.assumed_mfu must lie in (0, 1], not {self.assumed_mfu}")

@@ -25,9 +25,13 @@ def block_sums(path: Path) -> np.ndarray:
         return np.array([zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")], dtype="<u4")
 
 
-def combine_weights(files: dict[str, dict]) -> str:
-    """Return one checksum of the weights that a checkpoint's manifest lists: of the model file, or of its parts."""
-    checksums = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith("model")]
+def combine_weights(files: dict[str, dict], kind: str = "model") -> str:
+    """Return one checksum of the weights that a checkpoint's manifest lists: of a file, or of its parts.
+
+    Args:
+        kind: The beginning of the files' names: "model", or "average" for the moving average of the weights.
+    """
+    checksums = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(kind)]
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, PreTrainedModel
 
 from glalm import IGNORE_INDEX
-from glalm.config.run import RunConfig
+from glalm.config.run import RunConfig, Weights
 from glalm.config.strict import ConfigError, require
 from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
@@ -40,6 +40,7 @@ class EvalModel:
         train_length: Training length in tokens, if known.
         document_boundaries: `data.document_boundaries` of training. None: the run's, or else "ignore".
         max_length: Longest input in tokens of a model with learned positions; None for all others.
+        weights: Which weights of the checkpoint these are.
         checksum: SHA-256 of the weights.
         model_id: What the results in one folder have in common: the id of a run, or else the checksum.
         run_config: Config of the training run, if the model is a checkpoint of one.
@@ -56,6 +57,7 @@ class EvalModel:
     train_length: int | None = None
     document_boundaries: str | None = None
     max_length: int | None = None
+    weights: Weights = "current"
     checksum: str = ""
     model_id: str = ""
     precision: str = "fp32"

@@ -6,11 +6,13 @@ states of the random number generators are restored: a run with evaluators ends 
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from glalm.config.run import Weights
 from glalm.config.strict import RunError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, missing_tasks
@@ -22,6 +24,7 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.random_states import preserve_random_states
+from glalm.train.state import TrainState
 from glalm.train.trainer import Evaluate
 
 
@@ -29,8 +32,9 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
     """Return the function by which the training loop runs `config.train_evals`.
 
     It evaluates every `train_evals.every` steps and after the last step, and returns metrics such as
-    {"extrapolation/2x": 1.02}. An evaluator that fails before it has succeeded once raises, so that a wrong setting
-    stops a run at its start. Later, or in a resumed run, hours of training are at stake: a failure is only a warning.
+    {"extrapolation/2x": 1.02}, or of the average of the weights, {"average/extrapolation/2x": 1.01}. An evaluator that
+    fails before it has succeeded once raises, so that a wrong setting stops a run at its start. Later, or in a resumed
+    run, hours of training are at stake: a failure is only a warning.
     """
     options = config.train_evals
     resumed = config.train.resume_from or latest_checkpoint(config.folder / "checkpoints")
@@ -40,18 +44,21 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         name=config.name, runs_dir=config.runs_dir, data_path=config.data.path, seed=config.seed, **shared
     )
 
+    prefix = "average/" if options.weights == "average" else ""
+
     def evaluate(
-        model: CausalLM,
-        step: int,
+        state: TrainState,
         precision: str,
         heartbeat: Callable[[float], object],
         log_text: Callable[[str, str, int], None],
     ) -> dict[str, float]:
+        step = state.step
         if step % options.every != 0 and step != config.steps:
             return {}
         metrics = {}
-        with preserve_random_states(next(model.parameters()).device):
-            eval_model = copy_for_evaluation(model, precision, config, eval_config)
+        with preserve_random_states(next(state.model.parameters()).device):
+            with select_weights(state, options.weights):
+                eval_model = copy_for_evaluation(state.model, precision, config, eval_config)
             for name in options.evals:
                 try:
                     values, text = run_evaluator(name, eval_model, eval_config, heartbeat)
@@ -61,11 +68,19 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)
                     continue
                 already_succeeded.add(name)
-                log_text(name, text, step)
-                metrics |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
+                log_text(prefix + name, text, step)
+                metrics |= {f"{prefix}{name}/{key}": value for key, value in values.items() if value is not None}
         return metrics
 
     return evaluate
+
+
+def select_weights(state: TrainState, weights: Weights) -> AbstractContextManager:
+    """Return the context in which the model of `state` has these weights."""
+    if weights == "current":
+        return nullcontext()
+    assert state.average is not None  # TrainingRun has checked it.
+    return state.average.swapped()
 
 
 def run_evaluator(
@@ -90,6 +105,7 @@ def copy_for_evaluation(model: CausalLM, precision: str, config: TrainingRun, ev
     """Return a copy of the model as evaluators see it. All ranks call it where parameters are sharded."""
     return EvalModel(
         causal_lm=copy_model(model),
+        weights=eval_config.weights,
         name=config.name,
         tokenizer=load_run_tokenizer(eval_config, config),
         train_length=config.data.seq_len,

@@ -67,6 +67,10 @@ def _open_model(config: EvalConfig, device: torch.device) -> EvalModel:
             return open_checkpoint(config, path, device, precision)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint={config.checkpoint}: {error}") from error
+    require(
+        config.weights == "current",
+        f"weights=average is for checkpoints of training, and checkpoint={config.checkpoint} is none; remove it",
+    )
     return open_pretrained(config, path if path.is_dir() else download_model(config.checkpoint), device, precision)
 
 
@@ -86,14 +90,15 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     run_config = build_dataclass(TrainingRun, record["config"]) if record else None
     manifest = (read_json(folder / DATA_RECORD) if record else None) or {}
     causal_lm = GLALMForCausalLM(GLALMConfig.from_pretrained(path))
-    checkpoint.load_model(path, causal_lm)
+    checkpoint.load_model(path, causal_lm, config.weights)
     return EvalModel(
         causal_lm=causal_lm.to(device).eval(),
         name=f"{folder.name}/{path.name}" if record else path.name,
         tokenizer=load_run_tokenizer(config, run_config),
         train_length=config.train_length or identity["data.seq_len"],
         document_boundaries=identity["data.document_boundaries"],
-        checksum=checkpoint.weights_sha256(path),
+        weights=config.weights,
+        checksum=checkpoint.weights_sha256(path, config.weights),
         model_id=metadata["run"] if record else "",
         precision=precision,
         run_config=run_config,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from glalm.config.run import RunConfig
+from glalm.config.run import RunConfig, Weights
 from glalm.config.strict import require
 
 # The class of each evaluator, "module:class". A module is imported when its evaluator is asked for.
@@ -119,6 +119,7 @@ class TrainEvalsConfig:
 
     evals: list[str] = field(default_factory=list)  # names as for `glalm eval`; choose cheap settings below
     every: int = 1000  # steps
+    weights: Weights = "current"  # average: the moving average that train.ema_decay keeps
     batch_size: int = 16  # sequences at once
     data_dir: str | None = None  # zero-shot tasks' own data, as for `glalm eval`
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -138,6 +139,14 @@ class TrainingRun(RunConfig):
     resume: str | None = None  # the folder of a run to continue, in place of name and runs_dir: runs/NAME
     train_evals: TrainEvalsConfig = field(default_factory=TrainEvalsConfig)
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.train_evals.weights == "current" or self.train.ema_decay is not None,
+            "train_evals.weights=average evaluates the moving average of the weights, which the run does not have; "
+            "write train.ema_decay=0.999, or train_evals.weights=current",
+        )
+
 
 @dataclass
 class EvalConfig:
@@ -148,6 +157,7 @@ class EvalConfig:
     # latest or step_N of that run; or the folder of a checkpoint, of an exported model or of any transformers causal
     # language model; or such a model's name on the Hugging Face hub.
     checkpoint: str = "latest"
+    weights: Weights = "current"  # average: the checkpoint's moving average of the weights (train.ema_decay)
     out: str | None = None  # the folder of eval/*.json and plots/; null: the run's, or else runs_dir/MODEL
     data_path: str | None = None  # a prepared folder; null: the one that the run was trained on
     text: str | None = None  # a file to read as it lies, in place of prepared data: .txt, .jsonl, .parquet, ...

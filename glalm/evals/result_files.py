@@ -146,7 +146,8 @@ def is_superseded(folder: Path, record: dict) -> bool:
         manifest = files.read_json(path, {"files": {str: {"sha256": str}}})
     except (FileNotFoundError, files.DamagedFile):
         return False  # It is not known.
-    return combine_weights(manifest["files"]) != record["checksum"]
+    kind = "average" if record["settings"].get("weights") == "average" else "model"
+    return combine_weights(manifest["files"], kind) != record["checksum"]
 
 
 def describe_validation(folder: Path) -> dict:

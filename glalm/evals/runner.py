@@ -53,7 +53,8 @@ def evaluate(config: EvalConfig) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=rank != 0)
     model = open_eval_model(config, device)
     devices = f"{world_size} x {device.type}" if world_size > 1 else str(device)
-    console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters, {devices}, {model.precision}")
+    average = ", moving average of the weights" if model.weights == "average" else ""
+    console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters{average}, {devices}, {model.precision}")
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
     with open_tracker(model, console) as tracker:
         for name in dict.fromkeys(config.evals):
@@ -209,6 +210,7 @@ def identify_result(name: str, evaluator: Evaluator, model: EvalModel) -> Result
         "precision": model.precision,
         "tokenizer": model.tokenizer and model.tokenizer.fingerprint,
         "document_prefix": model.document_prefix,
+        **({"weights": model.weights} if model.weights != "current" else {}),
     }
     checkpoint = model.name.partition("/")[2] if model.run_config else None
     return ResultIdentity(name, checkpoint, model.checksum, json.loads(json.dumps(settings)))

@@ -3,6 +3,7 @@
     checkpoints/step_N/
         config.json           configuration of the model, as transformers writes it
         model.safetensors     parameters
+        average.safetensors   with train.ema_decay, their moving average: "average.<parameter>"
         training.safetensors  "optim.<key>.<parameter>", "guard.<name>", "rng.<rank>.<generator>"
         state.json            step, tokens, number of processes, and the run's metadata (see CheckpointSaver.save)
         manifest.json         size and SHA-256 of each file above
@@ -20,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -30,7 +31,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
-from glalm.config.run import CheckpointConfig
+from glalm.config.run import CheckpointConfig, Weights
 from glalm.data.checksums import combine_weights
 from glalm.data.files import (
     DamagedFile,
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 Content = Iterable[bytes | memoryview]  # of a file, in chunks
+WEIGHT_FILES: dict[Weights, str] = {"current": "model", "average": "average"}  # the kinds of files with weights
 MAX_CONSECUTIVE_FAILURES = 3
 SAVE_TIMEOUT = timedelta(hours=2)
 
@@ -72,8 +74,10 @@ def collect_tensors(state: TrainState) -> SlicesByFile:
     training = staging.slices_to_save(live["training"], rank, world_size)
     for name, tensor in live["random_states"].items():
         training[f"rng.{rank}.{name}"] = staging.local_slice(tensor)
-    model = staging.slices_to_save(live["model"], rank, world_size)
-    return {_part_names("model", world_size)[rank]: model, _part_names("training", world_size)[rank]: training}
+    kinds = {"model": staging.slices_to_save(live["model"], rank, world_size), "training": training}
+    if live["average"]:
+        kinds["average"] = staging.slices_to_save(live["average"], rank, world_size)
+    return {_part_names(kind, world_size)[rank]: slices for kind, slices in kinds.items()}
 
 
 class CheckpointWriter:
@@ -347,29 +351,46 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(list_checkpoints(folder).values()), None)
 
 
-def load_model(path: Path, model: nn.Module) -> dict:
+def load_model(path: Path, model: nn.Module, weights: Weights = "current") -> dict:
     """Load the parameters of a verified checkpoint into `model` in place, and return the content of state.json.
 
     The model may be sharded differently than the one that was saved.
 
     Raises:
-        CheckpointError: The checkpoint holds another model.
+        CheckpointError: The checkpoint holds another model, or no average of its weights.
     """
-    stored = _index_tensors(path, "model")
     parameters = dict(model.named_parameters())
-    missing = sorted(parameters.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - parameters.keys())
+    staging.read_tensors(index_weights(path, parameters, weights), parameters)
+    return read_metadata(path)
+
+
+def index_weights(path: Path, names: Collection[str], weights: Weights) -> dict[str, staging.StoredTensor]:
+    """Return the weights that a verified checkpoint stores, by parameter.
+
+    Args:
+        names: The names of the parameters.
+
+    Raises:
+        CheckpointError: The checkpoint holds another model, or no average of its weights.
+    """
+    stored = _index_tensors(path, WEIGHT_FILES[weights])
+    if weights == "average":
+        stored = {name.removeprefix("average."): entry for name, entry in stored.items()}
+        if not stored:
+            raise CheckpointError(f"{path} has no moving average. Runs with train.ema_decay=0.999, for example, do.")
+    missing = sorted(set(names) - stored.keys())
+    unexpected = sorted(stored.keys() - set(names))
     if missing or unexpected:
         raise CheckpointError(f"{path} holds another model: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    staging.read_tensors(stored, parameters)
-    return read_metadata(path)
+    return stored
 
 
 def load_train_state(path: Path, state: TrainState, seed: int) -> dict:
     """Load a verified checkpoint into `state` in place, random states included, and return the content of state.json.
 
-    Tensors of the guard that the checkpoint lacks, or has in another shape, keep their values. If the number of ranks
-    has changed, the random generators are seeded from `seed`, the step and the rank.
+    Tensors of the guard that the checkpoint lacks, or has in another shape, keep their values. An average that it lacks
+    begins with the loaded weights. If the number of ranks has changed, the random generators are seeded from `seed`,
+    the step and the rank.
 
     Raises:
         CheckpointError: The checkpoint holds another model, or optimizer state of a parameter that is not trained now.
@@ -383,6 +404,11 @@ def load_train_state(path: Path, state: TrainState, seed: int) -> dict:
     live = state.state_dict()["training"].items()
     fitting = {name: t for name, t in live if name in stored and stored[name].shape == tuple(t.shape)}
     staging.read_tensors(stored, fitting)
+    if state.average is not None:
+        if stored_average := _index_tensors(path, "average"):
+            staging.read_tensors(stored_average, state.state_dict()["average"])
+        else:
+            state.average.restart()
 
     loaded = {"step": metadata["step"], "tokens": metadata["tokens"]}
     rank, world_size = rank_and_world_size()
@@ -423,9 +449,9 @@ def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
             raise UnreadableCheckpoint(path, f"{path / name} cannot be read: {error.strerror}") from error
 
 
-def weights_sha256(path: Path) -> str:
-    """Return the checksum that identifies a checkpoint's weights: of the model file, or of its parts' checksums."""
-    return combine_weights(_read_manifest(path))
+def weights_sha256(path: Path, weights: Weights = "current") -> str:
+    """Return the checksum that identifies a checkpoint's weights: of their file, or of its parts' checksums."""
+    return combine_weights(_read_manifest(path), WEIGHT_FILES[weights])
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:
@@ -444,22 +470,24 @@ def _read_manifest(path: Path) -> dict[str, dict]:
     except DamagedFile as error:
         raise CheckpointError(str(error)) from error
     expected = {"config.json", "state.json"}
-    for kind in ("model", "training"):
-        expected.update(_part_names(kind, len(_select_files(files, kind)) or 1))
+    for kind in ("model", "training", "average"):
+        parts = len(_select_files(files, kind))
+        if parts or kind != "average":
+            expected.update(_part_names(kind, parts or 1))
     if not expected <= files.keys():
         raise CheckpointError(f"{manifest} is damaged: it does not list all files of a checkpoint")
     return files
 
 
 def _part_names(kind: str, parts: int) -> list[str]:
-    """Return the names of the "model" or "training" files that as many processes save, ordered by rank."""
+    """Return the names of the "model", "average" or "training" files that as many processes save, ordered by rank."""
     if parts == 1:
         return [f"{kind}.safetensors"]
     return [f"{kind}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)]
 
 
 def _select_files(names: Iterable[str], kind: str) -> list[str]:
-    """Return the names of the "model" or "training" files of a checkpoint."""
+    """Return the names of the "model", "average" or "training" files of a checkpoint."""
     return [name for name in names if re.fullmatch(rf"{kind}(-[0-9]+-of-[0-9]+)?\.safetensors", name)]
 
 
@@ -471,5 +499,5 @@ def _compare_file(file: Path, entry: Mapping, expected: str) -> None:
 
 
 def _index_tensors(path: Path, kind: str) -> dict[str, staging.StoredTensor]:
-    """Return the tensors in the "model" or "training" files of a checkpoint."""
+    """Return the tensors in the "model", "average" or "training" files of a checkpoint."""
     return staging.index_safetensors(path / name for name in _select_files(_read_manifest(path), kind))

@@ -74,6 +74,7 @@ class ParameterCounts:
     blocks: int  # of all blocks
     largest_block: int
     moments: int  # numbers that the optimizers save
+    averages: int  # numbers of the moving average of the weights
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def count_parameters(config: RunConfig) -> ParameterCounts:
             numel = sum(parameter.numel() for parameter in group["params"])
             moments += MOMENTS_PER_PARAMETER[type(optimizer).__name__] * numel
     blocks = [_numel(block) for block in model.model.layers]
-    return ParameterCounts(_numel(model), sum(blocks), max(blocks), moments)
+    averages = _numel(model) if config.train.ema_decay is not None else 0
+    return ParameterCounts(_numel(model), sum(blocks), max(blocks), moments, averages)
 
 
 def _numel(module: nn.Module) -> int:
@@ -131,6 +133,7 @@ def estimate_memory(
         "weights": 4 * counts.total // shards,
         "gradients": 4 * counts.total // shards,
         "optimizer": 4 * counts.moments // shards,
+        "average": 4 * counts.averages // shards,
         "gathered": 0 if is_ddp else _gathered_bytes(config, plan, counts, bf16),
         "bf16 weights": 0,
         "activations": 0,
@@ -296,7 +299,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     )
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_data(config, tokens)
-    checkpoint_size = 4 * (counts.total + counts.moments)
+    checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
     if device.is_gpu:
         yield "time          " + describe_time(config, world_size, device, flops, tokens)

@@ -12,6 +12,7 @@ from glalm.config.run import RunConfig, format_set_key
 from glalm.config.strict import describe_divisors, require
 from glalm.model.decoder import CausalLM
 from glalm.train import random_states
+from glalm.train.averaging import WeightAverage
 from glalm.train.guards import UpdateGuard
 
 
@@ -99,6 +100,7 @@ class TrainState:
     model: CausalLM
     optimizers: list[Optimizer]
     guard: UpdateGuard | None = None
+    average: WeightAverage | None = None
     step: int = 0  # optimizer steps taken, skipped ones included
     tokens: int = 0  # tokens trained on, over all processes
 
@@ -110,6 +112,7 @@ class TrainState:
 
                 {"step": int, "tokens": int,
                  "model": {parameter name: Tensor},
+                 "average": {"average.<parameter name>": Tensor}, empty if there is none,
                  "training": {"optim.<key>.<parameter name>": Tensor, "guard.<name>": Tensor},
                  "random_states": {generator: uint8 Tensor}, of this process alone}
         """
@@ -121,10 +124,14 @@ class TrainState:
                     training[f"optim.{key}.{name}"] = tensor
         if self.guard is not None:
             training |= {f"guard.{name}": tensor for name, tensor in self.guard.state_dict().items()}
+        average = {}
+        if self.average is not None:
+            average = {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "model": parameters,
+            "average": average,
             "training": training,
             "random_states": random_states.get_random_states(),
         }
@@ -140,8 +147,9 @@ class TrainState:
         training = saved.get("training", {})
         self.allocate_optimizer_state({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in training.items()})
         live = self.state_dict()
-        for name, tensor in saved.get("model", {}).items():
-            live["model"][name].copy_(tensor)
+        for kind in ("model", "average"):
+            for name, tensor in saved.get(kind, {}).items():
+                live[kind][name].copy_(tensor)
         for name, tensor in training.items():
             live["training"][name].copy_(tensor)
         if "random_states" in saved:

@@ -19,8 +19,8 @@ from glalm.data.checksums import DamagedData
 from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, shard_batch, training_batches
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.cache import StateCache
-from glalm.model.decoder import CausalLM
 from glalm.train import parallel, run_dir
+from glalm.train.averaging import WeightAverage
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, run_on_rank_0
 from glalm.train.compile import apply_training_forward
@@ -37,10 +37,10 @@ from glalm.train.state import BatchPlan, TrainState
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.watchdog import Watchdog
 
-# evaluate(model, step, precision, heartbeat, log_text) -> metrics. All ranks call it after every step and before the
-# first one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step)
-# with summaries for the tracker, and leaves the model as it was.
-Evaluate = Callable[[CausalLM, int, str, Callable[[int], object], Callable[[str, str, int], None]], dict[str, float]]
+# evaluate(state, precision, heartbeat, log_text) -> metrics. All ranks call it after every step and before the first
+# one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step) with
+# summaries for the tracker, and leaves the state as it was.
+Evaluate = Callable[[TrainState, str, Callable[[int], object], Callable[[str, str, int], None]], dict[str, float]]
 
 
 def train(
@@ -165,7 +165,8 @@ class Trainer:
         apply_training_forward(model, config.train, accelerator.device)
         self.module = parallel.parallelize_model(model, config, accelerator)
         self.guard = UpdateGuard(config.train.guard, accelerator.device)
-        self.state = TrainState(model, build_optimizers(model, config.optim), self.guard)
+        average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay is not None else None
+        self.state = TrainState(model, build_optimizers(model, config.optim), self.guard, average)
 
     def step(self, batch: Batch) -> StepResult:
         """Take one optimizer step, unless the guard skips it. The host does not wait for the device.
@@ -184,6 +185,8 @@ class Trainer:
         self.guard.step(state.optimizers, step, loss, grad_norm, self.config.optim.grad_clip)
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if state.average is not None:
+            state.average.update(step)
         state.step = step
         state.tokens += self.plan.tokens_per_step
         return StepResult(loss, grad_norm, lr, statistics)
@@ -464,11 +467,15 @@ class TrainingLoop:
         if step == self.config.steps or step % self.config.train.eval_every == 0:
             self.watchdog.begin_phase("validating")
             metrics |= self.trainer.validate(self.validation, self.watchdog.heartbeat)
+            if self.state.average is not None:
+                with self.state.average.swapped():
+                    of_average = self.trainer.validate(self.validation, self.watchdog.heartbeat)
+                metrics |= {f"average/{name}": value for name, value in of_average.items()}
         if self.evaluate is not None:
             self.watchdog.begin_phase("evaluating")
             precision = "bf16" if self.trainer.accelerator.mixed_precision == "bf16" else "fp32"
             log_text = self.metrics.tracker.log_text
-            metrics |= self.evaluate(self.state.model, step, precision, self.watchdog.heartbeat, log_text)
+            metrics |= self.evaluate(self.state, precision, self.watchdog.heartbeat, log_text)
         return drop_non_finite(metrics)
 
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:

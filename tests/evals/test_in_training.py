@@ -29,6 +29,7 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train.random_states import preserve_random_states
+from glalm.train.state import TrainState
 from glalm.train.trainer import train
 
 CHEAP = TrainEvalsConfig(
@@ -112,7 +113,7 @@ def test_evaluators_are_given_what_the_config_says(evaluating, change, monkeypat
     config = change(evaluating, train_evals=options, seed=7)
     model = CausalLM(config.model)
     texts = []
-    assert make_evaluator(config)(model, 0, "bf16", int, lambda *text: texts.append(text)) == {}
+    assert make_evaluator(config)(TrainState(model, []), "bf16", int, lambda *text: texts.append(text)) == {}
     assert texts == [("generate", "one\ntwo", 0)]
     [(eval_model, settings)] = seen
     given = {name: getattr(settings, name) for name in ("batch_size", "data_dir", "extrapolation", "needle", "harness")}

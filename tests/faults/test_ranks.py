@@ -73,6 +73,23 @@ def test_another_number_of_processes_resumes_with_the_same_tokens(run_config, ch
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_average_of_the_weights_resumes_with_another_number_of_processes(run_config, change, tmp_path):
+    log = tmp_path / "log"
+    config = change(run_config, **{"train.ema_decay": 0.7, "train.micro_batch_size": 1})
+    alone = change(config, name="alone")
+    assert train(alone) == 0
+    for world, steps, mode in ((2, 2, "fsdp2"), (1, 4, "ddp"), (2, 6, "fsdp2")):
+        changes = {"train.steps": steps, "train.allow_changes": ["train.steps"], "parallel.mode": mode}
+        assert run(change(config, **changes), world, log, train_part, 6) == [0] * world, text(log)
+    averages = [weights(each.folder / "checkpoints/step_6") for each in (config, alone)]
+    assert any(name.startswith("average.") for name in averages[0])
+    assert_close(*averages)
+    expected = [row["average/val_loss"] for row in rows(alone.folder) if row["step"] == 6]
+    assert [row["average/val_loss"] for row in rows(config.folder) if row["step"] == 6] == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
 def train_part(steps: int, config: RunConfig) -> int:
     """Train to the config's last step with the learning rates of a run of `steps`."""
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

@@ -59,6 +59,8 @@ def test_parameters_and_moments_are_exact(run_config, change, optimizer):
         kept += sum(x.numel() for state in each.state.values() for x in state.values() if x.ndim)
     size = count_parameters(config)
     assert size.total == sum(p.numel() for p in model.parameters()) and size.moments == kept
+    assert size.averages == 0
+    assert count_parameters(change(config, **{"train.ema_decay": 0.9})).averages == size.total
     assert size.largest_block == max(sum(p.numel() for p in block.parameters()) for block in model.model.layers)
 
 

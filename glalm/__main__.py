@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("report", "print what runs reached, and write a page of it"),
     "plot": ("plot", "draw one figure of several models' results"),
     "export": ("export_hf", "write a checkpoint as a folder that transformers loads"),
+    "merge": ("merge", "write the average of several checkpoints as such a folder"),
     "linearize": ("linearize", "convert a Llama with softmax attention to GLA or ReGLA"),
     "ladder": ("ladder", "train and evaluate many models at one size and budget"),
     "mqar": ("mqar", "measure multi-query associative recall"),

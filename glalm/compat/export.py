@@ -5,14 +5,16 @@ A checkpoint of several processes, which from_pretrained does not read, can be e
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerBase
 
 import glalm
 from glalm.compat.mixer_code import find_mixer_packages, write_mixer_code
-from glalm.config.run import DATA_RECORD
+from glalm.config.run import DATA_RECORD, Weights
 from glalm.config.strict import RunError, build_dataclass
 from glalm.data.files import read_json, temporary_folder
 from glalm.data.shards import MANIFEST_SHAPE, read_manifest
@@ -22,11 +24,13 @@ from glalm.evals.options import TrainingRun
 from glalm.evals.result_files import load_results
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.mixers import import_mixer
-from glalm.train.checkpoint import load_model, read_metadata, verify_checkpoint, weights_sha256
+from glalm.train.checkpoint import index_weights, read_metadata, verify_checkpoint, weights_sha256
 from glalm.train.run_dir import RUN_RECORD, find_checkpoint
+from glalm.train.staging import read_tensors
 
 # Two tokenizers that encode this text and each of its lines alike count as the same.
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
+NO_SCORES = "No scores were measured for this checkpoint."
 MODEL_CARD = """\
 ---
 library_name: transformers
@@ -59,32 +63,49 @@ repository, or `pip install` of its wheel.
 """
 
 
-def export_run(run: Path, checkpoint: str, out: Path, mixers: Iterable[str] = ()) -> None:
-    """Write a checkpoint of a run to the new folder `out`. If that fails, or is killed, `out` does not exist.
+def export_run(run: Path, checkpoint: str, out: Path, mixers: Iterable[str] = (), weights: Weights = "current") -> None:
+    """Write a checkpoint of a run to the new folder `out`. See `export_checkpoints`.
 
     Args:
         run: The folder of the run.
         checkpoint: latest or step_N.
+    """
+    require_new_folder(out)
+    export_checkpoints({find_checkpoint(run / "checkpoints", checkpoint): 1.0}, out, mixers, weights)
+
+
+def require_new_folder(out: Path) -> None:
+    """Raise RunError if `out` exists."""
+    if out.exists():
+        raise RunError(f"{out} exists. Choose another --out")
+
+
+def export_checkpoints(
+    shares: Mapping[Path, float], out: Path, mixers: Iterable[str] = (), weights: Weights = "current"
+) -> None:
+    """Write the weighted sum of checkpoints to the new folder `out`. If that fails, or is killed, `out` does not exist.
+
+    Args:
+        shares: The checkpoints, in their runs' folders, and the share of each. They must be of one model and tokenizer;
+            the other settings are those of the first.
         mixers: `package.module:Class` of every mixer of the user's own code that the model has.
+        weights: Which weights of the checkpoints.
 
     Raises:
         ConfigError: One of the mixers cannot be imported, or is not among `mixers`.
         RunError: `out` exists, the data of the run has another tokenizer by now, or transformers cannot represent it.
             Or a mixer of the user's own needs other files of theirs.
-        CheckpointError: The checkpoint is missing or damaged.
+        CheckpointError: A checkpoint is damaged, or lacks the weights.
         FileNotFoundError: The data of the run or its tokenizer is missing.
     """
-    if out.exists():
-        raise RunError(f"{out} exists. Choose another --out")
     for mixer in mixers:
         import_mixer(mixer)
-    path = find_checkpoint(run / "checkpoints", checkpoint)
+    run = next(iter(shares)).parents[1]
     record = read_json(run / RUN_RECORD, {"config": dict, "versions": dict})
     config = build_dataclass(TrainingRun, record["config"])
     packages = find_mixer_packages(config.model)
     model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
-    verify_checkpoint(path)
-    load_model(path, model)
+    load_weighted_sum(shares, model, weights)
 
     data = Path(config.data.path)
     tokenizer_path = data / read_manifest(data)["tokenizer"]["name"]
@@ -111,9 +132,32 @@ def export_run(run: Path, checkpoint: str, out: Path, mixers: Iterable[str] = ()
         if tokenizer_path.is_file():
             shutil.copy(tokenizer_path, folder)
         write_mixer_code(folder, packages)
-        card = format_model_card(path, record, config, model.num_parameters(), format_loading(packages))
+        loading = format_loading(packages)
+        card = format_model_card(shares, weights, record, config, model.num_parameters(), loading)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         folder.rename(out)
+
+
+@torch.no_grad()
+def load_weighted_sum(shares: Mapping[Path, float], model: nn.Module, weights: Weights = "current") -> None:
+    """Set the parameters of `model` to the sum of the checkpoints' weights, each times its share.
+
+    Checkpoints are verified, and read one tensor at a time. One checkpoint with a share of 1 is loaded bit for bit.
+
+    Raises:
+        CheckpointError: A checkpoint is damaged, holds another model, or lacks the weights.
+    """
+    parameters = dict(model.named_parameters())
+    for number, (path, share) in enumerate(shares.items()):
+        verify_checkpoint(path)
+        stored = index_weights(path, parameters, weights)
+        for name, parameter in parameters.items():
+            tensor = torch.empty_like(parameter)
+            read_tensors(stored, {name: tensor})
+            if number == 0:
+                parameter.copy_(tensor.mul_(share))
+            else:
+                parameter.add_(tensor, alpha=share)
 
 
 def load_hf_tokenizer(path: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -176,17 +220,20 @@ def format_loading(packages: dict[str, str | None]) -> str:
     return "\n".join([*lines, *([""] if lines else []), "```python", *dict.fromkeys(code), "```"])
 
 
-def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, parameters: int, loading: str) -> str:
+def format_model_card(
+    shares: Mapping[Path, float], weights: Weights, record: dict, config: TrainingRun, parameters: int, loading: str
+) -> str:
     """Return the model card: how to load the model, how it was trained, its scores and its config.
 
     Args:
-        record: The content of the run's run.json.
+        shares, weights: As of `export_checkpoints`.
+        record: The content of run.json of the first checkpoint's run.
         parameters: The number of parameters.
         loading: What format_loading returned.
     """
     model = config.model
     optim = config.optim
-    metadata = read_metadata(checkpoint)
+    metadata = max(map(read_metadata, shares), key=lambda metadata: metadata["tokens"])
     # If the batch changed when the run was resumed, the steps have different sizes.
     same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
     of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
@@ -201,7 +248,7 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
         "optimiser": f"{optim.name}, {optim.schedule} schedule, peak {optim.lr:g}, floor {optim.min_lr:g}, "
         f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
         "seed": config.seed,
-        "checkpoint": f"{checkpoint.name}, weights sha256 {weights_sha256(checkpoint)}",
+        "checkpoint": "; ".join(describe_checkpoint(path, share, weights) for path, share in shares.items()),
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
     # The card does not reveal where runs and data are on this machine.
@@ -212,15 +259,22 @@ def format_model_card(checkpoint: Path, record: dict, config: TrainingRun, param
         version=glalm.__version__,
         loading=loading,
         recipe="\n".join(f"| {name} | {value} |" for name, value in recipe.items()),
-        scores=format_scores(checkpoint),
+        scores=NO_SCORES if len(shares) > 1 else format_scores(next(iter(shares)), weights),
         config=json.dumps(public_config, indent=1),
     )
 
 
-def format_scores(checkpoint: Path) -> str:
+def describe_checkpoint(path: Path, share: float, weights: Weights) -> str:
+    """Return which weights of a checkpoint a model has, and their share in it if it has those of others, too."""
+    name = path.name if share == 1 else f"{share:.4g} times {path.parents[1].name}/{path.name}"
+    average = "moving average, " if weights == "average" else ""
+    return f"{name}, {average}weights sha256 {weights_sha256(path, weights)}"
+
+
+def format_scores(checkpoint: Path, weights: Weights = "current") -> str:
     """Return a table of the metrics that were measured on the weights of this checkpoint, and on what text each was."""
     rows = []
-    sha256 = weights_sha256(checkpoint)
+    sha256 = weights_sha256(checkpoint, weights)
     for result in load_results(checkpoint.parents[1]).values():
         if result["checksum"] == sha256:
             conditions = describe_conditions(result)
@@ -228,5 +282,5 @@ def format_scores(checkpoint: Path) -> str:
             metrics = {name: value for name, value in result["metrics"].items() if value is not None}
             rows += [f"| {evaluation} | {name} | {value:,.4g} |" for name, value in metrics.items()]
     if not rows:
-        return "No scores were measured for this checkpoint."
+        return NO_SCORES
     return "\n".join(["| evaluation | metric | value |", "|-|-|-|", *rows])

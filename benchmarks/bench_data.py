@@ -19,6 +19,7 @@ import numpy as np
 from glalm.data.checksums import block_sums
 from glalm.data.files import file_sha256
 from glalm.data.loader import Windows, training_batches
+from glalm.data.order import Order
 from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.pipeline import prepare_data
@@ -165,7 +166,7 @@ def read_all(windows: Windows) -> float:
 
 
 def load_rate(windows: Windows, args: argparse.Namespace, workers: int) -> float:
-    stream = training_batches(windows, seed=0, batch_size=args.batch_size, workers=workers)
+    stream = training_batches(windows, Order(0, args.batch_size, windows.source_windows), workers=workers)
     next(stream)
     steps = 0
     start = time.perf_counter()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from glalm.compat.llama import convert_llama, load_llama
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
+from glalm.data.order import Order
 from glalm.data.shards import TokenSet, read_manifest
 from glalm.hf import GLALMForCausalLM
 
@@ -118,7 +119,8 @@ def read_batches(options: LinearizeOptions, vocab_size: int) -> Iterator[LongTen
         f"--data {options.data} has a vocabulary of {tokens.vocab_size}, but {options.llama} has one of {vocab_size}. "
         "Prepare the data with the tokenizer of that model (glalm prepare --tokenizer)",
     )
-    batches = training_batches(Windows(tokens, options.seq_len), seed=0, batch_size=options.batch_size)
+    windows = Windows(tokens, options.seq_len)
+    batches = training_batches(windows, Order(0, options.batch_size, windows.source_windows))
     for _ in range(options.distil):
         _, batch = next(batches)
         yield batch["input_ids"].to(options.device)

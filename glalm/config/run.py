@@ -4,6 +4,7 @@ Every dataclass is a level of the config tree, and its comments document the key
 """
 
 import dataclasses
+import fnmatch
 import json
 import os
 import re
@@ -11,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from glalm.config.stages import Phase, StageConfig, check_stages, plan_phases
 from glalm.config.strict import describe_divisors, flatten_tree, refuse_url, require, require_positive
 from glalm.model.config import ModelConfig
 
 RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
 DATA_RECORD = "data.json"  # The manifest of the data, in a run's folder.
+STAGE_ORDER = "order of train.stages"  # An entry of the identity, in which the stages' keys have no order.
 
 # Which weights of a checkpoint: those that the last step left, or their moving average (train.ema_decay).
 Weights = Literal["current", "average"]
 
 # Keys that a resumed run may change: paths, reporting, and how the work is divided over the hardware. All others decide
-# what is learned.
+# what is learned. A * stands for any name.
 MAY_CHANGE = (
     "name",
     "runs_dir",
@@ -30,6 +33,7 @@ MAY_CHANGE = (
     "track",
     "parallel",
     "train.micro_batch_size",
+    "train.stages.*.micro_batch_size",
     "train.precision",
     "train.float8",
     "train.compile",
@@ -190,6 +194,8 @@ class TrainConfig:
 
     steps: int | None = 1000  # optimizer steps
     tokens: int | None = None  # instead of steps, rounded up to a full step, whatever batch was resumed from
+    # {name: settings} of parts of the run, in their order, with other data, batches or learning rates (docs/stages.md).
+    stages: dict[str, StageConfig] | None = None
     batch_size: int | None = 32  # sequences per optimizer step, over all processes and micro-batches
     batch_tokens: int | None = None  # instead of batch_size
     micro_batch_size: int | None = None  # most sequences per forward pass; null: no gradient accumulation
@@ -228,7 +234,10 @@ class TrainConfig:
     assumed_price: float | None = None  # of a GPU for an hour, for the dry run; null: no costs are printed
 
     def __post_init__(self):
-        require_exactly_one(self, "train", "steps", "tokens")
+        if self.stages is None:
+            require_exactly_one(self, "train", "steps", "tokens")
+        else:
+            check_stages(self)
         require_exactly_one(self, "train", "batch_size", "batch_tokens")
         require_positive(self, "train", "steps", "tokens", "batch_size", "batch_tokens", "micro_batch_size")
         require_positive(self, "train", "eval_every", "eval_sequences", "log_every", "assumed_gpus")
@@ -295,6 +304,7 @@ class RunConfig:
         refuse_url("data.path=", self.data.path)
         refuse_url("train.init_from=", self.train.init_from)
         refuse_url("train.resume_from=", self.train.resume_from)
+        self._stage_phases: list[Phase] | None = None
         self.resume_at(step=0, tokens=0)
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         tokens = self.train.batch_tokens
@@ -303,15 +313,24 @@ class RunConfig:
             f"train.batch_tokens={tokens} is not a multiple of data.seq_len={self.data.seq_len}; set "
             f"train.batch_tokens={self.data.seq_len * max(1, round((tokens or 0) / self.data.seq_len))}",
         )
-        require(
-            self.warmup_steps <= self.steps,
-            f"{format_set_key(self.optim, 'optim', 'warmup_steps', 'warmup_tokens')} is longer than "
-            f"{format_set_key(self.train, 'train', 'steps', 'tokens')}",
-        )
+        if self.train.stages is not None:
+            self._stage_phases = plan_phases(self)
+        self._check_warmup()
         if self.train.tbptt_length is not None:
             self._check_tbptt(self.train.tbptt_length)
         if self.parallel.context > 1:
             self._check_context(self.parallel.context)
+
+    def _check_warmup(self) -> None:
+        warmup = format_set_key(self.optim, "optim", "warmup_steps", "warmup_tokens")
+        if self.train.stages is None:
+            length = format_set_key(self.train, "train", "steps", "tokens")
+            require(self.warmup_steps <= self.steps, f"{warmup} is longer than {length}")
+            return
+        name, first = next(iter(self.train.stages.items()))
+        end = self.steps if first.schedule is None else self.stage_steps[name].stop - 1
+        where = "the run" if first.schedule is None else f"train.stages.{name}, whose schedule follows it"
+        require(self.warmup_steps <= end, f"{warmup} is longer than {where}, which has {end:,} steps")
 
     def _check_tbptt(self, length: int) -> None:
         require(
@@ -352,13 +371,56 @@ class RunConfig:
         return self.batch_size * self.data.seq_len
 
     def resume_at(self, step: int, tokens: int) -> None:
-        """Count the tokens of the first `step` steps as `tokens`: the batch may have been another before a resume."""
+        """Count the tokens of the first `step` steps as `tokens`: the batch may have been another before a resume.
+
+        Raises:
+            ConfigError: The run has stages, by which it has another number of tokens after `step`.
+        """
+        if self._stage_phases is not None and step <= self.steps:
+            expected = self.tokens_at(step)
+            require(
+                tokens == expected,
+                f"The checkpoint of step {step:,} has trained on {tokens:,} tokens, but by train.stages the run has "
+                f"{expected:,} there. Batches, lengths and tokens of stages that have begun cannot change. Write their "
+                "old values, or train from the start under another name=...",
+            )
         self._past_steps = step
         self._past_tokens = tokens
 
     @property
+    def phases(self) -> list[Phase]:
+        """The phases of the run in their order. A run without stages is one phase, with this config."""
+        return self._stage_phases or [Phase("", 0, self.steps, 0, self)]
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the phase of an optimizer step, counted from 1. Steps beyond the last are of the last phase."""
+        phases = self.phases
+        return next((phase for phase in phases if step <= phase.end_step), phases[-1])
+
+    @property
+    def stage_ends(self) -> set[int]:
+        """The last steps of the stages, and so of the run."""
+        return {steps.stop - 1 for steps in self.stage_steps.values()}
+
+    @property
+    def stage_steps(self) -> dict[str, range]:
+        """The optimizer steps of each stage, counted from 1. A run without stages is the one stage ""."""
+        steps: dict[str, range] = {}
+        for phase in self.phases:
+            first = steps[phase.stage].start if phase.stage in steps else phase.start_step + 1
+            steps[phase.stage] = range(first, phase.end_step + 1)
+        return steps
+
+    @property
+    def has_stage_schedules(self) -> bool:
+        """Whether each stage has a schedule of the learning rate, or if not, optim.schedule goes over the run."""
+        return any(stage.schedule is not None for stage in (self.train.stages or {}).values())
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
+        if self._stage_phases is not None:
+            return self._stage_phases[-1].end_step
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
@@ -376,12 +438,17 @@ class RunConfig:
 
         Before the step at which it was resumed, this is exact if all steps had one batch size, and interpolated if not.
         """
+        if self._stage_phases is not None:
+            return self.phase_at(step).tokens_at(step)
         if step < self._past_steps:
             return step * self._past_tokens // self._past_steps
         return self._past_tokens + (step - self._past_steps) * self.tokens_per_step
 
     def _step_after(self, tokens: int) -> int:
         """Return the first step after which the run has trained on `tokens` tokens or more."""
+        for phase in self._stage_phases or []:
+            if tokens <= phase.tokens_at(phase.end_step) or phase.end_step == self.steps:
+                return phase.start_step - (phase.start_tokens - tokens) // phase.config.tokens_per_step
         if tokens <= self._past_tokens:
             return -(-tokens * self._past_steps // max(self._past_tokens, 1))
         return self._past_steps - (self._past_tokens - tokens) // self.tokens_per_step
@@ -422,11 +489,14 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     own = {key.name: tree[key.name] for key in dataclasses.fields(RunConfig)}
     flat = flatten_tree(json.loads(json.dumps(own)))  # As it is read back from JSON, where tuples are lists.
-    return {
-        key: value
-        for key, value in flat.items()
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
-    }
+    if config.train.stages is not None:
+        flat[STAGE_ORDER] = ", ".join(config.train.stages)
+    return {key: value for key, value in flat.items() if not may_change(key)}
+
+
+def may_change(key: str) -> bool:
+    """Return whether MAY_CHANGE has a dotted key, or a level of the config above it."""
+    return any(fnmatch.fnmatchcase(key, name) or fnmatch.fnmatchcase(key, f"{name}.*") for name in MAY_CHANGE)
 
 
 def describe_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -144,13 +144,11 @@ def shard_batch(batch: Batch, segment_length: int, rank: int, size: int) -> Batc
 
 def training_batches(
     windows: Windows,
+    order: Order,
     *,
-    seed: int,
-    batch_size: int,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    weights: Mapping[str, float] | None = None,
     workers: int = 1,
     pin: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
@@ -160,15 +158,13 @@ def training_batches(
     resume, start at the next step.
 
     Args:
-        batch_size: Windows of one optimizer step over all ranks. This rank gets batch_size / world_size of them.
-        weights: The weights of the sources; see `Order`.
+        order: The order of `windows`. This rank gets order.batch_size / world_size windows of each step.
         workers: Threads that read ahead. Their number does not change what is read.
         pin: Return batches in page-locked memory, from which a GPU copies while it computes.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of `world_size`, or `weights` are not those of the sources.
+        ValueError: The batch size is not a multiple of `world_size`.
     """
-    order = Order(seed, batch_size, windows.source_windows, weights)
     # Check the arguments now, not when the first batch is read.
     rank_slice(order.window_ids(start_step), rank, world_size)
 

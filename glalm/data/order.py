@@ -6,7 +6,7 @@ Nothing is stored and nothing is consumed, so a checkpoint needs only the seed a
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -29,6 +29,9 @@ class Order:
         batch_size: Windows of one optimizer step over all ranks.
         windows: {source: its number of windows}. Window ids count through the sources in this order.
         weights: {source: its share of the training windows, up to a common factor}, or None.
+        start_step: The first step. Another order has the steps before it.
+        start_position: The windows that are read before that step, since the weights are what they are.
+        windows_read: {source: its windows that are read before position 0 of a mixture}, if the weights were others.
 
     Raises:
         ValueError: The weights do not name each source once, or leave no windows.
@@ -38,6 +41,9 @@ class Order:
     batch_size: int
     windows: Mapping[str, int]
     weights: Mapping[str, float] | None = None
+    start_step: int = 0
+    start_position: int = 0
+    windows_read: Mapping[str, int] | None = None
 
     def __post_init__(self):
         if self.batch_size < 1 or sum(self.windows.values()) < 1:
@@ -47,9 +53,31 @@ class Order:
 
     def window_ids(self, step: int) -> np.ndarray:
         """Return the ids of the windows of one optimizer step: int64 [batch_size]."""
-        if step < 0:
-            raise ValueError(f"step={step} must be at least 0.")
-        return self._ids_at(np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64))
+        if step < self.start_step:
+            raise ValueError(f"step={step} must be at least {self.start_step}.")
+        return self._ids_at(np.arange(self.position(step), self.position(step + 1), dtype=np.int64))
+
+    def position(self, step: int) -> int:
+        """Return the number of windows before `step`, since the weights are what they are."""
+        return self.start_position + (step - self.start_step) * self.batch_size
+
+    def continue_at(self, step: int, batch_size: int, weights: Mapping[str, float] | None) -> "Order":
+        """Return the order of the same windows, from `step` on, with another batch or other weights.
+
+        It begins where this order is at the end of the step before: with the same weights at the next window, with
+        others at the next window of each source.
+
+        Raises:
+            ValueError: Only one of the two orders has weights, so that their epochs are not the same.
+        """
+        if weights == self.weights:
+            return replace(self, batch_size=batch_size, start_step=step, start_position=self.position(step))
+        if weights is None or self.weights is None:
+            raise ValueError("An order without weights cannot continue one with weights, nor the reverse.")
+        counts = dict(zip(self.windows, self._count_mixed(self.position(step)).tolist(), strict=True))
+        before = self.windows_read or {}
+        windows_read = {name: before.get(name, 0) + count for name, count in counts.items()}
+        return Order(self.seed, batch_size, self.windows, weights, step, 0, windows_read)
 
     def count_windows(self, start: int, stop: int) -> dict[str, int]:
         """Return how many windows of each source the steps [start, stop) read.
@@ -57,8 +85,8 @@ class Order:
         This takes constant time with weights. Without, it takes the time to list the windows of the first and the last
         epoch that are read in part.
         """
-        begin = start * self.batch_size
-        end = stop * self.batch_size
+        begin = self.position(start)
+        end = self.position(stop)
         if self.weights is None:
             epoch = sum(self.windows.values())
             epochs_begin = min(end, -(-begin // epoch) * epoch)
@@ -94,9 +122,9 @@ class Order:
         return cycle_counts([self.weights[name] for name in self.windows])
 
     def _ids_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the window ids at consecutive positions of the run: int64 [positions].
+        """Return the window ids at consecutive positions: int64 [positions].
 
-        A position is the number of windows that are read before it.
+        A position is the number of windows that are read before it, since the weights are what they are.
         """
         if self.weights is None:
             return shuffled_ids(positions, sum(self.windows.values()), self.seed)
@@ -106,7 +134,8 @@ class Order:
         for i, (name, size) in enumerate(self.windows.items()):
             mask = sources == i
             if mask.any():
-                ids[mask] = first + shuffled_ids(numbers[mask], size, f"{self.seed}/{name}")
+                read = (self.windows_read or {}).get(name, 0)
+                ids[mask] = first + shuffled_ids(read + numbers[mask], size, f"{self.seed}/{name}")
             first += size
         return ids
 

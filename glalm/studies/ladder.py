@@ -301,7 +301,7 @@ PROGRESS_PERCENT = 5
 
 
 def watch_runs(runs: list[LadderRun], bar: ProgressBar, ended: threading.Event) -> None:
-    total = sum(run.config.steps * run.config.tokens_per_step for run in runs)
+    total = sum(run.config.tokens_at(run.config.steps) for run in runs)
     first = sum(trained_tokens(run) for run in runs)
     start = time.monotonic()
     shown = first
@@ -329,7 +329,7 @@ def describe_score(run: LadderRun) -> str:
 def trained_tokens(run: LadderRun) -> int:
     """Return the tokens that a run has been trained on, by its metrics.jsonl."""
     rows, _ = read_metrics(run.config.folder / "metrics.jsonl")
-    return rows[-1]["step"] * run.config.tokens_per_step if rows else 0
+    return run.config.tokens_at(rows[-1]["step"]) if rows else 0
 
 
 def format_seconds(seconds: float) -> str:

@@ -139,7 +139,7 @@ def build_row(runs: "list[LadderRun]") -> dict:
         "lr": runs[0].lr,
         "parameters": by_run[0]["parameters"],
         "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
-        "tokens": config.steps * config.tokens_per_step,
+        "tokens": config.tokens_at(config.steps),
         "tokens/s": median_training_speed(chain.from_iterable(metrics)),
         "perplexity": math.exp(fmean(math.log(perplexity) for perplexity in perplexities)),
         "sd": stdev(perplexities) if len(perplexities) > 1 else None,
@@ -160,7 +160,7 @@ def describe_run(run: "LadderRun") -> dict:
         "lr": run.config.optim.lr,
         "seed": run.config.seed,
         "parameters": found["parameters"],
-        "tokens": run.config.steps * run.config.tokens_per_step,
+        "tokens": run.config.tokens_at(run.config.steps),
         "tokens/s": median_training_speed(read_metrics(run.config.folder / "metrics.jsonl")[0]),
         "nats per token": found["results"]["nats_per_token"],
         "perplexity": found["results"]["perplexity"],
@@ -223,10 +223,10 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
         config = same[0].config
         hours[model], memory = estimate_hours_and_memory(config)
         row = {"model": model, "runs": len(same), "parameters": count_parameters(config).total}
-        row |= {"tokens": config.steps * config.tokens_per_step, "GiB": memory / GIB}
+        row |= {"tokens": config.tokens_at(config.steps), "GiB": memory / GIB}
         rows.append(row if hours[model] is None else row | {"minutes": 60 * hours[model]})
     print_rows("runs of each model; tokens, memory and minutes of one run", rows)
-    tokens = sum(run.config.steps * run.config.tokens_per_step for run in missing)
+    tokens = sum(run.config.tokens_at(run.config.steps) for run in missing)
     print(f"{len(runs)} runs, {len(missing)} to do with {tokens:,} tokens")
     if None in hours.values():
         print("The time of some is not known. To plan for a GPU, add train.assumed_gpu=H200.")

@@ -155,10 +155,10 @@ class CheckpointWriter:
         self.rename_folder(path, doomed)
         remove_entry(doomed)
 
-    def prune_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
-        """Remove all checkpoints except those that keep_last, keep_every and keep_best retain."""
+    def prune_checkpoints(self, folder: Path, config: CheckpointConfig, stage_ends: Collection[int] = ()) -> None:
+        """Remove all checkpoints except those that keep_last, keep_every and keep_best retain, or that end a stage."""
         checkpoints = list_checkpoints(folder)
-        kept = set(list(checkpoints)[-config.keep_last :])
+        kept = {*list(checkpoints)[-config.keep_last :], *stage_ends}
         if config.keep_every:
             kept.update(step for step in checkpoints if step % config.keep_every == 0)
         losses = {}
@@ -191,6 +191,7 @@ class CheckpointSaver:
         on_heartbeat: Called every second while a method waits for a save, at most for SAVE_TIMEOUT.
         writer: The disk operations. Tests inject faults here.
         on_saved: Called on rank 0 with the step of each checkpoint that is complete, by the thread that writes it.
+        stage_ends: The last steps of the run's stages, whose checkpoints are never removed.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class CheckpointSaver:
         on_heartbeat: Callable[[], object] = lambda: None,
         writer: CheckpointWriter | None = None,
         on_saved: Callable[[int], object] = lambda step: None,
+        stage_ends: Collection[int] = (),
     ):
         self.folder = folder
         self.config = config
@@ -208,6 +210,7 @@ class CheckpointSaver:
         self.on_heartbeat = on_heartbeat
         self.writer = writer or CheckpointWriter()
         self.on_saved = on_saved
+        self.stage_ends = stage_ends
         self.failures = 0
         self._consecutive_errors: list[str] = []
         self._buffers = staging.HostBuffers()
@@ -326,7 +329,7 @@ class CheckpointSaver:
     def _prune_checkpoints(self) -> None:
         try:
             if self._rank == 0:
-                self.writer.prune_checkpoints(self.folder, self.config)
+                self.writer.prune_checkpoints(self.folder, self.config, self.stage_ends)
         except (OSError, CheckpointError) as error:  # This does not make the new checkpoint invalid.
             self.log(f"warning: an old checkpoint cannot be removed: {error}")
 

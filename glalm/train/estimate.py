@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glalm.config.run import RunConfig, TrainConfig
+from glalm.config.stages import Phase
 from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
 from glalm.model.config import ModelConfig
@@ -23,7 +24,7 @@ from glalm.train.compile import apply_training_forward
 from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
-from glalm.train.state import BatchPlan
+from glalm.train.state import BatchPlan, plan_batches
 
 GIB = 2**30
 ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
@@ -258,15 +259,39 @@ def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
     device = ASSUMED_GPUS[config.train.assumed_gpu] if config.train.assumed_gpu else current_device()
     if config.model.vocab_size is None:
         choose_vocabulary(config)
-    plan = BatchPlan.from_config(config, 1)
-    flops = model_cost(config.model, config.data.seq_len).training
-    speed = None
+    costs = phase_costs(config, 1)
+    hours = None
     if device.is_gpu and (peak := peak_flops(device.name)) is not None:
-        speed = peak * config.train.assumed_mfu / flops
+        hours = sum(cost.flops for cost in costs) / (peak * config.train.assumed_mfu) / 3600
     elif not device.is_gpu and count_parameters(config).total <= MAX_TIMED_PARAMETERS:
-        speed = measure_cpu_speed(config, plan, flops)
-    hours = config.steps * plan.tokens_per_step / speed / 3600 if speed else None
-    return hours, sum(_estimate_on(config, plan, device).values())
+        hours = measure_cpu_hours(costs)
+    return hours, sum(_estimate_on(largest_phase(costs), device).values())
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What a phase of a run costs."""
+
+    phase: Phase
+    plan: BatchPlan
+    flops_per_token: int  # forward and backward
+
+    @property
+    def flops(self) -> int:
+        return self.flops_per_token * self.phase.tokens
+
+
+def phase_costs(config: RunConfig, world_size: int) -> list[PhaseCost]:
+    """Return the costs of the phases of a run on `world_size` processes. Raises ConfigError as `plan_batches` does."""
+    costs = []
+    for phase, plan in zip(config.phases, plan_batches(config, world_size), strict=True):
+        costs.append(PhaseCost(phase, plan, model_cost(config.model, plan.seq_len).training))
+    return costs
+
+
+def largest_phase(costs: list[PhaseCost]) -> PhaseCost:
+    """Return the phase whose forward passes have the most tokens, and so the largest activations."""
+    return max(costs, key=lambda cost: cost.plan.micro_batch * cost.plan.shard_length)
 
 
 def choose_vocabulary(config: RunConfig) -> str:
@@ -281,36 +306,52 @@ def choose_vocabulary(config: RunConfig) -> str:
 
 def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterator[str]:
     """Yield the lines of the dry run's report for `world_size` devices like `device`."""
-    plan = BatchPlan.from_config(config, world_size)
+    costs = phase_costs(config, world_size)
     counts = count_parameters(config)
-    flops = model_cost(config.model, config.data.seq_len).training
-    tokens = config.steps * plan.tokens_per_step
+    tokens = sum(cost.phase.tokens for cost in costs)
+    flops = sum(cost.flops for cost in costs)
     assert config.model.vocab_size is not None  # The model has been built.
     embeddings = config.model.vocab_size * config.model.hidden_size * (1 if config.model.tie_word_embeddings else 2)
     where = "assumed" if config.train.assumed_gpu else "of this machine"
     advice = "" if device.is_gpu else f". {PLAN_FOR_GPU}"
     yield f"planned for   {world_size} x {device.name} ({device.memory / GIB:.1f} GiB), {where}{advice}"
     yield f"parameters    {counts.total:,}; {counts.total - embeddings:,} without embeddings and head"
-    yield f"operations    {flops / 1e9:.2f} GFLOP per token, forward and backward, at length {plan.seq_len}"
-    shard = f" of {plan.shard_length:,} tokens to a process" if plan.context_parallel > 1 else ""
-    yield (
-        f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {world_size} x "
-        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences{shard}, {config.parallel.mode}"
-    )
+    for cost in costs:
+        yield from describe_phase(cost, device, share=cost.flops / flops)
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_data(config, tokens)
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
     if device.is_gpu:
-        yield "time          " + describe_time(config, world_size, device, flops, tokens)
+        yield "time          " + describe_time(config, world_size, device, flops / tokens, tokens)
     else:
-        yield "time          " + describe_cpu_time(config, plan, counts.total, flops, tokens)
-    parts = _estimate_on(config, plan, device)
-    yield "memory        " + _describe_memory(parts)
+        yield "time          " + describe_cpu_time(costs, counts.total)
+    largest = largest_phase(costs)
+    parts = _estimate_on(largest, device)
+    in_stage = f", in stage {largest.phase.stage}" if largest.phase.stage else ""
+    yield "memory        " + _describe_memory(parts) + in_stage
     if sum(parts.values()) > USABLE_MEMORY * device.memory:
         yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {ADVICE}"
     if device.is_gpu:
         yield "host memory   " + describe_host_memory(config, world_size, 4 * counts.total, checkpoint_size)
+
+
+def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[str]:
+    """Yield the lines of a phase, which has this share of the run's operations."""
+    phase = cost.phase
+    plan = cost.plan
+    if phase.stage:
+        yield (
+            f"stage         {phase.stage}: steps {phase.start_step + 1:,} to {phase.end_step:,}, "
+            f"{phase.tokens / 1e9:.3g}B tokens, {share:.1%} of the operations"
+        )
+    operations = f"{cost.flops_per_token / 1e9:.2f} GFLOP per token"
+    yield f"operations    {operations}, forward and backward, at length {plan.seq_len}"
+    shard = f" of {plan.shard_length:,} tokens to a process" if plan.context_parallel > 1 else ""
+    yield (
+        f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {plan.world_size} x "
+        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences{shard}, {phase.config.parallel.mode}"
+    )
 
 
 def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
@@ -334,10 +375,10 @@ def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
         yield f"WARNING: data and vocabulary have not been checked. {error}"
         return
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    epochs = sum(reading.phase.tokens / reading.windows.length / len(reading.windows) for reading in training.phases)
     yield (
-        f"data          {folder}: {training.tokens.num_tokens:,} tokens for training, read "
-        f"{tokens / len(training) / config.data.seq_len:.3g} times, and a vocabulary of "
-        f"{training.tokens.vocab_size:,}; {size / 1e9:.2f} GB"
+        f"data          {folder}: {training.tokens.num_tokens:,} tokens for training, read {epochs:.3g} times, and a "
+        f"vocabulary of {training.tokens.vocab_size:,}; {size / 1e9:.2f} GB"
     )
 
 
@@ -369,7 +410,8 @@ def describe_host_memory(config: RunConfig, world_size: int, weights: int, check
 def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     """Return an error message for a run whose GPU is out of memory."""
     gpu = current_device()
-    estimate = _describe_memory(_estimate_on(config, plan, gpu))
+    largest = largest_phase(phase_costs(config, plan.world_size))
+    estimate = _describe_memory(_estimate_on(largest, gpu))
     return f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. {ADVICE}"
 
 
@@ -388,12 +430,24 @@ def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_tok
     )
 
 
-def describe_cpu_time(config: RunConfig, plan: BatchPlan, parameters: int, flops_per_token: float, tokens: int) -> str:
+def describe_cpu_time(costs: list[PhaseCost], parameters: int) -> str:
     if parameters > MAX_TIMED_PARAMETERS:
         return f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
-    tokens_per_second = measure_cpu_speed(config, plan, flops_per_token)
-    hours = tokens / tokens_per_second / 3600
+    hours = measure_cpu_hours(costs)
+    tokens_per_second = sum(cost.phase.tokens for cost in costs) / hours / 3600
     return f"{hours:,.2f} hours, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
+
+
+def measure_cpu_hours(costs: list[PhaseCost]) -> float:
+    """Return how long a run takes on the CPU. Each shape of its forward passes is timed."""
+    speeds: dict[tuple[int, int], float] = {}
+    hours = 0.0
+    for cost in costs:
+        shape = (cost.plan.micro_batch, cost.plan.segment_length)
+        if shape not in speeds:
+            speeds[shape] = measure_cpu_speed(cost.phase.config, cost.plan, cost.flops_per_token)
+        hours += cost.phase.tokens / speeds[shape] / 3600
+    return hours
 
 
 def measure_cpu_speed(config: RunConfig, plan: BatchPlan, flops_per_token: float) -> float:
@@ -428,7 +482,9 @@ def _local_world_size(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, 8)))
 
 
-def _estimate_on(config: RunConfig, plan: BatchPlan, device: Device) -> dict[str, int]:
+def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
+    config = cost.phase.config
+    plan = cost.plan
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = config.train.compile is True or (config.train.compile == "auto" and device.is_gpu)
     return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled)

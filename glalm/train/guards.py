@@ -4,10 +4,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
@@ -15,7 +16,6 @@ from torch.optim import Optimizer
 from glalm.config.run import GuardConfig
 from glalm.config.strict import RunError
 from glalm.data.files import write_json
-from glalm.data.order import Order
 from glalm.train.collectives import rank_and_world_size
 
 # SIGUSR1 and SIGUSR2 come from schedulers (Slurm's `--signal=USR1@120`), SIGHUP from a terminal that is closed.
@@ -138,11 +138,13 @@ class UpdateGuard:
         self.consecutive.copy_(torch.where(skip, self.consecutive + 1, 0))
         return skip
 
-    def check(self, order: Order, folder: Path, is_main_process: bool = True) -> dict[str, int]:
+    def check(
+        self, window_ids: Callable[[int], np.ndarray], folder: Path, is_main_process: bool = True
+    ) -> dict[str, int]:
         """Return {"skipped_steps": number of skipped updates of the run}. This waits for the device.
 
         Args:
-            order: The order of the data, to name the samples of bad steps.
+            window_ids: Returns the windows of a step, counted from 0, to name the samples of bad steps.
             folder: The run's folder.
             is_main_process: Whether to write bad_steps_N.json to `folder` before raising.
 
@@ -155,7 +157,7 @@ class UpdateGuard:
         steps = range(first, first + self.config.bad_steps)
         path = folder / f"bad_steps_{first}.json"
         if is_main_process:
-            samples = {str(step): order.window_ids(step - 1).tolist() for step in steps}
+            samples = {str(step): window_ids(step - 1).tolist() for step in steps}
             write_json(path, {"steps": samples}, indent=1)
         raise BadSteps(
             f"The loss or the gradient was not finite, or spiked, in {len(steps)} consecutive updates, steps {first} "

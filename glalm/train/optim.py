@@ -1,7 +1,7 @@
 """Optimizers and their learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -9,6 +9,14 @@ from torch.optim import Optimizer
 
 from glalm.config.run import OptimConfig, RunConfig
 from glalm.train.muon import Muon
+
+# How a schedule goes from 1 to 0, by the part of it that is over. A constant one stays at 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "sqrt": lambda x: 1 - math.sqrt(x),
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+}
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
@@ -59,6 +67,9 @@ def learning_rate(step: int, config: RunConfig) -> float:
                          1 - sqrt(x) (Hägele et al., arXiv 2405.18392)
         constant         lr
 
+    With schedules of train.stages, it follows that of each stage instead, from where the stage before left it, and in
+    the first stage from optim.lr.
+
     Resuming needs no state but what `RunConfig.resume_at` records. A warm-up or a run whose length is set in tokens
     progresses by tokens, so that a resume with another batch neither shifts nor shortens it.
     """
@@ -67,11 +78,28 @@ def learning_rate(step: int, config: RunConfig) -> float:
     if step <= warmup:
         by_tokens = optim.warmup_tokens is not None
         fraction = _measure_progress(step, config, by_tokens) / _measure_progress(warmup, config, by_tokens)
+    elif config.has_stage_schedules:
+        return _stage_learning_rate(step, config, warmup)
     else:
-        by_tokens = config.train.tokens is not None
+        by_tokens = config.train.steps is None
         now, end, start = (_measure_progress(n, config, by_tokens) for n in (step, config.steps, warmup))
         fraction = _schedule_fraction(now, end, start, optim)
     return optim.min_lr + fraction * (optim.lr - optim.min_lr)
+
+
+def _stage_learning_rate(step: int, config: RunConfig, warmup: int) -> float:
+    """Return the learning rate after the warm-up in a run whose stages have schedules."""
+    assert config.train.stages is not None
+    start_rate = config.optim.lr
+    for name, steps in config.stage_steps.items():
+        stage = config.train.stages[name]
+        end_rate = start_rate if stage.lr is None else stage.lr
+        if step in steps:
+            start = config.tokens_at(max(steps.start - 1, warmup))
+            x = (config.tokens_at(step) - start) / (config.tokens_at(steps.stop - 1) - start)
+            return end_rate + DECAYS[stage.schedule or "constant"](x) * (start_rate - end_rate)
+        start_rate = end_rate
+    return start_rate
 
 
 def _measure_progress(step: int, config: RunConfig, by_tokens: bool) -> float:
@@ -81,14 +109,10 @@ def _measure_progress(step: int, config: RunConfig, by_tokens: bool) -> float:
 
 def _schedule_fraction(step: float, steps: float, warmup: float, optim: OptimConfig) -> float:
     """Return the learning rate after the warm-up, 0 for min_lr and 1 for lr."""
-    if optim.schedule == "constant":
-        return 1.0
     if optim.schedule == "wsd":
         decay_steps = min(steps - warmup, math.ceil(optim.decay_fraction * steps))
-        x = max(0.0, 1 - (steps - step) / decay_steps)
-        return 1 - math.sqrt(x) if optim.decay_shape == "sqrt" else 1 - x
-    x = (step - warmup) / (steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * x)) if optim.schedule == "cosine" else 1 - x
+        return DECAYS[optim.decay_shape](max(0.0, 1 - (steps - step) / decay_steps))
+    return DECAYS[optim.schedule]((step - warmup) / (steps - warmup))
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:

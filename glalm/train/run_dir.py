@@ -17,12 +17,12 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from glalm.config.run import DATA_RECORD, RUN_RECORD, RunConfig, describe_differences, run_identity
+from glalm.config.run import DATA_RECORD, RUN_RECORD, STAGE_ORDER, RunConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import (
     DamagedFile,
@@ -33,7 +33,6 @@ from glalm.data.files import (
     write_json,
 )
 from glalm.data.loader import Windows
-from glalm.data.order import check_weights
 from glalm.data.shards import MANIFEST_SHAPE, TokenSet, select_manifest
 from glalm.train.checkpoint import (
     CheckpointError,
@@ -49,6 +48,7 @@ from glalm.train.environment import describe_environment
 from glalm.train.metrics import read_metrics
 from glalm.train.run_lock import LOCK, RunLock, lock_run_dir
 from glalm.train.state import TrainState
+from glalm.train.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +152,14 @@ def check_filesystem(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- Data
 
 
-def open_data(config: RunConfig) -> tuple[Windows, Windows]:
-    """Return the training and validation windows of config.data. Set model.vocab_size if it is null.
+def open_data(config: RunConfig) -> tuple[TrainingData, Windows]:
+    """Return the training data of all phases, and the validation windows. Set model.vocab_size if it is null.
 
     If the dataset has grown since the run began, the windows are those of the data as it was then.
 
     Raises:
-        ConfigError: The data is missing or damaged, or does not fit config.data.weights or the model's vocabulary.
+        ConfigError: The data is missing or damaged, or does not fit the weights, the lengths of windows or the model's
+            vocabulary.
     """
     reset = config.data.document_boundaries == "reset_state"
     # Rank 0 reads the manifests for all ranks, because the dataset may grow between two reads.
@@ -166,12 +167,8 @@ def open_data(config: RunConfig) -> tuple[Windows, Windows]:
     origin = run_on_rank_0(lambda: read_data_record(_origin_data_record(config)))
     try:
         manifest = own or run_on_rank_0(lambda: select_manifest(Path(config.data.path), origin))
-        training, validation = (
-            Windows(TokenSet(config.data.path, split, manifest), config.data.seq_len, reset)
-            for split in ("train", "validation")
-        )
-        if config.data.weights is not None:
-            check_weights(config.data.weights, training.source_windows)
+        training = TrainingData(config, TokenSet(config.data.path, "train", manifest))
+        validation = Windows(TokenSet(config.data.path, "validation", manifest), config.data.seq_len, reset)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.path={config.data.path}: {error}") from error
     vocabulary = training.tokens.vocab_size
@@ -290,14 +287,18 @@ def last_trained_step(folder: Path) -> int:
     return max((row["step"] for row in rows), default=0)
 
 
-def check_identity(config: RunConfig, saved: Mapping, current: Mapping, where: Path) -> None:
+def check_identity(
+    config: RunConfig, saved: Mapping, current: Mapping, where: Path, also_allowed: Collection[str] = ()
+) -> None:
     """Compare the identity `saved` in `where` with the current one, except for what train.allow_changes names.
+
+    `also_allowed` are further keys that may differ.
 
     Raises:
         ConfigError: They differ. The message lists the differences.
     """
     keys = saved.keys() | current.keys()
-    allowed = set()
+    allowed = {*also_allowed}
     for name in config.train.allow_changes:
         # "data.weights" names the weights of all sources.
         named = {key for key in keys if key == name or key.startswith(f"{name}.")}
@@ -408,18 +409,34 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
     metadata = read_metadata(path)
     # run.json was compared already, with what was allowed to change since. A copied checkpoint may be of any run.
     if applies or metadata.get("run") != record["id"]:
-        check_identity(config, metadata.get("identity", {}), record["identity"], path)
+        saved = metadata.get("identity", {})
+        future = find_future_keys(config, saved, record["identity"], metadata["step"])
+        check_identity(config, saved, record["identity"], path, future)
     config.resume_at(metadata["step"], metadata["tokens"])
-    key = "train.steps" if config.train.tokens is None else "train.tokens"
+    key = next((name for name in ("steps", "tokens") if getattr(config.train, name) is not None), "stages")
     require(
         metadata["step"] <= config.steps,
-        f"{path} is beyond the run's last step, {config.steps}. Choose a larger {key}.",
+        f"{path} is beyond the run's last step, {config.steps}. Choose a larger train.{key}.",
     )
     if applies:
         run_on_rank_0(lambda: _set_newer_aside(config.folder, metadata["step"], is_own))
     else:
         run_on_rank_0(lambda: _warn_of_missing(path, record["saved"]))
     return path
+
+
+def find_future_keys(config: RunConfig, saved: Mapping, current: Mapping, step: int) -> set[str]:
+    """Return the keys of two identities that matter only after `step`: those of stages that have not begun.
+
+    There are none if optim.schedule goes over the run, because the learning rate before `step` then depends on them.
+    """
+    begun = [name for name, steps in config.stage_steps.items() if steps.start <= step]
+    begins_alike = str(saved.get(STAGE_ORDER)).split(", ")[: len(begun)] == begun
+    if not config.has_stage_schedules or not begins_alike:
+        return set()
+    past = tuple(f"train.stages.{name}." for name in begun)
+    keys = {key for key in saved.keys() | current.keys() if key.startswith("train.stages.")}
+    return {STAGE_ORDER, *(key for key in keys if not key.startswith(past))}
 
 
 def _warn_of_missing(path: Path, saved_step: int | None) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from glalm.config.run import RunConfig, format_set_key
-from glalm.config.strict import describe_divisors, require
+from glalm.config.strict import ConfigError, describe_divisors, require
 from glalm.model.decoder import CausalLM
 from glalm.train import random_states
 from glalm.train.averaging import WeightAverage
@@ -88,6 +88,21 @@ class BatchPlan:
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
+
+
+def plan_batches(config: RunConfig, world_size: int) -> list[BatchPlan]:
+    """Return how the batch of each phase of a run is divided.
+
+    Raises:
+        ConfigError: The batch of a phase cannot be divided. The message names its stage.
+    """
+    plans = []
+    for phase in config.phases:
+        try:
+            plans.append(BatchPlan.from_config(phase.config, world_size))
+        except ConfigError as error:
+            raise ConfigError(f"In train.stages.{phase.stage}: {error}" if phase.stage else str(error)) from error
+    return plans
 
 
 @dataclass

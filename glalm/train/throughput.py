@@ -7,11 +7,10 @@ from typing import TypeVar
 import torch
 
 from glalm.config.run import RunConfig
-from glalm.data.loader import Windows
-from glalm.data.order import Order
 from glalm.model.flops import model_cost
 from glalm.train.environment import peak_flops
 from glalm.train.state import BatchPlan
+from glalm.train.training_data import TrainingData
 
 Item = TypeVar("Item")
 
@@ -27,12 +26,14 @@ class ThroughputMeter:
     """
 
     def __init__(self, config: RunConfig, plan: BatchPlan, device: torch.device, step: int):
-        self.tokens_per_step = plan.tokens_per_step
-        self.num_processes = plan.data_parallel * plan.context_parallel
+        self.config = config
+        self.num_processes = plan.world_size
         self.device = device
         peak = peak_flops(device)
-        flops_per_token = model_cost(config.model, config.data.seq_len).training
-        self.mfu_per_speed = peak and flops_per_token / peak  # MFU per token/s of one GPU
+        lengths = {phase.config.data.seq_len for phase in config.phases}
+        flops_per_token = {length: model_cost(config.model, length).training for length in lengths if peak}
+        # {window length: MFU per token/s of one GPU}, or None
+        self.mfu_per_speed = {length: flops / peak for length, flops in flops_per_token.items()} if peak else None
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -52,14 +53,18 @@ class ThroughputMeter:
             start = time.perf_counter()
 
     def metrics(self, step: int) -> dict[str, float | None]:
-        """Return the metrics of the steps since the last restart. Call it after the device has finished `step`."""
+        """Return the metrics of the steps since the last restart. Call it after the device has finished `step`.
+
+        The steps must be of one phase of the run.
+        """
         steps = step - self.step
         seconds = time.perf_counter() - self.start_time
-        speed_per_gpu = steps * self.tokens_per_step / seconds / self.num_processes
+        phase = self.config.phase_at(step).config
+        speed_per_gpu = steps * phase.tokens_per_step / seconds / self.num_processes
         metrics = {
             "tokens_per_second": speed_per_gpu * self.num_processes,
             "tokens_per_second_per_gpu": speed_per_gpu,
-            "mfu": self.mfu_per_speed and speed_per_gpu * self.mfu_per_speed,
+            "mfu": speed_per_gpu * self.mfu_per_speed[phase.data.seq_len] if self.mfu_per_speed else None,
             "data_wait_seconds": self.data_wait / steps,  # per step
         }
         if self.device.type == "cuda":
@@ -68,22 +73,40 @@ class ThroughputMeter:
 
 
 class SourceTokenCounter:
-    """Count the tokens that a run has read of each source of its data."""
+    """Count the tokens that a run has read in each stage, and of each source of its data."""
 
-    def __init__(self, config: RunConfig, windows: Windows, step: int):
-        self.order = Order(config.seed, config.batch_size, windows.source_windows, config.data.weights)
-        self.window_length = windows.length
-        self.step = step
-        has_sources = len(windows.source_windows) > 1
-        self.windows_read = self.order.count_windows(0, step) if has_sources else {}
+    def __init__(self, data: TrainingData, step: int):
+        self.data = data
+        self.step = 0
+        self.tokens: dict[str, dict[str, int]] = {}  # {stage: {source: tokens}}
+        self._count_up_to(step)
 
     def metrics(self, step: int) -> dict[str, int]:
-        """Return {"tokens/SOURCE": tokens read in the steps up to `step`}, or nothing if there is only one source.
+        """Return the tokens that are read in the steps up to `step`, which must not decrease from call to call.
 
-        `step` must not decrease from call to call.
+        Returns:
+            "tokens/SOURCE" if there are several sources. In a run with stages also "stage_tokens/STAGE" and, if there
+            are several sources, "stage_tokens/STAGE/SOURCE", of the stages that have begun.
         """
-        if self.windows_read:
-            for source, count in self.order.count_windows(self.step, step).items():
-                self.windows_read[source] += count
-            self.step = step
-        return {f"tokens/{source}": count * self.window_length for source, count in self.windows_read.items()}
+        self._count_up_to(step)
+        by_source: dict[str, int] = {}
+        by_stage: dict[str, int] = {}
+        for stage, counts in self.tokens.items():
+            by_stage[f"stage_tokens/{stage}"] = sum(counts.values())
+            for source, count in counts.items() if len(counts) > 1 else ():
+                by_source[f"tokens/{source}"] = by_source.get(f"tokens/{source}", 0) + count
+                by_stage[f"stage_tokens/{stage}/{source}"] = count
+        has_stages = "" not in self.tokens
+        return by_source | by_stage if has_stages else by_source
+
+    def _count_up_to(self, step: int) -> None:
+        for reading in self.data.phases:
+            phase = reading.phase
+            start = max(self.step, phase.start_step)
+            stop = min(step, phase.end_step)
+            if start >= stop:
+                continue
+            counts = self.tokens.setdefault(phase.stage, dict.fromkeys(reading.windows.source_windows, 0))
+            for source, windows in reading.count_windows(start, stop).items():
+                counts[source] += windows * reading.windows.length
+        self.step = step

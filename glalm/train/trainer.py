@@ -33,8 +33,9 @@ from glalm.train.layer_statistics import gradient_norms, observe_layers, state_n
 from glalm.train.metrics import MetricsWriter
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 from glalm.train.profile import Profiler
-from glalm.train.state import BatchPlan, TrainState
+from glalm.train.state import BatchPlan, TrainState, plan_batches
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
+from glalm.train.training_data import TrainingData
 from glalm.train.watchdog import Watchdog
 
 # evaluate(state, precision, heartbeat, log_text) -> metrics. All ranks call it after every step and before the first
@@ -65,8 +66,9 @@ def train(
         return dry_run(config)
     accelerator = parallel.start_processes(config)
     plan = BatchPlan.from_config(config, accelerator.num_processes)
-    if config.train.float8:
-        check_float8_support(plan, accelerator.device)
+    for phase_plan in plan_batches(config, accelerator.num_processes):
+        if config.train.float8:
+            check_float8_support(phase_plan, accelerator.device)
     training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,
@@ -96,6 +98,7 @@ def train(
                 watchdog.heartbeat,
                 checkpoint_writer,
                 on_saved=lambda step: run_dir.record_saved_step(config.folder, record, step),
+                stage_ends=config.stage_ends,
             ) as saver,
             Profiler(config, accelerator.device, accelerator.process_index, step) as profiler,
         ):
@@ -143,13 +146,14 @@ class Trainer:
 
     Args:
         config: The run's config.
-        plan: How the batch is divided.
+        plan: How the batch is divided. That of a run's stages follows from it.
         accelerator: The process's device, autocast and reductions.
         from_scratch: Whether training starts from the initial weights. If not, a checkpoint is loaded into `state`, and
             train.init_from is not read.
 
     Attributes:
         state: What steps change and checkpoints hold.
+        plan: How the batch of the newest step is divided.
         module: `state.model`, wrapped or sharded for training.
         context: Which shard of its sequences this process has, if several share them (parallel.context), else None.
     """
@@ -157,6 +161,8 @@ class Trainer:
     def __init__(self, config: RunConfig, plan: BatchPlan, accelerator: Accelerator, from_scratch: bool = True):
         self.config = config
         self.plan = plan
+        self.validation_plan = plan
+        self.plans = [plan] if config.train.stages is None else plan_batches(config, plan.world_size)
         self.accelerator = accelerator
         self.context = parallel.find_context_shard(plan.context_parallel, accelerator)
         model = build_initial_model(config, from_scratch).to(accelerator.device)
@@ -176,6 +182,7 @@ class Trainer:
         """
         state = self.state
         step = state.step + 1
+        self.plan = self.plans[self.config.phases.index(self.config.phase_at(step))]
         loss = self.accumulate_gradients(batch)
         grad_norm = parallel.gradient_norm(self.module.parameters())
         every = self.config.train.statistics_every
@@ -270,29 +277,31 @@ class Trainer:
         nats, targets = self.accelerator.reduce(total, "sum").tolist()
         return {"val_loss": nats / targets, "val_perplexity": perplexity(nats / targets)}
 
-    def iterate_batches(self, windows: Windows) -> Iterator[Batch]:
+    def iterate_batches(self, data: TrainingData) -> Iterator[Batch]:
         """Yield this process's batches, from the step after `state.step` to the last. None is read beyond the last."""
-        stream = training_batches(
-            windows,
-            seed=self.config.seed,
-            batch_size=self.plan.global_batch,
-            start_step=self.state.step,
-            rank=self.accelerator.process_index // self.plan.context_parallel,
-            world_size=self.plan.data_parallel,
-            weights=self.config.data.weights,
-            workers=self.config.data.workers,
-            pin=self.accelerator.device.type == "cuda",
-        )
-        for _, batch in islice(stream, self.config.steps - self.state.step):
-            yield self._to_device(self._select_shard(batch, self.plan.segment_length))
+        for reading, plan in zip(data.phases, self.plans, strict=True):
+            start_step = max(self.state.step, reading.phase.start_step)
+            if start_step >= reading.phase.end_step:
+                continue
+            stream = training_batches(
+                reading.windows,
+                reading.order,
+                start_step=start_step,
+                rank=self.accelerator.process_index // plan.context_parallel,
+                world_size=plan.data_parallel,
+                workers=self.config.data.workers,
+                pin=self.accelerator.device.type == "cuda",
+            )
+            for _, batch in islice(stream, reading.phase.end_step - start_step):
+                yield self._to_device(self._select_shard(batch, plan.segment_length))
 
     def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:
         """Yield this process's share of the validation windows, in micro-batches."""
         stream = sequential_batches(
             windows,
-            self.plan.micro_batch,
-            rank=self.accelerator.process_index // self.plan.context_parallel,
-            world_size=self.plan.data_parallel,
+            self.validation_plan.micro_batch,
+            rank=self.accelerator.process_index // self.validation_plan.context_parallel,
+            world_size=self.validation_plan.data_parallel,
             limit=self.config.train.eval_sequences,
         )
         for batch in stream:
@@ -360,7 +369,7 @@ class TrainingLoop:
     """
 
     trainer: Trainer
-    training: Windows
+    training: TrainingData
     validation: Windows
     evaluate: Evaluate | None
     run_metadata: dict
@@ -374,8 +383,9 @@ class TrainingLoop:
     def __post_init__(self):
         self.config = self.trainer.config
         self.state = self.trainer.state
+        self.stage_ends = self.config.stage_ends
         device = self.trainer.accelerator.device
-        self.sources = SourceTokenCounter(self.config, self.training, self.state.step)
+        self.sources = SourceTokenCounter(self.training, self.state.step)
         self.meter = ThroughputMeter(self.config, self.trainer.plan, device, self.state.step)
 
     def fit(self) -> int:
@@ -396,11 +406,14 @@ class TrainingLoop:
                 self.saver.warm_up(self.state)
                 collect_garbage()
             is_last = step == self.config.steps
+            phase = self.config.phase_at(step)
             # All processes must stop at the same step, whichever of them received the signal.
             stop_signal = max_over_processes(self.stop.received or 0)
-            is_saving = is_last or bool(stop_signal) or step % self.config.train.checkpoint.every == 0
+            is_stage_end = step in self.stage_ends
+            is_saving = is_stage_end or bool(stop_signal) or step % self.config.train.checkpoint.every == 0
             row: dict[str, float | None] = {"step": step}
-            if is_saving or step % self.config.train.log_every == 0:
+            # A phase ends with a row, so that no row has the speed of two phases.
+            if is_saving or step == phase.end_step or step % self.config.train.log_every == 0:
                 row |= self._training_metrics(result)
             if stop_signal and not is_last:
                 self.check_run_dir()
@@ -453,7 +466,8 @@ class TrainingLoop:
         )
         step = self.state.step
         metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step)}
-        metrics |= self.trainer.guard.check(self.sources.order, self.config.folder, accelerator.is_main_process)
+        is_main_process = accelerator.is_main_process
+        metrics |= self.trainer.guard.check(self.training.window_ids, self.config.folder, is_main_process)
         metrics |= self.sources.metrics(step)
         if result.statistics:
             values = torch.stack(list(result.statistics.values())).tolist()
@@ -464,7 +478,7 @@ class TrainingLoop:
         """Run validation and evaluators where they are due, and return their metrics."""
         step = self.state.step
         metrics: dict[str, float] = {}
-        if step == self.config.steps or step % self.config.train.eval_every == 0:
+        if step in self.stage_ends or step % self.config.train.eval_every == 0:
             self.watchdog.begin_phase("validating")
             metrics |= self.trainer.validate(self.validation, self.watchdog.heartbeat)
             if self.state.average is not None:
@@ -486,15 +500,21 @@ class TrainingLoop:
     def _log_start(self) -> None:
         """Print what the run is about to do."""
         config, accelerator = self.config, self.trainer.accelerator
-        windows = self.training
-        growing = "" if windows.tokens.is_complete else "; it is incomplete, and the run ignores later additions"
-        self.metrics.log_message(
-            f"{config.data.path}: {len(windows):,} windows of {windows.length} tokens, and {windows.dropped_tokens:,} "
-            f"tokens at the ends of sources that do not fill one{growing}"
-        )
+        is_growing = not self.training.tokens.is_complete
+        growing = "; it is incomplete, and the run ignores later additions" if is_growing else ""
+        epochs = 0.0
+        for reading in self.training.phases:
+            phase = reading.phase
+            windows = reading.windows
+            steps = f", steps {phase.start_step + 1:,} to {phase.end_step:,} ({phase.stage})" if phase.stage else ""
+            self.metrics.log_message(
+                f"{config.data.path}{steps}: {len(windows):,} windows of {windows.length} tokens, and "
+                f"{windows.dropped_tokens:,} tokens at the ends of sources that do not fill one{growing}"
+            )
+            read = config.tokens_at(phase.end_step) - config.tokens_at(phase.start_step)
+            epochs += read / windows.length / len(windows)
         parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         tokens = config.tokens_at(config.steps)
-        epochs = tokens / config.data.seq_len / len(windows)
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         if config.train.float8:
             precision += ", large linear layers in float8"

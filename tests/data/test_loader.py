@@ -26,8 +26,12 @@ def stream(prepared):
     return np.concatenate([tokens.read_document(i) for i in range(tokens.num_documents)]).astype(np.int64)
 
 
+def batches(windows, *, seed, batch_size, weights=None, **options):
+    return training_batches(windows, Order(seed, batch_size, windows.source_windows, weights), **options)
+
+
 def take(n, **arguments):
-    return list(itertools.islice(training_batches(**arguments), n))
+    return list(itertools.islice(batches(**arguments), n))
 
 
 def test_every_token_but_the_first_is_a_target_once(windows, stream):
@@ -96,7 +100,7 @@ def test_wrong_sizes_are_refused_before_the_first_batch(windows):
         ({"batch_size": 8, "start_step": -1}, "step=-1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            training_batches(windows, seed=0, **wrong)
+            batches(windows, seed=0, **wrong)
     with pytest.raises(ValueError, match="batch_size=0"):
         sequential_batches(windows, 0)
     with pytest.raises(ValueError, match="limit=0"):
@@ -132,7 +136,7 @@ def readers():
 
 def test_the_thread_ends_with_the_generator(windows):
     before = len(readers())
-    items = training_batches(windows, seed=0, batch_size=4)
+    items = batches(windows, seed=0, batch_size=4)
     assert len(readers()) == before  # No thread starts before the first batch is requested.
     next(items)
     assert len(readers()) == before + 1
@@ -244,7 +248,7 @@ def test_weights_reach_the_batches(mixed_set):
     }
     assert seen <= rows and len(seen) == min(len(rows), 480)
     with pytest.raises(ValueError, match="must name each source"):
-        training_batches(windows, seed=0, batch_size=8, weights={"short": 1.0})
+        batches(windows, seed=0, batch_size=8, weights={"short": 1.0})
 
 
 def test_reset_marks_each_document_and_masks_the_seam(mixed_set):

@@ -227,3 +227,43 @@ def test_an_order_of_a_trillion_tokens_is_found_at_once():
     order = Order(1, 512, {"a": 4 * 10**8, "b": 10**8}, {"a": 0.7, "b": 0.3})
     ids = np.concatenate([order.window_ids(step) for step in range(2 * 10**6, 2 * 10**6 + 4)])
     assert len(np.unique(ids)) == len(ids) and ids.max() < 5 * 10**8
+
+
+BOOKS_AND_CODE = {"books": 501, "code": 77}
+
+
+@given(cut=st.integers(0, 20), batches=st.tuples(st.integers(1, 60), st.integers(1, 60)), weighted=st.booleans())
+@settings(max_examples=10)
+def test_an_order_that_is_continued_with_other_batches_reads_on(cut, batches, weighted):
+    """The windows of both together are those of one order, read one by one."""
+    weights = {"books": 3.0, "code": 1.0} if weighted else None
+    first = Order(3, batches[0], BOOKS_AND_CODE, weights)
+    second = first.continue_at(cut, batches[1], weights)
+    ids = [first.window_ids(step) for step in range(cut)] + [second.window_ids(step) for step in range(cut, cut + 3)]
+    one_by_one = Order(3, 1, BOOKS_AND_CODE, weights)
+    flat = np.concatenate(ids).tolist()
+    assert flat == [int(one_by_one.window_ids(i)[0]) for i in range(len(flat))]
+
+
+@given(cuts=st.lists(st.integers(0, 9), min_size=1, max_size=3), seed=st.integers(0, 9))
+@settings(max_examples=15)
+def test_sources_go_on_where_they_were_when_the_weights_change(cuts, seed):
+    """Whatever the weights were in between, the epochs of a source have each of its windows once."""
+    order = Order(seed, 64, BOOKS_AND_CODE, {"books": 1.0, "code": 1.0})
+    step = 0
+    read = []
+    for i, steps in enumerate([*cuts, 12]):
+        read += [order.window_ids(n) for n in range(step, step + steps)]
+        assert sum(order.count_windows(step, step + steps).values()) == 64 * steps
+        step += steps
+        order = order.continue_at(step, 64, {"books": 1.0 + i, "code": 2.0})
+    flat = np.concatenate(read)
+    for first, size in ((0, 501), (501, 77)):
+        own = flat[(flat >= first) & (flat < first + size)]
+        epochs = [own[i : i + size] for i in range(0, len(own), size)]
+        assert all(len(set(epoch.tolist())) == len(epoch) for epoch in epochs)
+
+
+def test_an_order_refuses_to_continue_with_weights_where_it_had_none():
+    with pytest.raises(ValueError, match="An order without weights cannot continue"):
+        Order(3, 8, BOOKS_AND_CODE).continue_at(2, 8, {"books": 1, "code": 1})

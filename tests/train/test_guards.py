@@ -98,8 +98,10 @@ def test_after_too_many_skips_nothing_moves_until_check_raises(tmp_path):
     guard, moved = take_steps([1.0, nan, 1.0, nan, nan, nan, 1.0, 1.0], bad_steps=3)
     assert moved == [True, False, True, False, False, False, False, False]
     with pytest.raises(BadSteps, match="3 consecutive updates, steps 4 to 6"):
-        guard.check(Order(0, 2, {"a": 10}), tmp_path)
+        guard.check(Order(0, 2, {"a": 10}).window_ids, tmp_path)
     assert (tmp_path / "bad_steps_4.json").exists()
     with pytest.raises(BadSteps):  # of several processes one writes
-        guard.check(Order(0, 2, {"a": 10}), tmp_path / "elsewhere", is_main_process=False)
-    assert take_steps([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}), tmp_path) == {"skipped_steps": 2}
+        guard.check(Order(0, 2, {"a": 10}).window_ids, tmp_path / "elsewhere", is_main_process=False)
+    assert take_steps([nan, nan, 1.0], bad_steps=3)[0].check(Order(0, 2, {"a": 10}).window_ids, tmp_path) == {
+        "skipped_steps": 2
+    }

@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from glalm.config.stages import StageConfig
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
@@ -45,6 +46,31 @@ def test_wsd_is_flat_and_then_decays():
     assert linear[98] == pytest.approx(0.1 + 0.9 * 0.5) and sqrt[98] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.5)))
     all_decay = learning_rates(20, schedule="wsd", decay_fraction=1.0, decay_shape="linear")[10:]
     assert all_decay == pytest.approx([0.1 + 0.09 * i for i in range(9, -1, -1)])  # no more than what warm-up leaves
+
+
+def test_schedules_of_stages_follow_one_another_by_tokens():
+    """Of a run with a warm-up of 2 steps. A step of the last stage has three times the tokens of one before."""
+    stages = {
+        "stable": StageConfig(tokens=400 * 256, schedule="constant"),
+        "linear": StageConfig(tokens=400 * 256, schedule="linear", lr=0.5),
+        "sqrt": StageConfig(tokens=1200 * 256, schedule="sqrt", lr=0.1, batch_size=300),
+        "cosine": StageConfig(tokens=1200 * 256, schedule="cosine", lr=0.0, batch_size=300),
+    }
+    optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=2)
+    config = RunConfig(optim=optim, train=TrainConfig(steps=None, batch_size=100, stages=stages))
+    rates = [learning_rate(step, config) for step in range(1, config.steps + 1)]
+    expected = [0.5, 1, 1, 1, 0.875, 0.75, 0.625, 0.5]
+    expected += [0.5 - 0.4 * math.sqrt(i / 4) for i in (1, 2, 3, 4)]
+    expected += [0.1 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3, 4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_optim_schedule_goes_over_stages_without_schedules_by_tokens():
+    """Half of the tokens are those of the first two of three steps."""
+    stages = {"small": StageConfig(tokens=0.5), "large": StageConfig(tokens=0.5, batch_size=4)}
+    optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0, schedule="linear")
+    config = RunConfig(optim=optim, train=TrainConfig(steps=None, tokens=8 * 256, batch_size=2, stages=stages))
+    assert [learning_rate(step, config) for step in (1, 2, 3)] == pytest.approx([0.75, 0.5, 0.0])
 
 
 def test_schedule_without_warmup_and_all_warmup():

@@ -1,0 +1,195 @@
+"""The stages of a run: parts of its tokens with their own data, batch and learning rate, and the phases they become."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from glalm.config.strict import ConfigError, require, require_positive
+
+if TYPE_CHECKING:
+    from glalm.config.run import RunConfig, TrainConfig
+
+SHARES_TOLERANCE = 1e-6  # Shares such as three times 0.333333 add up to 1.
+
+
+@dataclass
+class StageConfig:
+    """A stage of a run. What it leaves null is as in the rest of the config."""
+
+    tokens: float | None = None  # trained on in this stage; or, if at most 1, its share of train.tokens
+    seq_len: int | None = None  # instead of data.seq_len
+    weights: dict[str, float] | None = None  # instead of data.weights
+    document_boundaries: Literal["ignore", "reset_state"] | None = None  # instead of data.document_boundaries
+    batch_size: int | None = None  # instead of train.batch_size or train.batch_tokens
+    batch_tokens: int | None = None  # instead of train.batch_size or train.batch_tokens
+    # Instead of train.micro_batch_size. null: as many as have the tokens of train.micro_batch_size sequences of
+    # data.seq_len.
+    micro_batch_size: int | None = None
+    tbptt_length: int | None = None  # instead of train.tbptt_length
+    # How the learning rate goes from where the stage before left it, or from optim.lr after the warm-up, to `lr`. sqrt:
+    # as 1 - sqrt(x). null: the run follows optim.schedule over all of its stages, and no stage has a schedule.
+    schedule: Literal["constant", "linear", "cosine", "sqrt"] | None = None
+    lr: float | None = None  # learning rate at the stage's last step, unless the schedule is constant
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive steps of a run with one batch and one window length: a stage, or the whole of a run without stages.
+
+    Its `config` is the run's, with the stage's values in place of the run's and the number of its steps as train.steps,
+    so that whatever is computed of a run can be computed of a phase.
+    """
+
+    stage: str  # its name; "" in a run without stages
+    start_step: int  # the steps of the run before the phase
+    end_step: int  # the steps of the run up to its end
+    start_tokens: int  # the tokens of the run before the phase
+    config: "RunConfig"
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.start_step
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.config.tokens_per_step
+
+    def tokens_at(self, step: int) -> int:
+        """Return the tokens of the run after `step`, a step of this phase."""
+        return self.start_tokens + (step - self.start_step) * self.config.tokens_per_step
+
+
+def check_stages(train: "TrainConfig") -> None:
+    """Raise ConfigError unless the values of train.stages fit together and give the run a length."""
+    stages = train.stages or {}
+    require(len(stages) > 0, "train.stages is empty. Name a stage, or write train.stages=null")
+    for name, stage in stages.items():
+        where = f"train.stages.{name}"
+        require(
+            re.fullmatch(r"[A-Za-z_][\w-]*", name) is not None,
+            f"{where}: the name of a stage begins with a letter and has letters, digits, - and _",
+        )
+        require(stage.tokens is not None, f"{where} needs tokens: a number such as 8e9, or a share such as 0.8")
+        require_positive(stage, where, "tokens", "seq_len", "batch_size", "batch_tokens", finite=True)
+        require_positive(stage, where, "micro_batch_size", "tbptt_length")
+        require(
+            stage.batch_size is None or stage.batch_tokens is None,
+            f"{where}.batch_size={stage.batch_size} and {where}.batch_tokens={stage.batch_tokens} are alternatives; "
+            "remove one of them",
+        )
+        _check_schedule(where, stage)
+    _check_lengths(train, stages)
+    without = [name for name, stage in stages.items() if stage.schedule is None]
+    require(
+        len(without) in (0, len(stages)),
+        f"train.stages.{without[0] if without else ''} has no schedule, and other stages have one. Write "
+        "schedule=constant, linear, cosine or sqrt for each stage, or for none to follow optim.schedule",
+    )
+
+
+def _check_schedule(where: str, stage: StageConfig) -> None:
+    changes = stage.schedule not in (None, "constant")
+    require(
+        not changes or stage.lr is not None,
+        f"{where}.schedule={stage.schedule} needs {where}.lr=RATE, the learning rate at the end of the stage",
+    )
+    require(
+        changes or stage.lr is None,
+        f"{where}.lr={stage.lr} is the learning rate at the end of the stage. Write {where}.schedule=linear, cosine or "
+        f"sqrt to say how it gets there, or {where}.lr=null",
+    )
+    require((stage.lr or 0) >= 0, f"{where}.lr must not be negative, not {stage.lr}")
+
+
+def _check_lengths(train: "TrainConfig", stages: dict[str, StageConfig]) -> None:
+    """Check that all stages state shares of train.tokens, or that all state numbers of tokens."""
+    tokens = [float(stage.tokens or 0) for stage in stages.values()]
+    require(
+        train.steps is None,
+        f"train.steps={train.steps}: the length of a run with train.stages is in tokens. Set train.steps=null",
+    )
+    if max(tokens) > 1:
+        require(
+            min(tokens) > 1,
+            "Some of train.stages have numbers of tokens and some have shares of at most 1. Write one kind for all",
+        )
+        require(
+            train.tokens is None,
+            f"The numbers of tokens of train.stages add up to the run's, so train.tokens={train.tokens} must be null. "
+            "Set train.tokens=null, or write shares of it",
+        )
+        return
+    require(
+        train.tokens is not None,
+        "The tokens of train.stages are shares of train.tokens, which is null. Set train.tokens=N, or write the number "
+        "of tokens of each stage",
+    )
+    total = sum(tokens)
+    require(abs(total - 1) < SHARES_TOLERANCE, f"The shares of train.stages add up to {total:g}. Make them add up to 1")
+
+
+def plan_phases(config: "RunConfig") -> list[Phase]:
+    """Return the phases of a run with stages.
+
+    A stage ends with the first step after which the run has trained on the tokens of all stages up to it.
+
+    Raises:
+        ConfigError: A stage is shorter than a step, or its values do not fit together or with the rest of the config.
+    """
+    phases: list[Phase] = []
+    step = 0
+    tokens = 0
+    for name, end_tokens in _count_end_tokens(config.train).items():
+        stage_config = _build_stage_config(config, name)
+        steps = -((tokens - end_tokens) // stage_config.tokens_per_step)
+        require(
+            steps > 0,
+            f"train.stages.{name} has no step, because a step has {stage_config.tokens_per_step:,} tokens. Give it "
+            "more tokens, or smaller batches to it and to the stage before",
+        )
+        stage_config.train.steps = steps
+        phases.append(Phase(name, step, step + steps, tokens, stage_config))
+        tokens = phases[-1].tokens_at(step + steps)
+        step += steps
+    return phases
+
+
+def _count_end_tokens(train: "TrainConfig") -> dict[str, int]:
+    """Return {name: the tokens of the run up to the end of the stage}."""
+    stages = train.stages or {}
+    ends = {}
+    so_far = 0.0
+    for name, stage in stages.items():
+        so_far += float(stage.tokens or 0)
+        ends[name] = round(so_far * (train.tokens or 1))
+    if train.tokens is not None:
+        ends[[*stages][-1]] = train.tokens  # The shares add up to 1 but for their rounding.
+    return ends
+
+
+def _build_stage_config(config: "RunConfig", name: str) -> "RunConfig":
+    """Return the config of a stage. The number of its steps is not yet known."""
+    assert config.train.stages is not None
+    stage = config.train.stages[name]
+    data: dict[str, Any] = {"seq_len": stage.seq_len, "weights": stage.weights}
+    data["document_boundaries"] = stage.document_boundaries
+    data = {key: value for key, value in data.items() if value is not None}
+    train: dict[str, Any] = {"stages": None, "steps": 1, "tokens": None}
+    if stage.batch_size is not None or stage.batch_tokens is not None:
+        train |= {"batch_size": stage.batch_size, "batch_tokens": stage.batch_tokens}
+    if stage.tbptt_length is not None:
+        train["tbptt_length"] = stage.tbptt_length
+    train["micro_batch_size"] = stage.micro_batch_size
+    if stage.micro_batch_size is None and config.train.micro_batch_size is not None:
+        tokens = config.train.micro_batch_size * config.data.seq_len
+        train["micro_batch_size"] = max(1, tokens // (stage.seq_len or config.data.seq_len))
+    try:
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, **data),
+            train=dataclasses.replace(config.train, **train),
+            optim=dataclasses.replace(config.optim, warmup_steps=0, warmup_tokens=None),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"In train.stages.{name}: {error}") from error

@@ -1,0 +1,74 @@
+"""The training windows of a run: those of each of its phases, and their order."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from glalm.config.run import RunConfig
+from glalm.config.stages import Phase
+from glalm.data.loader import Windows
+from glalm.data.order import Order
+from glalm.data.shards import TokenSet
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What a phase of a run reads."""
+
+    phase: Phase
+    windows: Windows
+    order: Order
+
+    def count_windows(self, start: int, stop: int) -> dict[str, int]:
+        """Return how many windows of each source the steps [start, stop), counted from 0, read."""
+        sources = [*self.windows.source_windows]
+        if len(sources) == 1:  # The order would list them.
+            return {sources[0]: (stop - start) * self.order.batch_size}
+        return self.order.count_windows(start, stop)
+
+
+class TrainingData:
+    """The windows that a run trains on and their order: a pure function of the config and the data.
+
+    A phase continues the order of the newest phase before it with the same window length, if both or neither have
+    weights: it reads the windows that come next. Windows of another length have an order of their own, from its start.
+
+    Args:
+        config: The run's config.
+        tokens: The training split.
+
+    Attributes:
+        phases: What each phase of the run reads.
+
+    Raises:
+        ValueError: A phase has no window, or weights that do not fit the sources. The message names its stage.
+    """
+
+    def __init__(self, config: RunConfig, tokens: TokenSet):
+        self.tokens = tokens
+        self.phases: list[PhaseData] = []
+        for phase in config.phases:
+            try:
+                self.phases.append(self._open_phase(phase))
+            except ValueError as error:
+                raise ValueError(f"In train.stages.{phase.stage}: {error}" if phase.stage else str(error)) from error
+
+    def _open_phase(self, phase: Phase) -> PhaseData:
+        data = phase.config.data
+        windows = Windows(self.tokens, data.seq_len, data.document_boundaries == "reset_state")
+        batch_size = phase.config.batch_size
+        for earlier in reversed(self.phases):
+            order = earlier.order
+            if earlier.windows.length == data.seq_len and (order.weights is None) == (data.weights is None):
+                end = earlier.phase.end_step
+                read = order.continue_at(end, batch_size, data.weights)
+                # Phases of other lengths may lie between the two.
+                return PhaseData(phase, windows, replace(read, start_step=phase.start_step))
+        order = Order(phase.config.seed, batch_size, windows.source_windows, data.weights, phase.start_step)
+        return PhaseData(phase, windows, order)
+
+    def window_ids(self, step: int) -> np.ndarray:
+        """Return the ids of the windows of a step of the run, counted from 0, among those of its phase."""
+        last = self.phases[-1]
+        reading = next((data for data in self.phases if step < data.phase.end_step), last)
+        return reading.order.window_ids(step)

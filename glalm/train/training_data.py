@@ -37,27 +37,31 @@ class TrainingData:
         config: The run's config.
         tokens: The training split.
 
-    Attributes:
-        phases: What each phase of the run reads.
-
     Raises:
         ValueError: A phase has no window, or weights that do not fit the sources. The message names its stage.
     """
 
     def __init__(self, config: RunConfig, tokens: TokenSet):
+        self.config = config
         self.tokens = tokens
-        self.phases: list[PhaseData] = []
+        self._opened: list[PhaseData] = []
         for phase in config.phases:
             try:
-                self.phases.append(self._open_phase(phase))
+                self._opened.append(self._open_phase(phase))
             except ValueError as error:
                 raise ValueError(f"In train.stages.{phase.stage}: {error}" if phase.stage else str(error)) from error
+
+    @property
+    def phases(self) -> list[PhaseData]:
+        """What each phase of the run reads."""
+        # A resume with another batch changes how many steps a run without stages has.
+        return [replace(data, phase=phase) for data, phase in zip(self._opened, self.config.phases, strict=True)]
 
     def _open_phase(self, phase: Phase) -> PhaseData:
         data = phase.config.data
         windows = Windows(self.tokens, data.seq_len, data.document_boundaries == "reset_state")
         batch_size = phase.config.batch_size
-        for earlier in reversed(self.phases):
+        for earlier in reversed(self._opened):
             order = earlier.order
             if earlier.windows.length == data.seq_len and (order.weights is None) == (data.weights is None):
                 end = earlier.phase.end_step
@@ -69,6 +73,4 @@ class TrainingData:
 
     def window_ids(self, step: int) -> np.ndarray:
         """Return the ids of the windows of a step of the run, counted from 0, among those of its phase."""
-        last = self.phases[-1]
-        reading = next((data for data in self.phases if step < data.phase.end_step), last)
-        return reading.order.window_ids(step)
+        return next(data for data in self.phases if step < data.phase.end_step).order.window_ids(step)

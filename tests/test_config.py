@@ -317,3 +317,69 @@ def test_nan_is_refused(path, value):
         tree = {key: tree}
     with pytest.raises(ConfigError, match=rf"{re.escape(path)}=nan must be a number"):
         build_dataclass(TrainingRun, tree)
+
+
+STAGES = {"stable": {"tokens": 0.8}, "decay": {"tokens": 0.2}}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train": {"steps": 100}}, r"train\.steps=100: .* Set train\.steps=null"),
+        ({"train": {"tokens": None}}, r"are shares of train\.tokens, which is null. Set train\.tokens=N"),
+        ({"decay": {"tokens": 0.3}}, r"add up to 1\.1\. Make them add up to 1"),
+        ({"decay": {"tokens": 2e6}}, r"some have shares of at most 1\. Write one kind for all"),
+        ({"decay": {"tokens": None}}, r"train\.stages\.decay needs tokens: a number such as 8e9, or a share"),
+        ({"decay": {"tokens": 1e6}, "stable": {"tokens": 1e6}}, r"Set train\.tokens=null, or write shares of it"),
+        ({"decay": {"lr": 0.0}}, r"stages\.decay\.lr=0\.0 .* Write train\.stages\.decay\.schedule=linear"),
+        ({"decay": {"schedule": "sqrt"}}, r"stages\.decay\.schedule=sqrt needs train\.stages\.decay\.lr=RATE"),
+        ({"decay": {"schedule": "constant"}}, r"train\.stages\.stable has no schedule, and other stages have one"),
+        ({"decay": {"batch_size": 2, "batch_tokens": 512}}, r"are alternatives; remove one of them"),
+        ({"decay": {"seq_len": 300, "batch_tokens": 512}}, r"In train\.stages\.decay, .* is not a multiple of data"),
+        ({"stable": {"batch_size": 10**6}}, r"train\.stages\.decay has no step, because a step has 1,024 tokens"),
+        ({"decay": {"sequence": 3}}, r"unknown key train\.stages\.decay\.sequence; did you mean .*\.seq_len"),
+        ({"2nd": {"tokens": 0.1}}, r"train\.stages\.2nd: the name of a stage begins with a letter"),
+        (
+            {"train": {"tbptt_length": 64}, "decay": {"document_boundaries": "reset_state"}},
+            r"In train\.stages\.decay, ",
+        ),
+        ({"train": {"batch_size": 4, "tokens": 30_000}, "decay": {}}, r"warmup_steps=100 is longer than the run"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(changes, message):
+    stages = {name: STAGES.get(name, {}) | changes.get(name, {}) for name in {**STAGES, **changes} if name != "train"}
+    train = {"steps": None, "tokens": 10**9, "batch_size": 4, "stages": stages} | changes.get("train", {})
+    with pytest.raises(ConfigError, match=message):
+        build_dataclass(RunConfig, {"train": train})
+
+
+def test_shares_and_numbers_of_tokens_give_the_same_stages():
+    """Of 1M tokens in batches of 4 x 256 and then 8 x 512: 800,000 / 1,024 steps rounded up, then 199,744 / 4,096."""
+    decay = {"seq_len": 512, "batch_size": 8}
+    shares = {"steps": None, "tokens": 10**6, "batch_size": 4, "micro_batch_size": 4}
+    numbers = shares | {"tokens": None, "stages": {"stable": {"tokens": 8e5}, "decay": {"tokens": 2e5, **decay}}}
+    shares["stages"] = {"stable": {"tokens": 0.8}, "decay": {"tokens": 0.2, **decay}}
+    for train in (shares, numbers):
+        config = build_dataclass(RunConfig, {"train": train})
+        assert config.stage_steps == {"stable": range(1, 783), "decay": range(783, 832)}
+        assert config.steps == 831 and config.tokens_at(782) == 800_768 and config.tokens_at(831) == 1_001_472
+        assert [phase.config.train.micro_batch_size for phase in config.phases] == [4, 2]
+
+
+def test_resumed_run_may_change_the_micro_batches_of_stages_but_not_their_order():
+    one = build_dataclass(RunConfig, {"train": {"steps": None, "tokens": 10**9, "stages": STAGES}})
+    other = {"decay": {"tokens": 0.2}, "stable": {"tokens": 0.8, "micro_batch_size": 2}}
+    other = build_dataclass(RunConfig, {"train": {"steps": None, "tokens": 10**9, "stages": other}})
+    differences = describe_differences(run_identity(one), run_identity(other))
+    assert differences == ["order of train.stages: 'stable, decay' -> 'decay, stable'"]
+
+
+def test_keys_of_stages_are_set_and_checked_on_the_command_line():
+    arguments = ["train.steps=null", "train.stages={a: {tokens: 1e6}, b: {tokens: 2e6, weights: {x: 1}}}"]
+    config = composed(*arguments)
+    assert [*config.train.stages] == ["a", "b"] and config.train.stages["b"].weights == {"x": 1.0}
+    with pytest.raises(ConfigError, match=r"unknown key train\.stages\.b\.rate"):
+        check_overrides(["train.stages.b.rate=1"], TrainingRun, [])
+    valid = ["+train.stages.b.lr=1", "train.stages.b.weights.x=1", "train.stages.b.weights.a.b=1"]
+    check_overrides(valid, TrainingRun, [])
+    assert composed("experiment=gla_340m_stages").stage_steps["decay"] == range(22_890, 28_612)

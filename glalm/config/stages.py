@@ -192,4 +192,6 @@ def _build_stage_config(config: "RunConfig", name: str) -> "RunConfig":
             optim=dataclasses.replace(config.optim, warmup_steps=0, warmup_tokens=None),
         )
     except ConfigError as error:
-        raise ConfigError(f"In train.stages.{name}: {error}") from error
+        raise ConfigError(
+            f"In train.stages.{name}, whose keys replace those of data and train with the same name: {error}"
+        ) from error

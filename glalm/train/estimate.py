@@ -328,8 +328,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
         yield "time          " + describe_cpu_time(costs, counts.total)
     largest = largest_phase(costs)
     parts = _estimate_on(largest, device)
-    in_stage = f", in stage {largest.phase.stage}" if largest.phase.stage else ""
-    yield "memory        " + _describe_memory(parts) + in_stage
+    yield "memory        " + _describe_memory(parts, largest.phase.stage)
     if sum(parts.values()) > USABLE_MEMORY * device.memory:
         yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {ADVICE}"
     if device.is_gpu:
@@ -411,7 +410,7 @@ def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     """Return an error message for a run whose GPU is out of memory."""
     gpu = current_device()
     largest = largest_phase(phase_costs(config, plan.world_size))
-    estimate = _describe_memory(_estimate_on(largest, gpu))
+    estimate = _describe_memory(_estimate_on(largest, gpu), largest.phase.stage)
     return f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. {ADVICE}"
 
 
@@ -490,6 +489,7 @@ def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
     return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled)
 
 
-def _describe_memory(parts: dict[str, int]) -> str:
+def _describe_memory(parts: dict[str, int], stage: str) -> str:
+    where = f" in stage {stage}" if stage else ""
     each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.1f} GiB per process: {each}"
+    return f"{sum(parts.values()) / GIB:.1f} GiB per process{where}: {each}"

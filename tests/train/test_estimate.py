@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from glalm.config.run import OptimConfig, TrainConfig
+from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
@@ -23,9 +24,11 @@ from glalm.train.estimate import (
     describe_host_memory,
     describe_needs,
     describe_time,
+    estimate_hours_and_memory,
     estimate_memory,
     explain_out_of_memory,
     measure_activations,
+    phase_costs,
 )
 from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
@@ -252,3 +255,26 @@ def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeyp
     message = explain_out_of_memory(run_config, BatchPlan.from_config(run_config, 1))
     assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory. The estimate was 0.0 GiB per process: ")
     assert "train.micro_batch_size" in message
+
+
+def test_dry_run_adds_the_costs_of_stages_and_has_the_memory_of_the_largest(run_config, change):
+    """A step of the second stage has 2 windows of 256 tokens in one forward pass, those of the first 2 times 2 of 16."""
+    stages = {"short": StageConfig(tokens=640), "long": StageConfig(tokens=5120, seq_len=256, batch_size=2)}
+    stages["long"].micro_batch_size = 2
+    train = dataclasses.replace(run_config.train, steps=None, stages=stages, compile=False, assumed_mfu=0.5)
+    config = dataclasses.replace(
+        run_config, model=dataclasses.replace(run_config.model, mixer="attention"), train=train
+    )
+    text = "\n".join(describe_needs(config, 1, H200))
+    assert "short: steps 1 to 10, 6.4e-07B tokens" in text and "long: steps 11 to 20, 5.12e-06B tokens" in text
+    flops = 640 * model_cost(config.model, 16).training + 5120 * model_cost(config.model, 256).training
+    costs = phase_costs(config, 1)
+    assert sum(cost.flops for cost in costs) == flops and "steps         20 (5.76e-06B tokens)" in text
+    alone = estimate_memory(costs[1].phase.config, costs[1].plan, 1, True, False)
+    assert f"{sum(alone.values()) / GIB:.1f} GiB per process in stage long" in text
+    assert estimate_hours_and_memory(
+        dataclasses.replace(config, train=dataclasses.replace(train, assumed_gpu="H200"))
+    ) == (
+        pytest.approx(flops / (0.5 * 989e12) / 3600),
+        sum(alone.values()),
+    )

@@ -177,6 +177,12 @@ def training_batches(
     return read_ahead(read_step, itertools.count(start_step), workers)
 
 
+def spaced_windows(windows: Windows, limit: int | None) -> np.ndarray:
+    """Return the numbers of all windows in order, or of `limit` of them, evenly spaced: int64."""
+    count = len(windows) if limit is None else min(limit, len(windows))
+    return np.arange(count) * len(windows) // count
+
+
 def sequential_batches(
     windows: Windows, batch_size: int, *, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[Batch]:
@@ -189,16 +195,17 @@ def sequential_batches(
     Args:
         batch_size: Windows of one batch of one rank. The ranks share batch_size * world_size neighbours at a time.
     """
-    count = len(windows) if limit is None else min(limit, len(windows))
-    if batch_size < 1 or count < 1:
+    if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1.")
+    ids = spaced_windows(windows, limit)
+    count = len(ids)
     rank_slice(np.arange(world_size), rank, world_size)  # Check the arguments now.
 
     def read_batch(start: int) -> Batch:
         size = min(batch_size * world_size, count - start)
         padded_size = -(-size // world_size) * world_size
         positions = rank_slice(start + np.arange(padded_size), rank, world_size)
-        batch = windows.load_batch(positions.clip(max=count - 1) * len(windows) // count)
+        batch = windows.load_batch(ids[positions.clip(max=count - 1)])
         batch["labels"][torch.from_numpy(positions >= count)] = IGNORE_INDEX
         return batch
 

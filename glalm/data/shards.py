@@ -138,6 +138,12 @@ class TokenSet:
         lengths = [np.diff(borders.read_range(0, len(borders))) for borders in self._borders]
         return np.concatenate([np.empty(0, np.int64), *lengths])
 
+    @property
+    def text_bytes(self) -> int:
+        """The bytes of the documents' texts, as they were before they were tokenized."""
+        sources = self.manifest["splits"][self.split]["sources"].values()
+        return sum(shard["text_bytes"] for source in sources for shard in source["shards"])
+
     def verify_checksums(self) -> None:
         """Read the tokenizer and every file of the split. Raises ValueError for the first with another SHA-256."""
         for file in [*self.manifest["tokenizer"]["files"], *self._files]:

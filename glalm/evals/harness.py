@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from glalm.config.strict import ConfigError, require
 from glalm.evals import local_tasks
+from glalm.evals.centered import score_answers, summarize_tasks
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.likelihood import Answer, Choices, make_batches, pad_rows, score_choices, score_documents
@@ -78,7 +79,11 @@ class HarnessEvaluator(Evaluator):
         del self.settings["batch_tokens"]  # It does not change the results.
 
     def run(self, context: EvalContext) -> dict:
-        """Return {"tasks": {name: its metrics}, "missing": {name: reason}}, and the paper's table if it is complete."""
+        """Return {"tasks": {name: its metrics}, "missing": {name: reason}}, and what sums them up if they are complete.
+
+        That is `summary`, the means of glalm.evals.centered over the tasks that have these scores, and `table`, the row
+        of the paper's table.
+        """
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         lm = HarnessLM(self.model, self.config.harness, self.max_length, context)
@@ -98,6 +103,9 @@ class HarnessEvaluator(Evaluator):
         results = {"tasks": found, "missing": missing}
         if all(task in found for task, _ in PAPER.values()):
             results["table"] = paper_table(found)
+        # A mean over other tasks would be another score.
+        if not missing and (summary := summarize_tasks(found)):
+            results["summary"] = summary
         return results
 
     def summarize(self, results: dict) -> list[str]:
@@ -109,14 +117,20 @@ class HarnessEvaluator(Evaluator):
                 scores.append(f"{name} {value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
             lines.append(f"{task}: {', '.join(scores)}")
         lines += [f"{task}: not evaluated: {reason}" for task, reason in results["missing"].items()]
+        if "summary" in results:
+            summary = results["summary"]
+            lines.append(
+                f"all tasks: centered accuracy {summary['centered_acc']:.4f} (0 is chance, 1 is perfect), "
+                f"{summary['answer_bits_per_byte']:.4f} bits per byte of the right answers"
+            )
         if "table" in results:
             row = ", ".join(f"{name} {x:.2f}" for name, x in results["table"].items() if x is not None)
             lines.append(f"the paper's table: {row}")
         return lines
 
     def metrics(self, results: dict) -> dict[str, float]:
-        """Return {"piqa/acc": ...}: every metric of every task, without its standard error."""
-        values = {}
+        """Return {"centered_acc": ..., "piqa/acc": ...}: the means and every metric of every task, without errors."""
+        values = dict(results.get("summary", {}))
         for task, metrics in results["tasks"].items():
             values |= {f"{task}/{name}": value for name, value in select_scores(metrics).items()}
         return values
@@ -160,7 +174,10 @@ def run_task(name: str, lm: "HarnessLM", manager: TaskManager, data_dir: str | N
         output = evaluator.evaluate(
             lm, loaded, limit=lm.options.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False
         )
-    return {task: collect_metrics(task, output) for task in output["results"]}
+    metrics = {task: collect_metrics(task, output) for task in output["results"]}
+    for task, entry in loaded["tasks"].items():
+        metrics[task] |= score_answers(entry, metrics[task].get("acc"))
+    return metrics
 
 
 def set_fewshot(task: Task, num_fewshot: int | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from glalm import IGNORE_INDEX
 from glalm.config.strict import RunError
 from glalm.data.loader import Batch, Windows, flatten_batch
+from glalm.data.text_bytes import bits_per_byte, count_target_bytes
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.identity import TEXT_FILE
@@ -41,32 +42,60 @@ class PerplexityEvaluator(Evaluator):
     def summarize(self, results: dict) -> list[str]:
         settings = self.settings
         text = Path(settings["data_path"]).name if settings["split"] == TEXT_FILE else settings["split"]
-        return [f"{text} perplexity {results['perplexity']:.3f} over {results['tokens']:,} tokens"]
+        bits = results["bits_per_byte"]
+        per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
+        return [f"{text} perplexity {results['perplexity']:.3f} over {results['tokens']:,} tokens{per_byte}"]
 
-    def metrics(self, results: dict) -> dict[str, float]:
-        return {"perplexity": results["perplexity"]}
+    def metrics(self, results: dict) -> dict[str, float | None]:
+        return {"perplexity": results["perplexity"], "bits_per_byte": results["bits_per_byte"]}
 
 
 def compute_perplexity(model: EvalModel, windows: Windows, batch_size: int, context: EvalContext) -> dict:
     """Return `summarize_losses` over all windows, and the number of `windows` and of scored `tokens`.
+
+    Returns:
+        Also `bytes`, of the text of the scored tokens, and the loss in `bits_per_byte` of that text with its
+        `bits_per_byte_error`, one standard error. They are None if the model has no tokenizer.
 
     Raises:
         RunError: Some losses are not finite.
     """
 
     def read_batch(start: int) -> list[list[float]]:
-        """Return the mean nats and the number of scored tokens of each window."""
-        batch = windows.load_batch(np.arange(start, min(start + batch_size, len(windows))))
+        """Return the mean nats of each window, and the numbers of its scored tokens and of their bytes."""
+        ids = np.arange(start, min(start + batch_size, len(windows)))
+        batch = windows.load_batch(ids)
         counts = (batch["labels"] != IGNORE_INDEX).sum(1)
         nats = window_losses(model, batch).double().view(len(counts), -1).sum(1).cpu()
         context.advance(batch["labels"].numel())
-        return torch.stack([nats / counts.clamp(min=1), counts], 1).tolist()
+        text_bytes = torch.zeros_like(counts)
+        if model.tokenizer is not None:
+            text_bytes = torch.from_numpy(count_target_bytes(windows, ids, model.tokenizer))
+        return torch.stack([nats / counts.clamp(min=1), counts, text_bytes], 1).tolist()
 
     rows = list(chain.from_iterable(context.map(read_batch, range(0, len(windows), batch_size))))
-    means, weights = torch.tensor(rows, dtype=torch.float64).T
+    means, weights, text_bytes = torch.tensor(rows, dtype=torch.float64).T
     if count := int((~means.isfinite()).sum()):
         raise RunError(f"the losses of {count} of {len(windows)} windows are not finite: the model's logits overflow")
-    return {**summarize_losses(means, weights), "windows": len(windows), "tokens": int(weights.sum())}
+    counts = {"windows": len(windows), "tokens": int(weights.sum())}
+    return {**summarize_losses(means, weights), **counts, **summarize_bytes(means * weights, text_bytes)}
+
+
+def summarize_bytes(nats: Tensor, text_bytes: Tensor) -> dict:
+    """Return `bytes`, `bits_per_byte` and `bits_per_byte_error` of stretches of text; see `compute_perplexity`.
+
+    Args:
+        nats: Sum over each stretch, [n].
+        text_bytes: Bytes of each stretch, [n]. All 0: they are not known.
+    """
+    if not text_bytes.any():
+        return dict.fromkeys(("bytes", "bits_per_byte", "bits_per_byte_error"))
+    total = int(text_bytes.sum())
+    value = nats.sum().item() / total
+    error = None
+    if (n := len(nats)) > 1:  # That of a ratio, as in `summarize_losses`.
+        error = bits_per_byte((nats - value * text_bytes).norm().item() / total * math.sqrt(n / (n - 1)), 1)
+    return {"bytes": total, "bits_per_byte": bits_per_byte(value, 1), "bits_per_byte_error": error}
 
 
 def window_losses(model: EvalModel, batch: Batch) -> Tensor:

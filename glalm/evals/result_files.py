@@ -14,7 +14,12 @@ from glalm.data.checksums import combine_weights
 from glalm.data.shards import split_sha256
 from glalm.evals.identity import TEXT_FILE, ResultIdentity, group_comparable, text_name
 
-NO_SCORES = ("samples", "num_fewshot", "version")  # numbers beside a task's scores in glalm.evals.harness's results
+NO_SCORES = (
+    "samples",
+    "num_fewshot",
+    "version",
+    "chance",
+)  # numbers beside a task's scores in glalm.evals.harness's results
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -22,6 +22,7 @@ CONSOLE_FORMATS = {
     "loss": "loss {:.3f}",
     "val_loss": "val loss {:.3f}",
     "val_perplexity": "val perplexity {:.3f}",
+    "val_bits_per_byte": "{:.4f} bits per byte",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",

@@ -16,7 +16,17 @@ from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig
 from glalm.config.strict import RunError
 from glalm.data.checksums import DamagedData
-from glalm.data.loader import Batch, Windows, flatten_batch, sequential_batches, shard_batch, training_batches
+from glalm.data.loader import (
+    Batch,
+    Windows,
+    flatten_batch,
+    sequential_batches,
+    shard_batch,
+    spaced_windows,
+    training_batches,
+)
+from glalm.data.text_bytes import bits_per_byte, measure_bytes_per_target
+from glalm.data.tokenizer import Tokenizer
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.cache import StateCache
 from glalm.train import parallel, run_dir
@@ -387,6 +397,10 @@ class TrainingLoop:
         device = self.trainer.accelerator.device
         self.sources = SourceTokenCounter(self.training, self.state.step)
         self.meter = ThroughputMeter(self.config, self.trainer.plan, device, self.state.step)
+        # Measured now, because the data's folder may be gone when the run validates.
+        validated = spaced_windows(self.validation, self.config.train.eval_sequences)
+        tokenizer = Tokenizer(self.validation.tokens.tokenizer_path)
+        self.bytes_per_token = measure_bytes_per_target(self.validation, validated, tokenizer)
 
     def fit(self) -> int:
         """Train to the last step. Return 0, or the number of the signal that stopped the run."""
@@ -480,10 +494,10 @@ class TrainingLoop:
         metrics: dict[str, float] = {}
         if step in self.stage_ends or step % self.config.train.eval_every == 0:
             self.watchdog.begin_phase("validating")
-            metrics |= self.trainer.validate(self.validation, self.watchdog.heartbeat)
+            metrics |= self._validate()
             if self.state.average is not None:
                 with self.state.average.swapped():
-                    of_average = self.trainer.validate(self.validation, self.watchdog.heartbeat)
+                    of_average = self._validate()
                 metrics |= {f"average/{name}": value for name, value in of_average.items()}
         if self.evaluate is not None:
             self.watchdog.begin_phase("evaluating")
@@ -491,6 +505,10 @@ class TrainingLoop:
             log_text = self.metrics.tracker.log_text
             metrics |= self.evaluate(self.state, precision, self.watchdog.heartbeat, log_text)
         return drop_non_finite(metrics)
+
+    def _validate(self) -> dict[str, float]:
+        metrics = self.trainer.validate(self.validation, self.watchdog.heartbeat)
+        return metrics | {"val_bits_per_byte": bits_per_byte(metrics["val_loss"], self.bytes_per_token)}
 
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:
         # The order of the data needs no entry, because it is a function of seed and step.

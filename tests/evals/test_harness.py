@@ -286,17 +286,32 @@ def test_scores_of_tasks_equal_those_computed_directly(eval_model, data_dir):
         return logp.gather(-1, row[0, len(before) :, None]).sum().item()
 
     right = normalised = 0
+    bits = text_bytes = 0.0
     for row in ARC:
         scores = [nats(f"{row['query']}\nAnswer:", f" {choice}") for choice in row["choices"]]
         each = [s / len(c) for s, c in zip(scores, row["choices"], strict=True)]
         right += scores.index(max(scores)) == row["gold"]
         normalised += each.index(max(each)) == row["gold"]
+        bits -= scores[row["gold"]] / math.log(2)
+        text_bytes += len(row["choices"][row["gold"]]) + 1  # with the space before it
     assert tasks["arc_easy"]["acc"] == pytest.approx(right / 6)
     assert tasks["arc_easy"]["acc_norm"] == pytest.approx(normalised / 6)
     assert (tasks["arc_easy"]["samples"], tasks["arc_easy"]["num_fewshot"]) == (6, 0)
+    assert tasks["arc_easy"]["centered_acc"] == pytest.approx((right / 6 - 0.25) / 0.75)
+    assert tasks["arc_easy"]["answer_bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-4)
 
     texts = [f"{text(5, i)} {text(1, 90 + i)}" for i in range(4)]
     mean = sum(nats(t.rpartition(" ")[0], " " + t.rpartition(" ")[2]) for t in texts) / 4
+    last_words = sum(len(t.rpartition(" ")[2]) + 1 for t in texts)
+    assert tasks["lambada_openai"]["centered_acc"] == tasks["lambada_openai"]["acc"]
+    assert tasks["lambada_openai"]["answer_bits_per_byte"] == pytest.approx(
+        -4 * mean / math.log(2) / last_words, rel=1e-3
+    )
+    assert "centered_acc" not in tasks["wikitext"]
+    assert results["summary"] == {
+        name: pytest.approx((tasks["arc_easy"][name] + tasks["lambada_openai"][name]) / 2)
+        for name in ("centered_acc", "answer_bits_per_byte")
+    }
     assert tasks["lambada_openai"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-3)
 
     pages = [

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama
+from tiny import llama, saved
 
 from glalm.config.strict import RunError
 from glalm.data.loader import Windows
 from glalm.evals import perplexity as module
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
+from glalm.evals.inputs import open_eval_model
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import PerplexityEvaluator, compute_perplexity, summarize_losses
 from glalm.hf import GLALMConfig, GLALMForCausalLM
@@ -73,6 +74,34 @@ def test_documents_are_read_as_a_model_trained_with_resets_saw_them(mixer, strea
     assert result["tokens"] == sum(tokens) < 72
     assert result["nats_per_token"] == pytest.approx(sum(nats) / sum(tokens), abs=1e-5)
     assert evaluator.settings["document_boundaries"] == "reset_state"
+
+
+def test_bits_per_byte_are_of_the_text(stream, tmp_path):
+    """The tokenizer has a token a byte, and </s>, which has none."""
+    eval_model = open_eval_model(
+        EvalConfig(checkpoint=str(saved(tmp_path / "bytes", llama())), runs_dir=str(tmp_path)), torch.device("cpu")
+    )
+    text = "one, zwölf, née " * 3
+    documents = [[*eval_model.tokenizer.encode(text), eval_model.tokenizer.eos_id] for _ in range(2)]
+    tokens = stream(10)
+    tokens.stream = np.array([eval_model.tokenizer.eos_id, *documents[0], *documents[1]])
+    tokens.source_tokens = {"memory": len(tokens.stream)}
+    windows = Windows(tokens, 11)
+    result = compute_perplexity(eval_model, windows, 3, EvalContext())
+    rows = np.stack([windows[i] for i in range(len(windows))])
+    targets = torch.from_numpy(rows[:, 1:])
+    with torch.no_grad():
+        logits = eval_model.causal_lm(torch.from_numpy(rows[:, :-1])).logits
+    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().sum(1).numpy()
+    counts = (targets != eval_model.tokenizer.eos_id).sum(1).numpy()
+    assert result["bytes"] == counts.sum() < result["tokens"]
+    bits = nats.sum() / math.log(2) / counts.sum()
+    assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    residuals = nats / math.log(2) - bits * counts
+    error = math.sqrt((residuals**2).sum() / (len(nats) - 1) * len(nats)) / counts.sum()
+    assert result["bits_per_byte_error"] == pytest.approx(error, rel=1e-4)
+    eval_model.tokenizer = None
+    assert compute_perplexity(eval_model, windows, 3, EvalContext())["bits_per_byte"] is None
 
 
 def test_one_window_has_no_standard_error(model, stream):

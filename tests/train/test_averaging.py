@@ -135,6 +135,8 @@ def test_validation_and_evaluators_measure_the_average(run_config, change):
         evaluate(EvalConfig(name=config.name, runs_dir=config.runs_dir, evals=["perplexity"], weights=weights))
         record = json.loads((config.folder / "eval" / "perplexity.json").read_text())
         found[weights] = record["results"]["perplexity"]
+        prefix = "average/" if weights == "average" else ""
+        assert row[f"{prefix}val_bits_per_byte"] == pytest.approx(record["results"]["bits_per_byte"], rel=1e-6)
     assert len(list((config.folder / "eval").glob("perplexity*.json"))) == 2
     assert found["average"] == pytest.approx(row["average/perplexity/perplexity"], rel=1e-6)
     assert found["average"] == pytest.approx(row["average/val_perplexity"], rel=1e-6)

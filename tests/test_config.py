@@ -338,6 +338,17 @@ STAGES = {"stable": {"tokens": 0.8}, "decay": {"tokens": 0.2}}
         ({"decay": {"seq_len": 300, "batch_tokens": 512}}, r"In train\.stages\.decay, .* is not a multiple of data"),
         ({"stable": {"batch_size": 10**6}}, r"train\.stages\.decay has no step, because a step has 1,024 tokens"),
         ({"decay": {"sequence": 3}}, r"unknown key train\.stages\.decay\.sequence; did you mean .*\.seq_len"),
+        ({"decay": {"batch_schedule": [[5, 512]]}}, r"stages\.decay\.batch_schedule must begin at 0 tokens"),
+        (
+            {"decay": {"batch_schedule": [[0, 512], [0.5, 512], [9e4, 512]]}},
+            r"batch_schedule has numbers of tokens and",
+        ),
+        ({"decay": {"seq_len_schedule": [[0, 64], [9e9, 128]]}}, r"stages\.decay has a piece that begins after 9,000"),
+        ({"decay": {"seq_len_schedule": [[0, 0]]}}, r"seq_len_schedule: the batches and lengths must be positive"),
+        (
+            {"decay": {"batch_schedule": [[0, 512], [0.5, 100]]}},
+            r"In train\.stages\.decay, .*\.batch_tokens=100 is not a",
+        ),
         ({"2nd": {"tokens": 0.1}}, r"train\.stages\.2nd: the name of a stage begins with a letter"),
         (
             {"train": {"tbptt_length": 64}, "decay": {"document_boundaries": "reset_state"}},

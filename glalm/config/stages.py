@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from glalm.config.strict import ConfigError, require, require_positive
@@ -10,6 +11,8 @@ from glalm.config.strict import ConfigError, require, require_positive
 if TYPE_CHECKING:
     from glalm.config.run import RunConfig, TrainConfig
 
+# How the learning rate goes with the batch, by StageConfig.batch_rule.
+BATCH_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 SHARES_TOLERANCE = 1e-6  # Shares such as three times 0.333333 add up to 1.
 
 
@@ -23,6 +26,13 @@ class StageConfig:
     document_boundaries: Literal["ignore", "reset_state"] | None = None  # instead of data.document_boundaries
     batch_size: int | None = None  # instead of train.batch_size or train.batch_tokens
     batch_tokens: int | None = None  # instead of train.batch_size or train.batch_tokens
+    # Instead of one batch or window length: [[tokens, value], ...]. Each value holds from that number of tokens of the
+    # stage on, or, below 1, from that share of the stage. The first begins at 0. A batch is in tokens.
+    batch_schedule: list[tuple[float, int]] | None = None
+    seq_len_schedule: list[tuple[float, int]] | None = None
+    # How the learning rate follows them: with the square root of the batch in tokens, with the batch, or not at all. It
+    # is what it would be without schedules where the batch is.
+    batch_rule: Literal["sqrt", "linear", "none"] = "sqrt"
     # Instead of train.micro_batch_size. null: as many as have the tokens of train.micro_batch_size sequences of
     # data.seq_len.
     micro_batch_size: int | None = None
@@ -35,7 +45,9 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """Consecutive steps of a run with one batch and one window length: a stage, or the whole of a run without stages.
+    """Consecutive steps of a run with one batch and one window length.
+
+    It is a stage, a part of one that has schedules of its batch or window length, or the whole of a run without stages.
 
     Its `config` is the run's, with the stage's values in place of the run's and the number of its steps as train.steps,
     so that whatever is computed of a run can be computed of a phase.
@@ -46,6 +58,7 @@ class Phase:
     end_step: int  # the steps of the run up to its end
     start_tokens: int  # the tokens of the run before the phase
     config: "RunConfig"
+    lr_factor: float = 1.0  # of the learning rate, where the schedules of a stage change the batch
 
     @property
     def steps(self) -> int:
@@ -79,6 +92,8 @@ def check_stages(train: "TrainConfig") -> None:
             "remove one of them",
         )
         _check_schedule(where, stage)
+        for key in ("batch_schedule", "seq_len_schedule"):
+            _check_pieces(f"{where}.{key}", getattr(stage, key))
     _check_lengths(train, stages)
     without = [name for name, stage in stages.items() if stage.schedule is None]
     require(
@@ -100,6 +115,22 @@ def _check_schedule(where: str, stage: StageConfig) -> None:
         f"sqrt to say how it gets there, or {where}.lr=null",
     )
     require((stage.lr or 0) >= 0, f"{where}.lr must not be negative, not {stage.lr}")
+
+
+def _check_pieces(where: str, pieces: list[tuple[float, int]] | None) -> None:
+    """Check a schedule [(tokens, value), ...] of batches or windows."""
+    if pieces is None:
+        return
+    starts = [tokens for tokens, _ in pieces]
+    require(
+        len(pieces) > 0 and starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
+        f"{where} must begin at 0 tokens and have ascending numbers of tokens: [[0,131072],[1e9,262144]]",
+    )
+    require(
+        max(starts) < 1 or min([*starts[1:], 2]) >= 1,
+        f"{where} has numbers of tokens and shares of the stage (below 1). Write one kind for all",
+    )
+    require(all(value > 0 for _, value in pieces), f"{where}: the batches and lengths must be positive")
 
 
 def _check_lengths(train: "TrainConfig", stages: dict[str, StageConfig]) -> None:
@@ -132,27 +163,79 @@ def _check_lengths(train: "TrainConfig", stages: dict[str, StageConfig]) -> None
 def plan_phases(config: "RunConfig") -> list[Phase]:
     """Return the phases of a run with stages.
 
-    A stage ends with the first step after which the run has trained on the tokens of all stages up to it.
+    A stage ends with the first step after which the run has trained on the tokens of all stages up to it. The pieces of
+    a stage's schedules end likewise.
 
     Raises:
-        ConfigError: A stage is shorter than a step, or its values do not fit together or with the rest of the config.
+        ConfigError: A stage or a piece is shorter than a step, or its values do not fit together or with the rest of
+            the config.
     """
     phases: list[Phase] = []
     step = 0
     tokens = 0
+    stage_start = 0
+    stages = config.train.stages or {}
     for name, end_tokens in _count_end_tokens(config.train).items():
-        stage_config = _build_stage_config(config, name)
-        steps = -((tokens - end_tokens) // stage_config.tokens_per_step)
-        require(
-            steps > 0,
-            f"train.stages.{name} has no step, because a step has {stage_config.tokens_per_step:,} tokens. Give it "
-            "more tokens, or smaller batches to it and to the stage before",
-        )
-        stage_config.train.steps = steps
-        phases.append(Phase(name, step, step + steps, tokens, stage_config))
-        tokens = phases[-1].tokens_at(step + steps)
-        step += steps
+        exponent = BATCH_EXPONENTS[stages[name].batch_rule]
+        usual_batch = _build_phase_config(config, name).tokens_per_step
+        for piece in _list_pieces(config, name, stage_start, end_tokens):
+            phase_config = _build_phase_config(config, name, piece)
+            steps = -((tokens - piece.end_tokens) // phase_config.tokens_per_step)
+            part = name if piece.is_whole_stage else f"{name}, from {piece.start_tokens - stage_start:,} tokens on,"
+            require(
+                steps > 0,
+                f"train.stages.{part} has no step, because a step has {phase_config.tokens_per_step:,} tokens. Give it "
+                "more tokens, or smaller batches to it and to what is before",
+            )
+            phase_config.train.steps = steps
+            lr_factor = (phase_config.tokens_per_step / usual_batch) ** exponent
+            phases.append(Phase(name, step, step + steps, tokens, phase_config, lr_factor))
+            tokens = phases[-1].tokens_at(step + steps)
+            step += steps
+        stage_start = end_tokens
     return phases
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stage between two changes of its batch or window length."""
+
+    start_tokens: int  # of the run
+    end_tokens: int
+    batch_tokens: int | None  # None: as the stage has them without a schedule
+    seq_len: int | None
+    is_whole_stage: bool
+
+
+def _list_pieces(config: "RunConfig", name: str, start_tokens: int, end_tokens: int) -> list[Piece]:
+    """Return the pieces of a stage, which lies between two numbers of tokens of the run."""
+    assert config.train.stages is not None
+    stage = config.train.stages[name]
+    batches = _count_starts(stage.batch_schedule, start_tokens, end_tokens)
+    lengths = _count_starts(stage.seq_len_schedule, start_tokens, end_tokens)
+    starts = sorted({start_tokens, *batches, *lengths})
+    require(
+        starts[-1] < end_tokens,
+        f"A schedule of train.stages.{name} has a piece that begins after {starts[-1] - start_tokens:,} tokens, but "
+        f"the stage ends after {end_tokens - start_tokens:,}. Remove the piece",
+    )
+    pieces = []
+    batch_tokens = None
+    seq_len = None
+    for start, end in pairwise([*starts, end_tokens]):
+        batch_tokens = batches.get(start, batch_tokens)
+        seq_len = lengths.get(start, seq_len)
+        pieces.append(Piece(start, end, batch_tokens, seq_len, is_whole_stage=len(starts) == 1))
+    return pieces
+
+
+def _count_starts(pieces: list[tuple[float, int]] | None, start_tokens: int, end_tokens: int) -> dict[int, int]:
+    """Return {tokens of the run from which on a piece of a schedule applies: its value}."""
+    starts = {}
+    for tokens, value in pieces or []:
+        unit = 1 if tokens >= 1 else end_tokens - start_tokens
+        starts[start_tokens + round(tokens * unit)] = value
+    return starts
 
 
 def _count_end_tokens(train: "TrainConfig") -> dict[str, int]:
@@ -168,10 +251,14 @@ def _count_end_tokens(train: "TrainConfig") -> dict[str, int]:
     return ends
 
 
-def _build_stage_config(config: "RunConfig", name: str) -> "RunConfig":
-    """Return the config of a stage. The number of its steps is not yet known."""
+def _build_phase_config(config: "RunConfig", name: str, piece: Piece | None = None) -> "RunConfig":
+    """Return the config of a stage, or of a piece of it. The number of its steps is not yet known."""
     assert config.train.stages is not None
     stage = config.train.stages[name]
+    if piece is not None and piece.batch_tokens is not None:
+        stage = dataclasses.replace(stage, batch_size=None, batch_tokens=piece.batch_tokens)
+    if piece is not None and piece.seq_len is not None:
+        stage = dataclasses.replace(stage, seq_len=piece.seq_len)
     data: dict[str, Any] = {"seq_len": stage.seq_len, "weights": stage.weights}
     data["document_boundaries"] = stage.document_boundaries
     data = {key: value for key, value in data.items() if value is not None}

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from glalm.config.run import TrainConfig
+from glalm.config.run import RunConfig, TrainConfig
+from glalm.config.strict import require
 from glalm.model.decoder import Block, CausalLM
+from glalm.train.state import BatchPlan
 
 BlockForward = Callable[..., tuple[Tensor, object]]
 
@@ -39,7 +41,7 @@ def apply_training_forward(model: CausalLM, config: TrainConfig, device: torch.d
     parameters keep their names, and FSDP2's hooks are neither compiled nor run again by a recomputation. In evaluation
     mode the blocks run their own forward, because evaluations come in many shapes.
     """
-    compiled = device.type == "cuda" if config.compile == "auto" else config.compile
+    compiled = is_compiled(config, device.type == "cuda")
     checkpointed_forwards = COMPILED_CHECKPOINTED_FORWARDS if compiled else CHECKPOINTED_FORWARDS
     training_forward = checkpointed_forwards[config.activation_checkpointing]
     # torch.compile recomputes elementwise operations, but saves operands of matrix products: norms, SwiGLU's product,
@@ -54,6 +56,38 @@ def apply_training_forward(model: CausalLM, config: TrainConfig, device: torch.d
 
     for block in model.model.layers:
         block.forward = MethodType(forward, block)
+
+
+def is_compiled(config: TrainConfig, is_gpu: bool) -> bool:
+    """Return whether the blocks are compiled in training."""
+    return is_gpu if config.compile == "auto" else config.compile
+
+
+def list_forward_shapes(config: RunConfig, plans: list[BatchPlan], is_gpu: bool) -> dict[tuple[int, int, bool], int]:
+    """Return {shape of a forward pass: the first step, counted from 1, that has it}, for each phase of a run.
+
+    A shape is (sequences, tokens of each in one process, whether packed documents are one row). torch.compile builds
+    the blocks for each, and Triton may choose other kernels.
+
+    Raises:
+        ConfigError: The blocks are compiled, and there are more shapes than torch.compile keeps.
+    """
+    shapes: dict[tuple[int, int, bool], int] = {}
+    variants = 0
+    for phase, plan in zip(config.phases, plans, strict=True):
+        is_packed = phase.config.data.document_boundaries == "reset_state"
+        shape = (plan.micro_batch, plan.shard_length, is_packed)
+        if shape not in shapes:
+            shapes[shape] = phase.start_step + 1
+            variants += min(plan.segments, 2)  # The first segment of a sequence has no state.
+    variants *= len(set(config.model.layer_mixers()))
+    require(
+        variants <= RECOMPILE_LIMIT or not is_compiled(config.train, is_gpu),
+        f"The stages have {len(shapes)} shapes of forward passes, for which torch.compile builds {variants} variants "
+        f"of a block and keeps {RECOMPILE_LIMIT}. Use fewer batches and lengths in train.stages, or set "
+        "train.compile=false",
+    )
+    return shapes
 
 
 def _compile_forward(forward: BlockForward) -> BlockForward:

@@ -20,7 +20,7 @@ from glalm.model.decoder import Block, CausalLM
 from glalm.model.flops import model_cost
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
-from glalm.train.compile import apply_training_forward
+from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
@@ -318,6 +318,9 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     yield f"parameters    {counts.total:,}; {counts.total - embeddings:,} without embeddings and head"
     for cost in costs:
         yield from describe_phase(cost, device, share=cost.flops / flops)
+    shapes = list_forward_shapes(config, [cost.plan for cost in costs], device.is_gpu)
+    if len(shapes) > 1 and is_compiled(config.train, device.is_gpu):
+        yield "compilation   " + describe_shapes(shapes)
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_data(config, tokens)
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
@@ -351,6 +354,14 @@ def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[st
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {plan.world_size} x "
         f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences{shard}, {phase.config.parallel.mode}"
     )
+
+
+def describe_shapes(shapes: dict[tuple[int, int, bool], int]) -> str:
+    """Return when a run has forward passes of a new shape, whose first one takes longer."""
+    each = []
+    for (sequences, length, is_packed), step in shapes.items():
+        each.append(f"{sequences} x {length:,}{' packed' if is_packed else ''} at step {step:,}")
+    return f"the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
 
 
 def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
@@ -485,7 +496,7 @@ def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
     config = cost.phase.config
     plan = cost.plan
     bf16 = device.bf16 and config.train.precision != "fp32"
-    compiled = config.train.compile is True or (config.train.compile == "auto" and device.is_gpu)
+    compiled = is_compiled(config.train, device.is_gpu)
     return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled)
 
 

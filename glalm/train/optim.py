@@ -60,6 +60,9 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 def learning_rate(step: int, config: RunConfig) -> float:
     """Return the learning rate of optimizer step `step`, counted from 1.
 
+    Where the schedules of a stage change the batch by a factor of x, the rate below is multiplied by sqrt(x), the rule
+    for Adam of Malladi et al. (arXiv 2205.10287), or as the stage's batch_rule says otherwise.
+
     It rises linearly from optim.min_lr to optim.lr during the warm-up, then follows optim.schedule:
 
         cosine, linear   down to min_lr at the last step
@@ -73,6 +76,11 @@ def learning_rate(step: int, config: RunConfig) -> float:
     Resuming needs no state but what `RunConfig.resume_at` records. A warm-up or a run whose length is set in tokens
     progresses by tokens, so that a resume with another batch neither shifts nor shortens it.
     """
+    return _usual_learning_rate(step, config) * config.phase_at(step).lr_factor
+
+
+def _usual_learning_rate(step: int, config: RunConfig) -> float:
+    """Return the learning rate without what the schedules of the batch change."""
     optim = config.optim
     warmup = config.warmup_steps
     if step <= warmup:

@@ -33,7 +33,7 @@ from glalm.train import parallel, run_dir
 from glalm.train.averaging import WeightAverage
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes, run_on_rank_0
-from glalm.train.compile import apply_training_forward
+from glalm.train.compile import apply_training_forward, list_forward_shapes
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
 from glalm.train.garbage import collect_between_steps
@@ -76,9 +76,10 @@ def train(
         return dry_run(config)
     accelerator = parallel.start_processes(config)
     plan = BatchPlan.from_config(config, accelerator.num_processes)
-    for phase_plan in plan_batches(config, accelerator.num_processes):
-        if config.train.float8:
-            check_float8_support(phase_plan, accelerator.device)
+    plans = plan_batches(config, accelerator.num_processes)
+    list_forward_shapes(config, plans, accelerator.device.type == "cuda")
+    for phase_plan in plans if config.train.float8 else ():
+        check_float8_support(phase_plan, accelerator.device)
     training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,

@@ -21,6 +21,7 @@ from sameness import rows, weights
 from test_steps import train_signalled
 
 from glalm.config.run import CheckpointConfig, RunConfig
+from glalm.config.stages import StageConfig
 from glalm.data import loader
 from glalm.train import parallel, random_states, staging, trainer
 from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_train_state, verify_checkpoint
@@ -88,6 +89,26 @@ def test_average_of_the_weights_resumes_with_another_number_of_processes(run_con
     assert [row["average/val_loss"] for row in rows(config.folder) if row["step"] == 6] == pytest.approx(
         expected, rel=1e-4
     )
+
+
+def test_run_in_stages_resumes_with_another_number_of_processes(run_config, change, tmp_path):
+    """Two processes are killed at the end of the first stage, then one in the second, and two go on."""
+    log = tmp_path / "log"
+    decay = StageConfig(tokens=192, seq_len=32, batch_size=2, document_boundaries="reset_state")
+    stages = {"stable": StageConfig(tokens=192), "decay": decay}
+    given = {"train.checkpoint.asynchronous": False, "train.checkpoint.every": 1, "train.micro_batch_size": 1}
+    config = change(run_config, **given)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=None, stages=stages))
+    alone = dataclasses.replace(config, name="alone")
+    assert train(alone) == 0
+    for world, mode, kill_before in ((2, "fsdp2", 4), (1, "ddp", 2), (2, "ddp", None)):
+        codes = run(change(config, **{"parallel.mode": mode}), world, log, train_killed, kill_before)
+        assert (-signal.SIGKILL in codes) == (kill_before is not None), text(log)
+    assert codes == [0, 0], text(log)
+    assert_close(weights(config.folder / "checkpoints/step_6"), weights(alone.folder / "checkpoints/step_6"))
+    for a, b in zip(rows(config.folder), rows(alone.folder), strict=True):
+        assert a["step"] == b["step"] and a.get("stage_tokens/decay") == b.get("stage_tokens/decay")
+        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-4)
 
 
 def train_part(steps: int, config: RunConfig) -> int:

@@ -1,5 +1,6 @@
 """Compiled blocks, and blocks that recompute activations in the backward pass, equal plain ones."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from glalm.config.run import TrainConfig
+from glalm.config.stages import StageConfig
+from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM
 from glalm.model.mixers import MIXERS
 from glalm.train import compile
-from glalm.train.compile import apply_training_forward
+from glalm.train.compile import apply_training_forward, list_forward_shapes
+from glalm.train.state import plan_batches
 from glalm.train.trainer import detach_cache, model_inputs, train
 
 CPU = torch.device("cpu")
@@ -143,3 +147,21 @@ class OperatorCounter(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.calls[op] = self.calls.get(op, 0) + 1
         return op(*args, **(kwargs or {}))
+
+
+def test_shapes_of_forward_passes_are_listed_and_limited(run_config):
+    """Windows of 16 tokens in micro-batches of 2, or of 32 in micro-batches of 1."""
+    stages = {
+        "one": StageConfig(tokens=640, batch_schedule=[(0.0, 64), (0.5, 128)]),
+        "two": StageConfig(tokens=640, seq_len=32, document_boundaries="reset_state"),
+        "three": StageConfig(tokens=640),
+    }
+    config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, steps=None, stages=stages))
+    shapes = list_forward_shapes(config, plan_batches(config, 1), is_gpu=True)
+    assert shapes == {(2, 16, False): 1, (1, 32, True): 9}
+    lengths = [(i / 40, i + 1) for i in range(40)]
+    train = dataclasses.replace(config.train, stages={"all": StageConfig(tokens=10**6, seq_len_schedule=lengths)})
+    many = dataclasses.replace(run_config, train=train)
+    with pytest.raises(ConfigError, match=r"shapes of forward passes, .* Use fewer batches and lengths"):
+        list_forward_shapes(many, plan_batches(many, 1), is_gpu=True)
+    assert len(list_forward_shapes(many, plan_batches(many, 1), is_gpu=False)) > 32

@@ -73,6 +73,24 @@ def test_optim_schedule_goes_over_stages_without_schedules_by_tokens():
     assert [learning_rate(step, config) for step in (1, 2, 3)] == pytest.approx([0.75, 0.5, 0.0])
 
 
+@pytest.mark.parametrize(
+    "rule, factors", [("sqrt", (0.5, math.sqrt(0.5), 1)), ("linear", (0.25, 0.5, 1)), ("none", (1, 1, 1))]
+)
+def test_learning_rate_follows_the_batches_of_a_stage(rule, factors):
+    """4, 2 and 1 steps of a quarter, a half and the whole of a batch of 8 windows: of 2,048 tokens each."""
+    ramp = [(0.0, 512), (2048.0, 1024), (4096.0, 2048)]
+    stages = {
+        "ramp": StageConfig(tokens=6144, schedule="constant", batch_schedule=ramp, batch_rule=rule),
+        "decay": StageConfig(tokens=4096, schedule="linear", lr=0.5),
+    }
+    optim = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0)
+    data = DataConfig(seq_len=256)
+    config = RunConfig(optim=optim, data=data, train=TrainConfig(steps=None, batch_size=8, stages=stages))
+    assert [phase.steps for phase in config.phases] == [4, 2, 1, 2]
+    rates = [learning_rate(step, config) for step in range(1, config.steps + 1)]
+    assert rates == pytest.approx([*4 * factors[:1], *2 * factors[1:2], factors[2], 0.75, 0.5])
+
+
 def test_schedule_without_warmup_and_all_warmup():
     assert learning_rates(1, warmup_steps=0) == [pytest.approx(0.1)]
     assert learning_rates(5, warmup_steps=5)[-1] == 1.0

@@ -7,10 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from injection import before_steps, send_signal
 from safetensors.torch import load_file
 
-from glalm.config.run import RunConfig
+from glalm.config.run import OptimConfig, RunConfig, TrainConfig
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
@@ -81,9 +83,9 @@ def unbroken(tmp_path_factory):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("stops", [[3], [4, 1], *(pytest.param([n], marks=SLOW) for n in (1, 2, 5))])
+@pytest.mark.parametrize("stops", [[3, 1], *(pytest.param([n], marks=SLOW) for n in (1, 2, 4, 5))])
 def test_a_run_that_is_interrupted_in_and_at_borders_ends_with_the_same_bits(staged, change, unbroken, stops):
-    """Each number counts the steps of one start of the run, so that [4, 1] stops after the steps 4 and 5."""
+    """Each number counts the steps of one start of the run, so that [3, 1] stops after the steps 3 and 4."""
     if not unbroken:
         whole = change(staged, name="whole")
         assert trainer.train(whole) == 0
@@ -94,6 +96,51 @@ def test_a_run_that_is_interrupted_in_and_at_borders_ends_with_the_same_bits(sta
     assert trainer.train(staged) == 0
     assert_same_tensors(tensors(staged, 6), unbroken["tensors"])
     assert rows(staged) == unbroken["rows"]
+
+
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=SLOW)])
+def test_a_run_whose_batch_and_length_grow_within_a_stage_resumes_with_the_same_bits(run_config, change, stop):
+    """2 steps of 2 x 16 tokens, 2 of 4 x 16 and 2 of 2 x 32."""
+    batches = [(0.0, 32), (64.0, 64)]
+    lengths = [(0.0, 16), (192.0, 32)]
+    growing = StageConfig(tokens=320, batch_schedule=batches, seq_len_schedule=lengths)
+    config = in_stages(change(run_config, **{"train.checkpoint.every": 100}), all=growing)
+    whole = change(config, name="whole")
+    assert trainer.train(whole) == 0
+    assert [row["tokens"] for row in rows(whole)[1:]] == [32, 64, 128, 192, 256, 320]
+    with before_steps({stop: partial(send_signal, signal.SIGINT)}):
+        assert trainer.train(config) == signal.SIGINT
+    assert trainer.train(config) == 0
+    assert_same_tensors(tensors(config, 6), tensors(whole, 6))
+    assert rows(config) == rows(whole)
+
+
+@given(
+    starts=st.lists(st.integers(1, 4000), max_size=4, unique=True),
+    batches=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    lengths=st.lists(st.sampled_from([16, 32, 64]), min_size=5, max_size=5),
+)
+@settings(max_examples=25)
+def test_steps_of_a_schedule_are_where_its_pieces_are(starts, batches, lengths):
+    """Each step has the batch and length of the last piece that begins at or before the tokens that precede it."""
+    begins = [0, *sorted(starts)]
+    batch_pieces = [(float(tokens), 64 * batch) for tokens, batch in zip(begins, batches, strict=False)]
+    length_pieces = [(float(tokens), length) for tokens, length in zip(begins, lengths, strict=False)]
+    stage = StageConfig(tokens=9000, batch_schedule=batch_pieces, seq_len_schedule=length_pieces)
+    optim = OptimConfig(warmup_steps=0)
+    try:
+        config = RunConfig(optim=optim, train=TrainConfig(steps=None, batch_size=4, stages={"all": stage}))
+    except ConfigError as error:
+        assert "has no step" in str(error)  # A piece is shorter than the step before it.
+        return
+    tokens = 0
+    for step in range(1, config.steps + 1):
+        piece = max(i for i, begin in enumerate(begins) if begin <= tokens)
+        phase = config.phase_at(step)
+        assert (phase.config.tokens_per_step, phase.config.data.seq_len) == (64 * batches[piece], lengths[piece])
+        tokens += 64 * batches[piece]
+        assert config.tokens_at(step) == tokens
+    assert tokens >= 9000 > tokens - phase.config.tokens_per_step
 
 
 def test_each_step_reads_the_windows_of_its_stage(staged, two_sources, monkeypatch):

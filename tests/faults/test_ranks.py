@@ -108,7 +108,8 @@ def test_run_in_stages_resumes_with_another_number_of_processes(run_config, chan
     assert_close(weights(config.folder / "checkpoints/step_6"), weights(alone.folder / "checkpoints/step_6"))
     for a, b in zip(rows(config.folder), rows(alone.folder), strict=True):
         assert a["step"] == b["step"] and a.get("stage_tokens/decay") == b.get("stage_tokens/decay")
-        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-4)
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def train_part(steps: int, config: RunConfig) -> int:

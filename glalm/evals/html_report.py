@@ -25,6 +25,7 @@ from glalm.evals.identity import (
     differing_settings,
     format_setting,
     group_comparable,
+    is_of_average,
     measurement,
     text_name,
 )
@@ -43,7 +44,7 @@ from glalm.evals.result_files import (
 from glalm.train.metrics import read_metrics
 
 ZERO_SHOT_EVALUATORS = ("paper_zero_shot", "zero_shot")
-HARNESS_OPTIONS = ("limit", "num_fewshot", "stateful", "max_length", "precision", "lm_eval")
+HARNESS_OPTIONS = ("limit", "num_fewshot", "stateful", "max_length", "precision", "weights", "lm_eval")
 
 
 @dataclass
@@ -195,7 +196,8 @@ def describe_furthest_ratio(run: Run, record: dict | None) -> str | None:
 def origin_note(run: Run, record: dict) -> str:
     """Return what a reader must know beside a number: the text if it is not the run's own, and an older checkpoint."""
     text = "" if is_own_text(record) else f" on {text_name(record)}"
-    return text + run.checkpoint_note(record)
+    average = ", average of the weights" if is_of_average(record) else ""
+    return text + average + run.checkpoint_note(record)
 
 
 def compare_overview(runs: list[Run]) -> list[str]:

@@ -122,9 +122,14 @@ def describe_conditions(record: Mapping[str, Any]) -> str:
         parts.append(f"{settings['num_fewshot']} examples before each question")
     if settings.get("stateful"):
         parts.append("harness.stateful=true")
-    if settings.get("weights") == "average":
+    if is_of_average(record):
         parts.append("moving average of the weights")
     return ", ".join(parts)
+
+
+def is_of_average(record: Mapping[str, Any]) -> bool:
+    """Return whether a result is of the moving average of a checkpoint's weights."""
+    return record.get("settings", {}).get("weights") == "average"
 
 
 def text_name(record: Mapping[str, Any]) -> str:

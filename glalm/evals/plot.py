@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, NullLocator
 
 from glalm.data.files import atomic_write, printable
-from glalm.evals.identity import require_comparable
+from glalm.evals.identity import is_of_average, require_comparable
 from glalm.evals.result_files import describe_validation, infer_tokens, read_json, step_of
 from glalm.train.metrics import read_metrics
 
@@ -317,7 +317,10 @@ def _line_style(i: int) -> dict:
 
 def _label_models(records: list[dict]) -> list[str]:
     """Return a label for each model, with its checkpoint and precision where those of the models differ."""
-    labels = [f"{record['model']} ({format_quantity(record['parameters'])} parameters)" for record in records]
+    labels = []
+    for record in records:
+        average = ", average of the weights" if is_of_average(record) else ""
+        labels.append(f"{record['model']}{average} ({format_quantity(record['parameters'])} parameters)")
     checkpoints = [record.get("checkpoint") if step_of(record) >= 0 else None for record in records]
     precisions = [record.get("settings", {}).get("precision") for record in records]
     for values in (checkpoints, precisions):

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glalm.data.files import printable
-from glalm.evals.identity import text_name
+from glalm.evals.identity import is_of_average, text_name
 from glalm.evals.result_files import (
     current_results,
     describe_validation,
@@ -93,6 +93,7 @@ def perplexity_rows(
     validations = {row["step"]: row["val_perplexity"] for row in metrics if "val_perplexity" in row}
     before = validations.get(0)
     value = record and record["results"]["perplexity"]
+    bits = record and record["results"].get("bits_per_byte")
     last, source = value, "both"
     if record and not is_of_validation(folder, record):
         step = step_of(record) if step_of(record) in validations else max(validations, default=0)
@@ -102,6 +103,7 @@ def perplexity_rows(
         Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
         Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", source_of(record), eval_command),
         Row("  after / before", ratio, source, eval_command),
+        *([Row("  bits per byte", f"{bits:.4f}", source_of(record), eval_command)] if bits else []),
     ]
 
 
@@ -142,6 +144,8 @@ def describe_origin(record: dict | None) -> str:
     if record is None:
         return "training"
     checkpoint = (record["checkpoint"] or "training").replace("_", " ")
+    if is_of_average(record):
+        checkpoint += ", average of the weights"
     return checkpoint if is_own_text(record) else f"{checkpoint}, on {text_name(record)}"
 
 

@@ -12,7 +12,7 @@ from statistics import median
 from glalm.data import files
 from glalm.data.checksums import combine_weights
 from glalm.data.shards import split_sha256
-from glalm.evals.identity import TEXT_FILE, ResultIdentity, group_comparable, text_name
+from glalm.evals.identity import TEXT_FILE, ResultIdentity, group_comparable, is_of_average, text_name
 
 NO_SCORES = (
     "samples",
@@ -130,10 +130,17 @@ def current_results(folder: Path) -> list[dict]:
 
 
 def select_result(results: Iterable[dict], evaluator: str) -> dict | None:
-    """Return the evaluator's main result: on the run's own text if there is one, of the highest step, in NAME.json."""
+    """Return the evaluator's main result: on the run's own text if there is one, of the highest step, in NAME.json.
+
+    Results of the weights precede those of their moving average.
+    """
     found = [record for record in results if record["evaluator"] == evaluator]
     main_file = f"eval/{evaluator}.json"
-    return max(found, key=lambda r: (is_own_text(r), step_of(r), r["file"] == main_file), default=None)
+
+    def rank(record: dict) -> tuple:
+        return is_own_text(record), not is_of_average(record), step_of(record), record["file"] == main_file
+
+    return max(found, key=rank, default=None)
 
 
 def step_of(record: dict) -> int:
@@ -151,7 +158,7 @@ def is_superseded(folder: Path, record: dict) -> bool:
         manifest = files.read_json(path, {"files": {str: {"sha256": str}}})
     except (FileNotFoundError, files.DamagedFile):
         return False  # It is not known.
-    kind = "average" if record["settings"].get("weights") == "average" else "model"
+    kind = "average" if is_of_average(record) else "model"
     return combine_weights(manifest["files"], kind) != record["checksum"]
 
 

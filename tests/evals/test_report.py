@@ -150,6 +150,14 @@ def test_numbers_of_other_text_name_it_and_are_divided_by_none_of_the_runs(run):
     assert ["perplexity at 2x / 1x, on foreign", "0.950 (0.940-0.960)", "eval/extrapolation.json"] in lines
 
 
+def test_a_perplexity_of_the_average_says_so_and_has_bits_per_byte(run):
+    results = {"perplexity": 10.0, "bits_per_byte": 1.25}
+    write_result(run, "perplexity", settings={"weights": "average"}, results=results)
+    lines = printed(run)
+    assert ["after step 30, average of the weights", "10.000", "eval/perplexity.json"] in lines
+    assert ["bits per byte", "1.2500", "eval/perplexity.json"] in lines
+
+
 def test_a_perplexity_of_more_windows_than_training_validates_on_is_not_divided(run):
     (run / "run.json").write_text(
         json.dumps(

@@ -96,3 +96,20 @@ def test_results_of_replaced_checkpoints_and_of_earlier_steps_are_not_current(tm
     assert names == ["of-other-text", "perplexity", "pruned", "set-aside"]
     assert select_result(current_results(tmp_path), "perplexity")["results"] == "perplexity"
     assert select_result(current_results(tmp_path), "needle") is None
+
+
+def test_results_of_the_average_are_kept_apart_and_come_second(tmp_path):
+    files = {f"{kind}.safetensors": {"sha256": kind, "bytes": 1} for kind in ("model", "average")}
+    (tmp_path / "checkpoints" / "step_4").mkdir(parents=True)
+    write_json(tmp_path / "checkpoints" / "step_4" / "manifest.json", {"files": files})
+
+    def save(name: str, checksum: str, **settings) -> None:
+        record = {"evaluator": "perplexity", "checkpoint": "step_4", "checksum": checksum, "results": name}
+        write_json(tmp_path / "eval" / f"{name}.json", record | {"settings": settings})
+
+    save("perplexity", "average", weights="average")
+    save("replaced", "model", weights="average")
+    assert select_result(current_results(tmp_path), "perplexity")["results"] == "perplexity"
+    save("perplexity-beside", "model")
+    assert sorted(r["results"] for r in current_results(tmp_path)) == ["perplexity", "perplexity-beside"]
+    assert select_result(current_results(tmp_path), "perplexity")["results"] == "perplexity-beside"

@@ -30,8 +30,11 @@ from glalm.train.trainer import train
 
 @pytest.fixture
 def averaging(run_config, change):
-    """A run of six steps with an average of its weights, and a checkpoint after each second step."""
-    config = change(run_config, **{"train.ema_decay": 0.7, "train.checkpoint.keep_last": 9})
+    """A run of three steps with an average of its weights, and a checkpoint after each."""
+    config = change(
+        run_config,
+        **{"train.ema_decay": 0.7, "train.steps": 3, "train.checkpoint.every": 1, "train.checkpoint.keep_last": 9},
+    )
     assert train(config) == 0
     return config
 
@@ -53,17 +56,17 @@ def assert_mean(folder, models: list[dict], shares: list[float]) -> None:
 def test_merged_model_is_the_mean_is_evaluated_and_starts_a_run(averaging, change, tmp_path, monkeypatch):
     out = tmp_path / "merged"
     run = str(averaging.folder)
-    monkeypatch.setattr(sys, "argv", ["glalm merge", run, "--steps", "2", "4", "6", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["glalm merge", run, "--steps", "1", "2", "3", "--out", str(out)])
     command.main()
-    assert_mean(out, [saved(averaging, step) for step in (2, 4, 6)], [1, 1, 1])
+    assert_mean(out, [saved(averaging, step) for step in (1, 2, 3)], [1, 1, 1])
     card = (out / "README.md").read_text()
     assert card.count("0.3333 times tiny/step_") == 3 and "No scores were measured" in card
 
     weighted = tmp_path / "weighted"
-    arguments = ["glalm merge", run, "--steps", "6", "2", "--shares", "3", "1", "--weights", "average"]
+    arguments = ["glalm merge", run, "--steps", "3", "1", "--shares", "3", "1", "--weights", "average"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(weighted)])
     command.main()
-    assert_mean(weighted, [saved(averaging, 6, "average"), saved(averaging, 2, "average")], [3, 1])
+    assert_mean(weighted, [saved(averaging, 3, "average"), saved(averaging, 1, "average")], [3, 1])
 
     path = averaging.data.path
     evaluate(EvalConfig(checkpoint=str(out), runs_dir=averaging.runs_dir, data_path=path, evals=["perplexity"]))
@@ -96,11 +99,11 @@ def test_weighted_sum_is_that_of_float64(shares):
 
 
 def test_export_of_the_average(averaging, tmp_path):
-    export_run(averaging.folder, "step_4", tmp_path / "out", weights="average")
+    export_run(averaging.folder, "step_2", tmp_path / "out", weights="average")
     exported = load_file(tmp_path / "out" / "model.safetensors")
-    expected = load_file(averaging.folder / "checkpoints" / "step_4" / "average.safetensors")
+    expected = load_file(averaging.folder / "checkpoints" / "step_2" / "average.safetensors")
     assert all(torch.equal(tensor, expected[f"average.{name}"]) for name, tensor in exported.items())
-    assert "| checkpoint | step_4, moving average, weights sha256" in (tmp_path / "out" / "README.md").read_text()
+    assert "| checkpoint | step_2, moving average, weights sha256" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_merged_is_refused(averaging, change, tmp_path):
@@ -113,19 +116,19 @@ def test_what_cannot_be_merged_is_refused(averaging, change, tmp_path):
     (other / "run.json").write_text(json.dumps(record))
     for message, runs, names, shares in (
         ("two different checkpoints or more", [run], ["latest"], None),
-        ("two different checkpoints or more", [run], ["step_6", "latest"], None),
-        ("There is no checkpoint step_5 in", [run], ["step_5", "step_6"], None),
-        ("--shares has 1 numbers for 2 checkpoints", [run], ["step_4", "step_6"], [1.0]),
-        ("--shares 1.0 -1.0: every share must be positive", [run], ["step_4", "step_6"], [1.0, -1.0]),
-        ("--shares nan 1.0: every share", [run], ["step_4", "step_6"], [math.nan, 1.0]),
+        ("two different checkpoints or more", [run], ["step_3", "latest"], None),
+        ("There is no checkpoint step_5 in", [run], ["step_5", "step_3"], None),
+        ("--shares has 1 numbers for 2 checkpoints", [run], ["step_2", "step_3"], [1.0]),
+        ("--shares 1.0 -1.0: every share must be positive", [run], ["step_2", "step_3"], [1.0, -1.0]),
+        ("--shares nan 1.0: every share", [run], ["step_2", "step_3"], [math.nan, 1.0]),
         ("different models, which cannot be averaged:\n  model.num_heads: 2 -> 4", [run, other], ["latest"], None),
     ):
         with pytest.raises(RunError, match=re.escape(message)):
             merge_checkpoints(runs, names, out, shares)
         assert not out.exists()
-    (run / "checkpoints" / "step_4" / "model.safetensors").write_bytes(b"damaged")
+    (run / "checkpoints" / "step_2" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="is damaged"):
-        merge_checkpoints([run], ["step_4", "step_6"], out)
+        merge_checkpoints([run], ["step_2", "step_3"], out)
     out.mkdir()
     with pytest.raises(RunError, match=r"exists\. Choose another --out"):
-        merge_checkpoints([run], ["step_2", "step_6"], out)
+        merge_checkpoints([run], ["step_1", "step_3"], out)

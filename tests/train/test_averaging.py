@@ -99,34 +99,34 @@ def test_training_averages_the_weights_after_each_step(run_config, change, mode)
 
 
 def test_average_resumes_bit_for_bit_and_training_is_as_without_it(run_config, change):
-    plain = change(run_config, name="plain")
-    unbroken = change(run_config, name="unbroken", **{"train.ema_decay": 0.7})
+    plain = change(run_config, name="plain", **{"train.steps": 4, "train.eval_every": 2})
+    unbroken = change(plain, name="unbroken", **{"train.ema_decay": 0.7})
     broken = change(unbroken, name="broken")
     for config in (plain, unbroken):
         assert train(config) == 0
-    with before_steps({4: send_signal}):
+    with before_steps({3: send_signal}):
         train(broken)
     assert train(broken) == 0
-    averages, resumed = (load_file(checkpoint_of(config) / "average.safetensors") for config in (unbroken, broken))
+    averages, resumed = (load_file(checkpoint_of(config, 4) / "average.safetensors") for config in (unbroken, broken))
     assert averages.keys() == resumed.keys() and all(torch.equal(averages[name], resumed[name]) for name in averages)
-    models = {(checkpoint_of(config) / "model.safetensors").read_bytes() for config in (plain, unbroken, broken)}
+    models = {(checkpoint_of(config, 4) / "model.safetensors").read_bytes() for config in (plain, unbroken, broken)}
     assert len(models) == 1
-    assert not (checkpoint_of(plain) / "average.safetensors").exists()
+    assert not (checkpoint_of(plain, 4) / "average.safetensors").exists()
     rows = [read_jsonl(config.folder / "metrics.jsonl") for config in (plain, unbroken, broken)]
     without, *losses = [
         {row["step"]: row.get("average/val_loss") for row in each if "val_loss" in row} for each in rows
     ]
-    assert losses[0] == losses[1] and [*losses[0]] == [0, 3, 6] and None not in losses[0].values()
+    assert losses[0] == losses[1] and [*losses[0]] == [0, 2, 4] and None not in losses[0].values()
     assert set(without.values()) == {None}
-    (checkpoint_of(broken) / "average.safetensors").unlink()
+    (checkpoint_of(broken, 4) / "average.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"average\.safetensors is missing"):
-        verify_checkpoint(checkpoint_of(broken))
+        verify_checkpoint(checkpoint_of(broken, 4))
 
 
 def test_validation_and_evaluators_measure_the_average(run_config, change):
     """What training logs of the average is what `glalm eval weights=average` finds, and not that of the weights."""
     fields = {field.name: getattr(run_config, field.name) for field in dataclasses.fields(run_config)}
-    fields["train"] = dataclasses.replace(run_config.train, ema_decay=0.7, eval_sequences=10**6)
+    fields["train"] = dataclasses.replace(run_config.train, steps=3, ema_decay=0.7, eval_sequences=10**6)
     config = TrainingRun(**fields, train_evals=TrainEvalsConfig(evals=["perplexity"], every=3, weights="average"))
     assert train(config, make_evaluator(config)) == 0
     row = read_jsonl(config.folder / "metrics.jsonl")[-1]

@@ -67,7 +67,8 @@ def build_dataclass(cls: type, tree: dict, where: str = ""):
     require(isinstance(tree, dict), f"{where or 'the config'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
     for key in tree:
-        require(key in hints, describe_unknown_key(key, hints, where))
+        if key not in hints:
+            raise ConfigError(describe_unknown_key(key, hints, where))
     return cls(**{key: _convert_value(hints[key], value, join_key(where, key)) for key, value in tree.items()})
 
 

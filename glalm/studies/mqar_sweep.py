@@ -31,7 +31,7 @@ def main(config: MQARConfig, launcher: Sequence[str] = ()) -> int:
     """
     folder = Path(config.folder)
     check_writable(folder)
-    with lock_run_dir(folder) as lock:
+    with lock_run_dir(folder, "folder=...") as lock:
         return run_sweep(config, folder, lock, launcher)
 
 

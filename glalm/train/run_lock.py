@@ -15,9 +15,12 @@ LOCK = ".lock"
 
 
 @contextmanager
-def lock_run_dir(folder: Path) -> Iterator["RunLock"]:
-    """Lock `folder`, which exists, against other runs until the context ends. Raises what `RunLock.acquire` raises."""
-    lock = RunLock(folder)
+def lock_run_dir(folder: Path, option: str = "name=...") -> Iterator["RunLock"]:
+    """Lock `folder`, which exists, against other runs until the context ends. Raises what `RunLock.acquire` raises.
+
+    `option` is what the user may set to choose another folder.
+    """
+    lock = RunLock(folder, option)
     lock.acquire()
     try:
         yield lock
@@ -36,8 +39,9 @@ class RunLock:
     one. `renew` notices this, so call it before everything that is written to the folder.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, option: str = "name=..."):
         self._path = folder / LOCK
+        self._option = option
         self._holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
         self._file: IO[str] | None = None
 
@@ -100,5 +104,6 @@ class RunLock:
         holder = file.read()
         file.close()
         raise ConfigError(
-            f"{self._path.parent} is in use by another run: {holder}. Wait for it, stop it, or choose another name=..."
+            f"{self._path.parent} is in use by another run: {holder}. Wait for it, stop it, or choose another "
+            f"{self._option}"
         )

@@ -3,6 +3,7 @@
 joblib's launcher kills its processes at Ctrl-C. This one lets each job in training save a checkpoint.
 """
 
+import logging
 import os
 import pickle
 import re
@@ -26,6 +27,8 @@ from omegaconf import DictConfig, open_dict
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.processes import call_without_parent
+
+logger = logging.getLogger(__name__)
 
 # Hydra accepts launchers from its package of plugins only, by their names.
 TARGET = "hydra_plugins.glalm.ProcessLauncher"
@@ -115,6 +118,7 @@ class Job:
         if done is None:
             done = JobReturn(overrides=self.overrides, status=JobStatus.FAILED)
             done.return_value = RunError(self.describe_end())
+            logger.warning(self.describe_end())  # The launch returns only when the other jobs have ended.
         return done
 
     def describe_end(self) -> str:
@@ -143,6 +147,8 @@ def wait_for_jobs(jobs: list[Job]) -> list[Job]:
 def stop_jobs(jobs: list[Job]) -> None:
     """Let the jobs save and end. Another Ctrl-C ends this process without them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if jobs:
+        logger.info(f"Stopping: {len(jobs)} running jobs are saving. Another Ctrl-C does not wait for them.")
     for job in jobs:
         job.process.terminate()
     for job in jobs:

@@ -219,8 +219,7 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
     """
 
     def prepare_on_rank_0() -> dict:
-        identity = run_identity(config)
-        identity |= {"data fingerprint": data.fingerprint, DATA_TOKENS: data.num_tokens}
+        identity = identify_run(config, data)
         run_id = uuid.uuid4().hex[:12]
         saved_step = None
         if saved := read_saved_record(config.folder):
@@ -234,6 +233,11 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
         return {"id": run_id, "saved": saved_step, **settings, **versions}
 
     return run_on_rank_0(prepare_on_rank_0)
+
+
+def identify_run(config: RunConfig, data: TokenSet) -> dict:
+    """Return what decides the result of a run: its config's identity, and its data."""
+    return run_identity(config) | {"data fingerprint": data.fingerprint, DATA_TOKENS: data.num_tokens}
 
 
 def read_saved_record(folder: Path) -> dict | None:
@@ -297,18 +301,7 @@ def check_identity(
     Raises:
         ConfigError: They differ. The message lists the differences.
     """
-    keys = saved.keys() | current.keys()
-    allowed = {*also_allowed}
-    for name in config.train.allow_changes:
-        # "data.weights" names the weights of all sources.
-        named = {key for key in keys if key == name or key.startswith(f"{name}.")}
-        require(bool(named), f"train.allow_changes: {describe_unknown_key(name, current)}")
-        allowed |= named
-    changes = describe_differences(
-        {key: value for key, value in saved.items() if key not in allowed},
-        {key: value for key, value in current.items() if key not in allowed},
-    )
-    if changes:
+    if changes := find_changes(config, saved, current, also_allowed):
         changed_keys = ",".join(change.partition(":")[0] for change in changes)
         differences = "\n  ".join(changes)
         raise ConfigError(
@@ -316,6 +309,25 @@ def check_identity(
             "To resume that run, write the old values. To start a new run, choose another name=... To resume with the "
             f"new values all the same, write 'train.allow_changes=[{changed_keys}]'."
         )
+
+
+def find_changes(config: RunConfig, saved: Mapping, current: Mapping, also_allowed: Collection[str] = ()) -> list[str]:
+    """Return the lines "key: saved -> current" of what differs, except for what train.allow_changes names.
+
+    Raises:
+        ConfigError: train.allow_changes names no key of an identity.
+    """
+    keys = saved.keys() | current.keys()
+    allowed = {*also_allowed}
+    for name in config.train.allow_changes:
+        # "data.weights" names the weights of all sources.
+        named = {key for key in keys if key == name or key.startswith(f"{name}.")}
+        require(bool(named), f"train.allow_changes: {describe_unknown_key(name, current)}")
+        allowed |= named
+    return describe_differences(
+        {key: value for key, value in saved.items() if key not in allowed},
+        {key: value for key, value in current.items() if key not in allowed},
+    )
 
 
 def write_run_record(config: RunConfig, record: dict, data: TokenSet) -> None:

@@ -92,9 +92,10 @@ class ProgressBar:
 
     Args:
         quiet: Show neither the bar nor any message, as on all ranks but the first.
+        speed_seconds: The time left follows from the speed in this time. Choose more where work is done in large steps.
     """
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, speed_seconds: float = 30.0):
         # Markup is off, because an error's text may contain brackets.
         self.console = Console(
             file=IgnoreOSErrors(sys.stderr), quiet=quiet, markup=False, highlight=False, soft_wrap=True
@@ -108,6 +109,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
+            speed_estimate_period=speed_seconds,
         )
         self._task = None
 

@@ -189,6 +189,8 @@ MISSPELT = [
     ("train.py", "modle=gla_tiny", "did you mean model?"),
     ("train.py", "model=gla_tniy", "did you mean gla_tiny?"),
     ("eval.py", "extrapolation.max_lenght=64", "did you mean extrapolation.max_length?"),
+    ("scripts/ladder.py", "retension", "did you mean retention?"),
+    ("scripts/ladder.py", "train.stpes=3", "did you mean train.steps?"),
 ]
 # Run a command in this process, then print which of two slow libraries it has imported.
 RUN_AND_LIST_IMPORTS = """

@@ -18,8 +18,14 @@ positions.png and .svg the perplexity against position. The figures show each mo
 seeds. hydra/launcher=NAME runs them elsewhere, for example as jobs of Slurm (docs/launch.md, Sweeps).
 """
 
-from glalm.studies import ladder
+from glalm.cli import exit_on_error
+from glalm.studies.ladder_arguments import check_models, parse_arguments
 
 
 def main() -> int:
-    return ladder.main(__doc__)
+    args = parse_arguments(__doc__)
+    with exit_on_error():
+        check_models(args)
+        from glalm.studies.ladder import run_ladder  # It imports torch, which takes seconds.
+
+        return run_ladder(args)

@@ -1,47 +1,33 @@
 """Train and evaluate many models at one size and token budget, as jobs of one of Hydra's launchers."""
 
 import argparse
+import copy
 import itertools
 import json
-import math
 import os
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from glalm.cli import CONFIGS, build_config, check_plugins, compose_config, launch_jobs
 from glalm.config.strict import ConfigError, RunError, check_overrides, require
+from glalm.data.shards import read_manifest
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import current_results, is_own_text, read_json, select_result, write_json
 from glalm.launcher import register_launcher
 from glalm.model.mixers import MIXERS
-from glalm.progress import ProgressBar
-from glalm.studies.ladder_results import print_cost, write_results
-from glalm.train.metrics import read_metrics
+from glalm.studies.ladder_arguments import ABLATIONS, named_models
+from glalm.studies.ladder_progress import RunStatus, clear_status, log_path, show_progress, summarize_end
+from glalm.train.run_lock import lock_run_dir
 
-# Overrides of the GLA preset. {length}, {window} and {tokens} are the run's training length, twelve times it, and its
-# tokens a step.
-ABLATIONS = {
-    "gla_scalar_gate": ["model.gla.gate=scalar"],
-    "gla_fixed_gate": ["model.gla.gate=fixed"],  # RetNet's decay
-    "gla_no_gate": ["model.gla.gate=none"],
-    "gla_1_head": ["model.num_heads=1"],  # the paper's model has 4
-    "gla_8_heads": ["model.num_heads=8"],
-    "gla_12_segments": [
-        "train.tbptt_length={length}",
-        "data.seq_len={window}",
-        "train.batch_size=null",
-        "train.batch_tokens={tokens}",
-    ],
-}
+# A forward pass costs a third of a training step.
+EVALUATION_COST = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -57,6 +43,32 @@ class LadderRun:
     @cached_property
     def eval_config(self) -> EvalConfig:
         return compose_config(EvalConfig, "eval", self.eval_arguments)
+
+    @property
+    def training_tokens(self) -> int:
+        return self.config.tokens_at(self.config.steps)
+
+    @cached_property
+    def work(self) -> float:
+        """The tokens that take as long to train on as the run's training and its evaluation, by their FLOPs.
+
+        Only perplexity and extrapolation are counted, and only on prepared data that is on this machine.
+        """
+        config = self.eval_config
+        try:
+            splits = read_manifest(Path(config.data_path or self.config.data.path))["splits"]
+        except (OSError, ValueError):
+            return self.training_tokens
+        read = 0
+        if "perplexity" in config.evals:
+            read += splits["validation"]["tokens"]
+        if "extrapolation" in config.evals:
+            options = config.extrapolation
+            tokens = splits[options.split]["tokens"]
+            if options.documents is not None:
+                tokens = min(tokens, options.documents * options.max_length)
+            read += tokens * len(options.contexts)
+        return self.training_tokens + EVALUATION_COST * read
 
     def results(self, evaluator: str) -> dict | None:
         """Return the result of an evaluator with this ladder's settings, whatever else was evaluated in the run."""
@@ -80,65 +92,50 @@ class LadderRun:
         return read_json(self.config.folder / "ladder.json") == self.completion_record()
 
 
-def main(description: str) -> int:
-    """Parse the command line, run what is missing and write the table. Return the exit code.
+def run_ladder(args: argparse.Namespace) -> int:
+    """Run what is missing and write the table. Return the exit code.
 
-    `description` is the help text of the command.
+    Raises:
+        ConfigError: Something is wrong that would also stop a run, or its folder is in use. Nothing has been started.
     """
-    args = parse_arguments(description)
-    try:
-        runs = plan_runs(args)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    runs = plan_runs(args)
     missing = [run for run in runs if not run.is_complete()]
     if args.dry_run:
-        print_cost(runs, missing)
+        check_plan(runs, missing)
         return 0
+    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
-    failures = run_all(runs, missing, args) if missing else {}
-    complete = [run for run in runs if run.is_complete()]
-    if complete:
-        write_results(complete, args)
-    for name, reason in failures.items():
-        print(f"{name}: {reason}, see {args.folder / name}.log", file=sys.stderr)
-    return 1 if failures else 0
+    with lock_run_dir(args.folder, "--folder"):
+        check_runs(missing)
+        ends = run_all(missing, args) if missing else []
+        complete = [run for run in runs if run.is_complete()]
+        if complete:
+            from glalm.studies.ladder_results import write_results  # It imports matplotlib, which takes seconds.
+
+            write_results(complete, runs, args)
+    print(*ends, sep="\n", end="\n" if ends else "", file=sys.stderr)
+    return 1 if ends else 0
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = sorted(p.stem.removeprefix("ladder_") for p in (CONFIGS / "experiment").glob("ladder_*.yaml"))
-    parser.add_argument("--size", choices=sizes, default="tiny", help="of the presets and the budget (%(default)s)")
-    parser.add_argument("--seeds", type=parse_positive, default=1, metavar="N", help="use the seeds 1 to N (1)")
-    parser.add_argument("--lrs", type=parse_rates, default=[None], metavar="LR,LR", help="train at each learning rate")
-    parser.add_argument(
-        "--at-once", type=parse_positive, default=1, metavar="N", help="runs on each visible GPU, or on the CPU (1)"
-    )
-    parser.add_argument("--folder", type=Path, default=Path("runs/ladder"), help="where the runs go (%(default)s)")
-    parser.add_argument("--eval", action="append", default=[], metavar="KEY=VALUE", help="for glalm eval; repeatable")
-    parser.add_argument("--dry-run", action="store_true", help="print what all runs would cost, and exit")
-    parser.add_argument("arguments", nargs="*", metavar="NAME | KEY=VALUE")
-    return parser.parse_intermixed_args()
+def check_plan(runs: list[LadderRun], missing: list[LadderRun]) -> None:
+    """Check what is missing, and print what it would cost."""
+    print(f"{len(runs)} runs: checking them, and measuring the speed of each model", file=sys.stderr, flush=True)
+    try:
+        check_runs(missing)
+    except ConfigError as error:
+        if not runs[0].config.train.assumed_gpu:
+            raise
+        # The machine that is planned for may have the data.
+        print(f"On this machine the runs would be refused: {error}", file=sys.stderr)
+    from glalm.studies.ladder_results import print_cost
 
-
-def parse_positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def parse_rates(text: str) -> list[float]:
-    rates = [float(rate) for rate in text.split(",")]
-    if not all(0 < rate < math.inf for rate in rates) or len({f"{rate:g}" for rate in rates}) < len(rates):
-        raise ValueError
-    return rates
+    print_cost(runs, missing)
 
 
 def plan_runs(args: argparse.Namespace) -> list[LadderRun]:
     """Return all runs of the command line with their checked configs. Raises ConfigError."""
     overrides = [argument for argument in args.arguments if "=" in argument]
-    models = [argument for argument in args.arguments if "=" not in argument] or [*MIXERS, "hybrid"]
+    models = named_models(args) or [*MIXERS, "hybrid"]
     set_by = {"name": "NAME", "runs_dir": "--folder", "seed": "--seeds", "train.dry_run": "--dry-run"}
     if args.lrs != [None]:
         set_by["optim.lr"] = "--lrs"
@@ -155,7 +152,13 @@ def plan_runs(args: argparse.Namespace) -> list[LadderRun]:
         "as hydra.launcher.n_jobs=N of joblib",
     )
     axes = itertools.product(range(1, args.seeds + 1), args.lrs, models)
-    return [plan_run(model, lr, seed, args, overrides) for seed, lr, model in axes]
+    runs = [plan_run(model, lr, seed, args, overrides) for seed, lr, model in axes]
+    for path in {run.eval_config.data_path for run in runs[:1]} - {None}:
+        try:
+            read_manifest(Path(path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--eval data_path={path}: {error}") from error
+    return runs
 
 
 def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
@@ -167,17 +170,12 @@ def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
 
 def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:
     """Return one run with its checked config. Raises ConfigError."""
-    presets = sorted(p.stem.removesuffix(f"_{args.size}") for p in (CONFIGS / "model").glob(f"*_{args.size}.yaml"))
-    require(
-        model in presets or model in ABLATIONS,
-        f"{model} is none of the presets: {', '.join(presets)}; nor of the ablations: {', '.join(ABLATIONS)}",
-    )
     preset = f"model={'gla' if model in ABLATIONS else model}_{args.size}"
     name = f"{model}-{seed}" if lr is None else f"{model}-lr-{lr:g}-{seed}"
     place = [f'name="{name}"', f'runs_dir="{args.folder}"']
     overrides = [override for override in overrides if not override.startswith("hydra")]
+    config = compose_model((f"experiment=ladder_{args.size}", preset, *overrides))
     train_arguments = [f"experiment=ladder_{args.size}", preset, *place, f"seed={seed}", *overrides]
-    config = compose_config(TrainingRun, "train", train_arguments)
     if lr is not None:
         train_arguments += [f"optim.lr={lr:g}"]
         if not any(override.startswith("optim.min_lr=") for override in overrides):
@@ -198,16 +196,48 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
     return LadderRun(model, lr, config, train_arguments, eval_arguments)
 
 
+@cache
+def compose_model(arguments: tuple[str, ...]) -> TrainingRun:
+    """Return the config that the runs of one model share, but for their names, seeds and rates."""
+    return compose_config(TrainingRun, "train", [*arguments])
+
+
+def check_runs(runs: list[LadderRun]) -> None:
+    """Raise ConfigError where training would refuse a run for its data, or for another config in its folder."""
+    from glalm.train import run_dir  # It imports transformers, which takes seconds.
+
+    checked = set()
+    for run in runs:
+        is_started = run_dir.has_started(run.config.folder)
+        if run.model in checked and not is_started:
+            continue  # Only rates and seeds differ, which the data does not depend on.
+        checked.add(run.model)
+        config = copy.deepcopy(run.config)  # `open_data` sets a vocabulary of null.
+        training, _ = run_dir.open_data(config)
+        saved = run_dir.read_saved_record(config.folder) if is_started else None
+        if saved is None:
+            continue
+        changes = run_dir.find_changes(config, saved["identity"], run_dir.identify_run(config, training.tokens))
+        differences = "\n  ".join(changes)
+        require(
+            not changes,
+            f"{config.folder} holds a run with another config:\n  {differences}\nTo resume the runs of that folder, "
+            "write the old values. To start new runs, choose another --folder.",
+        )
+
+
 # --------------------------------------------------------------------------------------------------------- running
 
 
-def run_all(runs: list[LadderRun], missing: list[LadderRun], args: argparse.Namespace) -> dict[str, str]:
-    """Run what is missing by a launcher of Hydra. Return the reasons of failures by the run's name."""
+def run_all(missing: list[LadderRun], args: argparse.Namespace) -> list[str]:
+    """Run what is missing by a launcher of Hydra. Return lines that say what is not complete, and why."""
     launcher = [argument for argument in args.arguments if argument.startswith("hydra")]
     if not any(argument.startswith("hydra/launcher=") for argument in launcher):
         launcher += ["hydra/launcher=processes", f"hydra.launcher.at_once={args.at_once}"]
     launcher.append(f'hydra.sweep.dir="{args.folder}"')
-    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
+    for run in missing:
+        clear_status(run)
+    reasons = None
     try:
         with show_progress(missing):
             jobs = [run.train_arguments for run in missing]
@@ -215,12 +245,8 @@ def run_all(runs: list[LadderRun], missing: list[LadderRun], args: argparse.Name
             task = TrainAndEvaluate({run.config.name: (run, run.eval_config) for run in missing})
             reasons = launch_jobs(TrainingRun, "train", task, launcher, jobs)
     except KeyboardInterrupt:
-        reasons = ["stopped"] * len(missing)
-    return {
-        run.config.name: reason
-        for run, reason in zip(missing, reasons, strict=True)
-        if reason is not None and not run.is_complete()
-    }
+        pass  # The runs' statuses say which of them were stopped.
+    return summarize_end(missing, reasons)
 
 
 @dataclass(frozen=True)
@@ -232,27 +258,34 @@ class TrainAndEvaluate:
     def __call__(self, tree: DictConfig) -> str | None:
         """Train and evaluate. Return the reason of a failure, or None."""
         run, eval_config = self.runs[tree.name]
-        with redirect_output(run.config.folder.with_name(f"{tree.name}.log")):
+        with redirect_output(log_path(run)):
             try:
-                train_run(build_config(TrainingRun, tree))
+                RunStatus("training").write(run)
+                signum = train_run(build_config(TrainingRun, tree))
+                if signum:
+                    RunStatus("stopped").write(run)
+                    return f"stopped by signal {signum}"
+                RunStatus("evaluating").write(run)
                 evaluate_run(eval_config)
                 write_json(run.config.folder / "ladder.json", run.completion_record())
-            except (ConfigError, RunError) as error:
-                print(error, file=sys.stderr)
-                return f"{type(error).__name__}: {error}"
+                clear_status(run)
+                return None
             except Exception as error:
-                traceback.print_exc()
-                return f"{type(error).__name__}: {error}"
-        return None
+                if isinstance(error, (ConfigError, RunError)):
+                    print(error, file=sys.stderr)
+                else:
+                    traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+                RunStatus("failed", reason).write(run)
+                return reason
 
 
-def train_run(config: TrainingRun) -> None:
+def train_run(config: TrainingRun) -> int:
+    """Train, and return 0 or the number of the signal that stopped the run."""
     from glalm.evals.in_training import make_evaluator
     from glalm.train.trainer import train
 
-    signum = train(config, make_evaluator(config) if config.train_evals.evals else None)
-    if signum:
-        raise RunError(f"stopped by signal {signum}")
+    return train(config, make_evaluator(config) if config.train_evals.evals else None)
 
 
 def evaluate_run(config: EvalConfig) -> None:
@@ -277,63 +310,3 @@ def redirect_output(log: Path) -> Iterator[None]:
             for descriptor, copy in saved.items():
                 os.dup2(copy, descriptor)
                 os.close(copy)
-
-
-@contextmanager
-def show_progress(runs: list[LadderRun]) -> Iterator[None]:
-    """Show how much of the runs' training is done and how long the rest will take, from their metrics.jsonl.
-
-    On a terminal this is a bar, elsewhere a line whenever PROGRESS_PERCENT more is done.
-    """
-    ended = threading.Event()
-    with ProgressBar() as bar:
-        watcher = threading.Thread(target=watch_runs, args=(runs, bar, ended), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-
-
-PROGRESS_SECONDS = 2.0
-PROGRESS_PERCENT = 5
-
-
-def watch_runs(runs: list[LadderRun], bar: ProgressBar, ended: threading.Event) -> None:
-    total = sum(run.config.tokens_at(run.config.steps) for run in runs)
-    first = sum(trained_tokens(run) for run in runs)
-    start = time.monotonic()
-    shown = first
-    complete: list[LadderRun] = []
-    bar.start_task(f"{len(runs)} runs", total=total, completed=first)
-    is_last = False
-    while not is_last:
-        is_last = ended.wait(PROGRESS_SECONDS)
-        for run in runs:
-            if run not in complete and run.is_complete():
-                complete.append(run)
-                bar.log(f"{len(complete)}/{len(runs)} {run.config.name}: {describe_score(run)}")
-        done = sum(trained_tokens(run) for run in runs)
-        bar.update(completed=done, status=f"{done / total:.0%} of the tokens")
-        if not bar.is_drawn and done - shown >= total * PROGRESS_PERCENT / 100:
-            shown = done
-            left = (time.monotonic() - start) * (total - done) / (done - first)
-            bar.log(f"{done / total:.0%} of the tokens, about {format_seconds(left)} of training left")
-
-
-def describe_score(run: LadderRun) -> str:
-    return f"perplexity {run.results('perplexity')['results']['perplexity']:.2f}"
-
-
-def trained_tokens(run: LadderRun) -> int:
-    """Return the tokens that a run has been trained on, by its metrics.jsonl."""
-    rows, _ = read_metrics(run.config.folder / "metrics.jsonl")
-    return run.config.tokens_at(rows[-1]["step"]) if rows else 0
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as 40 s, 12 min or 5.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

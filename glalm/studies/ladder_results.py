@@ -1,10 +1,11 @@
 """The ladder's table, its CSV file and its figures, and what its runs would cost."""
 
 import argparse
+import copy
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,12 +16,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from glalm.config.run import RunConfig
 from glalm.data.files import atomic_write
 from glalm.evals.identity import describe_differences
 from glalm.evals.plot import plot_extrapolation, plot_losses
 from glalm.evals.result_files import median_training_speed, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.flops import model_cost
+from glalm.studies.ladder_progress import format_seconds
 from glalm.train.estimate import GIB, count_parameters, estimate_hours_and_memory
 from glalm.train.metrics import read_metrics
 
@@ -30,19 +33,24 @@ if TYPE_CHECKING:
 RATIOS = ("2", "4", "10")  # training lengths at which the table shows the perplexity
 
 
-def write_results(runs: "list[LadderRun]", args: argparse.Namespace) -> None:
+def write_results(runs: "list[LadderRun]", planned: "list[LadderRun]", args: argparse.Namespace) -> None:
     """Write ladder.json, ladder.csv and the figures of all complete runs, and print the table.
 
     The figures show each model at its best learning rate: means over seeds, with bands of one standard deviation.
+
+    Args:
+        runs: Those that are complete.
+        planned: All runs of the command line.
     """
     groups: dict[tuple, list[LadderRun]] = {}
     for run in runs:
         groups.setdefault((run.model, run.lr), []).append(run)
     rows = {key: build_row(seeds) for key, seeds in groups.items()}
     best = find_best_rates(rows)
+    unfinished = {run.model for run in planned if run not in runs}
     for key, row in rows.items():
         if args.lrs != [None]:
-            row["best"] = key == best[key[0]]
+            row["best"] = key == best[key[0]] and key[0] not in unfinished
     evaluated = runs[0].results("perplexity")
     record = {
         "size": args.size,
@@ -52,12 +60,18 @@ def write_results(runs: "list[LadderRun]", args: argparse.Namespace) -> None:
         "device": evaluated["device"],
         "gpus": len(visible_gpus()),
         "versions": evaluated["versions"],
+        "runs": len(planned),
+        "complete": len(runs),
         "rows": [*rows.values()],
     }
     differences = describe_differences([run.results("perplexity") for run in runs])
     write_json(args.folder / "ladder.json", record | {"differences": differences})
     write_csv(runs, args.folder / "ladder.csv")
     print_table(rows.values())
+    if unfinished:
+        absent = sorted(unfinished - {run.model for run in runs})
+        none_of = f"; none of {', '.join(absent)}" if absent else ""
+        print(f"{len(runs)} of {len(planned)} runs are complete{none_of}.")
     if differences:
         print(f"These perplexities do not compare: {'; '.join(differences)}.")
     shown = {model: groups[key] for model, key in best.items()}
@@ -180,14 +194,17 @@ def write_csv(runs: "list[LadderRun]", path: Path) -> None:
     print(f"wrote {path}")
 
 
-def print_table(rows: Iterable[dict]) -> None:
+def print_table(rows: Collection[dict]) -> None:
     """Print the rows by their perplexity, with one standard deviation over seeds in place of each seed's."""
     shown = []
     for row in sorted(rows, key=lambda row: row["perplexity"]):
-        shown.append({name: value for name, value in row.items() if name not in ("sd", "seeds")})
+        shown.append({name: value for name, value in row.items() if name != "sd"} | {"seeds": len(row["seeds"])})
         if "sd" in row:
             shown[-1]["perplexity"] = f"{row['perplexity']:.2f} ± {row['sd']:.2f}"
-    print_rows("one size, one token budget; means over seeds ± one standard deviation", shown)
+    title = "one size, one token budget"
+    if any("sd" in row for row in rows):
+        title += "; means over seeds ± one standard deviation"
+    print_rows(title, shown)
 
 
 def print_rows(title: str, rows: list[dict]) -> None:
@@ -209,7 +226,7 @@ def format_cell(column: str, value) -> str:
         return ", ".join(f"{v:.2f}" for v in value.values())
     if column == "lr":
         return f"{value:g}"
-    return f"{value:,.0f}" if column in ("parameters", "tokens", "tokens/s", "runs") else f"{value:.2f}"
+    return f"{value:,.0f}" if column in ("parameters", "tokens", "tokens/s", "runs", "seeds") else f"{value:.2f}"
 
 
 def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
@@ -220,16 +237,27 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
     hours: dict[str, float | None] = {}
     rows = []
     for model, same in by_model.items():
-        config = same[0].config
+        config = copy.deepcopy(same[0].config)  # The estimate sets a vocabulary of null.
         hours[model], memory = estimate_hours_and_memory(config)
         row = {"model": model, "runs": len(same), "parameters": count_parameters(config).total}
         row |= {"tokens": config.tokens_at(config.steps), "GiB": memory / GIB}
         rows.append(row if hours[model] is None else row | {"minutes": 60 * hours[model]})
-    print_rows("runs of each model; tokens, memory and minutes of one run", rows)
-    tokens = sum(run.config.tokens_at(run.config.steps) for run in missing)
+    print_rows("runs of each model; of one run: tokens, GiB of its GPU or of main memory, minutes of training", rows)
+    tokens = sum(run.training_tokens for run in missing)
     print(f"{len(runs)} runs, {len(missing)} to do with {tokens:,} tokens")
     if None in hours.values():
         print("The time of some is not known. To plan for a GPU, add train.assumed_gpu=H200.")
         return
-    total = sum(hours[run.model] for run in missing) / max(1, torch.cuda.device_count())
-    print(f"about {total:.2f} hours of training on this machine's GPUs or its CPU, without the evaluations")
+    devices = max(1, torch.cuda.device_count())
+    training = sum(hours[run.model] for run in missing) / devices
+    evaluation = sum(hours[run.model] * (run.work / run.training_tokens - 1) for run in missing) / devices
+    print(
+        f"about {format_seconds(3600 * training)} of training and {format_seconds(3600 * evaluation)} of evaluation on "
+        f"{describe_devices(runs[0].config, devices)}; besides, each run takes 10 seconds or more to start"
+    )
+
+
+def describe_devices(config: RunConfig, count: int) -> str:
+    if config.train.assumed_gpu:
+        return f"{count} x {config.train.assumed_gpu}"
+    return "this machine's GPUs" if torch.cuda.is_available() else "this machine's CPU, which runs at once share"

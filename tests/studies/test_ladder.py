@@ -7,16 +7,24 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from glalm.cli import compose_config
+from glalm.commands import ladder as command
 from glalm.evals.options import TrainingRun
 from glalm.evals.plot import plot_extrapolation
 from glalm.evals.result_files import read_json, write_json
-from glalm.studies import ladder, ladder_results
+from glalm.progress import ProgressBar
+from glalm.studies import ladder, ladder_progress, ladder_results
+from glalm.studies.ladder_progress import RunStatus
+from glalm.train.run_dir import identify_run, open_data
+from glalm.train.run_lock import lock_run_dir
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
 
@@ -27,7 +35,10 @@ def run_ladder(monkeypatch):
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
-        return ladder.main("help")
+        try:
+            return command.main()
+        except SystemExit as end:
+            return end.code
 
     before = signal.getsignal(signal.SIGTERM)
     yield run
@@ -46,10 +57,12 @@ def test_what_is_missing_is_run_and_all_is_in_the_table(run_ladder, tiny, tmp_pa
     budget = ["train.steps=4", "train.eval_every=2", "optim.warmup_steps=1", "--eval", "extrapolation.documents=4"]
     assert run_ladder("gla", "gla_12_segments", "--at-once", "2", *tiny, *budget) == 0
     assert "2 runs, 2 to do" in capfd.readouterr().out
-    assert run_ladder("gla", *tiny, *budget, "model.num_heads=2") == 1  # another model than the run's
-    assert "gla-1: ConfigError: " in capfd.readouterr().err
+    assert run_ladder("gla", *tiny, *budget, "model.num_heads=2") == 2  # another model than the run's
+    assert "ConfigError: " in capfd.readouterr().err
     assert run_ladder("gla", "gla_12_segments", *tiny, *budget) == 0
-    assert "gla_12_segments" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "2 runs, 0 to do" in out and "gla_12_segments" in out
+    assert not [*(tmp_path / "out").glob("*.status.json")]
 
     table = json.loads((tmp_path / "out" / "ladder.json").read_text())
     gla, segments = table["rows"]
@@ -131,7 +144,9 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
     for _ in range(2):  # as GNU timeout does
         process.terminate()
         time.sleep(0.2)
-    assert "gla-1: stopped" in process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=60)[1]
+    assert "Stopping: 1 running jobs are saving" in err
+    assert err.endswith("Of 1 runs: 1 stopped. The same command resumes.\n")
     assert process.returncode == 1
     assert "run the same command again" in log.read_text()
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
@@ -169,6 +184,30 @@ def test_means_over_seeds_are_of_nats(tmp_path):
     assert "4x / 1x" not in row
 
 
+@pytest.mark.parametrize("trained", [(1e-3,), (1e-3, 3e-3)])
+def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ladder_results, "draw_figure", lambda draw, content, path: None)
+    config = compose_config(TrainingRun, "train", ["experiment=ladder_tiny", f"runs_dir={tmp_path}"])
+    planned = []
+    for model, rate in (("gla", 1e-3), ("gla", 3e-3), ("attention", 1e-3)):
+        name = f"{model}-{rate}"
+        place = [f"name={name}", f"runs_dir={tmp_path}"]
+        planned.append(run := ladder.LadderRun(model, rate, replace(config, name=name), [], place))
+        found = {"nats_per_token": 1.0, "perplexity": 1 / rate}
+        record = {"parameters": 5, "device": "cpu", "versions": {}, "settings": {}}
+        write_json(run.config.folder / "eval" / "perplexity.json", record | {"results": found})
+        found = {"contexts": {"stateful": {"ratios": {}}}}
+        write_json(run.config.folder / "eval" / "extrapolation.json", record | {"results": found})
+    args = SimpleNamespace(lrs=[1e-3, 3e-3], size="tiny", arguments=[], eval=[], at_once=1, folder=tmp_path)
+    ladder_results.write_results(planned[: len(trained)], planned, args)
+    table = json.loads((tmp_path / "ladder.json").read_text())
+    assert [row["best"] for row in table["rows"]] == [False, True][: len(trained)]
+    assert (table["runs"], table["complete"]) == (3, len(trained))
+    printed = capsys.readouterr().out
+    assert f"{len(trained)} of 3 runs are complete; none of attention." in printed
+    assert "±" not in printed and re.search(r"\| seeds \|.*\n.*\n.*\| +1 \|", printed)
+
+
 def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
     """Other evaluations of a run are not taken for the ladder's, and unlike numbers are not compared in silence."""
     arguments = ["name=gla-1", f"runs_dir={tmp_path}", "extrapolation.contexts=[stateful]"]
@@ -192,7 +231,13 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["glaa"], "glaa is none of the presets: attention, deltanet"),
+        (["glaa"], "glaa is no model of --size tiny; did you mean gla? presets: attention, deltanet"),
+        (["--lrs", "1e-3,", "3e-3"], "write positive numbers, each once, with commas and without spaces"),
+        (["--lrs", "1e-3,0.001"], "is no list of learning rates"),
+        (["--at-once", "0"], "'0' is not a whole number of at least 1"),
+        (["gla", "data.path=nowhere"], "data.path=nowhere: nowhere/manifest.json is missing"),
+        (["gla", "data.path=nowhere", "--dry-run"], "data.path=nowhere: nowhere/manifest.json is missing"),
+        (["gla", "--eval", "data_path=nowhere"], "--eval data_path=nowhere: nowhere/manifest.json is missing"),
         (["train.stpes=3"], "did you mean train.steps?"),
         (["--eval", "extrapolation.buckets=3"], "did you mean extrapolation.bucket?"),
         (["seed=3"], "seed=... is set for each run, by --seeds"),
@@ -208,6 +253,84 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
         (["gla_12_segments"], "is not a multiple of data.seq_len=1536"),
     ],
 )
-def test_what_is_wrong_is_named(run_ladder, arguments, message, capsys):
-    assert run_ladder(*arguments) == 2
+def test_what_is_wrong_is_named(run_ladder, arguments, message, tmp_path, capsys):
+    assert run_ladder(*arguments, "--folder", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
+    assert not [*tmp_path.glob("out/[!.]*")]  # There is the lock at most.
+
+
+def test_the_vocabulary_is_checked_before_the_first_run(run_ladder, tiny, capsys):
+    assert run_ladder("gla", *tiny, "model.vocab_size=100") == 2
+    assert "more than model.vocab_size=100" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_runs_or_in_use_is_refused(run_ladder, tiny, tmp_path, capsys):
+    budget = ["train.steps=4", "train.eval_every=2", "optim.warmup_steps=1"]
+    where = ["experiment=ladder_tiny", "model=gla_tiny", "name=gla-1", f"runs_dir={tmp_path / 'out'}"]
+    config = compose_config(TrainingRun, "train", [*where, *tiny[2:], *budget])
+    training, _ = open_data(config)
+    write_json(config.folder / "run.json", {"id": "0", "identity": identify_run(config, training.tokens)})
+    (config.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    (config.folder / "checkpoints" / "step_1").mkdir(parents=True)
+    assert run_ladder("gla", *tiny, *budget, "train.steps=3", "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert "gla-1 holds a run with another config:\n  train.steps: 4 -> 3\n" in err and "choose another --folder" in err
+    with lock_run_dir(tmp_path / "out"):
+        assert run_ladder("gla", *tiny, *budget) == 2
+    assert re.search(r"out is in use by another run: .* choose another --folder", capsys.readouterr().err)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """plan(name=state) returns runs of a plan in these states."""
+
+    def make(**states: str | None) -> list[ladder.LadderRun]:
+        config = compose_config(TrainingRun, "train", ["experiment=ladder_tiny", f"runs_dir={tmp_path}"])
+        runs = []
+        for name, state in states.items():
+            run = ladder.LadderRun(
+                "gla", None, replace(config, name=name), [], [f"name={name}", f"runs_dir={tmp_path}"]
+            )
+            runs.append(run)
+            if state == "complete":
+                write_json(run.config.folder / "ladder.json", run.completion_record())
+                record = {"parameters": 5, "results": {"perplexity": 3.0}}
+                write_json(run.config.folder / "eval" / "perplexity.json", record)
+            elif state is not None:
+                RunStatus(state, "ConfigError: no data\nat all" if state == "failed" else "").write(run)
+        return runs
+
+    return make
+
+
+def test_failures_are_shown_while_others_run(plan, capsys):
+    runs = plan(a="complete", b="failed", c="training", d="evaluating")
+    ended = threading.Event()
+    ended.set()
+    with ProgressBar() as bar:
+        ladder_progress.watch_runs(runs, bar, ended)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:4] == [
+        "1/4 a: perplexity 3.00",
+        f"2/4 b: failed, see {runs[1].config.folder}.log",
+        "  ConfigError: no data",
+        "at all",
+    ]
+    assert lines[4].startswith("50% of the work; 1 training, 1 evaluating; about ")
+
+
+def test_what_did_not_complete_is_counted_by_its_end(plan):
+    runs = plan(a="complete", b="failed", c="training", d="stopped", e=None)
+    failed = "b: ConfigError: no data"
+    assert ladder_progress.summarize_end(runs, None) == [
+        failed,
+        "Of 5 runs: 2 stopped, 1 not started, 1 failed (b). The same command resumes.",
+    ]
+    # Without a stop, one that ended while it trained was killed.
+    assert ladder_progress.summarize_end(runs, [None, "ConfigError: no data", "killed", "stopped", "no process"]) == [
+        failed,
+        "c: killed",
+        "e: no process",
+        "Of 5 runs: 1 stopped, 3 failed (b, c, e). The same command resumes.",
+    ]
+    assert ladder_progress.summarize_end(runs[:1], [None]) == []

@@ -1,0 +1,162 @@
+"""What each run of a ladder does now: written by the process that runs it, and shown by the one that waits."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from glalm.evals.result_files import read_json, write_json
+from glalm.progress import ProgressBar
+from glalm.train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from glalm.studies.ladder import LadderRun
+
+PROGRESS_SECONDS = 2.0
+PROGRESS_PERCENT = 5
+# The bar averages over this time, because the end of an evaluation is a large step.
+SPEED_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run does, or how it ended without being complete. It is in FOLDER/NAME.status.json.
+
+    A file reaches the waiting process from every launcher, and before the launcher returns.
+    """
+
+    state: Literal["training", "evaluating", "stopped", "failed"]
+    reason: str = ""  # of a failure
+
+    def write(self, run: "LadderRun") -> None:
+        write_json(status_path(run), asdict(self))
+
+
+def read_status(run: "LadderRun") -> RunStatus | None:
+    """Return the status of a run, or None if it has not started, or is complete."""
+    content = read_json(status_path(run))
+    return RunStatus(**content) if content else None
+
+
+def clear_status(run: "LadderRun") -> None:
+    status_path(run).unlink(missing_ok=True)
+
+
+def status_path(run: "LadderRun") -> Path:
+    return run.config.folder.with_name(f"{run.config.name}.status.json")
+
+
+def log_path(run: "LadderRun") -> Path:
+    """Return the file of what a run prints."""
+    return run.config.folder.with_name(f"{run.config.name}.log")
+
+
+# --------------------------------------------------------------------------------------------------- while all run
+
+
+@contextmanager
+def show_progress(runs: "list[LadderRun]") -> Iterator[None]:
+    """Show each run's end, how much of the runs' work is done, and how long the rest will take.
+
+    On a terminal this is a bar, elsewhere a line whenever PROGRESS_PERCENT more is done.
+    """
+    ended = threading.Event()
+    with ProgressBar(speed_seconds=SPEED_SECONDS) as bar:
+        watcher = threading.Thread(target=watch_runs, args=(runs, bar, ended), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event) -> None:
+    total = sum(run.work for run in runs)
+    first = sum(trained_tokens(run) for run in runs)
+    start = time.monotonic()
+    shown = first
+    finished: dict[str, str] = {}
+    bar.start_task(f"{len(runs)} runs", total=total, completed=first)
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(PROGRESS_SECONDS)
+        for run in runs:
+            if run.config.name not in finished and (end := describe_end(run)):
+                finished[run.config.name] = end
+                bar.log(f"{len(finished)}/{len(runs)} {run.config.name}: {end}")
+        done = sum(run.work if run.config.name in finished else trained_tokens(run) for run in runs)
+        status = f"{done / total:.0%} of the work{describe_states(runs)}"
+        bar.update(completed=done, status=status)
+        if not bar.is_drawn and done - shown >= total * PROGRESS_PERCENT / 100:
+            shown = done
+            left = (time.monotonic() - start) * (total - done) / (done - first)
+            bar.log(f"{status}; about {format_seconds(left)} left")
+
+
+def describe_end(run: "LadderRun") -> str | None:
+    """Return how a run has ended: its perplexity, or why it failed. None: it has not, or was stopped."""
+    if run.is_complete():
+        return f"perplexity {run.results('perplexity')['results']['perplexity']:.2f}"
+    status = read_status(run)
+    return f"failed, see {log_path(run)}\n  {status.reason}" if status and status.state == "failed" else None
+
+
+def describe_states(runs: "list[LadderRun]") -> str:
+    """Return how many runs train and how many are evaluated now, such as "; 1 training, 1 evaluating"."""
+    states = Counter(status.state for status in map(read_status, runs) if status)
+    parts = [f"{states[state]} {state}" for state in ("training", "evaluating") if states[state]]
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def trained_tokens(run: "LadderRun") -> int:
+    """Return the tokens that a run has been trained on, by its metrics.jsonl."""
+    rows, _ = read_metrics(run.config.folder / "metrics.jsonl")
+    return run.config.tokens_at(rows[-1]["step"]) if rows else 0
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 40 s, 12 min or 5.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ------------------------------------------------------------------------------------------------------ at the end
+
+
+def summarize_end(runs: "list[LadderRun]", reasons: list[str | None] | None) -> list[str]:
+    """Return lines that say which runs are not complete and why. There are none if all are complete.
+
+    Args:
+        reasons: What the launcher returned for each run, or None if it was stopped.
+    """
+    failures: dict[str, str] = {}
+    lines = []
+    states: Counter[str] = Counter()
+    for run, reason in zip(runs, reasons or [None] * len(runs), strict=True):
+        if run.is_complete():
+            continue
+        status = read_status(run)
+        if status and status.state == "failed":
+            reason = status.reason
+        elif status is None and reasons is None:
+            states["not started"] += 1
+            continue
+        elif reasons is None or (status and status.state == "stopped"):
+            states["stopped"] += 1
+            continue
+        [first_line, *_] = (reason or "it ended without a result").splitlines()
+        failures[run.config.name] = first_line
+        where = f", see {log_path(run)}" if log_path(run).exists() else ""
+        lines.append(f"{run.config.name}: {first_line}{where}")
+    counts = [f"{states[state]} {state}" for state in ("stopped", "not started") if states[state]]
+    if failures:
+        counts.append(f"{len(failures)} failed ({', '.join(failures)})")
+    if counts:
+        lines.append(f"Of {len(runs)} runs: {', '.join(counts)}. The same command resumes.")
+    return lines

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTra
 import glalm
 from glalm.compat.mixer_code import find_mixer_packages, write_mixer_code
 from glalm.config.run import DATA_RECORD, Weights
+from glalm.config.stages import describe_stage
 from glalm.config.strict import RunError, build_dataclass
 from glalm.data.files import read_json, temporary_folder
 from glalm.data.shards import MANIFEST_SHAPE, read_manifest
@@ -237,6 +238,7 @@ def format_model_card(
     # If the batch changed when the run was resumed, the steps have different sizes.
     same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
     of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
+    schedule = "the schedules of the stages" if config.has_stage_schedules else f"{optim.schedule} schedule"
     recipe = {
         "parameters": f"{parameters:,}",
         "token mixer": ", ".join(f"`{name}`" for name in dict.fromkeys(model.layer_mixers())),
@@ -245,7 +247,8 @@ def format_model_card(
         "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps{of_tokens})",
         "data": Path(config.data.path).name,
         "sequence length": config.data.seq_len,
-        "optimiser": f"{optim.name}, {optim.schedule} schedule, peak {optim.lr:g}, floor {optim.min_lr:g}, "
+        **{f"stage {name}": describe_stage(stage) for name, stage in (config.train.stages or {}).items()},
+        "optimiser": f"{optim.name}, {schedule}, peak {optim.lr:g}, floor {optim.min_lr:g}, "
         f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
         "seed": config.seed,
         "checkpoint": "; ".join(describe_checkpoint(path, share, weights) for path, share in shares.items()),

@@ -43,6 +43,16 @@ class StageConfig:
     lr: float | None = None  # learning rate at the stage's last step, unless the schedule is constant
 
 
+def describe_stage(stage: StageConfig) -> str:
+    """Return the settings of a stage that differ from their defaults, as "tokens 3e+09, seq_len 8192"."""
+    changed = []
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        if value != field.default:
+            changed.append(f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}")
+    return ", ".join(changed)
+
+
 @dataclass(frozen=True)
 class Phase:
     """Consecutive steps of a run with one batch and one window length.

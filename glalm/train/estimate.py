@@ -394,13 +394,15 @@ def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
 
 def describe_checkpoints(config: RunConfig, size: int) -> Iterator[str]:
     kept = config.train.checkpoint.keep_last
+    ends = len(config.stage_ends) - 1  # The end of the last stage is among the newest.
     # An older checkpoint is removed after the new one is complete.
-    needed = size * (kept + 1)
+    needed = size * (kept + ends + 1)
+    of_stages = f", {ends} at ends of stages" if ends else ""
     folder = config.folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     yield (
-        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {kept} and one that is being "
-        f"saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
+        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {kept}{of_stages} and one "
+        f"that is being saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
     )
     if needed > free:
         yield "WARNING: that is not enough here. Free some space, or choose another runs_dir=..."

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import glalm.hf  # noqa: F401 (registers the model)
 from glalm.compat.export import export_run, format_scores, load_hf_tokenizer
 from glalm.compat.fla import export_checkpoint
+from glalm.config.stages import StageConfig
 from glalm.config.strict import RunError
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals import perplexity
@@ -97,6 +99,21 @@ def test_padding_is_not_learnt_and_the_end_of_a_document_is(kind, token_folder, 
     assert batch["labels"][0, short - 1] == Tokenizer(path).eos_id and batch["attention_mask"][0].sum() == short
     prompts = tokenizer(["alpha", "alpha beta gamma"], padding=True, padding_side="left")
     assert prompts["attention_mask"][0] == [0] * (long - short) + [1] * (short - 1)
+
+
+@pytest.mark.slow
+def test_card_names_the_stages_of_a_run(run_config, tmp_path):
+    stages = {
+        "stable": StageConfig(tokens=192, schedule="constant"),
+        "decay": StageConfig(tokens=64, schedule="linear", lr=0.0, seq_len=32, batch_size=2),
+    }
+    config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, steps=None, stages=stages))
+    assert train(config) == 0
+    export_run(config.folder, "latest", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| stage stable | tokens 192, schedule constant |" in card
+    assert "| stage decay | tokens 64, seq_len 32, batch_size 2, schedule linear, lr 0 |" in card
+    assert "adamw, the schedules of the stages, peak 0.01" in card
 
 
 def test_scores_on_the_card_say_what_they_are_of(tmp_path):

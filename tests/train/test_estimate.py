@@ -271,6 +271,8 @@ def test_dry_run_adds_the_costs_of_stages_and_has_the_memory_of_the_largest(run_
     assert sum(cost.flops for cost in costs) == flops and "steps         20 (5.76e-06B tokens)" in text
     alone = estimate_memory(costs[1].phase.config, costs[1].plan, 1, True, False)
     assert f"{sum(alone.values()) / GIB:.1f} GiB per process in stage long" in text
+    checkpoint = 12 * count_parameters(config).total
+    assert f"{4 * checkpoint / 1e9:.1f} GB for the newest 2, 1 at ends of stages and one" in text
     config.train.assumed_gpu = "H200"
     hours, memory = estimate_hours_and_memory(config)
     assert hours == pytest.approx(flops / (0.5 * 989e12) / 3600) and memory == sum(alone.values())

@@ -3,7 +3,7 @@
 import atexit
 import math
 
-from glalm.cli import hydra_entry
+from glalm.cli import hydra_entry, job_overrides
 from glalm.config.saved_run import complete_from_run, name_sweep_run
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
@@ -29,9 +29,14 @@ def final_validation_loss(config: TrainingRun) -> float | None:
 def run_training(config: TrainingRun) -> int:
     """Train, and return 0 or the number of the signal that stopped the run."""
     # These take seconds to import, so a wrong config is refused before.
+    from glalm.train.estimate import dry_run
     from glalm.train.parallel import leave_process_group
     from glalm.train.trainer import train
 
+    if config.train.dry_run:
+        # A path that the user typed is meant. The default of a preset may be planned with before there is any data.
+        names_data = any(override.lstrip("+").startswith("data.path=") for override in job_overrides())
+        return dry_run(config, requires_data=names_data)
     evaluate = None
     if config.train_evals.evals:
         from glalm.evals.in_training import make_evaluator

@@ -25,6 +25,7 @@ from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan, plan_batches
+from glalm.train.training_data import TrainingData
 
 GIB = 2**30
 ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
@@ -33,11 +34,15 @@ SHORT, LONG = 128, 256
 MOMENTS_PER_PARAMETER = {"Muon": 1, "AdamW": 2}
 # A twentieth of the memory is reserved for fragmentation and for CUDA itself.
 USABLE_MEMORY = 0.95
-ADVICE = (
-    "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
-    "train.tbptt_length, or with several GPUs parallel=fsdp2, and for long sequences parallel.context=N."
-)
-
+# What else a run can set against a lack of memory, by its parallel.mode.
+SHARD_MORE = {
+    "ddp": "with several GPUs parallel=fsdp2, ",
+    "hsdp": "parallel=fsdp2, which shards over the GPUs of all machines, ",
+    "fsdp2": "more GPUs, ",
+}
+# Up to 4 epochs change the loss little, and each further one is worth less (Muennighoff et al. 2023, arXiv 2305.16264).
+MAX_EPOCHS = 4
+MAX_ROWS_PER_TOKEN = 2  # of the embedding; a vocabulary that is padded to a round number has few rows without a token
 
 # What the timing of a model on the CPU may take: operations in a batch, seconds for all batches, parameters.
 TIMED_FLOPS = 1e11
@@ -228,8 +233,11 @@ def _saved_bytes(block: nn.Module, forward: Callable, length: int, hidden_size: 
 # --------------------------------------------------------------------------------------------------------------- Report
 
 
-def dry_run(config: RunConfig) -> int:
+def dry_run(config: RunConfig, requires_data: bool = False) -> int:
     """Print what the run would need, on the first process, and return 0.
+
+    Args:
+        requires_data: Raise if there is no data, as the run would. Otherwise the last line says that it is not checked.
 
     Raises:
         ConfigError: The batch or the mesh does not fit the number of processes, or the data does not fit the config.
@@ -245,7 +253,7 @@ def dry_run(config: RunConfig) -> int:
         if config.model.vocab_size is None:
             print("vocabulary    " + choose_vocabulary(config))
         world_size = config.train.assumed_gpus or int(os.environ.get("WORLD_SIZE", 1))
-        for line in describe_needs(config, world_size, device):
+        for line in describe_needs(config, world_size, device, requires_data):
             print(line, flush=True)
     return 0
 
@@ -304,8 +312,16 @@ def choose_vocabulary(config: RunConfig) -> str:
         return f"{ASSUMED_VOCABULARY:,} tokens are assumed, because model.vocab_size is null and {error}"
 
 
-def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterator[str]:
-    """Yield the lines of the dry run's report for `world_size` devices like `device`."""
+def describe_needs(config: RunConfig, world_size: int, device: Device, requires_data: bool = False) -> Iterator[str]:
+    """Yield the lines of the dry run's report for `world_size` devices like `device`. Arguments are as of `dry_run`."""
+    training = None
+    unchecked = ""
+    try:
+        training, _ = open_data(config)
+    except ConfigError as error:
+        if requires_data or (Path(config.data.path) / MANIFEST).exists():
+            raise
+        unchecked = f"WARNING: data and vocabulary have not been checked. {error}"
     costs = phase_costs(config, world_size)
     counts = count_parameters(config)
     tokens = sum(cost.phase.tokens for cost in costs)
@@ -322,7 +338,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     if len(shapes) > 1 and is_compiled(config.train, device.is_gpu):
         yield "compilation   " + describe_shapes(shapes)
     yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
-    yield from describe_data(config, tokens)
+    yield from describe_missing_data(config, tokens) if training is None else describe_data(config, training)
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
     if device.is_gpu:
@@ -333,9 +349,11 @@ def describe_needs(config: RunConfig, world_size: int, device: Device) -> Iterat
     parts = _estimate_on(largest, device)
     yield "memory        " + _describe_memory(parts, largest.phase.stage)
     if sum(parts.values()) > USABLE_MEMORY * device.memory:
-        yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {ADVICE}"
+        yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {advise_memory(config)}"
     if device.is_gpu:
         yield "host memory   " + describe_host_memory(config, world_size, 4 * counts.total, checkpoint_size)
+    if unchecked:
+        yield unchecked
 
 
 def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[str]:
@@ -364,32 +382,62 @@ def describe_shapes(shapes: dict[tuple[int, int, bool], int]) -> str:
     return f"the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
 
 
-def describe_data(config: RunConfig, tokens: int) -> Iterator[str]:
-    """Yield the data's size, checked as the run does at its start if it is there, and estimated if it is not.
-
-    Raises:
-        ConfigError: The data is there, but damaged or of a larger vocabulary than the model's.
-    """
-    folder = Path(config.data.path)
-    try:
-        training, _ = open_data(config)
-    except ConfigError as error:
-        if (folder / MANIFEST).exists():
-            raise
-        assert config.model.vocab_size is not None  # The model has been built.
-        width = 2 if config.model.vocab_size <= 2**16 else 4
-        yield (
-            f"data          {width * tokens / 1e9:.2f} GB for tokens that are read once, at {width} bytes per token of "
-            f"a vocabulary of {config.model.vocab_size:,}"
-        )
-        yield f"WARNING: data and vocabulary have not been checked. {error}"
-        return
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    epochs = sum(reading.phase.tokens / reading.windows.length / len(reading.windows) for reading in training.phases)
+def describe_missing_data(config: RunConfig, tokens: int) -> Iterator[str]:
+    """Yield the size that data of `tokens` tokens would have."""
+    assert config.model.vocab_size is not None  # The model has been built.
+    width = 2 if config.model.vocab_size <= 2**16 else 4
     yield (
-        f"data          {folder}: {training.tokens.num_tokens:,} tokens for training, read {epochs:.3g} times, and a "
-        f"vocabulary of {training.tokens.vocab_size:,}; {size / 1e9:.2f} GB"
+        f"data          {width * tokens / 1e9:.2f} GB for tokens that are read once, at {width} bytes per token of "
+        f"a vocabulary of {config.model.vocab_size:,}"
     )
+
+
+def describe_data(config: RunConfig, training: TrainingData) -> Iterator[str]:
+    """Yield the data's size, and warnings where it is read often or has a small part of the model's vocabulary."""
+    folder = Path(config.data.path)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    vocabulary = training.tokens.vocab_size
+    read = sum(reading.phase.tokens / reading.windows.length / len(reading.windows) for reading in training.phases)
+    yield (
+        f"data          {folder}: {training.tokens.num_tokens:,} tokens for training, read {format_epochs(read)} "
+        f"times, and a vocabulary of {vocabulary:,}; {size / 1e9:.2f} GB"
+    )
+    epochs = count_epochs(training)
+    most_read = max(epochs, key=epochs.__getitem__)
+    if epochs[most_read] > MAX_EPOCHS:
+        name = "its data" if len({*epochs.values()}) == 1 else f"the source {most_read}"
+        fitting = sum(reading.phase.tokens for reading in training.phases) * MAX_EPOCHS / epochs[most_read]
+        yield (
+            f"WARNING: the run reads {name} {format_epochs(epochs[most_read])} times. Beyond {MAX_EPOCHS} times, "
+            "each further one teaches less (arXiv 2305.16264). Prepare more text, or train on at most "
+            f"{fitting:,.0f} tokens, by train.tokens."
+        )
+    rows = config.model.vocab_size
+    assert rows is not None  # The data has set it.
+    if rows > MAX_ROWS_PER_TOKEN * vocabulary:
+        yield (
+            f"WARNING: the model has embeddings for {rows:,} tokens, but the data's vocabulary has {vocabulary:,}. The "
+            "others take memory and time and learn nothing. Write model.vocab_size=null for the data's vocabulary, or "
+            f"prepare the data with a larger one, by --vocab-size {rows} or --tokenizer."
+        )
+
+
+def count_epochs(training: TrainingData) -> dict[str, float]:
+    """Return how many times a run reads each source."""
+    epochs = dict.fromkeys(training.tokens.source_tokens, 0.0)
+    for reading in training.phases:
+        phase = reading.phase
+        if reading.order.weights is None:
+            read = phase.tokens / reading.windows.length / len(reading.windows)
+            epochs = {source: before + read for source, before in epochs.items()}
+            continue
+        for source, count in reading.count_windows(phase.start_step, phase.end_step).items():
+            epochs[source] += count / max(1, reading.windows.source_windows[source])
+    return epochs
+
+
+def format_epochs(epochs: float) -> str:
+    return f"{epochs:,.2f}" if epochs < 10 else f"{epochs:,.0f}"
 
 
 def describe_checkpoints(config: RunConfig, size: int) -> Iterator[str]:
@@ -424,7 +472,18 @@ def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     gpu = current_device()
     largest = largest_phase(phase_costs(config, plan.world_size))
     estimate = _describe_memory(_estimate_on(largest, gpu), largest.phase.stage)
-    return f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. {ADVICE}"
+    return (
+        f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. "
+        f"{advise_memory(config)}"
+    )
+
+
+def advise_memory(config: RunConfig) -> str:
+    """Return what a run without enough memory can set."""
+    return (
+        "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
+        f"train.tbptt_length, or {SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
+    )
 
 
 def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_token: float, tokens: int) -> str:
@@ -435,10 +494,10 @@ def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_tok
     tokens_per_second = peak * mfu / flops_per_token
     hours = tokens / (tokens_per_second * world_size) / 3600
     price = config.train.assumed_price
-    cost = f" for {hours * world_size * price:,.0f}" if price else ""
+    cost = f" for {hours * world_size * price:,.0f} at {price:g} an hour" if price else ""
     return (
         f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU hours{cost}, at {mfu:.0%} of the GPU's {peak / 1e12:.0f} "
-        f"TFLOP/s: {tokens_per_second:,.0f} tokens/s per GPU"
+        f"TFLOP/s (train.assumed_mfu): {tokens_per_second:,.0f} tokens/s per GPU"
     )
 
 

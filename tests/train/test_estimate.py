@@ -5,8 +5,11 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glalm.config.run import OptimConfig, TrainConfig
 from glalm.config.stages import StageConfig
@@ -18,10 +21,13 @@ from glalm.train import estimate as estimate_module
 from glalm.train.estimate import (
     GIB,
     Device,
+    advise_memory,
+    count_epochs,
     count_parameters,
     describe_checkpoints,
     describe_data,
     describe_host_memory,
+    describe_missing_data,
     describe_needs,
     describe_time,
     estimate_hours_and_memory,
@@ -31,7 +37,9 @@ from glalm.train.estimate import (
     phase_costs,
 )
 from glalm.train.optim import build_optimizers
+from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan
+from glalm.train.training_data import TrainingData
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
 H200 = Device("NVIDIA H200", 140 * GIB, True)
@@ -145,6 +153,10 @@ def test_report_of_a_dry_run(run_config, change):
     assert "WARNING" not in text
     small = "\n".join(describe_needs(config, 2, Device("A small one", 2**16, True)))
     assert "WARNING: more than the 0.0 GiB of A small one. Set a smaller train.micro_batch_size" in small
+    assert "with several GPUs parallel=fsdp2, and for long" in small
+    hybrid = change(config, **{"parallel.mode": "hsdp"})
+    assert "parallel=fsdp2, which shards over the GPUs of all machines" in advise_memory(hybrid)
+    assert "fsdp2" not in advise_memory(change(config, **{"parallel.mode": "fsdp2"}))
     assert "the peak of A small one is unknown" in small
 
 
@@ -152,7 +164,7 @@ def test_dry_run_prints_the_costs(run_config, change):
     config = change(run_config, **{"train.assumed_mfu": 0.5, "train.assumed_price": 2.5})
     text = describe_time(config, 2, H200, flops_per_token=1e9, tokens=10**15)
     gpu_hours = 1e9 * 1e15 / (0.5 * 989e12) / 3600
-    assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f}, at 50%" in text
+    assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f} at 2.5 an hour, at 50%" in text
 
 
 def test_indivisible_batch_is_refused(run_config, change):
@@ -169,7 +181,11 @@ def test_dry_run_needs_no_data_and_writes_nothing(run_config, change, capsys):
     assert train(config) == 0 and not config.folder.exists()
     report = capsys.readouterr().out
     assert report.startswith("planned for   2 x NVIDIA H200 (139.8 GiB), assumed\n")
-    assert "WARNING: data and vocabulary have not been checked. data.path=nowhere: nowhere/manifest.json" in report
+    warning = "WARNING: data and vocabulary have not been checked. data.path=nowhere: nowhere/manifest.json"
+    assert report.splitlines()[-1].startswith(warning)
+    # If the user has named this path, the run would refuse it, and so does the dry run.
+    with pytest.raises(ConfigError, match=r"data.path=nowhere: nowhere/manifest.json is missing"):
+        estimate_module.dry_run(config, requires_data=True)
 
 
 CPU = Device("CPU with 2 threads", 16 * GIB, bf16=False, is_gpu=False)
@@ -205,7 +221,7 @@ def test_a_number_of_gpus_needs_their_kind(run_config, change, monkeypatch):
 def test_dry_run_refuses_what_the_run_refuses(run_config, change):
     with pytest.raises(ConfigError, match=r"has 300 tokens, more than model\.vocab_size=299"):
         list(describe_needs(change(run_config, **{"model.vocab_size": 299}), 1, H200))
-    (line,) = describe_data(run_config, tokens=64)
+    (line,) = describe_data(run_config, open_data(run_config)[0])
     size = sum(path.stat().st_size for path in Path(run_config.data.path).rglob("*") if path.is_file())
     assert "a vocabulary of 300" in line and line.endswith(f"; {size / 1e9:.2f} GB")
 
@@ -213,8 +229,66 @@ def test_dry_run_refuses_what_the_run_refuses(run_config, change):
 @pytest.mark.parametrize("vocabulary, size", [(2**16, "2.00 GB"), (2**16 + 1, "4.00 GB")])
 def test_disk_of_data_that_is_not_there(run_config, change, vocabulary, size):
     config = change(run_config, **{"data.path": "nowhere", "model.vocab_size": vocabulary})
-    line, warning = describe_data(config, tokens=10**9)
-    assert line.startswith(f"data          {size} for tokens that are read once") and warning.startswith("WARNING")
+    (line,) = describe_missing_data(config, tokens=10**9)
+    assert line.startswith(f"data          {size} for tokens that are read once")
+
+
+def test_often_repeated_data_is_warned_of(run_config, change):
+    """The set has N windows of 16 tokens, and a step reads 4 of them."""
+    number = len(open_data(run_config)[0].phases[0].windows)
+
+    def report(epochs: float) -> list[str]:
+        config = change(run_config, **{"train.steps": int(epochs * number / 4)})
+        return list(describe_data(config, open_data(config)[0]))
+
+    (line,) = report(3.9)
+    assert "read 3.90 times" in line
+    line, warning = report(200_000)
+    assert "read 200,000 times" in line and "reads its data 200,000 times" in warning and "arXiv 2305.16264" in warning
+    assert f"at most {4 * 16 * number:,} tokens" in warning
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(17, 400), st.none() | st.integers(1, 9)), min_size=1, max_size=3),
+    st.integers(2, 60),
+    st.booleans(),
+)
+def test_epochs_of_each_source_are_those_of_the_windows_that_steps_read(run_config, change, drawn, steps, weighted):
+    sources = {f"source{i}": tokens for i, (tokens, _) in enumerate(drawn)}
+    weights = {name: float(weight or 1) for name, (_, weight) in zip(sources, drawn, strict=True)}
+    config = change(run_config, **{"train.steps": steps, "data.weights": weights if weighted else None})
+    training = TrainingData(config, SimpleNamespace(source_tokens=sources))
+    windows = training.phases[0].windows.source_windows
+    ends = np.cumsum([*windows.values()])
+    read = np.concatenate([training.window_ids(step) for step in range(steps)])
+    counted = np.bincount(np.searchsorted(ends, read, side="right"), minlength=len(ends))
+    epochs = count_epochs(training)
+    for source, count in zip(windows, counted, strict=True):
+        if weighted:
+            assert epochs[source] == pytest.approx(count / windows[source])
+        else:  # Sources of one pool end their epochs together.
+            assert epochs[source] == pytest.approx(len(read) / ends[-1])
+
+
+def test_the_source_that_weights_repeat_most_is_warned_of(run_config, change):
+    """A tenth of the windows are of the source that has 3 windows of 100, so it is read most."""
+    config = change(run_config, **{"train.steps": 256, "data.weights": {"large": 0.9, "small": 0.1}})
+    sources = {"large": 97 * 16 + 1, "small": 3 * 16 + 1}
+    tokens = SimpleNamespace(source_tokens=sources, num_tokens=sum(sources.values()), vocab_size=300)
+    line, warning = describe_data(config, TrainingData(config, tokens))
+    assert "read 10 times" in line and "reads the source small 34 times" in warning  # 1024 / 10 / 3
+
+
+@pytest.mark.parametrize("rows, warned", [(600, False), (601, True)])
+def test_rows_without_tokens_are_warned_of(run_config, change, rows, warned):
+    """The data's vocabulary has 300 tokens."""
+    config = change(run_config, **{"model.vocab_size": rows})
+    lines = list(describe_data(config, open_data(config)[0]))
+    assert len(lines) == (2 if warned else 1)
+    if warned:
+        assert "embeddings for 601 tokens" in lines[1] and "vocabulary has 300" in lines[1]
+        assert "model.vocab_size=null" in lines[1] and "--vocab-size 601" in lines[1]
 
 
 def test_a_disk_without_room_for_the_checkpoints(run_config, monkeypatch):

@@ -59,11 +59,17 @@ def store_defaults(cls: type) -> None:
     ConfigStore.instance().store(cls.__name__, default_tree(cls))
 
 
-def compose_config(cls: type, config_name: str, overrides: list[str]):
-    """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml."""
+def compose_config(
+    cls: type, config_name: str, overrides: list[str], complete: Callable[[dict], dict] = lambda container: container
+):
+    """Return the `cls` that the command line `overrides` would make of configs/<config_name>.yaml.
+
+    Args:
+        complete: As of `build_config`.
+    """
     store_defaults(cls)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        return build_config(cls, compose(config_name, protect_names(overrides)))
+        return build_config(cls, compose(config_name, protect_names(overrides)), complete)
 
 
 # What Hydra reads as a number, a truth value or null. As the key of a mapping it may be the name of a source.

@@ -1,5 +1,7 @@
 """The Slurm template with srun and scontrol replaced by what they do on one machine."""
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -11,6 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glalm.commands.slurm import check_run
+from glalm.config.run import DataConfig
+from glalm.evals.options import TrainingRun
 from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +27,9 @@ options = []
 while command[0].startswith("--"):
     options.append(command.pop(0))
 open("srun.log", "a").write(" ".join(options) + chr(10))
-place = lambda i: os.environ | dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(i))
+is_passed_on = lambda name: os.environ["SLURM_EXPORT_ENV"] == "ALL" or name.startswith("SLURM_")
+environment = {{name: value for name, value in os.environ.items() if is_passed_on(name)}}
+place = lambda i: environment | dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(i))
 count = 1 if "--ntasks=1" in options else 2
 tasks = [subprocess.Popen(command, env=place(i)) for i in range(count)]
 while None in [task.poll() for task in tasks]:
@@ -56,6 +63,7 @@ def job(tmp_path):
         write_command("glalm", program)
         slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
         slurm |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NAME": "glalm"}
+        slurm |= {"SLURM_EXPORT_ENV": "NONE"}  # as sbatch --export=NONE sets it
         env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         script = str(ROOT / "glalm/commands/pretrain.sbatch")
         done = subprocess.run(
@@ -106,7 +114,7 @@ def check_that_three_starts_in_vain_are_the_last(job, folder: Path, saves: list[
         step = f"mkdir -p runs/mine/checkpoints/step_{100 * number}\n" if is_saving else ""
         stderr = job(program=f"#!/bin/sh\n{step}exit 70\n", code=70)
         is_over = number >= 3 and not any(saves[number - 3 : number])
-        assert ("scontrol requeue 77" in stderr) == is_over
+        assert ("The job is not queued again" in stderr and "submit again" in stderr) == is_over
         if is_over:
             assert "glalm-77.failures" in stderr
             assert count_requeues(folder) == number - 1
@@ -129,17 +137,56 @@ def test_any_starts_in_vain(job, tmp_path, saves):
 
 
 @pytest.mark.slow
-def test_a_wrong_setting_is_refused_once(job, tmp_path):
+def test_a_wrong_setting_is_refused_once(job, tmp_path, token_folder):
     """Here the real Python composes the config, before the run is started on all nodes."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     stderr = job("train.stepz=5", program="#!/bin/sh\ntouch started\n", code=2)
     assert "ConfigError: " in stderr and "did you mean train.steps?" in stderr
     assert not (tmp_path / "started").exists()
     assert count_requeues(tmp_path) == 0
+    stderr = job("data.path=nowhere", program="#!/bin/sh\ntouch started\n", code=2)
+    assert stderr.count("nowhere/manifest.json is missing") == 1 and not (tmp_path / "started").exists()
     # Its answer is the run's folder.
     program = "#!/bin/sh\nmkdir -p elsewhere/own/checkpoints/step_$(cat glalm-77.failures | wc -l)\nexit 70\n"
-    job("name=own", "runs_dir=elsewhere", program=program, code=70)
+    job("name=own", "runs_dir=elsewhere", f"data.path={token_folder}", program=program, code=70)
     assert count_requeues(tmp_path) == 1 and not (tmp_path / "glalm-77.failures").exists()
+
+
+def check_run_of(capsys, *args: str) -> str:
+    """Return what the template's check prints as the run's folder."""
+    check_run([*args])
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_check_knows_the_run_and_its_data(token_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = f"data.path={token_folder}"
+    assert check_run_of(capsys, "name=big", data) == "runs/big\n"
+    # A run that is continued by its name has the path of its first start.
+    config = dataclasses.asdict(TrainingRun(name="big", data=DataConfig(path=str(token_folder))))
+    (tmp_path / "runs/big").mkdir(parents=True)
+    (tmp_path / "runs/big/run.json").write_text(json.dumps({"config": config}))
+    assert check_run_of(capsys, "name=big") == "runs/big\n"
+    assert check_run_of(capsys, "resume=runs/big") == "runs/big\n"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["data.path=corpsu"], "ConfigError: data.path=corpsu: corpsu/manifest.json is missing"),
+        (["name=big", "--nodes=2"], "--nodes=2: options of sbatch go before the template's name"),
+        (["-N", "2"], "sbatch -N pretrain.sbatch"),
+        (["paralel=hsdp"], "did you mean parallel?"),
+    ],
+)
+def test_the_check_refuses_what_the_run_would_refuse(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exited:
+        check_run(args)
+    assert exited.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
 
 
 def test_the_limit_stops_processes_that_do_not_leave_at_once(job, tmp_path):

@@ -93,7 +93,10 @@ def render_report(folders: Sequence[Path]) -> str:
     runs = [Run(Path(folder), name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
     for run in runs:
         if not (run.run_record or run.metrics or run.records):
-            raise ValueError(f"{run.folder} holds no run and no results: train or evaluate one there first")
+            raise ValueError(
+                f"{run.folder} holds no run and no results: train or evaluate one there first. If a job for it is "
+                "queued, wait until it has started."
+            )
 
     def find_records(evaluator: str) -> list[dict]:
         records = []

@@ -90,8 +90,8 @@ def _make_table(manifest: dict) -> Table:
             counts = (f"{source['documents']:,}", f"{source['tokens']:,}", f"{share:.1%}", f"{ratio:.2f}")
             table.add_row(split, name, *counts, str(len(source["shards"])))
     leftover = manifest["splits"]["train"]["left_over"]
-    counts = ", ".join(f"{count:,} for length {length}" for length, count in leftover.items())
-    table.caption = f"Training tokens that fill no window: {counts}"
+    counts = ", ".join(f"{count:,} for {length}" for length, count in leftover.items())
+    table.caption = f"Training tokens at the ends of sources that a run does not read, by its data.seq_len: {counts}"
     return table
 
 

@@ -181,7 +181,7 @@ def run_plan(
     tokenizer = plan.tokenizer
     writer = SetWriter(out, plan)
     map_units, engine_name = choose_engine(engine, workers)
-    bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} inputs ({engine_name})")
+    bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} files ({engine_name})")
     bar.start_task("tokenizing", starts[-1], starts[writer.position.input])
     start_time = commit_time = time.monotonic()
     documents = 0

@@ -43,7 +43,9 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 def few_tasks():
     """The harness knows its tasks after reading all of its files, for seconds: here some of them."""
     tasks = Path(lm_eval.tasks.__file__).parent
-    folders = [tasks / name for name in ("arc", "lambada", "wikitext", "sciq", "fda", "swde", "squad_completion")]
+    folders = [
+        tasks / name for name in ("arc", "lambada", "wikitext", "sciq", "winogrande", "fda", "swde", "squad_completion")
+    ]
     with pytest.MonkeyPatch.context() as patch:
         few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
         patch.setattr(local_tasks, "load_harness_tasks", lambda: few)
@@ -329,6 +331,23 @@ def test_scores_of_tasks_equal_those_computed_directly(eval_model, data_dir):
         words += len(page.split()) + 2  # as the harness counts: what is before the first space and after the last
         total += nats("", clean)
     assert tasks["wikitext"]["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-3)
+
+
+def test_right_answers_after_contexts_that_differ(eval_model, data_dir):
+    """WinoGrande's choices are in the contexts, before one continuation."""
+    rows = [
+        {"sentence": f"Ann told Maria that _ was late {i}.", "option1": "Ann", "option2": "Maria"} for i in range(4)
+    ]
+    answers = [1, 2, 2, 1]
+    (data_dir / "winogrande").mkdir()
+    lines = [json.dumps(row | {"answer": str(answer)}) for row, answer in zip(rows, answers, strict=True)]
+    (data_dir / "winogrande" / "validation.jsonl").write_text("\n".join(lines))
+    scores = found(eval_model, data_dir, ["winogrande"])["tasks"]["winogrande"]
+    pairs = [(f"Ann told Maria that {('Ann', 'Maria')[a - 1]}", f" was late {i}.") for i, a in enumerate(answers)]
+    nats = [answer.log_likelihood for answer in harness_lm(eval_model).loglikelihood(instances("loglikelihood", pairs))]
+    text_bytes = sum(len(continuation) for _, continuation in pairs)
+    assert scores["answer_bits_per_byte"] == pytest.approx(-sum(nats) / math.log(2) / text_bytes, rel=1e-5)
+    assert scores["centered_acc"] == pytest.approx(2 * scores["acc"] - 1)
 
 
 def test_rows_of_evaluation_suites_become_the_hubs():

@@ -60,6 +60,24 @@ def test_each_job_trains_and_a_refused_one_does_not_stop_the_others(name, token_
 
 
 @pytest.mark.slow
+def test_one_command_trains_several_decays_from_one_checkpoint(token_folder, tmp_path):
+    """Each branch has the rate of its own decay: 1 - x after its first step, of two or four."""
+    stages = "train.stages={stable: {tokens: 256, schedule: constant}, decay: {tokens: 64, schedule: linear, lr: 0}}"
+    command = [f"data.path={token_folder}", "optim.lr=1e-3", "train.steps=null", "train.log_every=1", stages]
+    assert sweep(tmp_path, *command).returncode == 0
+    start = tmp_path / "a" / "checkpoints" / "step_4"
+    done = sweep(tmp_path, *command, "name=b", f"train.resume_from={start}", "train.stages.decay.tokens=128,256")
+    assert done.returncode == 0, done.stderr
+    rates = {}
+    for name in ("a", "b-tokens-128", "b-tokens-256"):
+        rows, _ = read_metrics(tmp_path / name / "metrics.jsonl")
+        rates[name] = [row["lr"] for row in rows if row["step"] > 4]
+    assert rates["a"] == [0.0]
+    assert rates["b-tokens-128"] == pytest.approx([5e-4, 0])
+    assert rates["b-tokens-256"] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
+
+
+@pytest.mark.slow
 def test_optuna_minimizes_the_validation_loss_and_resumes(token_folder, tmp_path):
     command = [f"data.path={token_folder}", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
     command += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1", "optim.lr=tag(log,interval(1e-4,1e-2))"]

@@ -302,7 +302,7 @@ def describe_command(cls: type, config_name: str, args: list[str]) -> str:
     template = tree.hydra.help.template
     values = restore_names(OmegaConf.to_container(OmegaConf.masked_copy(tree, [*default_tree(cls)]), resolve=False))
     meanings = describe_keys(cls)
-    asked = [arg for arg in args if "=" not in arg and not arg.startswith("-")]
+    asked = [arg.rstrip(".") for arg in args if "=" not in arg and not arg.startswith("-")]
     if asked:
         return "\n".join(chain.from_iterable(describe_key(key, values, meanings) for key in asked))
     choices = []
@@ -430,9 +430,9 @@ def check_choices(args: list[str]) -> None:
     if any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args):
         return  # The user adds other folders to choose from.
     for arg in args:
-        group, _, value = arg.partition("=")
+        group, equals, value = arg.partition("=")
         files = sorted(path.stem for path in CONFIGS.glob("*/*.yaml") if path.parent.name == group)
-        if not files or any(bracket in value for bracket in "[("):
+        if not equals or not files or any(bracket in value for bracket in "[("):
             continue  # It is not a choice, or it is a list or a sweep by Hydra's functions.
         for choice in value.strip("'\"").split(","):  # --multirun accepts several choices.
             matches = difflib.get_close_matches(choice, files, n=1)

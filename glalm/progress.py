@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-INTERRUPTED = "Interrupted. To resume, run the same command again."
+INTERRUPTED = "Interrupted. The same command, run again, continues from what was saved, or starts anew if nothing was."
 
 
 class IgnoreOSErrors:

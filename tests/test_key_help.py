@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from glalm.cli import check_flags, describe_command
+from glalm.cli import check_command_line, check_flags, describe_command
 from glalm.config.key_help import describe_keys, find_keys
 from glalm.config.strict import ConfigError, check_overrides, flatten_tree
 from glalm.evals.options import EvalConfig, TrainingRun
@@ -76,6 +76,13 @@ def test_help_of_a_key():
     assert "optim.lr=" in describe_command(TrainingRun, "train", ["-h", "lr"])
     with pytest.raises(ConfigError, match=r"unknown key learning_rate; did you mean optim.lr\?"):
         describe_command(TrainingRun, "train", ["--help", "learning_rate"])
+
+
+@pytest.mark.parametrize("key", ["optim", "optim.", "train", "data", "model", "extrapolation", "parallel", "track"])
+def test_help_of_a_key_whose_name_is_that_of_a_group_of_configs(key):
+    check_command_line(["--help", key], TrainingRun)
+    lines = describe_command(TrainingRun, "train", ["--help", key]).splitlines()
+    assert lines[0].startswith(("train_evals.extrapolation:  ", f"{key.rstrip('.')}:  ")) and len(lines) > 2
 
 
 @pytest.mark.parametrize(

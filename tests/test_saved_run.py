@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glalm.cli import CONFIGS, build_config, store_defaults
 from glalm.config.run import run_identity
-from glalm.config.saved_run import complete_from_run
+from glalm.config.saved_run import complete_from_run, refuse_unknown_name
 from glalm.config.strict import ConfigError, default_tree
 from glalm.data.files import read_jsonl
 from glalm.evals.options import TrainingRun
@@ -106,6 +106,25 @@ def test_resume_needs_a_run_and_no_name(first, tmp_path):
         config_of("resume=nowhere")
     with pytest.raises(ConfigError, match=r"names the run. Remove name=... and runs_dir=..."):
         config_of(f"resume={tmp_path}/mine", "name=mine", "runs_dir=x")
+
+
+def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {"name": "mien", "runs_dir": "runs", "data": {"path": "data/demo"}}
+    with pytest.raises(ConfigError, match=r"^runs/mien holds no run to continue, because it has no run.json. To start"):
+        refuse_unknown_name(tree, ["name=mien"])
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    refuse_unknown_name(tree, ["name=mien"])
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").touch()
+    with pytest.raises(ConfigError, match=r"has no run.json. Did you mean name=mine\? To start a run of this name"):
+        refuse_unknown_name(tree, ["name=mien", "runs_dir=runs"])
+    for overrides in ([], ["name=mien", "data.path=data/demo"], ["runs_dir=runs"]):
+        refuse_unknown_name(tree, overrides)
+    refuse_unknown_name(tree | {"name": "mine"}, ["name=mine"])
+    for resume, meant in (("mine", "runs/mine"), ("runs/mien", "runs/mine"), ("./mine", "runs/mine")):
+        with pytest.raises(ConfigError, match=rf"has no run.json. Did you mean resume={meant}\?"):
+            complete_from_run(tree | {"resume": resume}, [f"resume={resume}"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}', '{"id": "x"}'])

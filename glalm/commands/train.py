@@ -4,7 +4,7 @@ import atexit
 import math
 
 from glalm.cli import hydra_entry, job_overrides
-from glalm.config.saved_run import complete_from_run, name_sweep_run
+from glalm.config.saved_run import complete_from_run, name_sweep_run, refuse_unknown_name
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 
@@ -15,6 +15,7 @@ def main() -> None:
 
 def find_run(tree: dict, overrides: list[str], swept: list[str]) -> dict:
     """Return the composed config with the name of a sweep's run, and with what the run's run.json has."""
+    refuse_unknown_name(tree, overrides)
     return complete_from_run(name_sweep_run(tree, overrides, swept), overrides)
 
 

@@ -4,6 +4,7 @@ A checkpoint of several processes, which from_pretrained does not read, can be e
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from glalm.model.mixers import import_mixer
 from glalm.train.checkpoint import index_weights, read_metadata, verify_checkpoint, weights_sha256
 from glalm.train.run_dir import RUN_RECORD, find_checkpoint
 from glalm.train.staging import read_tensors
+
+logger = logging.getLogger(__name__)
 
 # Two tokenizers that encode this text and each of its lines alike count as the same.
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
@@ -137,6 +140,9 @@ def export_checkpoints(
         card = format_model_card(shares, weights, record, config, model.num_parameters(), loading)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         folder.rename(out)
+    for name, package in packages.items():
+        code = f"is in the package {package}; its code was not copied" if package else "has its code in this folder"
+        logger.info(f"{out}: the mixer {name} {code}")
 
 
 @torch.no_grad()

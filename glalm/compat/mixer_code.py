@@ -2,10 +2,13 @@
 
 import ast
 import inspect
+import json
 import sys
-from importlib.metadata import entry_points, packages_distributions, version
+from importlib.metadata import Distribution, distributions, entry_points, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from glalm.config.strict import RunError
 from glalm.data.files import read_json, write_json
@@ -52,10 +55,38 @@ def find_mixer_packages(config: ModelConfig) -> dict[str, str | None]:
 
 def find_package(name: str) -> str | None:
     """Return "package==version" of the installed package that has the mixer `name`, or None if none has it."""
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return f"{point.dist.name}=={point.dist.version}"
-    packages = packages_distributions().get(MIXERS[name].__module__.partition(".")[0])
-    return f"{packages[0]}=={version(packages[0])}" if packages else None
+    path = inspect.getfile(MIXERS[name])
+    offered = [point.dist for point in entry_points(group=ENTRY_POINT_GROUP, name=name) if point.dist]
+    for package in (*offered, *find_distributions(MIXERS[name].__module__)):
+        if installs_file(package, path):
+            return f"{package.name}=={package.version}"
+    return None
+
+
+def find_distributions(module: str) -> list[Distribution]:
+    """Return the distributions on sys.path that say to have a module's first name."""
+    names = packages_distributions().get(module.partition(".")[0], ())
+    return [package for name in dict.fromkeys(names) for package in distributions(name=name)]
+
+
+def installs_file(package: Distribution, path: str | None) -> bool:
+    """Return whether a distribution is installed with the file `path` of a module; None: its module has no file.
+
+    The metadata of a source tree, which building a package leaves beside the code, does not count: it is on sys.path in
+    that folder only. An editable install has the files of its folder.
+    """
+    if package.read_text("SOURCES.txt") is not None and package.read_text("installed-files.txt") is None:
+        return False  # It is an egg-info, as setuptools writes it in a source tree.
+    if path is None:
+        return True
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return Path(path).resolve().is_relative_to(Path(url2pathname(urlparse(origin["url"]).path)).resolve())
+    if package.files is None:  # Packages of an operating system have no record.
+        return Path(path).resolve().is_relative_to(Path(str(package.locate_file(""))).resolve())
+    # resolve() is slow, so only files of the same name are compared by it.
+    same_name = (file for file in package.files if file.name == Path(path).name)
+    return any(Path(str(file.locate())).resolve() == Path(path).resolve() for file in same_name)
 
 
 def source_path(name: str) -> Path:
@@ -89,8 +120,10 @@ def list_imports(path: Path) -> list[str]:
 def is_own_file(module: str) -> bool:
     """Return whether a module can be imported here, but comes neither with Python nor with an installed package."""
     top = module.partition(".")[0]
-    is_installed = top in sys.stdlib_module_names or top in packages_distributions() or top == "glalm"
-    return not is_installed and find_spec(top) is not None
+    if top in sys.stdlib_module_names or top == "glalm":
+        return False
+    spec = find_spec(top)
+    return spec is not None and not any(installs_file(package, spec.origin) for package in find_distributions(top))
 
 
 def write_mixer_code(folder: Path, packages: dict[str, str | None]) -> None:

@@ -3,6 +3,7 @@
 A key that the command line does not give is as run.json has it.
 """
 
+import difflib
 import json
 import os
 import re
@@ -29,10 +30,7 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
     Raises:
         ConfigError: `resume` is not the folder of a run, or is given together with `name` or `runs_dir`.
     """
-    given = []
-    for override in overrides:
-        key, _, package = override.lstrip("+~").partition("=")[0].partition("@")
-        given.append(package or key)
+    given = list_keys(overrides)
     if tree["resume"] is not None:
         tree = _locate_run(tree, given)
     path = Path(tree["runs_dir"]).expanduser() / tree["name"] / RUN_RECORD
@@ -51,6 +49,48 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
     if taken and int(os.environ.get("RANK", 0)) == 0:
         print(f"{tree['name']} is continued with these values of {path}: {', '.join(taken)}", flush=True)
     return config
+
+
+def list_keys(overrides: Iterable[str]) -> list[str]:
+    """Return the keys of overrides: those of `train.steps=3` and `optim@stages.x=muon` are train.steps and stages.x."""
+    keys = []
+    for override in overrides:
+        key, _, package = override.lstrip("+~").partition("=")[0].partition("@")
+        keys.append(package or key)
+    return keys
+
+
+def refuse_unknown_name(tree: dict, overrides: Iterable[str]) -> None:
+    """Raise ConfigError if a command gives a name alone, which continues a run, and is likely to mean another run.
+
+    That is if no run has this name, and a run has a similar one, or the data of a new run would be missing.
+
+    Args:
+        tree, overrides: As of `complete_from_run`.
+    """
+    given = list_keys(overrides)
+    runs_dir = Path(tree["runs_dir"]).expanduser()
+    folder = runs_dir / tree["name"]
+    if "name" not in given or not set(given) <= set(RUN_KEYS) or (folder / RUN_RECORD).exists():
+        return
+    hint = suggest_run(runs_dir, tree["name"], "name=")
+    data = tree["data"]["path"]
+    require(
+        not hint and Path(data).expanduser().is_dir(),
+        f"{folder} holds no run to continue, because it has no {RUN_RECORD}.{hint} To start a run of this name, write "
+        f"its settings, too, such as: glalm train name={tree['name']} model=gla_10m data.path={data}",
+    )
+
+
+def suggest_run(runs_dir: Path, name: str, before: str) -> str:
+    """Return " Did you mean ...?" with the run in `runs_dir` whose name is like `name`, or an empty text.
+
+    Args:
+        before: What the suggested argument has before the name, such as "name=".
+    """
+    names = [path.parent.name for path in runs_dir.glob(f"*/{RUN_RECORD}")]
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {before}{near[0]}?" if near else ""
 
 
 def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> dict:
@@ -80,9 +120,11 @@ def _locate_run(tree: dict, given: Collection[str]) -> dict:
     folder = Path(os.path.normpath(Path(resume).expanduser()))
     if folder.name in ("", ".."):
         folder = folder.resolve()
+    runs_dir = folder.parent if folder.parent != Path(".") else Path(tree["runs_dir"])
     require(
         (folder / RUN_RECORD).is_file(),
-        f"resume={resume} is not the folder of a run, because it has no {RUN_RECORD}. To start a run, write name=...",
+        f"resume={resume} is not the folder of a run, because it has no {RUN_RECORD}."
+        f"{suggest_run(runs_dir, folder.name, f'resume={runs_dir}/')} To start a run, write name=...",
     )
     return tree | {"name": folder.name, "runs_dir": str(folder.parent), "resume": None}
 

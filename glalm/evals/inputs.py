@@ -244,7 +244,6 @@ def open_text(config: EvalConfig, model: EvalModel) -> TokenSet:
 @lru_cache(maxsize=1)  # Several evaluators of one command read the same file.
 def _prepare_text(path: Path, text_field: str, tokenizer: Tokenizer) -> TokenSet:
     """Return the documents of a file as one split, whose shards are mapped into memory and gone from the disk."""
-    require(path.is_file(), f"text={path}: there is no such file")
     with TemporaryDirectory(prefix="glalm-") as folder:
         saved_tokenizer = Path(folder) / tokenizer.save(Path(folder))
         options = {"held_out": {}, "text_field": text_field, "workers": 1, "progress": False}

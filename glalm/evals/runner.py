@@ -17,13 +17,13 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from glalm.config.strict import ConfigError, RunError
+from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.files import printable
 from glalm.data.shards import split_sha256
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator, missing_tasks
 from glalm.evals.identity import ResultIdentity
-from glalm.evals.inputs import open_eval_model
+from glalm.evals.inputs import open_eval_model, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
 from glalm.evals.result_files import find_result, save_result
@@ -44,9 +44,12 @@ def evaluate(config: EvalConfig) -> int:
     share each evaluator's work.
 
     Raises:
-        ConfigError: The model cannot be opened.
+        ConfigError: The model cannot be opened, or the file `config.text` not be read.
         RunError: After the last evaluator, where one failed.
     """
+    require(
+        config.text is None or Path(config.text).expanduser().is_file(), f"text={config.text}: there is no such file"
+    )
     device = start_processes()
     rank, world_size = rank_and_world_size()
     transformers.utils.logging.disable_progress_bar()
@@ -55,6 +58,8 @@ def evaluate(config: EvalConfig) -> int:
     devices = f"{world_size} x {device.type}" if world_size > 1 else str(device)
     average = ", moving average of the weights" if model.weights == "average" else ""
     console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters{average}, {devices}, {model.precision}")
+    if config.text is not None:
+        open_text(config, model)  # What is wrong with the file is said once, and not by each evaluator.
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
     with open_tracker(model, console) as tracker:
         for name in dict.fromkeys(config.evals):

@@ -1,7 +1,9 @@
 """Exported models whose mixer is not glalm's: the folder names a package, or has a copy of the user's file."""
 
+import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glalm.compat.export import export_run
-from glalm.compat.mixer_code import list_imports
+from glalm.compat.mixer_code import (
+    find_mixer_packages,
+    find_package,
+    is_own_file,
+    list_imports,
+    source_path,
+    write_loader,
+)
 from glalm.config.strict import ConfigError, RunError
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.mixers import MIXERS, import_mixer, register_mixer
@@ -52,18 +61,36 @@ def own_code(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def package(own_code):
-    """install(name, version, entry_points): give the file my_mixers.py the metadata of an installed package."""
+def package(own_code, tmp_path):
+    """install(name, version, entry_points): install the file my_mixers.py as a package in a folder of packages."""
+    site = tmp_path / "site-packages"
+    site.mkdir()
 
-    def install(name: str, version: str, entry_points: str = "") -> None:
-        info = own_code / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "top_level.txt").write_text("my_mixers\n")
-        (info / "entry_points.txt").write_text(f"[glalm.mixers]\n{entry_points}\n")
-        sys.path.append(str(own_code))
+    def install(name: str, version: str, entry_points: str = "") -> Path:
+        shutil.copy("my_mixers.py", site)
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        write_metadata(info, "METADATA", name, version, entry_points)
+        (info / "RECORD").write_text(f"my_mixers.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        sys.path.insert(0, str(site))
+        return info
 
     return install
+
+
+def write_metadata(info: Path, file: str, name: str, version: str, entry_points: str = "") -> None:
+    info.mkdir()
+    (info / file).write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "top_level.txt").write_text("my_mixers\n")
+    (info / "entry_points.txt").write_text(f"[glalm.mixers]\n{entry_points}\n")
+
+
+@pytest.fixture
+def built(own_code):
+    """The metadata that `pip install .` leaves beside the code, which nobody else has, with a helper's name."""
+    info = own_code / "someones_mixers.egg-info"
+    write_metadata(info, "PKG-INFO", "someones-mixers", "1.2", f"doubled = {NAME}")
+    (info / "SOURCES.txt").write_text("my_mixers.py\nhelper_of_mine.py\n")
+    (info / "top_level.txt").write_text("my_mixers\nhelper_of_mine\n")
 
 
 def train_and_export(config, out: Path, mixers: tuple[str, ...] = ()) -> GLALMForCausalLM:
@@ -112,15 +139,58 @@ def test_a_package_is_named_and_not_copied(run_config, change, package, tmp_path
     assert "`doubled` is in the Python package `someones-mixers==1.2`" in (out / "README.md").read_text()
 
 
-def test_a_package_without_an_entry_point_is_named(run_config, change, package, tmp_path):
+def test_a_package_without_an_entry_point_is_named(run_config, change, package, tmp_path, caplog):
     package("someones-mixers", "1.2")
     import_mixer(NAME)
+    caplog.set_level("INFO", "glalm")
     train_and_export(change(run_config, **{"model.mixer": NAME}), tmp_path / "out")
+    assert f"the mixer {NAME} is in the package someones-mixers==1.2; its code was not copied" in caplog.text
     assert not list((tmp_path / "out").glob("*.py"))
     assert f'import_mixer("{NAME}")' in (tmp_path / "out" / "README.md").read_text()
     del MIXERS[NAME]
     with pytest.raises(ConfigError, match=r"Install the Python package someones-mixers==1\.2, which has"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [NAME, "doubled"])
+def test_code_of_a_folder_in_which_a_package_was_built_is_copied(name, built, own_code, tmp_path):
+    import_mixer(NAME)
+    register_mixer(name, MIXERS[NAME])
+    assert find_mixer_packages(GLALMConfig(mixer=name).to_model_config()) == {name: None}
+    (tmp_path / "out").mkdir()
+    write_loader(tmp_path / "out", {name: None})
+    assert (tmp_path / "out" / "my_mixers.py").read_text() == SOURCE
+    (own_code / "helper_of_mine.py").write_text("")
+    (own_code / "my_mixers.py").write_text("import helper_of_mine\n" + SOURCE)
+    with pytest.raises(RunError, match=r"my_mixers\.py imports helper_of_mine"):
+        source_path(name)
+
+
+def test_the_file_beside_a_package_of_its_name_is_copied(package, own_code):
+    """The class is of the current folder's file, which may differ from the installed one."""
+    sys.path.insert(0, str(own_code))
+    import_mixer(NAME)
+    package("someones-mixers", "1.2")
+    assert Path(inspect.getfile(MIXERS[NAME])).parent == own_code
+    assert find_package(NAME) is None
+
+
+def test_an_editable_install_has_the_files_of_its_folder(package, own_code, tmp_path):
+    sys.path.insert(0, str(own_code))
+    import_mixer(NAME)
+    info = package("someones-mixers", "1.2")
+    (info / "RECORD").write_text("__editable__.someones_mixers.pth,,\n")
+    for folder, expected in ((own_code, "someones-mixers==1.2"), (tmp_path / "site-packages", None)):
+        origin = {"url": folder.as_uri(), "dir_info": {"editable": True}}
+        (info / "direct_url.json").write_text(json.dumps(origin))
+        assert find_package(NAME) == expected
+
+
+def test_only_files_of_no_package_are_ones_own(own_code):
+    (own_code / "helper_of_mine.py").write_text("")
+    sys.path.append(str(own_code))
+    assert is_own_file("helper_of_mine")
+    assert not any(map(is_own_file, ("torch.nn", "numpy", "json", "glalm.kernels", "no_such_module")))
 
 
 def test_two_packages_with_one_name_are_refused(package):

@@ -159,15 +159,19 @@ def test_prompts_are_the_beginnings_of_held_out_documents(run, held_out):
     [
         ({"text": "nowhere.txt"}, r"text=nowhere.txt: there is no such file"),
         ({"text_field": "body"}, r"no field 'body'.*name one of them with text_field=FIELD"),
-        ({"data_path": "FILE", "text": None}, r"is a file, not a folder of prepared data.*write text="),
     ],
 )
-def test_errors_say_what_to_write(run, held_out, changes, message, capsys):
-    changes = {"text": str(held_out)} | {k: str(held_out) if v == "FILE" else v for k, v in changes.items()}
+def test_what_is_wrong_with_the_file_is_said_once(run, held_out, changes, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(settings(run, **({"text": str(held_out)} | changes)))
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_file_in_place_of_prepared_data_is_refused(run, held_out, capsys):
     with pytest.raises(RunError):
-        evaluate(settings(run, **changes))
+        evaluate(settings(run, data_path=str(held_out)))
     line = next(line for line in capsys.readouterr().out.splitlines() if "failed: ConfigError" in line)
-    assert re.search(message, line), line
+    assert re.search(r"is a file, not a folder of prepared data.*write text=", line), line
 
 
 def test_text_and_data_path_are_alternatives():

@@ -106,7 +106,9 @@ def build_config(cls: type, tree: DictConfig, complete: Callable[[dict], dict] =
     if "model" in container or container.get("mixers"):
         from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
 
-        import_user_mixers(container.get("model", {}), container.get("mixers", []))
+        mixers = container.get("mixers")
+        # Values of a wrong type are refused below.
+        import_user_mixers(container.get("model", {}), mixers if isinstance(mixers, list) else [])
     return build_dataclass(cls, complete(container))
 
 

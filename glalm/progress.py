@@ -5,6 +5,7 @@ Output never decides over work: a command goes on where what it prints cannot be
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn, TextIO
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 INTERRUPTED = "Interrupted. The same command, run again, continues from what was saved, or starts anew if nothing was."
+
+
+LINE_SECONDS = 15.0  # between the lines of a long task where no bar is drawn
 
 
 class IgnoreOSErrors:
@@ -93,9 +97,11 @@ class ProgressBar:
     Args:
         quiet: Show neither the bar nor any message, as on all ranks but the first.
         speed_seconds: The time left follows from the speed in this time. Choose more where work is done in large steps.
+        line_seconds: Where no bar is drawn, print a line when a task starts, and then after each so many seconds. None:
+            the caller prints its own.
     """
 
-    def __init__(self, quiet: bool = False, speed_seconds: float = 30.0):
+    def __init__(self, quiet: bool = False, speed_seconds: float = 30.0, line_seconds: float | None = None):
         # Markup is off, because an error's text may contain brackets.
         self.console = Console(
             file=IgnoreOSErrors(sys.stderr), quiet=quiet, markup=False, highlight=False, soft_wrap=True
@@ -112,6 +118,8 @@ class ProgressBar:
             speed_estimate_period=speed_seconds,
         )
         self._task = None
+        self._line_seconds = None if self.is_drawn else line_seconds
+        self._last_line = 0.0
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -139,11 +147,18 @@ class ProgressBar:
     def start_task(self, description: str, total: float, completed: float = 0) -> None:
         """Add a bar for a task of `total` units, of which an interrupted run may have `completed` some already."""
         self._task = self._progress.add_task(description, total=total, completed=completed, first=completed, status="")
+        if self._line_seconds is not None:
+            self.log(f"{description} started")
+            self._last_line = time.monotonic()
 
     def update(self, completed: float | None = None, advance: float | None = None, status: str | None = None) -> None:
         """Move the current task's bar to `completed` units, or by `advance` units, and show `status` beside it."""
         fields = {} if status is None else {"status": status}
         self._progress.update(self._task, completed=completed, advance=advance, **fields)
+        if self._line_seconds is not None and time.monotonic() - self._last_line >= self._line_seconds:
+            task = self._progress.tasks[-1]
+            self.log(f"{task.description}: {task.percentage:.0f}%  {task.fields['status']}".rstrip())
+            self._last_line = time.monotonic()
 
     def log(self, message: str) -> None:
         """Print a message above the bar."""

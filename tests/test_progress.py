@@ -46,6 +46,18 @@ def test_a_terminal_shows_the_current_task(monkeypatch):
     assert "tokenising" in terminal.getvalue() and "3 documents" in terminal.getvalue()
 
 
+def test_without_a_terminal_a_line_appears_now_and_then(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr("glalm.progress.time.monotonic", lambda: now)
+    with ProgressBar(line_seconds=15) as bar:
+        bar.start_task("perplexity", total=8)
+        for done in range(1, 9):
+            now += 5
+            bar.update(completed=done, status=f"{done} tokens")
+    lines = ["perplexity started", "perplexity: 38%  3 tokens", "perplexity: 75%  6 tokens"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_a_stream_that_cannot_be_written_stops_nothing(monkeypatch):
     class ClosedTerminal(io.StringIO):
         def write(self, text):

@@ -140,7 +140,11 @@ def test_a_mixer_of_the_users_code_is_not_imported_from_the_record(first, tmp_pa
     record = json.loads(path.read_text())
     record["config"]["model"]["mixer"] = "no_such_module:Mixer"
     path.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"model.mixer='no_such_module:Mixer' is none of the mixers"):
+    with pytest.raises(ConfigError, match=r"^add 'model.mixer=no_such_module:Mixer' to the command"):
+        config_of("name=mine", f"runs_dir={tmp_path}")
+    record["config"]["model"] |= {"mixer": "gla", "layers": ["gla", "no_such_module:Mixer"]}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"^add 'model.layers=\[gla,no_such_module:Mixer\]' to the command"):
         config_of("name=mine", f"runs_dir={tmp_path}")
 
 

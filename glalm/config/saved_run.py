@@ -28,7 +28,8 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
         overrides: The command line without flags, such as `train.steps=3` and `model=gla_small`.
 
     Raises:
-        ConfigError: `resume` is not the folder of a run, or is given together with `name` or `runs_dir`.
+        ConfigError: `resume` is not the folder of a run, or is given together with `name` or `runs_dir`. Or the run has
+            a mixer of the user's own code, which the command line does not name.
     """
     given = list_keys(overrides)
     if tree["resume"] is not None:
@@ -44,6 +45,14 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
         keys.append("train.allow_changes")
     for key in keys:
         _copy_key(tree, config, key.split("."))
+    for key in ("mixer", "layers"):
+        value = config["model"].get(key)
+        text = value if isinstance(value, str) else f"[{','.join(value or [])}]"
+        require(
+            ":" not in text or tree["model"][key] == value,
+            f"add 'model.{key}={text}' to the command, because code is only imported if a command names it, and {path} "
+            "names a mixer of your own",
+        )
     composed = flatten_tree(tree)
     taken = [f"{key}={value}" for key, value in flatten_tree(config).items() if composed.get(key) != value]
     if taken and int(os.environ.get("RANK", 0)) == 0:

@@ -211,7 +211,8 @@ def _convert_value(hint, value, where: str):
         require(isinstance(value, dict), f"{where}={value!r} must be a mapping: {where}={{a: 1, b: 2}}")
         return {str(key): _convert_value(args[1], item, join_key(where, key)) for key, item in value.items()}
     if origin is list:
-        require(isinstance(value, list), f"{where}={value!r} must be a list: {where}=[a,b]")
+        example = value if isinstance(value, (str, int, float)) else "a,b"
+        require(isinstance(value, list), f"{where}={value!r} must be a list: '{where}=[{example}]'")
         return [_convert_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is tuple:
         fits = isinstance(value, (list, tuple)) and len(value) == len(args)

@@ -27,7 +27,7 @@ from glalm.evals.inputs import open_eval_model, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
 from glalm.evals.result_files import find_result, save_result
-from glalm.progress import ProgressBar
+from glalm.progress import LINE_SECONDS, ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
 from glalm.train.parallel import join_process_group
@@ -193,13 +193,13 @@ def print_failure(name: str, error: Exception, console: Console) -> None:
 
 @contextmanager
 def show_progress(name: str, evaluator: Evaluator, context: EvalContext) -> Iterator[None]:
-    """Show a progress bar that `context.advance` moves."""
-    with ProgressBar(quiet=context.rank != 0) as bar:
+    """Show a progress bar that `context.advance` moves, or a line now and then where no bar can be drawn."""
+    with ProgressBar(quiet=context.rank != 0, line_seconds=LINE_SECONDS) as bar:
         bar.start_task(name, evaluator.total_units)
 
         def advance(units: float) -> None:
-            bar.update(advance=units * context.world_size)  # The other ranks are about as far.
-            bar.update(status=f"{bar.completed:,.0f} {evaluator.unit}  {bar.speed:,.0f} {evaluator.unit}/s")
+            done = bar.completed + units * context.world_size  # The other ranks are about as far.
+            bar.update(done, status=f"{done:,.0f} {evaluator.unit}  {bar.speed:,.0f} {evaluator.unit}/s")
 
         context.advance = advance
         yield

@@ -18,7 +18,7 @@ from glalm.model.config import ModelConfig
 from glalm.model.layers import RMSNorm
 from glalm.model.loss import head_cross_entropy
 from glalm.model.mixers import MIXERS
-from glalm.model.mixers.base import mix_tokens
+from glalm.model.mixers.base import check_outputs, mix_tokens
 from glalm.model.precision import matmul_dtype
 
 
@@ -56,7 +56,8 @@ class Block(nn.Module):
         if padding is not None:
             h = h * padding  # The state of most mixers does not change where their input is 0.
         if padding is None or state is None or self.attn.state_grows:
-            h, state = self.attn(h, padding=padding, state=state, **mixer_inputs)
+            outputs = self.attn(h, padding=padding, state=state, **mixer_inputs)
+            h, state = check_outputs(self.attn, h, outputs)
         else:
             h, state = mix_tokens(self.attn, h, padding, state=state, **mixer_inputs)
         x = x + h

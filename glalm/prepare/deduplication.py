@@ -34,7 +34,7 @@ from glalm.prepare.sources import (
 )
 from glalm.prepare.units import Unit, cut_units, limit_workers, read_unit
 from glalm.prepare.workers import count_cores
-from glalm.progress import ProgressBar
+from glalm.progress import LINE_SECONDS, ProgressBar
 
 PLAN = "plan.json"
 SIGNATURES = "signatures"
@@ -96,7 +96,7 @@ def deduplicate(
         create_folder(out),
         lock_folder(out),
         explain_full_disk(out),
-        ProgressBar(quiet=not progress) as bar,
+        ProgressBar(quiet=not progress, line_seconds=LINE_SECONDS) as bar,
     ):
         for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
             if message:

@@ -34,7 +34,7 @@ from glalm.prepare.sources import (
 from glalm.prepare.units import UnitEncoder, cut_units
 from glalm.prepare.workers import count_cores
 from glalm.prepare.writer import SetWriter, format_counts
-from glalm.progress import ProgressBar
+from glalm.progress import LINE_SECONDS, ProgressBar
 
 # Smaller inputs are done before a second process has started.
 BYTES_PER_WORKER = 2**23
@@ -126,7 +126,7 @@ def prepare_data(
         create_folder(out),
         lock_folder(out),
         explain_full_disk(out),
-        ProgressBar(quiet=not progress) as bar,
+        ProgressBar(quiet=not progress, line_seconds=LINE_SECONDS) as bar,
         closing(SetCopy(url, out)) if url else nullcontext() as copy,
     ):
         if copy:

@@ -134,8 +134,20 @@ def test_an_evaluation_may_name_the_mixers_of_a_checkpoint(user_module):
     assert MIXERS[path].__name__ == "Mine"
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("mixers=users_code:Mine", r"mixers='users_code:Mine' must be a list: 'mixers=\[users_code:Mine\]'"),
+        ("mixers=[users_code.Mine]", r"users_code.Mine cannot be imported \(.*\). Write package.module:Class"),
+    ],
+)
+def test_mixers_in_another_form_are_refused(user_module, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_config(EvalConfig, "eval", [override])
+
+
 def test_a_config_json_imports_nothing(user_module):
-    with pytest.raises(ConfigError, match=r"'users_code:Mine' is none of the mixers.* call .*import_mixer first"):
+    with pytest.raises(ConfigError, match=r"^add 'mixers=\[users_code:Mine\]' to .* call .*import_mixer"):
         GLALMConfig.from_dict({"mixer": f"{user_module}:Mine"})
     assert user_module not in sys.modules
 

@@ -62,14 +62,14 @@ def check_mixer_name(key: str, name: str) -> None:
         register_entry_point(name)
     if name in MIXERS:
         return
-    if ":" in name:
-        hint = (
-            ". `glalm train` imports a package.module:Class in model.mixer, `glalm eval` in mixers and `glalm export` "
-            "in --mixer; elsewhere, call glalm.model.mixers.import_mixer first"
-        )
-    else:
-        near = difflib.get_close_matches(name, [*MIXERS, *entry_points(group=ENTRY_POINT_GROUP).names], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+    require(
+        ":" not in name,
+        f"add 'mixers=[{name}]' to glalm eval, --mixer={name} to glalm export or glalm merge, or '{key}=...' to glalm "
+        f"train, because code is only imported if a command names it, and the {key} of this file names {name!r}. "
+        f"Elsewhere, call glalm.model.mixers.import_mixer({name!r}) first.",
+    )
+    near = difflib.get_close_matches(name, [*MIXERS, *entry_points(group=ENTRY_POINT_GROUP).names], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"{key}={name!r} is none of the mixers: {', '.join(MIXERS)}{hint}")
 
 
@@ -78,13 +78,18 @@ def register_mixer(name: str, mixer: type[Mixer]) -> None:
 
     Several exported folders may each bring a copy of the same source. The first copy serves them all.
 
-    Raises ConfigError if `mixer` is not a Mixer, if the name is taken by a class with another source, or if the mixer
-    has its own Options class: only mixers of this package can add keys to the model's config.
+    Raises ConfigError if `mixer` is not a Mixer or lacks a method, if the name is taken by a class with another source,
+    or if the mixer has its own Options class: only mixers of this package can add keys to the model's config.
     """
     require(
         isinstance(mixer, type) and issubclass(mixer, Mixer),
         f"model.mixer={name} is not a subclass of glalm.model.mixers.base.Mixer",
     )
+    for method in ("forward", "flops"):
+        require(
+            getattr(mixer, method) is not getattr(Mixer, method),
+            f"the mixer {name!r} has no method {method}; glalm.model.mixers.base.Mixer says what it computes",
+        )
     require(
         name not in MIXERS or is_same_mixer(MIXERS[name], mixer),
         f"the mixer name {name!r} is taken by another class in this process; load the two models in a process each",
@@ -154,5 +159,5 @@ def import_user_mixers(model: dict, more: Iterable[str] = ()) -> None:
     parts = layers.split("+") if isinstance(layers, str) else layers
     for name in (model.get("mixer"), *parts, *more):
         path = str(name).replace(" ", "").rpartition("*")[2]
-        if ":" in path and path not in MIXERS:
+        if any(mark in path for mark in ":.") and path not in MIXERS:
             import_mixer(path)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from glalm.config.strict import ConfigError
 from glalm.kernels.common import CHUNK
 from glalm.kernels.context_parallel import ContextShard
 
@@ -83,6 +84,19 @@ class Mixer(nn.Module):
     def flops(self, T: int) -> int:
         """Return the operations per token in a sequence of T tokens, except those of linear layers."""
         raise NotImplementedError
+
+
+def check_outputs(mixer: Mixer, x: Tensor, outputs: Any) -> tuple[Tensor, Any]:
+    """Return what a mixer's forward returned for x [B, T, d]. Raise ConfigError if that is not (y [B, T, d], state)."""
+    if not isinstance(outputs, tuple) or len(outputs) != 2 or not isinstance(outputs[0], Tensor):
+        kind = f"a tuple of {len(outputs)}" if isinstance(outputs, tuple) else f"a {type(outputs).__name__}"
+        raise ConfigError(f"the forward of the mixer {type(mixer).__name__} must return (y, state), not {kind}")
+    if outputs[0].shape != x.shape:
+        raise ConfigError(
+            f"the forward of the mixer {type(mixer).__name__} must return y of the shape of x, {list(x.shape)}, not "
+            f"{list(outputs[0].shape)}"
+        )
+    return outputs
 
 
 Operator = Callable[..., tuple[Tensor, Tensor | None]]  # of glalm.kernels: returns o and the final state, if asked

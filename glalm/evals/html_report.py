@@ -93,6 +93,9 @@ def render_report(folders: Sequence[Path]) -> str:
     runs = [Run(Path(folder), name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
     for run in runs:
         if not (run.run_record or run.metrics or run.records):
+            if inside := sorted(run.folder.glob("*/run.json")):
+                several = f"{len(inside)} runs inside of it" if len(inside) > 1 else "a run inside of it"
+                raise ValueError(f"{run.folder} is no run, but has {several}: report on {inside[0].parent}")
             raise ValueError(
                 f"{run.folder} holds no run and no results: train or evaluate one there first. If a job for it is "
                 "queued, wait until it has started."

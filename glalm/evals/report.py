@@ -95,13 +95,17 @@ def perplexity_rows(
     value = record and record["results"]["perplexity"]
     bits = record and record["results"].get("bits_per_byte")
     last, source = value, "both"
+    own_rows = []
     if record and not is_of_validation(folder, record):
         step = step_of(record) if step_of(record) in validations else max(validations, default=0)
         last, source = validations.get(step), f"metrics.jsonl, step {step}"
+        if last:
+            own_rows = [Row(f"  after step {step}, as training validated", f"{last:,.3f}", source, train_command)]
     ratio = f"{last / before:.3g}" if before and last else None
     return [
         Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
         Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", source_of(record), eval_command),
+        *own_rows,
         Row("  after / before", ratio, source, eval_command),
         *([Row("  bits per byte", f"{bits:.4f}", source_of(record), eval_command)] if bits else []),
     ]

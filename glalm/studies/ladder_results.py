@@ -242,7 +242,7 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
         row = {"model": model, "runs": len(same), "parameters": count_parameters(config).total}
         row |= {"tokens": config.tokens_at(config.steps), "GiB": memory / GIB}
         rows.append(row if hours[model] is None else row | {"minutes": 60 * hours[model]})
-    print_rows("runs of each model; of one run: tokens, GiB of its GPU or of main memory, minutes of training", rows)
+    print_rows("tokens, GiB of memory and minutes of training are of one run", rows)
     tokens = sum(run.training_tokens for run in missing)
     print(f"{len(runs)} runs, {len(missing)} to do with {tokens:,} tokens")
     if None in hours.values():

@@ -296,6 +296,11 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match="holds no run and no results"):
         render_report([tmp_path])
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"is no run, but has 2 runs inside of it: report on {tmp_path / 'a'}"):
+        render_report([tmp_path])
 
 
 def test_the_published_rows_add_up():

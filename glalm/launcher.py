@@ -148,7 +148,7 @@ def stop_jobs(jobs: list[Job]) -> None:
     """Let the jobs save and end. Another Ctrl-C ends this process without them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if jobs:
-        logger.info(f"Stopping: {len(jobs)} running jobs are saving. Another Ctrl-C does not wait for them.")
+        logger.info(f"Stopping. Jobs that are saving: {len(jobs)}. Another Ctrl-C does not wait for them.")
     for job in jobs:
         job.process.terminate()
     for job in jobs:

@@ -246,7 +246,9 @@ def run_all(missing: list[LadderRun], args: argparse.Namespace) -> list[str]:
             reasons = launch_jobs(TrainingRun, "train", task, launcher, jobs)
     except KeyboardInterrupt:
         pass  # The runs' statuses say which of them were stopped.
-    return summarize_end(missing, reasons)
+    # submitit's jobs do not end with the process that submitted them.
+    outlive = any(argument.startswith("hydra/launcher=submitit") for argument in launcher)
+    return summarize_end(missing, reasons, "still running as jobs" if outlive else "stopped")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event
         done = sum(run.work if run.config.name in finished else trained_tokens(run) for run in runs)
         status = f"{done / total:.0%} of the work{describe_states(runs)}"
         bar.update(completed=done, status=status)
-        if not bar.is_drawn and done - shown >= total * PROGRESS_PERCENT / 100:
+        if not bar.is_drawn and done < total and done - shown >= total * PROGRESS_PERCENT / 100:
             shown = done
             left = (time.monotonic() - start) * (total - done) / (done - first)
             bar.log(f"{status}; about {format_seconds(left)} left")
@@ -129,11 +129,12 @@ def format_seconds(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------------ at the end
 
 
-def summarize_end(runs: "list[LadderRun]", reasons: list[str | None] | None) -> list[str]:
+def summarize_end(runs: "list[LadderRun]", reasons: list[str | None] | None, interrupted: str = "stopped") -> list[str]:
     """Return lines that say which runs are not complete and why. There are none if all are complete.
 
     Args:
-        reasons: What the launcher returned for each run, or None if it was stopped.
+        reasons: What the launcher returned for each run, or None if it was interrupted.
+        interrupted: What the runs that had started do after that.
     """
     failures: dict[str, str] = {}
     lines = []
@@ -147,16 +148,20 @@ def summarize_end(runs: "list[LadderRun]", reasons: list[str | None] | None) -> 
         elif status is None and reasons is None:
             states["not started"] += 1
             continue
-        elif reasons is None or (status and status.state == "stopped"):
+        elif status and status.state == "stopped":
             states["stopped"] += 1
+            continue
+        elif reasons is None:
+            states[interrupted] += 1
             continue
         [first_line, *_] = (reason or "it ended without a result").splitlines()
         failures[run.config.name] = first_line
         where = f", see {log_path(run)}" if log_path(run).exists() else ""
         lines.append(f"{run.config.name}: {first_line}{where}")
-    counts = [f"{states[state]} {state}" for state in ("stopped", "not started") if states[state]]
+    order = dict.fromkeys((interrupted, "stopped", "not started"))
+    counts = [f"{states[state]} {state}" for state in order if states[state]]
     if failures:
         counts.append(f"{len(failures)} failed ({', '.join(failures)})")
     if counts:
-        lines.append(f"Of {len(runs)} runs: {', '.join(counts)}. The same command resumes.")
+        lines.append(f"Runs: {', '.join(counts)}. The same command resumes.")
     return lines

@@ -145,8 +145,8 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
         process.terminate()
         time.sleep(0.2)
     err = process.communicate(timeout=60)[1]
-    assert "Stopping: 1 running jobs are saving" in err
-    assert err.endswith("Of 1 runs: 1 stopped. The same command resumes.\n")
+    assert "Stopping. Jobs that are saving: 1." in err
+    assert err.endswith("Runs: 1 stopped. The same command resumes.\n")
     assert process.returncode == 1
     assert "run the same command again" in log.read_text()
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
@@ -324,13 +324,15 @@ def test_what_did_not_complete_is_counted_by_its_end(plan):
     failed = "b: ConfigError: no data"
     assert ladder_progress.summarize_end(runs, None) == [
         failed,
-        "Of 5 runs: 2 stopped, 1 not started, 1 failed (b). The same command resumes.",
+        "Runs: 2 stopped, 1 not started, 1 failed (b). The same command resumes.",
     ]
+    [_, counts] = ladder_progress.summarize_end(runs, None, "still running as jobs")
+    assert counts.startswith("Runs: 1 still running as jobs, 1 stopped, 1 not started, 1 failed (b).")
     # Without a stop, one that ended while it trained was killed.
     assert ladder_progress.summarize_end(runs, [None, "ConfigError: no data", "killed", "stopped", "no process"]) == [
         failed,
         "c: killed",
         "e: no process",
-        "Of 5 runs: 1 stopped, 3 failed (b, c, e). The same command resumes.",
+        "Runs: 1 stopped, 3 failed (b, c, e). The same command resumes.",
     ]
     assert ladder_progress.summarize_end(runs[:1], [None]) == []

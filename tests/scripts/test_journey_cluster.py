@@ -19,7 +19,10 @@ optim.warmup_tokens=null track=none
 """
 # Two nodes of one process each. The job's script is the first argument that is no option.
 SBATCH = """#!/bin/bash
-while [[ "$1" = --* ]]; do shift; done
+while [[ "$1" = --* ]]; do
+    [ "$1" = --wrap ] && exec bash -c "$2" > slurm-77.out 2>&1
+    shift
+done
 export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=n[1-2] SLURM_NTASKS=2 SLURM_NNODES=2 SLURM_CPUS_PER_TASK=1
 export SLURM_JOB_NAME=glalm
 bash "$@" $SMALL > glalm-77.log 2>&1
@@ -67,13 +70,20 @@ def test_cluster(installed, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert [command.split()[0] for command in commands] == ["glalm"] * 4 + ["sbatch", "glalm"]
-    template, prepare, inspect, dry_run, submit, report = commands
-    for command in (template, prepare.replace("32000", "300"), inspect):
+    # The others ask Slurm, follow the log, and stop the job.
+    typed = [command for command in commands if command.split()[0] in ("glalm", "sbatch")]
+    template, prepare, inspect, submit_prepare, dry_run, submit, report, submit_eval = typed
+    for command in (template, submit_prepare.replace("32000", "300"), prepare.replace("32000", "300"), inspect):
         done = run(command)
         assert done.returncode == 0, done.stderr
+    assert prepare in submit_prepare and "is ready" in (tmp_path / "slurm-77.out").read_text()
     planned = run(f"{dry_run} $SMALL train.assumed_gpus=2")
     assert planned.returncode == 0 and "H100" in planned.stdout, planned.stdout + planned.stderr
+    assert (
+        "WARNING: the model has embeddings for 32,000 tokens" in planned.stdout and "at 2.5 an hour" in planned.stdout
+    )
+    mistyped = run(f"{dry_run} $SMALL train.assumed_gpus=2 data.path=data/corpsu")
+    assert mistyped.returncode == 2 and "data/corpsu/manifest.json is missing" in mistyped.stderr
 
     log = tmp_path / "glalm-77.log"
     assert run(submit).returncode == 137, log.read_text()  # A process was killed.
@@ -84,6 +94,9 @@ def test_cluster(installed, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "runs/big/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, *range(5, 61, 5)]
     assert run(report).returncode == 0 and (tmp_path / "runs/big/report.html").is_file()
+    short = "name=big extrapolation.max_length=64 generate.tokens=4"
+    assert run(submit_eval.replace("name=big", short)).returncode == 0, (tmp_path / "slurm-77.out").read_text()
+    assert (tmp_path / "runs/big/eval/perplexity.json").is_file()
 
     assert run(submit.replace("parallel=hsdp", "paralel=hsdp")).returncode == 2
     assert "did you mean parallel?" in log.read_text()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glalm.commands.train import run_training
 from glalm.config.run import OptimConfig, TrainConfig
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
@@ -350,3 +351,15 @@ def test_dry_run_adds_the_costs_of_stages_and_has_the_memory_of_the_largest(run_
     config.train.assumed_gpu = "H200"
     hours, memory = estimate_hours_and_memory(config)
     assert hours == pytest.approx(flops / (0.5 * 989e12) / 3600) and memory == sum(alone.values())
+
+
+def test_a_path_that_was_typed_must_hold_data(run_config, change, monkeypatch, capsys):
+    assumed = {"train.assumed_gpu": "H200", "train.dry_run": True, "data.path": "nowhere"}
+    config = change(run_config, **assumed)
+    config.train.compile = False
+    monkeypatch.setattr("glalm.commands.train.job_overrides", lambda: ["data=local", "name=mine"])
+    assert run_training(config) == 0
+    assert "data and vocabulary have not been checked" in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr("glalm.commands.train.job_overrides", lambda: ["name=mine", "data.path=nowhere"])
+    with pytest.raises(ConfigError, match=r"data.path=nowhere: nowhere/manifest.json is missing"):
+        run_training(config)

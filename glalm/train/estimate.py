@@ -370,7 +370,8 @@ def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[st
     shard = f" of {plan.shard_length:,} tokens to a process" if plan.context_parallel > 1 else ""
     yield (
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {plan.world_size} x "
-        f"{device.name}, each {plan.accumulation} x {plan.micro_batch} sequences{shard}, {phase.config.parallel.mode}"
+        f"{device.name}, each {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of "
+        f"{plan.micro_batch} sequences{shard}, {phase.config.parallel.mode}"
     )
 
 

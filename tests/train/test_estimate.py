@@ -148,7 +148,7 @@ def test_report_of_a_dry_run(run_config, change):
     total, tokens = count_parameters(config).total, 1000 * 4 * 16
     hours = tokens * model_cost(config.model, 16).training / (0.5 * 989e12) / 2 / 3600
     assert f"{total:,}; {total - 2 * 320 * 32:,} without" in text
-    assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 x 2 sequences, ddp" in text
+    assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 micro-batch of 2 sequences, ddp" in text
     assert "1,000 (6.4e-05B tokens), warm-up over the first 2" in text
     assert f"{hours:,.1f} hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
     assert "WARNING" not in text

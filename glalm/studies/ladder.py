@@ -119,7 +119,6 @@ def run_ladder(args: argparse.Namespace) -> int:
 
 def check_plan(runs: list[LadderRun], missing: list[LadderRun]) -> None:
     """Check what is missing, and print what it would cost."""
-    print(f"{len(runs)} runs: checking them, and measuring the speed of each model", file=sys.stderr, flush=True)
     try:
         check_runs(missing)
     except ConfigError as error:
@@ -127,6 +126,7 @@ def check_plan(runs: list[LadderRun], missing: list[LadderRun]) -> None:
             raise
         # The machine that is planned for may have the data.
         print(f"On this machine the runs would be refused: {error}", file=sys.stderr)
+    print(f"{len(runs)} runs: measuring the speed of each model ...", file=sys.stderr, flush=True)
     from glalm.studies.ladder_results import print_cost
 
     print_cost(runs, missing)

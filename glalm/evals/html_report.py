@@ -135,6 +135,7 @@ def render_report(folders: Sequence[Path]) -> str:
         paper_cells=format_paper_cells,
         overview=overview_rows(runs),
         overview_notes=compare_overview(runs),
+        other_text=other_text_rows(runs),
         zero_shot={name: values for name, (values, _) in zero_shot.items()},
         published_zero_shot=ZERO_SHOT,
         unlike_paper={name: describe_unlike_paper(records) for name, (_, records) in zero_shot.items()},
@@ -190,6 +191,18 @@ def describe_perplexity(run: Run, record: dict | None) -> str | None:
         values = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row]
         return format_number(values[-1]) if values else None
     return format_number(record["results"]["perplexity"]) + origin_note(run, record)
+
+
+def other_text_rows(runs: list[Run]) -> list[tuple[str, list]]:
+    """Return the names and cells of the perplexities of text that the runs were not trained on, such as text=FILE."""
+    rows = []
+    for run in runs:
+        for record in run.records:
+            if record["evaluator"] == "perplexity" and not is_own_text(record):
+                results = record["results"]
+                cells = [describe_conditions(record), format_number(results["perplexity"]), results.get("tokens")]
+                rows.append((record["model"], cells))
+    return rows
 
 
 def describe_furthest_ratio(run: Run, record: dict | None) -> str | None:

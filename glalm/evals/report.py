@@ -56,6 +56,7 @@ def print_report(folder: Path, console: Console) -> None:
     for section in (
         training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command}[perplexity]"),
         perplexity_rows(folder, metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
+        other_text_rows(results, perplexity),
         extrapolation_rows(extrapolation, f"{eval_command}[extrapolation]"),
     ):
         for row in section:
@@ -109,6 +110,16 @@ def perplexity_rows(
         Row("  after / before", ratio, source, eval_command),
         *([Row("  bits per byte", f"{bits:.4f}", source_of(record), eval_command)] if bits else []),
     ]
+
+
+def other_text_rows(results: list[dict], main: dict | None) -> list[Row]:
+    """Return the perplexities of text that the run was not trained on, such as text=FILE, but for the `main` result."""
+    rows = []
+    for record in results:
+        if record["evaluator"] == "perplexity" and not is_own_text(record) and record is not main:
+            value = f"{record['results']['perplexity']:,.3f}"
+            rows.append(Row(f"perplexity after {describe_origin(record)}", value, source_of(record), ""))
+    return rows
 
 
 def is_of_validation(folder: Path, record: dict) -> bool:

@@ -337,7 +337,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
     shapes = list_forward_shapes(config, [cost.plan for cost in costs], device.is_gpu)
     if len(shapes) > 1 and is_compiled(config.train, device.is_gpu):
         yield "compilation   " + describe_shapes(shapes)
-    yield f"steps         {config.steps:,} ({tokens / 1e9:.3g}B tokens), warm-up over the first {config.warmup_steps:,}"
+    yield f"steps         {config.steps:,} ({tokens:,} tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_missing_data(config, tokens) if training is None else describe_data(config, training)
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
@@ -363,15 +363,16 @@ def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[st
     if phase.stage:
         yield (
             f"stage         {phase.stage}: steps {phase.start_step + 1:,} to {phase.end_step:,}, "
-            f"{phase.tokens / 1e9:.3g}B tokens, {share:.1%} of the operations"
+            f"{phase.tokens:,} tokens, {share:.1%} of the operations"
         )
     operations = f"{cost.flops_per_token / 1e9:.2f} GFLOP per token"
     yield f"operations    {operations}, forward and backward, at length {plan.seq_len}"
     shard = f" of {plan.shard_length:,} tokens to a process" if plan.context_parallel > 1 else ""
+    mode = f", {phase.config.parallel.mode}" if plan.world_size > 1 else ""
     yield (
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {plan.world_size} x "
         f"{device.name}, each {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of "
-        f"{plan.micro_batch} sequences{shard}, {phase.config.parallel.mode}"
+        f"{plan.micro_batch} sequences{shard}{mode}"
     )
 
 
@@ -507,7 +508,8 @@ def describe_cpu_time(costs: list[PhaseCost], parameters: int) -> str:
         return f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
     hours = measure_cpu_hours(costs)
     tokens_per_second = sum(cost.phase.tokens for cost in costs) / hours / 3600
-    return f"{hours:,.2f} hours, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
+    duration = f"{3600 * hours:.0f} s" if hours < 0.025 else f"{hours:,.2f} hours"
+    return f"{duration}, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
 
 
 def measure_cpu_hours(costs: list[PhaseCost]) -> float:

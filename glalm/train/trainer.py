@@ -540,7 +540,7 @@ class TrainingLoop:
         sharing = f", {self.trainer.plan.context_parallel} to a sequence" if self.trainer.context else ""
         resuming = f", resuming after step {self.state.step}" if self.state.step else ""
         self.metrics.log_message(
-            f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens ({epochs:.2f} epochs of "
+            f"{config.folder}: {parameters / 1e6:.1f}M parameters, {tokens:,} tokens ({epochs:.2f} epochs of "
             f"{config.data.path}), {accelerator.num_processes} x {accelerator.device.type}{sharing}, "
             f"{precision}{resuming}"
         )

@@ -117,6 +117,17 @@ def run(tmp_path) -> Path:
     return make_run(tmp_path / "runs" / "demo")
 
 
+def test_perplexities_of_other_text_have_a_table(tmp_path):
+    run = make_run(tmp_path / "mine")
+    settings = {"data_path": "heldout.jsonl", "data_sha256": "f", "seq_len": 128, "split": "file"}
+    results = {"perplexity": 24.5, "tokens": 1234}
+    write(run, "perplexity", results, "perplexity-heldout.jsonl-ab", own_text=False, settings=settings)
+    tables = Page(render_report([run])).tables
+    assert tables[1] == [
+        ["run", "text", "perplexity", "tokens"], ["mine", "heldout.jsonl, windows of 128 tokens", "24.50", "1234"]
+    ]  # fmt: skip
+
+
 def test_one_run(run):
     found = Page(render_report([run]))
     assert found.row("demo")[1:] == ["gla", "1.23M", "81.9K", "2,000", "19.50", "0.900 at 2×"]

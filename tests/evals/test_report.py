@@ -151,6 +151,16 @@ def test_numbers_of_other_text_name_it_and_are_divided_by_none_of_the_runs(run):
     assert ["perplexity at 2x / 1x, on foreign", "0.950 (0.940-0.960)", "eval/extrapolation.json"] in lines
 
 
+def test_the_perplexity_of_a_held_out_file_has_a_row(run):
+    settings = {"data_path": "heldout.jsonl", "data_sha256": "f", "seq_len": 256, "split": "file"}
+    other = {"evaluator": "perplexity", "results": {"perplexity": 12.5}, "own_text": False, "settings": settings}
+    file = "perplexity-heldout.jsonl-ab.json"
+    (run / "eval" / file).write_text(json.dumps(PERPLEXITY | other))
+    lines = printed(run)
+    assert ["perplexity after step 30, on heldout.jsonl", "12.500", f"eval/{file}"] in lines
+    assert ["after step 30", "10.000", "eval/perplexity.json"] in lines
+
+
 def test_a_perplexity_of_the_average_says_so_and_has_bits_per_byte(run):
     results = {"perplexity": 10.0, "bits_per_byte": 1.25}
     write_result(run, "perplexity", settings={"weights": "average"}, results=results)

@@ -28,13 +28,17 @@ def test_own_mixer(installed, tmp_path):
             typed = line.replace("pip install", OFFLINE).replace("stdlib", str(Path(asyncio.__file__).parent))
             printed[line] = installed(tmp_path, *shlex.split(typed))
     installed(tmp_path, "pip", "uninstall", "-q", "-y", "glalm-average")
+    # What building the package left here is not an installed package.
+    assert list(tmp_path.glob("*.egg-info"))
+    again = "glalm export runs/average --mixer=average:MovingAverage --out exported-again"
+    installed(tmp_path, *again.split())
 
     runs = tmp_path / "runs"
     assert [path.name for path in sorted((runs / "average" / "checkpoints").iterdir())][-1] == "step_50"
     assert {path.stem for path in (runs / "average" / "eval").glob("*.json")} >= {"perplexity", "generate"}
     assert json.loads((runs / "packaged" / "run.json").read_text())["config"]["model"]["mixer"] == "average"
     source = (tmp_path / "average.py").read_text()
-    for folder in ("exported", "finetuned"):
+    for folder in ("exported", "exported-again", "finetuned"):
         assert (tmp_path / folder / "average.py").read_text() == source
     assert ast.literal_eval(printed["python load.py"])[0].startswith("def main(")
     packaged = tmp_path / "exported-packaged"

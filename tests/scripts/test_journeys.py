@@ -57,6 +57,7 @@ def test_own_text(installed, tmp_path):
     assert "mine is continued with these values of runs/mine/run.json: " in printed[4]
     assert f"model.vocab_size={vocabulary}" in printed[4] and "data.path=data/mine" in printed[4]
     assert "heldout.jsonl perplexity " in printed[6] and "validation perplexity " in printed[7]
+    assert "on heldout.jsonl" in printed[8]
 
     run = tmp_path / "runs" / "mine"
     assert (run / "checkpoints" / "step_30").is_dir()

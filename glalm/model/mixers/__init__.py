@@ -66,7 +66,7 @@ def check_mixer_name(key: str, name: str) -> None:
         ":" not in name,
         f"add 'mixers=[{name}]' to glalm eval, --mixer={name} to glalm export or glalm merge, or '{key}=...' to glalm "
         f"train, because code is only imported if a command names it, and the {key} of this file names {name!r}. "
-        f"Elsewhere, call glalm.model.mixers.import_mixer({name!r}) first.",
+        f"Elsewhere, call glalm.model.mixers.import_mixer({name!r}) first",
     )
     near = difflib.get_close_matches(name, [*MIXERS, *entry_points(group=ENTRY_POINT_GROUP).names], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

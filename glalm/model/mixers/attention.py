@@ -102,8 +102,10 @@ class Attention(Mixer):
         is_token = x.new_ones(B, T, dtype=torch.bool) if padding is None else padding[..., 0] > 0
         start = torch.zeros(B, dtype=torch.int64, device=x.device) if state is None else state[3]
         positions = start[:, None] + is_token.cumsum(1) - 1
-        q = apply_rotary(q, positions, self.theta)
-        k = apply_rotary(k, positions, self.theta)
+        # Sequences that begin here without padding have the same angles, computed once.
+        rotary_positions = positions[:1] if state is None and padding is None else positions
+        q = apply_rotary(q, rotary_positions, self.theta)
+        k = apply_rotary(k, rotary_positions, self.theta)
         positions = key_positions = positions.masked_fill(~is_token, PADDED)
         if state is not None:
             past_k, past_v, past_positions = state[:3]

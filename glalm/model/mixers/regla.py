@@ -208,9 +208,9 @@ def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -
     """
     if cu_seqlens is None:
         if past is None:
-            m = x.cummax(1).values
+            m = cumulative_maximum(x)
             return m, torch.cat([m[:, :1], m[:, :-1]], 1)
-        m = torch.cat([past[:, None], x], 1).cummax(1).values
+        m = cumulative_maximum(torch.cat([past[:, None], x], 1))
         return m[:, 1:], m[:, :-1]
     T = x.shape[1]
     tokens = torch.arange(T, device=x.device)
@@ -229,6 +229,11 @@ def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -
     return m, torch.where((tokens == first)[:, None], at_start, previous)
 
 
+def cumulative_maximum(x: Tensor) -> Tensor:
+    """Return the maxima over the tokens so far of x [B, T, H]. A GPU scans the last axis alone in parallel."""
+    return x.mT.contiguous().cummax(-1).values.mT
+
+
 def exchange_maxima(
     x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +248,7 @@ def exchange_maxima(
     past = x.new_full((B, H), NO_MAXIMUM) if past is None else past.to(x.dtype)
     if context.rows is None:
         # Of equal numbers, cummax lets the last have the gradient, as running_maximum does over whole sequences.
-        largest = x.cummax(1).values[:, -1]
+        largest = cumulative_maximum(x)[:, -1]
         maxima = torch.cat([past[None], gather_ranks(largest, context)]).cummax(0).values
         return maxima[context.rank], maxima[-1]
     assert cu_seqlens is not None

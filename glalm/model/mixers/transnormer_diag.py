@@ -135,9 +135,10 @@ class BlockLayout:
         padding: Tensor | None,
         block: int,
     ) -> "BlockLayout":
-        """Lay out tokens at positions [B, T] of N sequences that continue from `start` to `end` [N]."""
+        """Lay out tokens at positions [B or 1, T] of N sequences that continue from `start` to `end` [N]."""
         N = len(end)
-        B, T = positions.shape
+        B = N if cu_seqlens is None else 1
+        T = positions.shape[1]
         start = torch.zeros_like(end) if start is None else start
         first_block = start // block
         counts = end // block + 1 - first_block

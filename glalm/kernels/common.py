@@ -37,6 +37,11 @@ def multiplies_exactly(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return x / |x| along the last axis, and 0 for x = 0."""
+    return x * at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
+
+
 def has_kernel(q: Tensor) -> bool:
     """Return whether the Triton kernels can serve q: it is on a CUDA device and not float64."""
     return q.is_cuda and q.dtype != torch.float64
@@ -288,6 +293,16 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
         return operator(*args) if is_observed(args[0]) else eager(*args)
 
     return call
+
+
+def tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """Return x, or in its place an empty tensor on the device of `like`. Registered operators return only tensors."""
+    return like.new_empty(0) if x is None else x
+
+
+def gradient_of(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
+    """Return the gradient of x in its dtype, or an empty tensor on the device of `like` if x is None."""
+    return like.new_empty(0) if x is None or grad is None else grad.to(x.dtype).contiguous()
 
 
 def is_observed(x: Tensor) -> bool:

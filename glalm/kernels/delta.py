@@ -12,10 +12,6 @@ u solve one triangular system,
 It is solved for both right-hand sides at once, before S is known (the WY form). Two matmuls per chunk carry the state.
 """
 
-import logging
-import re
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +19,10 @@ from torch import Tensor
 from glalm.kernels import common
 from glalm.kernels.context_parallel import ContextShard, check_context, exchange_states
 
-# Chunks with one gate per key channel are short, because they hold [C, C, K] decays.
+# The largest heads that the kernels serve.
+MAX_KEY = 256
+MAX_VALUE = 512
+# In PyTorch, chunks with one gate per key channel are short, because they hold [C, C, K] decays.
 CHANNEL_GATE_CHUNK = 16  # tokens
 
 
@@ -45,9 +44,8 @@ def chunk_delta_rule(
 
         S_t = (I - beta_t k_t^T k_t) diag(exp g_t) S_{t-1} + beta_t k_t^T v_t        o_t = scale * q_t S_t
 
-    On CUDA, half-precision inputs without a gate per channel take flash-linear-attention's kernel if that library is
-    installed and the kernel works (see find_fla_kernel). All other inputs take PyTorch, in float32 (float64 for float64
-    inputs). The two differ by rounding; the first call on CUDA logs which one runs. Both are differentiable once.
+    On CUDA, Triton kernels compute it. On other devices and in float64, PyTorch does. It is differentiable once, in all
+    tensors but cu_seqlens.
 
     Args:
         q, k: [B, T, H, K], floating point. Keys much longer than 1 may make the state grow without bound.
@@ -59,15 +57,15 @@ def chunk_delta_rule(
         initial_state: S_0, [N, H, K, V], float32 (float64 for float64 inputs); zeros if None.
         output_final_state: whether to return S_T.
         cu_seqlens: [N + 1], int32 or int64, the bounds of N sequences packed into one row (B = 1). With states, it is
-            read on the host. Without cu_seqlens, N = B.
+            read on the host where PyTorch computes. Without cu_seqlens, N = B.
         context: this process's shard of sequences that several processes share; see ContextShard.
 
     Returns:
         o [B, T, H, V] in v's dtype, and S_T, of initial_state's shape and dtype, or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device; on the CPU also if g > 0, or if cu_seqlens does
-            not rise from 0 to T.
+        ValueError: an argument has the wrong shape, dtype or device; on CUDA also if K > 256 or V > 512; on the CPU
+            also if g > 0, or if cu_seqlens does not rise from 0 to T.
         NotImplementedError: under torch.func's transforms, in forward-mode differentiation, and in double backward.
     """
     per_channel = isinstance(g, Tensor) and g.dim() == 4
@@ -81,17 +79,22 @@ def chunk_delta_rule(
         check_context(context, initial_state, output_final_state, cu_seqlens)
         o, final = compute_over_processes(q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens, context)
         return o, final if output_final_state else None
+    if common.has_kernel(q):
+        check_head_sizes(K, v.shape[3])
+        if normalize and q.dtype != torch.bfloat16:
+            # The kernels of wider numbers divide the channels among programs, so that none sees all of a row.
+            q = common.l2_normalize(q)
+            k = common.l2_normalize(k)
+            normalize = False
+        args = (q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
+        if common.needs_gradient(q, k, v, beta, g, initial_state):
+            o, final_state = DeltaRule.apply(*args)
+        else:
+            o, final_state, *_ = forward_operator(*args)
+        return o, final_state if output_final_state else None
     if normalize:
-        q = l2_normalize(q)
-        k = l2_normalize(k)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not per_channel:
-        kernel = find_fla_kernel(K, v.shape[3], g is not None)
-        if kernel is not None:
-            gate = {} if g is None else {"g": g}
-            return kernel(
-                q, k, v, **gate, beta=beta, scale=scale,
-                initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        q = common.l2_normalize(q)
+        k = common.l2_normalize(k)
     dtype = common.wide_dtype(q)
     g = torch.zeros_like(beta) if g is None else g
     g = g if per_channel else g[..., None]
@@ -138,54 +141,122 @@ def compute_over_processes(
     return (o + effect).to(v.dtype).reshape(v.shape), final
 
 
-def l2_normalize(x: Tensor) -> Tensor:
-    """Return x / |x| along the last axis, and 0 for x = 0."""
-    return x * common.at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
-
-
-# flash-linear-attention's kernels ---------------------------------------------------------------------------
-
-
-def find_fla_kernel(K: int, V: int, gated: bool) -> Callable | None:
-    """Return flash-linear-attention's kernel, or None if the library is not installed or the kernel does not work.
-
-    Two bugs of its release 0.6.0 on Hopper are avoided: for heads narrower than 64, the backward pass reads memory out
-    of bounds, and with gates, it refuses Triton 3.4 to 3.7.0, which compile it wrongly.
-    """
-    try:
-        from fla.ops.delta_rule import chunk_delta_rule
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
-        log_once("chunk_delta_rule runs in PyTorch: flash-linear-attention, whose kernel is faster, is not installed")
-        return None
-    hopper, triton = hopper_and_triton_version()
-    if hopper and (min(K, V) < 64 or (gated and (3, 4) <= triton < (3, 7, 1))):
-        log_once(
-            "chunk_delta_rule runs in PyTorch: flash-linear-attention's kernel does not work here (docs/mixers.md)"
+def check_head_sizes(K: int, V: int) -> None:
+    """Check that the kernels have tiles for heads of this size."""
+    if K > MAX_KEY:
+        raise ValueError(f"q: heads of K = {K} channels are wider than {MAX_KEY}, the most that the GPU kernels serve")
+    if V > MAX_VALUE:
+        raise ValueError(
+            f"v: heads of V = {V} channels are wider than {MAX_VALUE}, the most that the GPU kernels serve"
         )
-        return None
-    log_once("chunk_delta_rule runs flash-linear-attention's kernel")
-    return chunk_gated_delta_rule if gated else chunk_delta_rule
 
 
-@common.constant_when_compiled
-def hopper_and_triton_version() -> tuple[bool, tuple[int, ...]]:
-    """Return whether the GPU is a Hopper, and the version of Triton."""
-    import triton  # A machine without a GPU may lack Triton.
-
-    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
-    return torch.cuda.get_device_capability()[0] == 9, version
+# Differentiation of the kernels -----------------------------------------------------------------------------
 
 
-_logged: set[str] = set()
+class DeltaRule(torch.autograd.Function):
+    """Differentiate the forward operator by the backward operator."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens):
+        o, final_state, *saved = forward_operator(
+            q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens
+        )
+        ctx.save_for_backward(q, k, v, beta, g, initial_state, cu_seqlens, *saved)
+        ctx.set_materialize_grads(False)  # Autograd would allocate zeros for a final state that the loss ignores.
+        ctx.options = (scale, normalize, output_final_state)
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, dfinal_state):
+        q, k, v, beta, g, initial_state, cu_seqlens, *saved = ctx.saved_tensors
+        scale, normalize, output_final_state = ctx.options
+        common.refuse_transformed_gradients("chunk_delta_rule", do, dfinal_state)
+        do = torch.zeros_like(v) if do is None else do
+        dfinal_state = dfinal_state if output_final_state else None
+        with torch.no_grad():
+            dq, dk, dv, dbeta, dg, dinitial_state = backward_operator(
+                q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens, saved, do, dfinal_state
+            )
+        dg = None if g is None else dg
+        dinitial_state = None if initial_state is None else dinitial_state
+        grads = (dq, dk, dv, dbeta, dg, dinitial_state)
+        inputs = (q, k, v, beta, g, initial_state, do, dfinal_state)
+        dq, dk, dv, dbeta, dg, dinitial_state = common.refuse_double_backward("chunk_delta_rule", grads, inputs)
+        return dq, dk, dv, dbeta, dg, None, None, dinitial_state, None, None
 
 
-@common.constant_when_compiled
-def log_once(message: str) -> None:
-    """Log a message, unless this process has logged it before."""
-    if message not in _logged:
-        _logged.add(message)
-        logging.getLogger(__name__).warning(message)
+# The kernels as registered operators. Each returns tensors only: an empty one stands for a result that does not exist.
+
+
+def delta_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute o, the final states, and the seven buffers that the kernels save for delta_backward."""
+    from glalm.kernels.triton import delta  # A machine without a GPU may lack Triton.
+
+    o, final_state, saved = delta.forward(
+        q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens
+    )
+    return o, common.tensor_or_empty(final_state, q), *saved
+
+
+def delta_forward_fake(
+    q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens
+) -> tuple[Tensor, ...]:
+    """Return uninitialized tensors of the shapes and dtypes that delta_forward returns."""
+    from glalm.kernels.triton.delta import saved_shapes
+
+    B, _, H, K = q.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = q.new_empty(N, H, K, v.shape[3], dtype=torch.float32) if output_final_state else q.new_empty(0)
+    saved = saved_shapes(q, g, normalize, cu_seqlens)
+    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved)
+
+
+def delta_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+    do: Tensor,
+    dfinal_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v, beta, g and initial_state."""
+    from glalm.kernels.triton import delta
+
+    dq, dk, dv, dbeta, dg, dinitial_state = delta.backward(
+        *(q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens),
+        delta.SavedForBackward(*saved),
+        *(do, dfinal_state),
+    )
+    return dq, dk, dv, dbeta, common.tensor_or_empty(dg, q), common.tensor_or_empty(dinitial_state, q)
+
+
+def delta_backward_fake(
+    q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens, saved, do, dfinal_state
+) -> tuple[Tensor, ...]:
+    """Return uninitialized tensors of the shapes and dtypes that delta_backward returns."""
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, g, initial_state))
+
+
+forward_operator = common.register_operator("delta_rule", delta_forward, delta_forward_fake)
+backward_operator = common.register_operator("delta_rule_backward", delta_backward, delta_backward_fake)
 
 
 # The chunkwise form in PyTorch ------------------------------------------------------------------------------

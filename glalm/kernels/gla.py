@@ -259,7 +259,7 @@ def chunk_forward(
             entering = None if context is None else call.entering
     final_state = final_state if output_final_state else None
     buffers = saved or (q.new_empty(0) for _ in range(6))
-    return o, _tensor_or_empty(final_state, q), *buffers, _tensor_or_empty(entering, q)
+    return o, common.tensor_or_empty(final_state, q), *buffers, common.tensor_or_empty(entering, q)
 
 
 def chunk_forward_fake(
@@ -319,7 +319,7 @@ def chunk_backward(
             dg = common.gate_gradient(dg, g, normalizer)
     if initial_state is None or rows is not None:
         dinitial_state = None  # Packed sequences have no initial state before the first process's tokens.
-    return dq, dk, dv, _tensor_or_empty(dg, q), _tensor_or_empty(dinitial_state, q)
+    return dq, dk, dv, common.tensor_or_empty(dg, q), common.tensor_or_empty(dinitial_state, q)
 
 
 def chunk_backward_fake(
@@ -330,11 +330,6 @@ def chunk_backward_fake(
     initial_state = None if rows is not None else initial_state
     inputs = (q, k, v, g if common.gate_has_gradient(g) else None, initial_state)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
-
-
-def _tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """Return x, or in its place an empty tensor on the device of `like`."""
-    return like.new_empty(0) if x is None else x
 
 
 forward_operator = common.register_operator("chunk_gla", chunk_forward, chunk_forward_fake)

@@ -1,7 +1,7 @@
-"""Gated linear attention and its relatives, token by token: the operators for decoding, where T is mostly 1.
+"""Gated linear attention, its relatives and the delta rule, token by token: for decoding, where T is mostly 1.
 
-They compute the same as the chunkwise operators of gla.py, with the same arguments, results and errors, but they have
-derivatives of any order and mode.
+They compute the same as the chunkwise operators of gla.py and delta.py, with the same arguments, results and errors,
+but they have derivatives of any order and mode.
 
 On CUDA, if no derivative is computed, one Triton kernel reads and writes the state once. Otherwise PyTorch computes the
 recurrence, and autograd its derivatives, with T states in memory.
@@ -52,6 +52,21 @@ def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> t
     return _fused_recurrent(q, k, v, None, "", **options)
 
 
+def fused_recurrent_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, normalize: bool = False, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `chunk_delta_rule` token by token, with its arguments and results, but with all derivatives.
+
+    On CUDA it serves heads of any size.
+    """
+    per_channel = isinstance(g, Tensor) and g.dim() == 4
+    gate_axes = "BTHK" if per_channel else "BTH"
+    if normalize:
+        q = common.l2_normalize(q)
+        k = common.l2_normalize(k)
+    return _fused_recurrent(q, k, v, g, gate_axes, beta=beta, **options)
+
+
 class _StateMode(threading.local):
     """Store for each thread whether it updates states in place, so that no thread overwrites another's states."""
 
@@ -78,29 +93,33 @@ def states_in_place() -> Iterator[None]:
 
 def _fused_recurrent(
     q, k, v, g, gate_axes, normalizer=None,
-    *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
+    *, beta=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none."""
+    """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none, or the delta rule."""
     if context is not None:
         raise ValueError("context: only the chunkwise operators serve sequences that several processes share")
     common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    if beta is not None:
+        common.check_shape("beta", beta, "BTH", dict(zip("BTH", q.shape, strict=False)))
     g = common.log_gate(g, normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     # torch.compile does not guard on the mode, so compiled code ignores it.
     in_place = not torch.compiler.is_compiling() and _state_mode.in_place
-    if common.needs_gradient(q, k, v, g, initial_state) or common.active_transform(q, k, v, g, initial_state):
-        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
+    tensors = (q, k, v, g, beta, initial_state)
+    if common.needs_gradient(*tensors) or common.active_transform(*tensors):
+        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens, beta)
     elif in_place and initial_state is not None and cu_seqlens is None:
-        o = update_operator(q, k, v, g, scale, initial_state)
+        o = update_operator(q, k, v, g, scale, initial_state, beta)
         final_state = initial_state
     else:
-        o, final_state = forward_operator(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+        o, final_state = forward_operator(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, beta)
     return o, final_state if output_final_state else None
 
 
 def run_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor | None, cu_seqlens: Tensor | None,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute o [B, T, H, V] and the final states [N, H, K, V] from S0, in PyTorch and without waiting for a device."""
     common.check_values(g, q, cu_seqlens)
     B, T, H, K = q.shape
@@ -112,6 +131,7 @@ def run_recurrence(
     q = q.to(dtype) * scale
     k = k.to(dtype)
     values = v.to(dtype)
+    beta = None if beta is None else beta.to(dtype)
     if cu_seqlens is not None:
         sequence = common.sequence_ids(cu_seqlens, T)
         starts = cu_seqlens[sequence] == torch.arange(T, device=q.device)
@@ -123,12 +143,15 @@ def run_recurrence(
             S = torch.where(starts[t], S0.index_select(0, sequence[t : t + 1]), S)
         if decay is not None:
             S = S * decay[:, t, :, :, None]
-        S = torch.addcmul(S, k[:, t, :, :, None], values[:, t, :, None, :])
+        update = values[:, t]
+        if beta is not None:
+            update = beta[:, t, :, None] * (update - (k[:, t, :, :, None] * S).sum(2))
+        S = torch.addcmul(S, k[:, t, :, :, None], update[:, :, None, :])
         # A product and a sum instead of a matmul, which autocast or TF32 would round.
         outputs.append((q[:, t, :, :, None] * S).sum(2))
         if cu_seqlens is not None:  # The last token of a sequence writes last.
             final_state.index_copy_(0, sequence[t : t + 1], S)
-    o = torch.stack(outputs, 1).to(v.dtype) if T else common.empty_output(v, q, k, g)
+    o = torch.stack(outputs, 1).to(v.dtype) if T else common.empty_output(v, q, k, g, beta)
     return o, S if cu_seqlens is None and T else final_state
 
 
@@ -144,19 +167,22 @@ def recurrent_forward(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute o and the final states, or an empty tensor if they are not asked for."""
     if not common.has_kernel(q):
-        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens)
+        o, final_state = run_recurrence(q, k, v, g, scale, initial_state, cu_seqlens, beta)
         return o, final_state if output_final_state else q.new_empty(0)
     from glalm.kernels.triton.recurrent import forward  # A machine without a GPU may lack Triton.
 
     _, final_state = recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
-    o = forward(q, k, v, g, scale, initial_state, final_state if output_final_state else None, cu_seqlens)
+    o = forward(q, k, v, g, scale, initial_state, final_state if output_final_state else None, cu_seqlens, beta)
     return o, final_state
 
 
-def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state, cu_seqlens) -> tuple[Tensor, Tensor]:
+def recurrent_forward_fake(
+    q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, beta=None
+) -> tuple[Tensor, Tensor]:
     """Return uninitialized tensors of the shapes and dtypes that recurrent_forward returns."""
     B, _, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -165,18 +191,20 @@ def recurrent_forward_fake(q, k, v, g, scale, initial_state, output_final_state,
     return v.new_empty(v.shape), final_state
 
 
-def recurrent_update(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
+def recurrent_update(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor, beta: Tensor | None = None
+) -> Tensor:
     """Compute o and overwrite `state` with the final states."""
     if common.has_kernel(q) and state.is_contiguous():
         from glalm.kernels.triton.recurrent import forward
 
-        return forward(q, k, v, g, scale, state, state, None)
-    o, final_state = recurrent_forward(q, k, v, g, scale, state, True, None)
+        return forward(q, k, v, g, scale, state, state, None, beta)
+    o, final_state = recurrent_forward(q, k, v, g, scale, state, True, None, beta)
     state.copy_(final_state)
     return o
 
 
-def recurrent_update_fake(q, k, v, g, scale, state) -> Tensor:
+def recurrent_update_fake(q, k, v, g, scale, state, beta=None) -> Tensor:
     """Return an uninitialized tensor of the shape and dtype that recurrent_update returns."""
     return v.new_empty(v.shape)
 

@@ -1,9 +1,10 @@
-"""The recurrences in float64: every other implementation is tested against them."""
+"""Recurrences in float64, token by token: every other implementation is tested against them."""
 
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -103,3 +104,124 @@ def run_recurrence(
         states.append(S)
     o = torch.cat(outputs).view(B, T, H, V)
     return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)
+
+
+def recurrent_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = (h_t C_t + D x_t) silu(z_t) (Mamba, arXiv 2312.00752).
+
+    Args:
+        x, dt, z: [batch, T, d]. With dt_bias [d], the time step is softplus(dt + dt_bias).
+        A: [d, N]; B, C: [batch, T, N]; D: [d].
+        initial_state: [n, d, N]; zeros if None.
+        cu_seqlens: [n + 1], the bounds of n sequences packed into one row.
+
+    Returns:
+        y [batch, T, d] and the final states [n, d, N], float64. Gradients come from autograd.
+    """
+    x, dt, A, B, C = (tensor.double() for tensor in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = F.softplus(dt + dt_bias.double())
+    rows, T, d = x.shape
+    if cu_seqlens is None:
+        sequences = [(row, 0, T) for row in range(rows)]
+    else:
+        sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
+
+    outputs = [x.new_zeros(0, d)]
+    states = []
+    for n, (row, start, end) in enumerate(sequences):
+        h = x.new_zeros(A.shape) if initial_state is None else initial_state[n].double()
+        for t in range(start, end):
+            h = (dt[row, t][:, None] * A).exp() * h + (dt[row, t] * x[row, t])[:, None] * B[row, t]
+            outputs.append((h @ C[row, t])[None])
+        states.append(h)
+    y = torch.cat(outputs).view(x.shape)
+    if D is not None:
+        y = y + D.double() * x
+    if z is not None:
+        y = y * F.silu(z.double())
+    return y, torch.stack(states)
+
+
+def recurrent_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t), o_t = C_t S_t + D x_t (Mamba-2, arXiv 2405.21060).
+
+    Args:
+        x: [batch, T, H, P].
+        dt: [batch, T, H]. With dt_bias [H], the time step is softplus(dt + dt_bias).
+        A, D: [H].
+        B, C: [batch, T, G, N]; head h reads group h // (H / G).
+        initial_state: [n, H, N, P]; zeros if None.
+        cu_seqlens: [n + 1], the bounds of n sequences packed into one row.
+
+    Returns:
+        o [batch, T, H, P] and the final states [n, H, N, P], float64. Gradients come from autograd.
+    """
+    x, dt, A, B, C = (tensor.double() for tensor in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = F.softplus(dt + dt_bias.double())
+    heads_per_group = x.shape[2] // B.shape[2]
+    q = C.repeat_interleave(heads_per_group, 2)
+    k = B.repeat_interleave(heads_per_group, 2)
+    g = (dt * A)[..., None].expand(q.shape)
+    o, final_state = recurrent_gla(q, k, dt[..., None] * x, g, 1.0, initial_state, cu_seqlens)
+    return o if D is None else o + D.double()[:, None] * x, final_state
+
+
+def recurrent_short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute y_t = silu(bias + sum_{i < taps} weight_i x_{t - taps + 1 + i}).
+
+    Args:
+        x: [B, T, D].
+        weight: [D, taps].
+        bias: [D], or None.
+        initial_state: the last taps - 1 inputs before x, [N, taps - 1, D]; zeros if None.
+        cu_seqlens: [N + 1], the bounds of N sequences packed into one row.
+
+    Returns:
+        y [B, T, D] and the last inputs [N, taps - 1, D], float64. Gradients come from autograd.
+    """
+    x = x.double()
+    rows, T, D = x.shape
+    taps = weight.shape[1]
+    if cu_seqlens is None:
+        sequences = [(row, 0, T) for row in range(rows)]
+    else:
+        sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
+    outputs = [x.new_zeros(0, D)]
+    states = []
+    for n, (row, start, end) in enumerate(sequences):
+        past = x.new_zeros(taps - 1, D) if initial_state is None else initial_state[n].double()
+        inputs = torch.cat([past, x[row, start:end]])
+        for t in range(end - start):
+            u = torch.einsum("td,dt->d", inputs[t : t + taps], weight.double())
+            outputs.append(F.silu(u if bias is None else u + bias.double())[None])
+        states.append(inputs[end - start :])
+    return torch.cat(outputs).view(rows, T, D), torch.stack(states)

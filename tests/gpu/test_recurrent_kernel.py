@@ -24,6 +24,13 @@ def test_every_gate_and_head_size(H, K, V, gate):
     check(BF16, 1, 9, H, K, V, dtype=torch.bfloat16, gate=gate, in_place=True)
 
 
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("H, K, V", [(8, 128, 128), (6, 128, 256), (2, 96, 40)])
+def test_delta_rule(H, K, V, gate):
+    check(3 * FP32, 3, 1, H, K, V, dtype=torch.float32, gate=gate, delta=True)
+    check(BF16, 1, 9, H, K, V, dtype=torch.bfloat16, gate=gate, in_place=True, delta=True)
+
+
 def test_packed_wild_and_empty():
     check(FP32, 1, 300, 2, 64, 64, dtype=torch.float32, bounds=[0, 0, 1, 150, 150, 299, 300], wild=True)
     check(FP16, 2, 0, 2, 64, 64, dtype=torch.float16)

@@ -46,16 +46,18 @@ def run_both_passes(K: int, V: int, gate: str, T: int) -> None:
     gla.backward(q, k, v, g, 1.0, normalizer, None, None, saved, v, None)
 
 
-def compile_kernel(kernel, args: tuple, constants: dict, options: dict) -> tuple[int, int]:
-    """Return the bytes of shared memory and the registers of a thread."""
+def compile_kernel(kernel, args: tuple, constants: dict, options: dict, capability: int = 90) -> tuple[int, int]:
+    """Return the bytes of shared memory and the registers of a thread on GPUs of this compute capability."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     types = {name: type_name(x, name in constants) for name, x in values.items()}
     at = {name: (kernel.arg_names.index(name),) for name in types}
     constant = {at[name]: values[name] for name in types if types[name] == "constexpr"}
-    aligned = {at[name]: [["tt.divisibility", 16]] for name in types if types[name].startswith("*")}
+    unaligned = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    pointers = [name for name in types if types[name].startswith("*") and name not in unaligned]
+    aligned = {at[name]: [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel, types, constant, aligned)
     options = {name: value for name, value in options.items() if value is not None}
-    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return found.metadata.shared, count_registers(found.asm["cubin"])
 
 

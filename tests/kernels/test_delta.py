@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from glalm.kernels import chunk_delta_rule
+from glalm.kernels import chunk_delta_rule, fused_recurrent_delta_rule
+from glalm.kernels.recurrent import states_in_place
 from glalm.kernels.reference import recurrent_delta_rule
 
 GATES = ["none", "head", "channel"]
@@ -84,6 +85,28 @@ def test_keys_and_queries_are_normalized(draw, differentiate):
     expected = differentiate(normalize_before, args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("bounds", [None, [0, 1, 9, 9, 20]], ids=["batch", "packed"])
+def test_the_recurrent_form_matches_the_recurrence(bounds, gates, draw, differentiate):
+    args = with_gates(draw(B=1 if bounds else 2, T=20, K=6, V=4, dtype=torch.float64, bounds=bounds), gates)
+    found = differentiate(lambda **a: fused_recurrent_delta_rule(**a, output_final_state=True), args)
+    expected = differentiate(recurrence, args)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+    with torch.no_grad():
+        o, S = fused_recurrent_delta_rule(**args, output_final_state=True)
+    torch.testing.assert_close([o, S], [expected["o"], expected["final_state"]])
+
+
+def test_decoding_in_place(draw):
+    args = with_gates(draw(T=1, K=6, V=4, dtype=torch.float64), "channel")
+    expected = chunk_delta_rule(**args, normalize=True, output_final_state=True)
+    with states_in_place():
+        o, S = fused_recurrent_delta_rule(**args, normalize=True, output_final_state=True)
+    assert S is args["initial_state"]
+    torch.testing.assert_close((o, S), expected)
 
 
 def test_an_explicit_scale(draw):

@@ -35,6 +35,12 @@ def test_head_sizes_that_are_not_powers_of_two(K, V):
 
 
 @interpreted
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_delta_rule(gate):
+    check(IEEE, 2, 3, 2, 20, 24, dtype=torch.float32, gate=gate, delta=True)
+
+
+@interpreted
 def test_a_state_updated_in_place():
     check(IEEE, 3, 1, 2, 20, 70, dtype=torch.float32, in_place=True)
     check(IEEE, 1, 9, 1, 16, 16, dtype=torch.float32, in_place=True, bounds=[0, 3, 3, 9])

@@ -132,6 +132,189 @@ def _gradients_configs(gradients: LaunchConfig) -> dict[str, LaunchConfig]:
     return dict.fromkeys(("gradients", "gradients_fixed_gate"), gradients)
 
 
+class DeltaConfigs(NamedTuple):
+    """One LaunchConfig for every kernel of the delta rule."""
+
+    prepare: LaunchConfig
+    scan_forward: LaunchConfig  # computes o
+    scan_states: LaunchConfig  # recomputes the states and updates, for the backward pass
+    scan_backward: LaunchConfig  # computes dv and the gradients of the states
+    gradients: LaunchConfig
+    gradients_normalized: LaunchConfig  # with normalization; with a gate per channel, BK is K
+
+
+def _delta_prepare_config(BK: int, warps: int, stages: int, registers: int | None = None) -> LaunchConfig:
+    return LaunchConfig({"BK": BK}, warps, stages, registers)
+
+
+def _delta_scan_config(BV: int, warps: int, stages: int) -> LaunchConfig:
+    return LaunchConfig({"BV": BV}, warps, stages)
+
+
+def _delta_scan_configs(BV: int, warps: int, stages: int) -> dict[str, LaunchConfig]:
+    return dict.fromkeys(("scan_forward", "scan_states", "scan_backward"), _delta_scan_config(BV, warps, stages))
+
+
+def _delta_gradients_config(BK: int, BV: int, warps: int, stages: int) -> LaunchConfig:
+    return LaunchConfig({"BK": BK, "BV": BV}, warps, stages)
+
+
+def _delta_gradients_configs(BK: int, BV: int, warps: int, stages: int) -> dict[str, LaunchConfig]:
+    return dict.fromkeys(("gradients", "gradients_normalized"), _delta_gradients_config(BK, BV, warps, stages))
+
+
+DELTA_TABLE: dict[tuple[int, int, int, bool], DeltaConfigs] = {
+    # (compute capability major, K, V, whether there is a gate per channel), bfloat16 operands
+    (9, 128, 128, False): DeltaConfigs(
+        prepare=_delta_prepare_config(64, 4, 2, 168),
+        scan_forward=_delta_scan_config(64, 4, 2),
+        scan_states=_delta_scan_config(64, 4, 2),
+        scan_backward=_delta_scan_config(128, 8, 3),
+        **_delta_gradients_configs(64, 64, 4, 2),
+    ),
+    (9, 128, 256, False): DeltaConfigs(
+        prepare=_delta_prepare_config(64, 4, 2, 168),
+        scan_forward=_delta_scan_config(64, 4, 2),
+        scan_states=_delta_scan_config(128, 8, 3),
+        scan_backward=_delta_scan_config(64, 4, 2),
+        **_delta_gradients_configs(64, 64, 4, 2),
+    ),
+    (9, 128, 128, True): DeltaConfigs(
+        prepare=_delta_prepare_config(64, 4, 2),
+        scan_forward=_delta_scan_config(128, 8, 3),
+        scan_states=_delta_scan_config(128, 8, 3),
+        scan_backward=_delta_scan_config(128, 8, 2),
+        gradients=_delta_gradients_config(64, 64, 4, 3),
+        gradients_normalized=_delta_gradients_config(128, 64, 8, 3),
+    ),
+    (9, 128, 256, True): DeltaConfigs(
+        prepare=_delta_prepare_config(64, 4, 2),
+        scan_forward=_delta_scan_config(128, 8, 3),
+        scan_states=_delta_scan_config(128, 8, 3),
+        scan_backward=_delta_scan_config(128, 8, 2),
+        gradients=_delta_gradients_config(64, 64, 4, 3),
+        gradients_normalized=_delta_gradients_config(128, 64, 8, 3),
+    ),
+}
+
+
+def default_delta_configs(KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
+    """Return configurations for head sizes that DELTA_TABLE lacks: correct everywhere."""
+    if bits == 16:  # Every tile is at least 64 wide.
+        return DeltaConfigs(
+            prepare=_delta_prepare_config(64, 4, 1),
+            **_delta_scan_configs(64, 8 if KP > 128 else 4, 1),
+            **_delta_gradients_configs(min(KP, 128) if per_channel else 64, 64, 8 if KP > 64 else 4, 1),
+        )
+    # Tiles of 64 rows and at least four warps would be Hopper's wgmma, of which Triton 3.6 compiles narrow tiles and
+    # float32 operands wrongly. These stay below one of the two limits.
+    return DeltaConfigs(
+        prepare=_delta_prepare_config(min(KP, 32), 2, 1),
+        **_delta_scan_configs(max(16, min(32, VP, 4096 // KP)), 4, 1),
+        **_delta_gradients_configs(16, 16, 2, 1),
+    )
+
+
+def delta_config_for(device: torch.device, KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
+    """Return the delta rule's configurations for padded head sizes KP and VP and operands of `bits` bits."""
+    key = architecture(device), KP, VP, per_channel
+    if bits == 16 and key in DELTA_TABLE:
+        return DELTA_TABLE[key]
+    return default_delta_configs(KP, VP, bits, per_channel)
+
+
+class ScanConfigs(NamedTuple):
+    """The LaunchConfigs of selective_scan's kernels, which must agree on CELL."""
+
+    forward: LaunchConfig
+    backward: LaunchConfig
+
+
+def _selective_config(ROWS: int, warps: int, CELL: int, registers: int | None = None) -> LaunchConfig:
+    """Return a configuration in which each thread owns a channel."""
+    return LaunchConfig({"ROWS": ROWS, "BD": 32 * warps, "CELL": CELL}, warps, 1, registers)
+
+
+_DEFAULT_SELECTIVE_SCAN = ScanConfigs(_selective_config(4, 2, 48), _selective_config(3, 4, 48))
+_WIDE_SELECTIVE_SCAN = ScanConfigs(_selective_config(2, 2, 48), _selective_config(1, 4, 48, 255))
+SELECTIVE_SCAN: dict[int, ScanConfigs] = {
+    # compute capability major, states of at most 16 numbers
+    9: _DEFAULT_SELECTIVE_SCAN._replace(forward=_selective_config(4, 2, 48, 128)),
+}
+
+
+def scan_config(device: torch.device, N: int) -> ScanConfigs:
+    """Return the configurations of selective_scan's kernels for states of N numbers."""
+    if N > 16:  # A thread's states of several tokens would not fit in its registers.
+        return _WIDE_SELECTIVE_SCAN
+    return SELECTIVE_SCAN.get(architecture(device), _DEFAULT_SELECTIVE_SCAN)
+
+
+class ConvConfigs(NamedTuple):
+    """The LaunchConfigs of short_conv's kernels."""
+
+    forward: LaunchConfig
+    backward: LaunchConfig
+
+
+def _conv_config(ROWS: int, C: int, warps: int, channels: int, registers: int | None = None) -> LaunchConfig:
+    """Return a configuration in which each thread owns `channels` channels."""
+    return LaunchConfig({"ROWS": ROWS, "C": C, "BD": 32 * warps * channels}, warps, 1, registers)
+
+
+SHORT_CONV: dict[int, ConvConfigs] = {
+    # compute capability major
+    9: ConvConfigs(_conv_config(8, 256, 1, 4), _conv_config(4, 512, 1, 4, 128)),
+}
+_DEFAULT_SHORT_CONV = ConvConfigs(_conv_config(4, 256, 1, 4), _conv_config(4, 256, 1, 4))
+
+
+def conv_config(device: torch.device) -> ConvConfigs:
+    """Return the configurations of short_conv's kernels."""
+    return SHORT_CONV.get(architecture(device), _DEFAULT_SHORT_CONV)
+
+
+class SSDConfigs(NamedTuple):
+    """The chunk length in tokens, and one LaunchConfig for every kernel of chunk_ssd."""
+
+    chunk: int
+    scan_forward: LaunchConfig
+    scan_states: LaunchConfig  # recomputes the states alone, and finds those that segments start from
+    scan_backward: LaunchConfig
+    gradients: LaunchConfig
+
+
+def _ssd_scan_config(BV: int, warps: int, stages: int, registers: int | None = None) -> LaunchConfig:
+    return LaunchConfig({"BV": BV}, warps, stages, registers)
+
+
+SSD: dict[tuple[int, int, int], SSDConfigs] = {
+    # (compute capability major, K, V), bfloat16 operands
+    (9, 128, 64): SSDConfigs(
+        chunk=64,
+        scan_forward=_ssd_scan_config(64, 4, 2),
+        scan_states=_ssd_scan_config(64, 4, 2, 128),
+        scan_backward=_ssd_scan_config(64, 4, 2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64}, 4, 3),
+    ),
+}
+
+
+def ssd_config(device: torch.device, KP: int, VP: int, bits: int) -> SSDConfigs:
+    """Return the configurations for padded head sizes KP and VP and operands of `bits` bits."""
+    key = architecture(device), KP, VP
+    if bits == 16 and key in SSD:
+        return SSD[key]
+    if bits == 16 and min(KP, VP) >= 64:
+        scan = _ssd_scan_config(64 if KP <= 128 else 32, 4, 1)
+        gradients = LaunchConfig({"BK": 64, "BV": 64}, 4, 1)
+        return SSDConfigs(64, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
+    # As in default_configs, narrow tiles and float32 operands must not be wgmma's: no tile has 64 rows.
+    scan = _ssd_scan_config(max(16, min(32, VP, 2048 // KP)), 4, 1)
+    gradients = LaunchConfig({"BK": 16, "BV": 16}, 4, 1)
+    return SSDConfigs(32, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
+
+
 def padded_head_size(n: int) -> int:
     """Return a head size rounded up to a power of two of at least 16, as the kernels' tiles need it."""
     return max(16, triton.next_power_of_2(n))

@@ -20,6 +20,7 @@ def forward(
     initial_state: Tensor | None,
     final_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """Return o, shaped like v, and write the final states to `final_state` where it is not None.
 
@@ -27,10 +28,11 @@ def forward(
         q, k: [B, T, H, K]
         v: [B, T, H, V]
         g: log gates [B, T, H, K], [B, T, H], [H], or None
+        beta: [B, T, H] for the delta rule, or None
         initial_state, final_state: float32 [N, H, K, V]; final_state is contiguous and may be initial_state itself
     """
-    inputs = q, k, v, g, initial_state, cu_seqlens
-    q, k, v, g, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in inputs)
+    inputs = q, k, v, g, beta, initial_state, cu_seqlens
+    q, k, v, g, beta, initial_state, cu_seqlens = (x if x is None else x.contiguous() for x in inputs)
     B, T, H, K = q.shape
     V = v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -38,7 +40,7 @@ def forward(
     BV = columns_per_program(KP, V)
     o = torch.empty_like(v)
     gate = "none" if g is None else {4: "channel", 3: "head", 1: "fixed"}[g.dim()]
-    args = q, k, v, g, o, initial_state, final_state, cu_seqlens, scale, T
+    args = q, k, v, g, beta, o, initial_state, final_state, cu_seqlens, scale, T
     constants = dict(H=H, K=K, KP=KP, V=V, BV=BV, GATE=gate)
     launch(recurrent_kernel, N * H * triton.cdiv(V, BV), args, constants, {"num_warps": 4})
     return o
@@ -51,7 +53,7 @@ def columns_per_program(KP: int, V: int) -> int:
 
 @triton.jit(do_not_specialize=["T"])
 def recurrent_kernel(
-    q, k, v, g, o, initial, final, cu_seqlens, scale, T,
+    q, k, v, g, beta, o, initial, final, cu_seqlens, scale, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Update BV columns of one head's state through one sequence in each program.
@@ -88,6 +90,8 @@ def recurrent_kernel(
             S *= tl.exp(tl.load(g + row).to(tl.float32))
         elif GATE == "fixed":
             S *= decay
+        if beta is not None:
+            v_t = (v_t - tl.sum(S * k_t[:, None], axis=0)) * tl.load(beta + row).to(tl.float32)
         S += k_t[:, None] * v_t[None, :]
         tl.store(o + row * V + vv, tl.sum(S * q_t[:, None], axis=0).to(o.dtype.element_ty), mask=vv < V)
     if final is not None:

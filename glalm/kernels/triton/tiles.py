@@ -20,9 +20,9 @@ MIN_LOG_GATE = tl.constexpr(-104.0)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def count_chunks(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+def count_chunks(B: int, T: int, cu_seqlens: Tensor | None, chunk: int = CHUNK) -> int:
     """Return the number of chunks. With cu_seqlens it is an upper bound, because its values are on the device."""
-    return B * ((T + CHUNK - 1) // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+    return B * ((T + chunk - 1) // chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
 
 
 class Chunks(NamedTuple):
@@ -35,20 +35,26 @@ class Chunks(NamedTuple):
     owners: Tensor | None = None  # [count], sequence of each chunk; N for chunks beyond the last
 
     @classmethod
-    def locate(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "Chunks":
-        count = count_chunks(B, T, cu_seqlens)
+    def locate(cls, B: int, T: int, cu_seqlens: Tensor | None, chunk: int = CHUNK) -> "Chunks":
+        count = count_chunks(B, T, cu_seqlens, chunk)
         if cu_seqlens is None:
             return cls(B, count)
         N = len(cu_seqlens) - 1
         cu_seqlens = cu_seqlens.long().contiguous()
         offsets = torch.zeros_like(cu_seqlens)
-        torch.cumsum((cu_seqlens.diff() + CHUNK - 1) // CHUNK, 0, out=offsets[1:])
+        torch.cumsum((cu_seqlens.diff() + chunk - 1) // chunk, 0, out=offsets[1:])
         owners = torch.searchsorted(offsets[1:], torch.arange(count, device=offsets.device), right=True)
         return cls(N, count, cu_seqlens, offsets, owners)
 
     @property
     def device_tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.cu_seqlens, self.offsets, self.owners
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return x [B, T, D] such that its tokens are rows of adjacent channels at equal distances, copied if necessary."""
+    evenly_spaced = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if evenly_spaced and x.stride(1) >= x.shape[2] else x.contiguous()
 
 
 @triton.jit
@@ -95,6 +101,12 @@ def store_tile(x, stride, rows, cols, tile):
 
 
 @triton.jit
+def take_row(x, row: tl.constexpr):
+    """Return one row of a tile. The sum costs nothing, because adding -0.0 changes no number."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == row, x, -0.0), 0)
+
+
+@triton.jit
 def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
     """Start fetching into the L2 cache what load_tile would read, without waiting for it."""
     if not _INTERPRETED:
@@ -132,6 +144,16 @@ def flushed_exp2(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """Return 1 / x to the last bit or two, in one instruction; 0 for x above 2^126."""
+    if _INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
 def dot_add(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a @ b in float32.
 
@@ -153,7 +175,43 @@ def split_bfloat16(x):
 @triton.jit
 def round_to_tf32(x):
     """Round float32 x to tf32's 10 bits of mantissa; the tensor cores would truncate instead."""
-    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    if _INTERPRETED:
+        return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    bits = tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Return x as the matmuls of this precision take it: rounded to `dtype`, and a float32 to tf32."""
+    if dtype == tl.bfloat16 and x.dtype == tl.float32 and not _INTERPRETED:
+        # Where x is also used after widen, Triton would round it twice: in pairs and, eight times slower, one by one.
+        x = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )  # fmt: skip
+    else:
+        x = x.to(dtype)
+    if dtype == tl.float32 and PRECISION == "tf32":
+        x = round_to_tf32(x)
+    return x
+
+
+@triton.jit
+def widen(x):
+    """Return a result of as_operand in float32."""
+    if x.dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )  # fmt: skip
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rounded_dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """Return dot_add of the operands, rounded by as_operand."""
+    return dot_add(as_operand(a, a.dtype, PRECISION), as_operand(b, b.dtype, PRECISION), acc, PRECISION)
 
 
 @triton.jit

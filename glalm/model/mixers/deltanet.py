@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import require
-from glalm.kernels import chunk_delta_rule
+from glalm.kernels import chunk_delta_rule, fused_recurrent_delta_rule
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import RMSNorm, ShortConv
-from glalm.model.mixers.base import Mixer, State, delta_rule_flops, join_state, split_state
+from glalm.model.mixers.base import Mixer, State, delta_rule_flops, is_decoding_step, join_state, split_state
 
 
 @dataclass
@@ -69,7 +69,8 @@ class DeltaNet(Mixer):
     ) -> tuple[Tensor, State | None]:
         S, conv_state = split_state(state, self.conv is not None)
         q, k, v, conv_state = self.project_qkv(x, conv_state, cu_seqlens, context)
-        o, S = chunk_delta_rule(
+        operator = fused_recurrent_delta_rule if is_decoding_step(x, context) else chunk_delta_rule
+        o, S = operator(
             q,
             k,
             v,

@@ -1,0 +1,53 @@
+"""Compile the delta rule's kernels for every architecture, which needs no GPU."""
+
+import pytest
+import torch
+from interpreter import INTERPRETED
+from test_compiled import compile_kernel
+
+from glalm.kernels.triton import delta, launch
+
+KIBIBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory for one program
+SIZES = [(64, 64), (128, 256), (256, 512)]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The (kernel, arguments, constants, options) of every launch. No kernel runs."""
+    recorded = []
+    monkeypatch.setattr(delta, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
+    return recorded
+
+
+def run_both_passes(K: int, V: int, per: str, dtype: torch.dtype) -> None:
+    q, v = (torch.zeros(1, 64, 1, n, dtype=dtype) for n in (K, V))
+    beta = torch.zeros(1, 64, 1)
+    g = {"nothing": None, "head": beta, "channel": q.float()}[per]
+    S = torch.zeros(1, 1, K, V)
+    args = q, q, v, beta, g, 1.0, dtype == torch.bfloat16, S
+    *_, saved = delta.forward(*args, True, None)
+    delta.backward(*args, None, saved, v, S)
+
+
+def check_shared_memory(launches, capability: int) -> None:
+    for kernel, args, constants, options in launches:
+        shared, _ = compile_kernel(kernel, args, constants, options, capability)
+        assert shared <= KIBIBYTES[capability] * 1024, (kernel.__name__, shared)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("per", ["nothing", "head", "channel"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("capability", KIBIBYTES)
+def test_shared_memory_suffices(capability, sizes, per, launches, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: capability // 10)
+    run_both_passes(*sizes, per, torch.bfloat16)
+    check_shared_memory(launches, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+def test_shared_memory_suffices_in_float32(launches):
+    run_both_passes(64, 64, "head", torch.float32)
+    check_shared_memory(launches, 86)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.kernels.common import at_least_float32, sequence_ids, wide_dtype
-from glalm.kernels.context_parallel import ContextShard, gather_history
+from glalm.kernels import short_conv
+from glalm.kernels.common import register_operator, sequence_ids, wide_dtype
+from glalm.kernels.context_parallel import ContextShard
 
 MIN_TIME_STEP = 1e-3
 MAX_TIME_STEP = 1e-1
@@ -67,9 +68,11 @@ def token_positions(
             are then those of the entire sequences. Packed sequences have none of the latter.
 
     Returns:
-        [B, T] and [N], int64.
+        [B, T] and [N], int64; [1, T] where all sequences have the same positions.
     """
     B, T, _ = x.shape
+    if start is None and cu_seqlens is None and padding is None and context is None:
+        return torch.arange(T, device=x.device)[None], x.new_full((B,), T, dtype=torch.int64)
     if context is not None:
         start = (
             x.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.int64) if start is None else start
@@ -102,13 +105,24 @@ def apply_rotary(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor
         [B, T, H, D] in the dtype of x. The angles are computed in float32, or in float64 if x is float64.
     """
     half = x.shape[-1] // 2
-    dtype = wide_dtype(x)
-    frequencies = theta ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
-    angles = positions[..., None, None].to(dtype) * frequencies
-    cos = angles.cos().to(x.dtype)
-    sin = angles.sin().to(x.dtype)
+    cos, sin = rotary_operator(positions, half, theta, wide_dtype(x))[..., None, :, :].to(x.dtype).unbind(-2)
     a, b = x.split(half, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rotary_table(positions: Tensor, pairs: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Return the cosines and sines of the angles of all pairs of channels at positions [..., T], [..., T, 2, pairs]."""
+    frequencies = theta ** -(torch.arange(pairs, device=positions.device, dtype=dtype) / pairs)
+    angles = positions[..., None].to(dtype) * frequencies
+    return torch.stack([angles.cos(), angles.sin()], -2)
+
+
+def rotary_table_fake(positions: Tensor, pairs: int, theta: float, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((*positions.shape, 2, pairs), dtype=dtype)
+
+
+# An operator, because a compiler that saw its inside would compute the angle of every channel of every head again.
+rotary_operator = register_operator("rotary_table", rotary_table, rotary_table_fake)
 
 
 # ----------------------------------------------------------------------------------------------- short convolutions
@@ -136,52 +150,12 @@ class ShortConv(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, shard: ContextShard | None = None
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolve x [B, T, channels], and return y of the same shape and the new state.
-
-        With a `shard`, x is part of sequences that several processes share, and the states are those of the sequences.
-        """
-        context = self.weight.shape[2] - 1
-        if shard is not None:
-            past, final = gather_history(x, state, context, shard, cu_seqlens)
-            y, local = self(x, past, cu_seqlens)
-            return y, local if final is None else final
-        if cu_seqlens is None:
-            past = x.new_zeros(len(x), context, x.shape[2]) if state is None else state.to(x.dtype)
-            x = torch.cat([past, x], 1)
-            # The state is a copy, because a view would keep the whole sequence in memory.
-            return self.convolve(x), x[:, x.shape[1] - context :].clone()
-
-        # Lay the packed sequences out with `context` rows of past inputs in front of each, convolve everything at
-        # once, and then pick the outputs and the last inputs of every sequence.
-        N = len(cu_seqlens) - 1
-        T, channels = x.shape[1:]
-        shift = context * torch.arange(N, device=x.device)
-        taps = torch.arange(context, device=x.device)
-        rows = torch.arange(T, device=x.device) + context * (sequence_ids(cu_seqlens, T) + 1)
-        padded = x.new_zeros(T + N * context, channels).index_copy(0, rows, x[0])
-        if state is not None:
-            past_rows = (cu_seqlens[:-1] + shift)[:, None] + taps
-            padded = padded.index_copy(0, past_rows.flatten(), state.to(x.dtype).flatten(0, 1))
-        last_rows = (cu_seqlens[1:] + shift)[:, None] + taps
-        return self.convolve(padded[None])[:, rows - context], padded[last_rows]
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Convolve x [B, taps - 1 + T, channels], whose first taps - 1 rows are past inputs, to [B, T, channels].
-
-        The sum over the taps is written out because a compiler fuses it into one kernel, while conv1d with one group
-        per channel is slower and needs transposes.
-        """
-        dtype = x.dtype
-        x = at_least_float32(x)  # The gradient of x sums over the taps, and half precision would round every term.
-        weight = at_least_float32(self.weight)
-        taps = weight.shape[2]
-        T = max(0, x.shape[1] - taps + 1)
-        y = x[:, :T] * weight[:, 0, 0]
-        for i in range(1, taps):
-            y = y + x[:, i : i + T] * weight[:, 0, i]
-        return F.silu(y if self.bias is None else y + self.bias).to(dtype)
+        """Convolve x [B, T, channels], and return y of the same shape and the new state."""
+        return short_conv(
+            x, self.weight[:, 0], self.bias, initial_state=state, cu_seqlens=cu_seqlens, context=context
+        )  # fmt: skip
 
     def flops(self) -> int:
         """Return the floating-point operations per token."""

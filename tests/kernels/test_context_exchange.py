@@ -3,15 +3,19 @@
 from collections.abc import Callable
 
 import pytest
+import selective_scan_cases
+import ssd_cases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glalm import kernels
 from glalm.data.loader import flatten_batch, shard_batch
 from glalm.kernels import chunk_gla, context_parallel, fused_recurrent_gla
 from glalm.kernels.context_parallel import ContextShard
 
 NAMES = ("q", "k", "v", "g")
+PER_TOKEN = {"q", "k", "v", "g", "beta", "x", "dt", "B", "C", "z"}
 
 
 def run_in_turns(function: Callable[[int], list], size: int, patch: pytest.MonkeyPatch) -> list[list]:
@@ -29,7 +33,7 @@ def run_in_turns(function: Callable[[int], list], size: int, patch: pytest.Monke
                 call = next(calls)
                 if not is_last_round:
                     sent[rank].append(x)
-                    return torch.zeros(size, *x.shape, dtype=x.dtype)
+                    return x.new_zeros(size, *x.shape)
                 return torch.stack([messages[call] for messages in sent])
 
             patch.setattr(context_parallel, "all_gather", all_gather)
@@ -73,6 +77,50 @@ def test_shards_of_packed_sequences_equal_the_whole(data):
         found = run_in_turns(compute_shard, size, patch)
     for parts, expected in zip(zip(*found, strict=True), compute(flat, None), strict=True):
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+def draw_arguments(name: str) -> dict[str, torch.Tensor]:
+    """Return float32 arguments of an operator for two sequences of 96 tokens that continue."""
+    if name == "chunk_delta_rule":
+        q, k, v, g, beta = torch.randn(5, 2, 96, 2, 24)
+        gates = {"g": -g[..., 0].abs(), "beta": beta[..., 0].sigmoid()}
+        return {"q": q, "k": k, "v": v, **gates, "initial_state": torch.randn(2, 2, 24, 24)}
+    module, shape = {
+        "selective_scan": (selective_scan_cases, (2, 96, 6, 3)), "chunk_ssd": (ssd_cases, (2, 96, 4, 2, 5, 6))
+    }[name]  # fmt: skip
+    args = module.random_arguments(*shape)
+    del args["cu_seqlens"]
+    return args
+
+
+def compare_shards(name: str, limit: float, patch: pytest.MonkeyPatch, dtype=torch.float64, device="cpu") -> None:
+    """Compare the results and gradients of an operator on three shards with those on whole sequences."""
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    args = {n: x.to(device, dtype if n in PER_TOKEN else wide) for n, x in draw_arguments(name).items()}
+    options = {"output_final_state": True} if name != "selective_scan" else {}
+    options |= {"normalize": True} if name == "chunk_delta_rule" else {}
+    do = torch.randn_like(args["v" if name == "chunk_delta_rule" else "x"])
+
+    def compute(rank: int | None) -> list[torch.Tensor]:
+        cut = (lambda x: x) if rank is None else (lambda x: x.chunk(3, 1)[rank])
+        leaves = {n: (cut(x) if n in PER_TOKEN else x).detach().requires_grad_() for n, x in args.items()}
+        context = None if rank is None else ContextShard("turns", rank, 3)
+        o, S = getattr(kernels, name)(**leaves, **options, context=context)
+        return [o, S, *torch.autograd.grad(o, list(leaves.values()), cut(do))]
+
+    shards = zip(*run_in_turns(compute, 3, patch), strict=True)
+    for key, parts, expected in zip(("o", "S", *args), shards, compute(None), strict=True):
+        if key == "S":
+            found = parts[0]
+        else:
+            found = torch.cat(parts, 1) if key == "o" or key in PER_TOKEN else sum(parts)
+        assert (found - expected).norm() <= limit * expected.norm(), key
+
+
+@pytest.mark.parametrize("name", ["chunk_delta_rule", "chunk_ssd", "selective_scan"])
+def test_shards_equal_whole_sequences(name, monkeypatch):
+    compare_shards(name, 1e-12, monkeypatch)
 
 
 def test_gradients_of_matrices_are_not_rounded_under_autocast(monkeypatch):

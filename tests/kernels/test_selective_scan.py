@@ -2,22 +2,7 @@ import pytest
 import torch
 
 from glalm.kernels import selective_scan
-
-
-def recurrence(x, dt, A, B, C, initial_state, cu_seqlens=None):
-    """Compute the selective scan token by token."""
-    rows, T, D = x.shape
-    sequences = [(b, 0, T) for b in range(rows)]
-    if cu_seqlens is not None:
-        sequences = [(0, a, b) for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
-    outputs, states = [x.new_zeros(0, D)], []
-    for n, (row, start, end) in enumerate(sequences):
-        h = initial_state[n]
-        for t in range(start, end):
-            h = (dt[row, t][:, None] * A).exp() * h + (dt[row, t] * x[row, t])[:, None] * B[row, t]
-            outputs.append((h @ C[row, t])[None])
-        states.append(h)
-    return torch.cat(outputs).view(rows, T, D), torch.stack(states)
+from glalm.kernels.reference import recurrent_selective_scan
 
 
 @pytest.mark.parametrize(
@@ -32,15 +17,18 @@ def test_matches_the_recurrence(T, bounds, differentiate):
         "A": -torch.rand(D, N) * 4,
         "B": torch.randn(rows, T, N),
         "C": torch.randn(rows, T, N),
+        "D": torch.randn(D),
+        "z": torch.randn(rows, T, D),
+        "dt_bias": torch.randn(D),
         "initial_state": torch.randn(rows if bounds is None else len(bounds) - 1, D, N),
     }
     args = {n: x.double() for n, x in args.items()} | {"cu_seqlens": bounds and torch.tensor(bounds)}
-    found, expected = differentiate(selective_scan, args), differentiate(recurrence, args)
+    found, expected = differentiate(selective_scan, args), differentiate(recurrent_selective_scan, args)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-10)
     zero_state = {**args, "initial_state": torch.zeros_like(args["initial_state"])}
     without = selective_scan(**{**args, "initial_state": None})
-    torch.testing.assert_close(without, recurrence(**zero_state))
+    torch.testing.assert_close(without, recurrent_selective_scan(**zero_state))
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -62,3 +50,25 @@ def test_wrong_bounds_are_refused(bounds):
     x, dt, A, B = torch.ones(1, 5, 2), torch.ones(1, 5, 2), -torch.ones(2, 3), torch.ones(1, 5, 3)
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected non-decreasing bounds from 0 to T = 5"):
         selective_scan(x, dt, A, B, B, cu_seqlens=torch.tensor(bounds))
+
+
+WRONG = {
+    "x": {"x": torch.ones(5, 2)},
+    "A": {"A": torch.ones(2)},
+    "dt": {"dt": torch.ones(1, 5, 3)},
+    "B": {"B": torch.ones(1, 4, 3)},
+    "C": {"C": torch.ones(1, 5, 2)},
+    "D": {"D": torch.ones(3)},
+    "z": {"z": torch.ones(1, 5, 2).long()},
+    "dt_bias": {"dt_bias": torch.ones(2, device="meta")},
+    "initial_state": {"initial_state": torch.ones(1, 2, 3).double()},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    args = {"x": torch.ones(1, 5, 2), "dt": torch.ones(1, 5, 2), "A": -torch.ones(2, 3)}
+    args |= {"B": torch.ones(1, 5, 3), "C": torch.ones(1, 5, 3)}
+    selective_scan(**args)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        selective_scan(**{**args, **WRONG[name]})

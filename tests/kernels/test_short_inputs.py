@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glalm import kernels
+from glalm.kernels.reference import recurrent_short_conv, recurrent_ssd
 
 # The relative error of each result and gradient. Half precision may round once, by half a unit in the last place.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
@@ -29,9 +30,14 @@ def draw_arguments(name: str, lengths: list[int], packed: bool, state: bool, dty
         H, V = 5, 1  # Its channels are heads with one value each, and have K numbers each as their state.
         args = {"x": normal(B, T, H), "dt": torch.rand(B, T, H), "A": -torch.rand(H, K)}
         args |= {"B": normal(B, T, K), "C": normal(B, T, K)}
+    elif "ssd" in name:
+        args = {"x": normal(B, T, H, V), "dt": torch.rand(B, T, H), "A": -torch.rand(H), "D": normal(H)}
+        args |= {"B": normal(B, T, 1, K), "C": normal(B, T, 1, K)}
+    elif name == "short_conv":
+        args = {"x": normal(B, T, H), "weight": normal(H, K), "bias": normal(H)}
     else:
         args = {"q": normal(B, T, H, K), "k": F.normalize(normal(B, T, H, K), dim=-1), "v": normal(B, T, H, V)}
-    if name == "chunk_delta_rule":
+    if "delta_rule" in name:
         args |= {"beta": torch.rand(B, T, H), "g": F.logsigmoid(normal(B, T, H))}
     elif name == "chunk_value_gla":
         args["g"] = F.logsigmoid(normal(B, T, H, V))
@@ -41,8 +47,9 @@ def draw_arguments(name: str, lengths: list[int], packed: bool, state: bool, dty
         args["g"] = F.logsigmoid(normal(B, T, H, K))
     args = {name: x.to(dtype) for name, x in args.items()}
     if state:
-        shape = (N, H, K) if name == "selective_scan" else (N, H, K, V)
-        args["initial_state"] = normal(*shape).to(torch.promote_types(dtype, torch.float32))
+        shape = {"selective_scan": (N, H, K), "short_conv": (N, K - 1, H)}.get(name, (N, H, K, V))
+        state_dtype = dtype if name == "short_conv" else torch.promote_types(dtype, torch.float32)
+        args["initial_state"] = normal(*shape).to(state_dtype)
     if packed:
         args["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     return args
@@ -54,6 +61,10 @@ def reference(name: str, **args: Tensor) -> tuple[Tensor, Tensor]:
     All are cases of S <- exp(key gate) S exp(value gate), S <- S + k^T (v - k S), and o = q S, where only the delta
     rule subtracts k S.
     """
+    if name == "short_conv":
+        return recurrent_short_conv(**args)
+    if "ssd" in name:
+        return recurrent_ssd(**args)
     cu_seqlens = args.get("cu_seqlens")
     S0 = args.get("initial_state")
     if name == "selective_scan":
@@ -105,7 +116,7 @@ def results_and_gradients(operator, args: dict[str, Tensor]) -> dict[str, Tensor
 def check(name: str, lengths: list[int], packed: bool, state: bool, dtype: torch.dtype) -> None:
     """Compare the operator with the reference."""
     args = draw_arguments(name, lengths, packed, state, dtype)
-    options = {} if name == "selective_scan" else {"output_final_state": True}
+    options = {} if name in ("selective_scan", "short_conv") else {"output_final_state": True}
     found = results_and_gradients(lambda **a: getattr(kernels, name)(**a, **options), args)
     exact = {n: x if n == "cu_seqlens" else x.double() for n, x in args.items()}
     if sum(lengths) == 0:  # The reference then has no path from the outputs to the inputs.

@@ -15,7 +15,7 @@ from choices import CHOICES
 
 from glalm import IGNORE_INDEX
 from glalm.data.loader import flatten_batch, shard_batch
-from glalm.kernels import chunk_delta_rule, chunk_gla, chunk_value_gla, selective_scan
+from glalm.kernels import chunk_delta_rule, chunk_gla, chunk_ssd, chunk_value_gla, selective_scan, short_conv
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
@@ -102,10 +102,18 @@ def call_operator(name: str, x: dict[str, torch.Tensor], S0: torch.Tensor, conte
     """Return the outputs and the final state of an operator on inputs that are cut to a shard already."""
     q, k, v, g = x["q"], x["k"], x["v"], -x["g"].exp()
     options = {"initial_state": S0, "context": context}
+    parameters = {"D": torch.tensor([0.5, -1.0]).double(), "dt_bias": torch.tensor([-1.0, 1.0]).double()}
     if name == "selective_scan":
-        dt = -g[:, :, 0, :2]
-        return selective_scan(v[:, :, 0, :2], dt, -torch.ones(2, 3).double(), k[:, :, 0], q[:, :, 0], **options)
+        parameters["A"] = -torch.ones(2, 3).double()
+        v, dt, z = (x[key][:, :, 0, :2] for key in ("v", "g", "w"))
+        return selective_scan(v, dt, B=k[:, :, 0], C=q[:, :, 0], z=z, **parameters, **options)
+    if name == "short_conv":
+        weight = torch.linspace(-1, 1, 32).view(8, 4).double()
+        return short_conv(v.flatten(2), weight, **options)
     options["output_final_state"] = True
+    if name == "chunk_ssd":
+        parameters["A"] = -torch.ones(2).double()
+        return chunk_ssd(v, x["beta"], B=k[:, :, :1], C=q[:, :, :1], **parameters, **options)
     if name == "chunk_delta_rule":
         return chunk_delta_rule(q, k, v, x["beta"].sigmoid(), g, normalize=True, **options)
     if name == "chunk_value_gla":
@@ -118,7 +126,7 @@ def compare_states(name: str, context: ContextShard) -> None:
     r = torch.Generator().manual_seed(3)
     axes = {"q": (2, 3), "k": (2, 3), "v": (2, 4), "g": (2, 3), "w": (2, 4), "beta": (2,)}
     inputs = {key: torch.randn(B, T, *sizes, generator=r, dtype=torch.float64) for key, sizes in axes.items()}
-    shape = (B, 2, 3) if name == "selective_scan" else (B, 2, 3, 4)
+    shape = {"selective_scan": (B, 2, 3), "short_conv": (B, 3, 8)}.get(name, (B, 2, 3, 4))
     S0, dS = torch.randn(2, *shape, generator=r, dtype=torch.float64)
     results = []
     for shard in (None, context):
@@ -139,7 +147,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     group = dist.distributed_c10d._get_default_group()
     context = ContextShard(group.group_name, dist.get_rank(), dist.get_world_size())
-    for name in ("chunk_gla", "chunk_delta_rule", "chunk_value_gla", "selective_scan"):
+    for name in ("chunk_gla", "chunk_delta_rule", "chunk_value_gla", "chunk_ssd", "selective_scan", "short_conv"):
         compare_states(name, context)
     for name, *case in iterate_cases():
         if not sys.argv[1:] or name.startswith(sys.argv[1]):

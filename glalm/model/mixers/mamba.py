@@ -1,10 +1,7 @@
 """Mamba (Gu and Dao, arXiv 2312.00752)."""
 
-import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
-from glalm.kernels.common import active_transform, at_least_float32, constant_when_compiled
+from glalm.kernels.common import at_least_float32
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer
@@ -40,9 +37,7 @@ class Mamba(Mixer):
     transformers' MambaMixer. (Its forward can continue from a state by one token only, and needs optional kernels to
     keep packed sequences apart.)
 
-    The scan runs on mamba_ssm's kernel if that package is installed and the call is one it supports (CUDA, no packed
-    sequences, no initial state, no transform of torch.func), else in PyTorch. The state is a tuple of h
-    [N, channels, state_size], float32, and the convolution's state.
+    The state is a tuple of h [N, channels, state_size], float32, and the convolution's state.
     """
 
     options_name = "mamba"
@@ -63,8 +58,6 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.inner, self.N))
         self.D = nn.Parameter(torch.empty(self.inner))
         self.out_proj = nn.Linear(self.inner, d, bias=False)
-        if torch.cuda.is_available():
-            log_scan_once(has_mamba_ssm())
 
     def init_parameters(self) -> None:
         self.A_log.copy_(torch.arange(1, self.N + 1, device=self.A_log.device).log().expand(self.inner, -1))
@@ -86,33 +79,20 @@ class Mamba(Mixer):
         if padding is not None:
             x = x * padding.to(x.dtype)  # The convolution's bias has made padding nonzero.
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
-        dt = self.dt_proj(dt)
-        A = -at_least_float32(self.A_log).exp()
-        is_transformed = active_transform(x, dt, A, b, c, self.D) is not None
-        if kernel_supports(x, h, cu_seqlens) and context is None and not is_transformed and has_mamba_ssm():
-            kernel = find_mamba_ssm_scan()
-            assert kernel is not None
-            # The kernel takes dt in the dtype of x, and its bias separately in float32.
-            bias = self.dt_proj.bias.float()
-            o, h = kernel(
-                x.mT,
-                (dt - bias).to(x.dtype).mT,
-                A,
-                b.mT,
-                c.mT,
-                D=self.D.float(),
-                z=z.mT,
-                delta_bias=bias,
-                delta_softplus=True,
-                return_last_state=True,
-            )
-            o = o.mT
-        else:
-            o, h = selective_scan(x, F.softplus(dt), A, b, c, initial_state=h, cu_seqlens=cu_seqlens, context=context)
-            o = (o + x * self.D) * F.silu(z)
-        # Both scans return a view that would keep the states of all tokens in memory.
-        state = (h.clone(), conv_state) if return_state else None
-        return self.out_proj(o.to(z.dtype)), state
+        o, h = selective_scan(
+            x,
+            self.dt_proj(dt),
+            -at_least_float32(self.A_log).exp(),
+            b,
+            c,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            initial_state=h,
+            cu_seqlens=cu_seqlens,
+            context=context,
+        )
+        return self.out_proj(o), (h, conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
         """Count the convolution and reading the state; the scan has no matrix product."""
@@ -120,41 +100,14 @@ class Mamba(Mixer):
 
 
 class TimeStep(nn.Linear):
-    """The up-projection of dt: weight u + bias, before softplus, with the paper's initial values.
+    """The up-projection of dt, with the paper's initial values.
 
-    The bias dominates the sum, which is therefore computed in float32.
+    The scan adds the bias and applies softplus, in float32, because the bias dominates the sum.
     """
 
     def forward(self, u: Tensor) -> Tensor:
-        return at_least_float32(F.linear(u, self.weight)) + self.bias
+        return F.linear(u, self.weight)
 
     def init_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)
         init_time_step(self.bias)
-
-
-def kernel_supports(x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-    """Return whether mamba_ssm's kernel supports the call: on CUDA, without initial state or packed sequences."""
-    return x.is_cuda and h is None and cu_seqlens is None
-
-
-@cache
-def find_mamba_ssm_scan() -> Callable | None:
-    """Return mamba_ssm's kernel, or None if that package is not installed."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
-        return None
-    return selective_scan_fn
-
-
-@constant_when_compiled  # An import that fails would break the graph.
-def has_mamba_ssm() -> bool:
-    return find_mamba_ssm_scan() is not None
-
-
-@cache
-def log_scan_once(has_kernel: bool) -> None:
-    """Log, once in each process, which scan Mamba layers use."""
-    scan = "mamba_ssm's kernel" if has_kernel else "plain PyTorch; install mamba_ssm for a much faster kernel"
-    logging.getLogger(__name__).warning("mamba: the scan runs on %s", scan)

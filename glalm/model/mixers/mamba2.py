@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import require, require_positive
-from glalm.kernels import chunk_simple_gla, fused_recurrent_simple_gla
+from glalm.kernels import chunk_ssd, fused_recurrent_ssd
 from glalm.kernels.common import at_least_float32
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import GroupedRMSNorm, ShortConv, init_time_step
@@ -92,23 +92,21 @@ class Mamba2(Mixer):
         if padding is not None:
             xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias has made padding nonzero.
         x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
-        x = x.unflatten(-1, (self.num_heads, -1))
-        heads_per_group = self.num_heads // self.groups
-        q, k = (y.unflatten(-1, (self.groups, -1)).repeat_interleave(heads_per_group, 2) for y in (c, b))
-        dt = F.softplus(at_least_float32(dt) + self.dt_bias)
-        operator = fused_recurrent_simple_gla if is_decoding_step(x, context) else chunk_simple_gla
+        operator = fused_recurrent_ssd if is_decoding_step(x, context) else chunk_ssd
         o, S = operator(
-            q,
-            k,
-            (x * dt[..., None]).to(x.dtype),
-            -dt * at_least_float32(self.A_log).exp(),
-            scale=1.0,
+            x.unflatten(-1, (self.num_heads, -1)),
+            dt,
+            -at_least_float32(self.A_log).exp(),
+            b.unflatten(-1, (self.groups, -1)),
+            c.unflatten(-1, (self.groups, -1)),
+            D=self.D,
+            dt_bias=self.dt_bias,
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             context=context,
         )
-        o = (o + x * self.D[:, None]).flatten(-2) * F.silu(z)
+        o = o.flatten(-2) * F.silu(z)
         return self.out_proj(self.norm(o).to(z.dtype)), None if S is None else (S, conv_state)
 
     def flops(self, T: int) -> int:

@@ -1,6 +1,3 @@
-import sys
-import types
-
 import pytest
 import torch
 from transformers import Mamba2Config, MambaConfig
@@ -74,29 +71,3 @@ def test_starts_as_transformers_does(choice, tiny):
     assert torch.equal(weights["D"].double(), reference.D)
     step = torch.nn.functional.softplus(weights["dt_proj.bias" if choice["mixer"] == "mamba" else "dt_bias"])
     assert step.min() >= 1e-3 and step.max() <= 0.1001 and step.max() > 5 * step.min()
-
-
-def test_the_mamba_ssm_kernel_is_given_the_same_problem(tiny, monkeypatch):
-    """mamba_ssm's function, for which transformers' fallback of the same signature stands in."""
-    from glalm.model.mixers import mamba
-
-    layer, x = tiny(mixer="mamba").model.layers[0].attn, torch.randn(2, 20, 32, dtype=torch.float64)
-    expected, states = layer(x, return_state=True)
-    calls = []
-
-    def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
-        calls.append(u.shape)
-        names = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "return_last_state": return_last_state}
-        return modeling_mamba.mamba_selective_scan(u, delta, A, B, C, D=D, z=z, **names)
-
-    interface = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
-    monkeypatch.setitem(sys.modules, "mamba_ssm", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
-    monkeypatch.setattr(mamba, "kernel_supports", lambda x, h, cu_seqlens: True)
-    mamba.find_mamba_ssm_scan.cache_clear()
-    found, fast_states = layer(x, return_state=True)
-    mamba.find_mamba_ssm_scan.cache_clear()
-    assert [tuple(shape) for shape in calls] == [(2, 64, 20)]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fast_states, states, rtol=1e-5, atol=1e-6, check_dtype=False)

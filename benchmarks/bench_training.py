@@ -159,14 +159,16 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
+RECURRENT = "rescale|scan|segments|gradients|recurrent|prepare|decays|scores"  # in our kernels' names
 KERNEL_KINDS = {  # kind of a kernel: a pattern of its name; the first that matches counts
     "communication": r"nccl",
     "copies": r"^Mem(cpy|set)",
     "loss, without its matmuls": r"cross_entropy|nll_loss|log_softmax",
     "attention": r"flash|fmha|sdpa|attention",
-    "recurrent kernels": r"(rescale|scan|join_segments|gradients|recurrent)(_head)?_kernel|^chunk_|fused_recurrent",
+    "recurrent kernels": rf"({RECURRENT})\w*_kernel|^chunk_|fused_recurrent",
     "optimiser and clipping": r"multi_tensor|[Ff]used[Aa]dam|lpnorm|foreach",
     "matmuls": r"gemm|cutlass|nvjet|cublas|xmma|splitK|triton_tem_",
+    "convolutions": r"^conv_|^sum_shares",
     "norms and elementwise": r"^triton_|elementwise|norm|reduce|layer_|swiglu|gate|embedding|index|cat|scatter|gather",
 }
 
@@ -180,7 +182,7 @@ def profile_step(step: Callable[[], object]) -> dict[str, dict[str, float]]:
 
     Returns:
         kinds: ms by kind of kernel, and idle.
-        kernels: ms of the twenty kernels that take longest.
+        kernels: ms of the forty kernels that take longest.
     """
     step()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA) as record:
@@ -196,7 +198,7 @@ def profile_step(step: Callable[[], object]) -> dict[str, dict[str, float]]:
         kinds[kernel_kind(event.name)] += ms
         kernels[event.name] += ms
     idle = idle_time([(e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events])
-    return {"kinds": dict(kinds.most_common()) | {"idle": idle}, "kernels": dict(kernels.most_common(20))}
+    return {"kinds": dict(kinds.most_common()) | {"idle": idle}, "kernels": dict(kernels.most_common(40))}
 
 
 def idle_time(spans: list[tuple[float, float]]) -> float:

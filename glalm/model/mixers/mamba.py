@@ -79,6 +79,8 @@ class Mamba(Mixer):
         if padding is not None:
             x = x * padding.to(x.dtype)  # The convolution's bias has made padding nonzero.
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
+        # Where transformers offloads the model, a parameter exists only while its module's forward runs.
+        dt_bias = self.dt_proj(None) if self.dt_proj.bias.is_meta else self.dt_proj.bias
         o, h = selective_scan(
             x,
             self.dt_proj(dt),
@@ -87,7 +89,7 @@ class Mamba(Mixer):
             c,
             D=self.D,
             z=z,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             initial_state=h,
             cu_seqlens=cu_seqlens,
             context=context,
@@ -105,8 +107,9 @@ class TimeStep(nn.Linear):
     The scan adds the bias and applies softplus, in float32, because the bias dominates the sum.
     """
 
-    def forward(self, u: Tensor) -> Tensor:
-        return F.linear(u, self.weight)
+    def forward(self, u: Tensor | None) -> Tensor:
+        """Return the projection of u without the bias, or, where u is None, the bias."""
+        return self.bias if u is None else F.linear(u, self.weight)
 
     def init_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.in_features**-0.5), self.in_features**-0.5)

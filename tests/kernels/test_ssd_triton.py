@@ -89,6 +89,36 @@ def test_groups_of_heads(G, splits, monkeypatch):
 
 
 @interpreted
+def test_slices_of_one_projection_are_not_copied(monkeypatch):
+    from selective_scan_cases import differentiate
+    from ssd_cases import random_arguments
+
+    from glalm.kernels import chunk_ssd
+
+    def run(args: dict) -> dict:
+        return differentiate(lambda **a: chunk_ssd(**a, output_final_state=True), args)
+
+    args = random_arguments(2, 35, 4, 2, 16, 16)
+    expected = run(args)
+    together = torch.cat([args[name].flatten(2) for name in ("x", "B", "C")], 2)
+    for name, part in zip(("x", "B", "C"), together.split([64, 32, 32], 2), strict=True):
+        args[name] = part.unflatten(2, args[name].shape[2:])
+    monkeypatch.setattr(torch.Tensor, "contiguous", refuse_slices(torch.Tensor.contiguous))
+    found = run(args)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def refuse_slices(contiguous):
+    """Return Tensor.contiguous, except that it fails on a slice of the tests' projection of 128 channels."""
+
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() < 3 or x.stride(1) != 128 or x.shape[2:].numel() == 128
+        return contiguous(x)
+
+    return checked
+
+
+@interpreted
 def test_parts_of_the_batch(monkeypatch):
     from glalm.kernels.triton.ssd import SSDPlan
 

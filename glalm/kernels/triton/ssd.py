@@ -34,6 +34,7 @@ from glalm.kernels.triton.tiles import (
     LOG2E,
     MIN_LOG_GATE,
     Chunks,
+    as_rows,
     chunks_of_sequence,
     dot_add,
     flushed_exp2,
@@ -60,11 +61,9 @@ class SSDPlan:
     def __init__(
         self, x: Tensor, dt: Tensor, A: Tensor, k: Tensor, q: Tensor, skip: Tensor | None, cu_seqlens: Tensor | None
     ):
-        self.x = x.contiguous()
+        self.x, self.k, self.q = (as_rows(y.flatten(2)).unflatten(2, y.shape[2:]) for y in (x, k, q))
         self.dt = dt.contiguous()
         self.A = A.float().contiguous()
-        self.k = k.contiguous()
-        self.q = q.contiguous()
         self.skip = None if skip is None else skip.float().contiguous()
         self.B, self.T, self.H, self.V = x.shape
         self.G, self.K = k.shape[2:]
@@ -89,7 +88,7 @@ class SSDPlan:
 
     def forward(self, initial: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
         """Return o [B, T, H, V], and the final states [N, H, K, V] or None."""
-        o = torch.empty_like(self.x)
+        o = self.allocate(*self.x.shape, dtype=self.x.dtype)
         final = self.allocate_state() if output_final_state else None
         self.scan(self.compute_decays(), self.x, initial, final, out=o)
         return o, final
@@ -102,7 +101,7 @@ class SSDPlan:
         The states of all chunks take several times the memory of x, so those of one part of the batch are kept at once.
         """
         do = do.contiguous()
-        dx, dq, dk = (torch.empty_like(tensor) for tensor in (self.x, self.q, self.k))
+        dx, dq, dk = (self.allocate(*y.shape, dtype=y.dtype) for y in (self.x, self.q, self.k))
         ddt = torch.empty_like(self.dt)
         dinitial = None if initial is None else self.allocate_state()
         by_sequence = initial, do, dfinal, dx, ddt, dk, dq, dinitial
@@ -201,7 +200,16 @@ class SSDPlan:
             a, b, w, self.x if reverse else None, self.skip, decays, out, states, writes, initial, final,
             segment_decay, *self.tables, self.chunks.count, segments,
         )  # fmt: skip
-        constants = {**self.sizes, **config.tile, "REVERSE": reverse, **self.precisions()}
+        constants = {
+            **self.sizes,
+            "STRIDE_A": a.stride(1),
+            "STRIDE_B": b.stride(1),
+            "STRIDE_W": w.stride(1),
+            "STRIDE_X": self.x.stride(1),
+            **config.tile,
+            "REVERSE": reverse,
+            **self.precisions(),
+        }
         programs = self.chunks.sequences * self.H * segments * triton.cdiv(self.VP, config.tile["BV"])
         launch(ssd_scan_kernel, programs, args, constants, config.options)
 
@@ -225,7 +233,15 @@ class SSDPlan:
             self.q, self.k, self.x, do, decays, states, dstates, dq_shares, dk_shares, reads, through, *self.tables,
             self.B * self.T, self.chunks.count,
         )  # fmt: skip
-        constants = {**self.sizes, **config.tile, "HEADS": heads_per_group // splits, **self.precisions()}
+        constants = {
+            **self.sizes,
+            "STRIDE_Q": self.q.stride(1),
+            "STRIDE_K": self.k.stride(1),
+            "STRIDE_X": self.x.stride(1),
+            **config.tile,
+            "HEADS": heads_per_group // splits,
+            **self.precisions(),
+        }
         programs = self.chunks.count * self.G * splits * key_blocks
         launch(ssd_gradients_kernel, programs, args, constants, config.options)
         if splits > 1:
@@ -353,7 +369,8 @@ def ssd_scan_kernel(
     a, b, w, x, skip, decays, out, states, writes, initial, final, segment_decay, cu_seqlens, offsets, owners, N, T,
     chunks, segments,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    C: tl.constexpr, STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr, STRIDE_W: tl.constexpr, STRIDE_X: tl.constexpr,
+    BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Carry BV columns of one head's state through one segment (a run of chunks) of one sequence in each program.
 
@@ -361,7 +378,8 @@ def ssd_scan_kernel(
 
     Inputs:
         a, b: q and k, or k and q backward in time, [tokens, G, K]; w: x, or do backward in time, [tokens, H, V]
-        x: backward in time, for `writes`; skip: float32 [H] or None; decays: float32 [chunks, H, 5, C]
+        x: backward in time, for `writes`. The tokens of these four are STRIDE_A, STRIDE_B, ... numbers apart.
+        skip: float32 [H] or None; decays: float32 [chunks, H, 5, C]
         initial: float32 [N, segments, H, K, V] or None for zeros
     Outputs, each of which may be None:
         out: o, or dx backward in time, [tokens, H, V]
@@ -410,23 +428,22 @@ def ssd_scan_kernel(
             direction = -1 if REVERSE else 1
             prefetch_tile(decay + direction * H * 5 * C, C, 5, C, 8, C)
             next_rows = tl.minimum(length - (position + direction) * C, C)
-            next_tile = (row + direction * C) * H * V + h * V + block * BV
-            prefetch_tile(w + next_tile, H * V, next_rows, V - block * BV, C, BV)
+            next_row = row + direction * C
+            column = h * V + block * BV
+            prefetch_tile(w + next_row * STRIDE_W + column, STRIDE_W, next_rows, V - block * BV, C, BV)
             if x is not None:
-                prefetch_tile(x + next_tile, H * V, next_rows, V - block * BV, C, BV)
-        p = (row + t)[:, None] * H * V + h * V + vv[None, :]
+                prefetch_tile(x + next_row * STRIDE_X + column, STRIDE_X, next_rows, V - block * BV, C, BV)
         mask = (t < rows)[:, None] & (vv < V)[None, :]
-        w_tile = tl.load(w + p, mask=mask, other=0)
+        w_tile = tl.load(w + (row + t)[:, None] * STRIDE_W + h * V + vv[None, :], mask=mask, other=0)
         if x is not None:
-            x_tile = tl.load(x + p, mask=mask, other=0)
-        ab = (row * G + group) * K
-        b_tile = load_tile(b + ab, G * K, rows, K, C, KP).to(DOT_DTYPE)
+            x_tile = tl.load(x + (row + t)[:, None] * STRIDE_X + h * V + vv[None, :], mask=mask, other=0)
+        b_tile = load_tile(b + row * STRIDE_B + group * K, STRIDE_B, rows, K, C, KP).to(DOT_DTYPE)
         S_rounded = S.to(DOT_DTYPE)
         if states is not None:
             at = ((chunk * H + h) * VP + vv)[:, None] * KP + kk[None, :]
             tl.store(states + at, S_rounded)
         if out is not None:
-            a_tile = load_tile(a + ab, G * K, rows, K, C, KP).to(DOT_DTYPE)
+            a_tile = load_tile(a + row * STRIDE_A + group * K, STRIDE_A, rows, K, C, KP).to(DOT_DTYPE)
             A = dot_add(a_tile, tl.trans(b_tile), tl.zeros([C, C], tl.float32), PRECISION)
             A *= load_between(decay, C, not REVERSE, tl.float32 == DOT_DTYPE)
             o = dot_add(a_tile, tl.trans(S_rounded), tl.zeros([C, BV], tl.float32), PRECISION)
@@ -443,6 +460,7 @@ def ssd_scan_kernel(
                 o *= before[:, None]
                 o = dot_add((A * step[None, :]).to(DOT_DTYPE), w_tile.to(DOT_DTYPE), o, PRECISION)
             o += w_tile.to(tl.float32) * skip_factor
+            p = (row + t)[:, None] * H * V + h * V + vv[None, :]
             tl.store(out + p, o.to(out.dtype.element_ty), mask=mask)
         segment_factor *= total
         factor = before if REVERSE else after * step
@@ -461,12 +479,13 @@ def ssd_scan_kernel(
 def ssd_gradients_kernel(
     q, k, x, do, decays, states, dstates, dq, dk, reads, through, cu_seqlens, offsets, owners, N, T, tokens, chunks,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    C: tl.constexpr, STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_X: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Add up dq and dk of BK channels over HEADS heads of one group in one chunk, and sums for the heads' gates.
 
-    Tiles [C, C] hold pairs of a write j (rows) and a read i (columns).
+    Tiles [C, C] hold pairs of a write j (rows) and a read i (columns). The tokens of q, k and x are STRIDE_Q, STRIDE_K
+    and STRIDE_X numbers apart.
 
     states, dstates: as ssd_scan_kernel stores them
     dq, dk: [splits, tokens, G, K]
@@ -487,9 +506,8 @@ def ssd_gradients_kernel(
     if rows <= 0:
         return
     t = tl.arange(0, C)
-    qk = (row * G + group) * K + k0
-    q_tile = load_tile(q + qk, G * K, rows, K - k0, C, BK).to(DOT_DTYPE)
-    k_tile = load_tile(k + qk, G * K, rows, K - k0, C, BK).to(DOT_DTYPE)
+    q_tile = load_tile(q + row * STRIDE_Q + group * K + k0, STRIDE_Q, rows, K - k0, C, BK).to(DOT_DTYPE)
+    k_tile = load_tile(k + row * STRIDE_K + group * K + k0, STRIDE_K, rows, K - k0, C, BK).to(DOT_DTYPE)
     # Each block of channels has its own share of q k^T, and so of the sums for the gates.
     scores = dot_add(k_tile, tl.trans(q_tile), tl.zeros([C, C], tl.float32), PRECISION).to(DOT_DTYPE)
     at_or_after = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(DOT_DTYPE)
@@ -509,9 +527,8 @@ def ssd_gradients_kernel(
             state = ((chunk * H + h) * VP + v0) * KP + k0
             S = load_tile(states + state, KP, BV, BK, BV, BK)
             dS = load_tile(dstates + state, KP, BV, BK, BV, BK)
-            p = (row * H + h) * V + v0
-            do_tile = load_tile(do + p, H * V, rows, V - v0, C, BV)
-            x_tile = load_tile(x + p, H * V, rows, V - v0, C, BV)
+            do_tile = load_tile(do + (row * H + h) * V + v0, H * V, rows, V - v0, C, BV)
+            x_tile = load_tile(x + row * STRIDE_X + h * V + v0, STRIDE_X, rows, V - v0, C, BV)
             products += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
             scaled_do = do_tile.to(tl.float32) * before[:, None]
             read = dot_add(q_tile, tl.trans(S), tl.zeros([C, BV], tl.float32), PRECISION)

@@ -21,8 +21,9 @@ def count_target_bytes(windows: Windows, ids: Iterable[int], tokenizer: Tokenize
     """Return the bytes of UTF-8 that the targets of each window stand for: float64 [windows].
 
     BOS and EOS stand for none. Where a window cuts a character, its bytes are divided between the windows; a tokenizer
-    that decodes an incomplete character as one may count one or two bytes less. Of a tokenizer that changes texts, each
-    token stands for the mean bytes per token of the split, which its manifest has.
+    that decodes an incomplete character as one may count one or two bytes less at the end of a window, and as many more
+    at the start of the next. Of a tokenizer that changes texts, each token stands for the mean bytes per token of the
+    split, which its manifest has.
 
     Args:
         ids: The numbers of the windows.
@@ -43,13 +44,29 @@ def _count_window(windows: Windows, i: int, tokenizer: Tokenizer) -> tuple[int, 
     targets = int((~is_ignored).sum())
     if not tokenizer.round_trips:
         return targets, targets * windows.tokens.text_bytes / windows.tokens.num_tokens
-    # The first token of a piece is no target, only the context in which the next ones are decoded.
-    pieces = np.split(row, np.flatnonzero(is_ignored) + 1)
-    return targets, sum(_decoded_bytes(tokenizer, x) - _decoded_bytes(tokenizer, x[:1]) for x in pieces)
+    # Of a piece whose first token is no target, that token is only the context in which the next ones are decoded.
+    is_target = np.append(False, ~is_ignored)
+    cuts = np.flatnonzero(~is_target | _begins_document(tokenizer, row))
+    text_bytes = 0
+    for start, piece in zip(cuts, np.split(row, cuts[1:]), strict=True):
+        text_bytes += _decoded_bytes(tokenizer, piece)
+        if not is_target[start]:
+            text_bytes -= _decoded_bytes(tokenizer, piece[:1])
+    return targets, text_bytes
+
+
+def _begins_document(tokenizer: Tokenizer, row: np.ndarray) -> np.ndarray:
+    """Return for each token whether it is the first of a document, where the tokenizer is to decode anew.
+
+    A tokenizer that puts a space before a text takes it off only at the beginning of what it decodes.
+    """
+    if tokenizer.bos_ids:
+        return row == tokenizer.bos_ids[0]
+    return np.append(False, np.isin(row[:-1], tokenizer.eos_ids))
 
 
 def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Return the bytes of the text of `ids`, in which an incomplete character at an end counts a byte per token."""
+    """Return the bytes of the text of `ids`. An incomplete character at an end counts a byte for each replacement."""
     text = tokenizer.decode(ids)
     inner = text.strip(REPLACEMENT)
     return len(inner.encode()) + len(text) - len(inner)

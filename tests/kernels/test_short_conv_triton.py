@@ -72,6 +72,20 @@ def test_other_dtypes():
 
 
 @interpreted
+def test_one_token_of_any_layout():
+    """The stride of an axis of size 1 says nothing."""
+    from short_conv_cases import random_arguments
+
+    from glalm.kernels import short_conv
+
+    args = random_arguments(3, 1, 5, 4)
+    expected = short_conv(**args)
+    args["x"] = torch.empty(3, 5, 1).copy_(args["x"].mT).mT
+    assert args["x"].stride(1) == 1
+    assert all(torch.equal(x, y) for x, y in zip(short_conv(**args), expected, strict=True))
+
+
+@interpreted
 def test_memory_layout_does_not_matter():
     from short_conv_cases import random_arguments
 

@@ -128,6 +128,33 @@ def test_parts_of_the_batch(monkeypatch):
 
 
 @interpreted
+def test_one_token_of_any_layout():
+    """The stride of an axis of size 1 says nothing."""
+    from ssd_cases import random_arguments
+
+    from glalm.kernels import chunk_ssd
+
+    args = random_arguments(3, 1, 2, 1, 16, 16, states=False)
+    do = torch.randn(3, 1, 2, 16)
+    oddly_spaced = do.as_strided(do.shape, (32, 1, 16, 1))
+    x = args["x"].requires_grad_()
+    expected, found = (torch.autograd.grad(chunk_ssd(**args)[0], x, d)[0] for d in (do, oddly_spaced))
+    assert torch.equal(found, expected)
+
+
+@interpreted
+def test_precision_that_was_set_for_cuda_alone():
+    """After this setting, torch.get_float32_matmul_precision raises."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        check(IEEE, 1, 20, 2, 1, 16, 16)
+    finally:
+        matmul.fp32_precision = before
+
+
+@interpreted
 def test_head_sizes_of_several_blocks():
     check(IEEE, 1, 20, 2, 1, 40, 24)
 

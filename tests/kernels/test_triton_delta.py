@@ -43,6 +43,19 @@ def test_bfloat16_and_normalization(per):
 
 @interpreted
 @pytest.mark.parametrize("per", GATES)
+@pytest.mark.parametrize("beta", [0.0, 1e-7])
+def test_gradient_of_a_small_beta_in_float16(beta, per):
+    from delta_cases import compute_exactly, draw, run_kernels
+
+    args, gradients = draw(1, 20, 1, 16, 16, dtype=torch.float16, per=per)
+    args["beta"].fill_(beta)
+    found = run_kernels(args, *gradients)["dbeta"].double()
+    expected = compute_exactly(args, *gradients)["dbeta"]
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("per", GATES)
 def test_packed_sequences(per):
     check(IEEE, 1, 100, 1, 16, 16, dtype=torch.float32, per=per, cu_seqlens=[0, 0, 1, 66, 66, 100], states=True)
 

@@ -116,15 +116,17 @@ def backward(
     """Return dq, dk, dv, dbeta, dg (None without gates) and dinitial_state (None without an initial state)."""
     plan = LaunchPlan(q, k, v, beta, g, scale, normalize, cu_seqlens)
     do = do.contiguous()
-    updates = torch.empty_like(plan.v)
+    # The gradient of beta is dv u / beta^2, whose factors float16 could not represent for a small beta.
+    wide = torch.float32 if v.dtype == torch.float16 else v.dtype
+    updates = torch.empty_like(plan.v, dtype=wide)
     states = plan.allocate_chunk_states()
     plan.scan(plan.config.scan_states, saved, initial_state, None, updates=updates, states=states)
-    dv = torch.empty_like(plan.v)
+    dv = torch.empty_like(plan.v, dtype=wide)
     dstates = plan.allocate_chunk_states()
     dinitial_state = None if initial_state is None else plan.allocate_state()
     plan.scan_back(saved, do, dv, dstates, dfinal_state, dinitial_state)
     dq, dk, dbeta, dg = plan.compute_gradients(saved, do, updates, dv, states, dstates)
-    return dq, dk, dv, dbeta, dg, dinitial_state
+    return dq, dk, dv.to(v.dtype), dbeta, dg, dinitial_state
 
 
 class LaunchPlan:

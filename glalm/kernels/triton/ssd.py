@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glalm.kernels.common import multiplies_exactly
 from glalm.kernels.triton.launch import LaunchConfig, launch, multiprocessors, padded_head_size, ssd_config
 from glalm.kernels.triton.scan import join_segments_kernel
 from glalm.kernels.triton.tiles import (
@@ -74,8 +75,7 @@ class SSDPlan:
         self.C = self.config.chunk
         self.cu_seqlens = cu_seqlens
         self.chunks = Chunks.locate(self.B, self.T, cu_seqlens, self.C)
-        exact_float32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        self.precision = "tf32x3" if exact_float32 else "tf32"
+        self.precision = "tf32x3" if multiplies_exactly(x) else "tf32"
         self.sizes = dict(H=self.H, G=self.G, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=self.C)
         self.tables = *self.chunks.device_tables, self.chunks.sequences, self.T
 
@@ -204,7 +204,7 @@ class SSDPlan:
             **self.sizes,
             "STRIDE_A": a.stride(1),
             "STRIDE_B": b.stride(1),
-            "STRIDE_W": w.stride(1),
+            "STRIDE_W": self.H * self.V if reverse else w.stride(1),
             "STRIDE_X": self.x.stride(1),
             **config.tile,
             "REVERSE": reverse,

@@ -54,7 +54,10 @@ class Chunks(NamedTuple):
 def as_rows(x: Tensor) -> Tensor:
     """Return x [B, T, D] such that its tokens are rows of adjacent channels at equal distances, copied if necessary."""
     evenly_spaced = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if evenly_spaced and x.stride(1) >= x.shape[2] else x.contiguous()
+    if evenly_spaced and x.stride(1) >= x.shape[2]:
+        return x
+    # Of one token, x.contiguous() may be x itself, with any distance between its tokens.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

@@ -151,10 +151,16 @@ class ProgressBar:
             self.log(f"{description} started")
             self._last_line = time.monotonic()
 
-    def update(self, completed: float | None = None, advance: float | None = None, status: str | None = None) -> None:
-        """Move the current task's bar to `completed` units, or by `advance` units, and show `status` beside it."""
+    def update(
+        self,
+        completed: float | None = None,
+        advance: float | None = None,
+        status: str | None = None,
+        total: float | None = None,
+    ) -> None:
+        """Move the current task's bar to `completed` of `total` units, or by `advance`, and show `status` beside it."""
         fields = {} if status is None else {"status": status}
-        self._progress.update(self._task, completed=completed, advance=advance, **fields)
+        self._progress.update(self._task, completed=completed, advance=advance, total=total, **fields)
         if self._line_seconds is not None and time.monotonic() - self._last_line >= self._line_seconds:
             task = self._progress.tasks[-1]
             self.log(f"{task.description}: {task.percentage:.0f}%  {task.fields['status']}".rstrip())

@@ -1,6 +1,7 @@
 """The stages of a run: parts of its tokens with their own data, batch and learning rate, and the phases they become."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,7 +41,7 @@ class StageConfig:
     # How the learning rate goes from where the stage before left it, or from optim.lr after the warm-up, to `lr`. sqrt:
     # as 1 - sqrt(x). null: the run follows optim.schedule over all of its stages, and no stage has a schedule.
     schedule: Literal["constant", "linear", "cosine", "sqrt"] | None = None
-    lr: float | None = None  # learning rate at the stage's last step, unless the schedule is constant
+    lr: float | None = None  # at the stage's last step, before batch_rule's factor, unless the schedule is constant
 
 
 def describe_stage(stage: StageConfig) -> str:
@@ -133,7 +134,7 @@ def _check_pieces(where: str, pieces: list[tuple[float, int]] | None) -> None:
         return
     starts = [tokens for tokens, _ in pieces]
     require(
-        len(pieces) > 0 and starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
+        len(pieces) > 0 and starts[0] == 0 and all(one < other < math.inf for one, other in pairwise(starts)),
         f"{where} must begin at 0 tokens and have ascending numbers of tokens: [[0,131072],[1e9,262144]]",
     )
     require(

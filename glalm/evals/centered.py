@@ -1,8 +1,8 @@
 """Scores of tasks of lm-evaluation-harness that compare over tasks: 0 is chance and 1 is perfect.
 
-For a task of multiple choice, chance is one over the number of choices, averaged over the questions; for a continuation
-of a text, such as LAMBADA's last word, it is 0. Small models are near chance, where the likelihood of the right answers
-says more than the number of questions that they decide.
+For a task of multiple choice, chance is the number of right answers over that of choices, averaged over the questions;
+for a continuation of a text, such as LAMBADA's last word, it is 0. Small models are near chance, where the likelihood
+of the right answers says more than the number of questions that they decide.
 """
 
 import math
@@ -16,7 +16,8 @@ SUMMARY = ("centered_acc", "answer_bits_per_byte")
 
 
 def score_answers(task: Task, acc: float | None) -> dict[str, float]:
-    """Return the scores of a task whose answers have been scored by their likelihood; {} for any other task.
+    """Return the scores of a task whose answers have been scored by their likelihood; {} for any other task, or where
+    guessing is always right.
 
     Args:
         task: Its instances have the model's responses.
@@ -24,11 +25,13 @@ def score_answers(task: Task, acc: float | None) -> dict[str, float]:
 
     Returns:
         `chance`, the expected accuracy of guessing; `centered_acc`, (acc - chance) / (1 - chance); and
-        `answer_bits_per_byte`, the bits of all right answers after their contexts over their bytes of UTF-8, with the
-        space before an answer.
+        `answer_bits_per_byte`, the bits of each question's right answer (of several, the likeliest) after its context
+        over its bytes of UTF-8, with the space before it.
     """
     if acc is None or not isinstance(task, ConfigurableTask) or not task.instances:
         return {}
+    if task.config.process_results is not None:
+        return {}  # Its accuracy is of its own kind, such as the share of the likelihood that all true answers have.
     by_question: dict[int, list[Instance]] = defaultdict(list)
     for instance in sorted(task.instances, key=lambda instance: instance.idx):
         by_question[instance.doc_id].append(instance)

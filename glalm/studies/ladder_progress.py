@@ -89,9 +89,11 @@ def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event
             if run.config.name not in finished and (end := describe_end(run)):
                 finished[run.config.name] = end
                 bar.log(f"{len(finished)}/{len(runs)} {run.config.name}: {end}")
-        done = sum(run.work if run.config.name in finished else trained_tokens(run) for run in runs)
-        status = f"{done / total:.0%} of the work{describe_states(runs)}"
-        bar.update(completed=done, status=status)
+        # What a failed run has not trained will not be done.
+        total = sum(trained_tokens(run) if has_failed(run) else run.work for run in runs)
+        done = sum(run.work if run.is_complete() else trained_tokens(run) for run in runs)
+        status = f"{done / max(total, 1):.0%} of the work{describe_states(runs)}"
+        bar.update(completed=done, total=total, status=status)
         if not bar.is_drawn and done < total and done - shown >= total * PROGRESS_PERCENT / 100:
             shown = done
             left = (time.monotonic() - start) * (total - done) / (done - first)
@@ -101,9 +103,15 @@ def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event
 def describe_end(run: "LadderRun") -> str | None:
     """Return how a run has ended: its perplexity, or why it failed. None: it has not, or was stopped."""
     if run.is_complete():
-        return f"perplexity {run.results('perplexity')['results']['perplexity']:.2f}"
+        record = run.results("perplexity")
+        return f"perplexity {record['results']['perplexity']:.2f}" if record else "complete"
     status = read_status(run)
     return f"failed, see {log_path(run)}\n  {status.reason}" if status and status.state == "failed" else None
+
+
+def has_failed(run: "LadderRun") -> bool:
+    status = read_status(run)
+    return status is not None and status.state == "failed" and not run.is_complete()
 
 
 def describe_states(runs: "list[LadderRun]") -> str:

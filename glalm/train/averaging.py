@@ -41,7 +41,10 @@ class WeightAverage:
         torch._foreach_lerp_(list(self.tensors.values()), self._parameters, newest_share)
 
     def restart(self) -> None:
-        """Set the average to the current weights, for a run that resumes from a checkpoint without an average."""
+        """Set the average to the current weights, for a run that resumes from a checkpoint without an average.
+
+        It is as if all weights until then had been these. They keep half of the average for 0.7 / (1 - decay) steps.
+        """
         for average, parameter in zip(self.tensors.values(), self._parameters, strict=True):
             average.copy_(parameter.detach())
 

@@ -18,7 +18,8 @@ class Choices(ConfigurableTask):
     OUTPUT_TYPE = "multiple_choice"
     multiple_input = 0
 
-    def __init__(self, questions: list[dict], nats: list[list[float]], extra: int = 0):
+    def __init__(self, questions: list[dict], nats: list[list[float]], extra: int = 0, process_results=None):
+        self._config = SimpleNamespace(process_results=process_results)
         self._instances = [
             SimpleNamespace(doc_id=n, doc=question, idx=i, args=("context", " " + choice), resps=[(value, False)])
             for n, (question, values) in enumerate(zip(questions, nats, strict=True))
@@ -79,6 +80,10 @@ def test_tasks_without_such_answers_have_no_such_scores():
     for task in (Generations([question], [[-1.0]]), Choices([question], [[-1.0]]), Choices([], [])):
         assert score_answers(task, 1.0) == {}
     assert score_answers(Continuations([question], [[-1.0]]), None) == {}
+    own_accuracy = Choices(
+        [{"choices": ["a", "b"], "gold": 0}], [[-1.0, -2.0]], process_results=lambda doc, results: {}
+    )
+    assert score_answers(own_accuracy, 0.5) == {}
 
 
 def test_the_summary_is_a_mean_over_tasks():

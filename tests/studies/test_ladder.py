@@ -316,7 +316,7 @@ def test_failures_are_shown_while_others_run(plan, capsys):
         "  ConfigError: no data",
         "at all",
     ]
-    assert lines[4].startswith("50% of the work; 1 training, 1 evaluating; about ")
+    assert lines[4].startswith("33% of the work; 1 training, 1 evaluating; about ")
 
 
 def test_what_did_not_complete_is_counted_by_its_end(plan):

@@ -12,7 +12,7 @@ from torch import Tensor
 from glalm.kernels import common
 from glalm.kernels.context_parallel import ContextShard, check_context, gather_history
 
-MAX_KERNEL_TAPS = 16  # the kernels' tiles hold as many tokens
+MAX_KERNEL_TAPS = 16  # the kernels keep as many rows in registers
 
 
 def short_conv(

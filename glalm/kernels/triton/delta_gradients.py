@@ -8,11 +8,11 @@ s <= t in P and s < t in M:
          -[e dv S^T + M k]                 where k reads the state
     dbeta_t = dv_t . u_t / beta_t^2
 
-The last line holds because u = R (v - e k S) and dv = R^T du, with R = (I + L)^-1 diag(beta), hold beta as a factor
-each, and what remains of their product is the gradient.
+The last line holds because R = (diag(1/beta) + N)^-1, where N does not depend on beta, so that dR = R diag(dbeta /
+beta^2) R.
 
-The gate of token l acts on every pair of a write before l and a read at or after l. With the flow of a token, q dq +
-k dk where it reads minus k dk where it is written,
+The gate of token l acts on every pair of a write before l and a read at or after l. With flow_t = q_t dq_t +
+k_t dk_t (where k_t reads) - k_t dk_t (where it is written),
 
     dg_l = sum_{t >= l in the chunk} flow_t + (pairs whose read lies after the chunk),
     pairs whose read lies after the chunk = exp(g_1 + ... + g_C) sum S dS + sum_t (f k dS^T u)_t

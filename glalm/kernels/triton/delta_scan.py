@@ -4,7 +4,7 @@ With R, A, e and f = exp(g_{t+1} + ... + g_C) of each chunk (see delta_prepare.p
 
     u = R (v - e k S),   o = scale e q S + A u,   S <- exp(g_1 + ... + g_C) S + (f k)^T u
 
-Backward in time, with dS the gradient of the state at the chunk's end, and dv that of v and of -(e k S):
+Backward in time, with dS the gradient of the state at the chunk's end, and dv that of v - e k S, and so of v:
 
     du = A^T do + f k dS,   dv = R^T du,   dS <- exp(g_1 + ... + g_C) dS + (scale e q)^T do - (e k)^T dv
 
@@ -71,7 +71,7 @@ def delta_scan_kernel(
     Outputs, each of which may be None:
         out: [B, T, H, V]
         updates: u, [B, T, H, V]
-        states: [tiles, VP, KP], S^T at the start of every tile including its padding
+        states: [tiles, VP, KP], S^T with its padded channels (zeros) at the start of every tile
         final: float32 [N, H, K, V]
     """
     BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
@@ -147,7 +147,7 @@ def delta_reverse_scan_kernel(
         dfinal: float32 [N, H, K, V] or None for zeros
     Outputs:
         dv: [B, T, H, V]
-        dstates: [tiles, VP, KP], dS^T at the end of every tile including its padding
+        dstates: [tiles, VP, KP], dS^T with its padded channels (zeros) at the end of every tile
         dinitial: float32 [N, H, K, V] or None
     """
     BLOCKS: tl.constexpr = VP // BV

@@ -7,10 +7,13 @@ its state, [NP, BD] in a program, in registers. So the recurrence and the sums o
 never goes through memory on the way. ROWS tokens are loaded at a time.
 
 Tiles of ROWS tokens are aligned to multiples of ROWS among the B * T tokens, not to the starts of sequences. Where two
-sequences meet in a tile, each sees the other's tokens with dt = 0, which leaves a state unchanged.
+sequences meet in a tile, each sees the other's tokens with dt = 0, which leaves a finite state unchanged. (A NaN or inf
+in B or C of one spreads to the other.)
 
-The forward pass saves the state before every cell of CELL tokens. Backward in time, a program recomputes the states
-that enter the tiles of a cell, and then those of each token of a tile within registers. With c_t = C_t dy_t:
+The forward pass saves the state before every cell of CELL tokens. The backward pass takes the cells from the last to
+the first. In each, a program runs forward from the saved state and stores the states that enter the tiles; then it
+takes the tiles from the last to the first, and recomputes the states of a tile's tokens in registers. With c_t = C_t
+dy_t:
 
     dh_t = c_t + exp(dt_{t+1} A) dh_{t+1},   dB_t = sum_d dh_t dt_t x_t,   dC_t = sum_d dy_t h_t
 
@@ -82,7 +85,7 @@ class ScanPlan:
         return torch.empty(shape, device=self.x.device, dtype=dtype)
 
     def arrange_coefficients(self) -> Tensor:
-        """Return B and C in float32, [tokens, 2, NP], which a thread loads as vectors. The last tile may read zeros."""
+        """Return B and C, float32 [tokens + CELL, 2, NP]. The rows after the tokens are zeros for the last tile."""
         coefficients = self.allocate(self.tokens + self.config.forward.tile["CELL"], 2, self.NP)
         for i, x in enumerate(self.BC):
             coefficients[: self.tokens, i, : self.N] = x.reshape(self.tokens, self.N)
@@ -105,7 +108,7 @@ class ScanPlan:
         return o, final.mT.contiguous(), checkpoints
 
     def transpose_state(self, state: Tensor | None) -> Tensor | None:
-        """Return states [n, D, N] as the kernels store them, float32 [n, N, D]."""
+        """Return float32 states [n, D, N] as the kernels store them, [n, N, D]."""
         return None if state is None else state.mT.contiguous()
 
     def count_segments(self, config) -> int:
@@ -186,7 +189,7 @@ class ScanPlan:
             checkpoints, dfinal, starts, dx, ddt, dz, dBC, dA, dskip, ddt_bias, dstate, self.cu_seqlens, self.T,
             self.tokens, segments,
         )  # fmt: skip
-        # The sums over channels are exact to the precision of x.
+        # For bfloat16, the products are rounded to bfloat16 before they are summed over channels in float32.
         half = self.x.dtype == torch.bfloat16
         constants = dict(
             D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides(), STRIDE_DO=do.stride(1), HALF=half,

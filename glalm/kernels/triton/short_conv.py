@@ -3,13 +3,15 @@
     u_t = bias + sum_{i < TAPS} weight_i x_{t - TAPS + 1 + i},   y_t = silu(u_t)
     g_t = dy_t silu'(u_t),   dx_t = sum_i weight_i g_{t + TAPS - 1 - i},   dweight_i = sum_t g_t x_{t - TAPS + 1 + i}
 
-A program owns BD channels of C tokens in a row, and walks along them, through the parts of all sequences in there. A
+A program owns BD channels of C consecutive tokens, and walks along them, through the parts of all sequences in there. A
 row, the BD channels of a token, lies in registers, as do the last TAPS - 1 rows before it: every number is loaded once,
-and the gradients of the weights are sums within a thread. ROWS rows are loaded at a time, one such tile ahead.
+but for TAPS - 1 rows where chunks meet, and the gradients of the weights are sums within a thread. ROWS rows are loaded
+at a time, one such tile ahead.
 
 The backward pass also walks from the first token to the last. Once it knows g_t, it stores dx_{t - TAPS + 1}. So for a
-part of a sequence it needs g of TAPS - 1 tokens more. Of the first ones, dx is the gradient of the initial state. Each
-program writes its share of the weights' gradients; a sum in fixed order follows.
+part of a sequence it needs g of TAPS - 1 tokens more. The first TAPS - 1 results of a sequence belong to the inputs
+before it: they are the gradient of the initial state. Each program writes its share of the weights' gradients; a sum in
+fixed order follows.
 """
 
 import torch
@@ -98,7 +100,7 @@ class ConvPlan:
         return triton.cdiv(self.D, constants["BD"])
 
     def allocate_state(self, like: Tensor | None) -> Tensor:
-        """Return a buffer for states. If sequences may be empty, it holds `like` or zeros: no program writes theirs."""
+        """Return a buffer for states. If sequences may be empty, it holds `like` or zeros, which are their states."""
         shape = self.sequences, self.taps - 1, self.D
         if self.cu_seqlens is None and self.T > 0:
             return torch.empty(shape, device=self.x.device, dtype=self.x.dtype)
@@ -196,7 +198,7 @@ def load_rows(p, count, d, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr
 
 @triton.jit
 def convolve(window, weights, offset, TAPS: tl.constexpr):
-    """Return the weighted sum of the rows of a window, and the sigmoid of its part -log2(e)."""
+    """Return v = -log2(e) u of the window's last token, and sigmoid(u) = 1 / (1 + 2^v)."""
     v = offset
     for i in tl.static_range(TAPS):
         v += window[i] * weights[i]
@@ -348,7 +350,7 @@ def add_products(sums, g, window, TAPS: tl.constexpr):
 
 @triton.jit
 def convolve_gradients(g, weights, TAPS: tl.constexpr):
-    """Return dx of the oldest of TAPS tokens."""
+    """Return dx of the token of g[0], from its g and the g of the TAPS - 1 tokens after it."""
     row = g[0] * weights[TAPS - 1]
     for i in tl.static_range(1, TAPS):
         row += g[i] * weights[TAPS - 1 - i]

@@ -264,7 +264,7 @@ def train_struck(fault: str, struck_rank: int, config: RunConfig) -> int:
     if int(os.environ["RANK"]) != struck_rank:
         return train(config)
     if fault.startswith("loader"):
-        loader.Windows.load_batch = fail_at_seventh_batch(hangs=fault == "loader hangs")
+        loader.Windows.load_batch = fail_at_fourth_batch(hangs=fault == "loader hangs")
         return train(config)
 
     def strike() -> None:
@@ -276,13 +276,13 @@ def train_struck(fault: str, struck_rank: int, config: RunConfig) -> int:
         return train(config)
 
 
-def fail_at_seventh_batch(hangs: bool):
-    """Return a Windows.load_batch that hangs or raises at its seventh call."""
+def fail_at_fourth_batch(hangs: bool):
+    """Return a Windows.load_batch that hangs or raises at the fourth batch of training."""
     calls = itertools.count(1)
     load_batch = loader.Windows.load_batch
 
     def fail(self, ids):
-        if next(calls) == 7:
+        if self.tokens.split == "train" and next(calls) == 4:
             if not hangs:
                 raise OSError("stale file handle")
             time.sleep(60)

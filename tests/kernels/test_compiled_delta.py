@@ -9,6 +9,10 @@ from glalm.kernels.triton import delta, launch
 
 KIBIBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory for one program
 SIZES = [(64, 64), (128, 256), (256, 512)]
+# All sizes where the table was measured and where there is least memory, elsewhere the largest.
+CASES = [
+    (capability, sizes) for capability in KIBIBYTES for sizes in SIZES if capability in (86, 90) or sizes == SIZES[-1]
+]
 
 
 @pytest.fixture
@@ -38,8 +42,7 @@ def check_shared_memory(launches, capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("per", ["nothing", "head", "channel"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("capability", KIBIBYTES)
+@pytest.mark.parametrize("capability, sizes", CASES, ids=str)
 def test_shared_memory_suffices(capability, sizes, per, launches, monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: capability // 10)
     run_both_passes(*sizes, per, torch.bfloat16)

@@ -27,9 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glalm.kernels.triton.launch import launch, multiprocessors, scan_config
-from glalm.kernels.triton.tiles import _INTERPRETED, LOG2E, as_rows, dot_add, flushed_exp2, reciprocal
-
-LN2 = tl.constexpr(0.6931471805599453)
+from glalm.kernels.triton.tiles import LN2, LOG2E, as_rows, dot_add, flushed_exp2, mask_channels, reciprocal
 
 # A thread must own all numbers of a channel's state. Triton would give it several neighbouring channels, if it knew
 # that these are aligned in memory. So it is not told the alignment of the pointers to channels.
@@ -209,17 +207,6 @@ def checkpoint_shape(x: Tensor, A: Tensor) -> tuple[int, int, int]:
 
 
 # Building blocks --------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def mask_channels(inside, d, D: tl.constexpr, BD: tl.constexpr):
-    """Return the mask of a row. Where BD divides D, the compiler drops the comparison of channels."""
-    if _INTERPRETED:  # The interpreter of Triton 3.9 loads nothing under a broadcast mask.
-        return d < tl.where(inside, D, 0)
-    mask = tl.broadcast_to(inside, [BD])
-    if D % BD != 0:
-        mask = mask & (d < D)
-    return mask
 
 
 @triton.jit

@@ -20,9 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glalm.kernels.triton.launch import LaunchConfig, conv_config, launch, multiprocessors
-from glalm.kernels.triton.tiles import _INTERPRETED, LOG2E, as_rows, flushed_exp2, reciprocal
-
-LN2 = tl.constexpr(0.6931471805599453)
+from glalm.kernels.triton.tiles import LN2, LOG2E, as_rows, flushed_exp2, mask_channels, reciprocal
 
 
 class ConvPlan:
@@ -136,17 +134,6 @@ def find_bounds(n, T, cu_seqlens):
         begin = tl.load(cu_seqlens + n).to(tl.int32)
         end = tl.load(cu_seqlens + n + 1).to(tl.int32)
     return begin, end
-
-
-@triton.jit
-def mask_channels(inside, d, D: tl.constexpr, BD: tl.constexpr):
-    """Return the mask of a row. Where blocks of channels divide D, the compiler drops the comparison of channels."""
-    if _INTERPRETED:  # The interpreter of Triton 3.9 loads nothing under a broadcast mask.
-        return d < tl.where(inside, D, 0)
-    mask = tl.broadcast_to(inside, [BD])
-    if D % BD != 0:
-        mask = mask & (d < D)
-    return mask
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 from glalm.kernels.common import CHUNK
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # exp(-104) is 0 in float32, so clamping log gates at -104 changes nothing and makes -inf finite.
 MIN_LOG_GATE = tl.constexpr(-104.0)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -101,6 +102,17 @@ def store_tile(x, stride, rows, cols, tile):
     i = tl.arange(0, tile.shape[0])[:, None]
     j = tl.arange(0, tile.shape[1])[None, :]
     tl.store(x + i * stride + j, tile.to(x.dtype.element_ty), mask=(i < rows) & (j < cols))
+
+
+@triton.jit
+def mask_channels(inside, d, D: tl.constexpr, BD: tl.constexpr):
+    """Return the mask of a row. Where blocks of channels divide D, the compiler drops the comparison of channels."""
+    if _INTERPRETED:  # The interpreter of Triton 3.9 loads nothing under a broadcast mask.
+        return d < tl.where(inside, D, 0)
+    mask = tl.broadcast_to(inside, [BD])
+    if D % BD != 0:
+        mask = mask & (d < D)
+    return mask
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -394,8 +395,12 @@ class RunConfig:
 
     def phase_at(self, step: int) -> Phase:
         """Return the phase of an optimizer step, counted from 1. Steps beyond the last are of the last phase."""
-        phases = self.phases
-        return next((phase for phase in phases if step <= phase.end_step), phases[-1])
+        return self.phases[self.phase_index(step)]
+
+    def phase_index(self, step: int) -> int:
+        """Return the place in `phases` of the phase of an optimizer step."""
+        ends = [phase.end_step for phase in self.phases]
+        return min(bisect_left(ends, step), len(ends) - 1)
 
     @property
     def stage_ends(self) -> set[int]:

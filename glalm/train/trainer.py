@@ -193,7 +193,7 @@ class Trainer:
         """
         state = self.state
         step = state.step + 1
-        self.plan = self.plans[self.config.phases.index(self.config.phase_at(step))]
+        self.plan = self.plans[self.config.phase_index(step)]
         loss = self.accumulate_gradients(batch)
         grad_norm = parallel.gradient_norm(self.module.parameters())
         every = self.config.train.statistics_every

@@ -89,9 +89,7 @@ def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event
             if run.config.name not in finished and (end := describe_end(run)):
                 finished[run.config.name] = end
                 bar.log(f"{len(finished)}/{len(runs)} {run.config.name}: {end}")
-        # What a failed run has not trained will not be done.
-        total = sum(trained_tokens(run) if has_failed(run) else run.work for run in runs)
-        done = sum(run.work if run.is_complete() else trained_tokens(run) for run in runs)
+        done, total = map(sum, zip(*map(count_work, runs), strict=True))
         status = f"{done / max(total, 1):.0%} of the work{describe_states(runs)}"
         bar.update(completed=done, total=total, status=status)
         if not bar.is_drawn and done < total and done - shown >= total * PROGRESS_PERCENT / 100:
@@ -109,9 +107,13 @@ def describe_end(run: "LadderRun") -> str | None:
     return f"failed, see {log_path(run)}\n  {status.reason}" if status and status.state == "failed" else None
 
 
-def has_failed(run: "LadderRun") -> bool:
+def count_work(run: "LadderRun") -> tuple[float, float]:
+    """Return how much of a run's work is done, and how much there is: of a failed run only what is done."""
+    if run.is_complete():
+        return run.work, run.work
+    trained = trained_tokens(run)
     status = read_status(run)
-    return status is not None and status.state == "failed" and not run.is_complete()
+    return trained, trained if status and status.state == "failed" else run.work
 
 
 def describe_states(runs: "list[LadderRun]") -> str:

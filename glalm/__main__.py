@@ -30,16 +30,17 @@ def main(name: str | None = None) -> NoReturn:
     Args:
         name: The command; None if the first argument names it.
     """
-    if name is None:
-        name = find_command(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
-    # Help and usage lines take the program's name from here.
-    sys.argv[0] = f"glalm {name}"
     raises_interrupt = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if raises_interrupt:
         # Ctrl-C ends the process without a word while it imports: an exception in there would be shown, or be lost.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from glalm.progress import run_command
+    from glalm.progress import protect_output, run_command
 
+    protect_output()
+    if name is None:
+        name = find_command(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
+    # Help and usage lines take the program's name from here.
+    sys.argv[0] = f"glalm {name}"
     command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
     if raises_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,7 +74,7 @@ def find_command(name: str) -> str:
             print(f"  {command:<12}{summary}")
         sys.exit(0)
     if name not in COMMANDS:
-        import difflib  # Until `main` handles Ctrl-C, as little as possible is imported.
+        import difflib  # Only this error needs it.
 
         matches = difflib.get_close_matches(name, COMMANDS, n=1)
         suggestion = f"did you mean {matches[0]}? " if matches else ""

@@ -123,7 +123,7 @@ def hydra_entry(
 
     The command line is checked before anything slow is imported. The exit code is 0; 2 for a wrong config; 1 if the run
     could not continue; 128 + the signal's number if a signal stopped it. Errors of both kinds, and Ctrl-C, print one
-    message without a traceback. Output that cannot be written, as in `glalm eval | head`, is dropped.
+    message without a traceback.
     In a sweep (--multirun), a job that fails does not stop the others, unless torchrun started this process. The exit
     code is then that of the first job that failed.
 
@@ -135,7 +135,6 @@ def hydra_entry(
             them that a sweep has chosen for this run.
         objective: Returns what a sweeper minimizes, given the config, after `main` has returned 0.
     """
-    protect_output()
     if not faulthandler.is_enabled():
         faulthandler.enable()  # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened.
     store_defaults(cls)

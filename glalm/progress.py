@@ -79,7 +79,6 @@ def show_log() -> None:
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a command and exit with its code, or with 130 and one line after Ctrl-C."""
-    protect_output()
     show_log()
     try:
         code = main()

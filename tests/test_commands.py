@@ -160,6 +160,18 @@ def test_unknown_command_is_refused_with_the_nearest():
     assert "glalm has no command trian; did you mean train?" in run("-m", "glalm", "trian", code=2)
 
 
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["trian"], 2)])
+def test_a_closed_pipe_ends_no_command_with_a_traceback(arguments, code):
+    """As in `glalm --help | head -n 1`, here with a reader that has closed the pipe before anything is printed."""
+    command = [sys.executable, "-m", "glalm", *arguments]
+    read, write = os.pipe()
+    os.close(read)
+    stdout, stderr = (write, subprocess.PIPE) if code == 0 else (subprocess.PIPE, write)
+    done = subprocess.run(command, stdout=stdout, stderr=stderr, cwd=ROOT, timeout=300)
+    os.close(write)
+    assert done.returncode == code and not done.stdout and not done.stderr
+
+
 def test_clone_has_a_script_for_each_command():
     scripts = {ROOT / "train.py", ROOT / "eval.py", *(ROOT / "scripts").glob("*.py")}
     expected = {f'    main("{command}")' for command in COMMANDS}

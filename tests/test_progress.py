@@ -92,7 +92,7 @@ def test_a_command_goes_on_when_nobody_reads_what_it_prints(tmp_path):
 import sys
 from pathlib import Path
 from rich.console import Console
-from glalm.progress import ProgressBar, run_command
+from glalm.progress import ProgressBar, protect_output, run_command
 def main():
     for i in range(20_000):
         print("line", i)
@@ -102,6 +102,7 @@ def main():
         bar.log("a message")
     Path({str(tmp_path / "done")!r}).touch()
     return 3
+protect_output()
 run_command(main)
 """
     read, write = os.pipe()

@@ -36,8 +36,11 @@ def write_json(path: Path, content: Any, **options) -> None:
         file.write(json.dumps(content, **options).encode())
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, last_bytes: int | None = None) -> bytes:
     """Return the content of a regular file, or of one that a link leads to.
+
+    Args:
+        last_bytes: At most so many bytes from the file's end; None for all.
 
     Raises:
         FileNotFoundError: Nothing has this name.
@@ -52,7 +55,10 @@ def read_file(path: Path) -> bytes:
         # Opening a pipe would wait for a writer.
         raise DamagedFile(f"{path} is a folder or another kind of file, not a regular one")
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if last_bytes is not None:
+                file.seek(max(os.fstat(file.fileno()).st_size - last_bytes, 0))
+            return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     except OSError as error:

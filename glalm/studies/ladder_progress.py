@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glalm.evals.result_files import read_json, write_json
 from glalm.progress import ProgressBar
-from glalm.train.metrics import read_metrics
+from glalm.train.metrics import read_last_row
 
 if TYPE_CHECKING:
     from glalm.studies.ladder import LadderRun
@@ -125,8 +125,8 @@ def describe_states(runs: "list[LadderRun]") -> str:
 
 def trained_tokens(run: "LadderRun") -> int:
     """Return the tokens that a run has been trained on, by its metrics.jsonl."""
-    rows, _ = read_metrics(run.config.folder / "metrics.jsonl")
-    return run.config.tokens_at(rows[-1]["step"]) if rows else 0
+    row = read_last_row(run.config.folder / "metrics.jsonl")
+    return run.config.tokens_at(row["step"]) if row else 0
 
 
 def format_seconds(seconds: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # Reports read metrics without the seconds that importing tor
     from glalm.config.run import RunConfig
 
 MAX_UNWRITTEN_ROWS = 10_000  # A few megabytes.
+LAST_BYTES = 65_536  # More than a row has.
 NUMBERS = {str: (int, float, type(None))}
 
 # The metrics on the console, in this order.
@@ -31,8 +32,11 @@ CONSOLE_FORMATS = {
 }
 
 
-def read_metrics(path: Path) -> tuple[list[dict], int]:
+def read_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict], int]:
     """Read a metrics.jsonl.
+
+    Args:
+        last_bytes: How much of the file's end is read; None for all. The line that it cuts is no row.
 
     Returns:
         The rows, oldest first, and the number of lines that are not rows, because a kill cut them short, a crash of the
@@ -42,7 +46,7 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
         DamagedFile: It is not a regular file, or it cannot be read.
     """
     try:
-        content = read_file(path)
+        content = read_file(path, last_bytes)
     except FileNotFoundError:
         return [], 0
     rows = []
@@ -57,6 +61,19 @@ def read_metrics(path: Path) -> tuple[list[dict], int]:
         else:
             rows.append(row)
     return rows, skipped
+
+
+def read_last_row(path: Path) -> dict | None:
+    """Return the newest row of a metrics.jsonl, or None if it has none. The whole file is only read for want of rows.
+
+    Raises:
+        DamagedFile: It is not a regular file, or it cannot be read.
+    """
+    for last_bytes in (LAST_BYTES, None):
+        rows, _ = read_metrics(path, last_bytes)
+        if rows:
+            return rows[-1]
+    return None
 
 
 class MetricsWriter:

@@ -4,10 +4,12 @@ import resource
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glalm.data.files import DamagedFile, read_jsonl
 from glalm.train import metrics as metrics_module
-from glalm.train.metrics import MetricsWriter, read_metrics
+from glalm.train.metrics import MetricsWriter, read_last_row, read_metrics
 
 
 @pytest.fixture
@@ -51,6 +53,33 @@ def test_lines_that_are_no_rows_are_skipped(folder, run_config, capsys, line):
         assert read_jsonl(path) == [{"step": 0}, {"step": 2, "loss": None}]
     assert "skipped 1 unreadable lines" in capsys.readouterr().err
     assert (folder / "metrics.damaged.jsonl").read_bytes() == before
+
+
+LINES = st.one_of(
+    st.builds(lambda step: json.dumps({"step": step, "loss": 2.5}).encode(), st.integers(0, 10**6)),
+    st.binary(max_size=40).filter(lambda line: b"\n" not in line),
+)
+
+
+@given(lines=st.lists(LINES, max_size=12), last_bytes=st.integers(1, 200))
+@settings(max_examples=100)
+def test_the_last_row_is_that_of_the_whole_file(tmp_path_factory, lines, last_bytes):
+    path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
+    assert read_last_row(path) is None
+    path.write_bytes(b"\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_module, "LAST_BYTES", last_bytes)
+        assert read_last_row(path) == (read_metrics(path)[0] or [None])[-1]
+
+
+def test_the_last_row_of_a_long_file_is_read_from_its_end(folder, monkeypatch):
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(20_000)))
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(metrics_module.json, "loads", lambda line: parsed.append(line) or loads(line))
+    assert read_last_row(path) == {"step": 19_999}
+    assert sum(map(len, parsed)) <= 65_536
 
 
 @pytest.mark.parametrize("start_step", [0, 2])

@@ -2,22 +2,26 @@
 
     python benchmarks/context_parallel.py
     torchrun --standalone --nproc-per-node=8 benchmarks/context_parallel.py
+    python benchmarks/context_parallel.py --train          the rows of one process, to compare with
 
 One process takes the turns of a whole group on its device: it runs chunk_gla on one shard after another, forward and
 backward, each with the summaries that the others have left, and compares time and results with one call on the whole
 sequence. So the table shows the work that sharing adds, without the network.
 
-Several processes train a model of each mixer on sequences that they share, and print the time and memory of a step:
-GLA, which exchanges states, beside softmax attention, which gathers keys and values (arXiv 2311.02382).
+Several processes train a model of each mixer on sequences that they share, and print the time of a step, its memory
+beside the dry run's estimate, and the time in which a GPU only communicates: GLA, which exchanges states, beside
+softmax attention, which gathers keys and values (arXiv 2311.02382).
 """
 
 import argparse
+import gc
 import os
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bench_training import profile_step
 from torch import Tensor
 
 from glalm.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -26,12 +30,14 @@ from glalm.kernels import chunk_gla, context_parallel
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.config import ModelConfig
 from glalm.train import parallel
+from glalm.train.estimate import estimate_memory
 from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, K, V = 4, 128, 256  # a layer of the 340M model
 VOCABULARY = 32000
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 REPEATS = 3
 
 
@@ -110,27 +116,38 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
 
 def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> str:
     """Train on sequences of T tokens that all processes share, and return a row of the table."""
+    if DEVICE.type == "cuda":
+        gc.collect()  # Free the model before.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     config = RunConfig(
         model=ModelConfig(mixer=mixer, vocab_size=VOCABULARY, **sizes),
         data=DataConfig(seq_len=T),
         optim=OptimConfig(warmup_steps=0),
         train=TrainConfig(steps=steps, batch_size=1, activation_checkpointing="full"),
-        parallel=ParallelConfig(context=int(os.environ["WORLD_SIZE"])),
+        parallel=ParallelConfig(context=WORLD),
     )
     accelerator = parallel.start_processes(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    plan = BatchPlan.from_config(config, WORLD)
+    trainer = Trainer(config, plan, accelerator)
     tokens = torch.randint(VOCABULARY, (1, T + 1), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
-    assert trainer.context is not None
-    shard = shard_batch(batch, T, trainer.context.rank, trainer.context.size)
+    shard = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
+    if trainer.context is not None:
+        shard = shard_batch(shard, T, trainer.context.rank, trainer.context.size)
     shard = {name: x.to(accelerator.device) for name, x in shard.items()}
     trainer.step(shard)  # The first step compiles and allocates.
     start = time.perf_counter()
     for _ in range(steps):
         loss = trainer.step(shard).loss.item()
     seconds = (time.perf_counter() - start) / steps
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE.type == "cuda" else "-"
-    return f"| {mixer} | {T:,} | {seconds * 1e3:,.0f} | {T / seconds:,.0f} | {memory} | {loss:.3f} |"
+    row = f"| {mixer} | {T:,} | {seconds * 1e3:,.0f} | {T / seconds:,.0f} | {loss:.3f} |"
+    if DEVICE.type != "cuda":
+        return f"{row} - | - | - |"
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    estimate = sum(estimate_memory(config, plan, WORLD, True, config.train.compile in ("auto", True)).values()) / 2**30
+    kinds = profile_step(lambda: trainer.step(shard))["kinds"]
+    exposed = kinds.get("exposed communication", 0.0) / sum(kinds.values())
+    return f"{row} {peak:.1f} | {estimate:.1f} | {exposed:.1%} |"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,21 +156,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=8, help="ranks that take turns on one device")
     parser.add_argument("--mixers", nargs="+", default=["gla", "attention"], help="of the models that processes train")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each model")
+    parser.add_argument("--train", action="store_true", help="train models with one process, too")
     parser.add_argument("--tiny", action="store_true", help="models of two small layers, for a CPU")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if WORLD == 1 and not options.train:
         print("| tokens | ranks | one call, ms | all turns, ms | extra | largest relative difference |\n|-|-|-|-|-|-|")
         for T in options.lengths:
             print(compare_turns(T, options.size), flush=True)
         return
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 128}
-    is_first = os.environ["RANK"] == "0"
+    is_first = int(os.environ.get("RANK", 0)) == 0
     if is_first:
-        print("| mixer | tokens | step, ms | tokens/s | peak GiB of a GPU | loss |\n|-|-|-|-|-|-|")
+        columns = ["mixer", "tokens", "step, ms", "tokens/s", "loss", "peak GiB of a GPU", "estimate", "communication"]
+        print(f"| {' | '.join(columns)} |\n{'|-' * len(columns)}|")
     for mixer in options.mixers:
         for T in options.lengths:
             row = measure_steps(mixer, small if options.tiny else {}, T, options.steps)

@@ -73,3 +73,9 @@ def test_kind_of_kernel(bench, kernel, wanted):
 def test_idle_time_is_not_covered_by_kernels(bench):
     assert bench.idle_time([(10, 12), (11, 15), (18, 20), (13, 14)]) == 3
     assert bench.idle_time([(1, 2)]) == 0
+
+
+def test_communication_is_exposed_where_nothing_else_runs(bench):
+    times = [("gemm", 0, 4), ("ncclKernel_AllReduce", 3, 6), ("gemm", 7, 9)]
+    expected = {"matmuls": 6, "exposed communication": 2, "overlapped communication": 1, "idle": 1}
+    assert bench.sum_kinds(times) == expected

@@ -29,8 +29,8 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from glalm import kernels
-from glalm.generation.cuda_graph import GraphCapture
 from glalm.kernels import chunk_gla
+from glalm.kernels.graph_capture import GraphCapture
 from glalm.kernels.triton import gla
 from glalm.kernels.triton.gla import SavedForBackward
 from glalm.kernels.triton.launch import LaunchConfig

@@ -5,7 +5,6 @@ once for a batch size and then replayed, without Python in the loop. transformer
 stopping criteria run as usual after each step.
 """
 
-from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -16,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from glalm.generation import fused_decode
 from glalm.generation.captured import describe_model
 from glalm.hf import GLALMForCausalLM
+from glalm.kernels.graph_capture import GraphCapture
 from glalm.kernels.recurrent import states_in_place
 from glalm.model.cache import StateCache
 from glalm.model.plain import is_called_plainly
@@ -25,34 +25,6 @@ STOP_CHECK_INTERVAL = 16
 
 UNSUPPORTED_INPUTS = ("inputs_embeds", "cu_seqlens", "position_ids")
 REQUIRED_SETTINGS = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
-
-
-class GraphCapture:
-    """Captures functions as CUDA graphs on a stream of one GPU.
-
-    Call `warm_up` at least once before `capture`: libraries initialise themselves in their first calls, which is not
-    possible during a capture.
-    """
-
-    def __init__(self, device: torch.device):
-        # torch.cuda.graph's own default stream belongs to the GPU that the process captured on first.
-        self.stream = torch.cuda.Stream(device)
-
-    def warm_up(self, function: Callable[[], object]) -> None:
-        """Run `function` on the stream, in order with the work of the current stream."""
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            function()
-        current.wait_stream(self.stream)
-
-    def capture(self, function: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
-        """Record `function` without running it. Return the graph, and the result, whose tensors every replay fills."""
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph itself does not restore the current stream if the capture fails.
-        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
-            result = function()
-        return graph, result
 
 
 class CudaGraphGenerator:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glalm.config.strict import require
 from glalm.data.files import atomic_write
-from glalm.generation.cuda_graph import GraphCapture
+from glalm.kernels.graph_capture import GraphCapture
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.model.mixers import check_mixer_name

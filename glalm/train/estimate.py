@@ -25,6 +25,7 @@ from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan, plan_batches
+from glalm.train.step_graph import is_captured
 from glalm.train.training_data import TrainingData
 
 GIB = 2**30
@@ -122,7 +123,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def estimate_memory(
-    config: RunConfig, plan: BatchPlan, local_world_size: int, bf16: bool, compiled: bool
+    config: RunConfig, plan: BatchPlan, local_world_size: int, bf16: bool, compiled: bool, captured: bool = False
 ) -> dict[str, int]:
     """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
 
@@ -159,6 +160,9 @@ def estimate_memory(
         parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
         if is_ddp:  # Sharded weights are gathered in bfloat16, and freed again.
             parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
+    if captured:
+        # CUDA graphs keep the memory of a step for themselves. Validation reads windows without cutting segments.
+        parts["validation"] = plan.segments * parts["one block's backward"] + parts["loss"]
     return parts
 
 
@@ -322,6 +326,7 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
         if requires_data or (Path(config.data.path) / MANIFEST).exists():
             raise
         unchecked = f"WARNING: data and vocabulary have not been checked. {error}"
+    is_captured(config, world_size, device.is_gpu)  # Raise as the run would, whichever stage is the largest.
     costs = phase_costs(config, world_size)
     counts = count_parameters(config)
     tokens = sum(cost.phase.tokens for cost in costs)
@@ -482,9 +487,11 @@ def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
 
 def advise_memory(config: RunConfig) -> str:
     """Return what a run without enough memory can set."""
+    graphs = "train.cuda_graph=false, " if config.train.cuda_graph is not False else ""
     return (
-        "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
-        f"train.tbptt_length, or {SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
+        f"Set {graphs}a smaller train.micro_batch_size (the batch size stays the same), "
+        "train.activation_checkpointing=full, train.tbptt_length, or "
+        f"{SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
     )
 
 
@@ -561,7 +568,8 @@ def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
     plan = cost.plan
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = is_compiled(config.train, device.is_gpu)
-    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled)
+    captured = is_captured(config, plan.world_size, device.is_gpu)
+    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled, captured)
 
 
 def _describe_memory(parts: dict[str, int], stage: str) -> str:

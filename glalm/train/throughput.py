@@ -52,10 +52,11 @@ class ThroughputMeter:
             yield item
             start = time.perf_counter()
 
-    def metrics(self, step: int) -> dict[str, float | None]:
+    def metrics(self, step: int, graph_bytes: int = 0) -> dict[str, float | None]:
         """Return the metrics of the steps since the last restart. Call it after the device has finished `step`.
 
-        The steps must be of one phase of the run.
+        The steps must be of one phase of the run. The peak of memory is at least `graph_bytes`, the allocated memory in
+        replays of CUDA graphs, which torch does not count.
         """
         steps = step - self.step
         seconds = time.perf_counter() - self.start_time
@@ -68,7 +69,8 @@ class ThroughputMeter:
             "data_wait_seconds": self.data_wait / steps,  # per step
         }
         if self.device.type == "cuda":
-            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30  # of this process
+            peak = max(torch.cuda.max_memory_allocated(self.device), graph_bytes)
+            metrics["peak_memory_gib"] = peak / 2**30  # of this process
         return metrics
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,7 @@ from glalm.data.loader import (
 from glalm.data.text_bytes import bits_per_byte, measure_bytes_per_target
 from glalm.data.tokenizer import Tokenizer
 from glalm.kernels.context_parallel import ContextShard
+from glalm.kernels.graph_capture import GraphCapture
 from glalm.model.cache import StateCache
 from glalm.train import parallel, run_dir
 from glalm.train.averaging import WeightAverage
@@ -44,6 +46,7 @@ from glalm.train.metrics import MetricsWriter
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 from glalm.train.profile import Profiler
 from glalm.train.state import BatchPlan, TrainState, plan_batches
+from glalm.train.step_graph import StepGraph, is_captured
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.training_data import TrainingData
 from glalm.train.watchdog import Watchdog
@@ -78,6 +81,7 @@ def train(
     plan = BatchPlan.from_config(config, accelerator.num_processes)
     plans = plan_batches(config, accelerator.num_processes)
     list_forward_shapes(config, plans, accelerator.device.type == "cuda")
+    is_captured(config, plan.world_size, accelerator.device.type == "cuda")
     for phase_plan in plans if config.train.float8 else ():
         check_float8_support(phase_plan, accelerator.device)
     training, validation = run_dir.open_data(config)
@@ -167,6 +171,7 @@ class Trainer:
         plan: How the batch of the newest step is divided.
         module: `state.model`, wrapped or sharded for training.
         context: Which shard of its sequences this process has, if several share them (parallel.context), else None.
+        graph: Runs micro-batches as CUDA graphs, or None (train.cuda_graph).
     """
 
     def __init__(self, config: RunConfig, plan: BatchPlan, accelerator: Accelerator, from_scratch: bool = True):
@@ -181,6 +186,10 @@ class Trainer:
             convert_to_float8(model)
         apply_training_forward(model, config.train, accelerator.device)
         self.module = parallel.parallelize_model(model, config, accelerator)
+        self.graph: StepGraph | None = None
+        if is_captured(config, plan.world_size, accelerator.device.type == "cuda"):
+            capture = GraphCapture(accelerator.device)
+            self.graph = StepGraph(model.parameters(), capture, is_required=config.train.cuda_graph is True)
         self.guard = UpdateGuard(config.train.guard, accelerator.device)
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay is not None else None
         self.state = TrainState(model, build_optimizers(model, config.optim), self.guard, average)
@@ -212,33 +221,49 @@ class Trainer:
     def accumulate_gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of `batch` to the parameters' gradients, and return the loss as in StepResult.
 
-        Micro-batches run one after the other. With train.tbptt_length, so do the segments of a micro-batch: the state
-        is carried from segment to segment, the gradient is not (truncated backpropagation through time), so that memory
-        holds the activations of one segment only.
+        Micro-batches run one after the other.
         """
         micro_batches = split_batch(batch, self.plan.micro_batch, dim=0)
         weights = self._weigh_micro_batches(micro_batches)
+        forward_backward = self.forward_backward
+        if self.graph is not None:
+            forward_backward = partial(self.graph.run, forward_backward)
         self.module.train()
         total_loss = torch.zeros((), device=self.accelerator.device)
         for micro_batch, weight in zip(micro_batches, weights, strict=True):
-            segments = split_batch(micro_batch, self.plan.shard_length, dim=1)
-            cache = None
-            for segment in segments:
-                # Gradients are averaged over processes once per step, with the last backward pass.
-                is_last = micro_batch is micro_batches[-1] and segment is segments[-1]
-                with parallel.no_sync_unless(is_last, self.module):
-                    with self.accelerator.autocast():
-                        output = self.module(
-                            **model_inputs(segment, self.context),
-                            cache=cache,
-                            return_cache=len(segments) > 1,
-                            z_loss=self.config.train.z_loss,
-                        )
-                    loss = output.loss * (weight / len(segments))
-                    loss.backward()
-                cache = detach_cache(output.cache)
-                total_loss += loss.detach()
+            is_last = micro_batch is micro_batches[-1]
+            for loss in forward_backward(micro_batch, self.plan.shard_length, weight, is_last):
+                total_loss += loss
         return total_loss
+
+    def forward_backward(
+        self, micro_batch: Batch, segment_length: int, weight: float | Tensor, is_last: bool
+    ) -> list[Tensor]:
+        """Add the gradient of a micro-batch, times `weight`, to the parameters' gradients. Return the segments' losses.
+
+        With train.tbptt_length, the segments of a micro-batch run one after the other: the state is carried from
+        segment to segment, the gradient is not (truncated backpropagation through time), so that memory holds the
+        activations of one segment only.
+
+        Gradients are averaged over processes once per step, with the last backward pass of the micro-batch `is_last`.
+        """
+        segments = split_batch(micro_batch, segment_length, dim=1)
+        cache = None
+        losses = []
+        for segment in segments:
+            with parallel.no_sync_unless(is_last and segment is segments[-1], self.module):
+                with self.accelerator.autocast():
+                    output = self.module(
+                        **model_inputs(segment, self.context),
+                        cache=cache,
+                        return_cache=len(segments) > 1,
+                        z_loss=self.config.train.z_loss,
+                    )
+                loss = output.loss * (weight / len(segments))
+                loss.backward()
+            cache = detach_cache(output.cache)
+            losses.append(loss.detach())
+        return losses
 
     @torch.no_grad()
     def measure_layers(self, batch: Batch) -> dict[str, Tensor]:
@@ -480,7 +505,8 @@ class TrainingLoop:
             {"loss": loss, "perplexity": perplexity(loss), "lr": result.lr, "grad_norm": grad_norm}
         )
         step = self.state.step
-        metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step)}
+        graph_bytes = self.trainer.graph.peak_bytes if self.trainer.graph is not None else 0
+        metrics |= {"tokens": self.state.tokens, **self.meter.metrics(step, graph_bytes)}
         is_main_process = accelerator.is_main_process
         metrics |= self.trainer.guard.check(self.training.window_ids, self.config.folder, is_main_process)
         metrics |= self.sources.metrics(step)

@@ -100,6 +100,16 @@ def test_activations_are_what_a_model_saves(run_config, change, mixer, bf16):
     assert parts["activations"] + parts["bf16 weights"] + loss == pytest.approx(found, rel=0.1)
 
 
+def test_validation_cannot_use_the_memory_of_graphs(run_config, change):
+    config = change(run_config, model=ModelConfig(**MODEL), **{"data.seq_len": 128, "train.tbptt_length": 64})
+    plan = BatchPlan.from_config(config, 1)
+    eager = estimate_memory(config, plan, 1, True, False)
+    captured = estimate_memory(config, plan, 1, True, False, captured=True)
+    assert captured == eager | {"validation": 2 * eager["one block's backward"] + eager["loss"]}
+    with pytest.raises(ConfigError, match=r"train.cuda_graph=true: it needs a GPU"):
+        list(describe_needs(change(config, **{"train.cuda_graph": True}), 1, Device("CPU", GIB, False, is_gpu=False)))
+
+
 @pytest.mark.slow
 def test_no_part_is_negative(run_config, change):
     """Mamba saves one state less than it has chunks, so a linear fit of its activations starts below 0."""
@@ -158,6 +168,8 @@ def test_report_of_a_dry_run(run_config, change):
     hybrid = change(config, **{"parallel.mode": "hsdp"})
     assert "parallel=fsdp2, which shards over the GPUs of all machines" in advise_memory(hybrid)
     assert "fsdp2" not in advise_memory(change(config, **{"parallel.mode": "fsdp2"}))
+    assert "train.cuda_graph=false" not in advise_memory(config)
+    assert advise_memory(change(config, **{"train.cuda_graph": "auto"})).startswith("Set train.cuda_graph=false, ")
     assert "the peak of A small one is unknown" in small
 
 

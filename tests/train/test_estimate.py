@@ -107,7 +107,7 @@ def test_validation_cannot_use_the_memory_of_graphs(run_config, change):
     captured = estimate_memory(config, plan, 1, True, False, captured=True)
     assert captured == eager | {"validation": 2 * eager["one block's backward"] + eager["loss"]}
     with pytest.raises(ConfigError, match=r"train.cuda_graph=true: it needs a GPU"):
-        list(describe_needs(change(config, **{"train.cuda_graph": True}), 1, Device("CPU", GIB, False, is_gpu=False)))
+        list(describe_needs(change(run_config, **{"train.cuda_graph": True}), 1, Device("CPU", GIB, False, False)))
 
 
 @pytest.mark.slow

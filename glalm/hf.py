@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.kernels.common import sequence_ids
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM, Decoder, init_module, run_blocks
@@ -214,6 +215,7 @@ class GLALMModel(GLALMPreTrainedModel):
         position_ids: LongTensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        context: ContextShard | None = None,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
 
@@ -228,6 +230,7 @@ class GLALMModel(GLALMPreTrainedModel):
             position_ids: [1 or B, T]. In a batch of one, another packed sequence begins where they restart, as with
                 cu_seqlens. They have no other effect.
             output_attentions: wrappers always give it. True is an error: most mixers have no attention weights.
+            context: as of CausalLM.forward.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -253,6 +256,7 @@ class GLALMModel(GLALMPreTrainedModel):
             return_cache=use_cache,
             cu_seqlens=cu_seqlens,
             padding=padding_mask(attention_mask, x),
+            context=context,
             block_inputs=block_inputs,
         )
         x = self.norm(x)

@@ -1,5 +1,7 @@
 """Evaluate a checkpoint of a run: `glalm eval [KEY=VALUE ...]`, see `glalm eval --help`."""
 
+import atexit
+
 from glalm.cli import hydra_entry
 from glalm.evals.options import EvalConfig
 
@@ -11,5 +13,8 @@ def main() -> None:
 def run_evaluation(config: EvalConfig) -> int:
     # Import torch, which takes seconds, only after the config has been checked.
     from glalm.evals.runner import evaluate
+    from glalm.train.parallel import leave_process_group
 
-    return evaluate(config)
+    status = evaluate(config)
+    atexit.register(leave_process_group)
+    return status

@@ -472,6 +472,20 @@ class RunConfig:
         return self.folder / DATA_RECORD
 
 
+def count_groups(context: int, world_size: int) -> int:
+    """Return the number of groups of processes of which `context` each share their sequences.
+
+    Raises:
+        ConfigError: The processes do not form such groups.
+    """
+    require(
+        world_size % context == 0,
+        f"parallel.context={context} does not divide the number of processes, {world_size}; "
+        f"{describe_divisors(world_size)}, or start a multiple of {context} processes",
+    )
+    return world_size // context
+
+
 def require_exactly_one(config, where: str, first: str, second: str) -> None:
     """Raise ConfigError unless exactly one of two alternative keys of `config` is set."""
     one, other = getattr(config, first), getattr(config, second)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from glalm import IGNORE_INDEX
 from glalm.data.order import Order, rank_slice
@@ -140,6 +141,12 @@ def shard_batch(batch: Batch, segment_length: int, rank: int, size: int) -> Batc
     shard["starts"] = shard["starts"].clone()
     shard["starts"][:, 0] = True
     return shard
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """Return the batch with tokens of id 0 and without a target after each row, to a multiple of `multiple` tokens."""
+    surplus = -batch["input_ids"].shape[1] % multiple
+    return {name: F.pad(x, (0, surplus), value=IGNORE_INDEX if name == "labels" else 0) for name, x in batch.items()}
 
 
 def training_batches(

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from glalm import IGNORE_INDEX
 from glalm.config.run import RunConfig, Weights
-from glalm.config.strict import ConfigError, require
+from glalm.config.strict import ConfigError, describe_divisors, require
+from glalm.data.loader import flatten_batch, pad_batch, shard_batch
 from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
+from glalm.kernels.context_parallel import ContextShard, gather_tokens
 from glalm.model.cache import StateCache
 from glalm.model.loss import token_losses
 from glalm.model.mixers import MIXERS
@@ -116,7 +118,8 @@ class EvalModel:
         targets: LongTensor,
         state: Any = None,
         return_state: bool = False,
-        cu_seqlens: Tensor | None = None,
+        starts: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> tuple[Tensor, Any]:
         """Return the cross-entropy of each target after the tokens up to it, and the state after the last token.
 
@@ -125,7 +128,10 @@ class EvalModel:
             targets: [B, T]
             state: The state to continue from, as an earlier call returned it.
             return_state: Whether to return the state; else it is None.
-            cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one. Only for our models.
+            starts: bool [B, T], on the CPU: where documents begin, each of which is read from an empty state. The first
+                token of every row must be one. Only for our models, and without states.
+            shard: The part of the sequences that this process reads, if those of a group share them. All of the group
+                call this with the same arguments, and get the losses and the state of the whole sequences.
 
         Returns:
             losses: Nats, float32 [B, T]; 0 where the target is IGNORE_INDEX.
@@ -133,17 +139,42 @@ class EvalModel:
 
         Raises:
             ConfigError: A state is given or needed, and the model does not accept one.
+            ValueError: A state is needed, and the processes of the group cannot have equal shares of the T tokens.
         """
+        B, T = targets.shape
+        batch = {"input_ids": input_ids, "labels": targets}
+        if starts is not None:
+            batch["starts"] = starts
+        if shard is not None:
+            if return_state and T % shard.size:
+                raise ValueError(f"{shard.size} processes cannot share {T} tokens equally, and so give no state")
+            # Nothing that is scored sees the padding, which comes last.
+            batch = pad_batch(batch, shard.size)
+            batch = shard_batch(batch, batch["labels"].shape[1], shard.rank, shard.size)
+        if starts is not None:
+            batch = flatten_batch(batch)
+        batch = {name: x.to(self.device) for name, x in batch.items()}
         features, state = self.forward_features(
-            input_ids, state=state, return_state=return_state, cu_seqlens=cu_seqlens
+            batch["input_ids"],
+            state=state,
+            return_state=return_state,
+            cu_seqlens=batch.get("cu_seqlens"),
+            context=replace(shard, rows=batch.get("rows")) if shard is not None else None,
         )
+        losses = self._score_features(features, batch["labels"]).view(B, -1)
+        if shard is not None:
+            losses = gather_tokens(losses, shard)[:, :T]
+        return losses, state
+
+    def _score_features(self, features: Tensor, targets: LongTensor) -> Tensor:
+        """Return the cross-entropy of targets [B, T] in nats, float32 [B, T]; 0 where the target is IGNORE_INDEX."""
         if self._head is not None and is_plain_linear(self._head):
-            return token_losses(features, self._head.weight, targets), state
+            return token_losses(features, self._head.weight, targets)
         parts = [
             F.cross_entropy(logits, part, reduction="none", ignore_index=IGNORE_INDEX)
             for logits, part in self.iterate_logits(features.flatten(0, 1), targets.flatten())
         ]
-        return torch.cat(parts).view(targets.shape), state
+        return torch.cat(parts).view(targets.shape)
 
     @torch.no_grad()
     def forward_features(
@@ -153,6 +184,7 @@ class EvalModel:
         state: Any = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> tuple[Tensor, Any]:
         """Return the features of every position, for `compute_logits`, and the state after the last token.
 
@@ -161,7 +193,9 @@ class EvalModel:
             mask: [B, tokens behind the state + T]; 0 at padding, which must be on the left. None: no padding.
             state: The state to continue from, as an earlier call returned it.
             return_state: Whether to return a state; else it is None.
-            cu_seqlens: As of `score_tokens`.
+            cu_seqlens: [N + 1], the bounds of N sequences that are packed into a batch of one. Only for our models.
+            context: This process's shard, if input_ids are its part of sequences that processes share (see
+                ContextShard). Only for our models.
 
         Returns:
             features: [B, T, ...]
@@ -182,6 +216,8 @@ class EvalModel:
                 options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         if cu_seqlens is not None:
             options["cu_seqlens"] = cu_seqlens
+        if context is not None:
+            options["context"] = context
         if state is not None:
             options["past_key_values"] = state
         elif self._uses_cache and return_state:
@@ -216,6 +252,26 @@ class EvalModel:
             self.max_length is None or length <= self.max_length,
             f"{key}: {self.name} has learned positions for {self.max_length} tokens and cannot read {length}; "
             f"write {self.max_length} or less",
+        )
+
+    def require_context_support(self, processes: int) -> None:
+        """Raise ConfigError where `processes` of them cannot share the texts that the model reads."""
+        if processes == 1:
+            return
+        key = f"parallel.context={processes}"
+        require(
+            self.is_ours,
+            f"{key}: transformers' {type(self.causal_lm).__name__} cannot share a text between processes; remove it",
+        )
+        for name in dict.fromkeys(self.causal_lm.config.layer_mixers()):
+            require(
+                MIXERS[name].supports_context,
+                f"{key}: {self.name} has the mixer {name}, which cannot share a text between processes; remove it",
+            )
+        length = self.train_length
+        require(
+            length is None or length % processes == 0,
+            f"{key} does not divide the training length {length}; {describe_divisors(length or 1)}",
         )
 
     def require_tokenizer(self, evaluator: str) -> Tokenizer:

@@ -9,6 +9,7 @@ from typing import Any
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.options import EvalConfig
 from glalm.evals.result_files import read_json, write_json
+from glalm.kernels.context_parallel import ContextShard
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
 
 
@@ -17,30 +18,44 @@ class EvalContext:
 
     All ranks must call `gather`, `run_on_rank_0` and `load_or_compute` in the same order.
 
+    Where processes share each text, they form groups of neighbours. Those of a group compute the same results.
+
     Attributes:
-        advance: Called with the number of units (see Evaluator.unit) that this rank has finished.
+        shard: The part of each text that this process reads, if processes share them, else None.
+        advance: Called with the number of units (see Evaluator.unit) that this rank's group has finished.
     """
 
-    def __init__(self):
+    def __init__(self, shard: ContextShard | None = None):
         self.rank, self.world_size = rank_and_world_size()
+        self.shard = shard
         self.advance: Callable[[float], object] = lambda units: None
         self._partial_results: dict[str, Any] = {}
         self._partial_path: Path | None = None
 
+    @property
+    def group_size(self) -> int:
+        """The number of processes that share each text."""
+        return 1 if self.shard is None else self.shard.size
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of processes, which read different texts."""
+        return self.world_size // self.group_size
+
     def map(self, function: Callable[[Any], Any], items: Iterable) -> list:
-        """Return function(item) of all items on every rank, each computed on one rank."""
+        """Return function(item) of all items on every rank, each computed by one group."""
         return self.gather([function(item) for item in self.share(items)])
 
     def share(self, items: Iterable) -> list:
-        """Return this rank's share of the items: every `world_size`th of them."""
-        return list(items)[self.rank :: self.world_size]
+        """Return the share of this rank's group of the items: one of `groups`, in turn."""
+        return list(items)[self.rank // self.group_size :: self.groups]
 
     def gather(self, results: list) -> list:
-        """Return the results of all ranks' shares on every rank, in the order of the items that `share` divided."""
-        shares = self._gather_or_raise(lambda: results)
+        """Return the results of all groups' shares on every rank, in the order of the items that `share` divided."""
+        shares = self._gather_or_raise(lambda: results)[:: self.group_size]
         gathered: list[Any] = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            gathered[rank :: self.world_size] = share
+        for group, share in enumerate(shares):
+            gathered[group :: self.groups] = share
         return gathered
 
     def run_on_rank_0(self, action: Callable[[], Any]) -> Any:
@@ -106,9 +121,12 @@ class Evaluator:
             equal settings is not repeated.
         total_units: Units of work of all ranks together, for the progress bar.
         unit: What the progress bar counts.
+        shares_texts: Whether processes can share each text. Then `run` scores all text by
+            `score_tokens(..., shard=context.shard)`.
     """
 
     unit = "tokens"
+    shares_texts = False
     settings: dict
     total_units: int
 

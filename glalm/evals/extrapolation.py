@@ -15,7 +15,7 @@ positions of the same text: text further in may be easier or harder for any mode
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -41,6 +41,8 @@ Texts = Sequence[np.ndarray]  # token ids of each
 
 class ExtrapolationEvaluator(Evaluator):
     """Perplexity by position of documents, or of blocks of the text end to end, in each of `extrapolation.contexts`."""
+
+    shares_texts = True
 
     def __init__(self, model: EvalModel, config: EvalConfig):
         super().__init__(model, config)
@@ -164,7 +166,7 @@ def losses_by_bucket(
 ) -> Tensor:
     """Return the mean nats of each text in each bucket that it fills.
 
-    Texts that fill as many buckets are read together, `batch_size` at a time, each rank another batch.
+    Texts that fill as many buckets are read together, `batch_size` at a time, each group of ranks another batch.
 
     Args:
         texts: Token ids of each. A text is read to the end of the last bucket that it fills.
@@ -187,11 +189,11 @@ def losses_by_bucket(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def read(batch: np.ndarray) -> list[list[float]]:
-        return read_batch(model, [texts[i] for i in batch], edges, segment, name, context.advance)
+        return read_batch(model, [texts[i] for i in batch], edges, segment, name, context)
 
     nats = torch.full((len(texts), len(edges) - 1), math.nan, dtype=torch.float64)
-    for first in range(0, len(batches), context.world_size):
-        one_each = batches[first : first + context.world_size]  # a batch for each rank
+    for first in range(0, len(batches), context.groups):
+        one_each = batches[first : first + context.groups]  # a batch for each group
         indices = np.concatenate(one_each).tolist()
         rows = context.load_or_compute(f"{name} {indices}", partial(context.map, read, one_each))
         for i, row in zip(indices, chain.from_iterable(rows), strict=True):
@@ -200,7 +202,7 @@ def losses_by_bucket(
 
 
 def read_batch(
-    model: EvalModel, texts: Texts, edges: list[int], segment: int, name: str, advance: Callable[[int], object]
+    model: EvalModel, texts: Texts, edges: list[int], segment: int, name: str, context: EvalContext
 ) -> list[list[float]]:
     """Return the mean nats of each text in the buckets that it fills. Raise RunError where they are not finite."""
     ends = [last_filled_edge(len(text), edges) for text in texts]
@@ -208,15 +210,14 @@ def read_batch(
     state = None
     for span in iterate_spans(max(ends), segment, name):
         rows, is_scored = load_span(texts, ends, span)
-        inputs = rows[:, :-1].to(model.device)
-        targets = rows[:, 1:].masked_fill(~is_scored, IGNORE_INDEX).to(model.device)
+        targets = rows[:, 1:].masked_fill(~is_scored, IGNORE_INDEX)
         is_continued = name == "stateful" and span.stop < max(ends)
-        losses, state = model.score_tokens(inputs, targets, state, return_state=is_continued)
+        losses, state = model.score_tokens(rows[:, :-1], targets, state, return_state=is_continued, shard=context.shard)
         if not is_continued:
             state = None
         buckets = np.searchsorted(edges, np.arange(span.start, span.stop), side="right") - 1
         total.index_add_(1, torch.from_numpy(buckets).to(model.device), losses.double())
-        advance(int(is_scored.sum()))
+        context.advance(int(is_scored.sum()))
     means = total.cpu() / torch.tensor(np.diff(edges))
     if overflows := (~means.isfinite()).any(0).nonzero().flatten().tolist():
         edge = edges[overflows[0]]

@@ -17,15 +17,16 @@ from glalm.config.strict import RunError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, missing_tasks
 from glalm.evals.inputs import load_run_tokenizer
-from glalm.evals.options import EvalConfig, TrainingRun
+from glalm.evals.options import EvalConfig, EvalParallelConfig, TrainingRun
 from glalm.evals.result_files import read_json
 from glalm.evals.runner import build_evaluator
 from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.kernels.context_parallel import ContextShard
 from glalm.model.decoder import CausalLM
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.random_states import preserve_random_states
 from glalm.train.state import TrainState
-from glalm.train.trainer import Evaluate
+from glalm.train.trainer import Evaluate, LogText
 
 
 def make_evaluator(config: TrainingRun) -> Evaluate:
@@ -41,7 +42,12 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
     already_succeeded = set(options.evals if resumed else ())
     shared = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "every"}
     eval_config = EvalConfig(
-        name=config.name, runs_dir=config.runs_dir, data_path=config.data.path, seed=config.seed, **shared
+        name=config.name,
+        runs_dir=config.runs_dir,
+        data_path=config.data.path,
+        seed=config.seed,
+        parallel=EvalParallelConfig(config.parallel.context),
+        **shared,
     )
 
     prefix = "average/" if options.weights == "average" else ""
@@ -50,7 +56,8 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         state: TrainState,
         precision: str,
         heartbeat: Callable[[float], object],
-        log_text: Callable[[str, str, int], None],
+        log_text: LogText,
+        shard: ContextShard | None = None,
     ) -> dict[str, float]:
         step = state.step
         if step % options.every != 0 and step != config.steps:
@@ -61,7 +68,7 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
                 eval_model = copy_for_evaluation(state.model, precision, config, eval_config)
             for name in options.evals:
                 try:
-                    values, text = run_evaluator(name, eval_model, eval_config, heartbeat)
+                    values, text = run_evaluator(name, eval_model, eval_config, heartbeat, shard)
                 except Exception as error:
                     if name not in already_succeeded:
                         raise
@@ -84,16 +91,22 @@ def select_weights(state: TrainState, weights: Weights) -> AbstractContextManage
 
 
 def run_evaluator(
-    name: str, model: EvalModel, config: EvalConfig, heartbeat: Callable[[float], object]
+    name: str,
+    model: EvalModel,
+    config: EvalConfig,
+    heartbeat: Callable[[float], object],
+    shard: ContextShard | None = None,
 ) -> tuple[dict[str, float | None], str]:
     """Return the metrics and the summary of one evaluator.
 
     All ranks call it; where it fails on one of them, it raises on all.
     """
-    context = EvalContext()
+    context = EvalContext(shard)
     context.advance = heartbeat
     with context.raise_on_all_ranks():
         evaluator = build_evaluator(name, model, config)
+        if not evaluator.shares_texts:
+            context.shard = None
         with model.autocast():
             results = evaluator.run(context)
         if missing := missing_tasks(results):

@@ -111,10 +111,21 @@ class HarnessConfig:
 
 
 @dataclass
+class EvalParallelConfig:
+    """How the processes of torchrun divide an evaluation."""
+
+    context: int = 1  # processes that share the tokens of each text, in perplexity and extrapolation
+
+    def __post_init__(self):
+        require_positive(self, "parallel", "context")
+
+
+@dataclass
 class TrainEvalsConfig:
     """Evaluators that training runs before the first step, every `every` steps and after the last one.
 
-    Their results are logged as metrics of the run. They read the text of data.path.
+    Their results are logged as metrics of the run. They read the text of data.path. Processes share it as those of the
+    run share sequences (parallel.context).
     """
 
     evals: list[str] = field(default_factory=list)  # names as for `glalm eval`; choose cheap settings below
@@ -169,6 +180,7 @@ class EvalConfig:
     force: bool = False  # run evaluators again that are up to date
     seed: int = 1  # of samples
     batch_size: int = 16  # sequences at once
+    parallel: EvalParallelConfig = field(default_factory=EvalParallelConfig)
     evals: list[str] = field(default_factory=lambda: ["perplexity", "extrapolation", "generate"])  # in order
     extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

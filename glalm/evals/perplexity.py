@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glalm import IGNORE_INDEX
 from glalm.config.strict import RunError
-from glalm.data.loader import Batch, Windows, flatten_batch
+from glalm.data.loader import Windows
 from glalm.data.text_bytes import bits_per_byte, count_target_bytes
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
@@ -25,6 +25,8 @@ from glalm.evals.options import EvalConfig
 
 class PerplexityEvaluator(Evaluator):
     """Perplexity of the whole validation split, or of the file that `text` names."""
+
+    shares_texts = True
 
     def __init__(self, model: EvalModel, config: EvalConfig):
         super().__init__(model, config)
@@ -66,7 +68,10 @@ def compute_perplexity(model: EvalModel, windows: Windows, batch_size: int, cont
         ids = np.arange(start, min(start + batch_size, len(windows)))
         batch = windows.load_batch(ids)
         counts = (batch["labels"] != IGNORE_INDEX).sum(1)
-        nats = window_losses(model, batch).double().view(len(counts), -1).sum(1).cpu()
+        losses, _ = model.score_tokens(
+            batch["input_ids"], batch["labels"], starts=batch.get("starts"), shard=context.shard
+        )
+        nats = losses.double().sum(1).cpu()
         context.advance(batch["labels"].numel())
         text_bytes = torch.zeros_like(counts)
         if model.tokenizer is not None:
@@ -96,16 +101,6 @@ def summarize_bytes(nats: Tensor, text_bytes: Tensor) -> dict:
     if (n := len(nats)) > 1:  # That of a ratio, as in `summarize_losses`.
         error = bits_per_byte((nats - value * text_bytes).norm().item() / total * math.sqrt(n / (n - 1)), 1)
     return {"bytes": total, "bits_per_byte": bits_per_byte(value, 1), "bits_per_byte_error": error}
-
-
-def window_losses(model: EvalModel, batch: Batch) -> Tensor:
-    """Return the nats of every token of a batch, [B, T]; of a batch with document starts, packed as [1, B * T]."""
-    if "starts" not in batch:
-        losses, _ = model.score_tokens(batch["input_ids"].to(model.device), batch["labels"].to(model.device))
-        return losses
-    row = {name: x.to(model.device) for name, x in flatten_batch(batch).items()}
-    losses, _ = model.score_tokens(row["input_ids"], row["labels"], cu_seqlens=row["cu_seqlens"])
-    return losses
 
 
 def summarize_losses(means: Tensor, weights: Tensor | None = None) -> dict:

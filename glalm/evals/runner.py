@@ -30,7 +30,7 @@ from glalm.evals.result_files import find_result, save_result
 from glalm.progress import LINE_SECONDS, ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
-from glalm.train.parallel import join_process_group
+from glalm.train.parallel import find_context_shard, join_process_group
 from glalm.train.run_lock import lock_run_dir
 from glalm.train.trackers import RunTracker
 
@@ -50,20 +50,26 @@ def evaluate(config: EvalConfig) -> int:
     require(
         config.text is None or Path(config.text).expanduser().is_file(), f"text={config.text}: there is no such file"
     )
-    device = start_processes()
+    processes = config.parallel.context
+    device = start_processes(processes)
+    shard = find_context_shard(processes, device)
     rank, world_size = rank_and_world_size()
     transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=rank != 0)
     model = open_eval_model(config, device)
+    model.require_context_support(processes)
     devices = f"{world_size} x {device.type}" if world_size > 1 else str(device)
+    sharing = f", {processes} to a text" if shard is not None else ""
     average = ", moving average of the weights" if model.weights == "average" else ""
-    console.print(f"{model.name}: {model.parameters / 1e6:.1f}M parameters{average}, {devices}, {model.precision}")
+    console.print(
+        f"{model.name}: {model.parameters / 1e6:.1f}M parameters{average}, {devices}{sharing}, {model.precision}"
+    )
     if config.text is not None:
         open_text(config, model)  # What is wrong with the file is said once, and not by each evaluator.
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
     with open_tracker(model, console) as tracker:
         for name in dict.fromkeys(config.evals):
-            context = EvalContext()
+            context = EvalContext(shard)
             try:
                 with context.raise_on_all_ranks():
                     run_evaluator(name, model, config, console, context, tracker)
@@ -110,9 +116,12 @@ def draw_training(folder: Path, console: Console) -> None:
         console.print(f"{folder / 'plots' / 'training.png'} was not drawn: {error}")
 
 
-def start_processes() -> torch.device:
-    """Join the processes that the launcher started, and return this one's device."""
-    join_process_group(use_cpu=True)  # Only results are exchanged, and those are on the host.
+def start_processes(context: int = 1) -> torch.device:
+    """Join the processes that the launcher started, and return this one's device.
+
+    Only results are exchanged, and those are on the host, unless `context` processes share each text.
+    """
+    join_process_group(use_cpu=context == 1 or not torch.cuda.is_available())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
@@ -130,6 +139,9 @@ def run_evaluator(
     """
     folder = model.output_folder
     evaluator = build_evaluator(name, model, config)
+    if context.shard is not None and not evaluator.shares_texts:
+        console.print(f"{name}: its texts are not shared (parallel.context); each process reads others")
+        context.shard = None
     identity = identify_result(name, evaluator, model)
     partial_path = folder / "eval" / f".{name}-{identity.digest[:12]}.parts.json"
     record = context.run_on_rank_0(lambda: None if config.force else load_finished(folder, identity))
@@ -198,7 +210,7 @@ def show_progress(name: str, evaluator: Evaluator, context: EvalContext) -> Iter
         bar.start_task(name, evaluator.total_units)
 
         def advance(units: float) -> None:
-            done = bar.completed + units * context.world_size  # The other ranks are about as far.
+            done = bar.completed + units * context.groups  # The other groups are about as far.
             bar.update(done, status=f"{done:,.0f} {evaluator.unit}  {bar.speed:,.0f} {evaluator.unit}/s")
 
         context.advance = advance

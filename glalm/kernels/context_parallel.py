@@ -168,6 +168,11 @@ def gather_ranks(x: Tensor, context: ContextShard) -> Tensor:
     return GatherRanks.apply(x, context.group, context.size)
 
 
+def gather_tokens(x: Tensor, context: ContextShard) -> Tensor:
+    """Return x [B, T, ...] of all processes, [B, size * T, ...]."""
+    return gather_ranks(x, context).transpose(0, 1).flatten(1, 2)
+
+
 class GatherRanks(torch.autograd.Function):
     """Differentiate an all-gather by a reduce-scatter."""
 

@@ -26,12 +26,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from glalm.config.run import ParallelConfig, RunConfig
+from glalm.config.run import ParallelConfig, RunConfig, count_groups
 from glalm.config.strict import require
 from glalm.data.processes import call_without_parent
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.decoder import CausalLM
 from glalm.model.precision import choose_precision
+from glalm.train.collectives import rank_and_world_size
 from glalm.train.flight_recorder import enable_flight_recorder
 
 logger = logging.getLogger(__name__)
@@ -179,15 +180,18 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def find_context_shard(context: int, accelerator: Accelerator) -> ContextShard | None:
+def find_context_shard(context: int, device: torch.device) -> ContextShard | None:
     """Return which shard of its sequences this process has, if `context` processes share them, else None.
 
     They are neighbours: processes 0 to context - 1, and so on.
+
+    Raises:
+        ConfigError: `context` does not divide the number of processes.
     """
+    groups = count_groups(context, rank_and_world_size()[1])
     if context == 1:
         return None
-    shape = (accelerator.num_processes // context, context)
-    mesh = dist.init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("data", "context"))
+    mesh = dist.init_device_mesh(device.type, (groups, context), mesh_dim_names=("data", "context"))
     return ContextShard(mesh.get_group("context").group_name, mesh.get_local_rank("context"), context)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from glalm.config.run import RunConfig, format_set_key
-from glalm.config.strict import ConfigError, describe_divisors, require
+from glalm.config.run import RunConfig, count_groups, format_set_key
+from glalm.config.strict import ConfigError, require
 from glalm.model.decoder import CausalLM
 from glalm.train import random_states
 from glalm.train.averaging import WeightAverage
@@ -44,13 +44,8 @@ class BatchPlan:
                 of the number of groups of processes that share sequences.
         """
         context = config.parallel.context
-        require(
-            world_size % context == 0,
-            f"parallel.context={context} does not divide the number of processes, {world_size}; "
-            f"{describe_divisors(world_size)}, or start a multiple of {context} processes",
-        )
         batch = config.batch_size
-        groups = world_size // context
+        groups = count_groups(context, world_size)
         key = format_set_key(config.train, "train", "batch_size", "batch_tokens")
         over = f"{groups} processes" if context == 1 else f"{groups} groups of {context} processes (parallel.context)"
         require(

@@ -51,10 +51,11 @@ from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
 from glalm.train.training_data import TrainingData
 from glalm.train.watchdog import Watchdog
 
-# evaluate(state, precision, heartbeat, log_text) -> metrics. All ranks call it after every step and before the first
-# one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step) with
-# summaries for the tracker, and leaves the state as it was.
-Evaluate = Callable[[TrainState, str, Callable[[int], object], Callable[[str, str, int], None]], dict[str, float]]
+# evaluate(state, precision, heartbeat, log_text, shard) -> metrics. All ranks call it after every step and before the
+# first one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step)
+# with summaries for the tracker, and leaves the state as it was. `shard` is `Trainer.context`.
+LogText = Callable[[str, str, int], None]
+Evaluate = Callable[[TrainState, str, Callable[[int], object], LogText, ContextShard | None], dict[str, float]]
 
 
 def train(
@@ -180,7 +181,7 @@ class Trainer:
         self.validation_plan = plan
         self.plans = [plan] if config.train.stages is None else plan_batches(config, plan.world_size)
         self.accelerator = accelerator
-        self.context = parallel.find_context_shard(plan.context_parallel, accelerator)
+        self.context = parallel.find_context_shard(plan.context_parallel, accelerator.device)
         model = build_initial_model(config, from_scratch).to(accelerator.device)
         if config.train.float8:
             convert_to_float8(model)
@@ -530,7 +531,8 @@ class TrainingLoop:
             self.watchdog.begin_phase("evaluating")
             precision = "bf16" if self.trainer.accelerator.mixed_precision == "bf16" else "fp32"
             log_text = self.metrics.tracker.log_text
-            metrics |= self.evaluate(self.state, precision, self.watchdog.heartbeat, log_text)
+            heartbeat = self.watchdog.heartbeat
+            metrics |= self.evaluate(self.state, precision, heartbeat, log_text, self.trainer.context)
         return drop_non_finite(metrics)
 
     def _validate(self) -> dict[str, float]:

@@ -307,7 +307,7 @@ def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):
     class Overflows:
         device = torch.device("cpu")
 
-        def score_tokens(self, ids, targets, state, return_state):
+        def score_tokens(self, ids, targets, state, return_state, shard):
             read = (state or 0) + ids.shape[1]
             losses = torch.zeros(ids.shape)
             losses[0] = math.nan if read > 48 else 1  # of one document

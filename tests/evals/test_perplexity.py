@@ -121,7 +121,7 @@ def test_weighted_means_are_ratios():
 
 
 def test_losses_that_are_no_numbers_are_named(model, stream, monkeypatch):
-    monkeypatch.setattr(EvalModel, "score_tokens", lambda self, ids, *_: (torch.full(ids.shape, math.nan), None))
+    monkeypatch.setattr(EvalModel, "score_tokens", lambda self, ids, *_, **__: (torch.full(ids.shape, math.nan), None))
     with pytest.raises(RunError, match="the losses of 6 of 6 windows are not finite"):
         compute_perplexity(EvalModel(model), Windows(stream(50), 8), 2, EvalContext())
 

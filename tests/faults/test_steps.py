@@ -217,7 +217,7 @@ def test_signal_saves_before_an_evaluation(run_config, unbroken):
     """A scheduler that stops a run may not wait for the evaluation. Its metrics are not lost either."""
     checkpoints = []
 
-    def evaluate(state, precision, heartbeat, log_text):
+    def evaluate(state, precision, heartbeat, log_text, shard):
         if state.step % 3:
             return {}
         checkpoints.append({path.name for path in run_config.folder.glob("checkpoints/*")})

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 from glalm import IGNORE_INDEX
 from glalm.evals.eval_model import EvalModel
-from glalm.evals.perplexity import window_losses
 from glalm.generation import fused_decode
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.plain import is_plain_linear
@@ -179,12 +178,12 @@ def check_losses(model: GLALMForCausalLM, seed: int = 1, z_loss: float = 0.0) ->
     logits = model(ids).logits.detach()
     each = F.cross_entropy(logits.mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
     eval_model = EvalModel(model)
-    windows = {"input_ids": ids, "labels": targets, "starts": torch.zeros_like(ids, dtype=torch.bool)}
-    windows["starts"][:, 0] = True  # Each row is a document, so its losses are those of a row that is read alone.
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[:, 0] = True  # Each row is a document, so its losses are those of a row that is read alone.
     for losses in (
         model.score(ids, targets)[0],
         eval_model.score_tokens(ids, targets)[0],
-        window_losses(eval_model, windows).view(ids.shape),
+        eval_model.score_tokens(ids, targets, starts=starts)[0],
     ):
         torch.testing.assert_close(losses, each, rtol=1e-4, atol=1e-4)
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from glalm.config.strict import describe_divisors, require, require_positive
 from glalm.kernels.common import active_transform, sequence_ids
-from glalm.kernels.context_parallel import ContextShard, gather_ranks
+from glalm.kernels.context_parallel import ContextShard, gather_tokens
 from glalm.model.layers import apply_rotary, token_positions
 from glalm.model.mixers.base import Mixer, mix_unpacked
 
@@ -198,11 +198,6 @@ class Attention(Mixer):
     def flops(self, T: int) -> int:
         """Count the scores and their values including the masked half, as is usual (arXiv 2204.02311, appendix B)."""
         return 4 * min(T, self.window or T) * self.num_heads * self.head_dim
-
-
-def gather_tokens(x: Tensor, context: ContextShard) -> Tensor:
-    """Return x [B, T, ...] of all processes, [B, size * T, ...]."""
-    return gather_ranks(x, context).transpose(0, 1).flatten(1, 2)
 
 
 def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ def read_file(path: Path, last_bytes: int | None = None) -> bytes:
         # Opening a pipe would wait for a writer.
         raise DamagedFile(f"{path} is a folder or another kind of file, not a regular one")
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             if last_bytes is not None:
                 file.seek(max(os.fstat(file.fileno()).st_size - last_bytes, 0))
             return file.read()

@@ -595,14 +595,14 @@ def test_checkpoints_that_cannot_be_a_folder_are_refused(run_config):
 
 
 def refuse_to_read(monkeypatch, function: str, name: str) -> None:
-    """Let a function of `os`, or Path.read_bytes, refuse paths that end with `name`, as without permission."""
-    owner = Path if function == "read_bytes" else os
+    """Let a function of `os`, or Path.open, refuse paths that end with `name`, as without permission."""
+    owner = Path if function == "open" else os
     original = getattr(owner, function)
 
-    def refuse(path, *args):
+    def refuse(path, *args, **options):
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
-        return original(path, *args)
+        return original(path, *args, **options)
 
     monkeypatch.setattr(owner, function, refuse)
 
@@ -611,13 +611,13 @@ def refuse_to_read(monkeypatch, function: str, name: str) -> None:
     "function, name, message",
     [
         (
-            "read_bytes",
+            "open",
             "metrics.jsonl",
             r"metrics\.jsonl cannot be read: Permission denied\. Make it readable",
         ),
         ("listdir", "checkpoints", r"The checkpoints in .* cannot be listed: Permission denied"),
-        ("read_bytes", "step_6/manifest.json", r"cannot be read: Permission denied\. .*step_6 may be undamaged"),
-        ("read_bytes", "words/manifest.json", r"data\.path=.*manifest\.json cannot be read: Permission denied"),
+        ("open", "step_6/manifest.json", r"cannot be read: Permission denied\. .*step_6 may be undamaged"),
+        ("open", "words/manifest.json", r"data\.path=.*manifest\.json cannot be read: Permission denied"),
     ],
 )
 def test_what_cannot_be_read_is_not_taken_for_missing(trained, monkeypatch, function, name, message):

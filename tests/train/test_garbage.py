@@ -1,8 +1,18 @@
 import gc
 import weakref
 
+import pytest
+
 from glalm.train import trainer
 from glalm.train.garbage import collect_between_steps
+
+
+@pytest.fixture(autouse=True)
+def unfrozen():
+    """Let collections visit every object again, as in a process other than that of the tests."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 class Node:
@@ -46,6 +56,18 @@ def test_full_collections_happen_only_when_asked_for():
         assert gc.get_threshold() == before and gc.get_freeze_count() == 0
     finally:
         gc.callbacks.remove(record)
+
+
+def test_an_exemption_of_the_process_is_left_alone():
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with collect_between_steps() as collect:
+        node = Node()
+        gone = weakref.ref(node)
+        del node
+        collect()
+        assert gone() is None and gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
+    assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
 
 
 def test_a_run_collects_after_its_first_step_and_at_checkpoints(run_config, monkeypatch):

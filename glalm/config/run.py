@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glalm.config.stages import Phase, StageConfig, check_stages, plan_phases
-from glalm.config.strict import describe_divisors, flatten_tree, refuse_url, require, require_positive
+from glalm.config.strict import ConfigError, describe_divisors, flatten_tree, refuse_url, require, require_positive
 from glalm.model.config import ModelConfig
 
 RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
@@ -95,6 +95,12 @@ class OptimConfig:
     neuron_beta: float | None = None  # NorMuon: the decay of each neuron's mean square update; null: Muon
     weight_decay: float = 0.01  # for matrices only, not for norms, biases or embeddings
     grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
+    # mup: initial weights, learning rates, weight decay and eps of each parameter follow from those of a base model, so
+    # that the best learning rate of a narrow and shallow model is that of a wide and deep one. standard: all are alike.
+    parametrization: Literal["standard", "mup"] = "standard"
+    base_width: int | None = None  # mup: the model.hidden_size for which lr, eps and initializer_range are written
+    base_heads: int | None = None  # mup: the model.num_heads at base_width; null: model.num_heads
+    base_depth: int | None = None  # mup: the model.num_hidden_layers of the base model; null: model.num_hidden_layers
 
     def __post_init__(self):
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
@@ -107,6 +113,19 @@ class OptimConfig:
         require_positive(self, "optim", "grad_clip", "eps")
         require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
+        require_positive(self, "optim", "base_width", "base_heads", "base_depth")
+        is_mup = self.parametrization == "mup"
+        require(
+            not is_mup or self.base_width is not None,
+            "optim.parametrization=mup transfers the learning rate of a base model; set optim.base_width to the "
+            "model.hidden_size for which optim.lr was found, for example 256",
+        )
+        for name in ("base_width", "base_heads", "base_depth"):
+            require(
+                is_mup or getattr(self, name) is None,
+                f"optim.{name}={getattr(self, name)} is an option of optim.parametrization=mup; set that, or "
+                f"optim.{name}=null",
+            )
 
 
 @dataclass
@@ -309,6 +328,8 @@ class RunConfig:
         refuse_url("data.path=", self.data.path)
         refuse_url("train.init_from=", self.train.init_from)
         refuse_url("train.resume_from=", self.train.resume_from)
+        if self.optim.parametrization == "mup":
+            build_base_config(self.model, self.optim)
         self._stage_phases: list[Phase] | None = None
         self.resume_at(step=0, tokens=0)
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
@@ -484,6 +505,36 @@ def count_groups(context: int, world_size: int) -> int:
         f"{describe_divisors(world_size)}, or start a multiple of {context} processes",
     )
     return world_size // context
+
+
+def build_base_config(model: ModelConfig, optim: OptimConfig) -> ModelConfig:
+    """Return the model from which optim.parametrization=mup transfers to `model`, with as many layers as `model` has.
+
+    Raises:
+        ConfigError: There is no such model, or nothing transfers from it.
+    """
+    width = optim.base_width
+    assert width is not None
+    require(
+        width <= model.hidden_size,
+        f"optim.base_width={width} is wider than model.hidden_size={model.hidden_size}; set optim.base_width to the "
+        "width of the smallest model that learning rates are transferred from",
+    )
+    require(
+        not model.tie_word_embeddings,
+        "optim.parametrization=mup gives embeddings and head different learning rates, so they cannot share a weight; "
+        "set model.tie_word_embeddings=false",
+    )
+    heads = optim.base_heads or model.num_heads
+    # The width of SwiGLU is a multiple of 256 by default. Here it is in proportion to hidden_size.
+    swiglu = model.intermediate_size and max(1, round(model.intermediate_size * width / model.hidden_size))
+    try:
+        return dataclasses.replace(model, hidden_size=width, num_heads=heads, intermediate_size=swiglu)
+    except ConfigError as error:
+        raise ConfigError(
+            f"The base model of optim.base_width={width} with {heads} heads is refused; choose another width, or "
+            f"optim.base_heads: {error}"
+        ) from error
 
 
 def require_exactly_one(config, where: str, first: str, second: str) -> None:

@@ -25,6 +25,8 @@ from glalm.model.precision import matmul_dtype
 class SwiGLU(nn.Module):
     """(silu(x W_gate) * x W_up) W_down."""
 
+    output_layer = "down_proj"
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)

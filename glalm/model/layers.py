@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,24 @@ from glalm.kernels.context_parallel import ContextShard
 
 MIN_TIME_STEP = 1e-3
 MAX_TIME_STEP = 1e-1
+
+# -------------------------------------------------------------------------------------------- how widths change scales
+
+
+@dataclass(frozen=True)
+class SumOver:
+    """The axis of a parameter over which the forward pass sums its products with inputs: its fan-in.
+
+    A module with parameters of its own says in its class variable `sums_over` how each is used; None is for those that
+    act on single numbers, such as gains, biases and decays. optim.parametrization=mup reads it.
+    """
+
+    axis: int
+    unit_norm: bool = False  # The inputs are vectors of norm 1, rather than of numbers of size 1.
+
+
+ParameterUses = dict[str, SumOver | None]
+
 
 # ------------------------------------------------------------------------------------------------------------ norms
 
@@ -137,6 +157,8 @@ class ShortConv(nn.Module):
     [N, taps - 1, channels].
     """
 
+    sums_over: ClassVar[ParameterUses] = {"weight": None, "bias": None}
+
     def __init__(self, channels: int, taps: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
@@ -167,6 +189,8 @@ class ShortConv(nn.Module):
 
 class Hedgehog(nn.Module):
     """The learned map softmax([W x; -W x]) of each head, with 2 K features (Zhang et al., arXiv 2402.04347)."""
+
+    sums_over: ClassVar[ParameterUses] = {"weight": SumOver(2)}
 
     def __init__(self, heads: int, K: int):
         super().__init__()

@@ -15,6 +15,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
+from glalm.train.parametrization import find_multipliers, scale_initial_weights
 from glalm.train.run_dir import read_run_record
 
 
@@ -29,7 +30,10 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     """
     torch.manual_seed(config.seed)
     if config.train.init_from is None or not from_scratch:
-        return CausalLM(config.model)
+        model = CausalLM(config.model)
+        if config.optim.parametrization == "mup":
+            scale_initial_weights(model, find_multipliers(config.model, config.optim))
+        return model
 
     folder = Path(config.train.init_from)
     require(

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from glalm.config.run import OptimConfig, RunConfig
+from glalm.model.decoder import CausalLM
 from glalm.train.muon import Muon
+from glalm.train.parametrization import UNSCALED, find_multipliers
 
 # How a schedule goes from 1 to 0, by the part of it that is over. A constant one stays at 1.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -24,30 +27,30 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 
     Only the weights of linear layers decay, not embeddings, norms, biases and other parameters. One learning rate
     serves both, because Muon's updates are scaled to the size of AdamW's. Parameters may be DTensors. Every parameter
-    group has "initial_lr", the peak.
+    group has "lr_multiplier", which is 1 without optim.parametrization=mup, and "initial_lr", the peak.
     """
+    multipliers = None
+    if config.parametrization == "mup":
+        assert isinstance(model, CausalLM)
+        multipliers = find_multipliers(model.config, config)
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     # A head that is tied to the embeddings counts as embeddings.
     linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    muon_parameters = []
-    decayed = []
-    not_decayed = []
+    muon_groups = ParameterGroups(config)
+    adamw_groups = ParameterGroups(config)
     for name, parameter in model.named_parameters():
+        scale = UNSCALED if multipliers is None else multipliers[name]
         if id(parameter) not in linear:
-            not_decayed.append(parameter)
+            adamw_groups.add(parameter, scale.adam_lr, weight_decay=0.0, eps=config.eps * scale.eps)
         elif config.name == "muon" and ".layers." in name:
-            muon_parameters.append(parameter)
+            muon_groups.add(parameter, scale.muon_lr, weight_decay=config.weight_decay)
         else:
-            decayed.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay, "initial_lr": config.lr},
-        {"params": not_decayed, "weight_decay": 0.0, "initial_lr": config.lr},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=config.min_lr, betas=config.betas, eps=config.eps, fused=True)
+            adamw_groups.add(parameter, scale.adam_lr, weight_decay=config.weight_decay, eps=config.eps * scale.eps)
+    adamw = torch.optim.AdamW(adamw_groups.groups, lr=config.min_lr, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "adamw":
         return [adamw]
     muon = Muon(
-        [{"params": muon_parameters, "initial_lr": config.lr}],
+        muon_groups.groups,
         lr=config.min_lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -55,6 +58,32 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         neuron_beta=config.neuron_beta,
     )
     return [muon, adamw]
+
+
+class ParameterGroups:
+    """Parameter groups of an optimizer, one for each combination of settings."""
+
+    def __init__(self, config: OptimConfig):
+        self.config = config
+        self.groups: list[dict[str, Any]] = []
+
+    def add(self, parameter: nn.Parameter, lr_multiplier: float, weight_decay: float, **settings: float) -> None:
+        """Add a parameter to the group with its settings.
+
+        AdamW and Muon multiply the decay by the learning rate. Dividing it by the multiplier of the rate lets weights
+        of all widths decay alike.
+        """
+        settings |= {
+            "lr_multiplier": lr_multiplier,
+            "lr": self.config.min_lr * lr_multiplier,
+            "initial_lr": self.config.lr * lr_multiplier,
+            "weight_decay": weight_decay / lr_multiplier,
+        }
+        for group in self.groups:
+            if group.items() >= settings.items():
+                group["params"].append(parameter)
+                return
+        self.groups.append({"params": [parameter], **settings})
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -124,7 +153,7 @@ def _schedule_fraction(step: float, steps: float, warmup: float, optim: OptimCon
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, times the multiplier of each."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]

@@ -56,6 +56,7 @@ class Attention(Mixer):
     Options = AttentionOptions
     state_grows = True
     supports_context = True
+    softmax_query_layer = "q_proj"
 
     @classmethod
     def check_config(cls, config) -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from glalm.config.strict import ConfigError
 from glalm.kernels.common import CHUNK
 from glalm.kernels.context_parallel import ContextShard
+from glalm.model.layers import ParameterUses
 
 if TYPE_CHECKING:
     from glalm.model.config import ModelConfig
@@ -27,6 +28,9 @@ class Mixer(nn.Module):
     By default matrices are initialized from a normal distribution, norm weights to 1 and biases to 0. A module with
     other initial values sets them in `init_parameters()`.
 
+    For optim.parametrization=mup, a mixer with parameters of its own says how they are used (`sums_over`, see SumOver),
+    which of its layers gives the output, and of softmax attention, which gives the queries, of `head_dim` channels.
+
     A mixer whose forward also takes `context: ContextShard | None = None` may set `supports_context`: with a context, x
     holds this process's tokens of sequences that several processes share (parallel.context). It hands the context to
     its short convolution and to the operator of glalm.kernels.
@@ -37,6 +41,10 @@ class Mixer(nn.Module):
     # Whether the state holds past tokens one by one, be it of the whole text or of a window.
     state_grows: ClassVar[bool] = False
     supports_context: ClassVar[bool] = False
+    sums_over: ClassVar[ParameterUses] = {}
+    output_layer: ClassVar[str] = "o_proj"
+    softmax_query_layer: ClassVar[str | None] = None
+    head_dim: int
 
     @classmethod
     def check_config(cls, config: "ModelConfig") -> None:

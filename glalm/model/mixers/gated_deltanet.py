@@ -1,11 +1,13 @@
 """Gated DeltaNet (Yang et al., arXiv 2412.06464)."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.kernels.common import at_least_float32
-from glalm.model.layers import GatedRMSNorm, init_time_step
+from glalm.model.layers import GatedRMSNorm, ParameterUses, init_time_step
 from glalm.model.mixers.deltanet import DeltaNet
 
 
@@ -17,6 +19,8 @@ class GatedDeltaNet(DeltaNet):
 
     In the paper K = 3/4 d / H and V is twice that: model.expand_k=0.75, model.expand_v=1.5. The state is DeltaNet's.
     """
+
+    sums_over: ClassVar[ParameterUses] = {"A_log": None, "dt_bias": None}
 
     def __init__(self, config):
         super().__init__(config)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require, require_positive
 from glalm.kernels import long_convolution
 from glalm.kernels.common import at_least_float32, sequence_ids
+from glalm.model.layers import ParameterUses, SumOver
 from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
 
 # The taps of a channel are multiplied by exp(-rate t), where t is 1 at the last tap. The rates of the channels lie
@@ -62,6 +64,8 @@ class Hyena(Mixer):
     options_name = "hyena"
     Options = HyenaOptions
     state_grows = True
+    sums_over: ClassVar[ParameterUses] = {"short_filter": None, "short_bias": None, "D": None}
+    output_layer = "out_proj"
 
     def __init__(self, config):
         super().__init__()
@@ -149,6 +153,14 @@ class ImplicitFilter(nn.Module):
     Its weights are plain parameters, so that weight decay leaves them out, and float32 also under autocast, where a
     rounded position would be that of another tap.
     """
+
+    sums_over: ClassVar[ParameterUses] = {
+        "W_in": SumOver(0),
+        "W_hidden": SumOver(1),
+        "W_out": SumOver(0),
+        "b": None,
+        "w": None,
+    }
 
     def __init__(self, options: HyenaOptions, channels: int, std: float):
         super().__init__()

@@ -1,6 +1,7 @@
 """Kimi Delta Attention (Kimi Team, arXiv 2510.26692, section 3)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels.common import at_least_float32
-from glalm.model.layers import init_time_step
+from glalm.model.layers import ParameterUses, init_time_step
 from glalm.model.mixers.deltanet import DeltaNet
 
 
@@ -41,6 +42,7 @@ class KimiDeltaAttention(DeltaNet):
 
     options_name = "kda"
     Options = KDAOptions
+    sums_over: ClassVar[ParameterUses] = {"A_log": None, "dt_bias": None}
 
     def __init__(self, config):
         super().__init__(config)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from glalm.config.strict import require_positive
 from glalm.kernels import selective_scan
 from glalm.kernels.common import at_least_float32
 from glalm.kernels.context_parallel import ContextShard
-from glalm.model.layers import ShortConv, init_time_step
+from glalm.model.layers import ParameterUses, ShortConv, SumOver, init_time_step
 from glalm.model.mixers.base import Mixer
 
 
@@ -43,6 +44,8 @@ class Mamba(Mixer):
     options_name = "mamba"
     Options = MambaOptions
     supports_context = True
+    sums_over: ClassVar[ParameterUses] = {"A_log": None, "D": None}
+    output_layer = "out_proj"
 
     def __init__(self, config):
         super().__init__()
@@ -106,6 +109,8 @@ class TimeStep(nn.Linear):
 
     The scan adds the bias and applies softplus, in float32, because the bias dominates the sum.
     """
+
+    sums_over: ClassVar[ParameterUses] = {"weight": SumOver(1), "bias": None}
 
     def forward(self, u: Tensor | None) -> Tensor:
         """Return the projection of u without the bias, or, where u is None, the bias."""

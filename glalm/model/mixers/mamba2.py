@@ -1,6 +1,7 @@
 """Mamba-2 (Dao and Gu, arXiv 2405.21060), which by state-space duality is linear attention with one gate per head."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from glalm.config.strict import require, require_positive
 from glalm.kernels import chunk_ssd, fused_recurrent_ssd
 from glalm.kernels.common import at_least_float32
 from glalm.kernels.context_parallel import ContextShard
-from glalm.model.layers import GroupedRMSNorm, ShortConv, init_time_step
+from glalm.model.layers import GroupedRMSNorm, ParameterUses, ShortConv, init_time_step
 from glalm.model.mixers.base import Mixer, chunkwise_flops, is_decoding_step
 
 
@@ -42,6 +43,8 @@ class Mamba2(Mixer):
     options_name = "mamba2"
     Options = Mamba2Options
     supports_context = True
+    sums_over: ClassVar[ParameterUses] = {"dt_bias": None, "A_log": None, "D": None}
+    output_layer = "out_proj"
 
     @classmethod
     def check_config(cls, config) -> None:

@@ -35,6 +35,7 @@ class MemSizer(Mixer):
     options_name = "memsizer"
     Options = MemSizerOptions
     supports_context = True
+    output_layer = "v_norm"  # Its gains and biases set the scale of the values, of which the output is a sum.
 
     def __init__(self, config):
         super().__init__()

@@ -1,6 +1,7 @@
 """Kernelized attention with relative positional encoding, by FFT (Luo et al., arXiv 2106.12566)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from glalm.config.strict import require_positive
 from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
 from glalm.kernels.long_convolution import convolve_between_blocks
-from glalm.model.layers import append_ones, divide_by_weights
+from glalm.model.layers import ParameterUses, SumOver, append_ones, divide_by_weights
 from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
 
 State = tuple[Tensor, Tensor]
@@ -52,6 +53,7 @@ class RPEAttention(Mixer):
     options_name = "rpe_attention"
     Options = RPEAttentionOptions
     state_grows = True
+    sums_over: ClassVar[ParameterUses] = {"features": SumOver(2, unit_norm=True), "position_bias": None}
 
     def __init__(self, config):
         super().__init__()

@@ -1,7 +1,7 @@
 """The linear attention of TransNormerLLM (Qin et al., arXiv 2307.14995) and of TransNormer (arXiv 2210.10340)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glalm.kernels import chunk_linear_attn, chunk_retention, fused_recurrent_linear_attn, fused_recurrent_retention
 from glalm.kernels.common import at_least_float32, wide_dtype
 from glalm.kernels.context_parallel import ContextShard
-from glalm.model.layers import FEATURE_MAPS, token_positions
+from glalm.model.layers import FEATURE_MAPS, ParameterUses, token_positions
 from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
 
@@ -144,6 +144,8 @@ class LayerDecay(nn.Module):
 
 class LRPE(nn.Module):
     """Linearized relative positional encoding (arXiv 2307.09270): a learned angle for each head's channels."""
+
+    sums_over: ClassVar[ParameterUses] = {"theta": None}
 
     def __init__(self, heads: int, K: int):
         super().__init__()

@@ -39,6 +39,7 @@ class DiagAttention(Mixer):
 
     options_name = "transnormer_diag"
     Options = DiagAttentionOptions
+    softmax_query_layer = "q_proj"
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -53,6 +54,7 @@ class DiagAttention(Mixer):
         super().__init__()
         d = config.hidden_size
         self.num_heads = config.num_heads
+        self.head_dim = d // self.num_heads
         self.block = config.transnormer_diag.block
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)

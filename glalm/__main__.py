@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": ("merge", "write the average of several checkpoints as such a folder"),
     "linearize": ("linearize", "convert a Llama with softmax attention to GLA or ReGLA"),
     "ladder": ("ladder", "train and evaluate many models at one size and budget"),
+    "scaling": ("scaling", "fit the loss against model size, and predict that of other runs"),
     "mqar": ("mqar", "measure multi-query associative recall"),
 }
 TAKES_URLS = ("prepare", "deduplicate")  # These commands refuse themselves what may not be a URL.

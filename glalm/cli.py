@@ -27,6 +27,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from glalm.config.dial import Dial
 from glalm.config.key_help import describe_keys, find_keys
 from glalm.config.strict import (
     ConfigError,
@@ -49,6 +50,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A wheel has the configs inside of the package; in a clone they are beside it.
 PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
+
+
+# ${dial:NAME,depth,vocabulary} in a config is a property of Dial. Hydra's processes for jobs import this module, too.
+OmegaConf.register_new_resolver("dial", lambda name, *sizes: getattr(Dial(*sizes), name), replace=True)
 
 
 def store_defaults(cls: type) -> None:

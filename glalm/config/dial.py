@@ -1,0 +1,59 @@
+"""One number, the depth, from which the other sizes of a GLA model and of its training follow.
+
+configs/experiment/gla_dial.yaml reads them as ${dial:NAME,depth,vocabulary}, where NAME is a property of `Dial`.
+"""
+
+import math
+from dataclasses import dataclass
+
+from glalm.config.strict import require
+
+CHANNELS_PER_LAYER = 64  # of the width, as in nanochat's models; the GLA paper's 340M model has 43
+CHANNELS_PER_HEAD = 256  # values, and half as many keys: as in the GLA paper's 340M model
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
+WARMUP_SHARE = 1 / 30  # of the tokens: that of the GLA paper
+# The batch and tokens of the GLA paper's 340M model.
+PAPER_BATCH = 524_288
+PAPER_TOKENS = 15e9
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The sizes of a model of `depth` blocks and of its training, with a vocabulary of `vocab_size` tokens."""
+
+    depth: int
+    vocab_size: int
+
+    def __post_init__(self):
+        require(
+            isinstance(self.vocab_size, int) and self.vocab_size > 0 and self.depth > 0,
+            f"The sizes of experiment=gla_dial follow from model.num_hidden_layers={self.depth} and "
+            f"model.vocab_size={self.vocab_size}, which must be positive numbers; set both",
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """As few as give the width CHANNELS_PER_LAYER times the depth or more."""
+        return math.ceil(self.depth * CHANNELS_PER_LAYER / CHANNELS_PER_HEAD)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * CHANNELS_PER_HEAD
+
+    @property
+    def parameters(self) -> int:
+        """About the parameters that are multiplied with every token: those of the blocks and of the head."""
+        return 12 * self.depth * self.hidden_size**2 + self.vocab_size * self.hidden_size
+
+    @property
+    def tokens(self) -> int:
+        return TOKENS_PER_PARAMETER * self.parameters
+
+    @property
+    def warmup_tokens(self) -> int:
+        return round(self.tokens * WARMUP_SHARE)
+
+    @property
+    def batch_tokens(self) -> int:
+        """The power of two next to a batch that grows by the root of the tokens (Li et al., arXiv 2503.04715)."""
+        return 2 ** round(math.log2(PAPER_BATCH * math.sqrt(self.tokens / PAPER_TOKENS)))

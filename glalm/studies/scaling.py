@@ -1,0 +1,159 @@
+"""Fit how the loss falls with a model's size and its training tokens, and predict that of other runs."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from glalm.config.dial import Dial
+from glalm.config.strict import ConfigError, build_dataclass, require
+from glalm.evals.options import TrainingRun
+from glalm.evals.result_files import describe_validation, infer_tokens, read_json
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
+from glalm.train.metrics import read_metrics
+
+# The exponents that are tried first, and how often the best of them and its neighbors are refined.
+EXPONENTS = np.geomspace(0.02, 2.0, 60)
+REFINEMENTS = 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run reached."""
+
+    name: str
+    parameters: int  # without embeddings
+    tokens: int
+    lr: float
+    loss: float  # of the last validation, nats per token
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """L(N, D) = E + A N^-a + B D^-b for N parameters and D tokens (Hoffmann et al., arXiv 2203.15556, section 3.3)."""
+
+    E: float
+    A: float
+    a: float
+    B: float = 0.0
+    b: float = 0.0
+
+    def predict(self, parameters: float, tokens: float) -> float:
+        """Return the loss in nats per token."""
+        return self.E + self.A * parameters**-self.a + self.B * tokens**-self.b
+
+
+def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
+    """Return the law with the least squares of the errors of the losses.
+
+    If no size was trained on several numbers of tokens, sizes and tokens cannot be told apart. B is then 0, and the law
+    holds for the rule by which the runs' tokens follow from their sizes.
+
+    Raises:
+        ConfigError: There are fewer measurements than numbers to fit, or the loss does not fall with the size.
+    """
+    sizes = np.array([m.parameters for m in measurements], dtype=float)
+    tokens = np.array([m.tokens for m in measurements], dtype=float)
+    losses = np.array([m.loss for m in measurements])
+    has_tokens = len({(m.parameters, m.tokens) for m in measurements}) > len({m.parameters for m in measurements})
+    required = 5 if has_tokens else 3
+    require(
+        len({m.parameters for m in measurements}) >= 3 and len(measurements) >= required,
+        f"The law has {required} numbers to fit, and these runs have {len(set(sizes))} sizes and {len(measurements)} "
+        f"losses. Name runs of at least 3 sizes, and at least {required} that differ in size or tokens",
+    )
+    # For given exponents the law is linear in its other numbers.
+    grids = [EXPONENTS, EXPONENTS if has_tokens else np.zeros(1)]
+    best: tuple[float, LossLaw] | None = None
+    for _ in range(REFINEMENTS):
+        for a, b in itertools.product(*grids):
+            columns = [np.ones_like(sizes), sizes**-a, *([tokens**-b] if has_tokens else [])]
+            numbers, *_ = np.linalg.lstsq(np.stack(columns, 1), losses, rcond=None)
+            law = LossLaw(numbers[0], numbers[1], a, *([numbers[2], b] if has_tokens else []))
+            error = float(np.square(law.predict(sizes, tokens) - losses).sum())
+            if min(numbers) > 0 and (best is None or error < best[0]):
+                best = error, law
+        if best is None:
+            raise ConfigError("The losses do not fall with size and tokens as a power law does, so none can be fitted.")
+        ratio = (grids[0][1] / grids[0][0]) ** 1.5
+        found = [best[1].a, best[1].b]
+        grids = [np.geomspace(x / ratio, x * ratio, 25) if x else np.zeros(1) for x in found]
+    assert best is not None
+    return LossLaw(*(float(number) for number in dataclasses.astuple(best[1])))
+
+
+def select_best(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the run with the lowest loss for each size and number of tokens: that of the best learning rate."""
+    best: dict[tuple[int, int], Measurement] = {}
+    for measurement in sorted(measurements, key=lambda m: m.loss):
+        best.setdefault((measurement.parameters, measurement.tokens), measurement)
+    return sorted(best.values(), key=lambda m: (m.parameters, m.tokens))
+
+
+def count_without_embeddings(config: ModelConfig) -> int:
+    """Return the number of parameters that every token is multiplied with: those of the blocks, norms and head."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    embeddings = 0 if config.tie_word_embeddings else model.model.embeddings.weight.numel()
+    return sum(parameter.numel() for parameter in model.parameters()) - embeddings
+
+
+def measure_run(folder: Path) -> Measurement:
+    """Return what the run in `folder` reached.
+
+    Raises:
+        ConfigError: It is no run, or it has not trained to its last step.
+    """
+    record = read_json(folder / "run.json")
+    require(record is not None, f"{folder} is not the folder of a run, because it has no run.json")
+    assert record is not None
+    config = build_dataclass(TrainingRun, record["config"])
+    rows, _ = read_metrics(folder / "metrics.jsonl")
+    validations = [(row, tokens) for row, tokens in zip(rows, infer_tokens(rows), strict=True) if "val_loss" in row]
+    require(
+        bool(validations) and validations[-1][0]["step"] == config.steps,
+        f"{folder} has not trained to its last step, {config.steps}. To resume it: glalm train resume={folder}",
+    )
+    row, tokens = validations[-1]
+    return Measurement(folder.name, count_without_embeddings(config.model), tokens, config.optim.lr, row["val_loss"])
+
+
+def measure_runs(folders: Sequence[Path]) -> list[Measurement]:
+    """Return what the runs reached.
+
+    Raises:
+        ConfigError: As of `measure_run`, or the runs were validated on different data.
+    """
+    for folder in folders:
+        ours, first = (describe_validation(path)["settings"] for path in (folder, folders[0]))
+        changed = [key for key in ours.keys() | first.keys() if ours.get(key) != first.get(key) and key != "data_path"]
+        require(
+            not changed, f"{folder} and {folders[0]} were validated differently: {', '.join(sorted(changed))} differ"
+        )
+    return [measure_run(folder) for folder in folders]
+
+
+def read_points(path: Path) -> list[Measurement]:
+    """Return the measurements of a file that `write_points` wrote."""
+    record = read_json(path)
+    require(record is not None and "measurements" in record, f"{path} has no measurements of glalm scaling --out")
+    assert record is not None
+    return [Measurement(**measurement) for measurement in record["measurements"]]
+
+
+def write_points(path: Path, law: LossLaw, measurements: Sequence[Measurement]) -> None:
+    record = {"law": asdict(law), "measurements": [asdict(measurement) for measurement in measurements]}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_dial(depth: int, vocab_size: int) -> tuple[Dial, int]:
+    """Return the sizes that experiment=gla_dial has at a depth, and its exact number of parameters."""
+    dial = Dial(depth, vocab_size)
+    shape = {"num_hidden_layers": depth, "hidden_size": dial.hidden_size, "num_heads": dial.num_heads}
+    return dial, count_without_embeddings(ModelConfig(vocab_size=vocab_size, **shape))

@@ -1,0 +1,136 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glalm.cli import compose_config
+from glalm.commands import scaling as command
+from glalm.config.dial import Dial
+from glalm.config.strict import ConfigError
+from glalm.evals.options import TrainingRun
+from glalm.model.decoder import CausalLM
+from glalm.studies.scaling import (
+    LossLaw,
+    Measurement,
+    count_without_embeddings,
+    describe_dial,
+    fit_loss_law,
+    measure_runs,
+    read_points,
+    select_best,
+    write_points,
+)
+from glalm.train.trainer import train
+
+SIZES = [1e6, 3e6, 1e7, 3e7, 1e8]
+
+
+def synthetic_runs(law: LossLaw, sizes, tokens, noise: float = 0.0) -> list[Measurement]:
+    rng = np.random.default_rng(1)
+    return [
+        Measurement("run", int(N), int(D), 1e-3, law.predict(N, D) + noise * rng.standard_normal())
+        for N in sizes
+        for D in (tokens(N) if callable(tokens) else tokens)
+    ]
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.floats(0.5, 3), st.floats(0.15, 0.6), st.floats(0.5, 3))
+def test_fit_finds_the_law_in_sizes(E, a, gap):
+    """`gap` is what the law is above E at a million parameters."""
+    law = LossLaw(E, gap * 1e6**a, a)
+    found = fit_loss_law(synthetic_runs(law, SIZES, [10**9]))
+    assert (found.E, found.a) == (pytest.approx(E, abs=0.02 * gap), pytest.approx(a, rel=0.02)) and found.B == 0
+    assert found.predict(1e9, 10**9) == pytest.approx(law.predict(1e9, 10**9), abs=0.01 * gap)
+
+
+def test_fit_finds_the_law_in_sizes_and_tokens():
+    """That of Hoffmann et al., with errors of a thousandth of a nat, predicted at a size ten times as large."""
+    law = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28)
+    found = fit_loss_law(synthetic_runs(law, SIZES, [1e8, 1e9, 1e10], noise=1e-3))
+    assert (found.a, found.b) == (pytest.approx(0.34, abs=0.02), pytest.approx(0.28, abs=0.02))
+    assert found.predict(1e9, 2e10) == pytest.approx(law.predict(1e9, 2e10), abs=0.01)
+
+
+def test_tokens_in_proportion_to_sizes_are_no_axis_of_their_own():
+    law = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28)
+    found = fit_loss_law(synthetic_runs(law, SIZES, lambda N: [20 * N]))
+    assert found.B == 0
+    assert found.predict(1e9, 2e10) == pytest.approx(law.predict(1e9, 2e10), abs=0.02)
+
+
+def test_fit_refuses_too_little_and_what_does_not_fall():
+    law = LossLaw(1.0, 100.0, 0.3)
+    with pytest.raises(ConfigError, match="3 numbers to fit, and these runs have 2 sizes and 2 losses"):
+        fit_loss_law(synthetic_runs(law, SIZES[:2], [10**9]))
+    with pytest.raises(ConfigError, match="do not fall"):
+        fit_loss_law(synthetic_runs(LossLaw(1.0, -1.0, 0.1), SIZES, [10**9]))
+
+
+def test_best_rate_of_each_size(tmp_path):
+    runs = [
+        Measurement(f"{N}-{lr}", N, 100, lr, loss) for N, lr, loss in [(1, 1e-3, 3.0), (1, 2e-3, 2.5), (2, 1e-3, 2.0)]
+    ]
+    assert [m.name for m in select_best(runs)] == ["1-0.002", "2-0.001"]
+    write_points(tmp_path / "points.json", LossLaw(1, 2, 3), runs)
+    assert read_points(tmp_path / "points.json") == runs
+    assert json.loads((tmp_path / "points.json").read_text())["law"]["A"] == 2
+
+
+@pytest.mark.parametrize("depth", [1, 8, 16])
+def test_dial(depth):
+    """The rule as the documentation states it, and that the model of the experiment has these sizes."""
+    config = compose_config(TrainingRun, "train", ["experiment=gla_dial", f"model.num_hidden_layers={depth}"])
+    width = 256 * math.ceil(depth / 4)
+    assert (config.name, config.model.hidden_size, config.model.num_heads) == (
+        f"gla_depth_{depth}",
+        width,
+        width // 256,
+    )
+    assert config.train.tokens == 20 * (12 * depth * width**2 + 32000 * width)
+    wanted = 524_288 * math.sqrt(config.train.tokens / 15e9)
+    assert wanted / math.sqrt(2) <= config.train.batch_tokens <= wanted * math.sqrt(2)
+    assert config.train.batch_tokens % config.data.seq_len == 0
+    dial, parameters = describe_dial(depth, 32000)
+    with torch.device("meta"):
+        model = CausalLM(config.model)
+    assert parameters == sum(p.numel() for p in model.parameters()) - 32000 * width
+    assert dial.parameters == pytest.approx(parameters, rel=0.06)
+    assert dial.tokens == config.train.tokens
+
+
+def test_dial_refuses_what_has_no_sizes():
+    with pytest.raises(ConfigError, match=r"model.num_hidden_layers=8 and model.vocab_size=None.*set both"):
+        Dial(8, None)
+
+
+@pytest.mark.slow
+def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys, tmp_path):
+    """Three sizes fitted, a fourth predicted, and the file of the fit read again."""
+    folders = []
+    for width in (16, 32, 48, 64):
+        config = change(run_config, name=f"width_{width}", **{"model.hidden_size": width, "model.num_heads": 1})
+        assert train(config) == 0
+        folders.append(config.folder)
+    measured = measure_runs(folders)
+    assert [m.tokens for m in measured] == [6 * 4 * 16] * 4 and [m.lr for m in measured] == [1e-2] * 4
+    assert measured[1].parameters == count_without_embeddings(change(run_config, **{"model.num_heads": 1}).model)
+    rows = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert measured[0].loss == rows[-1]["val_loss"]
+    out = tmp_path / "law.json"
+    arguments = [*map(str, folders[:3]), "--predict", str(folders[3]), "--depth", "4", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["glalm scaling", *arguments])
+    assert command.main() == 0
+    text = capsys.readouterr().out
+    assert text.count("fitted") == 3 and text.count("predicted") == 2 and f"wrote {out}" in text
+    assert read_points(out) == measured[:3]
+    unfinished = change(run_config, name="width_16", **{"train.steps": 8})
+    record = json.loads((unfinished.folder / "run.json").read_text())
+    record["config"]["train"]["steps"] = 8
+    (unfinished.folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="width_16 has not trained to its last step, 8"):
+        measure_runs(folders[:1])

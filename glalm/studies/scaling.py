@@ -130,13 +130,14 @@ def measure_runs(folders: Sequence[Path]) -> list[Measurement]:
     Raises:
         ConfigError: As of `measure_run`, or the runs were validated on different data.
     """
-    for folder in folders:
-        ours, first = (describe_validation(path)["settings"] for path in (folder, folders[0]))
-        changed = [key for key in ours.keys() | first.keys() if ours.get(key) != first.get(key) and key != "data_path"]
+    measured = [measure_run(folder) for folder in folders]
+    validations = [describe_validation(folder)["settings"] for folder in folders]
+    for folder, settings in zip(folders, validations, strict=True):
+        changed = [key for key in settings if settings[key] != validations[0].get(key) and key != "data_path"]
         require(
-            not changed, f"{folder} and {folders[0]} were validated differently: {', '.join(sorted(changed))} differ"
+            not changed, f"{folder} and {folders[0]} were validated differently: {', '.join(changed)} are not the same"
         )
-    return [measure_run(folder) for folder in folders]
+    return measured
 
 
 def read_points(path: Path) -> list[Measurement]:

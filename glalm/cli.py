@@ -26,6 +26,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from glalm.config.dial import Dial
 from glalm.config.key_help import describe_keys, find_keys
@@ -107,7 +108,10 @@ def build_config(cls: type, tree: DictConfig, complete: Callable[[dict], dict] =
     Args:
         complete: Returns the config with values from elsewhere. What those name is not imported.
     """
-    container = restore_names(OmegaConf.to_container(tree, resolve=True))
+    try:
+        container = restore_names(OmegaConf.to_container(tree, resolve=True))
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if "model" in container or container.get("mixers"):
         from glalm.model.mixers import import_user_mixers  # This imports torch, for which OMP_WAIT_POLICY must be set.
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from glalm.cli import compose_config
 from glalm.commands import scaling as command
-from glalm.config.dial import Dial
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
@@ -105,7 +104,7 @@ def test_dial(depth):
 
 def test_dial_refuses_what_has_no_sizes():
     with pytest.raises(ConfigError, match=r"model.num_hidden_layers=8 and model.vocab_size=None.*set both"):
-        Dial(8, None)
+        compose_config(TrainingRun, "train", ["experiment=gla_dial", "model.vocab_size=null"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Capture the kernels that a function launches as a CUDA graph, which launches all of them at once."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -34,11 +35,14 @@ class GraphCapture:
 
         Such a function cannot be captured, and torch's allocator does not recover from the attempt.
         """
-        torch.cuda.set_sync_debug_mode("error")
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls the mode a prototype.
+            torch.cuda.set_sync_debug_mode("error")
         try:
             return self.warm_up(function)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode(mode)
 
     def capture(self, function: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Record `function` without running it. Return the graph, and the result, whose tensors every replay fills.

@@ -478,20 +478,22 @@ def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     """Return an error message for a run whose GPU is out of memory."""
     gpu = current_device()
     largest = largest_phase(phase_costs(config, plan.world_size))
-    estimate = _describe_memory(_estimate_on(largest, gpu), largest.phase.stage)
+    parts = _estimate_on(largest, gpu)
+    estimate = _describe_memory(parts, largest.phase.stage)
+    graphs = ""
+    if "validation" in parts:
+        graphs = " If that happened between steps, train.cuda_graph=false lets validation use the memory of steps."
     return (
         f"{gpu.name} with {gpu.memory / GIB:.1f} GiB is out of memory. The estimate was {estimate}. "
-        f"{advise_memory(config)}"
+        f"{advise_memory(config)}{graphs}"
     )
 
 
 def advise_memory(config: RunConfig) -> str:
     """Return what a run without enough memory can set."""
-    graphs = "train.cuda_graph=false, " if config.train.cuda_graph is not False else ""
     return (
-        f"Set {graphs}a smaller train.micro_batch_size (the batch size stays the same), "
-        "train.activation_checkpointing=full, train.tbptt_length, or "
-        f"{SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
+        "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
+        f"train.tbptt_length, or {SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
     )
 
 

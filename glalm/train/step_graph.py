@@ -112,8 +112,8 @@ class StepGraph:
                 raise
             self._set_gradients(gradients)
             self._give_up(error)
-            return call()
-        return self._replay(is_first, micro_batch)
+        # Outside of the except block, because an exception keeps the activations of its frames alive.
+        return call() if self.has_failed else self._replay(is_first, micro_batch)
 
     def _allocate_inputs(self, micro_batch: Batch) -> Batch:
         """Return the tensors that the graphs read."""

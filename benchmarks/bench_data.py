@@ -38,11 +38,10 @@ def main() -> None:
     mode.add_argument("--workers", type=int, default=1)
     mode.add_argument("--repeat", type=int, default=3)
     mode = modes.add_parser("scale")
-    mode.add_argument("files", nargs="*", default=["stdlib"], help="repeated to --megabytes (default: stdlib)")
+    mode.add_argument("files", nargs="*", default=["stdlib"], help="repeated to the size (default: stdlib)")
     mode.add_argument("--tokenizer", default="mistral-v1")
     mode.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    mode.add_argument("--megabytes", type=int, default=800, help="of text")
-    mode.add_argument("--inputs", type=int, default=4, help="the number of .jsonl files that the text is divided into")
+    mode.add_argument("--megabytes", type=int, default=100, help="of text for each process")
     mode.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     mode = modes.add_parser("load")
     mode.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
@@ -85,18 +84,18 @@ def bench_prepare(args: argparse.Namespace) -> None:
 
 
 def bench_scaling(args: argparse.Namespace) -> None:
-    """Prepare the same text with several numbers of processes, each once, with their start."""
+    """Prepare text in proportion to the number of processes, each number once, with the processes' start."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = Path(folder) / "text"
-        write_text(args.files, text, args.megabytes * 10**6, args.inputs)
-        print(f"{args.megabytes} MB in {args.inputs} files, {os.cpu_count()} cores, {args.tokenizer}")
+        files = write_text(args.files, text, args.megabytes * 10**6, max(args.workers))
+        print(f"{args.megabytes} MB for each process, {os.cpu_count()} cores, {args.tokenizer}")
         print(f"{'processes':>9}{'tokens/s':>14}{'seconds':>10}{'of linear':>11}{'CPU of the writer':>19}")
         rates = {}
         for workers in args.workers:
             start = time.perf_counter()
             writer_start = time.process_time()
             options = {"tokenizer": args.tokenizer, "workers": workers, "progress": False, "overwrite": True}
-            manifest = prepare_data([text], Path(folder) / "set", **options)
+            manifest = prepare_data(files[:workers], Path(folder) / "set", **options)
             seconds = time.perf_counter() - start
             writer_share = (time.process_time() - writer_start) / seconds
             rates[workers] = sum(entry["tokens"] for entry in manifest["splits"].values()) / seconds
@@ -106,8 +105,8 @@ def bench_scaling(args: argparse.Namespace) -> None:
             )
 
 
-def write_text(sources: list[str], folder: Path, size: int, files: int) -> None:
-    """Write the documents of `sources`, again and again, in pieces of 4,000 characters, as .jsonl files of `size`."""
+def write_text(sources: list[str], folder: Path, size: int, files: int) -> list[Path]:
+    """Write .jsonl files of `size` bytes from the documents of `sources`, again and again, 4,000 characters a line."""
     folder.mkdir()
     lines = []
     for spec in sources:
@@ -116,11 +115,13 @@ def write_text(sources: list[str], folder: Path, size: int, files: int) -> None:
                 text = item.text if isinstance(item, Document) else ""
                 lines += [json.dumps({"text": text[i : i + 4000]}) + "\n" for i in range(0, len(text), 4000)]
     endless = cycle(lines)
-    for number in range(files):
-        with open(folder / f"{number}.jsonl", "w") as file:
+    paths = [folder / f"{number}.jsonl" for number in range(files)]
+    for path in paths:
+        with open(path, "w") as file:
             written = 0
-            while written < size // files:
+            while written < size:
                 written += file.write(next(endless))
+    return paths
 
 
 def bare_encoder(tokenizer: Tokenizer):

@@ -4,6 +4,7 @@
     python benchmarks/bench_training.py --rows 1b3 --models glalm    one row and model
     python benchmarks/bench_training.py --rows 340m --models glalm --profile     and the time of a step by kernel
     torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --set parallel=fsdp2     weak scaling
+    torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --accumulation 4         with 4 micro-batches
     python benchmarks/bench_training.py --tiny                       tiny sizes, in seconds on a CPU
 
 A step is forward, backward, clipping and fused AdamW on random tokens, with float32 master weights under bfloat16
@@ -58,8 +59,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 
 
-def compose_run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
-    batch = [f"data.seq_len={row.T}", f"train.batch_size={row.batch * WORLD}", f"train.micro_batch_size={row.batch}"]
+def compose_run_config(row: Row, mixer: str, changes: list[str], accumulation: int = 1) -> RunConfig:
+    sequences = row.batch * accumulation * WORLD
+    batch = [f"data.seq_len={row.T}", f"train.batch_size={sequences}", f"train.micro_batch_size={row.batch}"]
     model = f"model={mixer}_{row.size}"
     return compose_config(TrainingRun, "train", [model, "optim=adamw", *batch, "train.steps=1000", *changes])
 
@@ -67,9 +69,9 @@ def compose_run_config(row: Row, mixer: str, changes: list[str]) -> RunConfig:
 # -------------------------------------------------------------------------------------------------------- the models
 
 
-def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
+def glalm(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
     """Return the config of a run, and a function that trains one step on token ids [batch, T + 1] for the loss."""
-    config = compose_run_config(row, "gla", changes)
+    config = compose_run_config(row, "gla", arguments.set, arguments.accumulation)
     accelerator = parallel.start_processes(config)
     trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
 
@@ -79,7 +81,7 @@ def glalm(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], T
     return config, step
 
 
-def fla(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
+def fla(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
     from fla.models import GLAConfig, GLAForCausalLM
 
     config = compose_run_config(row, "gla", [])
@@ -87,7 +89,7 @@ def fla(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Ten
     return config, build_step(GLAForCausalLM(GLAConfig(**shape, num_heads=config.model.num_heads)), config)
 
 
-def llama(row: Row, changes: list[str]) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
+def llama(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = compose_run_config(row, "attention", [])
@@ -125,9 +127,10 @@ MODELS = {"glalm": glalm, "fla": fla, "llama": llama}
 def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     """Train a model for a few steps and return the numbers of its row."""
     torch.set_float32_matmul_precision("high")
-    config, step = MODELS[name](row, arguments.set)
+    config, step = MODELS[name](row, arguments)
     device = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
-    ids = torch.randint(config.model.vocab_size, (row.batch, row.T + 1), device=device)
+    sequences = row.batch * (arguments.accumulation if name == "glalm" else 1)
+    ids = torch.randint(config.model.vocab_size, (sequences, row.T + 1), device=device)
     start = synchronized_time()
     step(ids)
     result = {"first_step_seconds": synchronized_time() - start}
@@ -140,7 +143,7 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     for _ in range(arguments.steps):
         loss = step(ids)
     seconds = (synchronized_time() - start) / arguments.steps
-    per_gpu = row.batch * row.T / seconds
+    per_gpu = sequences * row.T / seconds
     peak = peak_flops(device)
     result |= {"step_ms": 1e3 * seconds, "tokens_per_second": per_gpu * WORLD, "tokens_per_second_per_gpu": per_gpu}
     result["mfu"] = peak and per_gpu * model_cost(config.model, row.T).training / peak
@@ -202,7 +205,8 @@ def profile_step(step: Callable[[], object]) -> dict[str, dict[str, float]]:
         step()
         synchronized_time()
     device_type = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
-    ranges = ("ProfilerStep", "## ", "Optimizer.")  # These events contain those of many kernels.
+    # Other events of the device contain those of many kernels: a step's, an optimizer's, a collective's.
+    ranges = ("ProfilerStep", "## ", "Optimizer.", "nccl:", "FSDP::", "DistributedDataParallel")
     events = [e for e in record.events() if e.device_type == device_type and not e.name.startswith(ranges)]
     times = [(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events]
     kernels = Counter()
@@ -240,7 +244,8 @@ def idle_time(spans: list[tuple[float, float]]) -> float:
 def measure_in_process(name: str, label: str, arguments: argparse.Namespace) -> dict:
     """Call `measure` in a new process, because memory and compiled code of one model would affect the next."""
     command = [sys.executable, __file__, "--one", name, "--rows", label, "--steps", str(arguments.steps)]
-    command += ["--warmup", str(arguments.warmup), "--set", *arguments.set]
+    command += ["--warmup", str(arguments.warmup), "--accumulation", str(arguments.accumulation)]
+    command += ["--set", *arguments.set]
     command += [f"--{flag}" for flag in ("tiny", "profile", "estimate") if getattr(arguments, flag)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -273,6 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--warmup", type=int, default=3, help="steps before them, including the first (default: %(default)s)"
     )
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of our step (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="an override of our config")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", action="store_true")

@@ -6,7 +6,8 @@
 
 One process takes the turns of a whole group on its device: it runs chunk_gla on one shard after another, forward and
 backward, each with the summaries that the others have left, and compares time and results with one call on the whole
-sequence. So the table shows the work that sharing adds, without the network.
+sequence. So the table shows the work that sharing adds, without the network. The shards apart, as sequences of their
+own, show how much of it comes from their length.
 
 Several processes train a model of each mixer on sequences that they share, and print the time of a step, its memory
 beside the dry run's estimate, and the time in which a GPU only communicates: GLA, which exchanges states, beside
@@ -106,8 +107,10 @@ def compare_turns(T: int, size: int) -> str:
     expected = run_whole(inputs, do)
     difference = max(relative_difference(x, y) for x, y in zip(found, expected, strict=True))
     whole = measure_seconds(lambda: run_whole(inputs, do))
+    alone = sum(measure_seconds(lambda rank=rank: run_whole(shards[rank][:4], shards[rank][4])) for rank in range(size))
     turns = sum(measure_seconds(lambda rank=rank: run_turn(board, shards, rank)) for rank in range(size))
-    return f"| {T:,} | {size} | {whole * 1e3:.2f} | {turns * 1e3:.2f} | {turns / whole - 1:+.1%} | {difference:.1e} |"
+    times = f"{whole * 1e3:.2f} | {alone * 1e3:.2f} | {turns * 1e3:.2f} | {turns / whole - 1:+.1%}"
+    return f"| {T:,} | {size} | {times} | {difference:.1e} |"
 
 
 def relative_difference(x: Tensor, y: Tensor) -> float:
@@ -150,6 +153,10 @@ def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> str:
     return f"{row} {peak:.1f} | {estimate:.1f} | {exposed:.1%} |"
 
 
+def print_header(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |\n{'|-' * len(columns)}|")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 262144], help="tokens of a sequence")
@@ -164,15 +171,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if WORLD == 1 and not options.train:
-        print("| tokens | ranks | one call, ms | all turns, ms | extra | largest relative difference |\n|-|-|-|-|-|-|")
+        print_header("tokens", "ranks", "one call, ms", "shards apart, ms", "all turns, ms", "extra", "difference")
         for T in options.lengths:
             print(compare_turns(T, options.size), flush=True)
         return
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 128}
     is_first = int(os.environ.get("RANK", 0)) == 0
     if is_first:
-        columns = ["mixer", "tokens", "step, ms", "tokens/s", "loss", "peak GiB of a GPU", "estimate", "communication"]
-        print(f"| {' | '.join(columns)} |\n{'|-' * len(columns)}|")
+        print_header(
+            "mixer", "tokens", "step, ms", "tokens/s", "loss", "peak GiB of a GPU", "estimate", "communication"
+        )
     for mixer in options.mixers:
         for T in options.lengths:
             row = measure_steps(mixer, small if options.tiny else {}, T, options.steps)

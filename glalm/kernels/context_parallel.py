@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glalm.kernels.common import refuse_double_backward
+from glalm.kernels.common import has_kernel, refuse_double_backward
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,13 @@ class ContextShard:
         shapes = [summary.shape for summary in summaries]
         message = torch.cat([summary.flatten(1) for summary in summaries], 1)
         messages = all_gather(message, self.group, self.size)
+        if has_fold_kernel(*summaries, is_matrix):
+            from glalm.kernels.triton.exchange import fold_summaries  # A machine without a GPU may lack Triton.
+
+            local_shape, decay_shape = shapes
+            size = decay_shape[1:].numel()
+            entering, S = fold_summaries(messages, local_shape, size, initial, self.rank, reverse)
+            return self._distribute_rows(entering, len(local), reverse), S
         S = torch.zeros_like(summaries[0]) if initial is None else initial.clone()  # Results must not alias inputs.
         entering = S
         for rank in reversed(range(self.size)) if reverse else range(self.size):
@@ -128,6 +135,19 @@ class ContextShard:
         length = cu_seqlens.diff()[self.rows[0]]
         mask = torch.arange(x.shape[1], device=x.device) < length[:, None]
         return mask.view(*mask.shape, *(1 for _ in x.shape[2:]))
+
+
+def has_fold_kernel(local: Tensor, decay: Tensor, is_matrix: bool) -> bool:
+    """Return whether fold_summaries serves the summaries: float32 on CUDA, decays that repeat over the last axes.
+
+    Inside a compiled graph the fold is left to torch.compile.
+    """
+    pairs = [*zip(local.shape[1:], decay.shape[1:], strict=True)]
+    while pairs and pairs[-1][1] == 1:
+        pairs.pop()
+    repeats_over_last_axes = all(size == decay_size for size, decay_size in pairs)
+    is_float32 = local.dtype == torch.float32 and has_kernel(local)
+    return is_float32 and repeats_over_last_axes and not is_matrix and not torch.compiler.is_compiling()
 
 
 def check_context(context: ContextShard | None, initial_state, output_final_state: bool, cu_seqlens) -> None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from interpreter import INTERPRETED, run_interpreted
 
+from glalm.kernels import context_parallel
 from glalm.kernels.triton.tiles import exact_dot
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
@@ -227,6 +228,27 @@ def test_a_shard_exchanges_states(per, bounds, segments, monkeypatch):
     found += gla.backward(*inputs, entering, cu_seqlens, buffers, do, None, Shard())
     for one, other in zip(found, (o, leaving, entering, *grads), strict=True):
         close(one, other)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("decay_shape", [(2, 1, 5, 1), (2, 1, 1, 1), (2, 1, 5, 3)])
+def test_fold_of_summaries(decay_shape, reverse, monkeypatch):
+    """The kernel's results are those of the exchange in PyTorch."""
+    from glalm.kernels.triton.exchange import fold_summaries
+
+    r = torch.Generator().manual_seed(0)
+    local = torch.randn(3, 2, 1, 5, 3, generator=r)
+    decay = torch.rand(3, *decay_shape, generator=r)
+    messages = torch.cat([local.flatten(2), decay.flatten(2)], 2)
+    monkeypatch.setattr(context_parallel, "all_gather", lambda *_: messages)
+    for initial in (None, torch.randn(2, 1, 5, 3, generator=r)):
+        for rank in range(3):
+            shard = context_parallel.ContextShard("turns", rank, 3)
+            expected = shard.exchange(local[rank], decay[rank], initial, reverse=reverse)
+            found = fold_summaries(messages, local[0].shape, decay[0, 0].numel(), initial, rank, reverse)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other)
 
 
 @interpreted

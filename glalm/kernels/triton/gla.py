@@ -27,6 +27,8 @@ from glalm.kernels.triton.tiles import CHUNK, Chunks, count_chunks, running_sum_
 # Chunks that forget too much for the fast path (see rescale.py) are processed by a second launch, the pairwise variant.
 # Few chunks need it, so each of its programs checks this many.
 PAIRWISE_ITEMS = 4
+# join_segments_kernel loads the states of so many segments before it needs them.
+JOIN_STAGES = 4
 
 
 class SavedForBackward(NamedTuple):
@@ -308,11 +310,11 @@ class LaunchPlan:
         starts = saved.segment_starts if saves_starts else self.allocate_state(segments)
         segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
         local = self.allocate_state()
-        self.join_segments(starts.clone(), segment_decay, segments, None, local, reverse)
-        decay = segment_decay.view(self.chunks.sequences, segments, self.H, self.KP)[..., : self.K].prod(1)
-        initial, result = exchange(local, decay[..., None])
+        decay = self.allocate(self.chunks.sequences, self.H, self.K, 1, dtype=torch.float32)
+        self.join_segments(starts, segment_decay, segments, None, local, decay, reverse, write_starts=False)
+        initial, result = exchange(local, decay)
         initial = initial.contiguous()
-        self.join_segments(starts, segment_decay, segments, initial, None, reverse)
+        self.join_segments(starts, segment_decay, segments, initial, None, None, reverse)
         config = self.config.scan_backward if reverse else self.config.scan_forward
         self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
         return initial, result
@@ -334,7 +336,7 @@ class LaunchPlan:
         First every segment runs from a zero state, all in parallel; then join_segments_kernel chains the results.
         """
         segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
-        self.join_segments(starts, segment_decay, segments, initial, final, reverse)
+        self.join_segments(starts, segment_decay, segments, initial, final, None, reverse)
 
     def run_segments_from_zero(
         self, ends: Tensor, segments: int, saved: SavedForBackward, w: Tensor, reverse: bool
@@ -348,13 +350,26 @@ class LaunchPlan:
         self.launch_scan(segments, config, saved, w, None, ends, None, None, reverse, segment_decay)
         return segment_decay
 
-    def join_segments(self, ends: Tensor, segment_decay: Tensor, segments: int, initial, final, reverse: bool) -> None:
-        """Replace the segments' ends from zero states by the states they begin with; fill `final` with the last end."""
+    def join_segments(
+        self,
+        ends: Tensor,
+        segment_decay: Tensor,
+        segments: int,
+        initial: Tensor | None,
+        final: Tensor | None,
+        decay: Tensor | None,
+        reverse: bool,
+        write_starts: bool = True,
+    ) -> None:
+        """Chain the segments' ends from zero states; see join_segments_kernel for the arguments."""
         BK = min(self.KP, 32)
         BV = min(self.VP, 64)
-        constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse)
+        constants = dict(
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse,
+            WRITE_STARTS=write_starts, STAGES=JOIN_STAGES,
+        )  # fmt: skip
         programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
-        launch(join_segments_kernel, programs, (ends, segment_decay, initial, final, segments), constants, {})
+        launch(join_segments_kernel, programs, (ends, segment_decay, initial, final, decay, segments), constants, {})
 
     def launch_scan(
         self,

@@ -132,17 +132,20 @@ def store_in_bands(descriptor, row, column, x, STORE_BANDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["segments"])
 def join_segments_kernel(
-    local, segment_decay, initial, final, segments,
+    local, segment_decay, initial, final, decay, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, WRITE_STARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Replace each segment's final state, computed from a zero initial state, by its true initial state.
+    """Chain the segments' final states, computed from zero initial states.
 
-    local: float32 [N, segments, H, K, V], overwritten; segment_decay: float32 [N, segments, H, KP]. `final` receives
-    the state after the last segment. One program handles BK x BV numbers of one head's state.
+    local: float32 [N, segments, H, K, V]; with WRITE_STARTS each segment's true initial state takes the place of its
+    final state. segment_decay: float32 [N, segments, H, KP]. `final` receives the state after the last segment, and
+    `decay` [N, H, K] the factor by which all segments together multiply the initial state. One program handles BK x BV
+    numbers of one head's state.
     """
     pid = tl.program_id(0)
-    vv = pid % (VP // BV) * BV + tl.arange(0, BV)
+    block = pid % (VP // BV)
+    vv = block * BV + tl.arange(0, BV)
     pid = pid // (VP // BV)
     kk = pid % (KP // BK) * BK + tl.arange(0, BK)
     head = (pid // (KP // BK)).to(tl.int64)
@@ -151,12 +154,20 @@ def join_segments_kernel(
     p = kk[:, None] * V + vv[None, :]
     mask = (kk < K)[:, None] & (vv < V)[None, :]
     S = tl.zeros([BK, BV], tl.float32)
+    total_decay = tl.full([BK], 1.0, tl.float32)
     if initial is not None:
         S = tl.load(initial + head * K * V + p, mask=mask, other=0)
-    for i in range(segments):
+    # The loads of the next segments do not wait for this one's sums.
+    for i in tl.range(0, segments, num_stages=STAGES):
         s = (n * segments + (segments - 1 - i if REVERSE else i)) * H + h
         local_end = tl.load(local + s * K * V + p, mask=mask, other=0)
-        tl.store(local + s * K * V + p, S, mask=mask)
-        S = S * tl.load(segment_decay + s * KP + kk, mask=kk < K, other=0)[:, None] + local_end
+        factor = tl.load(segment_decay + s * KP + kk, mask=kk < K, other=0)
+        if WRITE_STARTS:
+            tl.store(local + s * K * V + p, S, mask=mask)
+        S = S * factor[:, None] + local_end
+        total_decay *= factor
     if final is not None:
         tl.store(final + head * K * V + p, S, mask=mask)
+    if decay is not None:
+        writes = tl.where(block == 0, K, 0)  # channels: one of the blocks of columns writes them
+        tl.store(decay + head * K + kk, total_decay, mask=kk < writes)

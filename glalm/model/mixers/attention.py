@@ -114,10 +114,10 @@ class Attention(Mixer):
             v = torch.cat([past_v.to(v.dtype), v], 1)
             key_positions = torch.cat([past_positions, positions], 1)
         starts_fresh = state is None and padding is None
-        if starts_fresh and can_use_flash_attention(q, self.window, cu_seqlens):
-            o = flash_attention(q, k, v, self.window, cu_seqlens)
-        elif starts_fresh and cu_seqlens is None and self.window is None:
+        if starts_fresh and cu_seqlens is None and self.window is None:
             o = masked_attention(q, k, v, None)
+        elif starts_fresh and can_use_flash_attention(q):
+            o = flash_attention(q, k, v, self.window, cu_seqlens)
         else:
             o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
         if return_state:
@@ -152,14 +152,11 @@ class Attention(Mixer):
         return self.o_proj(o.flatten(-2)), new_state
 
     def attend_from_start(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, context: ContextShard) -> Tensor:
-        """Return the outputs [B, T, H, D] of a shard. Without a window, torch's kernels apply the causal mask."""
-        T = q.shape[1]
-        end = (context.rank + 1) * T
+        """Return the outputs [B, T, H, D] of a shard."""
+        end = (context.rank + 1) * q.shape[1]
         k, v = (gather_tokens(y, context)[:, :end] for y in (k, v))
-        if self.window is None:
-            from torch.nn.attention.bias import causal_lower_right  # It imports torch's compiler, which takes seconds.
-
-            return masked_attention(q, k, v, causal_lower_right(T, end))
+        if can_use_flash_attention(q):
+            return flash_attention(q, k, v, self.window, None)
         key_positions = torch.arange(end, device=q.device)[None]
         return masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, None))
 
@@ -224,27 +221,33 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     ).transpose(1, 2)
 
 
-def can_use_flash_attention(q: Tensor, window: int | None, cu_seqlens: Tensor | None) -> bool:
-    """Return whether variable-length flash attention applies: to packed or windowed input, on CUDA, in half precision.
+def can_use_flash_attention(q: Tensor) -> bool:
+    """Return whether variable-length flash attention serves q, in half precision on CUDA.
 
-    Without it, such input needs a mask [T, T]. The kernel has no rules for transforms of functions.
+    It sees only the keys that are visible, where a mask [T, S] would take memory. It has no rules for transforms of
+    functions.
     """
-    needs_mask = window is not None or cu_seqlens is not None
-    is_half = q.dtype in (torch.bfloat16, torch.float16)
-    return needs_mask and q.is_cuda and is_half and active_transform(q) is None
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and active_transform(q) is None
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Return softmax attention [B, T, H, D] of packed or windowed sequences, by torch's variable-length kernel."""
+    """Return causal softmax attention [B, T, H, D], by torch's variable-length kernel.
+
+    Args:
+        q: [B, T, H, D].
+        k, v: [B, S, H_kv, D]. The last T tokens are those of q, and the others come before them.
+        window: the number of tokens that a query sees, or None for all.
+        cu_seqlens: the bounds of packed sequences, for which S is T.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, _ = q.shape
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(B + 1, device=q.device) * T
+    S = k.shape[1]
+    rows = torch.arange(B + 1, device=q.device, dtype=torch.int32)
+    bounds, key_bounds = (rows * T, rows * S) if cu_seqlens is None else (cu_seqlens.int(), cu_seqlens.int())
     k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    bounds = cu_seqlens.int()
     left = -1 if window is None else window - 1
-    o = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(left, 0))
+    o = varlen_attn(q, k, v, bounds, key_bounds, T, S, window_size=(left, 0))
     assert isinstance(o, Tensor)  # With the sums of the weights, which are not asked for, it would be a tuple.
     return o.unflatten(0, (B, T))

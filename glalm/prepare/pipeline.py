@@ -192,7 +192,7 @@ def run_plan(
     try:
         for batch, encoded in results:
             if batch.input_index < writer.position.input:
-                continue  # The input is damaged in an earlier part, which ends it.
+                continue  # A damaged part has ended this input.
             source_input = inputs[batch.input_index]
             encoded = encoded.shift_numbers(writer.position.before)
             errors = [record for record in encoded.skipped if record.reason != "empty"]

@@ -103,7 +103,7 @@ def load_operand(
     x, norm, rows, width, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return load_normalized as an operand of matmuls."""
+    """Return rows of x, normalized if `norm` is not None, rounded to the dtype of matmuls."""
     if norm is None:
         tile = load_tile(x, H * K, rows, width, C, BK).to(DTYPE)
     else:

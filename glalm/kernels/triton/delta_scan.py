@@ -43,7 +43,7 @@ def load_square(x, tile, C: tl.constexpr):
 
 @triton.jit
 def load_decay(decay, tile, KP: tl.constexpr, RESCALED: tl.constexpr):
-    """Load what one tile multiplies S^T by: a number, or [1, KP] if RESCALED."""
+    """Load the factor of S^T over one tile of tokens: a number, or [1, KP] if RESCALED."""
     if RESCALED:
         half = tl.load(decay + tile * KP + tl.arange(0, KP))
         factor = (half * half)[None, :]
@@ -66,7 +66,7 @@ def delta_scan_kernel(
         v: [B, T, H, V]
         resolvent, scores: R and A, [tiles, C, C]
         factors: float32 [tiles, 3, C], see prepare_kernel, or None
-        decay: exp(g_1 + ... + g_C), float32 [tiles], or its root [tiles, KP] if RESCALED; None without gates
+        decay: exp(g_1 + ... + g_C), float32 [tiles], or its square root [tiles, KP] if RESCALED; None without gates
         initial: float32 [N, H, K, V] or None for zeros
     Outputs, each of which may be None:
         out: [B, T, H, V]

@@ -10,10 +10,10 @@ Tiles of ROWS tokens are aligned to multiples of ROWS among the B * T tokens, no
 sequences meet in a tile, each sees the other's tokens with dt = 0, which leaves a finite state unchanged. (A NaN or inf
 in B or C of one spreads to the other.)
 
-The forward pass saves the state before every cell of CELL tokens. The backward pass takes the cells from the last to
-the first. In each, a program runs forward from the saved state and stores the states that enter the tiles; then it
-takes the tiles from the last to the first, and recomputes the states of a tile's tokens in registers. With c_t = C_t
-dy_t:
+The forward pass saves the state before every cell of CELL tokens, of the sequence that the cell's first token belongs
+to. The backward pass takes the cells from the last to the first. In each, a program runs forward from the saved state
+and stores the states that enter the tiles; then it takes the tiles from the last to the first, and recomputes the
+states of a tile's tokens in registers. With c_t = C_t dy_t:
 
     dh_t = c_t + exp(dt_{t+1} A) dh_{t+1},   dB_t = sum_d dh_t dt_t x_t,   dC_t = sum_d dy_t h_t
 
@@ -41,7 +41,7 @@ UNALIGNED = [
 
 
 class ScanPlan:
-    """The sizes, strides and configuration of one call. Each method launches one pass.
+    """The sizes, strides and configuration of one call. `forward` and `backward` launch its kernels.
 
     Args:
         x: [B, T, D].
@@ -110,7 +110,7 @@ class ScanPlan:
         return None if state is None else state.mT.contiguous()
 
     def count_segments(self, config) -> int:
-        """Return how many segments each sequence is cut into, so that there are enough programs to fill the GPU."""
+        """Return how many segments a sequence of the mean length is cut into, so that enough programs fill the GPU."""
         programs = self.sequences * triton.cdiv(self.D, config.tile["BD"])
         wanted = multiprocessors(self.x.device) * max(1, 12 // config.warps)
         cells = self.tokens // max(1, self.sequences) // config.tile["CELL"]
@@ -119,8 +119,8 @@ class ScanPlan:
     def find_segment_starts(self, segments: int, initial: Tensor | None, do: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the states that enter the segments [n * segments, N, D], and those that leave the last ones [n, N, D].
 
-        With `do`, these are the gradients of states, from the last segment to the first. Every segment runs from a
-        zero state, in parallel; then the results are joined.
+        With `do`, the walk is backward: these are the gradients of the states that leave the segments, and those of the
+        initial states. Every segment runs from a zero state, in parallel; then the results are joined.
         """
         sums = self.allocate(self.sequences * segments, self.D)
         starts = self.launch_scan(segments, None, None, None, do=do, segment_dt=sums)
@@ -513,7 +513,8 @@ def scan_backward_kernel(
                 h, a = advance(h, A_tile, dt_t, x_rows[r].to(tl.float32) * dt_t, coefficients, t0, r, NP)
                 states = states + (h,)  # noqa: RUF005
                 factors = factors + (a,)  # noqa: RUF005
-            shares = tl.zeros([BD // 32 if HALF else 1, NP, 8], tl.float32)  # the last axis: dB and dC of each token
+            # Columns 2 r and 2 r + 1 are dB and dC of token t0 + r.
+            shares = tl.zeros([BD // 32 if HALF else 1, NP, 8], tl.float32)
             for r in tl.static_range(ROWS - 1, -1, -1):
                 t = t0 + r
                 inside = (t >= begin) & (t < end)

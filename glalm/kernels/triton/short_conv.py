@@ -8,10 +8,10 @@ row, the BD channels of a token, lies in registers, as do the last TAPS - 1 rows
 but for TAPS - 1 rows where chunks meet, and the gradients of the weights are sums within a thread. ROWS rows are loaded
 at a time, one such tile ahead.
 
-The backward pass also walks from the first token to the last. Once it knows g_t, it stores dx_{t - TAPS + 1}. So for a
-part of a sequence it needs g of TAPS - 1 tokens more. The first TAPS - 1 results of a sequence belong to the inputs
-before it: they are the gradient of the initial state. Each program writes its share of the weights' gradients; a sum in
-fixed order follows.
+The backward pass also walks from the first token to the last. Once it knows g_t, it stores dx_{t - TAPS + 1}. So for
+its part of a sequence it also needs g of the TAPS - 1 tokens after it. The first TAPS - 1 results of a sequence belong
+to the inputs before it: they are the gradient of the initial state. Each program writes its share of the weights'
+gradients; a sum in fixed order follows.
 """
 
 import torch
@@ -110,7 +110,7 @@ class ConvPlan:
 
 @triton.jit
 def find_sequence(t, N, T, cu_seqlens):
-    """Return the sequence that holds token t."""
+    """Return the sequence that holds token t: the last one that begins at or before t, so never an empty one."""
     if cu_seqlens is None:
         n = t // T
     else:
@@ -266,7 +266,8 @@ def conv_backward_kernel(
         state_gradients = n.to(tl.int64) * LAG * D + d
         x_first = load_rows(x_part, end - t, d, D, LAG, BD, STRIDE)
         dy_first = load_rows(dy_part, end - t, d, D, LAG, BD, STRIDE_DY)
-        # The later tokens' g is 0 at the end of the sequence, and counts for the weights' gradients of this program.
+        # From here on, pointers and loads are LAG tokens ahead. The program adds these tokens' products to the weights'
+        # gradients, in place of those of its own first LAG tokens. Beyond the sequence dy is loaded as 0, so g is 0.
         x_part += LAG * STRIDE
         dy_part += LAG * STRIDE_DY
         later = tl.minimum(end - t - LAG, rows)

@@ -98,7 +98,7 @@ class SSDPlan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the gradients of x, dt, A, k, q, skip and the initial states.
 
-        The states of all chunks take several times the memory of x, so those of one part of the batch are kept at once.
+        The states of all chunks take several times the memory of x, so they are kept for a part of the batch at a time.
         """
         do = do.contiguous()
         dx, dq, dk = (self.allocate(*y.shape, dtype=y.dtype) for y in (self.x, self.q, self.k))
@@ -286,7 +286,7 @@ def add_exactly(high1, low1, high2, low2):
 
 @triton.jit
 def locate_heads(N, T, cu_seqlens, offsets, owners, H: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr):
-    """Return the program's chunk, its first row and number of rows, and the heads [HEADS, 1] of which some may be H."""
+    """Return the chunk, its first row, its number of rows, and the heads [HEADS, 1], of which some may be >= H."""
     pid = tl.program_id(0).to(tl.int64)
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     chunk = pid // BLOCKS

@@ -31,7 +31,7 @@ class MambaOptions:
 class Mamba(Mixer):
     """A selective state-space model. Each channel i has a state h of N numbers:
 
-        dt_t = softplus(...),   h_t = exp(dt_t A_i) h_{t-1} + dt_t B_t x_ti,   o_ti = C_t . h_t + D_i x_ti
+        dt_t = softplus(W_dt x_t + b),   h_t = exp(dt_t A_i) h_{t-1} + dt_t B_t x_ti,   o_ti = C_t . h_t + D_i x_ti
         y_t = (o_t * swish(z_t)) W_o
 
     dt, B and C are functions of x_t, which has passed a short convolution. Parameter names and shapes are those of
@@ -80,7 +80,8 @@ class Mamba(Mixer):
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv_state = self.conv1d(x, conv_state, cu_seqlens, context)
         if padding is not None:
-            x = x * padding.to(x.dtype)  # The convolution's bias has made padding nonzero.
+            # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
+            x = x * padding.to(x.dtype)
         dt, b, c = self.x_proj(x).split([self.rank, self.N, self.N], -1)
         # Where transformers offloads the model, a parameter exists only while its module's forward runs.
         dt_bias = self.dt_proj(None) if self.dt_proj.bias.is_meta else self.dt_proj.bias
@@ -100,7 +101,7 @@ class Mamba(Mixer):
         return self.out_proj(o), (h, conv_state) if return_state else None
 
     def flops(self, T: int) -> int:
-        """Count the convolution and reading the state; the scan has no matrix product."""
+        """Count the convolution and C_t . h_t; the update of h has no matrix product."""
         return self.conv1d.flops() + 2 * self.inner * self.N
 
 

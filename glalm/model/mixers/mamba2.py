@@ -93,7 +93,8 @@ class Mamba2(Mixer):
         z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
         xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens, context)
         if padding is not None:
-            xbc = xbc * padding.to(xbc.dtype)  # The convolution's bias has made padding nonzero.
+            # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
+            xbc = xbc * padding.to(xbc.dtype)
         x, b, c = xbc.split([self.inner, self.groups * self.K, self.groups * self.K], -1)
         operator = fused_recurrent_ssd if is_decoding_step(x, context) else chunk_ssd
         o, S = operator(

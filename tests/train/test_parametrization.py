@@ -15,11 +15,13 @@ from glalm.config.run import OptimConfig, RunConfig
 from glalm.config.strict import ConfigError
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
+from glalm.model.layers import SumOver
 from glalm.model.mixers import MIXERS
 from glalm.model.mixers.gla import GatedLinearAttention
 from glalm.train.init_weights import build_initial_model
+from glalm.train.muon import Muon
 from glalm.train.optim import build_optimizers, set_learning_rate
-from glalm.train.parametrization import UNSCALED, Multipliers, find_multipliers
+from glalm.train.parametrization import UNSCALED, Multipliers, find_multipliers, scale_parameter
 from glalm.train.trainer import train
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
@@ -157,6 +159,30 @@ def test_optimizers_and_initial_weights_are_scaled(name):
     assert not names
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, standard[key] * multipliers[key].init, msg=key)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Muon])
+def test_output_multiplier_is_the_same_as_one_of_weight_and_rate(kind):
+    """y = c W x, trained explicitly, and y = W x with initial weights and settings that are scaled as for a depth."""
+    depth = 4
+    shape = torch.Size([3, 5])
+    scale = scale_parameter(shape, shape, SumOver(1), is_drawn=True, depth=depth, output=1 / depth)
+    lr_multiplier = scale.adam_lr if kind is torch.optim.AdamW else scale.muon_lr
+    explicit = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    absorbed = nn.Parameter(scale.init * explicit.detach())
+    settings = {"eps": 1e-3} if kind is torch.optim.AdamW else {"momentum": 0.9}
+    # CompleteP divides eps in blocks by the depth, because gradients of explicitly scaled branches are as much smaller.
+    explicit_settings = {key: value / depth if key == "eps" else value for key, value in settings.items()}
+    settings = {key: value * scale.eps if key == "eps" else value for key, value in settings.items()}
+    first = kind([explicit], lr=0.01, weight_decay=0.1, **explicit_settings)
+    second = kind([absorbed], lr=0.01 * lr_multiplier, weight_decay=0.1 / lr_multiplier, **settings)
+    for _ in range(5):
+        x = torch.randn(5, dtype=torch.float64)
+        for weight, factor, optimizer in ((explicit, 1 / depth, first), (absorbed, 1.0, second)):
+            optimizer.zero_grad()
+            (factor * weight @ x).sin().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(absorbed.detach(), explicit.detach() / depth)
 
 
 def measure_scales(config: RunConfig, steps: int = 10) -> dict[str, float]:

@@ -253,11 +253,12 @@ def test_activations_have_one_scale_at_all_widths_with_muon(neuron_beta):
 
 @pytest.mark.slow
 @every_choice
-def test_activations_have_one_scale_at_all_depths(choice):
+def test_activations_do_not_grow_with_depth(choice):
+    """They may shrink by L^-1/2, as the sum of L independent branches of size 1 / L does, or by a bit more."""
     depths = (2, 4, 8, 16)
     found = fit_growth({depth: build_config("mup", 64, depth, **choice) for depth in depths})
     standard = fit_growth({depth: build_config("standard", 64, depth, **choice) for depth in depths})
-    assert abs(found["last block"]) < 0.5 and abs(found["logits"]) < 0.5, found
+    assert -1 < found["last block"] < 0.5 and abs(found["logits"]) < 0.5, found
     assert standard["last block"] > found["last block"] + 0.3, (found, standard)
 
 

@@ -24,7 +24,9 @@ Gradients: where an exponent e scales q as q * exp(e), de = q * dq. Where it sca
 paper's closed form for the gate). Where e is a sum of g, the transposed sum takes de to dg. All of this stays within a
 chunk: what came before meets what comes after only in sum_v S * dS.
 
-In this file, the chunks of all heads are one batch, [n, C, K or V].
+In this file, the chunks of all heads are one batch, [n, C, K or V]. Where a group of query heads shares a head of k, v
+and g, the chunks of these three are repeated for each of them. The states are not, and the Triton kernels repeat
+nothing.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import CHUNK, empty_output, sequence_masks, wide_dtype
+from glalm.kernels.common import CHUNK, empty_output, heads_per_group, sequence_masks, wide_dtype
 from glalm.kernels.context_parallel import ContextShard, reverse_exchange
 
 # The largest exponent that scales q or k. In float32, a sum of gates near 20 is off by a few 1e-6, and so are the
@@ -63,14 +65,16 @@ class ChunkLayout(NamedTuple):
     position: Tensor  # [tokens * H], the row of each token and head in the chunks
     source: Tensor  # [chunks * H * chunk], the inverse of `position`; tokens * H in the padding
 
-    def to_chunks(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Cut [B, T, H, D] into [n, chunk, D], with zeros in the padding."""
+    def to_chunks(self, x: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
+        """Cut [B, T, H / group, D], each head repeated `group` times, into [n, chunk, D], with zeros in the padding."""
         x = F.pad(x.reshape(-1, x.shape[-1]).to(dtype), (0, 0, 0, 1))
-        return x.index_select(0, self.source).view(-1, self.chunk, x.shape[-1])
+        source = self.source if group == 1 else self.source // group
+        return x.index_select(0, source).view(-1, self.chunk, x.shape[-1])
 
-    def to_tokens(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo to_chunks, with the shape of `like`."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self.position).view(like.shape)
+    def to_tokens(self, x: Tensor, *shape: int, group: int = 1) -> Tensor:
+        """Undo to_chunks: return [B, T, H, D], or the sum over each group's heads, in `shape`, [B, T, H / group, D]."""
+        x = x.reshape(-1, x.shape[-1]).index_select(0, self.position)
+        return (x if group == 1 else x.unflatten(0, (-1, group)).sum(1)).view(shape)
 
 
 def lay_out_chunks(q: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
@@ -255,16 +259,19 @@ class ChunkedGLA:
         cu_seqlens: Tensor | None,
         context: ContextShard | None = None,
     ):
-        H, K = q.shape[2:]
+        H, K = k.shape[2:]
         V = v.shape[3]
         dtype = wide_dtype(q)
         self.args = (q, k, v, g)
         self.scale = scale
+        self.group = group = heads_per_group(q, k)
         self.layout = lay_out_chunks(q, cu_seqlens)
-        q, k, self.v, g = (self.layout.to_chunks(x, dtype) for x in self.args)
+        q = self.layout.to_chunks(q, dtype)
+        k, self.v, g = (self.layout.to_chunks(x, dtype, group) for x in (k, v, g))
         self.blocks = compute_block(q.mul_(scale), k, g.clamp_(min=MIN_LOG_GATE))
-        self.decay = self.blocks.g.exp().view(-1, H, K, 1)
-        update = (self.blocks.k.mT @ self.v).view(-1, H, K, V)
+        # Every head of a group has the same k, v and g: the first one's make the state.
+        self.decay = self.blocks.g[::group].exp().view(-1, H, K, 1)
+        update = (self.blocks.k[::group].mT @ self.v[::group]).view(-1, H, K, V)
         self.entering = S
         self.final: Tensor | None = None
         if context is not None:
@@ -275,14 +282,18 @@ class ChunkedGLA:
         self.states = scan_chunks(self.layout.steps, self.decay, update, self.S)
 
     def outputs(self) -> Tensor:
-        """Return o, [B, T, H, V]."""
-        o = (self.blocks.A @ self.v).baddbmm_(self.blocks.q, self.states.flatten(0, 1))
-        v = self.args[2]
-        return self.layout.to_tokens(o, v).to(v.dtype)
+        """Return o, [B, T, Hq, V]."""
+        o = (self.blocks.A @ self.v).baddbmm_(self.blocks.q, self.repeat_states(self.states))
+        q, _, v, _ = self.args
+        return self.layout.to_tokens(o, *q.shape[:3], v.shape[3]).to(v.dtype)
 
     def final_state(self) -> Tensor:
         """Return the states after the last tokens, [N, H, K, V]; with a context, of the last process."""
         return self.S[self.layout.rank] if self.final is None else self.final
+
+    def repeat_states(self, states: Tensor) -> Tensor:
+        """Return states [chunks, H, K, V] for each head of queries, [n, K, V]."""
+        return states[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(0, 2)
 
     def scan_from_zeros(self, update: Tensor, steps: list[slice]) -> Tensor:
         """Return the states [N, H, K, V] to which scan_chunks brings zeros. It leaves `update` as it is."""
@@ -306,23 +317,27 @@ class ChunkedGLA:
         layout = self.layout
         blocks = self.blocks
         do = layout.to_chunks(do, self.v.dtype)
-        update = (blocks.q.mT @ do).view(self.states.shape)
+        update = blocks.q.mT @ do
+        if self.group > 1:
+            update = update.unflatten(0, (-1, self.group)).sum(1)
+        update = update.view(self.states.shape)
         if context is not None:
             dentering = self.scan_from_zeros(update, layout.steps[::-1])
             dfinal_state, dinitial = reverse_exchange(context, dentering, self.total_decay(), dfinal_state)
         dS = torch.zeros_like(self.S) if dfinal_state is None else dfinal_state.to(self.S.dtype)[layout.order]
         dstates = scan_chunks(layout.steps[::-1], self.decay, update, dS)
 
-        dtotal = (self.decay * (self.states * dstates).sum(-1, keepdim=True)).flatten(0, 1).squeeze(-1)
-        states = self.states.flatten(0, 1)
-        dstates = dstates.flatten(0, 1)
+        if self.group > 1:  # to_tokens sums the gradients of the repeated k, v and g: each gets an equal share here.
+            dstates = dstates / self.group
+        dtotal = self.repeat_states(self.decay * (self.states * dstates).sum(-1, keepdim=True)).squeeze(-1)
+        states = self.repeat_states(self.states)
+        dstates = self.repeat_states(dstates)
         dv = (blocks.A.mT @ do).baddbmm_(blocks.k, dstates)
         dq, dk, dg = blocks.pullback(do @ self.v.mT, do @ states.mT, self.v @ dstates.mT, dtotal)
         q, k, v, g = self.args
-        dq = layout.to_tokens(dq.mul_(self.scale), q).to(q.dtype)
-        dk = layout.to_tokens(dk, k).to(k.dtype)
-        dv = layout.to_tokens(dv, v).to(v.dtype)
-        return dq, dk, dv, layout.to_tokens(dg, g), dS[layout.rank] if context is None else dinitial
+        dq = layout.to_tokens(dq.mul_(self.scale), *q.shape).to(q.dtype)
+        dk, dv, dg = (layout.to_tokens(dx, *x.shape, group=self.group) for dx, x in ((dk, k), (dv, v), (dg, g)))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dg, dS[layout.rank] if context is None else dinitial
 
 
 # 5. A gate on the value axis -------------------------------------------------------------------------------

@@ -47,14 +47,19 @@ def has_kernel(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64
 
 
+def heads_per_group(q: Tensor, k: Tensor) -> int:
+    """Return how many heads of q [B, T, H, K] share each head of k [B, T, H_kv, K]."""
+    return max(1, q.shape[2]) // max(1, k.shape[2])
+
+
 # Gates ------------------------------------------------------------------------------------------------------
 
 
-def expand_gate(g: Tensor | None, q: Tensor) -> Tensor:
-    """Expand a gate [B, T, H, K], [B, T, H], [H] or None (a log gate of 0) to [B, T, H, K] without a copy."""
+def expand_gate(g: Tensor | None, k: Tensor) -> Tensor:
+    """Expand a gate [B, T, H, K], [B, T, H], [H] or None (a log gate of 0) to k's [B, T, H, K] without a copy."""
     if g is None:
-        return q.new_zeros((), dtype=wide_dtype(q)).expand(q.shape)
-    return (g if g.dim() == 4 else g[..., None]).expand(q.shape)
+        return k.new_zeros((), dtype=wide_dtype(k)).expand(k.shape)
+    return (g if g.dim() == 4 else g[..., None]).expand(k.shape)
 
 
 def log_gate(g: Gate, normalizer: float | None) -> Gate:
@@ -70,10 +75,10 @@ def gate_has_gradient(g: Tensor | None) -> bool:
     return g is not None and g.dim() > 1
 
 
-def retention_gate(q: Tensor) -> Tensor:
-    """Return RetNet's fixed log gate of every head, log(1 - 2^(-5-h)), [H], in q's wide_dtype."""
-    H = q.shape[2] if q.dim() == 4 else 0  # check_inputs rejects other ranks.
-    heads = torch.arange(H, device=q.device, dtype=wide_dtype(q))
+def retention_gate(k: Tensor) -> Tensor:
+    """Return RetNet's fixed log gate of every head of k, log(1 - 2^(-5-h)), [H], in k's wide_dtype."""
+    H = k.shape[2] if k.dim() == 4 else 0  # check_inputs rejects other ranks.
+    heads = torch.arange(H, device=k.device, dtype=wide_dtype(k))
     return torch.log1p(-torch.exp2(-5 - heads))
 
 
@@ -176,8 +181,12 @@ def check_inputs(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     gate_axes: str = "BTHK",
+    grouped: bool = False,
 ) -> None:
-    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces."""
+    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces.
+
+    Where `grouped`, k, v, g and the states may have fewer heads than q, a divisor of theirs.
+    """
     if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
     device = q.device
@@ -189,14 +198,19 @@ def check_inputs(
             raise ValueError(f"{name}: expected a tensor on the device of q, {device}, got one on {x.device}")
 
     B, T, H, K = q.shape
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v: expected the shape [{B}, {T}, {H}, V], as q is {list(q.shape)}, got {list(v.shape)}")
+    if grouped and k.dim() == 4 and k.shape[2] != H:
+        if k.shape[2] == 0 or H % k.shape[2] != 0:
+            raise ValueError(f"k: expected as many heads as q, {H}, or a divisor of that, got {k.shape[2]}")
+        H = k.shape[2]
+    if k.shape != (B, T, H, K):
+        expected = f"the shape of q, {list(q.shape)}" + ", or fewer heads" * grouped
+        raise ValueError(f"k: expected {expected}, got {list(k.shape)}")
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: expected the shape [{B}, {T}, {H}, V], as k is {list(k.shape)}, got {list(v.shape)}")
     sizes = {"B": B, "T": T, "H": H, "K": K, "V": v.shape[3], "N": B}
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B)
         sizes["N"] = cu_seqlens.shape[0] - 1
-    if k.shape != q.shape:
-        raise ValueError(f"k: expected the shape of q, {list(q.shape)}, got {list(k.shape)}")
     if g is not None:
         check_shape("g", g, gate_axes, sizes)
     if initial_state is not None:

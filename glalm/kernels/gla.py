@@ -9,7 +9,8 @@
     chunk_linear_attn   0 (linear attention, arXiv 2006.16236, without its feature map and its normalizer)
     chunk_value_gla     [B, T, H, V], one per value channel, S_t = S_{t-1} diag(exp g_t) + k_t^T v_t
 
-On CUDA, Triton kernels compute all but the last. On other devices and in float64, PyTorch does (chunked.py).
+All but the last serve fewer heads of k, v and g than of q: the query heads of a group read the same state. On CUDA,
+Triton kernels compute all but the last. On other devices and in float64, PyTorch does (chunked.py).
 
 The relatives have the results and errors of chunk_gla. Their `options` are its keyword arguments scale, initial_state,
 output_final_state, cu_seqlens and context.
@@ -44,7 +45,8 @@ def chunk_gla(
     It is differentiable once, in q, k, v, g and initial_state.
 
     Args:
-        q, k: [B, T, H, K], floating point.
+        q: [B, T, Hq, K], floating point. H divides Hq, and query head h reads the state of head h // (Hq / H).
+        k: [B, T, H, K], in q's dtype.
         v: [B, T, H, V], in q's dtype.
         g: [B, T, H, K], natural log of the forget gate, <= 0, in any floating-point dtype; -inf forgets everything.
         scale: factor of the outputs; K**-0.5 if None.
@@ -57,7 +59,7 @@ def chunk_gla(
         context: this process's shard of sequences that several processes share; see ContextShard.
 
     Returns:
-        o [B, T, H, V] in q's dtype, and S_T, of initial_state's shape and dtype, or None.
+        o [B, T, Hq, V] in q's dtype, and S_T, of initial_state's shape and dtype, or None.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device; on the CPU also if g > 0, or if cu_seqlens does
@@ -87,7 +89,7 @@ def chunk_retention(
     g [H] holds log gates <= 0, which get no gradient. Without it the decay of head h = 0, 1, ... is RetNet's,
     1 - 2^(-5-h).
     """
-    return _chunk("chunk_retention", q, k, v, common.retention_gate(q) if g is None else g, "H", **options)
+    return _chunk("chunk_retention", q, k, v, common.retention_gate(k) if g is None else g, "H", **options)
 
 
 def chunk_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +155,7 @@ def _chunk(
     *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the public operator `name`, whose gate has the axes `gate_axes` of B, T, H and K, or is None."""
-    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, grouped=True)
     check_context(context, initial_state, output_final_state, cu_seqlens)
     common.check_normalizer(normalizer)
     common.refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
@@ -197,7 +199,7 @@ class ChunkGLA(torch.autograd.Function):
         q, k, v, g, initial_state, cu_seqlens, rows, entering, *saved = ctx.saved_tensors
         name, scale, normalizer, output_final_state, *shard = ctx.options
         common.refuse_transformed_gradients(name, do, dfinal_state, alternative=_alternative(name))
-        do = torch.zeros_like(v) if do is None else do
+        do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
         dfinal_state = dfinal_state if output_final_state else None
         with torch.no_grad():
             dq, dk, dv, dg, dinitial_state = backward_operator(
@@ -252,7 +254,7 @@ def chunk_forward(
             )
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = common.expand_gate(common.log_gate(g, normalizer), q)
+            gates = common.expand_gate(common.log_gate(g, normalizer), k)
             call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens, context)
             o = call.outputs()
             final_state = call.final_state()
@@ -267,7 +269,7 @@ def chunk_forward_fake(
     group=None, rank=0, size=1, rows=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return uninitialized tensors of the shapes and dtypes that chunk_forward returns."""
-    B, _, H, K = q.shape
+    B, _, H, K = k.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = []
     for exists in (output_final_state, group is not None):
@@ -279,7 +281,8 @@ def chunk_forward_fake(
 
         saved = saved_shapes(q, v, g, cu_seqlens, with_residual=True)
     final_state, entering = states
-    return v.new_empty(v.shape), final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved), entering
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    return o, final_state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved), entering
 
 
 def chunk_backward(
@@ -313,7 +316,7 @@ def chunk_backward(
         )  # fmt: skip
     else:
         with torch.autocast(q.device.type, enabled=False):
-            gates = common.expand_gate(common.log_gate(g, normalizer), q)
+            gates = common.expand_gate(common.log_gate(g, normalizer), k)
             call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
             dq, dk, dv, dg, dinitial_state = call.gradients(do, dfinal_state, context)
             dg = common.gate_gradient(dg, g, normalizer)

@@ -44,7 +44,7 @@ def fused_recurrent_retention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `chunk_retention` token by token: a constant decay for each head, g [H], or RetNet's."""
-    return _fused_recurrent(q, k, v, common.retention_gate(q) if g is None else g, "H", **options)
+    return _fused_recurrent(q, k, v, common.retention_gate(k) if g is None else g, "H", **options)
 
 
 def fused_recurrent_linear_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +98,7 @@ def _fused_recurrent(
     """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none, or the delta rule."""
     if context is not None:
         raise ValueError("context: only the chunkwise operators serve sequences that several processes share")
-    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, grouped=beta is None)
     if beta is not None:
         common.check_shape("beta", beta, "BTH", dict(zip("BTH", q.shape, strict=False)))
     g = common.log_gate(g, normalizer)
@@ -120,15 +120,16 @@ def run_recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor | None, cu_seqlens: Tensor | None,
     beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute o [B, T, H, V] and the final states [N, H, K, V] from S0, in PyTorch and without waiting for a device."""
+    """Compute o [B, T, Hq, V] and the final states [N, H, K, V] from S0, in PyTorch, not waiting for a device."""
     common.check_values(g, q, cu_seqlens)
-    B, T, H, K = q.shape
+    B, T, H, K = k.shape
     dtype = common.wide_dtype(q)
     if S0 is None:
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         S0 = q.new_zeros(N, H, K, v.shape[3], dtype=dtype)
-    decay = None if g is None else common.expand_gate(g.to(dtype), q).exp()
-    q = q.to(dtype) * scale
+    decay = None if g is None else common.expand_gate(g.to(dtype), k).exp()
+    group = common.heads_per_group(q, k)
+    q = q.unflatten(2, (H, group)).to(dtype) * scale
     k = k.to(dtype)
     values = v.to(dtype)
     beta = None if beta is None else beta.to(dtype)
@@ -148,10 +149,13 @@ def run_recurrence(
             update = beta[:, t, :, None] * (update - (k[:, t, :, :, None] * S).sum(2))
         S = torch.addcmul(S, k[:, t, :, :, None], update[:, :, None, :])
         # A product and a sum instead of a matmul, which autocast or TF32 would round.
-        outputs.append((q[:, t, :, :, None] * S).sum(2))
+        outputs.append((q[:, t, :, :, :, None] * S[:, :, None]).sum(3).flatten(1, 2))
         if cu_seqlens is not None:  # The last token of a sequence writes last.
             final_state.index_copy_(0, sequence[t : t + 1], S)
-    o = torch.stack(outputs, 1).to(v.dtype) if T else common.empty_output(v, q, k, g, beta)
+    if T:
+        o = torch.stack(outputs, 1).to(v.dtype)
+    else:
+        o = common.empty_output(v.repeat_interleave(group, 2), q, k, g, beta)
     return o, S if cu_seqlens is None and T else final_state
 
 
@@ -184,11 +188,11 @@ def recurrent_forward_fake(
     q, k, v, g, scale, initial_state, output_final_state, cu_seqlens, beta=None
 ) -> tuple[Tensor, Tensor]:
     """Return uninitialized tensors of the shapes and dtypes that recurrent_forward returns."""
-    B, _, H, K = q.shape
+    B, _, H, K = k.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, H, K, v.shape[3])
     final_state = q.new_empty(shape, dtype=common.wide_dtype(q)) if output_final_state else q.new_empty(0)
-    return v.new_empty(v.shape), final_state
+    return v.new_empty(*q.shape[:3], v.shape[3]), final_state
 
 
 def recurrent_update(
@@ -206,7 +210,7 @@ def recurrent_update(
 
 def recurrent_update_fake(q, k, v, g, scale, state, beta=None) -> Tensor:
     """Return an uninitialized tensor of the shape and dtype that recurrent_update returns."""
-    return v.new_empty(v.shape)
+    return v.new_empty(*q.shape[:3], v.shape[3])
 
 
 forward_operator = common.register_operator("fused_recurrent", recurrent_forward, recurrent_forward_fake)

@@ -20,21 +20,22 @@ def recurrent_gla(
     """Compute S_t = diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (GLA, arXiv 2312.06635, equation 3).
 
     Args:
-        q, k, g: [B, T, H, K], of any floating-point dtype.
+        q: [B, T, Hq, K], of any floating-point dtype. Query head h reads the state of head h // (Hq / H).
+        k, g: [B, T, H, K].
         v: [B, T, H, V].
         scale: K**-0.5 if None.
         initial_state: [N, H, K, V]; zeros if None.
         cu_seqlens: [N + 1], the bounds of N sequences packed into one row (B = 1). Without it, N = B.
 
     Returns:
-        o [B, T, H, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
+        o [B, T, Hq, V] and the final states [N, H, K, V], float64. Gradients come from autograd.
     """
     q, k, v, g = (x.double() for x in (q, k, v, g))
 
     def update(S: Tensor, b: int, t: int) -> Tensor:
         return g[b, t].exp()[:, :, None] * S + k[b, t][:, :, None] * v[b, t][:, None, :]
 
-    return run_recurrence(update, q, v.shape[-1], scale, initial_state, cu_seqlens)
+    return run_recurrence(update, q, v.shape[2:], scale, initial_state, cu_seqlens)
 
 
 def recurrent_delta_rule(
@@ -71,22 +72,24 @@ def recurrent_delta_rule(
         error = v[b, t] - torch.einsum("hk,hkv->hv", k[b, t], S)
         return S + (beta[b, t][:, None] * k[b, t])[:, :, None] * error[:, None, :]
 
-    return run_recurrence(update, q, v.shape[-1], scale, initial_state, cu_seqlens)
+    return run_recurrence(update, q, v.shape[2:], scale, initial_state, cu_seqlens)
 
 
 def run_recurrence(
     update: Callable[[Tensor, int, int], Tensor],
     q: Tensor,
-    V: int,
+    heads_and_values: tuple[int, ...],
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute o_t = scale * q_t S_t token by token. update(S, b, t) is the state [H, K, V] after token t of row b.
 
-    The other arguments and the results are those of recurrent_gla.
+    `heads_and_values` are H and V. The other arguments and the results are those of recurrent_gla.
     """
-    B, T, H, K = q.shape
+    B, T, query_heads, K = q.shape
+    H, V = heads_and_values
+    q = q.unflatten(2, (H, query_heads // H))
     if scale is None:
         scale = K**-0.5
     if cu_seqlens is None:
@@ -94,15 +97,15 @@ def run_recurrence(
     else:
         sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
 
-    outputs = [q.new_zeros(0, H, V)]
+    outputs = [q.new_zeros(0, H, query_heads // H, V)]
     states = []
     for n, (b, start, end) in enumerate(sequences):
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
             S = update(S, b, t)
-            outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], S)[None])
+            outputs.append(scale * torch.einsum("hgk,hkv->hgv", q[b, t], S)[None])
         states.append(S)
-    o = torch.cat(outputs).view(B, T, H, V)
+    o = torch.cat(outputs).view(B, T, query_heads, V)
     return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)
 
 

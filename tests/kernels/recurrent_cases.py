@@ -10,11 +10,12 @@ from glalm.kernels.triton.recurrent import forward
 
 def relative_errors(
     B, T, H, K, V, *, dtype, gate="channel", gate_dtype=None, states=True, bounds=None, in_place=False, wild=False,
-    delta=False, device="cpu", seed=0,
+    delta=False, group=1, device="cpu", seed=0,
 ):  # fmt: skip
     """Return the relative RMS errors of o and the final state, whose memory held NaN before."""
     r = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, T, H, n, generator=r).to(device, dtype) for n in (K, K, V))
+    sizes = (H * group, K), (H, K), (H, V)
+    q, k, v = (torch.randn(B, T, h, n, generator=r).to(device, dtype) for h, n in sizes)
     g = F.logsigmoid(torch.randn(B, max(T, 1), H, K, generator=r)) / 4
     if wild:
         g[:, 1::3, :, ::2] = -torch.inf

@@ -28,7 +28,7 @@ GATES["wild"] = wild
 
 def relative_errors(
     B, T, H, K, V, *, dtype, gate="slow", per="channel", logits=None, gate_dtype=None, states=False, cu_seqlens=None,
-    device="cpu", seed=0,
+    group=1, device="cpu", seed=0,
 ):  # fmt: skip
     """Return the relative RMS errors of o, the final state and all gradients, and check that all are finite.
 
@@ -36,13 +36,17 @@ def relative_errors(
         per: whether there is one gate per "channel" or per "head", a "fixed" one per head for all tokens, which gets
             no gradient, or "nothing".
         logits: the normalizer, if g holds logits.
+        group: the heads of q for each of the H heads of k, v and g.
     """
     r = torch.Generator().manual_seed(seed)
-    q, k, v, do = (torch.randn(B, T, H, n, generator=r).to(device, dtype) for n in (K, K, V, V))
+    heads = H * group
+    q, k, v, do = (
+        torch.randn(B, T, h, n, generator=r).to(device, dtype) for h, n in ((heads, K), (H, K), (H, V), (heads, V))
+    )
     x = torch.randn(B, T, H, K, generator=r)
     g = (x if logits else GATES[gate](x)).to(device, gate_dtype or dtype)
-    heads = g[..., 0].contiguous()
-    g = {"channel": g, "head": heads, "fixed": heads[0, 0], "nothing": None}[per]
+    per_head = g[..., 0].contiguous()
+    g = {"channel": g, "head": per_head, "fixed": per_head[0, 0], "nothing": None}[per]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     S0, dS = (torch.randn(N, H, K, V, generator=r).to(device) if states else None for _ in range(2))
     if cu_seqlens is not None:
@@ -54,9 +58,9 @@ def relative_errors(
 
     inputs = {"q": q, "k": k, "v": v, "g": g, "S0": S0}
     inputs = {name: x.double().requires_grad_() for name, x in inputs.items() if x is not None}
-    gates = inputs.get("g", torch.zeros_like(inputs["q"]))
+    gates = inputs.get("g", torch.zeros_like(inputs["k"]))
     gates = F.logsigmoid(gates) / logits if logits else gates.clamp(min=-1e4)
-    gates = gates if gates.dim() == 4 else gates[..., None].expand(q.shape)
+    gates = gates if gates.dim() == 4 else gates[..., None].expand(k.shape)
     o, S = recurrent_gla(inputs["q"], inputs["k"], inputs["v"], gates, K**-0.5, inputs.get("S0"), cu_seqlens)
     total = (o * do.double()).sum() + ((S * dS.double()).sum() if states else 0)
     expected = dict(zip((f"d{name}" for name in inputs), torch.autograd.grad(total, inputs.values()), strict=True))

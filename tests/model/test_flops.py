@@ -30,9 +30,10 @@ def load_preset(name: str, **changes) -> ModelConfig:
 
 def chunk_gla_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
     """Count the matmuls of the chunkwise form (GLA, section 3) one by one."""
-    (B, T, H, K), V, C = q_shape, v_shape[3], min(q_shape[1], 64)
+    (B, T, H, K), states, V, C = q_shape, k_shape[2], v_shape[3], min(q_shape[1], 64)
     scores, values, read, update = (C, K, C), (C, C, V), (C, K, V), (K, C, V)
-    return B * H * (T // C) * sum(2 * prod(matmul) for matmul in (scores, values, read, update))
+    of_head = sum(2 * prod(matmul) for matmul in (scores, values, read))
+    return B * (T // C) * (H * of_head + states * 2 * prod(update))
 
 
 def solve_flops(A_shape, B_shape, *_, **__) -> int:
@@ -68,15 +69,16 @@ def fft_flops(x_shape, dims, *_, out_shape, **__) -> float:
 
 
 @pytest.mark.parametrize("T", [32, 128])
-@pytest.mark.parametrize("name", [*MIXERS, "hybrid"])
+@pytest.mark.parametrize("name", [*MIXERS, "hybrid", "gla grouped"])
 def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
     monkeypatch.setattr(sys.modules["glalm.kernels.short_conv"], "convolve", convolve)
     monkeypatch.setattr(delta, "sum_products", sum_products)
     monkeypatch.setattr(delta, "CHANNEL_GATE_CHUNK", CHUNK)
     monkeypatch.setattr(hyena, "convolve_short", convolve_short)
-    changes = {"linear": {"feature_map": "hedgehog"}} if name == "linear" else {}
+    changes = {"linear": {"linear": {"feature_map": "hedgehog"}}, "gla grouped": {"gla": {"num_kv_heads": 1}}}
     with FakeTensorMode():
-        config = GLALMConfig(**vars(load_preset(f"{name}_tiny", vocab_size=100, **changes)))
+        preset = load_preset(f"{name.split()[0]}_tiny", vocab_size=100, **changes.get(name, {}))
+        config = GLALMConfig(**vars(preset))
         config.attention.window = None  # The counter includes the masked half of the scores.
         # One sequence, because a batch computes a long filter only once.
         model, ids = GLALMForCausalLM(config), torch.zeros(1, T, dtype=torch.long)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.common import gate_has_gradient, multiplies_exactly
+from glalm.kernels.common import gate_has_gradient, heads_per_group, multiplies_exactly
 from glalm.kernels.context_parallel import ContextShard, reverse_exchange
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
@@ -32,15 +32,18 @@ JOIN_STAGES = 4
 
 
 class SavedForBackward(NamedTuple):
-    """Buffers indexed by tile (one chunk of one head). KP is K padded to a power of two.
+    """Buffers indexed by tile (one chunk of one head of keys). KP is K padded to a power of two.
+
+    Each head of keys has `group` heads of queries, whose tiles are adjacent.
 
     With one gate per key channel, `decay` is exp(total / 2) for each channel of each tile (see rescale.py). With one
     gate a head, it is exp(total) for each tile, and `pairwise_marks` is empty.
     """
 
-    q_hat: Tensor  # [tiles, CHUNK, KP]
+    q_hat: Tensor  # [tiles * group, CHUNK, KP]
     k_hat: Tensor  # [tiles, CHUNK, KP]
-    scores: Tensor  # [tiles, 1 or 2, CHUNK, CHUNK]; the second part is the residual of rounding the first to bfloat16
+    # [tiles * group, 1 or 2, CHUNK, CHUNK]; the second part is the residual of rounding the first to bfloat16
+    scores: Tensor
     decay: Tensor  # float32 [tiles, KP] or [tiles]
     pairwise_marks: Tensor  # int32 [tiles], 1 where the chunk takes the pairwise path
     segment_starts: Tensor  # float32 [B, segments, H, K, V]; empty with one segment or packed sequences
@@ -53,8 +56,8 @@ def saved_shapes(
 
     With `with_residual`, bfloat16 scores have two parts; float32 scores need no second one.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, heads, K = q.shape
+    H, V = v.shape[2:]
     KP = padded_head_size(K)
     dtype = operand_dtype(q)
     chunks = count_chunks(B, T, cu_seqlens)
@@ -66,9 +69,9 @@ def saved_shapes(
     score_parts = 2 if with_residual and dtype == torch.bfloat16 else 1
     scalar_decay = has_scalar_decay(g)
     return [
+        ((chunks * heads, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),
-        ((tiles, CHUNK, KP), dtype),
-        ((tiles, score_parts, CHUNK, CHUNK), dtype),
+        ((chunks * heads, score_parts, CHUNK, CHUNK), dtype),
         ((tiles,) if scalar_decay else (tiles, KP), torch.float32),
         ((0,) if scalar_decay else (tiles,), torch.int32),
         ((0,) if segments == 1 else (B, segments, H, K, V), torch.float32),
@@ -90,17 +93,18 @@ def forward(
     """Return the outputs, the final state if `output_final_state`, and what `backward` needs if `save_for_backward`.
 
     Args:
-        q, k: [B, T, H, K]
+        q: [B, T, H * group, K]; head h of k, v, g and the states serves the heads h * group, ..., (h + 1) * group - 1
+        k: [B, T, H, K]
         v: [B, T, H, V]
         g: [B, T, H, K], [B, T, H], [H], or None for no gate: log gates or, with a normalizer, logits of the log gates
             logsigmoid(g) / normalizer
         initial_state: float32 [N, H, K, V] or None, for N sequences
 
-    Returns o, shaped like v; the final state, float32 [N, H, K, V], or None; and SavedForBackward or None.
+    Returns o, [B, T, H * group, V]; the final state, float32 [N, H, K, V], or None; and SavedForBackward or None.
     """
     plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     saved = plan.rescale(with_residual=save_for_backward)
-    o = torch.empty_like(plan.v)
+    o = plan.allocate_outputs()
     final_state = plan.allocate_state() if output_final_state else None
     plan.scan(saved, plan.v, initial_state, final_state, out=o)
     return o, final_state, saved if save_for_backward else None
@@ -125,7 +129,7 @@ def forward_over_processes(
     """
     plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     saved = plan.rescale(with_residual=save_for_backward)
-    o = torch.empty_like(plan.v)
+    o = plan.allocate_outputs()
     entering, final_state = plan.exchange_and_scan(
         lambda local, decay: context.exchange(local, decay, initial_state), saved, plan.v, out=o
     )
@@ -177,8 +181,8 @@ def describe_rows(x: Tensor, *block: int) -> TensorDescriptor:
 class LaunchPlan:
     """The sizes, precision and tile sizes of one call. Each method launches one stage.
 
-    H, K, V are the heads and their key and value sizes; KP and VP are K and V padded to powers of two. A tile is one
-    chunk of one head.
+    H, K, V are the heads of keys and values and their sizes; KP and VP are K and V padded to powers of two. `group`
+    heads of queries share each of them. A tile is one chunk of one head of keys.
     """
 
     def __init__(
@@ -200,8 +204,9 @@ class LaunchPlan:
         self.scale = float(scale)  # Triton would compile another kernel for the integer 1.
         self.from_logits = normalizer is not None
         self.inv_normalizer = 1.0 / normalizer if self.from_logits else 1.0
-        self.B, self.T, self.H, self.K = q.shape
+        self.B, self.T, self.H, self.K = k.shape
         self.V = v.shape[-1]
+        self.group = heads_per_group(q, k)
         self.KP = padded_head_size(self.K)
         self.VP = padded_head_size(self.V)
         self.chunks = Chunks.locate(self.B, self.T, cu_seqlens)
@@ -215,6 +220,9 @@ class LaunchPlan:
 
     def allocate(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.q.device, dtype=dtype or self.dtype)
+
+    def allocate_outputs(self) -> Tensor:
+        return self.allocate(self.B, self.T, self.H * self.group, self.V, dtype=self.v.dtype)
 
     def allocate_state(self, segments: int = 1) -> Tensor:
         """Return a buffer for one state of every segment of every sequence, float32 [N * segments, H, K, V]."""
@@ -234,20 +242,22 @@ class LaunchPlan:
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, BK=self.config.rescale.tile["BK"], C=CHUNK, FROM_LOGITS=self.from_logits,
             GATE_PARTS=self.gate_parts, PRECISION=self.precision, WITH_RESIDUAL=saved.scores.shape[1] == 2,
+            GROUP=self.group,
         )  # fmt: skip
+        tiles = self.tiles * self.group
         inputs = self.q, self.k, self.g, running_sum_matrices(self.q.device)
         outputs = saved.q_hat, saved.k_hat, saved.scores, saved.decay
         common = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
         if self.scalar_decay:
             constants["FIXED_GATE"] = self.fixed_gate
             args = *inputs, *outputs, *common
-            launch(rescale_head_kernel, self.tiles, args, constants, self.config.rescale.options)
+            launch(rescale_head_kernel, tiles, args, constants, self.config.rescale.options)
             return saved
-        args = *inputs, *outputs, saved.pairwise_marks, *common, self.tiles
+        args = *inputs, *outputs, saved.pairwise_marks, *common, tiles
         for pairwise, config in ((False, self.config.rescale), (True, self.config.rescale_pairwise)):
             items = PAIRWISE_ITEMS if pairwise else 1
             variant = {**constants, "BK": config.tile["BK"], "PAIRWISE": pairwise, "ITEMS": items}
-            launch(rescale_kernel, triton.cdiv(self.tiles, items), args, variant, config.options)
+            launch(rescale_kernel, triton.cdiv(tiles, items), args, variant, config.options)
         return saved
 
     def scan(
@@ -406,7 +416,7 @@ class LaunchPlan:
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BV=BV, C=CHUNK, STORE_BANDS=bands,
             SCORE_PARTS=saved.scores.shape[1], SCALAR_DECAY=self.scalar_decay, REVERSE=reverse,
-            PRECISION=self.precision, PREFETCH=config.tile["PREFETCH"],
+            PRECISION=self.precision, PREFETCH=config.tile["PREFETCH"], GROUP=self.group,
         )  # fmt: skip
         column_blocks = triton.cdiv(self.V if states is None else self.VP, BV)
         programs = self.chunks.sequences * self.H * segments * column_blocks
@@ -427,7 +437,7 @@ class LaunchPlan:
         common = *self.chunks.device_tables, self.scale, self.inv_normalizer, self.chunks.sequences, self.T
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=CHUNK, FROM_LOGITS=self.from_logits,
-            GATE_PARTS=self.gate_parts, PRECISION=self.precision,
+            GATE_PARTS=self.gate_parts, PRECISION=self.precision, GROUP=self.group,
         )  # fmt: skip
         if self.scalar_decay:
             wants_dg = gate_has_gradient(self.g)

@@ -18,7 +18,7 @@ is as in gradients.py.
 import triton
 import triton.language as tl
 
-from glalm.kernels.triton.gradients import contract_states
+from glalm.kernels.triton.gradients import contract_reads, contract_states
 from glalm.kernels.triton.tiles import (
     LOG2E,
     MIN_LOG_GATE,
@@ -82,14 +82,18 @@ def rescale_head_kernel(
     q, k, g, sum_matrices, q_hat, k_hat, scores, decay, cu_seqlens, offsets, owners, scale, inv_normalizer, N, T,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr,
     GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr, WITH_RESIDUAL: tl.constexpr, FIXED_GATE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Rescale q and k and compute the gated scores, one chunk of one head in each program.
+    """Rescale q and k and compute the gated scores, one chunk of one head of queries in each program.
 
     g: [B, T, H], [H] where FIXED_GATE, or None. Writes what rescale_kernel writes, with decay = exp(total) [tiles].
     """
     tile = tl.program_id(0).to(tl.int64)
-    chunk = tile // H
-    h = tile % H
+    k_tile = tile // GROUP
+    chunk = k_tile // H
+    h = k_tile % H
+    head = tile % (H * GROUP)
+    is_first = tile % GROUP == 0
     row, rows = locate_chunk(chunk, N, T, cu_seqlens, offsets, owners, C)
     if rows <= 0:
         return
@@ -98,11 +102,13 @@ def rescale_head_kernel(
         before, after, between, total = compute_decays(
             g, sum_matrices, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
         )  # fmt: skip
-        tl.store(decay + tile, total)
+        if is_first:
+            tl.store(decay + k_tile, total)
     A = tl.zeros([C, C], tl.float32)
     for k0 in range(0, KP, BK):
         p = row * H * K + h * K + k0
-        x = load_tile(q + p, H * K, rows, K - k0, C, BK)
+        p_q = row * H * GROUP * K + head * K + k0
+        x = load_tile(q + p_q, H * GROUP * K, rows, K - k0, C, BK)
         y = load_tile(k + p, H * K, rows, K - k0, C, BK)
         A = dot_add(x, tl.trans(y), A, PRECISION)
         x_hat = x.to(tl.float32) * scale
@@ -111,7 +117,8 @@ def rescale_head_kernel(
             x_hat *= before[:, None]
             y_hat *= after[:, None]
         store_tile(q_hat + tile * C * KP + k0, KP, C, BK, x_hat)
-        store_tile(k_hat + tile * C * KP + k0, KP, C, BK, y_hat)
+        if is_first:
+            store_tile(k_hat + k_tile * C * KP + k0, KP, C, BK, y_hat)
     A *= scale
     if g is not None:
         A *= between
@@ -125,9 +132,9 @@ def gradients_head_kernel(
     q, k, g, v, do, sum_matrices, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
     inv_normalizer, N, T, tokens, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, PRECISION:
-    tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr,
+    tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, dk and dg for BK channels of one chunk of one head in each program.
+    """Compute dq, dk and dg for BK channels of one chunk of one head of keys in each program.
 
     dg: float32 [KP / BK, tokens, H], the share of each block of channels; None without a gate or where FIXED_GATE.
     """
@@ -141,12 +148,18 @@ def gradients_head_kernel(
     if rows <= 0:
         return
     p = row * H * K + h * K + k0
+    p_q = row * H * GROUP * K + (h * GROUP + GROUP - 1) * K + k0  # of the last head of queries
     if PREFETCH:
         prefetch_tile(k + p, H * K, rows, K - k0, C, BK)
-        prefetch_tile(q + p, H * K, rows, K - k0, C, BK)
+        prefetch_tile(q + p_q, H * GROUP * K, rows, K - k0, C, BK)
     t = tl.arange(0, C)
+    if GROUP > 1:
+        dy_of_others, r_of_others = differentiate_other_heads(
+            q, k, g, v, do, sum_matrices, states, dq, tile, row, rows, h, k0, scale, inv_normalizer,
+            H, K, KP, V, VP, BK, BV, C, FROM_LOGITS, GATE_PARTS, PRECISION, FIXED_GATE, GROUP,
+        )  # fmt: skip
     dx, dy, dA_high, dA_low, state_products = contract_states(
-        v, do, states, dstates, tile, row, rows, h, k0, H, KP, V, VP, BK, BV, C, PRECISION
+        v, do, states, dstates, tile, row, rows, h, GROUP - 1, k0, H, KP, V, VP, BK, BV, C, PRECISION, GROUP
     )
     dA = (dA_high.to(tl.float32) + dA_low.to(tl.float32)) * scale
     dx *= scale
@@ -158,18 +171,22 @@ def gradients_head_kernel(
         dx *= before[:, None]
         dy *= after[:, None]
     dA_high, dA_low = round_in_two(dA, states.dtype.element_ty)
-    x = load_tile(q + p, H * K, rows, K - k0, C, BK)
+    x = load_tile(q + p_q, H * GROUP * K, rows, K - k0, C, BK)
     y = load_tile(k + p, H * K, rows, K - k0, C, BK)
     x_operand = x.to(states.dtype.element_ty)
     y_operand = y.to(states.dtype.element_ty)
     # Pairs whose write lies in the chunk and whose read lies after it. Taken before dy gets its share inside the chunk.
     ended_products = tl.sum(y.to(tl.float32) * dy)
+    if GROUP > 1:
+        dy += dy_of_others
     dx = dot_add_left_split(dA_high, dA_low, y_operand, dx, PRECISION)
     dy = dot_add_left_split(tl.trans(dA_high), tl.trans(dA_low), x_operand, dy, PRECISION)
-    store_tile(dq + p, H * K, rows, K - k0, dx)
+    store_tile(dq + p_q, H * GROUP * K, rows, K - k0, dx)
     store_tile(dk + p, H * K, rows, K - k0, dy)
     if dg is not None:
         r = tl.sum(x.to(tl.float32) * dx - y.to(tl.float32) * dy, 1)
+        if GROUP > 1:
+            r += r_of_others
         sums = tl.cumsum(r, 0, reverse=True) + tl.sum(state_products) * tl.load(decay + tile) + ended_products
         gate = load_head_gates(g + row * H + h, t, H, rows, inv_normalizer, FROM_LOGITS)
         sums = tl.where(gate > MIN_LOG_GATE, sums, 0)  # The gradient of a clamped gate is 0.
@@ -177,3 +194,41 @@ def gradients_head_kernel(
         if FROM_LOGITS:
             sums *= gate_derivative(tl.load(g + at, mask=t < rows, other=0), inv_normalizer)
         tl.store(dg + block.to(tl.int64) * tokens * H + at, sums, mask=t < rows)
+
+
+@triton.jit
+def differentiate_other_heads(
+    q, k, g, v, do, sum_matrices, states, dq, tile, row, rows, h, k0, scale, inv_normalizer,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    FIXED_GATE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Store dq of all heads of queries of head h but the last.
+
+    Returns the sums over these heads of dA'^T q [C, BK], and of q dq over the block's channels [C].
+    """
+    DTYPE: tl.constexpr = states.dtype.element_ty
+    if g is not None:
+        before, _, between, _ = compute_decays(
+            g, sum_matrices, row, rows, h, inv_normalizer, H, C, FROM_LOGITS, GATE_PARTS, FIXED_GATE
+        )
+    y = load_tile(k + row * H * K + h * K + k0, H * K, rows, K - k0, C, BK).to(DTYPE)
+    dy = tl.zeros([C, BK], tl.float32)
+    r = tl.zeros([C], tl.float32)
+    for j in range(GROUP - 1):
+        p_q = row * H * GROUP * K + (h * GROUP + j) * K + k0
+        dx, dA_high, dA_low = contract_reads(
+            v, do, states, tile, row, rows, h, j, k0, H, KP, V, VP, BK, BV, C, PRECISION, GROUP
+        )
+        dx *= scale
+        dA = (dA_high.to(tl.float32) + dA_low.to(tl.float32)) * scale
+        if g is not None:
+            dx *= before[:, None]
+            dA *= between
+        dA_high, dA_low = round_in_two(dA, DTYPE)
+        x = load_tile(q + p_q, H * GROUP * K, rows, K - k0, C, BK)
+        dx = dot_add_left_split(dA_high, dA_low, y, dx, PRECISION)
+        dy = dot_add_left_split(tl.trans(dA_high), tl.trans(dA_low), x.to(DTYPE), dy, PRECISION)
+        r += tl.sum(x.to(tl.float32) * dx, 1)
+        store_tile(dq + p_q, H * GROUP * K, rows, K - k0, dx)
+    return dy, r

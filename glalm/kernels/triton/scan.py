@@ -10,6 +10,9 @@ With one gate per head (see head_gate.py):
     out = X S + A W;  S = exp(total) S + Y^T W
 
 A program holds S^T [BV, KP] of one head in float32 registers, the layout in which S^T is the left operand of a matmul.
+
+A head of keys and values has one state, which GROUP heads of queries read. Forward in time each of them has its X, A
+and out. Backward in time each has its Y, A and W, and their products are summed in the order of the heads.
 """
 
 import triton
@@ -23,17 +26,19 @@ def scan_kernel(
     x, y, w, scores, decay, out, states, initial, final, segment_decay, cu_seqlens, offsets, owners, N, T, segments,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, STORE_BANDS: tl.constexpr, SCORE_PARTS: tl.constexpr, SCALAR_DECAY: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Carry BV columns of one head's state through one segment (a run of chunks) of one sequence in each program.
 
     Inputs:
-        x, y: [tiles, C, KP]; w: v or do, [B, T, H, V]
-        scores: A in SCORE_PARTS parts; the second part is used backward in time, where dv's accuracy depends on it
+        x: [tiles * READS, C, KP], where READS is GROUP forward in time, else 1
+        y: [tiles * WRITES, C, KP]; w: v or do, [B, T, H * WRITES, V], where WRITES is GROUP backward in time, else 1
+        scores: A of tiles * GROUP in SCORE_PARTS parts; the second part is used backward in time, where dv's accuracy
+            depends on it
         decay: half_decay [tiles, KP]; with SCALAR_DECAY exp(total) [tiles]; None without a gate
         initial: float32 [N, segments, H, K, V] or None for zeros
     Outputs, each of which may be None:
-        out: [B, T, H, V]
+        out: [B, T, H * READS, V]
         states: [tiles * VP, KP], S_hat^T of every tile including its padding, which gradients.py reads too
         final: float32 [N, segments, H, K, V]
         segment_decay: float32 [N, segments, H, KP], the factor by which the segment multiplies its initial state
@@ -45,6 +50,8 @@ def scan_kernel(
     finding the segments' initial states asks for `final` and `segment_decay` alone.
     """
     BLOCKS: tl.constexpr = ((V if states is None else VP) + BV - 1) // BV
+    READS: tl.constexpr = 1 if REVERSE else GROUP
+    WRITES: tl.constexpr = GROUP if REVERSE else 1
     pid = tl.program_id(0)
     block = pid % BLOCKS
     head = (pid // BLOCKS).to(tl.int64)
@@ -84,9 +91,12 @@ def scan_kernel(
         if PREFETCH:  # noqa: SIM102 (a compile-time condition)
             if i + 1 < end:
                 next_row, next_rows = locate_chunk(chunk + (-1 if REVERSE else 1), N, T, cu_seqlens, offsets, owners, C)
-                prefetch_tile(w + next_row * H * V + h * V + block * BV, H * V, next_rows, V - block * BV, C, BV)
-        w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
-        y_tile = y.load([xy_row, 0])
+                for j in range(WRITES):
+                    next_w = w + (next_row * H * WRITES + h * WRITES + j) * V + block * BV
+                    prefetch_tile(next_w, H * WRITES * V, next_rows, V - block * BV, C, BV)
+        if WRITES == 1:
+            w_tile = tl.trans(tl.load(w + p, mask=mask, other=0).to(y.dtype))
+            y_tile = y.load([xy_row, 0])
         if not SCALAR_DECAY:
             S *= (pending_decay * chunk_decay)[None, :]
         if segment_decay is not None:
@@ -94,19 +104,36 @@ def scan_kernel(
         S_hat = S.to(y.dtype)
         if states is not None:
             store_in_bands(states, (tile * VP + block * BV).to(tl.int32), 0, S_hat, STORE_BANDS)
-        if out is not None:
-            x_tile = x.load([xy_row, 0])
-            scores_row = xy_row * SCORE_PARTS
-            a = scores.load([scores_row, 0])
-            o = dot_add(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
-            o = dot_add(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
-            if REVERSE and SCORE_PARTS == 2:
-                a = scores.load([scores_row + C, 0])
-                o = dot_add(w_tile, a, o, PRECISION)
-            tl.store(out + p, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
-        if SCALAR_DECAY:
-            S *= chunk_decay
-        S = dot_add(w_tile, y_tile, S, PRECISION)
+        if WRITES == 1:
+            if out is not None:
+                for j in range(READS):
+                    x_row = xy_row * READS + j * C
+                    x_tile = x.load([x_row, 0])
+                    a = scores.load([x_row * SCORE_PARTS, 0])
+                    o = dot_add(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
+                    o = add_within_chunk(o, w_tile, a, scores, x_row, C, SCORE_PARTS, REVERSE, PRECISION)
+                    p_out = (row + t)[:, None] * H * READS * V + (h * READS + j) * V + vv[None, :]
+                    tl.store(out + p_out, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
+            if SCALAR_DECAY:
+                S *= chunk_decay
+            S = dot_add(w_tile, y_tile, S, PRECISION)
+        else:
+            if out is not None:
+                x_tile = x.load([xy_row, 0])
+                o = dot_add(S_hat, tl.trans(x_tile), tl.zeros([BV, C], tl.float32), PRECISION)
+            if SCALAR_DECAY:
+                S *= chunk_decay
+            for j in range(WRITES):
+                p_w = (row + t)[:, None] * H * WRITES * V + (h * WRITES + j) * V + vv[None, :]
+                w_tile = tl.trans(tl.load(w + p_w, mask=mask, other=0).to(y.dtype))
+                y_row = xy_row * WRITES + j * C
+                y_tile = y.load([y_row, 0])
+                if out is not None:
+                    a = scores.load([y_row * SCORE_PARTS, 0])
+                    o = add_within_chunk(o, w_tile, a, scores, y_row, C, SCORE_PARTS, REVERSE, PRECISION)
+                S = dot_add(w_tile, y_tile, S, PRECISION)
+            if out is not None:
+                tl.store(out + p, tl.trans(o.to(out.dtype.element_ty)), mask=mask)
 
     if final is not None:
         if not SCALAR_DECAY:
@@ -117,6 +144,22 @@ def scan_kernel(
     if segment_decay is not None:  # noqa: SIM102 (a compile-time condition, unlike the next one)
         if block == 0:
             tl.store(segment_decay + ((n * segments + segment) * H + h) * KP + kk, segment_factor)
+
+
+@triton.jit
+def add_within_chunk(
+    o, w_tile, a, scores, q_row, C: tl.constexpr, SCORE_PARTS: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return o + (A W)^T, [BV, C], with A transposed backward in time.
+
+    a: the first part of A; q_row: the first row of its tile of q_hat.
+    """
+    o = dot_add(w_tile, a if REVERSE else tl.trans(a), o, PRECISION)
+    if REVERSE and SCORE_PARTS == 2:
+        a = scores.load([q_row * SCORE_PARTS + C, 0])
+        o = dot_add(w_tile, a, o, PRECISION)
+    return o
 
 
 @triton.jit

@@ -137,14 +137,16 @@ def is_decoding_step(x: Tensor, context: ContextShard | None = None) -> bool:
     return x.shape[1] == 1 and not torch.is_grad_enabled() and context is None
 
 
-def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK) -> int:
+def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK, states: int | None = None) -> int:
     """Return the operations per token of `heads` linear recurrences with a state [K, V], computed chunk by chunk.
 
     Per token and head, with chunks of C tokens: 2 C K for the scores and 2 C V to sum the values by them, including the
-    masked half, and 2 K V each to read and to update the state.
+    masked half, and 2 K V each to read and to update the state. Where groups of heads share a state, there are `states`
+    of them.
     """
     C = min(T, chunk)
-    return heads * (2 * C * (K + V) + 4 * K * V)
+    states = heads if states is None else states
+    return heads * (2 * C * (K + V) + 2 * K * V) + states * 2 * K * V
 
 
 def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:

@@ -32,12 +32,14 @@ RECURRENT: dict[str, Operator] = {
 class GLAOptions:
     """The keys model.gla.*: the GLA paper's ablations and later additions. The defaults are the paper's model."""
 
-    # vector: one forget gate per key channel; scalar: one per head; fixed: 1 - 2^(-5-h) in head h; none: no gate.
+    # vector: one forget gate per key channel; scalar: one per head; fixed: 1 - 2^(-5-h) in head h; none: no gate. With
+    # num_kv_heads, these are the heads of keys and values.
     gate: Literal["vector", "scalar", "fixed", "none"] = "vector"
     min_log_gate: float | None = None  # lower bound of every log gate; null: no bound
     output_gate: bool = True  # y = norm(o) * swish(x W_r) instead of norm(o)
     short_conv: int = 0  # taps of a causal convolution over q, k and v; 0: no convolution
-    # Groups of heads that share keys, values and gates, if fewer than model.num_heads; null: no sharing.
+    # Heads of keys, values, gates and states, shared by groups of query heads, if fewer than model.num_heads; null: no
+    # sharing.
     num_kv_heads: int | None = None
     feature_map: Literal["identity", "relu"] = "identity"  # of q and k; relu in models converted from softmax
 
@@ -58,11 +60,12 @@ class GatedLinearAttention(Mixer):
         S_t = diag(alpha_t) S_{t-1} + k_t^T v_t,   alpha_t = sigmoid(x_t W1 W2 + b)^(1/16)
         o_t = K^-1/2 q_t S_t,   y_t = (swish(x_t W_r) * RMSNorm_head(o_t)) W_o
 
-    There is no normalizer, and no feature map unless model.gla.feature_map=relu. With model.gla.num_kv_heads, the heads
-    of a group share keys, values and gates. Parameter names and shapes are those of the published GLA checkpoints.
+    There is no normalizer, and no feature map unless model.gla.feature_map=relu. With model.gla.num_kv_heads, the query
+    heads of a group share keys, values and gates, and so a state. Parameter names and shapes are those of the published
+    GLA checkpoints.
 
-    The state is [N, H, K, V], float32. With a short convolution over q, k and v (model.gla.short_conv) it is a tuple of
-    that and the convolution's state.
+    The state is [N, kv heads, K, V], float32. With a short convolution over q, k and v (model.gla.short_conv) it is a
+    tuple of that and the convolution's state.
     """
 
     options_name = "gla"
@@ -84,22 +87,21 @@ class GatedLinearAttention(Mixer):
         value = config.value_dim
         self.num_heads = config.num_heads
         self.kv_heads = options.num_kv_heads or self.num_heads
-        self.heads_per_group = self.num_heads // self.kv_heads
-        key_per_group = config.key_dim // self.heads_per_group
-        value_per_group = value // self.heads_per_group
+        shared_key = config.key_dim * self.kv_heads // self.num_heads
+        shared_value = value * self.kv_heads // self.num_heads
         self.gate = options.gate
         self.min_log_gate = options.min_log_gate
         self.feature_map = options.feature_map
         self.output_gate = options.output_gate
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.q_proj = nn.Linear(d, config.key_dim, bias=False)
-        self.k_proj = nn.Linear(d, key_per_group, bias=False)
-        self.v_proj = nn.Linear(d, value_per_group, bias=False)
-        channels = config.key_dim + key_per_group + value_per_group
+        self.k_proj = nn.Linear(d, shared_key, bias=False)
+        self.v_proj = nn.Linear(d, shared_value, bias=False)
+        channels = config.key_dim + shared_key + shared_value
         self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
         if self.gate == "vector":
             rank = config.gate_low_rank_dim
-            self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, key_per_group))
+            self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, shared_key))
         elif self.gate == "scalar":
             self.gk_proj = nn.Linear(d, self.kv_heads)
         if self.output_gate:
@@ -133,8 +135,8 @@ class GatedLinearAttention(Mixer):
         operator = RECURRENT[self.gate] if is_decoding_step(x, context) else CHUNKWISE[self.gate]
         o, S = operator(
             self.split_heads(q),
-            self.split_shared_heads(k),
-            self.split_shared_heads(v),
+            self.split_kv_heads(k),
+            self.split_kv_heads(v),
             **self.gate_arguments(x),
             initial_state=S,
             output_final_state=return_state,
@@ -150,9 +152,7 @@ class GatedLinearAttention(Mixer):
             return {}
         logits = self.gk_proj(x)
         if self.gate == "vector":
-            logits = self.split_shared_heads(logits)
-        else:
-            logits = logits.repeat_interleave(self.heads_per_group, 2)
+            logits = self.split_kv_heads(logits)
         if self.min_log_gate is None:
             return {"g": logits, "gate_logit_normalizer": self.gate_logit_normalizer}
         # The log gates are float32, because the sum over a chunk would accumulate bf16's rounding errors.
@@ -166,11 +166,12 @@ class GatedLinearAttention(Mixer):
         """Return x [B, T, H * D] as [B, T, H, D]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def split_shared_heads(self, x: Tensor) -> Tensor:
-        """Return x [B, T, groups * D] as [B, T, H, D], with each group's channels repeated for its heads."""
-        return x.unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.heads_per_group, 2)
+    def split_kv_heads(self, x: Tensor) -> Tensor:
+        """Return x [B, T, kv_heads * D] as [B, T, kv_heads, D]."""
+        return x.unflatten(-1, (self.kv_heads, -1))
 
     def flops(self, T: int) -> int:
         K = self.q_proj.out_features // self.num_heads
         V = self.o_proj.in_features // self.num_heads
-        return chunkwise_flops(self.num_heads, K, V, T) + (self.conv.flops() if self.conv is not None else 0)
+        convolution = self.conv.flops() if self.conv is not None else 0
+        return chunkwise_flops(self.num_heads, K, V, T, states=self.kv_heads) + convolution

@@ -79,8 +79,23 @@ def test_logits_of_the_gate(per, normalizer):
     check(FP32 if normalizer == 16 else 10 * FP32, 1, 320, 2, 64, 64, dtype=torch.float32, per=per, logits=normalizer)
 
 
-def tensors(B, T, H, K, V, **options):
-    shapes = (B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)
+@pytest.mark.parametrize("gate", ["slow", "wild"])
+@pytest.mark.parametrize("H, group, K, V", [(2, 2, 64, 64), (1, 4, 128, 256), (1, 2, 256, 512), (2, 3, 96, 40)])
+def test_query_heads_that_share_a_state(H, group, K, V, gate):
+    check(BF16, 1, 320, H, K, V, dtype=torch.bfloat16, gate=gate, states=True, group=group)
+
+
+@pytest.mark.parametrize("per", ["channel", "head", "fixed", "nothing"])
+def test_query_heads_that_share_a_state_in_every_form(per):
+    check(FP16, 1, 300, 2, 64, 64, dtype=torch.float16, per=per, states=True, group=2)
+    check(FP32, 1, 300, 2, 64, 64, dtype=torch.float32, per=per, states=True, group=2)
+    bounds = [0, 0, 15, 16, 300, 700]
+    check(BF16, 1, 700, 2, 64, 64, dtype=torch.bfloat16, per=per, cu_seqlens=bounds, states=True, group=2)
+    check(BF16, 1, 4100, 1, 128, 256, dtype=torch.bfloat16, per=per, states=True, group=4)
+
+
+def tensors(B, T, H, K, V, group=1, **options):
+    shapes = (B, T, H * group, K), (B, T, H, K), (B, T, H, V), (B, T, H, K)
     return [torch.randn(s, device="cuda", dtype=torch.bfloat16, **options) for s in shapes]
 
 
@@ -115,17 +130,24 @@ def test_states_that_are_not_contiguous_and_scales_that_are_integers():
         assert torch.equal(o, other)
 
 
-@pytest.mark.parametrize("T", [64, 100])
-def test_compiled_whole(T):
+@pytest.mark.parametrize("T, group", [(64, 1), (100, 1), (100, 2)])
+def test_compiled_whole(T, group):
     torch._dynamo.reset()
-    inputs = tensors(2, T, 4, 64, 64)
+    inputs = tensors(2, T, 4, 64, 64, group)
     compiled = torch.compile(chunk_gla, fullgraph=True)
     for a, b in zip(differentiated(compiled, inputs), differentiated(chunk_gla, inputs), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 1000, 4, 128, 256), (2, 1000, 4, 64, 64), (1, 200, 2, 32, 65), (1, 200, 1, 256, 300)]
+    "shape",
+    [
+        (2, 1000, 4, 128, 256),
+        (2, 1000, 4, 64, 64),
+        (1, 200, 2, 32, 65),
+        (1, 200, 1, 256, 300),
+        (2, 1000, 1, 128, 256, 4),
+    ],
 )
 @pytest.mark.parametrize("per", ["channel", "head", "nothing"])
 def test_same_bits_twice_whatever_memory_held(shape, per, monkeypatch):
@@ -133,7 +155,7 @@ def test_same_bits_twice_whatever_memory_held(shape, per, monkeypatch):
 
     q, k, v, g = tensors(*shape)
     g = {"channel": -g.abs(), "head": -g.abs()[..., 0].contiguous(), "nothing": None}[per]
-    do = torch.randn_like(v)
+    do = torch.randn_like(q[..., :1].expand(*q.shape[:3], v.shape[3]))
 
     def run():
         o, S, kept = gla.forward(q, k, v, g, 0.1, None, None, True, None, True)

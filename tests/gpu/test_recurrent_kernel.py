@@ -24,6 +24,12 @@ def test_every_gate_and_head_size(H, K, V, gate):
     check(BF16, 1, 9, H, K, V, dtype=torch.bfloat16, gate=gate, in_place=True)
 
 
+@pytest.mark.parametrize("gate", ["channel", "head", "fixed", "none"])
+def test_query_heads_that_share_a_state(gate):
+    check(FP32, 3, 1, 2, 128, 256, dtype=torch.float32, gate=gate, group=4)
+    check(BF16, 1, 9, 2, 96, 40, dtype=torch.bfloat16, gate=gate, in_place=True, group=3)
+
+
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
 @pytest.mark.parametrize("H, K, V", [(8, 128, 128), (6, 128, 256), (2, 96, 40)])
 def test_delta_rule(H, K, V, gate):

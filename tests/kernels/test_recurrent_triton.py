@@ -29,6 +29,12 @@ def test_every_gate(gate, T):
 
 
 @interpreted
+@pytest.mark.parametrize("gate", ["channel", "head", "fixed", "none"])
+def test_query_heads_that_share_a_state(gate):
+    check(IEEE, 2, 3, 2, 16, 20, dtype=torch.float32, gate=gate, group=3)
+
+
+@interpreted
 @pytest.mark.parametrize("K, V", [(20, 24), (1, 1), (80, 65), (256, 40)])
 def test_head_sizes_that_are_not_powers_of_two(K, V):
     check(IEEE, 1, 3, 2, K, V, dtype=torch.float32)

@@ -71,6 +71,20 @@ def test_one_gate_a_head_in_packed_sequences_and_segments(per):
 
 
 @interpreted
+@pytest.mark.parametrize("gate, group, segments", [("slow", 3, 2), ("wild", 2, 1)])  # wild gates take the pairwise path
+def test_query_heads_that_share_a_state(gate, group, segments, monkeypatch):
+    cut_into_segments(segments, monkeypatch)
+    check(IEEE, 1, 70, 2, 16, 24, dtype=torch.float32, gate=gate, states=True, group=group)
+    check(BF16, 1, 66, 1, 16, 16, dtype=torch.bfloat16, gate="slow", group=group)
+
+
+@interpreted
+@pytest.mark.parametrize("per", ["head", "fixed", "nothing"])
+def test_query_heads_that_share_a_state_with_one_gate(per):
+    check(IEEE, 1, 100, 1, 16, 16, dtype=torch.float32, per=per, cu_seqlens=[0, 0, 1, 66, 100], states=True, group=2)
+
+
+@interpreted
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65])
 def test_every_length(T):
     check(IEEE, 2, T, 1, 16, 32, dtype=torch.float32, states=True)
@@ -151,21 +165,23 @@ def test_boundary_of_the_fast_path():
 
 @interpreted
 @pytest.mark.parametrize(
-    "H, K, V, bounds, segments",
+    "H, K, V, bounds, segments, group",
     [
-        (2, 16, 16, None, 1),
-        (2, 17, 15, None, 2),
-        (2, 16, 65, None, 1),  # padded by a whole block of columns
-        (1, 17, 15, [0, 0, 1, 67, 67], 3),  # more than any of these has chunks
+        (2, 16, 16, None, 1, 1),
+        (2, 17, 15, None, 2, 1),
+        (2, 16, 65, None, 1, 1),  # padded by a whole block of columns
+        (1, 17, 15, [0, 0, 1, 67, 67], 3, 1),  # more than any of these has chunks
+        (1, 17, 15, None, 2, 2),
     ],
     ids=str,
 )
-def test_results_do_not_depend_on_uninitialized_memory(H, K, V, bounds, segments, monkeypatch):
+def test_results_do_not_depend_on_uninitialized_memory(H, K, V, bounds, segments, group, monkeypatch):
     from glalm.kernels.triton import gla
 
     cut_into_segments(segments, monkeypatch)
     T, bounds = (bounds[-1], torch.tensor(bounds)) if bounds else (90, None)
-    q, k, v, do = (torch.randn(1, T, H, n) for n in (K, K, V, V))
+    heads = H * group
+    q, k, v, do = (torch.randn(1, T, h, n) for h, n in ((heads, K), (H, K), (H, V), (heads, V)))
     g = -torch.rand(1, T, H, K)
 
     def run():
@@ -190,16 +206,23 @@ def test_results_do_not_depend_on_uninitialized_memory(H, K, V, bounds, segments
 
 @interpreted
 @pytest.mark.parametrize(
-    "per, bounds, segments",
-    [("channel", None, 1), ("channel", None, 2), ("head", None, 2), ("nothing", None, 1), ("channel", [0, 40, 90], 2)],
+    "per, bounds, segments, group",
+    [
+        ("channel", None, 1, 1),
+        ("channel", None, 2, 2),
+        ("head", None, 2, 1),
+        ("nothing", None, 1, 2),
+        ("channel", [0, 40, 90], 2, 1),
+    ],
 )
-def test_a_shard_exchanges_states(per, bounds, segments, monkeypatch):
+def test_a_shard_exchanges_states(per, bounds, segments, group, monkeypatch):
     """It sends what it leaves from zero states, and computes from what it gets; so do the gradients backward."""
     from glalm.kernels.triton import gla
 
     cut_into_segments(segments, monkeypatch)
     r = torch.Generator().manual_seed(0)
-    q, k, v, do = (torch.randn(1, 90, 1, n, generator=r) for n in (16, 16, 24, 24))
+    sizes = (group, 16), (1, 16), (1, 24), (group, 24)
+    q, k, v, do = (torch.randn(1, 90, h, n, generator=r) for h, n in sizes)
     x = torch.nn.functional.logsigmoid(torch.randn(1, 90, 1, 16, generator=r)) / 4
     g = {"channel": x, "head": x[..., 0].contiguous(), "nothing": None}[per]
     cu_seqlens = None if bounds is None else torch.tensor(bounds)

@@ -8,11 +8,15 @@ from glalm.kernels.reference import recurrent_gla
 
 @pytest.fixture
 def draw():
-    """draw(B, T, H, K, V, ...): random arguments of an operator, by name. `gates` is the typical size of a log gate."""
+    """draw(B, T, H, K, V, ...): random arguments of an operator, by name.
+
+    `gates` is the typical size of a log gate, and `group` the heads of q for each head of k.
+    """
 
     def draw_arguments(
-        B=2, T=70, H=2, K=12, V=20, *, gates=1 / 16, dtype=torch.float32, gate_dtype=None, bounds=None, seed=0
-    ):
+        B=2, T=70, H=2, K=12, V=20, *, gates=1 / 16, dtype=torch.float32, gate_dtype=None, bounds=None, seed=0,
+        group=1,
+    ):  # fmt: skip
         random = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
@@ -20,7 +24,7 @@ def draw():
 
         N = B if bounds is None else len(bounds) - 1
         return {
-            "q": normal(B, T, H, K).to(dtype),
+            "q": normal(B, T, H * group, K).to(dtype),
             "k": normal(B, T, H, K).to(dtype),
             "v": normal(B, T, H, V).to(dtype),
             "g": (F.logsigmoid(normal(B, T, H, K)) * gates).to(gate_dtype or dtype),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glalm.kernels import chunk_gla, fused_recurrent_gla
+from glalm.kernels import chunk_delta_rule, chunk_gla, fused_recurrent_delta_rule, fused_recurrent_gla
 
 WRONG = [
     ("q", "three dimensions", lambda a: {"q": a["q"][0]}),
@@ -12,6 +12,8 @@ WRONG = [
     ("k", "another T", lambda a: {"k": a["k"][:, 1:]}),
     ("k", "another dtype", lambda a: {"k": a["k"].bfloat16()}),
     ("k", "another device", lambda a: {"k": a["k"].to("meta")}),
+    ("k", "more heads", lambda a: {n: a[n].repeat(1, 1, 2, 1) for n in "kvg"}),
+    ("k", "no heads", lambda a: {n: a[n][:, :, :0] for n in "kvg"}),
     ("v", "another number of heads", lambda a: {"v": a["v"][:, :, :1]}),
     ("v", "three dimensions", lambda a: {"v": a["v"][..., 0]}),
     ("v", "another dtype", lambda a: {"v": a["v"].double()}),
@@ -19,6 +21,7 @@ WRONG = [
     ("g", "integers", lambda a: {"g": a["g"].long()}),
     ("g", "above 0", lambda a: {"g": a["g"].abs()}),
     ("initial_state", "of fewer sequences", lambda a: {"initial_state": a["initial_state"][1:]}),
+    ("initial_state", "with the heads of q", lambda a: {n: a[n][:, :, :1] for n in "kvg"}),
     ("initial_state", "V x K", lambda a: {"initial_state": a["initial_state"].mT}),
     ("initial_state", "bfloat16", lambda a: {"initial_state": a["initial_state"].bfloat16()}),
     ("initial_state", "float64", lambda a: {"initial_state": a["initial_state"].double()}),
@@ -50,3 +53,10 @@ def test_float64_inputs_require_a_float64_state(draw):
     args = draw(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^initial_state: .*float64"):
         chunk_gla(**{**args, "initial_state": args["initial_state"].float()})
+
+
+@pytest.mark.parametrize("operator", [chunk_delta_rule, fused_recurrent_delta_rule])
+def test_the_delta_rule_has_as_many_heads_of_keys_as_of_queries(draw, operator):
+    args = draw(group=2)
+    with pytest.raises(ValueError, match=r"^k: expected the shape of q, \[2, 70, 4, 12\], got"):
+        operator(args["q"], args["k"], args["v"], args["g"][..., 0].exp())

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from glalm.kernels.triton import gla, launch
 
 SHARED, REGISTERS, WARPS = 227 * 1024, 65536, 64  # of a multiprocessor
+KIBIBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory for one program
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 # The measured times rest on this many programs on a multiprocessor. One fewer makes a kernel a third to a half slower.
 KERNELS = ("rescale", "scan_forward", "scan_states", "scan_segment_starts", "scan_backward", "gradients")
@@ -37,13 +38,14 @@ def launches(monkeypatch):
     return recorded
 
 
-def run_both_passes(K: int, V: int, gate: str, T: int) -> None:
+def run_both_passes(K: int, V: int, gate: str, T: int, group: int = 1) -> None:
     """Run forward and backward. A long sequence of one head is cut into segments."""
-    q, k, v = (torch.zeros(1, T, 1, n, dtype=torch.bfloat16) for n in (K, K, V))
+    sizes = (group, K), (1, K), (1, V), (group, V)
+    q, k, v, do = (torch.zeros(1, T, heads, n, dtype=torch.bfloat16) for heads, n in sizes)
     g = {"head": k[..., 0], "fixed": torch.zeros(1), "none": None}.get(gate, k)
     normalizer = 16.0 if gate == "logits" else None
     _, _, saved = gla.forward(q, k, v, g, 1.0, normalizer, None, False, None, True)
-    gla.backward(q, k, v, g, 1.0, normalizer, None, None, saved, v, None)
+    gla.backward(q, k, v, g, 1.0, normalizer, None, None, saved, do, None)
 
 
 def compile_kernel(kernel, args: tuple, constants: dict, options: dict, capability: int = 90) -> tuple[int, int]:
@@ -117,3 +119,16 @@ def test_as_many_programs_fit_as_the_table_assumes(sizes, gate, T, launches):
         assert fit >= (1 if constants.get("PAIRWISE") else PROGRAMS[sizes].get(name, 1)), (name, used, shared)
         names.add(name)
     assert names >= PROGRAMS[sizes].keys() - ({"scan_segment_starts"} if T == 128 else set())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("gate", ["logits", "head"])
+@pytest.mark.parametrize("capability", KIBIBYTES)
+def test_shared_memory_suffices_where_heads_share_a_state(capability, gate, launches, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: capability // 10)
+    run_both_passes(256, 512, gate, 128, group=3)
+    assert launches
+    for kernel, args, constants, options in launches:
+        shared, _ = compile_kernel(kernel, args, constants, options, capability)
+        assert shared <= KIBIBYTES[capability] * 1024, (kernel.__name__, shared)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from interpreter import INTERPRETED
-from test_compiled import compile_kernel
+from test_compiled import KIBIBYTES, compile_kernel
 
 from glalm.kernels.triton import delta, launch
 
-KIBIBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory for one program
 SIZES = [(64, 64), (128, 256), (256, 512)]
 GATES = ["nothing", "head", "channel"]
 # All sizes and gates where the table was measured and where there is least memory. Elsewhere each kernel once (without

@@ -53,17 +53,18 @@ def test_shards_of_packed_sequences_equal_the_whole(data):
     starts = starts.view(rows, T)
     starts[:, 0] = True
     r = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
-    x = {name: torch.randn(rows, T, 2, 3, generator=r, dtype=torch.float64) for name in (*NAMES, "do")}
+    heads = dict.fromkeys((*NAMES, "do"), 2)
+    heads["q"] = heads["do"] = 2 * data.draw(st.integers(1, 2), "group")
+    x = {name: torch.randn(rows, T, H, 3, generator=r, dtype=torch.float64) for name, H in heads.items()}
     x["g"] = -data.draw(st.sampled_from([0.0, 0.1, 1.0, 1000.0]), "forget") * x["g"].abs()
 
     def compute(batch: dict, context: ContextShard | None) -> list[torch.Tensor]:
         row = flatten_batch(batch)
         context = context and ContextShard(context.group, context.rank, context.size, row["rows"])
-        shape = (*batch["starts"].shape, 2, 3)
-        inputs = [row[name].view(1, -1, 2, 3).detach().requires_grad_() for name in NAMES]
+        inputs = [row[name].view(1, -1, heads[name], 3).detach().requires_grad_() for name in NAMES]
         o, _ = chunk_gla(*inputs, cu_seqlens=row["cu_seqlens"], context=context)
         grads = torch.autograd.grad(o, inputs, row["do"].view(o.shape))
-        return [y.view(shape) for y in (o, *grads)]
+        return [y.view(*batch["starts"].shape, *y.shape[2:]) for y in (o, *grads)]
 
     flat = {name: y.flatten(2) for name, y in x.items()}
     flat |= {"input_ids": starts.long(), "starts": starts}

@@ -97,6 +97,17 @@ def test_chunk_gla_compiles_to_one_graph(draw, bounds, output_final_state, dynam
         torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("operator", [chunk_gla, fused_recurrent_gla])
+def test_query_heads_that_share_a_state_compile_to_one_graph(draw, operator):
+    torch._dynamo.reset()
+    args = draw(T=3, group=2)
+    del args["cu_seqlens"]
+    found = gradients(lambda **a: torch.compile(operator, fullgraph=True, backend="aot_eager")(**a)[0], args)
+    expected = gradients(lambda **a: operator(**a)[0], args)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "dynamic"),
     [

@@ -68,6 +68,38 @@ def test_dtypes(draw, assert_matches_reference, operator, dtype, gate_dtype, tol
 
 
 @both_forms
+@pytest.mark.parametrize("bounds", [None, [0, 0, 1, 66]], ids=["dense", "packed"])
+@pytest.mark.parametrize("gates", [1 / 16, 10], ids=lambda x: f"gates {x:.2f}")
+def test_query_heads_that_share_a_state(draw, assert_matches_reference, operator, bounds, gates):
+    B = 1 if bounds else 2
+    found = assert_matches_reference(operator, draw(B, 66, group=3, bounds=bounds, gates=gates), 2e-6)
+    assert found["o"].shape[2] == 6 and found["final_state"].shape[1] == 2
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    T=st.integers(0, 70), H=st.integers(1, 3), group=st.integers(1, 4), forget=st.sampled_from([0.0, 0.1, 30.0]),
+    operator=st.sampled_from([chunk_gla, fused_recurrent_gla]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_shared_head_equals_its_repetition(T, H, group, forget, operator, seed):
+    random = torch.Generator().manual_seed(seed)
+    shapes = (1, T, H * group, 3), (1, T, H, 3), (1, T, H, 2), (1, T, H, 3), (1, H, 3, 2)
+    leaves = [torch.randn(*shape, generator=random, dtype=torch.float64) for shape in shapes]
+    leaves[3] = -forget * leaves[3].abs()
+    leaves = [x.requires_grad_() for x in leaves]
+    q, *shared, S = leaves
+    o, final = operator(q, *shared, initial_state=S, output_final_state=True)
+    repeated = [x.repeat_interleave(group, 2) for x in shared]
+    expected, states = chunk_gla(q, *repeated, initial_state=S.repeat_interleave(group, 1), output_final_state=True)
+    weights = torch.randn(o.shape, generator=random, dtype=torch.float64)
+    found = [o, final, *torch.autograd.grad((o * weights).sum() + final.square().sum(), leaves)]
+    truth = [expected, states[:, ::group]]
+    total = (expected * weights).sum() + states[:, ::group].square().sum()
+    for x, y in zip(found, [*truth, *torch.autograd.grad(total, leaves)], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+@both_forms
 def test_autocast_does_not_round(draw, differentiate, operator):
     """Inputs that are float32 under autocast are so on purpose."""
     args = draw()

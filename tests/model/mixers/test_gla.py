@@ -63,6 +63,7 @@ def gla(w, x, config):
         {"gla": {"min_log_gate": -0.05}},
         {"num_heads": 4, "gla": {"num_kv_heads": 2, "gate": "scalar", "short_conv": 3}},
         {"num_heads": 4, "gla": {"num_kv_heads": 1}},
+        {"num_heads": 4, "gla": {"num_kv_heads": 2, "gate": "fixed"}},
     ],
     ids=str,
 )

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glalm.kernels.common import multiplies_exactly
+from glalm.kernels.triton.gla import JOIN_STAGES
 from glalm.kernels.triton.launch import LaunchConfig, launch, multiprocessors, padded_head_size, ssd_config
 from glalm.kernels.triton.scan import join_segments_kernel
 from glalm.kernels.triton.tiles import (
@@ -179,9 +180,12 @@ class SSDPlan:
         self.launch_scan(segments, self.config.scan_states, decays, w, None, starts, reverse, segment_decay=decay)
         BK = min(self.KP, 32)
         BV = min(self.VP, 64)
-        constants = dict(H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse)
+        constants = dict(
+            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse, WRITE_STARTS=True,
+            STAGES=JOIN_STAGES,
+        )  # fmt: skip
         programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
-        launch(join_segments_kernel, programs, (starts, decay, initial, final, segments), constants, {})
+        launch(join_segments_kernel, programs, (starts, decay, initial, final, None, segments), constants, {})
         self.launch_scan(segments, config, decays, w, starts, None, reverse, **outputs)
 
     def count_segments(self, config: LaunchConfig) -> int:

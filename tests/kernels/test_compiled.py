@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glalm.kernels.triton import gla, launch
+from glalm.kernels.triton import gla, launch, segments
 
 SHARED, REGISTERS, WARPS = 227 * 1024, 65536, 64  # of a multiprocessor
 KIBIBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory for one program
@@ -34,7 +34,8 @@ PROGRAMS = {
 def launches(monkeypatch):
     """The (kernel, arguments, constants, options) of every launch. No kernel runs."""
     recorded = []
-    monkeypatch.setattr(gla, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
+    for module in (gla, segments):
+        monkeypatch.setattr(module, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
     return recorded
 
 
@@ -97,6 +98,20 @@ def find_config(sizes: tuple[int, int], name: str, gate: str, constants: dict) -
     fixed = name == "gradients" and gate in ("fixed", "none")
     variant = "_pairwise" if constants.get("PAIRWISE") else "_fixed_gate" if fixed else ""
     return getattr(launch.TABLE[9, *sizes], name + variant)
+
+
+def check_parameters(launches: list) -> None:
+    """Check that every launch gives a kernel all of its parameters: the arguments in order, and the others by name."""
+    assert launches
+    for kernel, args, constants, _ in launches:
+        assert {*kernel.arg_names[len(args) :]} == {*constants}, kernel.__name__
+
+
+@pytest.mark.parametrize("gate", ["channel", "logits", "head", "fixed", "none"])
+def test_launches_give_every_parameter(gate, launches):
+    run_both_passes(64, 64, gate, T=2048)
+    check_parameters(launches)
+    assert "join_segments_kernel" in {kernel.__name__ for kernel, *_ in launches}
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreter import INTERPRETED
-from test_compiled import KIBIBYTES, compile_kernel
+from test_compiled import KIBIBYTES, check_parameters, compile_kernel
 
 from glalm.kernels.triton import delta, launch
 
@@ -39,6 +39,12 @@ def check_shared_memory(launches, capability: int) -> None:
     for kernel, args, constants, options in launches:
         shared, _ = compile_kernel(kernel, args, constants, options, capability)
         assert shared <= KIBIBYTES[capability] * 1024, (kernel.__name__, shared)
+
+
+@pytest.mark.parametrize("per", GATES)
+def test_launches_give_every_parameter(per, launches):
+    run_both_passes(64, 64, per, torch.bfloat16)
+    check_parameters(launches)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 from interpreter import INTERPRETED
-from test_compiled import REGISTERS, WARPS, compile_kernel
+from test_compiled import REGISTERS, WARPS, check_parameters, compile_kernel
 
-from glalm.kernels.triton import launch, selective_scan, short_conv, ssd
+from glalm.kernels.triton import launch, segments, selective_scan, short_conv, ssd
 
 # The shared memory of a program in bytes, by compute capability.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -30,7 +30,7 @@ PROGRAMS = {
 def launches(monkeypatch):
     """The (kernel, arguments, constants, options) of every launch. No kernel runs."""
     recorded = []
-    for module in (selective_scan, short_conv, ssd):
+    for module in (selective_scan, short_conv, ssd, segments):
         monkeypatch.setattr(module, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
     return recorded
 
@@ -39,27 +39,34 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype)
 
 
-def launch_selective_scan(segments: int) -> None:
+def launch_selective_scan(count: int) -> None:
     x, coefficients, A, D = zeros(1, 128, 64), zeros(1, 128, 16), torch.zeros(64, 16), torch.zeros(64)
     plan = selective_scan.ScanPlan(x, x, A, coefficients, coefficients, D, x, D, None)
-    plan.count_segments = lambda config: segments
+    plan.count_segments = lambda config: count
     _, _, checkpoints = plan.forward(None, True)
     plan.backward(None, checkpoints, x, None)
 
 
-def launch_short_conv(segments: int) -> None:
+def launch_short_conv(count: int) -> None:
     x = zeros(1, 128, 256)
     plan = short_conv.ConvPlan(x, torch.zeros(256, 4), torch.zeros(256), None, None)
     plan.forward()
     plan.backward(x, None)
 
 
-def launch_ssd(segments: int) -> None:
+def launch_ssd(count: int) -> None:
     x, dt, A, k = zeros(1, 128, 2, 64), torch.zeros(1, 128, 2), torch.zeros(2), zeros(1, 128, 1, 128)
     plan = ssd.SSDPlan(x, dt, A, k, k, A, None)
-    plan.count_segments = lambda config: segments
+    plan.count_segments = lambda config: count
     plan.forward(None, True)
     plan.backward(None, x, None)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("launch_all", [launch_selective_scan, launch_short_conv, launch_ssd])
+def test_launches_give_every_parameter(launch_all, count, launches):
+    launch_all(count)
+    check_parameters(launches)
 
 
 @pytest.mark.slow
@@ -70,7 +77,7 @@ def test_every_kernel_compiles_for_every_gpu(launch_all, capability, launches, m
     for module in (launch, selective_scan, short_conv, ssd):
         if hasattr(module, "architecture"):
             monkeypatch.setattr(module, "architecture", lambda device: capability // 10)
-    launch_all(segments=1 if capability == 90 else 2)
+    launch_all(1 if capability == 90 else 2)
     assert launches
     for kernel, args, constants, options in launches:
         shared, used = compile_kernel(kernel, args, constants, options, capability)

@@ -21,14 +21,13 @@ from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
 from glalm.kernels.triton.launch import LaunchConfig, config_for, launch, multiprocessors, padded_head_size
 from glalm.kernels.triton.rescale import rescale_kernel
-from glalm.kernels.triton.scan import join_segments_kernel, scan_kernel
+from glalm.kernels.triton.scan import scan_kernel
+from glalm.kernels.triton.segments import join_segments
 from glalm.kernels.triton.tiles import CHUNK, Chunks, count_chunks, running_sum_matrices
 
 # Chunks that forget too much for the fast path (see rescale.py) are processed by a second launch, the pairwise variant.
 # Few chunks need it, so each of its programs checks this many.
 PAIRWISE_ITEMS = 4
-# join_segments_kernel loads the states of so many segments before it needs them.
-JOIN_STAGES = 4
 
 
 class SavedForBackward(NamedTuple):
@@ -321,10 +320,10 @@ class LaunchPlan:
         segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
         local = self.allocate_state()
         decay = self.allocate(self.chunks.sequences, self.H, self.K, 1, dtype=torch.float32)
-        self.join_segments(starts, segment_decay, segments, None, local, decay, reverse, write_starts=False)
+        join_segments(starts, segment_decay, segments, None, local, decay, reverse, write_starts=False)
         initial, result = exchange(local, decay)
         initial = initial.contiguous()
-        self.join_segments(starts, segment_decay, segments, initial, None, None, reverse)
+        join_segments(starts, segment_decay, segments, initial, None, reverse=reverse)
         config = self.config.scan_backward if reverse else self.config.scan_forward
         self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
         return initial, result
@@ -343,10 +342,10 @@ class LaunchPlan:
     ) -> None:
         """Fill `starts` with the state each segment begins with, and `final` with the last segment's end.
 
-        First every segment runs from a zero state, all in parallel; then join_segments_kernel chains the results.
+        First every segment runs from a zero state, all in parallel; then join_segments chains the results.
         """
         segment_decay = self.run_segments_from_zero(starts, segments, saved, w, reverse)
-        self.join_segments(starts, segment_decay, segments, initial, final, None, reverse)
+        join_segments(starts, segment_decay, segments, initial, final, reverse=reverse)
 
     def run_segments_from_zero(
         self, ends: Tensor, segments: int, saved: SavedForBackward, w: Tensor, reverse: bool
@@ -359,27 +358,6 @@ class LaunchPlan:
         config = self.config.scan_segment_starts
         self.launch_scan(segments, config, saved, w, None, ends, None, None, reverse, segment_decay)
         return segment_decay
-
-    def join_segments(
-        self,
-        ends: Tensor,
-        segment_decay: Tensor,
-        segments: int,
-        initial: Tensor | None,
-        final: Tensor | None,
-        decay: Tensor | None,
-        reverse: bool,
-        write_starts: bool = True,
-    ) -> None:
-        """Chain the segments' ends from zero states; see join_segments_kernel for the arguments."""
-        BK = min(self.KP, 32)
-        BV = min(self.VP, 64)
-        constants = dict(
-            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse,
-            WRITE_STARTS=write_starts, STAGES=JOIN_STAGES,
-        )  # fmt: skip
-        programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
-        launch(join_segments_kernel, programs, (ends, segment_decay, initial, final, decay, segments), constants, {})
 
     def launch_scan(
         self,

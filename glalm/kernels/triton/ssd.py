@@ -29,9 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from glalm.kernels.common import multiplies_exactly
-from glalm.kernels.triton.gla import JOIN_STAGES
 from glalm.kernels.triton.launch import LaunchConfig, launch, multiprocessors, padded_head_size, ssd_config
-from glalm.kernels.triton.scan import join_segments_kernel
+from glalm.kernels.triton.segments import join_segments
 from glalm.kernels.triton.tiles import (
     LOG2E,
     MIN_LOG_GATE,
@@ -178,14 +177,7 @@ class SSDPlan:
         starts = self.allocate_state(segments)
         decay = self.allocate(self.chunks.sequences * segments, self.H, self.KP)
         self.launch_scan(segments, self.config.scan_states, decays, w, None, starts, reverse, segment_decay=decay)
-        BK = min(self.KP, 32)
-        BV = min(self.VP, 64)
-        constants = dict(
-            H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, BK=BK, BV=BV, REVERSE=reverse, WRITE_STARTS=True,
-            STAGES=JOIN_STAGES,
-        )  # fmt: skip
-        programs = self.chunks.sequences * self.H * (self.KP // BK) * (self.VP // BV)
-        launch(join_segments_kernel, programs, (starts, decay, initial, final, None, segments), constants, {})
+        join_segments(starts, decay, segments, initial, final, reverse=reverse)
         self.launch_scan(segments, config, decays, w, starts, None, reverse, **outputs)
 
     def count_segments(self, config: LaunchConfig) -> int:

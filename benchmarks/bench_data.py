@@ -22,9 +22,10 @@ from glalm.data.loader import Windows, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.input_files import read_batches
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import Document, parse_records
-from glalm.prepare.sources import parse_source, read_batches
+from glalm.prepare.sources import parse_source
 
 NEEDED = 50 * 250_000  # tokens per second: 50 times what a 340M model consumes on one H200
 

@@ -18,20 +18,12 @@ from glalm.data.files import DamagedFile, read_json, remove_entry, temporary_pat
 from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
 from glalm.prepare.engine import MapUnits, check_engine, choose_engine, connect_engine
+from glalm.prepare.input_files import Input, RecordBatch, out_of_memory_error
 from glalm.prepare.plan import list_fields
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import Signatures, compute_signatures
-from glalm.prepare.sources import (
-    Input,
-    RecordBatch,
-    Source,
-    collect_inputs,
-    describe_repeated_files,
-    describe_skipped_files,
-    out_of_memory_error,
-    parse_source,
-)
+from glalm.prepare.sources import Source, collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
 from glalm.prepare.units import Unit, cut_units, limit_workers, read_unit
 from glalm.prepare.workers import count_cores
 from glalm.progress import LINE_SECONDS, ProgressBar

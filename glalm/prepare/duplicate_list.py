@@ -12,9 +12,9 @@ import numpy as np
 from glalm.data.files import DamagedFile, atomic_write, file_sha256, read_json, read_jsonl, write_json
 from glalm.prepare.duplicates import EXACT, NEAR, Duplicates
 from glalm.prepare.encode import EncodedBatch
+from glalm.prepare.input_files import Input
 from glalm.prepare.records import SkippedRecord
 from glalm.prepare.signature_store import SignatureStore
-from glalm.prepare.sources import Input
 
 FORMAT = "glalm-duplicates"
 VERSION = 2

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.input_files import RecordBatch
 from glalm.prepare.records import SkippedRecord, parse_records
-from glalm.prepare.sources import RecordBatch
 
 HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}  # shares of the documents
 

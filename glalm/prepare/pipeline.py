@@ -17,20 +17,12 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.engine import check_engine, choose_engine, connect_engine
+from glalm.prepare.input_files import FileInput, Input, out_of_memory_error
 from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, list_written_keys, make_plan
 from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
-from glalm.prepare.sources import (
-    FileInput,
-    Input,
-    Source,
-    collect_inputs,
-    describe_repeated_files,
-    describe_skipped_files,
-    out_of_memory_error,
-    parse_source,
-)
+from glalm.prepare.sources import Source, collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
 from glalm.prepare.units import UnitEncoder, cut_units
 from glalm.prepare.workers import count_cores
 from glalm.prepare.writer import SetWriter, format_counts

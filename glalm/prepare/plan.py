@@ -10,9 +10,9 @@ from pathlib import Path
 from glalm.data.files import read_json, read_jsonl, temporary_path, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
+from glalm.prepare.input_files import HubInput, Input, Position, read_batches
 from glalm.prepare.records import Document, SkippedRecord, parse_records
 from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_set_files, remove_set
-from glalm.prepare.sources import HubInput, Input, Position, read_batches
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
 

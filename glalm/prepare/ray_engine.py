@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from glalm.prepare.encode import EncodedBatch, open_tokenizer
-from glalm.prepare.sources import RecordBatch
+from glalm.prepare.input_files import RecordBatch
 from glalm.prepare.units import Unit, UnitEncoder
 
 Encoded = tuple[RecordBatch, EncodedBatch]

@@ -11,7 +11,7 @@ from typing import Any
 
 from glalm.data.files import file_sha256, is_named, read_json, try_lock
 from glalm.data.shards import MANIFEST, PLAN, SPLITS
-from glalm.prepare.sources import Position
+from glalm.prepare.input_files import Position
 
 JOURNAL = ".journal.json"
 LOGS = ("inputs.jsonl", "skipped.jsonl")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from glalm.data.files import DamagedFile, flush_to_disk, read_json, read_jsonl, reopen_truncated, write_json
+from glalm.prepare.input_files import Position
 from glalm.prepare.signatures import DOCUMENT, Signatures
-from glalm.prepare.sources import Position
 
 JOURNAL = "journal.json"
 JOURNAL_SHAPE = {"position": dict.fromkeys(asdict(Position()), int), "sizes": {str: int}}

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glalm.prepare.input_files import RecordBatch
 from glalm.prepare.records import SkippedRecord, parse_records
-from glalm.prepare.sources import RecordBatch
 
 PERMUTATIONS = 128  # MinHash values of a document
 SKETCH_SIZE = 1024  # So many of the lowest shingle hashes are kept: all, if a document has fewer different ones.

@@ -1,168 +1,23 @@
 """Find the text to prepare: files, folders and URLs, Python's standard library, data sets of the Hugging Face hub.
 
 A source is a name and its inputs, in order. An input is a file, or one file of a data set that is streamed.
-`read_part` reads a part of an input; what is inside of a file is the subject of glalm.prepare.records.
+glalm.prepare.input_files reads it.
 """
 
-import math
 import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
-from glalm.data.files import file_sha256
-from glalm.prepare.records import (
-    DAMAGED_FILE,
-    SUFFIXES,
-    BadRecord,
-    Chunks,
-    Record,
-    count_lines,
-    estimate_bytes,
-    find_cuts,
-    read_file,
-    read_rows,
-    select_columns,
-)
-from glalm.prepare.remote import URL, RemoteFile, list_remote_files, open_url
+from glalm.prepare.input_files import FileInput, HubInput, Input, RemoteInput
+from glalm.prepare.records import SUFFIXES
+from glalm.prepare.remote import URL, RemoteFile, list_remote_files
 
-BATCH_BYTES = 2**20  # of records that are encoded at once
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file of a source.
-
-    Attributes:
-        source: The name of its source.
-        name: A file's path below the folder of its source, or the address of a streamed file.
-        size: Its size in bytes, estimated for a streamed file. Progress is measured by it.
-        mtime_ns: The time of a local file's last change.
-    """
-
-    source: str
-    name: str
-    size: int
-    mtime_ns: int | None
-
-    def __str__(self) -> str:
-        return f"{self.source}, {self.name}"
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What identifies the input within a set."""
-        return self.source, self.name
-
-    @property
-    def expected_bytes(self) -> float:
-        """About how many bytes there are to read, or infinity if that is unknown."""
-        return self.size
-
-    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
-        """Return where to cut the input after `start`, as `records.find_cuts` does; [] if it is read as a whole."""
-        return []
-
-    def for_another_process(self) -> "Input":
-        """Return an input with the same records that is cheap to pickle."""
-        return self
-
-    def has_changed(self) -> bool:
-        """Return whether the input has changed since its size and time were read. A streamed file never does."""
-        return False
-
-    def compute_sha256(self) -> str | None:
-        """Return the SHA-256 of the content, or None for a streamed file."""
-        return None
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the plan and inputs.jsonl record of an input."""
-        return {"source": self.source, "name": self.name, "bytes": self.size, "mtime_ns": self.mtime_ns}
-
-
-@dataclass(frozen=True)
-class FileInput(Input):
-    """A local file."""
-
-    path: Path
-    identity: tuple[int, int]  # device and inode, which are the same for all links to one file
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
-        """Yield the records of a part in order. From a table, only the columns that hold `fields` are read."""
-        return read_file(self.path, fields, start, stop)
-
-    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
-        # Most files are small. These are not opened.
-        return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
-
-    def has_changed(self) -> bool:
-        status = self.path.stat()
-        return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
-
-    def compute_sha256(self) -> str | None:
-        return file_sha256(self.path)
-
-
-@dataclass(frozen=True)
-class RemoteInput(Input):
-    """A file at a URL. It has no SHA-256, because it would be read twice for it."""
-
-    path: RemoteFile
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
-        """Yield the records of a part in order. From a table, only the columns that hold `fields` are read."""
-        return read_file(self.path, fields, start, stop)
-
-    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
-        return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
-
-    def has_changed(self) -> bool:
-        return self.path.stat(from_cache=False) != (self.size, self.mtime_ns)
-
-
-@dataclass(frozen=True)
-class HubInput(Input):
-    """One of the files of a data set that is streamed through `datasets`. A revision names it, so it never changes."""
-
-    dataset: Any  # datasets.IterableDataset
-    index: int
-    address: str = ""  # of its file, if that is known
-
-    @property
-    def expected_bytes(self) -> float:
-        if self.address:
-            with suppress(Exception):  # Filesystems raise many kinds, and reading the file will show the reason.
-                filesystem, path = open_url(self.address)
-                return filesystem.size(path)
-        return math.inf
-
-    def for_another_process(self) -> "HubInput":
-        # The data set may have 100,000 files, and this is one of them.
-        return replace(self, dataset=self.dataset.shard(self.dataset.num_shards, self.index), index=0)
-
-    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
-        """Yield all records in order, of the columns that hold `fields`."""
-        dataset = self.dataset
-        if dataset.column_names:
-            dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
-        try:
-            yield from read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
-        except Exception as error:  # `datasets` and its libraries raise many kinds.
-            problem = f"{self}: `datasets` cannot read it ({type(error).__name__}: {error})"
-            advice = "To continue from here, run the same command again. If it fails again, download the files and "
-            raise ValueError(f"{problem}. {advice}name their folder without hf:.") from error
 
 
 @dataclass(frozen=True)
@@ -172,122 +27,6 @@ class Source:
     name: str
     inputs: tuple[FileInput | RemoteInput | HubInput, ...]
     skipped_files: tuple[Path | RemoteFile, ...] = ()
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in a list of inputs, before which everything is written.
-
-    Attributes:
-        input: The index of an input.
-        start: Where a part of it starts, as of `records.find_cuts`.
-        records: The number of the part's records that are written.
-        before: The number of the input's records that precede the part.
-    """
-
-    input: int = 0
-    start: int = 0
-    records: int = 0
-    before: int = 0
-
-    def after(self, batch: "RecordBatch") -> "Position":
-        """Return the position behind a batch that begins here."""
-        if not batch.is_last:
-            return replace(self, records=batch.end)
-        if batch.next_start is None:
-            return Position(self.input + 1)
-        return Position(self.input, batch.next_start, before=self.before + batch.end)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of an input, which is read without what precedes it.
-
-    Attributes:
-        input_index: Which of the inputs it belongs to.
-        start, stop: Where it begins and ends, as of `records.find_cuts`; None is the end of the input.
-        skip: The number of its first records that are not read.
-    """
-
-    input_index: int
-    source_input: Input
-    start: int = 0
-    stop: int | None = None
-    skip: int = 0
-
-
-class RecordBatch(NamedTuple):
-    """Neighbouring records of one part of an input, which are encoded at once.
-
-    Attributes:
-        input_index: Which of the inputs they belong to.
-        source: The name of the input's source.
-        first, end: The number of records that precede them in the part, and the number up to their end.
-        size: About how many bytes they take in memory.
-        bytes_read: The bytes of the input that end with them.
-        is_last: Whether the part ends with them.
-        next_start: Where the next part of the input starts, or None if nothing follows in it.
-    """
-
-    input_index: int
-    source: str
-    first: int
-    end: int
-    records: list[Record]
-    size: int
-    bytes_read: int
-    is_last: bool
-    next_start: int | None
-
-
-def read_part(part: Part, fields: list[str], batch_bytes: int | None = None) -> Iterator[RecordBatch]:
-    """Yield the records of a part in batches of about `batch_bytes` bytes. The last batch may be empty.
-
-    Args:
-        fields: The columns to read from a table; see `records.select_columns`.
-    """
-    batch_bytes = batch_bytes or BATCH_BYTES
-    index = part.input_index
-    source = part.source_input.source
-    read = 0
-    first = part.skip
-    records: list[Record] = []
-    size = 0
-    next_start = part.stop
-    position = 0
-    try:
-        for chunk, position in part.source_input.read_records(fields, part.start, part.stop):
-            for record in chunk:
-                if isinstance(record, BadRecord) and record.args[0] == DAMAGED_FILE:
-                    next_start = None
-                count = count_lines(record)
-                read += count
-                if read <= part.skip:
-                    continue
-                first = first if records else read - count
-                records.append(record)
-                size += estimate_bytes(record)
-                if size >= batch_bytes:
-                    yield RecordBatch(index, source, first, read, records, size, position, False, next_start)
-                    first = read
-                    records = []
-                    size = 0
-    except MemoryError as error:
-        raise out_of_memory_error(part.source_input) from error
-    position = part.source_input.size if next_start is None else position
-    yield RecordBatch(index, source, first, read, records, size, position, True, next_start)
-
-
-def read_batches(inputs: list[Input], fields: list[str], batch_bytes: int | None = None) -> Iterator[RecordBatch]:
-    """Yield all records of `inputs` in batches; see `read_part`."""
-    for index, source_input in enumerate(inputs):
-        yield from read_part(Part(index, source_input), fields, batch_bytes)
-
-
-def out_of_memory_error(source_input: Input) -> ValueError:
-    """Return the error of an input that has a record which is too large for the memory of this machine."""
-    problem = f"{source_input}: memory ran out. A document takes many times its size while it is tokenized"
-    return ValueError(f"{problem}. Split or remove the longest documents of this file, or use --workers 1.")
 
 
 def parse_source(spec: str | os.PathLike | Source) -> Source:

@@ -14,8 +14,8 @@ import sentencepiece
 from glalm.data.files import atomic_write
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.encode import split_of
+from glalm.prepare.input_files import FileInput, Input, read_batches
 from glalm.prepare.records import SkippedRecord, parse_records
-from glalm.prepare.sources import FileInput, Input, read_batches
 from glalm.progress import ProgressBar
 
 MAX_INPUT_BYTES = 2**32  # of input that `train_on_inputs` reads

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from glalm.prepare.encode import EncodedBatch, encode_batch
-from glalm.prepare.sources import Input, Part, Position, RecordBatch, read_part
+from glalm.prepare.input_files import Input, Part, Position, RecordBatch, read_part
 from glalm.prepare.workers import PENDING_BYTES
 
 UNIT_BYTES = 2**24  # A unit has at most about this much of its files, as they are stored, or else one file.

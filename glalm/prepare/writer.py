@@ -30,9 +30,9 @@ from glalm.data.files import (
 )
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, count_leftover_tokens
 from glalm.prepare.encode import EncodedBatch
+from glalm.prepare.input_files import Input, Position, RecordBatch
 from glalm.prepare.plan import Plan, changed_error
 from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
-from glalm.prepare.sources import Input, Position, RecordBatch
 
 # The journal's keys, which are part of the format on disk, stand for these attributes of SetWriter: "cursor" for
 # `position`, "books" for `counts` (the documents of each source, as in the manifest), "current" for `_input_counts`.

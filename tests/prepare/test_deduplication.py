@@ -16,8 +16,7 @@ from folder_contents import read_contents
 
 from glalm.commands import deduplicate as command
 from glalm.data import files
-from glalm.prepare import deduplication, duplicate_list, signature_store, units
-from glalm.prepare import sources as sources_module
+from glalm.prepare import deduplication, duplicate_list, input_files, signature_store, units
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.duplicate_list import DuplicateList
 
@@ -129,7 +128,7 @@ def test_the_parts_of_the_signatures_do_not_matter(
     sources, uninterrupted, tmp_path, monkeypatch, part_bytes, batch_bytes
 ):
     monkeypatch.setattr(deduplication, "MAX_PENDING_BYTES", part_bytes)
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", batch_bytes)
     monkeypatch.setattr(units, "UNIT_BYTES", batch_bytes)  # The files are read in ranges of bytes.
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # There are many commits.
     commits = []
@@ -156,7 +155,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, uninterrupted, tmp_pa
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 20_000)
     if overwrite:
         deduplicate([sources / "a.jsonl"], tmp_path / "out", mode="exact", **QUIET)
     total = [0]
@@ -240,14 +239,14 @@ def test_a_changed_input_is_refused(sources, tmp_path):
 
 
 def test_an_input_that_changes_while_it_is_read_is_refused(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module.FileInput, "has_changed", lambda self: True)
+    monkeypatch.setattr(input_files.FileInput, "has_changed", lambda self: True)
     with pytest.raises(ValueError, match=r"a\.jsonl changed while it was read"):
         deduplicate([sources], tmp_path / "out", **QUIET)
 
 
 def test_an_unfinished_input_must_not_be_missing(sources, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(sources_module.FileInput, "compute_sha256", lambda self: _raise_at(self, "b.jsonl"))
+        patch.setattr(input_files.FileInput, "compute_sha256", lambda self: _raise_at(self, "b.jsonl"))
         deduplicate([sources], tmp_path / "out", commit_seconds=0, **QUIET)
     with pytest.raises(ValueError, match=r"unfinished deduplication of mixed, b\.jsonl, which is missing"):
         deduplicate([sources / "a.jsonl"], tmp_path / "out", **QUIET)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from glalm.prepare import duplicates, signatures
 from glalm.prepare.duplicates import find_duplicates, find_first_copies
+from glalm.prepare.input_files import Position, RecordBatch
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import compute_signatures, count_values_per_band, estimate_jaccard, hash_shingles
-from glalm.prepare.sources import Position, RecordBatch
 
 pytest.importorskip("datasketch")
 

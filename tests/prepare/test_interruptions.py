@@ -19,8 +19,7 @@ from folder_contents import read_contents
 
 from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
-from glalm.prepare import encode, pipeline, plan, set_folder, units, writer
-from glalm.prepare import sources as sources_module
+from glalm.prepare import encode, input_files, pipeline, plan, set_folder, units, writer
 from glalm.prepare.pipeline import prepare_data
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +85,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     sources, settings, uninterrupted, tmp_path, monkeypatch, processes
 ):
     monkeypatch.setattr(pipeline, "BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 10_000)
     monkeypatch.setattr(units, "UNIT_BYTES", 30_000)
     prepare_data([sources], tmp_path / "set", workers=processes, **settings)
     assert read_contents(tmp_path / "set") == uninterrupted
@@ -137,7 +136,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, uninterrupt
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 100_000)
     total = [0]
     original = getattr(files, moment)
 
@@ -165,7 +164,7 @@ def test_killed_between_any_two_steps_on_the_disk(sources, settings, uninterrupt
 def test_a_commit_relies_only_on_what_is_on_disk(sources, settings, tmp_path, monkeypatch):
     """A crash of the machine loses nothing either: files are flushed before they are renamed, and their folders after
     it. What the journal says of growing files was flushed before the journal."""
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 20_000)
     out, synced, commits, fsync, replace = tmp_path / "set", {}, [], os.fsync, os.replace
     renamed_in = set()
 
@@ -288,7 +287,7 @@ def test_killed_while_finishing_nothing_is_repeated(sources, settings, uninterru
 def test_killed_while_overwriting_the_old_set_is_not_resumed(
     sources, settings, uninterrupted, tmp_path, monkeypatch, moment
 ):
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 20_000)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(writer.SetWriter, "_finish_input", lambda *_: 1 / 0)  # An interruption at the end of an input.
         prepare_data([sources], tmp_path / "set", workers=1, commit_seconds=0, **settings)
@@ -338,7 +337,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 def test_a_full_disk_stops_with_advice_and_loses_nothing(sources, settings, uninterrupted, tmp_path, monkeypatch):
     """Writes fail as on a full disk, later and later."""
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 20_000)
     add, left = writer.ShardWriter.add_document, [0]
 
     def full(self, *args):

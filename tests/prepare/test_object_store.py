@@ -60,9 +60,9 @@ def test_the_manifest_is_last_and_shards_come_early(url, settings, corpus, tmp_p
     class Killed(BaseException):
         pass
 
-    from glalm.prepare import sources
+    from glalm.prepare import input_files
 
-    monkeypatch.setattr(sources, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 5000)
     add_batch = SetWriter.add_batch
     left = 8
 

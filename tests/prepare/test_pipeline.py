@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from glalm.data.shards import SPLITS, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
-from glalm.prepare import pipeline, units
-from glalm.prepare import sources as sources_module
+from glalm.prepare import input_files, pipeline, units
 from glalm.prepare.encode import split_of
 from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
@@ -354,7 +353,7 @@ def test_a_set_that_is_not_complete_can_be_read_so_far(texts, prepared, tmp_path
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(ValueError, match=r"a\.jsonl:301: not JSON.*--on-error skip"),
     ):
-        patch.setattr(sources_module, "BATCH_BYTES", 10_000)
+        patch.setattr(input_files, "BATCH_BYTES", 10_000)
         prepare_data([path], tmp_path / "set", commit_seconds=0, **given)
     early = TokenSet(tmp_path / "set", "train")
     assert not early.is_complete and early.num_documents > 100
@@ -575,7 +574,7 @@ def test_a_document_too_large_for_the_memory_is_named(prepared, tmp_path, monkey
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(units if place == "encode_batch" else sources_module, place, fail)
+    monkeypatch.setattr(units if place == "encode_batch" else input_files, place, fail)
     with pytest.raises(ValueError, match=r"a\.txt: memory ran out\. .*--workers 1"):
         given = {"tokenizer": prepared / "tokenizer.model", "progress": False}
         prepare_data([tmp_path / "a.txt"], tmp_path / "set", **given)

@@ -10,8 +10,7 @@ from folder_contents import read_contents
 from glalm.commands import prepare_data as command
 from glalm.data import files
 from glalm.data.shards import SPLITS
-from glalm.prepare import pipeline, units, writer
-from glalm.prepare import sources as sources_module
+from glalm.prepare import input_files, pipeline, units, writer
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.pipeline import prepare_data
 
@@ -70,7 +69,7 @@ def read_shards(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("batch_bytes", [200, 2**20])
 def test_the_set_has_the_other_documents(sources, listed, expected, settings, tmp_path, monkeypatch, batch_bytes):
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", batch_bytes)
     monkeypatch.setattr(units, "UNIT_BYTES", 10 * batch_bytes)  # The file is read in ranges of bytes.
     manifest = prepare_data([sources], tmp_path / "set", duplicates=listed, **settings)
     assert read_shards(tmp_path / "set") == read_shards(expected)
@@ -98,7 +97,7 @@ def test_an_interrupted_preparation_resumes(sources, listed, expected, settings,
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(sources_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 2000)
     add_batch = writer.SetWriter.add_batch
     for limit in (3, 1, 6, 10**9):
         left = [limit]

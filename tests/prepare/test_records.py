@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.prepare import records
+from glalm.prepare.input_files import read_batches
 from glalm.prepare.records import (
     BadRecord,
     Document,
@@ -23,7 +24,7 @@ from glalm.prepare.records import (
     read_file,
     read_rows,
 )
-from glalm.prepare.sources import _describe_file, read_batches
+from glalm.prepare.sources import _describe_file
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "zwei ▁\\n", "id": 2}\n', '{"text": " "}']
 EXPECTED = [(1, "one"), (3, "zwei ▁\n"), (4, " ")]

@@ -10,8 +10,7 @@ import pytest
 import zstandard
 from folder_contents import read_contents
 
-from glalm.prepare import sources as sources_module
-from glalm.prepare import units
+from glalm.prepare import input_files, units
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.remote import RemoteFile
 from glalm.prepare.sources import describe_skipped_files, parse_source
@@ -91,4 +90,4 @@ def test_what_cannot_be_read_is_named(url_of_bucket, tmp_path):
         parse_source(f"file://{tmp_path}")
     (tmp_path / "b.jsonl").write_text("{}")
     assert RemoteFile(f"file://{tmp_path}/b.jsonl").stat().st_size == 2
-    assert sources_module.RemoteInput("s", "b", 2, None, RemoteFile(f"file://{tmp_path}/b.jsonl")).has_changed()
+    assert input_files.RemoteInput("s", "b", 2, None, RemoteFile(f"file://{tmp_path}/b.jsonl")).has_changed()

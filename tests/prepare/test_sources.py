@@ -12,17 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glalm.prepare.input_files import FileInput, HubInput, read_batches
 from glalm.prepare.records import BadRecord
 from glalm.prepare.sources import (
-    FileInput,
-    HubInput,
     collect_inputs,
     describe_skipped_files,
     find_hub_dataset,
     find_local_files,
     find_stdlib,
     parse_source,
-    read_batches,
 )
 
 

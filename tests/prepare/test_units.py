@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.prepare import pipeline, units
+from glalm.prepare.input_files import Input, Position, RecordBatch, read_part
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import Document, find_cuts, parse_records, read_file
-from glalm.prepare.sources import Input, Position, RecordBatch, _describe_file, find_hub_dataset, read_part
+from glalm.prepare.sources import _describe_file, find_hub_dataset
 
 LINES = [b"", b"", b" \t", b"\r", b'{"text": "a"}', b' {"text": "b"} \r', b"x", b'{"text": "' + b"c" * 50 + b'"}']
 

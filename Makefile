@@ -20,11 +20,12 @@ demo: .venv/installed
 	$(RUN) scripts/report.py runs/demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow"
 
+# One process more than there are cores, because many of these tests wait for other processes.
 test-slow: .venv/installed docs
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow
-	OMP_NUM_THREADS=1 $(RUN) tests/faults/soak.py --minutes 5
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $$($(RUN) -c 'import os; print(min(os.cpu_count() + 1, 8))') \
+		--dist worksteal -m slow
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

@@ -9,10 +9,11 @@
 
 A step is forward, backward, clipping and fused AdamW on random tokens, with float32 master weights under bfloat16
 autocast. Our step is that of the training loop with its config, which --set changes; the other models get the same
-optimiser. Every model runs in its own process. The column "host" is the time that Python takes to enqueue a step on an
-idle device: where it is longer than the step, training waits for the host. The seconds of the first step include
-everything that is compiled then, or loaded from the caches of earlier runs. With an empty Triton cache
-flash-linear-attention autotunes for minutes.
+optimiser. Every model runs in its own process. The column "host" is the time until the call of a step returns, from an
+idle device on: what Python takes to launch the kernels, and waits for room in the queue of some 1,024 launches. Where
+it is as long as the step, training waits for the host. The seconds of the first step include everything that is
+compiled then, or loaded from the caches of earlier runs. With an empty Triton cache flash-linear-attention autotunes
+for minutes.
 """
 
 import argparse
@@ -53,7 +54,12 @@ class Row(NamedTuple):
     T: int
 
 
-ROWS = {"340m": Row("340m", 32, 2048), "1b3": Row("1b3", 8, 2048), "340m-long": Row("340m", 2, 32768)}
+ROWS = {
+    "340m": Row("340m", 32, 2048),
+    "1b3": Row("1b3", 8, 2048),
+    "340m-long": Row("340m", 2, 32768),
+    "small": Row("small", 8, 512),
+}
 TINY = {"tiny": Row("tiny", 2, 64)}
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
@@ -169,7 +175,7 @@ def synchronized_time() -> float:
 
 
 def measure_host_ms(step: Callable[[Tensor], Tensor], ids: Tensor) -> float:
-    """Return the time that the host takes to enqueue a step, from an idle device on."""
+    """Return how long the host is in the call of a step, which the device is idle before."""
     start = synchronized_time()
     step(ids)
     return 1e3 * (time.perf_counter() - start)

@@ -64,10 +64,12 @@ class GraphCapture:
                 result = function()
         except BaseException:
             # If CUDA has refused to end the capture, torch's allocator would keep its memory and fail later, as if it
-            # still went on.
+            # still went on, and so would the random generator, of which a copy with the same state would not.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
                 torch._C._cuda_releasePool(self.stream.device_index, pool)
+                generator = torch.cuda.default_generators[self.stream.device_index]
+                generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph, result
 

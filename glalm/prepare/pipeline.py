@@ -90,12 +90,7 @@ def prepare_data(
     """
     _check_arguments(held_out, shard_tokens, on_error, workers, add and overwrite)
     check_engine(engine, address, workers)
-    url = os.fspath(out) if URL.fullmatch(os.fspath(out)) else ""
-    if staging and not url:
-        raise ValueError(f"--staging is for a URL. {out} is a folder, in which the set is prepared; remove --staging.")
-    out = Path(staging or staging_folder(url) if url else out)
-    if out.is_file():
-        raise ValueError(f"{out} is a file. Name a folder to write the set to with --out.")
+    url, out = _find_folder(out, staging)
     sources = [parse_source(source) for source in sources]
     inputs, repeated = collect_inputs(sources, out.resolve())
     # Open the tokenizer now, because it may be part of the set that is replaced.
@@ -217,6 +212,17 @@ def run_plan(
         found = "; ".join(format_counts(writer.counts))
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped ({found}).")
     writer.finish()
+
+
+def _find_folder(out: str | os.PathLike, staging: str | os.PathLike | None) -> tuple[str, Path]:
+    """Return `out` if it is a URL, else "", and the folder in which the set is prepared."""
+    url = os.fspath(out) if URL.fullmatch(os.fspath(out)) else ""
+    if staging and not url:
+        raise ValueError(f"--staging is for a URL. {out} is a folder, in which the set is prepared; remove --staging.")
+    folder = Path(staging or staging_folder(url) if url else out)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Name a folder to write the set to with --out.")
+    return url, folder
 
 
 def _count_written(writer: SetWriter) -> int:

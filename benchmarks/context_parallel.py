@@ -3,6 +3,7 @@
     python benchmarks/context_parallel.py
     torchrun --standalone --nproc-per-node=8 benchmarks/context_parallel.py
     python benchmarks/context_parallel.py --train          the rows of one process, to compare with
+    python benchmarks/context_parallel.py --json rows.json --figure context.png
 
 One process takes the turns of a whole group on its device: it runs chunk_gla on one shard after another, forward and
 backward, each with the summaries that the others have left, and compares time and results with one call on the whole
@@ -11,14 +12,18 @@ own, show how much of it comes from their length.
 
 Several processes train a model of each mixer on sequences that they share, and print the time of a step, its memory
 beside the dry run's estimate, and the time in which a GPU only communicates: GLA, which exchanges states, beside
-softmax attention, which gathers keys and values (arXiv 2311.02382).
+softmax attention, which gathers keys and values (arXiv 2311.02382). --json FILE adds the rows to a file, from which
+--figure draws them.
 """
 
 import argparse
 import gc
+import json
 import os
 import time
 from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +122,8 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
     return ((x.float() - y.float()).norm() / y.float().norm()).item()
 
 
-def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> str:
-    """Train on sequences of T tokens that all processes share, and return a row of the table."""
+def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> dict:
+    """Train on sequences of T tokens that all processes share, and return the measurements."""
     if DEVICE.type == "cuda":
         gc.collect()  # Free the model before.
         torch.cuda.empty_cache()
@@ -143,14 +148,44 @@ def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> str:
     for _ in range(steps):
         loss = trainer.step(shard).loss.item()
     seconds = (time.perf_counter() - start) / steps
-    row = f"| {mixer} | {T:,} | {seconds * 1e3:,.0f} | {T / seconds:,.0f} | {loss:.3f} |"
-    if DEVICE.type != "cuda":
-        return f"{row} - | - | - |"
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    estimate = sum(estimate_memory(config, plan, WORLD, True, config.train.compile in ("auto", True)).values()) / 2**30
-    kinds = profile_step(lambda: trainer.step(shard))["kinds"]
-    exposed = kinds.get("exposed communication", 0.0) / sum(kinds.values())
-    return f"{row} {peak:.1f} | {estimate:.1f} | {exposed:.1%} |"
+    row = {"mixer": mixer, "gpus": WORLD, "tokens": T, "step_ms": 1e3 * seconds, "tokens_per_second": T / seconds}
+    row["loss"] = loss
+    if DEVICE.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        compiled = config.train.compile in ("auto", True)
+        row["estimate_gib"] = sum(estimate_memory(config, plan, WORLD, True, compiled).values()) / 2**30
+        kinds = profile_step(lambda: trainer.step(shard))["kinds"]
+        row["exposed_communication"] = kinds.get("exposed communication", 0.0) / sum(kinds.values())
+    return row
+
+
+def format_row(row: dict) -> str:
+    cells = [row["mixer"], f"{row['tokens']:,}", f"{row['step_ms']:,.0f}", f"{row['tokens_per_second']:,.0f}"]
+    cells.append(f"{row['loss']:.3f}")
+    if "peak_gib" in row:
+        cells += [f"{row['peak_gib']:.1f}", f"{row['estimate_gib']:.1f}", f"{row['exposed_communication']:.1%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def draw_figure(rows: list[dict], path: Path) -> None:
+    """Draw the speed and the memory of a GPU against the tokens that it holds, a line for each number of GPUs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for mixer, gpus in sorted({(row["mixer"], row["gpus"]) for row in rows}):
+        line = sorted((row for row in rows if (row["mixer"], row["gpus"]) == (mixer, gpus)), key=itemgetter("tokens"))
+        held = [row["tokens"] / gpus for row in line]
+        style = {"label": f"{mixer}, {gpus} GPU{'s' if gpus > 1 else ''}", "linestyle": "-" if mixer == "gla" else ":"}
+        style |= {"marker": "osD^"[gpus.bit_length() - 1]}
+        speed.plot(held, [row["tokens_per_second"] / gpus / 1e3 for row in line], **style)
+        memory.plot(held, [row["peak_gib"] for row in line], **style)
+    for axes, label in ((speed, "thousand tokens/s of a GPU"), (memory, "peak GiB of a GPU")):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens of the sequence on each GPU", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 def print_header(*columns: str) -> None:
@@ -165,11 +200,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each model")
     parser.add_argument("--train", action="store_true", help="train models with one process, too")
     parser.add_argument("--tiny", action="store_true", help="models of two small layers, for a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows of training to this file")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows of --json, and measure nothing")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
+    record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    rows = record.setdefault("context_parallel", [])
+    if options.figure:
+        draw_figure(rows, options.figure)
+        return
     if WORLD == 1 and not options.train:
         print_header("tokens", "ranks", "one call, ms", "shards apart, ms", "all turns, ms", "extra", "difference")
         for T in options.lengths:
@@ -178,14 +220,17 @@ def main() -> None:
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 128}
     is_first = int(os.environ.get("RANK", 0)) == 0
     if is_first:
-        print_header(
-            "mixer", "tokens", "step, ms", "tokens/s", "loss", "peak GiB of a GPU", "estimate", "communication"
-        )
+        columns = ["mixer", "tokens", "step, ms", "tokens/s", "loss"]
+        on_gpus = ["peak GiB of a GPU", "estimate", "communication alone"]
+        print_header(*columns, *(on_gpus if DEVICE.type == "cuda" else []))
     for mixer in options.mixers:
         for T in options.lengths:
             row = measure_steps(mixer, small if options.tiny else {}, T, options.steps)
+            rows.append(row)
             if is_first:
-                print(row, flush=True)
+                print(format_row(row), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(record, indent=1))
     parallel.leave_process_group()
 
 

@@ -160,7 +160,7 @@ def measure(name: str, row: Row, arguments: argparse.Namespace) -> dict:
     if arguments.estimate and name == "glalm":
         compiled = config.train.compile in ("auto", True) and CUDA
         plan = BatchPlan.from_config(config, WORLD)
-        parts = estimate_memory(config, plan, parallel.local_world_size(), CUDA, compiled)
+        parts = estimate_memory(config, plan, parallel.local_world_size(), CUDA, compiled, is_gpu=CUDA)
         result["estimate_gib"] = sum(parts.values()) / GIB
     if arguments.profile:
         result["profile"] = profile_step(lambda: step(ids))

@@ -153,7 +153,7 @@ def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> dict:
     if DEVICE.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         compiled = config.train.compile in ("auto", True)
-        row["estimate_gib"] = sum(estimate_memory(config, plan, WORLD, True, compiled).values()) / 2**30
+        row["estimate_gib"] = sum(estimate_memory(config, plan, WORLD, True, compiled, is_gpu=True).values()) / 2**30
         kinds = profile_step(lambda: trainer.step(shard))["kinds"]
         row["exposed_communication"] = kinds.get("exposed communication", 0.0) / sum(kinds.values())
     return row

@@ -42,11 +42,7 @@ def apply_training_forward(model: CausalLM, config: TrainConfig, device: torch.d
     mode the blocks run their own forward, because evaluations come in many shapes.
     """
     compiled = is_compiled(config, device.type == "cuda")
-    checkpointed_forwards = COMPILED_CHECKPOINTED_FORWARDS if compiled else CHECKPOINTED_FORWARDS
-    training_forward = checkpointed_forwards[config.activation_checkpointing]
-    # torch.compile recomputes elementwise operations, but saves operands of matrix products: norms, SwiGLU's product,
-    # weights in bfloat16. Recomputing these too saves a quarter of a step's memory for 2% of its time.
-    torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
+    training_forward = choose_forward(config, compiled)
     if compiled:
         training_forward = _compile_forward(training_forward)
 
@@ -56,6 +52,15 @@ def apply_training_forward(model: CausalLM, config: TrainConfig, device: torch.d
 
     for block in model.model.layers:
         block.forward = MethodType(forward, block)
+
+
+def choose_forward(config: TrainConfig, compiled: bool) -> BlockForward:
+    """Return the forward pass of a block that recomputes what the config says, before it is compiled."""
+    # torch.compile recomputes elementwise operations, but saves operands of matrix products: norms, SwiGLU's product,
+    # weights in bfloat16. Recomputing these too saves a quarter of a step's memory for 2% of its time.
+    torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
+    checkpointed_forwards = COMPILED_CHECKPOINTED_FORWARDS if compiled else CHECKPOINTED_FORWARDS
+    return checkpointed_forwards[config.activation_checkpointing]
 
 
 def is_compiled(config: TrainConfig, is_gpu: bool) -> bool:

@@ -5,22 +5,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glalm.config.run import RunConfig, TrainConfig
 from glalm.config.stages import Phase
 from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
+from glalm.kernels.common import assume_gpu
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM
 from glalm.model.flops import model_cost
 from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
-from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
+from glalm.train.compile import apply_training_forward, choose_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
@@ -123,11 +127,18 @@ def _numel(module: nn.Module) -> int:
 
 
 def estimate_memory(
-    config: RunConfig, plan: BatchPlan, local_world_size: int, bf16: bool, compiled: bool, captured: bool = False
+    config: RunConfig,
+    plan: BatchPlan,
+    local_world_size: int,
+    bf16: bool,
+    compiled: bool,
+    captured: bool = False,
+    is_gpu: bool = False,
 ) -> dict[str, int]:
     """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
 
-    The parts do not all peak at the same moment, and the kernels' workspaces are not counted.
+    The peak is where the backward pass begins: all activations are there, and gradients only if a collective or an
+    earlier micro-batch has allocated them. The kernels' workspaces are not counted.
 
     Raises:
         ConfigError: The processes do not form the config's mesh.
@@ -150,20 +161,34 @@ def estimate_memory(
     }
     recomputes = config.train.activation_checkpointing in ("selective", "full")
     layers = config.model.layer_mixers()
+    measure = partial(measure_activations, config.model, bf16=bf16, compiled=compiled, is_gpu=is_gpu)
     for mixer in set(layers):
-        saved = measure_activations(config.model, mixer, config.train, bf16, compiled)
-        # The backward pass of a block recomputes its activations, one block at a time.
-        full = measure_activations(config.model, mixer, TrainConfig(), bf16, compiled) if recomputes else saved
+        saved = measure(mixer, config.train)
         parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
-        parts["one block's backward"] = max(parts["one block's backward"], int(full.per_token * tokens))
+        # The backward pass of a block recomputes its activations, one block at a time.
+        recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
+        backward = int((recomputed + _gradient_bytes(config.model, bf16)) * tokens)
+        parts["one block's backward"] = max(parts["one block's backward"], backward)
         gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * (2 if bf16 else 4)
         parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
         if is_ddp:  # Sharded weights are gathered in bfloat16, and freed again.
             parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
+    # The loss has been computed when the last block's backward pass begins.
+    smaller = min("loss", "one block's backward", key=parts.__getitem__)
+    has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1 or captured
     if captured:
         # CUDA graphs keep the memory of a step for themselves. Validation reads windows without cutting segments.
         parts["validation"] = plan.segments * parts["one block's backward"] + parts["loss"]
+    parts[smaller] = 0
+    if not has_gradients:  # They take the place of the activations, which the backward pass frees.
+        parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     return parts
+
+
+def _gradient_bytes(model: ModelConfig, bf16: bool) -> int:
+    """Return the size, for a token, of the gradients that a block's backward pass holds at once: those of SwiGLU."""
+    assert model.intermediate_size is not None
+    return (4 * model.intermediate_size + 3 * model.hidden_size) * (2 if bf16 else 4)
 
 
 def gathered_channels(model: ModelConfig, mixer: str) -> int:
@@ -196,26 +221,33 @@ def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
 
 
 def measure_activations(
-    model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, compiled: bool
+    model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, compiled: bool, is_gpu: bool = False
 ) -> ActivationBytes:
     """Measure what one block saves, by running its forward pass on the CPU at two lengths.
 
     For compiled blocks this counts what the forward half of torch.compile's partitioned graph hands to the backward
-    half. No code is generated.
+    half. No code is generated. For a GPU the tensors are fake ones, whose shapes and dtypes the GPU's kernels tell.
     """
-    one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
-    apply_training_forward(one_block, dataclasses.replace(train, compile=False), torch.device("cpu"))
-    block = one_block.model.layers[0]
-    forward = block.forward
-    # Autograd's hooks do not see the tensors that selective checkpointing saves, but a traced graph shows them.
-    if compiled or train.activation_checkpointing == "selective":
-        torch._dynamo.reset()  # A graph that was partitioned under other settings would be reused.
-        forward = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)
-    short = _saved_bytes(block, forward, SHORT, model.hidden_size, bf16)
-    long = _saved_bytes(block, forward, LONG, model.hidden_size, bf16)
+    with _imagine_gpu() if is_gpu else nullcontext():
+        one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
+        block = one_block.model.layers[0]
+        forward: Callable = partial(choose_forward(train, compiled), block)
+        # Autograd's hooks do not see the tensors that selective checkpointing saves, but a traced graph shows them.
+        if compiled or train.activation_checkpointing == "selective":
+            torch._dynamo.reset()  # A graph that was partitioned under other settings would be reused.
+            forward = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)
+        short = _saved_bytes(block, forward, SHORT, model.hidden_size, bf16)
+        long = _saved_bytes(block, forward, LONG, model.hidden_size, bf16)
     per_token = (long - short) / (LONG - SHORT)
     # Mamba saves a state between chunks, one less than there are chunks, so the fitted intercept can be negative.
     return ActivationBytes(per_token, max(0.0, short - per_token * SHORT))
+
+
+@contextmanager
+def _imagine_gpu() -> Iterator[None]:
+    """Create fake tensors, which have no data, and let operators do with them what they would on a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True), assume_gpu():
+        yield
 
 
 def _saved_bytes(block: nn.Module, forward: Callable, length: int, hidden_size: int, bf16: bool) -> int:
@@ -571,7 +603,7 @@ def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = is_compiled(config.train, device.is_gpu)
     captured = is_captured(config, plan.world_size, device.is_gpu)
-    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled, captured)
+    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled, captured, device.is_gpu)
 
 
 def _describe_memory(parts: dict[str, int], stage: str) -> str:

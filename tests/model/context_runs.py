@@ -161,3 +161,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert "RANK" in os.environ, "start this script by torchrun"
     main()
+    sys.stdout.flush()
+    os._exit(0)  # A regular exit sometimes aborts in the destructor of a thread of gloo's.

@@ -13,12 +13,13 @@ import tempfile
 import time
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+# glalm.data.loader is imported where it is used: it imports torch, and every worker process imports this file anew.
 from glalm.data.checksums import block_sums
 from glalm.data.files import file_sha256
-from glalm.data.loader import Windows, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import FORMAT, SPLITS, VERSION, TokenSet
 from glalm.data.tokenizer import Tokenizer
@@ -26,6 +27,9 @@ from glalm.prepare.input_files import read_batches
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import Document, parse_records
 from glalm.prepare.sources import parse_source
+
+if TYPE_CHECKING:
+    from glalm.data.loader import Windows
 
 NEEDED = 50 * 250_000  # tokens per second: 50 times what a 340M model consumes on one H200
 
@@ -141,6 +145,8 @@ def cpu_seconds() -> float:
 
 def bench_load(args: argparse.Namespace) -> None:
     """Read batches as training does, from a set of random tokens in shards that are in the page cache."""
+    from glalm.data.loader import Windows
+
     with tempfile.TemporaryDirectory() as folder:
         windows = Windows(make_random_set(Path(folder), args.tokens), args.seq_len)
         read_all(windows)  # Fill the page cache.
@@ -158,7 +164,7 @@ def bench_load(args: argparse.Namespace) -> None:
                 )
 
 
-def read_all(windows: Windows) -> float:
+def read_all(windows: "Windows") -> float:
     """Read every window once, in random order, in one thread. Return tokens per second."""
     order = np.random.default_rng(0).permutation(len(windows))
     start = time.perf_counter()
@@ -167,7 +173,9 @@ def read_all(windows: Windows) -> float:
     return len(windows) * windows.length / (time.perf_counter() - start)
 
 
-def load_rate(windows: Windows, args: argparse.Namespace, workers: int) -> float:
+def load_rate(windows: "Windows", args: argparse.Namespace, workers: int) -> float:
+    from glalm.data.loader import training_batches
+
     stream = training_batches(windows, Order(0, args.batch_size, windows.source_windows), workers=workers)
     next(stream)
     steps = 0

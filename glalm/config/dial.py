@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from glalm.config.strict import require
 
-CHANNELS_PER_LAYER = 64  # of the width, as in nanochat's models; the GLA paper's 340M model has 43
+CHANNELS_PER_LAYER = 64  # width / depth, at least: that of nanochat's models; the GLA paper's 340M model has 43
 CHANNELS_PER_HEAD = 256  # values, and half as many keys: as in the GLA paper's 340M model
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
 WARMUP_SHARE = 1 / 30  # of the tokens: that of the GLA paper
@@ -33,7 +33,7 @@ class Dial:
 
     @property
     def num_heads(self) -> int:
-        """As few as give the width CHANNELS_PER_LAYER times the depth or more."""
+        """The smallest number for which the width is at least CHANNELS_PER_LAYER times the depth."""
         return math.ceil(self.depth * CHANNELS_PER_LAYER / CHANNELS_PER_HEAD)
 
     @property
@@ -42,7 +42,7 @@ class Dial:
 
     @property
     def parameters(self) -> int:
-        """About the parameters that are multiplied with every token: those of the blocks and of the head."""
+        """About how many parameters every token is multiplied with: those of the blocks and of the head."""
         return 12 * self.depth * self.hidden_size**2 + self.vocab_size * self.hidden_size
 
     @property

@@ -1,4 +1,4 @@
-"""Read the inputs of sources, which are files, here or at URLs, or files of streamed data sets, in batches of records.
+"""Read inputs in batches of records: local files, files at URLs, and files of streamed data sets.
 
 `read_part` reads a part of an input; what is inside of a file is the subject of glalm.prepare.records.
 """
@@ -34,9 +34,9 @@ class Input:
 
     Attributes:
         source: The name of its source.
-        name: A file's path below the folder of its source, or the address of a streamed file.
-        size: Its size in bytes, estimated for a streamed file. Progress is measured by it.
-        mtime_ns: The time of a local file's last change.
+        name: A local file's path below the folder of its source, or else the address of the file.
+        size: Its size in bytes, estimated for a file of a streamed data set. Progress is measured by it.
+        mtime_ns: The time of the file's last change, if it is known.
     """
 
     source: str
@@ -66,7 +66,9 @@ class Input:
         return self
 
     def has_changed(self) -> bool:
-        """Return whether the input has changed since its size and time were read. A streamed file never does."""
+        """Return whether the input has changed since its size and time were read."""
+        """Return the SHA-256 of the content, or None for a streamed file."""
+        """Return the SHA-256 of the content, or None if the file is not local."""
         return False
 
     def compute_sha256(self) -> str | None:
@@ -106,7 +108,7 @@ class FileInput(Input):
 
 @dataclass(frozen=True)
 class RemoteInput(Input):
-    """A file at a URL. It has no SHA-256, because it would be read twice for it."""
+    """A file at a URL. Its SHA-256 is not computed, because the file would have to be downloaded twice."""
 
     path: RemoteFile
 
@@ -137,7 +139,7 @@ class HubInput(Input):
         if self.address:
             with suppress(Exception):  # Filesystems raise many kinds, and reading the file will show the reason.
                 filesystem, path = open_url(self.address)
-                return filesystem.size(path)
+                return filesystem.size(path) or math.inf
         return math.inf
 
     def for_another_process(self) -> "HubInput":
@@ -151,6 +153,8 @@ class HubInput(Input):
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
         try:
             yield from read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
+        except MemoryError:
+            raise  # `read_part` says what to do.
         except Exception as error:  # `datasets` and its libraries raise many kinds.
             problem = f"{self}: `datasets` cannot read it ({type(error).__name__}: {error})"
             advice = "To continue from here, run the same command again. If it fails again, download the files and "
@@ -159,7 +163,7 @@ class HubInput(Input):
 
 @dataclass(frozen=True)
 class Position:
-    """A place in a list of inputs, before which everything is written.
+    """A place in a list of inputs. All records before it are written.
 
     Attributes:
         input: The index of an input.
@@ -189,7 +193,7 @@ class Part:
     Attributes:
         input_index: Which of the inputs it belongs to.
         start, stop: Where it begins and ends, as of `records.find_cuts`; None is the end of the input.
-        skip: The number of its first records that are not read.
+        skip: The number of its first records that are passed over.
     """
 
     input_index: int
@@ -205,11 +209,12 @@ class RecordBatch(NamedTuple):
     Attributes:
         input_index: Which of the inputs they belong to.
         source: The name of the input's source.
-        first, end: The number of records that precede them in the part, and the number up to their end.
+        first, end: The number of the part's records that precede the first and that end with the last of them. A record
+            that stands for several lines counts as that many.
         size: About how many bytes they take in memory.
-        bytes_read: The bytes of the input that end with them.
-        is_last: Whether the part ends with them.
-        next_start: Where the next part of the input starts, or None if nothing follows in it.
+        bytes_read: The position in the input, in bytes, where they end.
+        is_last: Whether they end the part.
+        next_start: Where the next part of the input starts, or None if none follows.
     """
 
     input_index: int
@@ -242,7 +247,7 @@ def read_part(part: Part, fields: list[str], batch_bytes: int | None = None) -> 
         for chunk, position in part.source_input.read_records(fields, part.start, part.stop):
             for record in chunk:
                 if isinstance(record, BadRecord) and record.args[0] == DAMAGED_FILE:
-                    next_start = None
+                    next_start = None  # The rest of the file cannot be read.
                 count = count_lines(record)
                 read += count
                 if read <= part.skip:
@@ -268,6 +273,6 @@ def read_batches(inputs: list[Input], fields: list[str], batch_bytes: int | None
 
 
 def out_of_memory_error(source_input: Input) -> ValueError:
-    """Return the error of an input that has a record which is too large for the memory of this machine."""
+    """Return the error for an input with a record that is too large for this machine's memory."""
     problem = f"{source_input}: memory ran out. A document takes many times its size while it is tokenized"
     return ValueError(f"{problem}. Split or remove the longest documents of this file, or use --workers 1.")

@@ -1,4 +1,4 @@
-"""Fit how the loss falls with a model's size and its training tokens, and predict that of other runs."""
+"""Fit how the loss falls with a model's size and its training tokens, and predict the loss of other runs."""
 
 import dataclasses
 import itertools
@@ -18,9 +18,9 @@ from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train.metrics import read_metrics
 
-# The exponents that are tried first, and how often the best of them and its neighbors are refined.
+# The exponents that are tried first, and the number of grids: each further one is finer, around the best exponents.
 EXPONENTS = np.geomspace(0.02, 2.0, 60)
-REFINEMENTS = 4
+GRIDS = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measurement:
     """What a run reached."""
 
     name: str
-    parameters: int  # without embeddings
+    parameters: int  # as of count_without_embeddings
     tokens: int
     lr: float
     loss: float  # of the last validation, nats per token
@@ -56,22 +56,26 @@ def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
     holds for the rule by which the runs' tokens follow from their sizes.
 
     Raises:
-        ConfigError: There are fewer measurements than numbers to fit, or the loss does not fall with the size.
+        ConfigError: There are too few sizes or measurements, or the loss does not fall as a power law does.
     """
     sizes = np.array([m.parameters for m in measurements], dtype=float)
     tokens = np.array([m.tokens for m in measurements], dtype=float)
     losses = np.array([m.loss for m in measurements])
-    has_tokens = len({(m.parameters, m.tokens) for m in measurements}) > len({m.parameters for m in measurements})
+    runs = {(m.parameters, m.tokens) for m in measurements}
+    token_counts = {m.tokens for m in measurements}
+    has_tokens = len(runs) > len(set(sizes))
     required = 5 if has_tokens else 3
+    at_least = "3 sizes and 3 numbers of tokens" if has_tokens else "3 sizes"
     require(
-        len({m.parameters for m in measurements}) >= 3 and len(measurements) >= required,
-        f"The law has {required} numbers to fit, and these runs have {len(set(sizes))} sizes and {len(measurements)} "
-        f"losses. Name runs of at least 3 sizes, and at least {required} that differ in size or tokens",
+        len(set(sizes)) >= 3 and (len(token_counts) >= 3 or not has_tokens) and len(runs) >= required,
+        f"The law has {required} numbers to fit, and these runs have {len(set(sizes))} sizes, {len(token_counts)} "
+        f"numbers of tokens and {len(runs)} losses. Name runs of at least {at_least}, and at least {required} that "
+        "differ in one",
     )
     # For given exponents the law is linear in its other numbers.
     grids = [EXPONENTS, EXPONENTS if has_tokens else np.zeros(1)]
     best: tuple[float, LossLaw] | None = None
-    for _ in range(REFINEMENTS):
+    for _ in range(GRIDS):
         for a, b in itertools.product(*grids):
             columns = [np.ones_like(sizes), sizes**-a, *([tokens**-b] if has_tokens else [])]
             numbers, *_ = np.linalg.lstsq(np.stack(columns, 1), losses, rcond=None)
@@ -97,7 +101,7 @@ def select_best(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def count_without_embeddings(config: ModelConfig) -> int:
-    """Return the number of parameters that every token is multiplied with: those of the blocks, norms and head."""
+    """Return the number of parameters that every token is multiplied with: all but embeddings that are not the head."""
     with torch.device("meta"):
         model = CausalLM(config)
     embeddings = 0 if config.tie_word_embeddings else model.model.embeddings.weight.numel()
@@ -128,7 +132,7 @@ def measure_runs(folders: Sequence[Path]) -> list[Measurement]:
     """Return what the runs reached.
 
     Raises:
-        ConfigError: As of `measure_run`, or the runs were validated on different data.
+        ConfigError: As in `measure_run`, or the runs were validated differently.
     """
     measured = [measure_run(folder) for folder in folders]
     validations = [describe_validation(folder)["settings"] for folder in folders]
@@ -154,7 +158,7 @@ def write_points(path: Path, law: LossLaw, measurements: Sequence[Measurement]) 
 
 
 def describe_dial(depth: int, vocab_size: int) -> tuple[Dial, int]:
-    """Return the sizes that experiment=gla_dial has at a depth, and its exact number of parameters."""
+    """Return the sizes of experiment=gla_dial at a depth, and its exact number of parameters without embeddings."""
     dial = Dial(depth, vocab_size)
     shape = {"num_hidden_layers": depth, "hidden_size": dial.hidden_size, "num_heads": dial.num_heads}
     return dial, count_without_embeddings(ModelConfig(vocab_size=vocab_size, **shape))

@@ -137,8 +137,9 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
 
-    The peak is where the backward pass begins: all activations are there, and gradients only if a collective or an
-    earlier micro-batch has allocated them. The kernels' workspaces are not counted.
+    The peak is where the backward pass begins and all activations are there. Gradients are there if DDP, an earlier
+    micro-batch or segment, or a CUDA graph has allocated them. Otherwise they take the place of the activations, and if
+    they are larger, the peak is at the end of the backward pass. The kernels' workspaces are not counted.
 
     Raises:
         ConfigError: The processes do not form the config's mesh.
@@ -165,28 +166,29 @@ def estimate_memory(
     for mixer in set(layers):
         saved = measure(mixer, config.train)
         parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
-        # The backward pass of a block recomputes its activations, one block at a time.
+        # With checkpointing, the backward pass recomputes the activations of one block at a time.
         recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
         backward = int((recomputed + _gradient_bytes(config.model, bf16)) * tokens)
         parts["one block's backward"] = max(parts["one block's backward"], backward)
         gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * (2 if bf16 else 4)
         parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
-        if is_ddp:  # Sharded weights are gathered in bfloat16, and freed again.
+        if is_ddp:  # Autocast's copies, which are kept. Sharded weights are gathered in bfloat16, and freed again.
             parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
-    # The loss has been computed when the last block's backward pass begins.
+    # Only the larger one counts, because the loss's memory is free when the last block's backward pass begins.
     smaller = min("loss", "one block's backward", key=parts.__getitem__)
     has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1 or captured
     if captured:
-        # CUDA graphs keep the memory of a step for themselves. Validation reads windows without cutting segments.
+        # CUDA graphs keep the memory of a step for themselves, so validation needs its own. It does not cut windows
+        # into segments. The forward pass of a block is taken to need as much as its backward pass.
         parts["validation"] = plan.segments * parts["one block's backward"] + parts["loss"]
     parts[smaller] = 0
-    if not has_gradients:  # They take the place of the activations, which the backward pass frees.
+    if not has_gradients:  # Gradients then take the place of activations, which the backward pass frees.
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     return parts
 
 
 def _gradient_bytes(model: ModelConfig, bf16: bool) -> int:
-    """Return the size, for a token, of the gradients that a block's backward pass holds at once: those of SwiGLU."""
+    """Return how many bytes of gradients a block's backward pass holds at once for each token: those of SwiGLU."""
     assert model.intermediate_size is not None
     return (4 * model.intermediate_size + 3 * model.hidden_size) * (2 if bf16 else 4)
 
@@ -223,10 +225,11 @@ def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
 def measure_activations(
     model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, compiled: bool, is_gpu: bool = False
 ) -> ActivationBytes:
-    """Measure what one block saves, by running its forward pass on the CPU at two lengths.
+    """Measure what one block saves for the backward pass, by running its forward pass at two lengths.
 
     For compiled blocks this counts what the forward half of torch.compile's partitioned graph hands to the backward
-    half. No code is generated. For a GPU the tensors are fake ones, whose shapes and dtypes the GPU's kernels tell.
+    half. No code is generated. With `is_gpu` the tensors are fake: they have the shapes and dtypes that they would have
+    on a GPU, but no data.
     """
     with _imagine_gpu() if is_gpu else nullcontext():
         one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
@@ -245,7 +248,7 @@ def measure_activations(
 
 @contextmanager
 def _imagine_gpu() -> Iterator[None]:
-    """Create fake tensors, which have no data, and let operators do with them what they would on a GPU."""
+    """Create fake tensors, which have no data, and let operators choose the kernels that they would choose on a GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True), assume_gpu():
         yield
 

@@ -3,9 +3,9 @@
 It is that of Tensor Programs V (Yang et al., arXiv 2203.03466) for width, in the form of the spectral condition (Yang,
 Simon and Bernstein, arXiv 2310.17813), and of CompleteP for depth (Dey et al., arXiv 2505.01618, alpha = 1).
 
-The papers multiply outputs of layers, too. An output multiplier c is the same, for AdamW and Muon, as c times the
-initial weight and c times the learning rate of the layer. So the forward pass is that of the standard parametrization,
-and the weights alone are the model, whatever reads them.
+The papers multiply outputs of layers, too. For AdamW and Muon, an output multiplier c is the same as c times the
+layer's initial weight, c times its learning rate and 1 / c times its eps. So the forward pass is that of the standard
+parametrization, and whatever reads a checkpoint needs no multipliers.
 """
 
 import math
@@ -29,7 +29,7 @@ class Multipliers:
     init: float = 1.0
     adam_lr: float = 1.0
     muon_lr: float = 1.0
-    eps: float = 1.0  # AdamW's, which is compared with gradients
+    eps: float = 1.0  # AdamW's, which must shrink as the gradients do
 
 
 UNSCALED = Multipliers()
@@ -41,17 +41,17 @@ def find_multipliers(config: ModelConfig, optim: OptimConfig) -> dict[str, Multi
     Let a parameter sum over n_in times as many inputs as in the base model and give n_out times as many outputs, with
     blocks in a network L times as deep. Then the parameter has
 
-        initial weights   n_in^-1/2 min(1, (n_out / n_in)^1/2): layers whose outputs do not grow, as the head, n_in^-1
-        AdamW's rate      n_in^-1
-        Muon's rate       (n_out / n_in)^1/2 max(rows, columns)^-1/2, for Muon's updates grow by max(rows, columns)^1/2
-        eps               n_out^-1 for gradients, and L^-1 in a block
+        initial weights   n_in^-1/2 min(1, (n_out / n_in)^1/2), which is n_in^-1 if n_out = 1, as for the head
+        AdamW's rate      n_in^-1, or n_in^-1/2 if the use says `unit_norm`
+        Muon's rate       (n_out / n_in)^1/2 m^-1/2, where max(rows, columns) grows by m and Muon's updates by m^1/2
+        eps               n_out^-1, and L^-1 in a block, as the gradients shrink
 
     Gains, biases, decays and embeddings, which sum over no inputs that grow, have n_in = 1. On top of this, the last
-    layer of a block's branch has an output multiplier of L^-1, and the queries of softmax attention have one by which
-    their products with keys of D channels are divided by D instead of D^1/2.
+    layer of a block's branch has an output multiplier of L^-1. The queries of softmax attention have one of d^-1/2, if
+    heads are d times as large as in the base model, so that their products with keys shrink by d instead of d^1/2.
 
     Raises:
-        ConfigError: It is not known how a parameter is used.
+        ConfigError: It is not known how a parameter is used, or which layer computes the output of a mixer.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -63,6 +63,7 @@ def find_multipliers(config: ModelConfig, optim: OptimConfig) -> dict[str, Multi
         for name, parameter in module.named_parameters(recurse=False):
             use = find_use(module, name, path)
             shape = base.get_submodule(path).get_parameter(name).shape
+            # Modules that declare how they use a parameter also choose its initial value.
             has_own_initial_value = name in getattr(module, "sums_over", {})
             is_drawn = isinstance(module, nn.Linear) and name == "weight" and not has_own_initial_value
             block_depth = depth if path.startswith("model.layers.") else 1.0
@@ -80,8 +81,8 @@ def scale_parameter(
         shape: that of the parameter.
         base: the parameter's shape in the base model.
         use: over which axis the parameter is summed.
-        is_drawn: whether its initial values are normal numbers of one size in all models. The modules that choose their
-            own initial values choose them well for every width.
+        is_drawn: whether its initial values are drawn from one normal distribution for all widths. Modules that choose
+            their own initial values choose them well for every width.
         depth: how many times as deep the network is, for parameters in blocks, else 1.
         output: the output multiplier of the parameter's layer.
     """
@@ -100,7 +101,7 @@ def find_use(module: nn.Module, name: str, path: str) -> SumOver | None:
     """Return over which axis the module `path` sums its own parameter `name`, None if over none.
 
     Raises:
-        ConfigError: This is no layer of torch's of which it is known, and the module does not say it.
+        ConfigError: `sums_over` of the module does not name the parameter, and the module is no known layer of torch's.
     """
     declared: ParameterUses = getattr(module, "sums_over", {})
     if name in declared:
@@ -122,7 +123,7 @@ def find_output_multipliers(model: CausalLM, base: CausalLM, depth: float) -> di
     """Return {path: output multiplier} of the layers that have one, for a network `depth` times as deep as the base.
 
     Raises:
-        ConfigError: A mixer has no layer of the name in its `output_layer`.
+        ConfigError: `depth` is not 1, and a mixer has no layer of the name in its `output_layer`.
     """
     found = {}
     for i, (block, base_block) in enumerate(zip(model.model.layers, base.model.layers, strict=True)):

@@ -18,7 +18,7 @@ from glalm.kernels.graph_capture import GraphCapture
 
 logger = logging.getLogger(__name__)
 
-# Steps of a shape that run eagerly, in which blocks are compiled and libraries initialise themselves.
+# How many steps run eagerly for each shape of micro-batches. They compile the blocks and initialise libraries.
 WARM_UP_STEPS = 2
 # With train.cuda_graph=auto, a graph leaves at least this share of the GPU's memory free for what runs between two
 # steps, such as validation, because that cannot use the memory of a graph.
@@ -29,7 +29,7 @@ ForwardBackward = Callable[[Batch, int, float | Tensor, bool], list[Tensor]]
 
 
 def is_captured(config: RunConfig, world_size: int, is_gpu: bool) -> bool:
-    """Return whether micro-batches run as CUDA graphs. For "auto" it still depends on the memory and on the mixers.
+    """Return whether to run micro-batches as CUDA graphs. With "auto", the memory or a mixer can still prevent it.
 
     Raises:
         ConfigError: train.cuda_graph is true, which the run does not support.
@@ -41,7 +41,7 @@ def is_captured(config: RunConfig, world_size: int, is_gpu: bool) -> bool:
     elif world_size > 1 or config.parallel.mode != "ddp":
         obstacle = "a graph contains no communication, so it needs one process and parallel=ddp"
     elif "reset_state" in boundaries:
-        obstacle = "with data.document_boundaries=reset_state every batch has another number of documents"
+        obstacle = "with data.document_boundaries=reset_state the number of documents varies between batches"
     wanted = config.train.cuda_graph
     require(wanted is not True or obstacle is None, f"train.cuda_graph=true: {obstacle}. Set train.cuda_graph=auto.")
     return wanted is not False and obstacle is None
@@ -54,19 +54,19 @@ class StepGraph:
     gradients, and one for the others, which add to them. The results are those of eager calls, bit for bit.
 
     Gradients are tensors in the graphs' memory. The optimizer may change them and set `grad` to None; the next step's
-    first replay overwrites them. A step needs as much memory as without graphs, but nothing else can use it meanwhile.
+    first replay overwrites them. A step needs as much memory as without graphs, but it stays reserved between steps.
 
-    If a step cannot be captured, all of them run eagerly and a warning is logged, or with `is_required` the error is
-    raised. The graphs of a shape are dropped when another shape comes, because the stages of a run do not alternate.
+    If a step cannot be captured, a warning is logged and all later calls are eager. With `is_required` the error is
+    raised instead. A new shape drops the graphs of the last one, because the stages of a run do not alternate.
 
     Args:
         parameters: All parameters of the model. Only this object and the optimizers may change them, and in place.
         capture: Captures on the GPU of the parameters.
-        is_required: Raise if a step cannot be captured, and use the memory that it takes.
+        is_required: Raise if a step cannot be captured, and keep the graphs however little memory they leave free.
 
     Attributes:
-        graphs: {whether it is that of the first micro-batch: graph} of the newest shape.
-        peak_bytes: The peak of allocated memory while steps were captured, which is that of replays, too.
+        graphs: {is_first: graph} of the newest shape, where is_first means the first micro-batch of a step.
+        peak_bytes: The peak of allocated memory during the captures. Replays have the same peak.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], capture: GraphCapture, is_required: bool):
@@ -89,7 +89,10 @@ class StepGraph:
     def run(
         self, function: ForwardBackward, micro_batch: Batch, segment_length: int, weight: float, is_last: bool
     ) -> list[Tensor]:
-        """Return function(micro_batch, segment_length, weight, is_last). Read the losses before the next call."""
+        """Return function(micro_batch, segment_length, weight, is_last). Read the losses before the next call.
+
+        A graph is replayed whatever `is_last` is, because that only concerns communication between processes.
+        """
         call = partial(function, micro_batch, segment_length, weight, is_last)
         if self.has_failed:
             return call()
@@ -147,7 +150,8 @@ class StepGraph:
         self._reset(None)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning(
-            "train.cuda_graph=auto: the run trains on without CUDA graphs, because they cannot be captured: %s. Set "
-            "train.cuda_graph=true to see where, or train.cuda_graph=false for no attempt.",
+            "train.cuda_graph=auto: the run trains on without CUDA graphs: %s. "
+            "train.cuda_graph=true stops at an error and uses graphs however little memory they leave; "
+            "train.cuda_graph=false makes no attempt.",
             reason,
         )

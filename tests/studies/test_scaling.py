@@ -64,8 +64,15 @@ def test_tokens_in_proportion_to_sizes_are_no_axis_of_their_own():
 
 def test_fit_refuses_too_little_and_what_does_not_fall():
     law = LossLaw(1.0, 100.0, 0.3)
-    with pytest.raises(ConfigError, match="3 numbers to fit, and these runs have 2 sizes and 2 losses"):
+    with pytest.raises(
+        ConfigError, match="3 numbers to fit, and these runs have 2 sizes, 1 numbers of tokens and 2 los"
+    ):
         fit_loss_law(synthetic_runs(law, SIZES[:2], [10**9]))
+    # Two numbers of tokens would fit every exponent equally well, and a run that is named twice says nothing more.
+    with pytest.raises(ConfigError, match="at least 3 sizes and 3 numbers of tokens, and at least 5"):
+        fit_loss_law(synthetic_runs(law, SIZES, [10**8, 10**9]))
+    with pytest.raises(ConfigError, match="2 sizes, 1 numbers of tokens and 2 losses"):
+        fit_loss_law(2 * synthetic_runs(law, SIZES[:2], [10**9]))
     with pytest.raises(ConfigError, match="do not fall"):
         fit_loss_law(synthetic_runs(LossLaw(1.0, -1.0, 0.1), SIZES, [10**9]))
 

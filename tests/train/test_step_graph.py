@@ -207,9 +207,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(run_config, caplo
     assert capture.calls[-1] in ("rehearse", "capture")
     [record] = caplog.records
     name = failing.split()[0]
-    expected = (
-        f"train.cuda_graph=auto: the run trains on without CUDA graphs, because they cannot be captured: no {name}."
-    )
+    expected = f"train.cuda_graph=auto: the run trains on without CUDA graphs: no {name}."
     assert record.getMessage().startswith(expected)
 
 
@@ -267,7 +265,7 @@ def test_a_run_that_validates_and_is_resumed_ends_as_the_eager_one(run_config, c
         ({}, 1, False, "it needs a GPU"),
         ({}, 2, True, "it needs one process and parallel=ddp"),
         ({"parallel.mode": "fsdp2"}, 1, True, "it needs one process and parallel=ddp"),
-        ({"data.document_boundaries": "reset_state"}, 1, True, "every batch has another number of documents"),
+        ({"data.document_boundaries": "reset_state"}, 1, True, "the number of documents varies between batches"),
     ],
 )
 def test_choice(run_config, change, changes, world_size, is_gpu, obstacle):

@@ -1,7 +1,7 @@
 """The fold of context parallelism: the state that enters a process's tokens, from the summaries of all processes.
 
-The fold is a few operations on a state of a megabyte for each process of the group. As PyTorch's operators they would
-be so many small kernels that they take longer than the scan of a shard.
+For each process of the group, the fold does a few operations on a state of about a megabyte. As PyTorch operators they
+would be so many small kernels that the fold would take longer than the scan of a shard.
 """
 
 import torch
@@ -20,12 +20,12 @@ def fold_summaries(
     """Fold S <- decay * S + local over the processes, in their order or in reverse.
 
     Args:
-        messages: float32 [processes, N, L + D]: of each process and row the L numbers of `local`, then the D of
-            `decay`, each of which multiplies L / D neighbouring numbers.
-        shape: that of a state S, [N, ...] with L numbers in a row.
+        messages: float32 [processes, N, L + D]: for each process and row, the L numbers of `local`, then the D numbers
+            of `decay`. Each number of `decay` multiplies L / D neighbouring numbers of S.
+        shape: the shape of S, [N, ...] with L numbers in a row.
         decay_size: D.
-        initial: float32 [N, ...], S before the first process, or None for zeros.
-        rank: this process.
+        initial: [N, ...], S before the first process that is folded, or None for zeros.
+        rank: the rank of this process.
         reverse: fold from the last process to the first.
 
     Returns:
@@ -54,7 +54,7 @@ def fold_summaries_kernel(
     S = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         S = tl.load(initial + i, mask=mask, other=0)
-    for step in tl.range(0, size, num_stages=4):  # The next process's summary is loaded meanwhile.
+    for step in tl.range(0, size, num_stages=4):  # The summaries of the next processes are loaded meanwhile.
         r = size - 1 - step if REVERSE else step
         row = messages + (r * N + n) * (L + D)
         local = tl.load(row + p, mask=mask, other=0)

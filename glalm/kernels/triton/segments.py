@@ -1,4 +1,4 @@
-"""Chain the segments of a sequence, which were scanned in parallel from states of zeros."""
+"""Chain the segments of a sequence, which were scanned in parallel, each from a state of zeros."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from glalm.kernels.triton.launch import launch, padded_head_size
 
-STAGES = 4  # the states of so many segments are loaded before they are needed
+STAGES = 4  # of the pipelined loop: the states of the next segments are loaded before they are needed
 
 
 def join_segments(
@@ -19,17 +19,18 @@ def join_segments(
     reverse: bool = False,
     write_starts: bool = True,
 ) -> None:
-    """Replace the states that the segments end with, scanned from zeros, by the states that they begin with.
+    """Replace the end states of segments that were scanned from zeros by the states that the segments begin with.
 
     Args:
-        ends: float32 [N, segments, H, K, V], the first two axes maybe as one; overwritten, unless write_starts=False.
-        segment_decay: float32 [N, segments, H, KP], likewise, by which each segment multiplies the state that it begins
-            with. KP is K, padded to a power of two.
-        segments: of each sequence.
-        initial: float32 [N, H, K, V], the states before the first segments, or None for zeros.
-        final: float32 [N, H, K, V] or None; receives the states after the last segments.
-        decay: float32 [N, H, K] or None; receives the factors by which all segments multiply the initial states.
-        reverse: the segments follow each other from the last to the first.
+        ends: float32 [N, segments, H, K, V] or [N * segments, H, K, V].
+        segment_decay: float32 [N, segments, H, KP] or [N * segments, H, KP], the factors by which each segment
+            multiplies the state that it begins with. KP is K, padded to a power of two.
+        segments: the number of segments of each sequence.
+        initial: float32 [N, H, K, V], the states before the first segments of the chains, or None for zeros.
+        final: float32 [N, H, K, V] or None; receives the states after the last segments of the chains.
+        decay: float32 [N, H, K] or None; receives the products of the factors of all segments.
+        reverse: the chain begins with the last segment and ends with the first.
+        write_starts: overwrite `ends`. If False, only `final` and `decay` are computed.
     """
     H, K, V = ends.shape[-3:]
     KP = segment_decay.shape[-1]
@@ -77,5 +78,5 @@ def join_segments_kernel(
     if final is not None:
         tl.store(final + head * K * V + p, S, mask=mask)
     if decay is not None:
-        writes = tl.where(block == 0, K, 0)  # channels: one of the blocks of columns writes them
+        writes = tl.where(block == 0, K, 0)  # Only the first block of columns writes the decay.
         tl.store(decay + head * K + kk, total_decay, mask=kk < writes)

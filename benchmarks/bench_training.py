@@ -43,7 +43,7 @@ from glalm.model.flops import model_cost
 from glalm.model.mixers.attention import attention_heads
 from glalm.train import optim, parallel
 from glalm.train.environment import describe_environment, peak_flops
-from glalm.train.estimate import GIB, estimate_memory
+from glalm.train.memory import GIB, estimate_memory
 from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 

@@ -36,7 +36,7 @@ from glalm.kernels import chunk_gla, context_parallel
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.config import ModelConfig
 from glalm.train import parallel
-from glalm.train.estimate import estimate_memory
+from glalm.train.memory import estimate_memory
 from glalm.train.state import BatchPlan
 from glalm.train.trainer import Trainer
 

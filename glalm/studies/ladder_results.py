@@ -24,7 +24,8 @@ from glalm.evals.result_files import median_training_speed, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.flops import model_cost
 from glalm.studies.ladder_progress import format_seconds
-from glalm.train.estimate import GIB, count_parameters, estimate_hours_and_memory
+from glalm.train.estimate import estimate_hours_and_memory
+from glalm.train.memory import GIB, count_parameters
 from glalm.train.metrics import read_metrics
 
 if TYPE_CHECKING:

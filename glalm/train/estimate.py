@@ -1,42 +1,31 @@
 """Estimate what a run needs before it spends a GPU hour: parameters, FLOPs, memory, time and disk."""
 
-import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glalm.config.run import RunConfig, TrainConfig
+from glalm.config.run import RunConfig
 from glalm.config.stages import Phase
 from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
-from glalm.kernels.common import assume_gpu
-from glalm.model.config import ModelConfig
-from glalm.model.decoder import Block, CausalLM
+from glalm.model.decoder import CausalLM
 from glalm.model.flops import model_cost
-from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.model.precision import has_bf16
-from glalm.train.compile import apply_training_forward, choose_forward, is_compiled, list_forward_shapes
+from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
+from glalm.train.memory import GIB, count_parameters, estimate_memory
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan, plan_batches
 from glalm.train.step_graph import is_captured
 from glalm.train.training_data import TrainingData
 
-GIB = 2**30
 ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
-# The two sequence lengths at which a block's activations are measured, in tokens.
-SHORT, LONG = 128, 256
-MOMENTS_PER_PARAMETER = {"Muon": 1, "AdamW": 2}
 # A twentieth of the memory is reserved for fragmentation and for CUDA itself.
 USABLE_MEMORY = 0.95
 # What else a run can set against a lack of memory, by its parallel.mode.
@@ -77,25 +66,6 @@ ASSUMED_GPUS = {
 }
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters. Shared ones count once."""
-
-    total: int
-    blocks: int  # of all blocks
-    largest_block: int
-    moments: int  # numbers that the optimizers save
-    averages: int  # numbers of the moving average of the weights
-
-
-@dataclass(frozen=True)
-class ActivationBytes:
-    """What a block saves for its backward pass."""
-
-    per_token: float
-    fixed: float  # independent of the number of tokens: its weights in bfloat16
-
-
 def current_device() -> Device:
     """Return this process's GPU, or this machine's CPU."""
     if not torch.cuda.is_available():
@@ -103,170 +73,6 @@ def current_device() -> Device:
         return Device(f"CPU with {torch.get_num_threads()} threads", memory, bf16=False, is_gpu=False)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Device(properties.name, properties.total_memory, has_bf16(torch.device("cuda")))
-
-
-def count_parameters(config: RunConfig) -> ParameterCounts:
-    with torch.device("meta"):
-        model = CausalLM(config.model)
-    model.tie_weights()
-    moments = 0
-    for optimizer in build_optimizers(model, config.optim):
-        for group in optimizer.param_groups:
-            numel = sum(parameter.numel() for parameter in group["params"])
-            moments += MOMENTS_PER_PARAMETER[type(optimizer).__name__] * numel
-    blocks = [_numel(block) for block in model.model.layers]
-    averages = _numel(model) if config.train.ema_decay is not None else 0
-    return ParameterCounts(_numel(model), sum(blocks), max(blocks), moments, averages)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-# --------------------------------------------------------------------------------------------------------------- Memory
-
-
-def estimate_memory(
-    config: RunConfig,
-    plan: BatchPlan,
-    local_world_size: int,
-    bf16: bool,
-    compiled: bool,
-    captured: bool = False,
-    is_gpu: bool = False,
-) -> dict[str, int]:
-    """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
-
-    The peak is where the backward pass begins and all activations are there. Gradients are there if DDP, an earlier
-    micro-batch or segment, or a CUDA graph has allocated them. Otherwise they take the place of the activations, and if
-    they are larger, the peak is at the end of the backward pass. The kernels' workspaces are not counted.
-
-    Raises:
-        ConfigError: The processes do not form the config's mesh.
-    """
-    counts = count_parameters(config)
-    is_ddp = config.parallel.mode == "ddp"
-    _, shards = config.parallel.mesh(plan.world_size, local_world_size)
-    tokens = plan.micro_batch * plan.shard_length
-    parts = {
-        "weights": 4 * counts.total // shards,
-        "gradients": 4 * counts.total // shards,
-        "optimizer": 4 * counts.moments // shards,
-        "average": 4 * counts.averages // shards,
-        "gathered": 0 if is_ddp else _gathered_bytes(config, plan, counts, bf16),
-        "bf16 weights": 0,
-        "activations": 0,
-        "one block's backward": 0,
-        "gathered keys and values": 0,  # of one block, and their gradients
-        "loss": _loss_bytes(config.model, tokens, bf16),
-    }
-    recomputes = config.train.activation_checkpointing in ("selective", "full")
-    layers = config.model.layer_mixers()
-    measure = partial(measure_activations, config.model, bf16=bf16, compiled=compiled, is_gpu=is_gpu)
-    for mixer in set(layers):
-        saved = measure(mixer, config.train)
-        parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
-        # With checkpointing, the backward pass recomputes the activations of one block at a time.
-        recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
-        backward = int((recomputed + _gradient_bytes(config.model, bf16)) * tokens)
-        parts["one block's backward"] = max(parts["one block's backward"], backward)
-        gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * (2 if bf16 else 4)
-        parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
-        if is_ddp:  # Autocast's copies, which are kept. Sharded weights are gathered in bfloat16, and freed again.
-            parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
-    # Only the larger one counts, because the loss's memory is free when the last block's backward pass begins.
-    smaller = min("loss", "one block's backward", key=parts.__getitem__)
-    has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1 or captured
-    if captured:
-        # CUDA graphs keep the memory of a step for themselves, so validation needs its own. It does not cut windows
-        # into segments. The forward pass of a block is taken to need as much as its backward pass.
-        parts["validation"] = plan.segments * parts["one block's backward"] + parts["loss"]
-    parts[smaller] = 0
-    if not has_gradients:  # Gradients then take the place of activations, which the backward pass frees.
-        parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
-    return parts
-
-
-def _gradient_bytes(model: ModelConfig, bf16: bool) -> int:
-    """Return how many bytes of gradients a block's backward pass holds at once for each token: those of SwiGLU."""
-    assert model.intermediate_size is not None
-    return (4 * model.intermediate_size + 3 * model.hidden_size) * (2 if bf16 else 4)
-
-
-def gathered_channels(model: ModelConfig, mixer: str) -> int:
-    """Return Mixer.gathered_channels of a layer."""
-    with torch.device("meta"):
-        one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
-    block = one_block.model.layers[0]
-    assert isinstance(block, Block)
-    return block.attn.gathered_channels()
-
-
-def _gathered_bytes(config: RunConfig, plan: BatchPlan, counts: ParameterCounts, bf16: bool) -> int:
-    """Return the size of what is unsharded at once: gradients, and weights of the root and of two (or all) blocks."""
-    root = counts.total - counts.blocks
-    block_weights = 2 * counts.largest_block if config.parallel.reshard else counts.blocks
-    weight_bytes = 4 * root + (2 if bf16 else 4) * block_weights
-    if plan.accumulation * plan.segments == 1:
-        return weight_bytes + 4 * (root + 2 * counts.largest_block)
-    # FSDP2 accumulates unsharded gradients, in reduce_dtype.
-    return weight_bytes + (2 if config.parallel.reduce_dtype == "bf16" else 4) * counts.total
-
-
-def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
-    """Return the size of the last hidden state, its norm, the head, their gradients, and a chunk of logits."""
-    assert model.vocab_size is not None  # The data's tokenizer has set it.
-    width = 2 if bf16 else 4
-    hidden = tokens * model.hidden_size * 5 * width
-    head = model.vocab_size * model.hidden_size * (4 + width % 4)  # float32 gradient; with bf16 also the cast weight
-    return hidden + head + width * min(tokens * model.vocab_size, CHUNK_ELEMENTS)
-
-
-def measure_activations(
-    model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, compiled: bool, is_gpu: bool = False
-) -> ActivationBytes:
-    """Measure what one block saves for the backward pass, by running its forward pass at two lengths.
-
-    For compiled blocks this counts what the forward half of torch.compile's partitioned graph hands to the backward
-    half. No code is generated. With `is_gpu` the tensors are fake: they have the shapes and dtypes that they would have
-    on a GPU, but no data.
-    """
-    with _imagine_gpu() if is_gpu else nullcontext():
-        one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
-        block = one_block.model.layers[0]
-        forward: Callable = partial(choose_forward(train, compiled), block)
-        # Autograd's hooks do not see the tensors that selective checkpointing saves, but a traced graph shows them.
-        if compiled or train.activation_checkpointing == "selective":
-            torch._dynamo.reset()  # A graph that was partitioned under other settings would be reused.
-            forward = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)
-        short = _saved_bytes(block, forward, SHORT, model.hidden_size, bf16)
-        long = _saved_bytes(block, forward, LONG, model.hidden_size, bf16)
-    per_token = (long - short) / (LONG - SHORT)
-    # Mamba saves a state between chunks, one less than there are chunks, so the fitted intercept can be negative.
-    return ActivationBytes(per_token, max(0.0, short - per_token * SHORT))
-
-
-@contextmanager
-def _imagine_gpu() -> Iterator[None]:
-    """Create fake tensors, which have no data, and let operators choose the kernels that they would choose on a GPU."""
-    with FakeTensorMode(allow_non_fake_inputs=True), assume_gpu():
-        yield
-
-
-def _saved_bytes(block: nn.Module, forward: Callable, length: int, hidden_size: int, bf16: bool) -> int:
-    """Return the size of what a forward pass of `length` tokens saves, without the block's parameters."""
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    x = torch.randn(1, length, hidden_size, requires_grad=True, dtype=torch.bfloat16 if bf16 else torch.float32)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        forward(x)
-    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters)
 
 
 # --------------------------------------------------------------------------------------------------------------- Report

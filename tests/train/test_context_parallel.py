@@ -13,7 +13,7 @@ from glalm.config.strict import ConfigError
 from glalm.data.loader import flatten_batch, shard_batch
 from glalm.model.mixers import MIXERS
 from glalm.model.mixers.base import Mixer
-from glalm.train.estimate import estimate_memory
+from glalm.train.memory import estimate_memory
 from glalm.train.state import BatchPlan
 
 KINDS = {

@@ -358,8 +358,8 @@ def test_the_command_prints_counts_and_examples(sources, tmp_path, monkeypatch, 
 def test_killed_at_random_moments_it_resumes(sources, uninterrupted, tmp_path):
     """Kill a process with two workers by SIGKILL again and again, and let the last one finish."""
     script = (
-        "import time\nfrom glalm.prepare import deduplication, sources\n"
-        "from glalm.prepare.signature_store import SignatureStore\nsources.BATCH_BYTES = 3_000\n"
+        "import time\nfrom glalm.prepare import deduplication, input_files\n"
+        "from glalm.prepare.signature_store import SignatureStore\ninput_files.BATCH_BYTES = 3_000\n"
         "commit = SignatureStore.commit\nSignatureStore.commit = lambda *args: (time.sleep(0.02), commit(*args))\n"
         "if __name__ == '__main__':\n"
         f"    deduplication.deduplicate([{str(sources)!r}], {str(tmp_path / 'out')!r}, workers=2, commit_seconds=0)"

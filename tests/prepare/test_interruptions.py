@@ -95,8 +95,9 @@ def test_any_number_of_workers_writes_the_same_bytes(
 def test_killed_at_random_moments_it_resumes(sources, settings, uninterrupted, tmp_path):
     """Kill a process with two workers by SIGKILL again and again, and let the last one finish."""
     script = (
-        "import time\nfrom glalm.prepare import pipeline, sources, units\nfrom glalm.prepare.writer import SetWriter\n"
-        "pipeline.BYTES_PER_WORKER, sources.BATCH_BYTES, units.UNIT_BYTES = 1, 5_000, 20_000\n"
+        "import time\nfrom glalm.prepare import input_files, pipeline, units\n"
+        "from glalm.prepare.writer import SetWriter\n"
+        "pipeline.BYTES_PER_WORKER, input_files.BATCH_BYTES, units.UNIT_BYTES = 1, 5_000, 20_000\n"
         "add = SetWriter.add_batch\nSetWriter.add_batch = lambda *args: (time.sleep(0.01), add(*args))\n"
         "if __name__ == '__main__':\n"
         f"    pipeline.prepare_data([{str(sources)!r}], {str(tmp_path / 'set')!r}, workers=2, commit_seconds=0.02, "

@@ -127,7 +127,7 @@ def test_a_copy_that_was_changed_is_noticed_and_mended(url, settings, corpus, tm
 def test_a_killed_preparation_resumes(url, settings, corpus, tmp_path):
     options = {**settings, "staging": str(settings["staging"]), "commit_seconds": 0}
     script = (
-        "import time\nfrom glalm.prepare import pipeline, sources\nsources.BATCH_BYTES = 3000\n"
+        "import time\nfrom glalm.prepare import input_files, pipeline\ninput_files.BATCH_BYTES = 3000\n"
         "from glalm.prepare.writer import SetWriter\nadd = SetWriter.add_batch\n"
         "SetWriter.add_batch = lambda *args: (time.sleep(0.05), add(*args))\n"
         f"pipeline.prepare_data([{str(corpus)!r}], {url!r}, workers=1, **{options!r})"

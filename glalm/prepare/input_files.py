@@ -67,12 +67,10 @@ class Input:
 
     def has_changed(self) -> bool:
         """Return whether the input has changed since its size and time were read."""
-        """Return the SHA-256 of the content, or None for a streamed file."""
-        """Return the SHA-256 of the content, or None if the file is not local."""
         return False
 
     def compute_sha256(self) -> str | None:
-        """Return the SHA-256 of the content, or None for a streamed file."""
+        """Return the SHA-256 of the content, or None if the file is not local."""
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -81,11 +79,10 @@ class Input:
 
 
 @dataclass(frozen=True)
-class FileInput(Input):
-    """A local file."""
+class PathInput(Input):
+    """A file that can be read from any place in it."""
 
-    path: Path
-    identity: tuple[int, int]  # device and inode, which are the same for all links to one file
+    path: Path | RemoteFile
 
     def __str__(self) -> str:
         return str(self.path)
@@ -98,6 +95,14 @@ class FileInput(Input):
         # Most files are small. These are not opened.
         return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
 
+
+@dataclass(frozen=True)
+class FileInput(PathInput):
+    """A local file."""
+
+    path: Path
+    identity: tuple[int, int]  # device and inode, which are the same for all links to one file
+
     def has_changed(self) -> bool:
         status = self.path.stat()
         return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
@@ -107,20 +112,10 @@ class FileInput(Input):
 
 
 @dataclass(frozen=True)
-class RemoteInput(Input):
+class RemoteInput(PathInput):
     """A file at a URL. Its SHA-256 is not computed, because the file would have to be downloaded twice."""
 
     path: RemoteFile
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
-        """Yield the records of a part in order. From a table, only the columns that hold `fields` are read."""
-        return read_file(self.path, fields, start, stop)
-
-    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
-        return find_cuts(self.path, start, part_bytes) if self.size > part_bytes else []
 
     def has_changed(self) -> bool:
         return self.path.stat(from_cache=False) != (self.size, self.mtime_ns)

@@ -1,13 +1,17 @@
-"""Time decoding of our GLA, flash-linear-attention's if it is installed, and transformers' Llama with a static cache.
+"""Time decoding of our models, those of flash-linear-attention if it is installed, and Llama with a static cache.
 
     python benchmarks/bench_decoding.py --out FOLDER                                  1.3B, bf16, all rows
     python benchmarks/bench_decoding.py --models glalm llama --batches 1 --prompts 2048 16384
+    python benchmarks/bench_decoding.py --models glalm --presets gla mamba2 kda --size 340m --batches 1 8 --prompts 2048
 
 Weights are random. A row of the table is one model, batch size and prompt length. It shows ms a step over --new greedy
 tokens, peak memory, and the size of the state of one sequence. If the prompts of a batch have at most --read tokens in
-all, the prefill is run and timed. Otherwise decoding starts from an empty state of the same size, which costs a step
-the same. Llama's steps are compiled (mode="reduce-overhead"). Rows that cannot fit into memory are skipped. "x weights"
+all, the prefill is run and timed. Otherwise decoding starts from a state of the same size, which costs a step the
+same. Llama's steps are compiled (mode="reduce-overhead"). Rows that cannot fit into memory are skipped. "x weights"
 is the time of a step divided by the time of reading every weight once, at the bandwidth of a copy on this device.
+
+--presets are names in configs/model without the size. Each has rows of our model, and of flash-linear-attention's of
+the same mixer and widths. Llama has the widths of the preset gla.
 
 FOLDER gets decoding.json and decoding.png. Rows of earlier calls are kept, so models can be added one by one:
 python benchmarks/bench_decoding.py --models llama --batches 1 --prompts 2048 --out FOLDER
@@ -23,17 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench_training import Row, compose_run_config, fla_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from glalm.generation.cuda_graph import CudaGraphGenerator, prefill_prompt
 from glalm.hf import GLALMConfig, GLALMForCausalLM
+from glalm.model.config import ModelConfig
 
-SIZES = {  # width, layers, GLA's heads, SwiGLU's width, vocabulary
-    "tiny": (64, 2, 2, 128, 300),
-    "340m": (1024, 24, 4, 2816, 32000),
-    "1b3": (2048, 24, 4, 5632, 32000),
-}
 Stepper = Callable[[Tensor], Tensor]  # tokens [B, 1] to logits [B, vocabulary]
 
 
@@ -41,7 +42,7 @@ class Runner(NamedTuple):
     """A model, and how to decode with it.
 
     prefill(ids, room) reads a prompt [B, T] and returns the state after it, with room for so many more tokens.
-    empty_state(B, T, room) returns a state of the same size without reading a prompt.
+    empty_state(B, T, room) returns a state of the same size without reading B prompts.
     start(state) returns the function that computes the next step.
     state_bytes(T) is the size of the state of one sequence of T tokens.
     """
@@ -58,33 +59,27 @@ def build_model(model_class: type[nn.Module], config, device: str) -> nn.Module:
         return model_class(config).to(torch.bfloat16).eval()
 
 
-def glalm(size: str, device: str) -> Runner:
-    d, layers, heads, inner, vocabulary = SIZES[size]
-    config = GLALMConfig(
-        hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
-    )
-    model = build_model(GLALMForCausalLM, config, device)
+def count_bytes(states: list) -> int:
+    return sum(x.nbytes for x in tree_leaves(states) if isinstance(x, Tensor))
+
+
+def glalm(config: ModelConfig, device: str) -> Runner:
+    model = build_model(GLALMForCausalLM, GLALMConfig.from_model_config(config), device)
 
     def prefill(ids: Tensor, room: int):
         return prefill_prompt(model, ids, None, None, 2**15)[1]
 
     def empty_state(B: int, T: int, room: int):
-        return prefill(torch.zeros(B, 16, dtype=torch.int64, device=device), room)
+        cache = prefill(torch.zeros(1, T, dtype=torch.int64, device=device), room)
+        cache.batch_repeat_interleave(B)
+        return cache
 
     generator = CudaGraphGenerator(model)
-    state_bytes = sum(x.nbytes for x in tree_leaves(empty_state(1, 1, 0).states))
-    return Runner(model, prefill, empty_state, generator.start_step, lambda T: state_bytes)
+    return Runner(model, prefill, empty_state, generator.start_step, lambda T: count_bytes(empty_state(1, T, 0).states))
 
 
-def fla(size: str, device: str) -> Runner:
-    from fla.models import GLAConfig
-    from fla.models import GLAForCausalLM as Peer
-
-    d, layers, heads, inner, vocabulary = SIZES[size]
-    config = GLAConfig(
-        hidden_size=d, num_hidden_layers=layers, num_heads=heads, intermediate_size=inner, vocab_size=vocabulary
-    )
-    model = build_model(Peer, config, device)
+def fla(config: ModelConfig, device: str) -> Runner:
+    model = build_model(*fla_model(config), device)
 
     def prefill(ids: Tensor, room: int):
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -101,22 +96,24 @@ def fla(size: str, device: str) -> Runner:
 
         return next_logits
 
-    return Runner(model, prefill, empty_state, start, lambda T: layers * d // 2 * d // heads * 4)
+    state_bytes = count_bytes(list(empty_state(1, 1, 0)))
+    return Runner(model, prefill, empty_state, start, lambda T: state_bytes)
 
 
-def llama(size: str, device: str) -> Runner:
+def llama(config: ModelConfig, device: str) -> Runner:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-    d, layers, _, inner, vocabulary = SIZES[size]
+    d = config.hidden_size
+    layers = config.num_hidden_layers
     heads = max(2, d // 128)
-    config = LlamaConfig(
-        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner,
-        vocab_size=vocabulary, max_position_embeddings=65536,
+    llama_config = LlamaConfig(
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size, max_position_embeddings=65536,
     )  # fmt: skip
-    model = build_model(LlamaForCausalLM, config, device)
+    model = build_model(LlamaForCausalLM, llama_config, device)
 
     def empty_state(B: int, T: int, room: int) -> StaticCache:
-        cache = StaticCache(config, max_cache_len=T + room)
+        cache = StaticCache(llama_config, max_cache_len=T + room)
         cache.early_initialization(B, heads, d // heads, torch.bfloat16, torch.device(device))
         for layer in cache.layers:
             layer.cumulative_length.fill_(T)
@@ -162,7 +159,7 @@ def measure_bandwidth(device: str) -> float:
 
 def time_row(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict[str, float]:
     """Time the prefill, if the prompts are short enough, and the steps of one row."""
-    ids = torch.randint(SIZES[args.size][4], (B, T), device=args.device)
+    ids = torch.randint(runner.model.config.vocab_size, (B, T), device=args.device)
     times = {}
     if args.read >= B * T:
         runner.prefill(ids, args.new)  # This compiles.
@@ -184,7 +181,8 @@ def time_row(runner: Runner, B: int, T: int, args: argparse.Namespace) -> dict[s
 
 def training_forward(runner: Runner, args: argparse.Namespace) -> float:
     """Return the tokens a second of training's forward pass, without logits, on 8 sequences of 2048 tokens."""
-    ids = torch.randint(SIZES[args.size][4], (8, 2048 if args.size != "tiny" else 32), device=args.device)
+    T = 2048 if args.size != "tiny" else 32
+    ids = torch.randint(runner.model.config.vocab_size, (8, T), device=args.device)
     runner.model(ids, shift_labels=ids, use_cache=False)
     start = synchronized_time(args.device)
     for _ in range(3):
@@ -200,9 +198,9 @@ def measure_rows(args: argparse.Namespace) -> dict:
     result = {**earlier, **result, "bandwidth": measure_bandwidth(args.device), "rows": earlier.get("rows", [])}
     print("| model | batch | prompt | ms a step | tokens/s | x weights | prefill tokens/s | state MiB | peak GiB |")
     print("|-|-|-|-|-|-|-|-|-|", flush=True)
-    for name in args.models:
+    for name, (build_runner, config) in choose_runners(args).items():
         try:
-            runner = RUNNERS[name](args.size, args.device)
+            runner = build_runner(config, args.device)
         except Exception as error:  # The library is missing, or it does not support this version of transformers.
             print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
             continue
@@ -221,6 +219,21 @@ def measure_rows(args: argparse.Namespace) -> dict:
     return result
 
 
+def choose_runners(args: argparse.Namespace) -> dict[str, tuple[Callable[[ModelConfig, str], Runner], ModelConfig]]:
+    """Return the function that builds a runner, and the config of our model, for the name of each row.
+
+    Raises:
+        ConfigError: A preset has no file in configs/model.
+    """
+    row = Row(args.size, batch=1, T=max(args.prompts))
+    configs = {preset: compose_run_config(row, preset, []).model for preset in {"gla", *args.presets}}
+    runners = {}
+    for name in args.models:
+        for preset in args.presets if name != "llama" else ["gla"]:
+            runners[name if preset == "gla" else f"{name} {preset}"] = RUNNERS[name], configs[preset]
+    return runners
+
+
 def read_result(folder: Path | None, expected: dict) -> dict:
     """Return the result of earlier calls if its size and device are those of `expected`."""
     path = folder and folder / "decoding.json"
@@ -231,14 +244,15 @@ def read_result(folder: Path | None, expected: dict) -> dict:
 def measure_row(runner: Runner, B: int, T: int, bytes_per_second: float, args: argparse.Namespace) -> dict:
     """Return the numbers of a row, or in `failed` why there are none: memory, or an error of kernels or compiler."""
     weights = sum(p.nbytes for n, p in runner.model.named_parameters() if "embed" not in n)
-    states = B * runner.state_bytes(T + args.new)
-    sizes = {"new": args.new, "weights_bytes": weights, "state_mib": states / B / 2**20}
+    sizes = {"new": args.new, "weights_bytes": weights}
     free_memory(args.device)
-    if args.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        if weights + states > 0.95 * torch.cuda.get_device_properties(args.device).total_memory:
-            return sizes | {"failed": "out of memory"}
     try:
+        state = runner.state_bytes(T + args.new)
+        sizes["state_mib"] = state / 2**20
+        if args.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            if weights + B * state > 0.95 * torch.cuda.get_device_properties(args.device).total_memory:
+                return sizes | {"failed": "out of memory"}
         times = time_row(runner, B, T, args)
     except torch.OutOfMemoryError:
         return sizes | {"failed": "out of memory"}
@@ -257,7 +271,7 @@ def free_memory(device: str) -> None:
 
 def format_row(row: dict) -> str:
     if "failed" in row:
-        cells = [row["failed"], *[""] * 3, f"{row['state_mib']:.1f}", ""]
+        cells = [row["failed"], *[""] * 3, f"{row['state_mib']:.1f}" if "state_mib" in row else "", ""]
     else:
         prefill = row.get("prefill_tokens_per_second")
         cells = [f"{row['ms']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['times_weights']:.2f}"]
@@ -292,13 +306,14 @@ def plot_speed(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=RUNNERS, default=[*RUNNERS])
+    parser.add_argument("--presets", nargs="+", default=["gla"], help="our presets, without _SIZE (gla)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192, 16384, 32768])
     parser.add_argument("--new", type=int, default=256, help="tokens to generate (256)")
     parser.add_argument(
         "--read", type=int, default=2**17, help="run the prefill of batches of at most so many tokens (131072)"
     )
-    parser.add_argument("--size", choices=SIZES, default="1b3")
+    parser.add_argument("--size", default="1b3", help="of the presets (1b3)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="folder for decoding.json and decoding.png")
     args = parser.parse_args()

@@ -1,23 +1,25 @@
-"""Measure the training throughput of our GLA, flash-linear-attention's and a compiled Llama of the same size.
+"""Measure the training throughput of our models, flash-linear-attention's and a compiled Llama of the same size.
 
     python benchmarks/bench_training.py                              all rows and models, a table in Markdown
     python benchmarks/bench_training.py --rows 1b3 --models glalm    one row and model
     python benchmarks/bench_training.py --rows 340m --models glalm --profile     and the time of a step by kernel
+    python benchmarks/bench_training.py --rows 340m --models glalm fla --set model=deltanet_340m     another mixer
     torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --set parallel=fsdp2     weak scaling
     torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --accumulation 4         with 4 micro-batches
     python benchmarks/bench_training.py --tiny                       tiny sizes, in seconds on a CPU
 
 A step is forward, backward, clipping and fused AdamW on random tokens, with float32 master weights under bfloat16
-autocast. Our step is that of the training loop with its config, which --set changes; the other models get the same
-optimiser. Every model runs in its own process. The column "host" is the time until the call of a step returns, from an
-idle device on: what Python takes to launch the kernels, and waits for room in the queue of some 1,024 launches. Where
-it is as long as the step, training waits for the host. The seconds of the first step include everything that is
-compiled then, or loaded from the caches of earlier runs. With an empty Triton cache flash-linear-attention autotunes
-for minutes.
+autocast. Our step is that of the training loop with its config, which --set changes. flash-linear-attention's model has
+the mixer and the widths of this config, and Llama those of the preset attention; their optimiser is the same. Every
+model runs in its own process. The column "host" is the time until the call of a step returns, from an idle device on:
+what Python takes to launch the kernels, and waits for room in the queue of some 1,024 launches. Where it is as long as
+the step, training waits for the host. The seconds of the first step include everything that is compiled then, or loaded
+from the caches of earlier runs. With an empty Triton cache flash-linear-attention autotunes for minutes.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -35,10 +37,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from glalm.cli import compose_config
+from glalm.compat.fla import config_to_fla
 from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
+from glalm.hf import GLALMConfig
+from glalm.model.config import ModelConfig
 from glalm.model.flops import model_cost
 from glalm.model.mixers.attention import attention_heads
 from glalm.train import optim, parallel
@@ -61,6 +67,14 @@ ROWS = {
     "small": Row("small", 8, 512),
 }
 TINY = {"tiny": Row("tiny", 2, 64)}
+# Classes of flash-linear-attention for mixers whose checkpoints cannot be exported to it, but whose widths it can have.
+FLA_ARCHITECTURES = {
+    "deltanet": "DeltaNetForCausalLM",
+    "gated_deltanet": "GatedDeltaNetForCausalLM",
+    "kda": "KDAForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+}
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 
@@ -88,11 +102,53 @@ def glalm(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[
 
 
 def fla(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
-    from fla.models import GLAConfig, GLAForCausalLM
+    config = compose_run_config(row, "gla", arguments.set)
+    model_class, model_config = fla_model(config.model)
+    return config, build_step(model_class(model_config), config)
 
-    config = compose_run_config(row, "gla", [])
-    shape = {name: getattr(config.model, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    return config, build_step(GLAForCausalLM(GLAConfig(**shape, num_heads=config.model.num_heads)), config)
+
+def fla_model(config: ModelConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Return the class of flash-linear-attention's model with the mixer and the widths of ours, and its config.
+
+    Raises:
+        ConfigError: That library has no such model.
+        ImportError: It is not installed, or a library is missing without which its Mamba runs on slow PyTorch code.
+    """
+    fields = fla_fields(config)
+    import fla.models
+
+    if "Mamba" in fields["architectures"][0]:
+        for library in ("mamba_ssm", "causal_conv1d"):
+            importlib.import_module(library)
+    model_class = getattr(fla.models, fields["architectures"][0])
+    return model_class, model_class.config_class(**fields)
+
+
+def fla_fields(config: ModelConfig) -> dict:
+    """Return the fields of the config of `fla_model`, among them `architectures` with the name of the model's class."""
+    mixers = config.layer_mixers()
+    if len(set(mixers)) > 1 or mixers[0] not in FLA_ARCHITECTURES:
+        fields = config_to_fla(GLALMConfig.from_model_config(config))
+        del fields["model_type"]
+        return fields
+    mixer = mixers[0]
+    fields = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    fields["architectures"] = [FLA_ARCHITECTURES[mixer]]
+    if mixer == "mamba":
+        options = config.mamba
+        return fields | {"state_size": options.state_size, "expand": options.expand, "conv_kernel": options.conv}
+    if mixer == "mamba2":
+        options = config.mamba2
+        fields |= {"state_size": options.state_size, "expand": options.expand, "conv_kernel": options.conv}
+        return fields | {"head_dim": options.head_dim, "n_groups": options.groups}
+    taps = config.kda.short_conv if mixer == "kda" else config.deltanet.short_conv
+    fields |= {"num_heads": config.num_heads, "intermediate_size": config.intermediate_size}
+    fields |= {"use_short_conv": taps > 0, "conv_size": taps or 4}
+    if mixer == "deltanet":
+        return fields | {"expand_k": config.expand_k, "expand_v": config.expand_v}
+    # In these models expand_v is relative to the width of the keys.
+    head_dim = config.key_dim // config.num_heads
+    return fields | {"head_dim": head_dim, "expand_v": config.value_dim / config.key_dim}
 
 
 def llama(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[[Tensor], Tensor]]:
@@ -285,7 +341,7 @@ def main() -> None:
         "--warmup", type=int, default=3, help="steps before them, including the first (default: %(default)s)"
     )
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of our step (default: %(default)s)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="an override of our config")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="an override of our config and fla's")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--estimate", action="store_true", help="print the dry run's estimate next to the peak")

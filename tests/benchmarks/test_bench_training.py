@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glalm.model.decoder import CausalLM
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_training.py"
 
 
@@ -47,6 +49,47 @@ def test_row_of_our_model(tmp_path):
 def test_row_of_llama(bench):
     arguments = SimpleNamespace(set=[], steps=1, warmup=1, estimate=False, profile=False)
     check(bench.measure("llama", bench.TINY["tiny"], arguments))
+
+
+def test_fla_gets_the_widths_of_our_preset(bench):
+    config = bench.compose_run_config(bench.ROWS["340m"], "gated_deltanet", []).model
+    assert bench.fla_fields(config) == {
+        "architectures": ["GatedDeltaNetForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_heads": 6,
+        "head_dim": 128,
+        "expand_v": 2.0,  # in units of the keys' 768 channels
+        "intermediate_size": 2112,
+        "use_short_conv": True,
+        "conv_size": 4,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gla", "retention", "deltanet", "gated_deltanet", "kda", "mamba", "mamba2"])
+def test_fla_has_as_many_parameters(bench, mixer):
+    models = pytest.importorskip("fla.models")
+    config = bench.compose_run_config(bench.ROWS["340m"], mixer, []).model
+    fields = bench.fla_fields(config)
+    model_class = getattr(models, fields["architectures"][0])
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in model.parameters())
+            for model in (model_class(model_class.config_class(**fields)), CausalLM(config))
+        ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_why_fla_has_no_row_is_one_line(bench):
+    arguments = SimpleNamespace(
+        set=["model=regla_tiny"], steps=1, warmup=1, accumulation=1, tiny=True, profile=False, estimate=False
+    )
+    result = bench.measure_in_process("fla", "tiny", arguments)
+    assert result.keys() == {"error"}
+    assert "flash-linear-attention has no model with layers of regla" in result["error"]
 
 
 @pytest.mark.parametrize(

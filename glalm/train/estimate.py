@@ -309,8 +309,9 @@ def describe_host_memory(config: RunConfig, world_size: int, weights: int, check
     local = _local_world_size(world_size)
     copies = checkpoint * local // world_size if config.train.checkpoint.asynchronous else 0
     needed = max(local * weights, copies)
+    processes = "process" if local == 1 else "processes"
     return (
-        f"{needed / GIB:.1f} GiB per machine with {local} processes, besides what Python and CUDA take in each: "
+        f"{needed / GIB:.1f} GiB per machine with {local} {processes}, besides what Python and CUDA take in each: "
         f"{local * weights / GIB:.1f} while the model is built, later {copies / GIB:.1f} for the copy of a checkpoint"
     )
 
@@ -345,12 +346,20 @@ def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_tok
     mfu = config.train.assumed_mfu
     tokens_per_second = peak * mfu / flops_per_token
     hours = tokens / (tokens_per_second * world_size) / 3600
+    gpu_hours = hours * world_size
     price = config.train.assumed_price
-    cost = f" for {hours * world_size * price:,.0f} at {price:g} an hour" if price else ""
+    cost = f" for {gpu_hours * price:,.0f} at {price:g} an hour" if price else ""
     return (
-        f"{hours:,.1f} hours, {hours * world_size:,.0f} GPU hours{cost}, at {mfu:.0%} of the GPU's {peak / 1e12:.0f} "
-        f"TFLOP/s (train.assumed_mfu): {tokens_per_second:,.0f} tokens/s per GPU"
+        f"{format_hours(hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of the "
+        f"GPU's {peak / 1e12:.0f} TFLOP/s (train.assumed_mfu): {tokens_per_second:,.0f} tokens/s per GPU"
     )
+
+
+def format_hours(hours: float) -> str:
+    """Return a duration as 40 s, 12 minutes or 5.5 hours."""
+    if hours < 0.025:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
 
 
 def describe_cpu_time(costs: list[PhaseCost], parameters: int) -> str:
@@ -358,8 +367,7 @@ def describe_cpu_time(costs: list[PhaseCost], parameters: int) -> str:
         return f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
     hours = measure_cpu_hours(costs)
     tokens_per_second = sum(cost.phase.tokens for cost in costs) / hours / 3600
-    duration = f"{3600 * hours:.0f} s" if hours < 0.025 else f"{hours:,.2f} hours"
-    return f"{duration}, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
+    return f"{format_hours(hours)}, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
 
 
 def measure_cpu_hours(costs: list[PhaseCost]) -> float:

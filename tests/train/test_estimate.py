@@ -27,6 +27,7 @@ from glalm.train.estimate import (
     describe_time,
     estimate_hours_and_memory,
     explain_out_of_memory,
+    format_hours,
     phase_costs,
 )
 from glalm.train.memory import GIB, count_parameters, estimate_memory
@@ -46,7 +47,7 @@ def test_report_of_a_dry_run(run_config, change):
     assert f"{total:,}; {total - 2 * 320 * 32:,} without" in text
     assert "4 x 16 = 64 tokens: 2 x NVIDIA H200, each 1 micro-batch of 2 sequences, ddp" in text
     assert "1,000 (64,000 tokens), warm-up over the first 2" in text
-    assert f"{hours:,.1f} hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
+    assert f"time          {3600 * hours:.0f} s, 0.0 GPU hours" in text and f"{12 * total / 1e9:.2f} GB each" in text
     assert "WARNING" not in text
     small = "\n".join(describe_needs(config, 2, Device("A small one", 2**16, True)))
     assert "WARNING: more than the 0.0 GiB of A small one. Set a smaller train.micro_batch_size" in small
@@ -62,6 +63,14 @@ def test_dry_run_prints_the_costs(run_config, change):
     text = describe_time(config, 2, H200, flops_per_token=1e9, tokens=10**15)
     gpu_hours = 1e9 * 1e15 / (0.5 * 989e12) / 3600
     assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f} at 2.5 an hour, at 50%" in text
+
+
+@pytest.mark.parametrize(
+    "hours, text",
+    [(0.02, "72 s"), (0.3, "18 minutes"), (1.4, "84 minutes"), (5.46, "5.5 hours"), (1234, "1,234.0 hours")],
+)
+def test_durations_are_in_readable_units(hours, text):
+    assert format_hours(hours) == text
 
 
 def test_indivisible_batch_is_refused(run_config, change):

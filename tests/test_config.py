@@ -66,6 +66,17 @@ def test_budgets_of_the_ladder():
     assert (paper.steps, paper.warmup_steps, paper.data.path) == (13352, 954, "data/slimpajama")
 
 
+def test_speedruns_have_one_budget():
+    recipe = composed("experiment=gla_speedrun")
+    paper = composed("experiment=gla_speedrun_paper")
+    tokens = 1_153_433_600
+    assert (recipe.steps, recipe.tokens_per_step) == (8_800, 2**17) and recipe.tokens_at(recipe.steps) == tokens
+    assert (paper.steps, paper.tokens_per_step) == (2_200, 2**19) and paper.tokens_at(paper.steps) == tokens
+    assert (recipe.warmup_steps, paper.warmup_steps) == (294, 74)  # 1/30 of the tokens
+    assert dataclasses.replace(paper.optim, warmup_tokens=500_000_000) == composed("experiment=gla_340m").optim
+    assert paper.model == composed("model=gla_small").model
+
+
 def test_experiment_can_be_changed():
     config = composed("experiment=gla_340m", "model=mamba2_340m", "name=other", "train.log_every=3")
     assert (config.name, config.model.mixer, config.train.log_every, config.steps) == ("other", "mamba2", 3, 28611)

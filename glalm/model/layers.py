@@ -1,7 +1,7 @@
 """Layers and functions that several mixers share: norms, rotary positions, short convolutions, feature maps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -178,6 +178,32 @@ class ShortConv(nn.Module):
         return short_conv(
             x, self.weight[:, 0], self.bias, initial_state=state, cu_seqlens=cu_seqlens, context=context
         )  # fmt: skip
+
+    def convolve_parts(
+        self,
+        parts: Sequence[Tensor],
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        context: ContextShard | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Do what `forward` does to torch.cat(parts, -1), each part [B, T, its channels], without joining them.
+
+        Returns the parts of y and the new state of all channels. Joined parts would be copied to one tensor and, since
+        operators read contiguous heads, back from it.
+        """
+        widths = [part.shape[-1] for part in parts]
+        weights = self.weight[:, 0].split(widths)
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        states = [None] * len(parts) if state is None else state.split(widths, -1)
+        outputs = []
+        new_states = []
+        for part, weight, bias, initial in zip(parts, weights, biases, states, strict=True):
+            y, final = short_conv(
+                part, weight, bias, initial_state=initial, cu_seqlens=cu_seqlens, context=context
+            )  # fmt: skip
+            outputs.append(y)
+            new_states.append(final)
+        return outputs, torch.cat(new_states, -1)
 
     def flops(self) -> int:
         """Return the floating-point operations per token."""

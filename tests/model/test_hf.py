@@ -303,7 +303,9 @@ def test_smoothed_labels_are_shifted_too(tiny, tokens, tmp_path):
 @pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "regla"}, {"mixer": "mamba2"}], ids=str)
 def test_lora(choice, tiny, tokens, tmp_path):
     peft = pytest.importorskip("peft")
-    targets = {"mamba2": ["in_proj", "out_proj"]}.get(choice.get("mixer"), ["q_proj", "k_proj", "v_proj", "o_proj"])
+    targets = {"mamba2": ["in_proj", "z_proj", "out_proj"]}.get(
+        choice.get("mixer"), ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     if choice.get("mixer") == "mamba2":
         choice = choice | {"mamba2": {"state_size": 16, "head_dim": 8}}
     base = tiny(**choice).float()

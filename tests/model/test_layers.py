@@ -29,3 +29,24 @@ def test_a_short_convolution_rounds_once(dtype, tolerance, bias):
         truths = [expected, *torch.autograd.grad(expected, [*leaves.values()], dy.double())]
         for result, truth in zip(results, truths, strict=True):
             assert (result.double() - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_short_convolution_of_parts_is_that_of_the_whole(bias):
+    conv = ShortConv(12, 4, bias=bias).double()
+    with torch.no_grad():
+        conv.init_parameters()
+        if bias:
+            conv.bias.normal_()
+    x = torch.randn(2, 9, 12, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, 3, 12, dtype=torch.float64)
+    cotangent = torch.randn(2, 9, 12, dtype=torch.float64)
+
+    whole, final = conv(x, state, None)
+    expected = torch.autograd.grad((whole * cotangent).sum(), [x, *conv.parameters()])
+    parts, final_of_parts = conv.convolve_parts(x.split([5, 1, 6], -1), state, None)
+    got = torch.autograd.grad((torch.cat(parts, -1) * cotangent).sum(), [x, *conv.parameters()])
+
+    torch.testing.assert_close(torch.cat(parts, -1), whole)
+    torch.testing.assert_close(final_of_parts, final)
+    torch.testing.assert_close(got, expected)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,12 +87,12 @@ class DeltaNet(Mixer):
         self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k and v, each [B, T, H, ...] and ready for the operator, and the convolution's new state."""
-        x = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         if self.conv is None:
-            x = F.silu(x)
+            parts = [F.silu(part) for part in parts]
         else:
-            x, conv_state = self.conv(x, conv_state, cu_seqlens, context)  # ends with a SiLU
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in x.split(self.widths, -1))
+            parts, conv_state = self.conv.convolve_parts(parts, conv_state, cu_seqlens, context)  # ends with a SiLU
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
         return q, k, v, conv_state
 
     def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:

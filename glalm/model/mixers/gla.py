@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -127,8 +126,7 @@ class GatedLinearAttention(Mixer):
         v = self.v_proj(x)
         S, conv_state = split_state(state, self.conv is not None)
         if self.conv is not None:
-            qkv, conv_state = self.conv(torch.cat([q, k, v], -1), conv_state, cu_seqlens, context)
-            q, k, v = qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+            (q, k, v), conv_state = self.conv.convolve_parts([q, k, v], conv_state, cu_seqlens, context)
         if self.feature_map == "relu":
             q = F.relu(q)
             k = F.relu(k)

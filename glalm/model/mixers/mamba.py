@@ -54,7 +54,8 @@ class Mamba(Mixer):
         self.inner = options.expand * d
         self.N = options.state_size
         self.rank = math.ceil(d / 16)  # of dt's projection
-        self.in_proj = nn.Linear(d, 2 * self.inner, bias=False)
+        self.in_proj = nn.Linear(d, self.inner, bias=False)
+        self.z_proj = nn.Linear(d, self.inner, bias=False)
         self.conv1d = ShortConv(self.inner, options.conv, bias=True)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.N, bias=False)
         self.dt_proj = TimeStep(self.rank, self.inner)
@@ -77,8 +78,8 @@ class Mamba(Mixer):
         context: ContextShard | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         h, conv_state = (None, None) if state is None else state
-        x, z = self.in_proj(x).chunk(2, -1)
-        x, conv_state = self.conv1d(x, conv_state, cu_seqlens, context)
+        z = self.z_proj(x)
+        x, conv_state = self.conv1d(self.in_proj(x), conv_state, cu_seqlens, context)
         if padding is not None:
             # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
             x = x * padding.to(x.dtype)

@@ -66,7 +66,9 @@ class Mamba2(Mixer):
         self.K = options.state_size
         self.num_heads = self.inner // self.head_dim
         channels = self.inner + 2 * self.groups * self.K
-        self.in_proj = nn.Linear(d, self.inner + channels + self.num_heads, bias=False)
+        self.in_proj = nn.Linear(d, channels, bias=False)  # x, B and C
+        self.z_proj = nn.Linear(d, self.inner, bias=False)
+        self.dt_proj = nn.Linear(d, self.num_heads, bias=False)
         self.conv1d = ShortConv(channels, options.conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -90,8 +92,9 @@ class Mamba2(Mixer):
         context: ContextShard | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         S, conv_state = (None, None) if state is None else state
-        z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.weight.shape[0], self.num_heads], -1)
-        xbc, conv_state = self.conv1d(xbc, conv_state, cu_seqlens, context)
+        z = self.z_proj(x)
+        dt = self.dt_proj(x)
+        xbc, conv_state = self.conv1d(self.in_proj(x), conv_state, cu_seqlens, context)
         if padding is not None:
             # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
             xbc = xbc * padding.to(xbc.dtype)

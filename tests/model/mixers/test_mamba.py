@@ -30,8 +30,16 @@ def theirs(model):
             width = layer.intermediate_size
             layer.norm = Zamba2RMSNormGated(width, width // o.groups, eps=model.config.norm_eps)
     layer = layer.double()
-    layer.load_state_dict(mixer.state_dict())
+    layer.load_state_dict(joined_weights(mixer.state_dict(), model.config.mixer))
     return layer
+
+
+def joined_weights(weights, mixer):
+    """Return weights or gradients by transformers' names: its one matrix `in_proj` computes all inputs of the scan."""
+    names = ["in_proj", "z_proj"] if mixer == "mamba" else ["z_proj", "in_proj", "dt_proj"]
+    parts = [f"{name}.weight" for name in names]
+    joined = {name: weight for name, weight in weights.items() if name not in parts}
+    return joined | {"in_proj.weight": torch.cat([weights[part] for part in parts])}
 
 
 CHOICES = [
@@ -53,6 +61,7 @@ def test_is_transformers_layer(choice, tiny):
         (y * torch.linspace(-1, 1, 32)).sum().backward()
         grads.append((y, {n: p.grad for n, p in layer.named_parameters()}))
     (y, got), (expected, wanted) = grads
+    got = joined_weights(got, choice["mixer"])
     # They compute the decays in float32.
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     assert got.keys() == wanted.keys()

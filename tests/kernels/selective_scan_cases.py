@@ -32,12 +32,12 @@ def random_arguments(
     return args
 
 
-def differentiate(function, args: dict, exact: bool = False) -> dict[str, torch.Tensor]:
-    """Return the results, and the gradients of their product with fixed random weights; in float64 if `exact`."""
+def differentiate(function, args: dict, exact: bool = False, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Return the results, and the gradients of their product with random weights; in float64 if `exact`."""
     leaves = {n: x.detach() for n, x in args.items() if x is not None and n != "cu_seqlens"}
     leaves = {n: (x.double() if exact else x).requires_grad_() for n, x in leaves.items()}
     y, state = function(**{**args, **leaves})
-    r = torch.Generator().manual_seed(1)
+    r = torch.Generator().manual_seed(seed)
     # The gradients of the results are numbers of the dtypes that the operator's results have.
     state_dtype = args["x"].dtype if args["initial_state"] is None else args["initial_state"].dtype
     dtypes = args["x"].dtype, state_dtype

@@ -72,7 +72,11 @@ def relative_errors(
     return {name: relative_error(found[name], x) for name, x in expected.items()}
 
 
-def relative_error(x, expected):
-    """Return the RMS of the error, relative to the RMS of the expected values."""
-    scale = expected.square().mean().sqrt().clamp(min=1e-30)
+def relative_error(x, expected, *alike):
+    """Return the RMS of the error, relative to the RMS of the expected values.
+
+    A sum of many terms may nearly cancel, and its error is not in proportion to what is left. The scale is then that of
+    several such sums: the expected one, and others that are drawn `alike`.
+    """
+    scale = torch.stack([expected, *alike]).square().mean().sqrt().clamp(min=1e-30)
     return ((x.double() - expected).square().mean().sqrt() / scale).item()

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_training.py                              all rows and models, a table in Markdown
     python benchmarks/bench_training.py --rows 1b3 --models glalm    one row and model
+    python benchmarks/bench_training.py --rows 340m:8x8192           8 sequences of 8,192 tokens
     python benchmarks/bench_training.py --rows 340m --models glalm --profile     and the time of a step by kernel
     python benchmarks/bench_training.py --rows 340m --models glalm fla --set model=deltanet_340m     another mixer
     torchrun --nproc-per-node 2 benchmarks/bench_training.py --rows 340m --set parallel=fsdp2     weak scaling
@@ -66,7 +67,7 @@ ROWS = {
     "340m-long": Row("340m", 2, 32768),
     "small": Row("small", 8, 512),
 }
-TINY = {"tiny": Row("tiny", 2, 64)}
+TINY = Row("tiny", 2, 64)
 # Classes of flash-linear-attention for mixers whose checkpoints cannot be exported to it, but whose widths it can have.
 FLA_ARCHITECTURES = {
     "deltanet": "DeltaNetForCausalLM",
@@ -77,6 +78,17 @@ FLA_ARCHITECTURES = {
 }
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
+
+
+def named_row(label: str) -> tuple[str, Row]:
+    """Return a label and its row: one of ROWS, or SIZE:SEQUENCESxTOKENS."""
+    known = {**ROWS, "tiny": TINY}
+    if label in known:
+        return label, known[label]
+    match = re.fullmatch(r"(\w+):(\d+)x(\d+)", label)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{label} is none of {', '.join(ROWS)}, and not like 340m:8x8192")
+    return label, Row(match[1], int(match[2]), int(match[3]))
 
 
 def compose_run_config(row: Row, mixer: str, changes: list[str], accumulation: int = 1) -> RunConfig:
@@ -315,6 +327,11 @@ def measure_in_process(name: str, label: str, arguments: argparse.Namespace) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def print_header() -> None:
+    print("| row | model | tokens/s | step, ms | host, ms | MFU | peak GiB | first step, s |", flush=True)
+    print("|-|-|-|-|-|-|-|-|", flush=True)
+
+
 def print_row(label: str, name: str, result: dict) -> None:
     if "error" in result:
         print(f"| {label} | {name} | {result['error']} |", flush=True)
@@ -334,7 +351,8 @@ def print_row(label: str, name: str, result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *TINY], help="default: all")
+    rows_help = f"{', '.join(ROWS)} (default: all of these), or 340m:8x8192"
+    parser.add_argument("--rows", nargs="+", type=named_row, default=[*ROWS.items()], metavar="ROW", help=rows_help)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS] if WORLD == 1 else ["glalm"])
     parser.add_argument("--steps", type=int, default=8, help="timed steps (default: %(default)s)")
     parser.add_argument(
@@ -348,7 +366,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rows = TINY if arguments.tiny else {label: ROWS[label] for label in arguments.rows or ROWS}
+    rows = {"tiny": TINY} if arguments.tiny else dict(arguments.rows)
     attention = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(attention, set_priority=True) if CUDA else contextlib.nullcontext():
         if arguments.one:
@@ -357,8 +375,7 @@ def main() -> None:
         is_first = int(os.environ.get("RANK", 0)) == 0
         results = []
         if is_first:
-            print("| row | model | tokens/s | step, ms | host, ms | MFU | peak GiB | first step, s |", flush=True)
-            print("|-|-|-|-|-|-|-|-|", flush=True)
+            print_header()
         for label, row in rows.items():
             for name in arguments.models:
                 alone = WORLD == 1

@@ -1,5 +1,6 @@
 """Run the training benchmark at sizes for a CPU, and check how it reads a profile."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -48,7 +49,14 @@ def test_row_of_our_model(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="at a size for a CPU")
 def test_row_of_llama(bench):
     arguments = SimpleNamespace(set=[], steps=1, warmup=1, estimate=False, profile=False)
-    check(bench.measure("llama", bench.TINY["tiny"], arguments))
+    check(bench.measure("llama", bench.TINY, arguments))
+
+
+def test_rows_have_a_name_or_a_shape(bench):
+    assert bench.named_row("1b3") == ("1b3", bench.ROWS["1b3"])
+    assert bench.named_row("340m:8x8192") == ("340m:8x8192", bench.Row("340m", 8, 8192))
+    with pytest.raises(argparse.ArgumentTypeError, match="7b is none of 340m, 1b3"):
+        bench.named_row("7b")
 
 
 def test_fla_gets_the_widths_of_our_preset(bench):

@@ -89,6 +89,10 @@ class ExtrapolationEvaluator(Evaluator):
             lines.append(f"{name}: perplexity relative to that at the training length: {ratios or 'nothing beyond it'}")
             if empty := [bucket for bucket in found["buckets"] if bucket["documents"] == 0]:
                 lines.append(f"no document fills the {len(empty)} buckets from position {empty[0]['start']} on")
+        for gain in results.get("reset_minus_stateful", []):
+            if gain["documents"] > 1:
+                nats = f"{gain['nats_per_token']:.4f} ± {gain['standard_error']:.4f} nats"
+                lines.append(f"reset minus stateful, positions {gain['start']:,} to {gain['end']:,}: {nats}")
         return lines
 
     def metrics(self, results: dict) -> dict[str, float | None]:
@@ -119,8 +123,8 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
                 `documents` and of their `tokens` in it.
             `ratios`, {"2": ..., "4": ...}: the perplexity at n training lengths over that at one, as of
                 `summarize_ratio`.
-        With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at the same position:
-        below 1 where long memory helps.
+        With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at the same position,
+        below 1 where long memory helps, and `reset_minus_stateful` is what it is worth, as of `summarize_gains`.
     """
     if edges[-1] < 10 * train_length:
         warnings.warn(
@@ -140,9 +144,35 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
         ratios = {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()}
         results["contexts"][name] = {"buckets": buckets, "ratios": ratios}
     if {"stateful", "reset"} <= nats.keys():
-        gain = nats["stateful"] - nats["reset"]
-        results["stateful_over_reset"] = {str(n): summarize_ratio(gain[:, i]) for n, i in index_of.items()}
+        gain = nats["reset"] - nats["stateful"]
+        results["stateful_over_reset"] = {str(n): summarize_ratio(-gain[:, i]) for n, i in index_of.items()}
+        results["reset_minus_stateful"] = summarize_gains(gain, edges, train_length)
     return results
+
+
+def summarize_gains(gain: Tensor, edges: list[int], train_length: int) -> list[dict]:
+    """Return the mean gain in each range of positions from n training lengths to 2n, for n = 1, 2, 4, ...
+
+    Args:
+        gain: Nats of each text in each bucket, [texts, buckets]; NaN where it does not fill the bucket.
+
+    Returns:
+        `start` and `end` of each range, for positions start < p <= end, where the last range may be shorter;
+        `nats_per_token` with its `standard_error` over the `documents` that fill the range.
+    """
+    widths = torch.tensor(np.diff(edges), dtype=gain.dtype)
+    ranges = []
+    start = train_length
+    while start < edges[-1]:
+        end = min(2 * start, edges[-1])
+        inside = slice(edges.index(start), edges.index(end))
+        means = (gain[:, inside] * widths[inside]).sum(1) / widths[inside].sum()
+        means = means[~means.isnan()]
+        summary = summarize_losses(means)
+        counts = {name: summary[name] for name in ("nats_per_token", "standard_error")} | {"documents": len(means)}
+        ranges.append({"start": start, "end": end, **counts})
+        start = end
+    return ranges
 
 
 def summarize_ratio(differences: Tensor) -> dict:

@@ -145,6 +145,28 @@ def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
     assert result["stateful_over_reset"]["4"]["ratio"] == pytest.approx(gain, rel=1e-4)
 
 
+def test_worth_of_the_state_in_ranges_of_positions(model, texts, truth):
+    contexts = {name: read(model, texts, name) for name in ("stateful", "reset")}
+    ranges = build_results(contexts, EDGES, T)["reset_minus_stateful"]
+    assert [(each["start"], each["end"]) for each in ranges] == [(8, 16), (16, 32), (32, 64), (64, 96)]
+    gain = contexts["reset"].numpy() - truth
+    for each in ranges:
+        per_document = gain[:, each["start"] // 4 : each["end"] // 4].mean(1)  # buckets of 4 positions
+        per_document = per_document[~np.isnan(per_document)]
+        assert each["documents"] == len(per_document) == (4 if each["end"] <= 48 else 3)
+        assert each["nats_per_token"] == pytest.approx(per_document.mean(), abs=1e-5)
+        error = per_document.std(ddof=1) / math.sqrt(len(per_document))
+        assert each["standard_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_wide_buckets_count_by_their_tokens():
+    edges = bucket_edges(9, 27)  # 0, 4, 9, 13, 18, 22, 27
+    gain = torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0, 3.0]], dtype=torch.float64)
+    [near, far] = module.summarize_gains(gain, edges, 9)
+    assert near["nats_per_token"] == pytest.approx((4 * 1 + 5 * 2) / 9) and near["standard_error"] is None
+    assert (far["start"], far["end"], far["nats_per_token"]) == (18, 27, 3.0)
+
+
 def test_a_bucket_that_no_document_fills_is_reported_empty(model, texts):
     result = build_results({"stateful": read(model, texts[1:2])}, EDGES, T)["contexts"]["stateful"]
     assert len(result["buckets"]) == 24
@@ -283,7 +305,11 @@ def test_the_job_reads_every_context_and_says_what_is_empty(model, split, truth)
     assert evaluator.total_units == sum(done) == 2 * (96 + 48 + 96 + 136)
     found = [b["nats_per_token"] for b in results["contexts"]["stateful"]["buckets"]]
     np.testing.assert_allclose(found[:24], np.nanmean(truth, 0), atol=1e-5)
-    assert "no document fills the 6 buckets from position 136 on" in evaluator.summarize(results)
+    lines = evaluator.summarize(results)
+    assert "no document fills the 6 buckets from position 136 on" in lines
+    [gain] = [each for each in results["reset_minus_stateful"] if each["start"] == 32]
+    nats = f"{gain['nats_per_token']:.4f} ± {gain['standard_error']:.4f} nats"
+    assert f"reset minus stateful, positions 32 to 64: {nats}" in lines
     assert evaluator.settings["train_length"] == T and evaluator.settings["max_length"] == 160
 
 

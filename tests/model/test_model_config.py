@@ -58,6 +58,8 @@ def test_a_width_that_floats_cannot_write_is_the_whole_number_that_is_meant(d, e
         ({"gla": {"num_kv_heads": 3}}, "model.gla.num_kv_heads=3 does not divide model.num_heads=4"),
         ({"gla": {"short_conv": 1}}, "model.gla.short_conv must be 0 or 2 taps or more, not 1"),
         ({"gla": {"min_log_gate": 1.0}}, "model.gla.min_log_gate must be null or at most 0"),
+        ({"gla": {"initial_half_lives": [64, 8]}}, "must be null or [shortest, longest] in tokens, not [64.0, 8.0]"),
+        ({"gla": {"gate": "fixed", "initial_half_lives": [8, 64]}}, "not for model.gla.gate=fixed"),
         ({"mixer": "mamba2", "mamba2": {"head_dim": 100}}, "model.mamba2.head_dim=100 does not cut the 2048 channels"),
         ({"regla": {"gate_axis": "value", "output_norm": False}}, "model.regla.output_norm=false divides by the sum"),
         (

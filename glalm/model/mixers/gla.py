@@ -1,8 +1,10 @@
 """Gated linear attention (Yang et al., arXiv 2312.06635, section 4.4), and the ablations of the paper."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +43,9 @@ class GLAOptions:
     # sharing.
     num_kv_heads: int | None = None
     feature_map: Literal["identity", "relu"] = "identity"  # of q and k; relu in models converted from softmax
+    # [shortest, longest], in tokens: what the gates of a head's key channels (scalar: of the heads) halve in before
+    # training, evenly spaced on a log scale; null: all in model.gate_logit_normalizer tokens, as biases of 0 make them.
+    initial_half_lives: list[float] | None = None
 
     def __post_init__(self):
         require(
@@ -50,6 +55,17 @@ class GLAOptions:
         require(
             self.min_log_gate is None or self.min_log_gate <= 0,
             f"model.gla.min_log_gate must be null or at most 0, not {self.min_log_gate}",
+        )
+        half_lives = self.initial_half_lives
+        if half_lives is None:
+            return
+        require(
+            len(half_lives) == 2 and 0 < half_lives[0] <= half_lives[1],
+            f"model.gla.initial_half_lives must be null or [shortest, longest] in tokens, not {half_lives}",
+        )
+        require(
+            self.gate in ("vector", "scalar"),
+            f"model.gla.initial_half_lives is for gates that are learned, not for model.gla.gate={self.gate}",
         )
 
 
@@ -100,9 +116,10 @@ class GatedLinearAttention(Mixer):
         self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
         if self.gate == "vector":
             rank = config.gate_low_rank_dim
-            self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, shared_key))
+            logits = GateLogits(rank, shared_key, self.kv_heads, options.initial_half_lives, self.gate_logit_normalizer)
+            self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), logits)
         elif self.gate == "scalar":
-            self.gk_proj = nn.Linear(d, self.kv_heads)
+            self.gk_proj = GateLogits(d, self.kv_heads, 1, options.initial_half_lives, self.gate_logit_normalizer)
         if self.output_gate:
             self.g_proj = nn.Linear(d, value, bias=False)
             self.g_norm_swish_gate = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps)
@@ -173,3 +190,27 @@ class GatedLinearAttention(Mixer):
         V = self.o_proj.in_features // self.num_heads
         convolution = self.conv.flops() if self.conv is not None else 0
         return chunkwise_flops(self.num_heads, K, V, T, states=self.kv_heads) + convolution
+
+
+class GateLogits(nn.Linear):
+    """A linear layer for gate logits z, of gates sigmoid(z)^(1/normalizer), with biases that make initial half-lives.
+
+    Args:
+        groups: Groups of outputs, one after the other, of which each has the same half-lives.
+        half_lives: The shortest and the longest, in tokens. None: biases of 0.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, half_lives: list[float] | None, normalizer: float):
+        super().__init__(inputs, outputs)
+        self.groups = groups
+        self.half_lives = half_lives
+        self.normalizer = normalizer
+
+    def init_parameters(self) -> None:
+        if self.half_lives is None:
+            return
+        shortest, longest = (math.log2(tokens) for tokens in self.half_lives)
+        half_lives = torch.logspace(shortest, longest, self.out_features // self.groups, base=2, dtype=torch.float64)
+        # sigmoid(z)^(half-life / normalizer) = 1/2
+        logits = -torch.expm1(math.log(2) * self.normalizer / half_lives).log()
+        self.bias.copy_(logits.repeat(self.groups))

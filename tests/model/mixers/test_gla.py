@@ -2,6 +2,9 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, silu
 
+from glalm.model.config import ModelConfig
+from glalm.model.decoder import CausalLM
+
 
 def norm(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
@@ -69,3 +72,22 @@ def gla(w, x, config):
 )
 def test_is_the_papers_equations(changes, assert_is):
     assert_is(gla, **changes)
+
+
+@pytest.mark.parametrize("gate, num_kv_heads, layer", [("vector", 2, "gk_proj.1"), ("scalar", None, "gk_proj")])
+def test_gates_begin_with_their_half_lives(gate, num_kv_heads, layer):
+    options = {"gate": gate, "num_kv_heads": num_kv_heads, "initial_half_lives": [4, 256]}
+    config = ModelConfig(
+        vocab_size=16, hidden_size=56, num_hidden_layers=1, num_heads=4, intermediate_size=8, gla=options
+    )
+    model = CausalLM(config)
+    bias = model.get_parameter(f"model.layers.0.attn.{layer}.bias").detach().double()
+    gates = bias.sigmoid() ** (1 / config.gate_logit_normalizer)
+    # 4, 8, ..., 256 in each head of 7 channels; with a gate for each head, the 4 heads have four half-lives.
+    expected = [2.0**i for i in range(2, 9)] * 2 if gate == "vector" else [4, 16, 64, 256]
+    torch.testing.assert_close(gates ** torch.tensor(expected), torch.full_like(gates, 0.5), rtol=1e-5, atol=0)
+
+
+def test_gates_begin_at_a_logit_of_zero():
+    model = CausalLM(ModelConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_heads=2, intermediate_size=8))
+    assert not model.get_parameter("model.layers.0.attn.gk_proj.1.bias").any()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from glalm.config.strict import describe_divisors, require, require_positive
@@ -16,6 +17,9 @@ from glalm.model.mixers.base import Mixer, mix_unpacked
 # The position of padded tokens: later than any query, so that no query sees them.
 PADDED = torch.iinfo(torch.int64).max
 State = tuple[Tensor, Tensor, Tensor, Tensor]
+# Masks come with texts of any length: cached keys, padding. cuDNN, which torch prefers on Hopper, would plan each new
+# length anew, in some 80 ms.
+BACKENDS_FOR_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -214,11 +218,16 @@ def visibility_mask(positions: Tensor, key_positions: Tensor, window: int | None
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Return softmax attention [B, T, H, D], causal without a mask [B, 1, T, S]."""
-    grouped = k.shape[2] != q.shape[2]
+    groups = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    ).transpose(1, 2)
+    if mask is None:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    else:
+        if groups > 1:  # Efficient attention wants as many heads of keys as of queries.
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        with sdpa_kernel(BACKENDS_FOR_MASKS):
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return o.transpose(1, 2)
 
 
 def can_use_flash_attention(q: Tensor) -> bool:

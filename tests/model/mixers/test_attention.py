@@ -98,3 +98,21 @@ def test_padding_within_packed_sequences_is_not_seen_with_a_cache_either(choice,
     for use_cache in (False, True):
         packed = model(ids, attention_mask=mask, cu_seqlens=bounds, use_cache=use_cache).logits[:, 6:]
         torch.testing.assert_close(packed, alone)
+
+
+def test_decoding_leaves_cudnn_out(tiny, tokens, monkeypatch):
+    """It would plan every new length of the cache anew."""
+    enabled = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def record(*args, **kwargs):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    model = tiny(mixer="attention", num_hidden_layers=1)
+    ids = tokens(2, 9)
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    model(ids[:, 8:], past_key_values=cache, use_cache=True)
+    assert enabled == [True, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()

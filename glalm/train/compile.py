@@ -30,6 +30,7 @@ SAVED_OPS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 SAVED_NAMESPACES = {"glalm", "torch_attn"}  # our kernels, and torch's attention over packed sequences
+RECOMPUTED_KERNELS = {"glalm::short_conv"}  # takes no longer than an elementwise operation, and its results are wide
 # The most compiled variants of a block: mixers x with or without an initial state x shapes.
 RECOMPILE_LIMIT = 32
 
@@ -114,7 +115,8 @@ def _checkpointed_forward(**options) -> BlockForward:
 
 
 def _selective_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    is_saved = op in SAVED_OPS or op.namespace in SAVED_NAMESPACES
+    is_kernel = op.namespace in SAVED_NAMESPACES and op.name() not in RECOMPUTED_KERNELS
+    is_saved = op in SAVED_OPS or is_kernel
     return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy
 
 from glalm.config.run import TrainConfig
 from glalm.config.stages import StageConfig
@@ -123,6 +124,13 @@ def test_selective_recomputes_neither_matrix_products_nor_kernels():
     assert counts["none"][mm] == counts["selective"][mm] < counts["full"][mm]
     silu = torch.ops.aten.silu.default
     assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
+
+
+def test_selective_recomputes_short_convolutions_of_all_kernels():
+    """On CPUs they are elementwise operations, so only the choice can be tested there."""
+    kernels = [getattr(torch.ops.glalm, name).default for name in ("short_conv", "selective_scan", "chunk_ssd")]
+    choices = [compile._selective_policy(None, kernel) for kernel in kernels]
+    assert choices == [CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_SAVE]
 
 
 @pytest.mark.parametrize(("how", "recomputed"), [("none", 0), ("selective", 0), ("full", 3)])

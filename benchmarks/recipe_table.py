@@ -153,11 +153,11 @@ def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
 def describe_changes(recipe: dict[str, Any], changed: dict[str, Any]) -> str:
     """Return the settings in which a run differs from the recipe, as "optim.name=adamw, optim.lr=0.001"."""
     keys = [key for key in sorted(recipe | changed) if recipe.get(key) != changed.get(key)]
-    parts = []
-    for key in keys[:SHOWN_CHANGES]:
-        parts.append("other data" if key == "data fingerprint" else f"{key}={changed.get(key)}")
-    if len(keys) > SHOWN_CHANGES:
-        parts.append(f"{len(keys) - SHOWN_CHANGES} more")
+    parts = [f"{key}={changed.get(key)}" for key in keys if not key.startswith("data ")]
+    if len(parts) > SHOWN_CHANGES:
+        parts[SHOWN_CHANGES:] = [f"{len(parts) - SHOWN_CHANGES} more"]
+    if "data fingerprint" in keys:
+        parts.insert(0, "other data")
     return ", ".join(parts)
 
 

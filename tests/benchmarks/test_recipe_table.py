@@ -95,9 +95,9 @@ def test_average_of_the_weights_is_a_row(script, write_run):
 
 
 def test_many_changes_are_counted(script):
-    changed = {"a": 1, "b": 2, "c": 3, "d": 4, "data fingerprint": "f", "same": 0}
-    assert script.describe_changes({"same": 0}, changed) == "a=1, b=2, c=3, 2 more"
-    assert script.describe_changes({"data fingerprint": "e"}, {"data fingerprint": "f"}) == "other data"
+    assert script.describe_changes({"same": 0}, {"a": 1, "b": 2, "c": 3, "d": 4, "same": 0}) == "a=1, b=2, c=3, 1 more"
+    data = {"data fingerprint": "f", "data tokens": 5}
+    assert script.describe_changes({"data fingerprint": "e", "data tokens": 4}, {**data, "a": 1}) == "other data, a=1"
 
 
 def test_scores_of_different_texts_are_refused(script, write_run):

@@ -148,7 +148,10 @@ def test_valid_command_lines_pass():
         ({"train": {"micro_batch_size": 0}}, "train.micro_batch_size must be positive, not 0"),
         ({"optim": {"min_lr": 1.0}}, "optim.min_lr=1.0 must lie between 0 and optim.lr"),
         ({"optim": {"betas": [0.9]}}, "optim.betas=[0.9] must be a list of 2 values"),
-        ({"optim": {"warmup_steps": 2000}}, "optim.warmup_steps=2000 is longer than train.steps=1000"),
+        (
+            {"optim": {"warmup_steps": 2000}},
+            "optim.warmup_steps=2000 is longer than train.steps=1000; set optim.warmup_steps=33 for 1/30",
+        ),
         ({"name": "a/b"}, "must be one folder name"),
         ({"data": {"path": "gs://bucket/data"}}, "data.path=gs://bucket/data is a URL, but glalm reads"),
         ({"runs_dir": "s3://bucket/runs"}, "runs_dir=s3://bucket/runs is a URL"),

@@ -349,14 +349,23 @@ class RunConfig:
 
     def _check_warmup(self) -> None:
         warmup = format_set_key(self.optim, "optim", "warmup_steps", "warmup_tokens")
+        end = self.steps
+        where = "the run"
         if self.train.stages is None:
-            length = format_set_key(self.train, "train", "steps", "tokens")
-            require(self.warmup_steps <= self.steps, f"{warmup} is longer than {length}")
-            return
-        name, first = next(iter(self.train.stages.items()))
-        end = self.steps if first.schedule is None else self.stage_steps[name].stop - 1
-        where = "the run" if first.schedule is None else f"train.stages.{name}, whose schedule follows it"
-        require(self.warmup_steps <= end, f"{warmup} is longer than {where}, which has {end:,} steps")
+            where = format_set_key(self.train, "train", "steps", "tokens")
+        else:
+            name, first = next(iter(self.train.stages.items()))
+            if first.schedule is not None:
+                end = self.stage_steps[name].stop - 1
+                where = f"train.stages.{name}, whose schedule follows it"
+            where += f", which has {end:,} steps"
+        key = warmup.partition("=")[0]
+        length = end if self.optim.warmup_tokens is None else self.tokens_at(end)
+        require(
+            self.warmup_steps <= end,
+            f"{warmup} is longer than {where}; set {key}={max(1, length // 30)} for 1/30 of that, as in the GLA paper, "
+            "or train longer",
+        )
 
     def _check_tbptt(self, length: int) -> None:
         require(

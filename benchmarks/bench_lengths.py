@@ -3,6 +3,7 @@
     python benchmarks/bench_lengths.py --json rows.json --models gla attention mamba    on one GPU
     python benchmarks/bench_lengths.py --json rows.json more.json --figure speed.png    draw the rows of all files
     python benchmarks/bench_lengths.py --json rows.json more.json --costs               and the dry run's estimates
+    python benchmarks/bench_lengths.py --json rows.json more.json --mfu                 and the table that it reads
 
 A model is a mixer of configs/model, or LIBRARY:MIXER, such as fla:gla or llama:attention, for another library's, as
 bench_training.py trains it. Each size trains on the same number of tokens a step at every length, so that longer
@@ -18,6 +19,7 @@ from pathlib import Path
 from bench_training import Row, compose_run_config, measure_in_process, print_header, print_row
 
 from glalm.data.files import write_json
+from glalm.model.flops import model_cost
 from glalm.train.environment import describe_environment
 from glalm.train.estimate import ASSUMED_GPUS, estimate_hours_and_memory
 from glalm.train.memory import GIB
@@ -112,6 +114,20 @@ def estimate_costs(row: dict, gpu: str) -> tuple[float, float]:
     return 3600 * hours / config.steps, memory / GIB
 
 
+def print_measurements(rows: list[dict]) -> None:
+    """Print the MFU of each row of our models as glalm/train/measured_mfu.py has them."""
+    measured: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["T"])):
+        if split_name(row["model"])[0] == "glalm" and row.get("mfu") is not None:
+            config = compose_run_config(Row(row["size"], row["batch"], row["T"]), row["model"], []).model
+            parameters = round(model_cost(config, row["T"]).parameters / 1e6)
+            measurement = f"Measurement({parameters}, {row['T']}, {row['mfu']:.3f})"
+            measured.setdefault(row["model"], []).append(measurement)
+    print()
+    for mixer, measurements in measured.items():
+        print(f'    "{mixer}": [{", ".join(measurements)}],')
+
+
 def draw_figure(rows: list[dict], path: Path) -> None:
     """Draw speed and memory against the length of the sequences, for each size."""
     from matplotlib.figure import Figure
@@ -153,6 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="an override of our config")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows, and measure nothing")
     parser.add_argument("--costs", choices=ASSUMED_GPUS, nargs="?", const="H200", help="what the dry run estimates")
+    parser.add_argument("--mfu", action="store_true", help="print the rows as the dry run reads them")
     return parser.parse_args()
 
 
@@ -160,7 +177,7 @@ def main() -> None:
     options = parse_arguments()
     first, *others = options.json
     record = json.loads(first.read_text()) if first.exists() else {"environment": describe_environment(), "rows": []}
-    if not (options.figure or options.costs):
+    if not (options.figure or options.costs or options.mfu):
         measure_rows(options, record, first)
     rows = [*record["rows"]]
     for path in others:
@@ -168,6 +185,8 @@ def main() -> None:
     print_table(rows)
     if options.costs:
         print_costs(rows, options.costs)
+    if options.mfu:
+        print_measurements(rows)
     if options.figure:
         draw_figure(rows, options.figure)
 

@@ -251,7 +251,8 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None  # [first, last]: write a Chrome trace of these steps
     memory_snapshot: bool = False  # of the profiled steps, on CUDA, for pytorch.org/memory_viz
     dry_run: bool = False  # print what the run would need, and exit
-    assumed_mfu: float = 0.4  # for the dry run's estimate of time
+    # The share of the GPU's peak, for the dry run's estimate of time; null: what was measured for the mixer, else 0.4.
+    assumed_mfu: float | None = None
     # The dry run plans for this kind of GPU; null: that of this machine, or its CPU.
     assumed_gpu: Literal["B200", "H200", "H100", "A100", "L40S", "L4"] | None = None
     assumed_gpus: int | None = None  # for the dry run; null: the number of processes
@@ -280,7 +281,8 @@ class TrainConfig:
             f"train.ema_decay must lie between 0 and 1, for example 0.999, or be null, not {self.ema_decay}",
         )
         require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
-        require(0 < self.assumed_mfu <= 1, f"train.assumed_mfu must lie in (0, 1], not {self.assumed_mfu}")
+        mfu = self.assumed_mfu
+        require(mfu is None or 0 < mfu <= 1, f"train.assumed_mfu must be null or lie in (0, 1], not {mfu}")
         require(
             not self.float8 or self.precision != "fp32",
             f"train.float8=true needs bf16 training, but train.precision={self.precision}; set train.precision=bf16 or "

@@ -18,6 +18,7 @@ from glalm.model.flops import model_cost
 from glalm.model.precision import has_bf16
 from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
+from glalm.train.measured_mfu import expected_mfu
 from glalm.train.memory import GIB, count_parameters, estimate_memory
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
@@ -26,6 +27,7 @@ from glalm.train.step_graph import is_captured
 from glalm.train.training_data import TrainingData
 
 ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
+ASSUMED_MFU = 0.4  # where no measurement is near
 # A twentieth of the memory is reserved for fragmentation and for CUDA itself.
 USABLE_MEMORY = 0.95
 # What else a run can set against a lack of memory, by its parallel.mode.
@@ -115,7 +117,7 @@ def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
     costs = phase_costs(config, 1)
     hours = None
     if device.is_gpu and (peak := peak_flops(device.name)) is not None:
-        hours = sum(cost.flops for cost in costs) / (peak * config.train.assumed_mfu) / 3600
+        hours = sum(cost.flops for cost in costs) / (peak * average_mfu(costs, device)[0]) / 3600
     elif not device.is_gpu and count_parameters(config).total <= MAX_TIMED_PARAMETERS:
         hours = measure_cpu_hours(costs)
     return hours, sum(_estimate_on(largest_phase(costs), device).values())
@@ -128,6 +130,7 @@ class PhaseCost:
     phase: Phase
     plan: BatchPlan
     flops_per_token: int  # forward and backward
+    parameters: int
 
     @property
     def flops(self) -> int:
@@ -138,8 +141,23 @@ def phase_costs(config: RunConfig, world_size: int) -> list[PhaseCost]:
     """Return the costs of the phases of a run on `world_size` processes. Raises ConfigError as `plan_batches` does."""
     costs = []
     for phase, plan in zip(config.phases, plan_batches(config, world_size), strict=True):
-        costs.append(PhaseCost(phase, plan, model_cost(config.model, plan.seq_len).training))
+        cost = model_cost(config.model, plan.seq_len)
+        costs.append(PhaseCost(phase, plan, cost.training, cost.parameters))
     return costs
+
+
+def average_mfu(costs: list[PhaseCost], gpu: Device) -> tuple[float, str]:
+    """Return the share of the GPU's peak that all phases together are expected to reach, and what that is based on."""
+    config = costs[0].phase.config
+    if config.train.assumed_mfu is not None:
+        return config.train.assumed_mfu, "train.assumed_mfu"
+    seconds = 0.0  # at a peak of 1 FLOP/s
+    for cost in costs:
+        mfu = expected_mfu(config.model.layer_mixers(), cost.parameters, cost.plan.seq_len, gpu.name)
+        if mfu is None:
+            return ASSUMED_MFU, "assumed; set train.assumed_mfu to what a run reaches"
+        seconds += cost.flops / mfu
+    return sum(cost.flops for cost in costs) / seconds, "as measured; train.assumed_mfu sets another"
 
 
 def largest_phase(costs: list[PhaseCost]) -> PhaseCost:
@@ -188,7 +206,9 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
     if device.is_gpu:
-        yield "time          " + describe_time(config, world_size, device, flops / tokens, tokens)
+        yield "time          " + describe_time(
+            config, world_size, device, flops / tokens, tokens, *average_mfu(costs, device)
+        )
     else:
         yield "time          " + describe_cpu_time(costs, counts.total)
     largest = largest_phase(costs)
@@ -339,11 +359,13 @@ def advise_memory(config: RunConfig) -> str:
     )
 
 
-def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_token: float, tokens: int) -> str:
+def describe_time(
+    config: RunConfig, world_size: int, gpu: Device, flops_per_token: float, tokens: int, mfu: float, basis: str
+) -> str:
+    """Return the hours and the costs at this share of the GPU's peak, which `basis` says the origin of."""
     peak = peak_flops(gpu.name)
     if peak is None:
         return f"the peak of {gpu.name} is unknown"
-    mfu = config.train.assumed_mfu
     tokens_per_second = peak * mfu / flops_per_token
     hours = tokens / (tokens_per_second * world_size) / 3600
     gpu_hours = hours * world_size
@@ -351,7 +373,7 @@ def describe_time(config: RunConfig, world_size: int, gpu: Device, flops_per_tok
     cost = f" for {gpu_hours * price:,.0f} at {price:g} an hour" if price else ""
     return (
         f"{format_hours(hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of the "
-        f"GPU's {peak / 1e12:.0f} TFLOP/s (train.assumed_mfu): {tokens_per_second:,.0f} tokens/s per GPU"
+        f"GPU's {peak / 1e12:.0f} TFLOP/s ({basis}): {tokens_per_second:,.0f} tokens/s per GPU"
     )
 
 

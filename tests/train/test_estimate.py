@@ -10,14 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glalm.cli import compose_config
 from glalm.commands.train import run_training
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
+from glalm.evals.options import TrainingRun
 from glalm.model.flops import model_cost
 from glalm.train import estimate as estimate_module
 from glalm.train.estimate import (
     Device,
     advise_memory,
+    average_mfu,
     count_epochs,
     describe_checkpoints,
     describe_data,
@@ -60,9 +63,25 @@ def test_report_of_a_dry_run(run_config, change):
 
 def test_dry_run_prints_the_costs(run_config, change):
     config = change(run_config, **{"train.assumed_mfu": 0.5, "train.assumed_price": 2.5})
-    text = describe_time(config, 2, H200, flops_per_token=1e9, tokens=10**15)
+    text = describe_time(config, 2, H200, flops_per_token=1e9, tokens=10**15, mfu=0.5, basis="train.assumed_mfu")
     gpu_hours = 1e9 * 1e15 / (0.5 * 989e12) / 3600
     assert f"{gpu_hours:,.0f} GPU hours for {2.5 * gpu_hours:,.0f} at 2.5 an hour, at 50%" in text
+
+
+@pytest.mark.parametrize(
+    "assumed, mfu, basis",
+    [(None, 0.444, "as measured; train.assumed_mfu sets another"), (0.3, 0.3, "train.assumed_mfu")],
+)
+def test_hours_follow_from_the_speed_of_the_mixer(assumed, mfu, basis):
+    """15B tokens of the GLA paper's 340M model were measured to take 19.9 hours on one H200, at 209,000 tokens/s."""
+    config = compose_config(TrainingRun, "train", ["experiment=gla_340m", "train.assumed_gpu=H200"])
+    config.train.assumed_mfu = assumed
+    costs = phase_costs(config, 1)
+    assert average_mfu(costs, H200) == (pytest.approx(mfu), basis)
+    hours = costs[0].flops / (989e12 * mfu) / 3600
+    assert hours == pytest.approx(19.9 * 0.444 / mfu, rel=0.01)
+    line = describe_time(config, 1, H200, costs[0].flops_per_token, costs[0].phase.tokens, mfu, basis)
+    assert line.startswith(f"{hours:.1f} hours, ") and f"TFLOP/s ({basis}): " in line
 
 
 @pytest.mark.parametrize(

@@ -153,12 +153,22 @@ def plan_runs(args: argparse.Namespace) -> list[LadderRun]:
     )
     axes = itertools.product(range(1, args.seeds + 1), args.lrs, models)
     runs = [plan_run(model, lr, seed, args, overrides) for seed, lr, model in axes]
-    for path in {run.eval_config.data_path for run in runs[:1]} - {None}:
-        try:
-            read_manifest(Path(path))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--eval data_path={path}: {error}") from error
+    check_evaluation(runs[0].eval_config)
     return runs
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """Raise ConfigError if --eval, which is the same for all runs, lacks what the table needs or names no data."""
+    require(
+        "perplexity" in config.evals,
+        f"--eval evals=[{','.join(config.evals)}] lacks perplexity, by which the table is sorted. Add it",
+    )
+    if config.data_path is None:
+        return
+    try:
+        read_manifest(Path(config.data_path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--eval data_path={config.data_path}: {error}") from error
 
 
 def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:

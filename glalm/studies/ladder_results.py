@@ -20,7 +20,7 @@ from glalm.config.run import RunConfig
 from glalm.data.files import atomic_write
 from glalm.evals.identity import describe_differences
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import median_training_speed, write_json
+from glalm.evals.result_files import main_context, median_training_speed, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.flops import model_cost
 from glalm.studies.ladder_progress import format_seconds
@@ -83,9 +83,10 @@ def write_results(runs: "list[LadderRun]", planned: "list[LadderRun]", args: arg
         for model, seeds in shown.items()
         if seeds[0].config.data.seq_len == shortest
     }
-    positions = [combine_seeds([run.results("extrapolation") for run in seeds], m) for m, seeds in shown.items()]
     draw_figure(plot_losses, losses, args.folder / "loss.png")
-    draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
+    if runs[0].results("extrapolation") is not None:
+        positions = [combine_seeds([run.results("extrapolation") for run in seeds], m) for m, seeds in shown.items()]
+        draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
 
 
 def find_best_rates(rows: dict[tuple, dict]) -> dict[str, tuple]:
@@ -165,10 +166,13 @@ def build_row(runs: "list[LadderRun]") -> dict:
 
 
 def describe_run(run: "LadderRun") -> dict:
-    """Return a run's line of ladder.csv."""
+    """Return a run's line of ladder.csv. It has ratios if the ladder evaluates extrapolation."""
     found = run.results("perplexity")
-    [context] = run.results("extrapolation")["results"]["contexts"].values()
-    ratios = {n: context["ratios"][n] for n in RATIOS if n in context["ratios"]}
+    ratios = {}
+    if extrapolation := run.results("extrapolation"):
+        results = extrapolation["results"]
+        by_length = results["contexts"][main_context(results)]["ratios"]
+        ratios = {n: by_length[n] for n in RATIOS if n in by_length}
     return {
         "name": run.config.name,
         "model": run.model,

@@ -184,6 +184,21 @@ def test_means_over_seeds_are_of_nats(tmp_path):
     assert "4x / 1x" not in row
 
 
+@pytest.mark.parametrize("contexts", [None, ["stateful"], ["reset", "stateful"]])
+def test_runs_are_described_by_what_was_evaluated(contexts, tmp_path):
+    place = ["name=gla-1", f"runs_dir={tmp_path}", "evals=[perplexity,extrapolation]"]
+    run = ladder.LadderRun("gla", None, compose_config(TrainingRun, "train", place[:2]), [], place)
+    folder = run.config.folder / "eval"
+    found = {"nats_per_token": 3.0, "perplexity": math.exp(3)}
+    write_json(folder / "perplexity.json", {"parameters": 5, "results": found})
+    if contexts is not None:
+        by_context = {name: {"ratios": {"2": {"ratio": len(name), "documents": 1}}} for name in contexts}
+        write_json(folder / "extrapolation.json", {"results": {"contexts": by_context}})
+    line = ladder_results.describe_run(run)
+    assert line["perplexity"] == math.exp(3)
+    assert line.get("2x / 1x") == (None if contexts is None else len("stateful"))
+
+
 @pytest.mark.parametrize("trained", [(1e-3,), (1e-3, 3e-3)])
 def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ladder_results, "draw_figure", lambda draw, content, path: None)
@@ -238,6 +253,7 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
         (["gla", "data.path=nowhere"], "data.path=nowhere: nowhere/manifest.json is missing"),
         (["gla", "data.path=nowhere", "--dry-run"], "data.path=nowhere: nowhere/manifest.json is missing"),
         (["gla", "--eval", "data_path=nowhere"], "--eval data_path=nowhere: nowhere/manifest.json is missing"),
+        (["gla", "--eval", "evals=[extrapolation]"], "--eval evals=[extrapolation] lacks perplexity"),
         (["train.stpes=3"], "did you mean train.steps?"),
         (["--eval", "extrapolation.buckets=3"], "did you mean extrapolation.bucket?"),
         (["seed=3"], "seed=... is set for each run, by --seeds"),

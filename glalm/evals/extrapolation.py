@@ -89,10 +89,10 @@ class ExtrapolationEvaluator(Evaluator):
             lines.append(f"{name}: perplexity relative to that at the training length: {ratios or 'nothing beyond it'}")
             if empty := [bucket for bucket in found["buckets"] if bucket["documents"] == 0]:
                 lines.append(f"no document fills the {len(empty)} buckets from position {empty[0]['start']} on")
-        for gain in results.get("reset_minus_stateful", []):
-            if gain["documents"] > 1:
-                nats = f"{gain['nats_per_token']:.4f} ± {gain['standard_error']:.4f} nats"
-                lines.append(f"reset minus stateful, positions {gain['start']:,} to {gain['end']:,}: {nats}")
+            for gain in results.get(f"{name}_minus_stateful", []):
+                if gain["documents"] > 1:
+                    nats = f"{gain['nats_per_token']:.4f} ± {gain['standard_error']:.4f} nats"
+                    lines.append(f"{name} minus stateful, positions {gain['start']:,} to {gain['end']:,}: {nats}")
         return lines
 
     def metrics(self, results: dict) -> dict[str, float | None]:
@@ -124,7 +124,8 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
             `ratios`, {"2": ..., "4": ...}: the perplexity at n training lengths over that at one, as of
                 `summarize_ratio`.
         With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at the same position,
-        below 1 where long memory helps, and `reset_minus_stateful` is what it is worth, as of `summarize_gains`.
+        below 1 where long memory helps. With stateful and another context, `NAME_minus_stateful` is what the text is
+        worth that the other lacks, as of `summarize_gains`.
     """
     if edges[-1] < 10 * train_length:
         warnings.warn(
@@ -144,9 +145,11 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
         ratios = {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()}
         results["contexts"][name] = {"buckets": buckets, "ratios": ratios}
     if {"stateful", "reset"} <= nats.keys():
-        gain = nats["reset"] - nats["stateful"]
-        results["stateful_over_reset"] = {str(n): summarize_ratio(-gain[:, i]) for n, i in index_of.items()}
-        results["reset_minus_stateful"] = summarize_gains(gain, edges, train_length)
+        loss = nats["stateful"] - nats["reset"]
+        results["stateful_over_reset"] = {str(n): summarize_ratio(loss[:, i]) for n, i in index_of.items()}
+    for name, losses in nats.items():
+        if name != "stateful" and "stateful" in nats:
+            results[f"{name}_minus_stateful"] = summarize_gains(losses - nats["stateful"], edges, train_length)
     return results
 
 

@@ -145,11 +145,12 @@ def test_ratios_compare_the_documents_that_fill_both(model, texts, truth):
     assert result["stateful_over_reset"]["4"]["ratio"] == pytest.approx(gain, rel=1e-4)
 
 
-def test_worth_of_the_state_in_ranges_of_positions(model, texts, truth):
-    contexts = {name: read(model, texts, name) for name in ("stateful", "reset")}
-    ranges = build_results(contexts, EDGES, T)["reset_minus_stateful"]
+@pytest.mark.parametrize("other", ["reset", "sliding_window"])
+def test_worth_of_the_state_in_ranges_of_positions(model, texts, truth, other):
+    contexts = {name: read(model, texts, name) for name in ("stateful", other)}
+    ranges = build_results(contexts, EDGES, T)[f"{other}_minus_stateful"]
     assert [(each["start"], each["end"]) for each in ranges] == [(8, 16), (16, 32), (32, 64), (64, 96)]
-    gain = contexts["reset"].numpy() - truth
+    gain = contexts[other].numpy() - truth
     for each in ranges:
         per_document = gain[:, each["start"] // 4 : each["end"] // 4].mean(1)  # buckets of 4 positions
         per_document = per_document[~np.isnan(per_document)]

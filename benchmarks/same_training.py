@@ -141,17 +141,18 @@ MODELS = {"glalm": train_glalm, "fla": train_fla, "transformers": train_transfor
 
 
 def compose_run_config(changes: list[str]) -> RunConfig:
+    """Return the config of all runs. Raise ConfigError if the plain loop would do something else than it says."""
     config = compose_config(TrainingRun, "train", changes)
-    data = config.data.document_boundaries
     require(
         config.model.mixer == "gla" and config.train.stages is None,
         "flash-linear-attention's GLA is compared with model.mixer=gla, in a run without train.stages",
     )
-    require(
-        data == "ignore" and config.train.tbptt_length is None,
-        f"The plain loop reads windows as they are: data.document_boundaries={data} and train.tbptt_length="
-        f"{config.train.tbptt_length} are not supported. Write ignore and null",
-    )
+    for key, value, wanted in (
+        ("data.document_boundaries", config.data.document_boundaries, "ignore"),
+        ("train.tbptt_length", config.train.tbptt_length, None),
+        ("train.z_loss", config.train.z_loss, 0),
+    ):
+        require(value == wanted, f"{key}={value} is nothing that the plain loop does. Leave it at its default")
     return config
 
 

@@ -45,7 +45,7 @@ def test_difference_is_compared_with_the_spread_of_runs(script):
     assert summary["other"]["error"] == pytest.approx((2 / 2 + 1 / 3) ** 0.5)
 
 
-@pytest.mark.parametrize("change", ["data.document_boundaries=reset_state", "model=mamba2_tiny"])
+@pytest.mark.parametrize("change", ["data.document_boundaries=reset_state", "train.z_loss=1e-4", "model=mamba2_tiny"])
 def test_what_the_plain_loop_cannot_do_is_refused(script, change):
     with pytest.raises(ConfigError, match=r"compared with|plain loop"):
         script.compose_run_config([change])

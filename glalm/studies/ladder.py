@@ -39,10 +39,7 @@ class LadderRun:
     config: TrainingRun
     train_arguments: list[str]
     eval_arguments: list[str]
-
-    @cached_property
-    def eval_config(self) -> EvalConfig:
-        return compose_config(EvalConfig, "eval", self.eval_arguments)
+    eval_config: EvalConfig
 
     @property
     def training_tokens(self) -> int:
@@ -203,7 +200,9 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
         "extrapolation.contexts=[stateful]",
         *args.eval,
     ]
-    return LadderRun(model, lr, config, train_arguments, eval_arguments)
+    # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.
+    eval_config = compose_config(EvalConfig, "eval", eval_arguments)
+    return LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)
 
 
 @cache
@@ -251,8 +250,7 @@ def run_all(missing: list[LadderRun], args: argparse.Namespace) -> list[str]:
     try:
         with show_progress(missing):
             jobs = [run.train_arguments for run in missing]
-            # Jobs cannot compose the configs of evaluations, because Hydra is in use where they run.
-            task = TrainAndEvaluate({run.config.name: (run, run.eval_config) for run in missing})
+            task = TrainAndEvaluate({run.config.name: run for run in missing})
             reasons = launch_jobs(TrainingRun, "train", task, launcher, jobs)
     except KeyboardInterrupt:
         pass  # The runs' statuses say which of them were stopped.
@@ -265,11 +263,11 @@ def run_all(missing: list[LadderRun], args: argparse.Namespace) -> list[str]:
 class TrainAndEvaluate:
     """What a launcher calls for each of `runs`, by their names. What it prints is appended to FOLDER/NAME.log."""
 
-    runs: dict[str, tuple[LadderRun, EvalConfig]]
+    runs: dict[str, LadderRun]
 
     def __call__(self, tree: DictConfig) -> str | None:
         """Train and evaluate. Return the reason of a failure, or None."""
-        run, eval_config = self.runs[tree.name]
+        run = self.runs[tree.name]
         with redirect_output(log_path(run)):
             try:
                 RunStatus("training").write(run)
@@ -278,7 +276,7 @@ class TrainAndEvaluate:
                     RunStatus("stopped").write(run)
                     return f"stopped by signal {signum}"
                 RunStatus("evaluating").write(run)
-                evaluate_run(eval_config)
+                evaluate_run(run.eval_config)
                 write_json(run.config.folder / "ladder.json", run.completion_record())
                 clear_status(run)
                 return None

@@ -17,7 +17,7 @@ import pytest
 
 from glalm.cli import compose_config
 from glalm.commands import ladder as command
-from glalm.evals.options import TrainingRun
+from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation
 from glalm.evals.result_files import read_json, write_json
 from glalm.progress import ProgressBar
@@ -152,23 +152,28 @@ def test_stopped_runs_are_saved(tiny, tmp_path):
     assert list((tmp_path / "out" / "gla-1" / "checkpoints").glob("step_*"))
 
 
+def planned_run(model, lr, config, train_arguments, eval_arguments):
+    eval_config = compose_config(EvalConfig, "eval", eval_arguments)
+    return ladder.LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)
+
+
 def test_what_is_done_is_done_by_its_config(tmp_path):
     where = ["experiment=ladder_tiny", "name=gla-1", f"runs_dir={tmp_path}"]
-    run = ladder.LadderRun("gla", None, compose_config(TrainingRun, "train", where), where, [])
+    run = planned_run("gla", None, compose_config(TrainingRun, "train", where), where, [])
     assert not run.is_complete()
     run.config.folder.mkdir()
     write_json(run.config.folder / "ladder.json", run.completion_record())
     assert run.is_complete()
     # As by a change of configs/experiment/ladder_tiny.yaml.
     edited = compose_config(TrainingRun, "train", [*where, "train.steps=300"])
-    assert not ladder.LadderRun("gla", None, edited, where, []).is_complete()
+    assert not planned_run("gla", None, edited, where, []).is_complete()
 
 
 def test_means_over_seeds_are_of_nats(tmp_path):
     runs = []
     for seed, nats in ((1, 3.0), (2, 4.0)):
         where = ["experiment=ladder_tiny", f"name=gla-{seed}", f"runs_dir={tmp_path}", f"seed={seed}"]
-        runs.append(run := ladder.LadderRun("gla", None, compose_config(TrainingRun, "train", where), where, []))
+        runs.append(run := planned_run("gla", None, compose_config(TrainingRun, "train", where), where, []))
         found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
         write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
         context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}
@@ -187,7 +192,7 @@ def test_means_over_seeds_are_of_nats(tmp_path):
 @pytest.mark.parametrize("contexts", [None, ["stateful"], ["reset", "stateful"]])
 def test_runs_are_described_by_what_was_evaluated(contexts, tmp_path):
     place = ["name=gla-1", f"runs_dir={tmp_path}", "evals=[perplexity,extrapolation]"]
-    run = ladder.LadderRun("gla", None, compose_config(TrainingRun, "train", place[:2]), [], place)
+    run = planned_run("gla", None, compose_config(TrainingRun, "train", place[:2]), [], place)
     folder = run.config.folder / "eval"
     found = {"nats_per_token": 3.0, "perplexity": math.exp(3)}
     write_json(folder / "perplexity.json", {"parameters": 5, "results": found})
@@ -207,7 +212,7 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
     for model, rate in (("gla", 1e-3), ("gla", 3e-3), ("attention", 1e-3)):
         name = f"{model}-{rate}"
         place = [f"name={name}", f"runs_dir={tmp_path}"]
-        planned.append(run := ladder.LadderRun(model, rate, replace(config, name=name), [], place))
+        planned.append(run := planned_run(model, rate, replace(config, name=name), [], place))
         found = {"nats_per_token": 1.0, "perplexity": 1 / rate}
         record = {"parameters": 5, "device": "cpu", "versions": {}, "settings": {}}
         write_json(run.config.folder / "eval" / "perplexity.json", record | {"results": found})
@@ -226,7 +231,7 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
 def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
     """Other evaluations of a run are not taken for the ladder's, and unlike numbers are not compared in silence."""
     arguments = ["name=gla-1", f"runs_dir={tmp_path}", "extrapolation.contexts=[stateful]"]
-    run = ladder.LadderRun("gla", None, compose_config(TrainingRun, "train", arguments[:2]), [], arguments)
+    run = planned_run("gla", None, compose_config(TrainingRun, "train", arguments[:2]), [], arguments)
     for name, own, contexts in (
         ("asked", True, ["stateful"]),
         ("other", False, ["stateful"]),
@@ -236,7 +241,7 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
         record = {"evaluator": "extrapolation", "own_text": own, "settings": settings, "results": name}
         write_json(run.config.folder / "eval" / f"{name}.json", record)
     assert run.results("extrapolation")["results"] == "asked"
-    foreign = ladder.LadderRun("gla", None, run.config, [], [*arguments, "data_path=other"])
+    foreign = planned_run("gla", None, run.config, [], [*arguments, "data_path=other"])
     assert foreign.results("extrapolation")["results"] == "other"
     unlike = [read_json(run.config.folder / "eval" / f"{name}.json") for name in ("asked", "more")]
     ladder_results.draw_figure(plot_extrapolation, unlike, tmp_path / "positions.png")
@@ -304,9 +309,7 @@ def plan(tmp_path):
         config = compose_config(TrainingRun, "train", ["experiment=ladder_tiny", f"runs_dir={tmp_path}"])
         runs = []
         for name, state in states.items():
-            run = ladder.LadderRun(
-                "gla", None, replace(config, name=name), [], [f"name={name}", f"runs_dir={tmp_path}"]
-            )
+            run = planned_run("gla", None, replace(config, name=name), [], [f"name={name}", f"runs_dir={tmp_path}"])
             runs.append(run)
             if state == "complete":
                 write_json(run.config.folder / "ladder.json", run.completion_record())

@@ -76,7 +76,7 @@ def test_compiled_blocks(config, change, changes):
     graph = built.graph
     built.graph = StepsWithoutGraph(graph.capture)
     train(built, 1)
-    start = tree_map_only(torch.Tensor, torch.clone, built.state.state_dict())
+    start = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), built.state.state_dict())
     eager_losses, eager_weights = train(built)
     built.state.load_state_dict(start)
     built.graph = graph

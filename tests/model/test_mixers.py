@@ -242,11 +242,16 @@ def test_half_precision_weights(choice, tiny, tokens):
 @pytest.mark.gpu
 @every_choice
 def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
-    """Compare logits, batched and packed, and gradients, in float32 and under bf16 autocast with flash attention."""
-    model, ids = tiny(**({"hidden_size": 128} | choice)).float(), tokens(1, 200)
+    """Compare logits, batched and packed, and gradients, in float32 and under bf16 autocast with flash attention.
+
+    A norm divides by outputs that may nearly cancel, and the gradient of a bias is a sum that may. How much rounding
+    changes them is a matter of luck, so errors in bf16 are means over several texts.
+    """
+    model = tiny(**({"hidden_size": 128} | choice)).float()
+    texts = [tokens(1, 200, seed=seed) for seed in (1, 2, 3)]
     bounds = torch.tensor([0, 1, 60, 60, 200])
 
-    def results(device: str, autocast: bool) -> list[torch.Tensor]:
+    def results(device: str, autocast: bool, ids: torch.Tensor) -> list[torch.Tensor]:
         model.to(device).zero_grad()
         x, packing = ids.to(device), bounds.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
@@ -254,11 +259,16 @@ def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
             (whole.float().square().mean() + packed.float().square().mean()).backward()
         return [y.detach().double().cpu() for y in (whole, packed, *(p.grad for p in model.parameters()))]
 
-    def errors(found: list[torch.Tensor]) -> list[float]:
-        return [((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]
+    exact = [results("cpu", False, ids) for ids in texts]
 
-    exact = results("cpu", autocast=False)
-    usual = errors(results("cpu", autocast=True))  # A norm divides by outputs that may nearly cancel.
-    assert max(errors(results("cuda", autocast=False))) < 1e-2
-    for error, rounding in zip(errors(results("cuda", autocast=True)), usual, strict=True):
+    def mean_errors(device: str) -> list[float]:
+        found = [relative_errors(results(device, True, ids), truth) for ids, truth in zip(texts, exact, strict=True)]
+        return [sum(errors) / len(errors) for errors in zip(*found, strict=True)]
+
+    assert max(relative_errors(results("cuda", False, texts[0]), exact[0])) < 1e-2
+    for error, rounding in zip(mean_errors("cuda"), mean_errors("cpu"), strict=True):
         assert error < 2 * rounding + 0.02
+
+
+def relative_errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]

@@ -18,16 +18,17 @@ GPU = r"\bH200\b"
 # By `benchmarks/bench_lengths.py --mfu`, and from the tables of docs/mixers.md and docs/performance.md.
 MEASURED = {
     "attention": [Measurement(374, 2048, 0.466)],
-    "deltanet": [Measurement(374, 2048, 0.403)],
-    "gated_deltanet": [Measurement(373, 2048, 0.383)],
+    "deltanet": [Measurement(374, 2048, 0.430)],
+    "gated_deltanet": [Measurement(373, 2048, 0.400)],
     "gla": [
         Measurement(42, 2048, 0.314),
         Measurement(374, 2048, 0.444),
         Measurement(374, 32768, 0.439),
         Measurement(1366, 2048, 0.490),
     ],
-    "kda": [Measurement(375, 2048, 0.356)],
-    "mamba2": [Measurement(376, 2048, 0.327)],
+    "kda": [Measurement(375, 2048, 0.370)],
+    "mamba": [Measurement(375, 2048, 0.230)],
+    "mamba2": [Measurement(376, 2048, 0.337)],
     "regla": [Measurement(375, 2048, 0.396)],
     "retention": [Measurement(375, 2048, 0.423)],
 }

@@ -26,9 +26,9 @@ class Dial:
 
     def __post_init__(self):
         require(
-            isinstance(self.vocab_size, int) and self.vocab_size > 0 and self.depth > 0,
+            all(isinstance(size, int) and size > 0 for size in (self.depth, self.vocab_size)),
             f"The sizes of experiment=gla_dial follow from model.num_hidden_layers={self.depth} and "
-            f"model.vocab_size={self.vocab_size}, which must be positive numbers; set both",
+            f"model.vocab_size={self.vocab_size}, which must be positive whole numbers; set both",
         )
 
     @property

@@ -137,7 +137,8 @@ def measure_runs(folders: Sequence[Path]) -> list[Measurement]:
     measured = [measure_run(folder) for folder in folders]
     validations = [describe_validation(folder)["settings"] for folder in folders]
     for folder, settings in zip(folders, validations, strict=True):
-        changed = [key for key in settings if settings[key] != validations[0].get(key) and key != "data_path"]
+        keys = (settings.keys() | validations[0].keys()) - {"data_path"}
+        changed = sorted(key for key in keys if settings.get(key) != validations[0].get(key))
         require(
             not changed, f"{folder} and {folders[0]} were validated differently: {', '.join(changed)} are not the same"
         )

@@ -92,7 +92,7 @@ def scale_parameter(
     return Multipliers(
         init=output * (n_in**-0.5 * min(1.0, math.sqrt(n_out / n_in)) if is_drawn else 1.0),
         adam_lr=output * rate,
-        muon_lr=output * math.sqrt(n_out / n_in * max(base) / max(shape)),
+        muon_lr=output * math.sqrt(n_out / n_in * max(base, default=1) / max(shape, default=1)),
         eps=1 / (n_out * depth * output),
     )
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -109,9 +110,17 @@ def test_dial(depth):
     assert dial.tokens == config.train.tokens
 
 
-def test_dial_refuses_what_has_no_sizes():
-    with pytest.raises(ConfigError, match=r"model.num_hidden_layers=8 and model.vocab_size=None.*set both"):
-        compose_config(TrainingRun, "train", ["experiment=gla_dial", "model.vocab_size=null"])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("model.vocab_size=null", "model.num_hidden_layers=8 and model.vocab_size=None"),
+        ("model.num_hidden_layers=null", "model.num_hidden_layers=None and model.vocab_size=32000"),
+        ("model.num_hidden_layers=6.5", "model.num_hidden_layers=6.5 and model.vocab_size=32000"),
+    ],
+)
+def test_dial_refuses_what_has_no_sizes(change, named):
+    with pytest.raises(ConfigError, match=f"{re.escape(named)}.*set both"):
+        compose_config(TrainingRun, "train", ["experiment=gla_dial", change])
 
 
 @pytest.mark.slow

@@ -276,3 +276,8 @@ def test_resumed_run_equals_the_uninterrupted_one(run_config, change):
     assert (parts.folder / last).read_bytes() == (whole.folder / last).read_bytes()
     with pytest.raises(ConfigError, match=r"optim\.base_width: 16 -> 32"):
         train(change(whole, **{"optim.base_width": 32}))
+
+
+def test_a_parameter_that_is_one_number_learns_as_in_the_base_model():
+    scale = scale_parameter(torch.Size([]), torch.Size([]), None, is_drawn=False, depth=1.0, output=1.0)
+    assert scale == Multipliers()

@@ -13,10 +13,12 @@ from glalm.generation.captured import describe_value
 from glalm.hf import CheckpointedBlock, GLALMForCausalLM, GLALMModel
 from glalm.model.decoder import SwiGLU
 from glalm.model.layers import GatedRMSNorm, RMSNorm
-from glalm.model.mixers.gla import GatedLinearAttention
+from glalm.model.mixers.gla import GatedLinearAttention, GateLogits
 from glalm.model.plain import is_called_plainly, is_plain_linear, is_plain_tensor
 
-MODEL_TYPES = (GLALMForCausalLM, GLALMModel, CheckpointedBlock, GatedLinearAttention, SwiGLU, RMSNorm, GatedRMSNorm)
+MODEL_TYPES = (
+    GLALMForCausalLM, GLALMModel, CheckpointedBlock, GatedLinearAttention, GateLogits, SwiGLU, RMSNorm, GatedRMSNorm,
+)  # fmt: skip
 # The forward methods that decode_token stands for.
 FORWARDS = {kind: kind.forward for kind in (*MODEL_TYPES, nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList)}
 
@@ -60,7 +62,7 @@ def is_like(module: nn.Module, fresh: nn.Module) -> bool:
     names = fresh._parameters.keys()
     return (
         kind is type(fresh)
-        and kind.forward is FORWARDS[kind]
+        and kind.forward is FORWARDS.get(kind)
         and is_called_plainly(module)
         and (kind is not nn.Linear or is_plain_linear(module, bias=True))
         and module._parameters.keys() == names

@@ -112,6 +112,11 @@ def test_only_the_papers_model_is_supported(tiny, changes):
     assert not fused_decode.is_supported(tiny(**changes).float())
 
 
+@pytest.mark.parametrize("half_lives", [None, [4.0, 64.0]])
+def test_the_papers_model_is_supported(tiny, half_lives):
+    assert fused_decode.is_supported(tiny(gla={"initial_half_lives": half_lives}).float())
+
+
 def test_adapted_layers_are_not_supported(tiny):
     class Adapted(torch.nn.Linear):
         pass

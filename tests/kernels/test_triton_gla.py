@@ -327,6 +327,7 @@ def product_kernel(a, b, out, PARTS: tl.constexpr):
 @pytest.mark.parametrize(("parts", "error"), [(1, 2**-7), (2, 2**-14), (3, 1e-7)])
 @pytest.mark.parametrize("left", [False, True])
 def test_exact_dot_is_as_exact_as_its_parts(left, parts, error):
+    torch.manual_seed(0)  # The greatest error of float32's own sums depends on the numbers.
     ones, x, out = torch.ones(64, 64).tril().bfloat16(), torch.randn(64, 64), torch.empty(64, 64)
 
     def worst(x: torch.Tensor) -> float:

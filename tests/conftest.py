@@ -3,6 +3,7 @@ import gc
 import json
 import keyword
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +19,12 @@ settings.load_profile("no_deadline")
 show_log()  # Tests read on stderr what a command shows there.
 
 WORDS = [*keyword.kwlist, "(a, b):", "'quoted'", "# comment", "==", "2024", "äöü"]
+
+
+def pytest_configure():
+    """Let processes of tests end at Ctrl-C also where a shell runs the suite in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

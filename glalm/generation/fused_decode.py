@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from glalm.generation.captured import describe_value
 from glalm.hf import CheckpointedBlock, GLALMForCausalLM, GLALMModel
 from glalm.model.decoder import SwiGLU
-from glalm.model.layers import GatedRMSNorm, RMSNorm
-from glalm.model.mixers.gla import GatedLinearAttention, GateLogits
+from glalm.model.layers import BiasedLinear, GatedRMSNorm, RMSNorm
+from glalm.model.mixers.gla import GatedLinearAttention
 from glalm.model.plain import is_called_plainly, is_plain_linear, is_plain_tensor
 
 MODEL_TYPES = (
-    GLALMForCausalLM, GLALMModel, CheckpointedBlock, GatedLinearAttention, GateLogits, SwiGLU, RMSNorm, GatedRMSNorm,
+    GLALMForCausalLM, GLALMModel, CheckpointedBlock, BiasedLinear, GatedLinearAttention, SwiGLU, RMSNorm, GatedRMSNorm,
 )  # fmt: skip
 # The forward methods that decode_token stands for.
 FORWARDS = {kind: kind.forward for kind in (*MODEL_TYPES, nn.Linear, nn.Embedding, nn.Sequential, nn.ModuleList)}

@@ -280,6 +280,17 @@ def divide_by_weights(o: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- initialisation
 
 
+class BiasedLinear(nn.Linear):
+    """A linear layer whose bias begins with given values: one for all outputs, or one for each."""
+
+    def __init__(self, inputs: int, outputs: int, initial_bias: float | list[float]):
+        super().__init__(inputs, outputs)
+        self.initial_bias = initial_bias
+
+    def init_parameters(self) -> None:
+        self.bias.copy_(torch.tensor(self.initial_bias, dtype=torch.float64))
+
+
 def init_time_step(bias: Tensor) -> None:
     """Set a bias so that softplus(bias) is log-uniform between MIN_TIME_STEP and MAX_TIME_STEP.
 

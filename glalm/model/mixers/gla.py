@@ -12,7 +12,7 @@ from glalm import kernels
 from glalm.config.strict import describe_divisors, require
 from glalm.kernels.common import log_gate
 from glalm.kernels.context_parallel import ContextShard
-from glalm.model.layers import GatedRMSNorm, RMSNorm, ShortConv
+from glalm.model.layers import BiasedLinear, GatedRMSNorm, RMSNorm, ShortConv
 from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
 CHUNKWISE: dict[str, Operator] = {
@@ -116,10 +116,11 @@ class GatedLinearAttention(Mixer):
         self.conv = ShortConv(channels, options.short_conv) if options.short_conv else None
         if self.gate == "vector":
             rank = config.gate_low_rank_dim
-            logits = GateLogits(rank, shared_key, self.kv_heads, options.initial_half_lives, self.gate_logit_normalizer)
+            per_head = shared_key // self.kv_heads
+            logits = build_gate_logits(rank, self.kv_heads, per_head, options, self.gate_logit_normalizer)
             self.gk_proj: nn.Module = nn.Sequential(nn.Linear(d, rank, bias=False), logits)
         elif self.gate == "scalar":
-            self.gk_proj = GateLogits(d, self.kv_heads, 1, options.initial_half_lives, self.gate_logit_normalizer)
+            self.gk_proj = build_gate_logits(d, 1, self.kv_heads, options, self.gate_logit_normalizer)
         if self.output_gate:
             self.g_proj = nn.Linear(d, value, bias=False)
             self.g_norm_swish_gate = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps)
@@ -192,25 +193,21 @@ class GatedLinearAttention(Mixer):
         return chunkwise_flops(self.num_heads, K, V, T, states=self.kv_heads) + convolution
 
 
-class GateLogits(nn.Linear):
-    """A linear layer for gate logits z, of gates sigmoid(z)^(1/normalizer), with biases that make initial half-lives.
+def build_gate_logits(inputs: int, groups: int, gates: int, options: GLAOptions, normalizer: float) -> nn.Linear:
+    """Return the layer of the logits of groups of gates, which all begin with the same half-lives."""
+    if options.initial_half_lives is None:
+        return nn.Linear(inputs, groups * gates)
+    logits = half_life_logits(options.initial_half_lives, gates, normalizer)
+    return BiasedLinear(inputs, groups * gates, groups * logits)
+
+
+def half_life_logits(half_lives: list[float], count: int, normalizer: float) -> list[float]:
+    """Return the logits z of `count` gates sigmoid(z)^(1/normalizer), of which the half-lives are a geometric sequence.
 
     Args:
-        groups: Groups of outputs, one after the other, of which each has the same half-lives.
-        half_lives: The shortest and the longest, in tokens. None: biases of 0.
+        half_lives: The shortest and the longest, in tokens.
     """
-
-    def __init__(self, inputs: int, outputs: int, groups: int, half_lives: list[float] | None, normalizer: float):
-        super().__init__(inputs, outputs)
-        self.groups = groups
-        self.half_lives = half_lives
-        self.normalizer = normalizer
-
-    def init_parameters(self) -> None:
-        if self.half_lives is None:
-            return
-        shortest, longest = (math.log2(tokens) for tokens in self.half_lives)
-        half_lives = torch.logspace(shortest, longest, self.out_features // self.groups, base=2, dtype=torch.float64)
-        # sigmoid(z)^(half-life / normalizer) = 1/2
-        logits = -torch.expm1(math.log(2) * self.normalizer / half_lives).log()
-        self.bias.copy_(logits.repeat(self.groups))
+    shortest, longest = (math.log2(tokens) for tokens in half_lives)
+    tokens = torch.logspace(shortest, longest, count, base=2, dtype=torch.float64, device="cpu")
+    # sigmoid(z)^(half-life / normalizer) = 1/2
+    return (-torch.expm1(math.log(2) * normalizer / tokens).log()).tolist()

@@ -13,7 +13,7 @@ from glalm.kernels import chunk_gla, chunk_value_gla, fused_recurrent_gla
 from glalm.kernels.chunked import VALUE_GATE_CHUNK
 from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
 from glalm.kernels.context_parallel import ContextShard, gather_ranks
-from glalm.model.layers import RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
+from glalm.model.layers import BiasedLinear, RMSNorm, append_ones, build_feature_map, divide_by_weights, num_features
 from glalm.model.mixers.base import Mixer, Operator, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
 # The running maximum of a sequence without a token: far below any logit, and finite.
@@ -183,17 +183,6 @@ class ReGLA(Mixer):
         V = self.V if self.options.output_norm else self.V + 1  # with the sum of the weights
         chunk = CHUNK if self.options.gate_axis == "key" else VALUE_GATE_CHUNK
         return maps + chunkwise_flops(self.num_heads, features, V, T, chunk)
-
-
-class BiasedLinear(nn.Linear):
-    """A linear layer whose bias is initialized to a constant."""
-
-    def __init__(self, inputs: int, outputs: int, initial_bias: float):
-        super().__init__(inputs, outputs)
-        self.initial_bias = initial_bias
-
-    def init_parameters(self) -> None:
-        nn.init.constant_(self.bias, self.initial_bias)
 
 
 def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

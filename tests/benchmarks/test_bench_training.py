@@ -1,7 +1,6 @@
 """Run the training benchmark at sizes for a CPU, and check how it reads a profile."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,11 +17,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_training.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_benchmark):
+    return load_benchmark("bench_training")
 
 
 def check(result: dict) -> None:

@@ -1,6 +1,5 @@
 """The comparison of two checkouts: its measurements at tiny sizes, its verdicts, and what it does with failures."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,13 +14,8 @@ SCRIPT = TREE / "benchmarks" / "compare_trees.py"
 
 
 @pytest.fixture(scope="module")
-def compare_trees():
-    spec = importlib.util.spec_from_file_location("compare_trees", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_trees"] = module  # Dataclasses look their module up.
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compare_trees"]
+def compare_trees(load_benchmark):
+    return load_benchmark("compare_trees")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,16 +9,12 @@ from glalm.cli import compose_config
 from glalm.config.run import run_identity
 from glalm.evals.options import TrainingRun
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recipe_table.py"
 STEPS = ["train.steps=3", "optim.warmup_steps=1"]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("recipe_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_benchmark):
+    return load_benchmark("recipe_table")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Compare training steps of glalm with a plain loop, as the benchmark does, and check its statistics."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,11 +15,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "same_training.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("same_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_benchmark):
+    return load_benchmark("same_training")
 
 
 def test_nudge_is_relative_and_that_of_the_run(script):

@@ -19,7 +19,11 @@ PAPER_TOKENS = 15e9
 
 @dataclass(frozen=True)
 class Dial:
-    """The sizes of a model of `depth` blocks and of its training, with a vocabulary of `vocab_size` tokens."""
+    """The sizes of a model of `depth` blocks and of its training, with a vocabulary of `vocab_size` tokens.
+
+    Raises:
+        ConfigError: One of the two is not a positive whole number.
+    """
 
     depth: int
     vocab_size: int

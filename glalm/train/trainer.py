@@ -38,7 +38,6 @@ from glalm.train.collectives import max_over_processes, run_on_rank_0
 from glalm.train.compile import apply_training_forward, list_forward_shapes
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
-from glalm.train.garbage import collect_between_steps
 from glalm.train.guards import StopSignal, UpdateGuard
 from glalm.train.init_weights import build_initial_model
 from glalm.train.layer_statistics import gradient_norms, observe_layers, state_norms
@@ -47,7 +46,7 @@ from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 from glalm.train.profile import Profiler
 from glalm.train.state import BatchPlan, TrainState, plan_batches
 from glalm.train.step_graph import StepGraph, is_captured
-from glalm.train.throughput import SourceTokenCounter, ThroughputMeter
+from glalm.train.throughput import SourceTokenCounter, ThroughputMeter, collect_between_steps
 from glalm.train.training_data import TrainingData
 from glalm.train.watchdog import Watchdog
 

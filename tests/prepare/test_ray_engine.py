@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from folder_contents import read_contents
 
-from glalm.prepare import pipeline, ray_engine, units
+from glalm.prepare import engine, pipeline, units
 from glalm.prepare.deduplication import deduplicate
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.set_folder import JOURNAL
@@ -77,7 +77,7 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
 
     batches = 0
     add_batch = SetWriter.add_batch
-    run_unit = ray_engine.run_unit
+    run_unit = engine.run_unit
     notes = tmp_path / "nodes"
 
     def note_node(*args):  # This function travels to the nodes, because it is nested.
@@ -94,7 +94,7 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
 
     with monkeypatch.context() as patch:
         patch.setattr(SetWriter, "add_batch", kill_node)
-        patch.setattr(ray_engine, "run_unit", note_node)
+        patch.setattr(engine, "run_unit", note_node)
         prepare_data([sources], out, engine="ray", address=cluster.address, **settings)
     assert batches > 10 and len(set(notes.read_text().split())) == 2  # Both nodes had a part in it.
     prepare_data([sources], tmp_path / "local", workers=1, **settings)
@@ -180,16 +180,16 @@ def make_ray(resources, error=None):
 def test_a_cluster_that_cannot_be_used_is_explained(monkeypatch, address, ray, message):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    with pytest.raises(ValueError, match=message), ray_engine.connect_to_ray(address):
+    with pytest.raises(ValueError, match=message), engine.connect_to_ray(address):
         pass
 
 
 def test_a_tokenizer_is_loaded_where_its_folder_is_not(prepared, hugging_face):
     for path in (prepared / "tokenizer.model", hugging_face):
-        files = ray_engine._read_tokenizer(path)
+        files = engine._read_tokenizer(path)
         if path.is_dir():
             files[f"{path.name}/a/b/notes.txt"] = b"The folder a has no file of its own."
-        loaded = ray_engine._load_tokenizer(str(path), tuple(files.items()))
+        loaded = engine._load_tokenizer(str(path), tuple(files.items()))
         assert not loaded.exists()
-        tokenizer = ray_engine.open_tokenizer(loaded, str(path))
+        tokenizer = engine.open_tokenizer(loaded, str(path))
         assert tokenizer.encode("river") == pipeline.Tokenizer(path).encode("river")

@@ -4,7 +4,7 @@ import weakref
 import pytest
 
 from glalm.train import trainer
-from glalm.train.garbage import collect_between_steps
+from glalm.train.throughput import collect_between_steps
 
 
 @pytest.fixture(autouse=True)
@@ -49,25 +49,45 @@ def test_full_collections_happen_only_when_asked_for():
             del old
             assert gone() is not None
             collect()
-            assert gone() is None and gc.get_freeze_count() > 10_000
-            frozen = gc.get_freeze_count()
-            collect()
-            assert gc.get_freeze_count() == frozen and len(full) == 2
-        assert gc.get_threshold() == before and gc.get_freeze_count() == 0
+            assert gone() is None and len(full) == 1
+        assert gc.get_threshold() == before
     finally:
         gc.callbacks.remove(record)
 
 
-def test_an_exemption_of_the_process_is_left_alone():
-    gc.freeze()
-    frozen = gc.get_freeze_count()
+def test_only_the_first_collection_exempts_objects_and_only_within_the_context():
+    early = Node()
+    early_gone = weakref.ref(early)
     with collect_between_steps() as collect:
-        node = Node()
-        gone = weakref.ref(node)
-        del node
         collect()
-        assert gone() is None and gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
-    assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
+        assert gc.get_freeze_count() > 10_000
+        late = Node()
+        late_gone = weakref.ref(late)
+        collect()
+        del early, late
+        collect()
+        assert early_gone() is not None and late_gone() is None
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert early_gone() is None
+
+
+def test_an_exemption_of_the_process_is_left_alone():
+    early = Node()
+    early_gone = weakref.ref(early)
+    gc.freeze()
+    late = Node()
+    late_gone = weakref.ref(late)
+    with collect_between_steps() as collect:
+        collect()
+        del early, late
+        collect()
+        assert early_gone() is not None and late_gone() is None
+    gc.collect()
+    assert early_gone() is not None
+    gc.unfreeze()
+    gc.collect()
+    assert early_gone() is None
 
 
 def test_a_run_collects_after_its_first_step_and_at_checkpoints(run_config, monkeypatch):

@@ -19,7 +19,7 @@ from pathlib import Path
 from bench_training import Row, compose_run_config, measure_in_process, print_header, print_row
 
 from glalm.data.files import write_json
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 from glalm.train.environment import describe_environment
 from glalm.train.estimate import ASSUMED_GPUS, estimate_hours_and_memory
 from glalm.train.memory import GIB

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.model import loss as ours
+from glalm.kernels import cross_entropy
+from glalm.model.loss import linear_cross_entropy
 
 SHAPES = {"340M 32 x 2048": (65536, 1024, 32000), "1.3B 8 x 2048": (16384, 2048, 32000)}
 TINY = {"tiny": (256, 32, 100)}
@@ -26,8 +27,8 @@ def chunked_loss(elements: int) -> Callable[..., Tensor]:
     """Return our loss with chunks of so many logits."""
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-        ours.CHUNK_ELEMENTS = elements
-        return ours.linear_cross_entropy(hidden, weight, targets, z_loss)
+        cross_entropy.CHUNK_ELEMENTS = elements
+        return linear_cross_entropy(hidden, weight, targets, z_loss)
 
     return call
 

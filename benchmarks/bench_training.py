@@ -46,7 +46,7 @@ from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
 from glalm.hf import GLALMConfig
 from glalm.model.config import ModelConfig
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 from glalm.model.mixers.attention import attention_heads
 from glalm.train import optim, parallel
 from glalm.train.environment import describe_environment, peak_flops

@@ -24,12 +24,12 @@ from glalm.evals.identity import TEXT_FILE
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import load_results, read_json
 from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
-from glalm.model.precision import choose_precision
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.plan import SKIP_ADVICE
 from glalm.prepare.records import NAME_A_FIELD
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
+from glalm.train.parallel import choose_precision
 
 # --------------------------------------------------------------------------------------------------------- the model
 

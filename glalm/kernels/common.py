@@ -16,6 +16,16 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable)
 Gate = TypeVar("Gate", Tensor, Tensor | None)
 
 
+def constant_when_compiled(function: AnyFunction) -> AnyFunction:
+    """Let Dynamo call a function while it traces, and treat the result as a constant.
+
+    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes as long as all of
+    torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Only Dynamo knows this attribute.
+    return function
+
+
 # Dtypes and devices -----------------------------------------------------------------------------------------
 
 
@@ -27,6 +37,28 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert x to float32 unless it is float64, for values that autocast or half-precision weights must not round."""
     return x.to(wide_dtype(x))
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products of x: that of autocast if it applies to x, else its own."""
+    device = x.device.type
+    # Autocast leaves float64 alone.
+    cast = x.dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+@constant_when_compiled  # Dynamo in torch 2.11 does not trace torch's function.
+def has_autocast(device: str) -> bool:
+    """Return whether autocast supports this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device is a GPU that computes in bfloat16 without emulating it."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def multiplies_exactly(x: Tensor) -> bool:
@@ -347,16 +379,6 @@ def is_observed(x: Tensor) -> bool:
 def needs_gradient(*args) -> bool:
     """Return whether autograd would record an operation on these arguments."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-
-
-def constant_when_compiled(function: AnyFunction) -> AnyFunction:
-    """Let Dynamo call a function while it traces, and treat the result as a constant.
-
-    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes as long as all of
-    torch.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Only Dynamo knows this attribute.
-    return function
 
 
 FUNCTORCH_TRANSFORMS = {

@@ -1,8 +1,9 @@
-"""The decoder language model in plain PyTorch: embeddings, blocks, a final norm, and a linear head.
+"""The decoder language model in plain PyTorch: embeddings, blocks, a final norm, a linear head, and what it costs.
 
 glalm.hf wraps the same modules, with the same parameter names, for transformers.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -11,15 +12,14 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from glalm.config.strict import ConfigError
-from glalm.kernels.common import check_cu_seqlens, check_values
+from glalm.kernels.common import check_cu_seqlens, check_values, matmul_dtype
 from glalm.kernels.context_parallel import ContextShard, check_context
 from glalm.model.cache import StateCache
 from glalm.model.config import ModelConfig
 from glalm.model.layers import RMSNorm
 from glalm.model.loss import head_cross_entropy
 from glalm.model.mixers import MIXERS
-from glalm.model.mixers.base import check_outputs, mix_tokens
-from glalm.model.precision import matmul_dtype
+from glalm.model.mixers.base import Mixer, check_outputs, mix_tokens
 
 
 class SwiGLU(nn.Module):
@@ -207,3 +207,30 @@ def init_module(module: nn.Module, std: float) -> None:
     init_parameters = getattr(module, "init_parameters", None)
     if init_parameters is not None:
         init_parameters()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model: its parameters, each counted once, and its floating-point operations per token."""
+
+    parameters: int
+    forward: int
+    training: int  # forward and backward
+
+
+def model_cost(config: ModelConfig, T: int) -> Cost:
+    """Return the cost of a model with this config on sequences of T tokens, by formula, without running it.
+
+    A multiplication and an addition are two operations. Only matrix products and convolutions count, as in torch's flop
+    counter; the backward pass costs twice the forward pass.
+    """
+    with torch.device("meta"):
+        model = CausalLM(config)
+    forward = forward_flops(model, T)
+    return Cost(sum(p.numel() for p in model.parameters()), forward, 3 * forward)
+
+
+def forward_flops(model: nn.Module, T: int) -> int:
+    """Return the operations per token of the forward pass: two per weight of each linear layer, and the mixers'."""
+    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return linear + sum(m.flops(T) for m in model.modules() if isinstance(m, Mixer))

@@ -7,22 +7,14 @@ from torch import Tensor, nn
 from glalm import IGNORE_INDEX
 from glalm.kernels.common import (
     at_least_float32,
+    matmul_dtype,
     needs_gradient,
     refuse_double_backward,
     refuse_transforms,
-    register_operator,
-    wide_dtype,
 )
-from glalm.kernels.cross_entropy import cross_entropy_
+from glalm.kernels.cross_entropy import scale_of_gradients, token_losses_operator
 from glalm.model.plain import is_plain_linear
-from glalm.model.precision import matmul_dtype
 
-# The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
-# head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
-CHUNK_ELEMENTS = 2**27
-# The gradient of the logits is computed before the scale of the loss, which would carry it through float16, is known.
-# With this factor, probabilities down to 1.5e-8 keep float16's full precision, and the gradient does not overflow.
-FLOAT16_GRADIENT_SCALE = 2.0**12
 ALTERNATIVE = "torch.nn.functional.cross_entropy of the logits"
 
 
@@ -68,7 +60,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss
     if needs_gradient(hidden, weight):
         return _LinearCrossEntropy.apply(*args, hidden.requires_grad, weight.requires_grad)
     losses, _, _ = token_losses_operator(*args, False, False)
-    return losses.sum() / _count_scored(args[2])
+    return losses.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -80,11 +72,6 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def _count_scored(targets: Tensor) -> Tensor:
-    """Return the number of targets that are not IGNORE_INDEX, but at least 1."""
-    return (targets != IGNORE_INDEX).sum().clamp(min=1)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """The forward pass computes the gradients, too: up to a scalar factor they are known as soon as the loss is."""
 
@@ -93,9 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, dhidden, dweight = token_losses_operator(
             hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient
         )
-        count = _count_scored(targets)
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
         ctx.save_for_backward(dhidden, dweight, count, hidden, weight)
-        ctx.gradient_scale = gradient_scale(dtype)
+        ctx.gradient_scale = scale_of_gradients(dtype)
         ctx.hidden_dtype = hidden.dtype if hidden_gradient else None
         ctx.weight_dtype = weight.dtype if weight_gradient else None
         return losses.sum() / count
@@ -110,92 +97,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dweight = None if ctx.weight_dtype is None else (dweight * scale).to(ctx.weight_dtype)
         grads = refuse_double_backward("linear_cross_entropy", (dhidden, dweight), (*inputs, grad), ALTERNATIVE)
         return *grads, None, None, None, None, None
-
-
-# The registered operator, so that torch.compile does not trace how the logits are computed chunk by chunk. ----------
-
-
-def compute_token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    z_loss: float,
-    dtype: torch.dtype,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the loss of every token, and the gradients of the losses' sum times gradient_scale(dtype).
-
-    Args:
-        hidden: [N, d].
-        weight: [vocabulary, d].
-        targets: [N], int64.
-        z_loss: as of linear_cross_entropy.
-        dtype: that of the matrix products.
-        hidden_gradient, weight_gradient: which gradients to compute.
-
-    Returns:
-        The losses in nats [N], float32; the gradients of hidden [N, d], in `dtype` but float32 for float16, and of
-        weight [vocabulary, d], in at least float32. A gradient that is not asked for is an empty tensor.
-    """
-    args = (hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient)
-    losses, dhidden, dweight = token_losses_fake(*args)
-    dweight.zero_()
-    h = hidden.to(dtype)
-    w = weight.to(dtype)
-    scale = gradient_scale(dtype)
-    for rows in _chunk_rows(h, w):
-        logits = F.linear(h[rows], w)
-        losses[rows] = cross_entropy_(logits, targets[rows], z_loss, hidden_gradient or weight_gradient, scale)
-        # With a gradient, cross_entropy_ has replaced the logits by it.
-        if hidden_gradient:
-            _store_product(dhidden[rows], logits, w)
-        if weight_gradient:
-            _add_product(dweight, logits.T, h[rows])
-    return losses, dhidden, dweight
-
-
-def token_losses_fake(
-    hidden, weight, targets, z_loss, dtype, hidden_gradient, weight_gradient
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uninitialized tensors of the shapes and dtypes that compute_token_losses returns."""
-    # Products with the scaled gradient may overflow float16.
-    hidden_dtype = torch.float32 if dtype == torch.float16 else dtype
-    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    dhidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=hidden_dtype)
-    dweight = weight.new_empty(weight.shape if weight_gradient else 0, dtype=wide_dtype(weight))
-    return losses, dhidden, dweight
-
-
-def gradient_scale(dtype: torch.dtype) -> float:
-    """Return the factor of the gradients that compute_token_losses returns for matrix products in `dtype`."""
-    return FLOAT16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
-
-
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Divide the rows of hidden [tokens, d] into chunks with at most CHUNK_ELEMENTS logits."""
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
-
-
-def _store_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Store a b in out, in the precision of out."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b to total in place, in the precision of total."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-token_losses_operator = register_operator("token_losses", compute_token_losses, token_losses_fake)

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from glalm.config.strict import require
 from glalm.data.files import atomic_write
+from glalm.kernels.common import has_bf16
 from glalm.kernels.graph_capture import GraphCapture
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.model.mixers import check_mixer_name
-from glalm.model.precision import has_bf16
 from glalm.train.random_states import seeded
 
 # Drawing keys needs a random number for every possible key, so sequences are drawn this many at a time.

@@ -13,9 +13,8 @@ from glalm.config.run import RunConfig
 from glalm.config.stages import Phase
 from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
-from glalm.model.decoder import CausalLM
-from glalm.model.flops import model_cost
-from glalm.model.precision import has_bf16
+from glalm.kernels.common import has_bf16
+from glalm.model.decoder import CausalLM, model_cost
 from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.measured_mfu import expected_mfu

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glalm.config.run import RunConfig, TrainConfig
 from glalm.kernels.common import assume_gpu
+from glalm.kernels.cross_entropy import CHUNK_ELEMENTS
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM
-from glalm.model.loss import CHUNK_ELEMENTS
 from glalm.train.compile import choose_forward
 from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan

@@ -27,11 +27,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from glalm.config.run import ParallelConfig, RunConfig, count_groups
-from glalm.config.strict import require
+from glalm.config.strict import ConfigError, require
 from glalm.data.processes import call_without_parent
+from glalm.kernels.common import has_bf16
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.decoder import CausalLM
-from glalm.model.precision import choose_precision
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.flight_recorder import enable_flight_recorder
 
@@ -83,6 +83,18 @@ def start_processes(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(mixed_precision=ACCELERATE_PRECISION[precision], cpu=use_cpu)
     config.parallel.mesh(accelerator.num_processes, local_world_size())  # Raises if the mesh does not fit.
     return accelerator
+
+
+def choose_precision(wanted: str, device: torch.device, key: str = "precision") -> str:
+    """Return "bf16" or "fp32" for the config key `key`. "auto" is bf16 on GPUs with bfloat16, and fp32 elsewhere.
+
+    Raises ConfigError if bf16 is wanted on a GPU that would emulate it.
+    """
+    if wanted == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise ConfigError(f"{key}=bf16: {torch.cuda.get_device_name(device)} has no bfloat16. Use {key}=fp32.")
+    return wanted
 
 
 def refuse_launcher_settings(environ: Mapping[str, str]) -> None:

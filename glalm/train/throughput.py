@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from glalm.config.run import RunConfig
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 from glalm.train.environment import peak_flops
 from glalm.train.state import BatchPlan
 from glalm.train.training_data import TrainingData
@@ -24,7 +24,7 @@ class ThroughputMeter:
 
     MFU, model FLOPs utilization (Chowdhery et al., arXiv 2204.02311, appendix B), is
 
-        tokens/s per GPU * FLOPs per token of forward and backward pass (glalm.model.flops) / bfloat16 peak of the GPU
+        tokens/s per GPU * FLOPs per token of forward and backward pass (glalm.model.decoder) / bfloat16 peak of the GPU
 
     Recomputation by activation checkpointing does not count. MFU is None where the GPU's peak is unknown.
     """

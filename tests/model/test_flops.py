@@ -18,7 +18,7 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels import delta
 from glalm.kernels.common import CHUNK
 from glalm.model.config import ModelConfig
-from glalm.model.flops import forward_flops, model_cost
+from glalm.model.decoder import forward_flops, model_cost
 from glalm.model.mixers import MIXERS, hyena
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies
 
+from glalm.kernels import cross_entropy
 from glalm.model import loss as loss_module
 from glalm.model.loss import linear_cross_entropy, token_losses
 
@@ -31,7 +32,7 @@ def dense_z_loss(hidden, weight, targets):
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk_elements", [40, 200, 2**20])
 def test_value_and_gradients(problem, chunk_elements, z_loss, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, _ = problem
     expected = dense_cross_entropy(*problem) + z_loss * dense_z_loss(*problem)
     grads = torch.autograd.grad(3 * expected, (hidden, weight))
@@ -109,7 +110,7 @@ def test_float16_keeps_the_gradients_of_rare_tokens(seed, log_probability, loss_
     expected = dense_cross_entropy(hidden, weight, targets) + z_loss * dense_z_loss(hidden, weight, targets)
     expected = torch.autograd.grad(expected, (hidden, weight))
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.float16):
-        patch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+        patch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
         loss = linear_cross_entropy(hidden, weight, targets, z_loss)
     dhidden, dweight = (grad / loss_scale for grad in torch.autograd.grad(loss * loss_scale, (hidden, weight)))
     torch.testing.assert_close(dhidden, expected[0], rtol=0.02, atol=0.02 * expected[0].abs().max().item())
@@ -167,9 +168,9 @@ def test_transforms_of_token_losses_are_refused(problem):
 
 def test_all_logits_are_never_in_memory(problem, monkeypatch):
     """No tensor is as large as the logits of all tokens."""
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 400)
     # Else RecordSizes would see the registered operator, and not what it computes with.
-    monkeypatch.setattr(loss_module, "token_losses_operator", loss_module.compute_token_losses)
+    monkeypatch.setattr(loss_module, "token_losses_operator", cross_entropy.compute_token_losses)
     sizes = []
 
     class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):

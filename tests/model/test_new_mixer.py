@@ -12,7 +12,7 @@ import yaml
 
 from glalm.config.strict import build_dataclass
 from glalm.model.config import ModelConfig
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "docs" / "mixers.md").read_text().partition("## Add a mixer")[2].partition("\n### ")[0]
@@ -61,7 +61,7 @@ def test_the_config_is_of_its_size(copy):
 import yaml
 from glalm.config.strict import build_dataclass
 from glalm.model.config import ModelConfig
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 print(model_cost(build_dataclass(ModelConfig, yaml.safe_load(open("configs/model/average_tiny.yaml"))), 256).parameters)
 """
     gla = build_dataclass(ModelConfig, yaml.safe_load((ROOT / "configs/model/gla_tiny.yaml").read_text()))

@@ -15,7 +15,7 @@ from glalm.commands.train import run_training
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 from glalm.train import estimate as estimate_module
 from glalm.train.estimate import (
     Device,

@@ -2,7 +2,7 @@ import pytest
 
 from glalm.cli import compose_config
 from glalm.evals.options import TrainingRun
-from glalm.model.flops import model_cost
+from glalm.model.decoder import model_cost
 from glalm.train.measured_mfu import MEASURED, expected_mfu
 
 H200 = "NVIDIA H200"

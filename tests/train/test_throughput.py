@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-from glalm.model.decoder import CausalLM
-from glalm.model.flops import forward_flops
+from glalm.model.decoder import CausalLM, forward_flops
 from glalm.train import throughput
 from glalm.train.environment import describe_commit, describe_environment, peak_flops
 from glalm.train.parallel import start_processes

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.files import read_jsonl
 from glalm.kernels.common import multiplies_exactly
-from glalm.model.precision import choose_precision
 from glalm.train import trainer
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.guards import BadSteps
-from glalm.train.parallel import start_processes
+from glalm.train.parallel import choose_precision, start_processes
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "data_wait_seconds"}

@@ -2,25 +2,26 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-# The file of glalm/commands that has each command's `main`, and what it does.
+# Each command's file in glalm/commands and function there, and what it does.
 COMMANDS = {
-    "prepare": ("prepare_data", "split text, tokenize it, and write token shards"),
-    "deduplicate": ("deduplicate", "list duplicate documents, which prepare then leaves out"),
-    "tokenizer": ("train_tokenizer", "train a SentencePiece tokenizer"),
-    "train": ("train", "train a model; the same command again resumes"),
-    "slurm": ("slurm", "print the Slurm template for several nodes"),
-    "eval": ("eval", "evaluate a checkpoint, an exported folder, or a model of the hub"),
-    "report": ("report", "print what runs reached, and write a page of it"),
-    "plot": ("plot", "draw one figure of several models' results"),
-    "export": ("export_hf", "write a checkpoint as a folder that transformers loads"),
-    "merge": ("merge", "write the average of several checkpoints as such a folder"),
-    "linearize": ("linearize", "convert a Llama with softmax attention to GLA or ReGLA"),
-    "ladder": ("ladder", "train and evaluate many models at one size and budget"),
-    "scaling": ("scaling", "fit the loss against model size, and predict that of other runs"),
-    "mqar": ("mqar", "measure multi-query associative recall"),
+    "prepare": ("prepare_data:prepare_or_inspect", "split text, tokenize it, and write token shards"),
+    "deduplicate": ("deduplicate:list_duplicates", "list duplicate documents, which prepare then leaves out"),
+    "tokenizer": ("prepare_data:train_tokenizer", "train a SentencePiece tokenizer"),
+    "train": ("train_and_eval:train", "train a model; the same command again resumes"),
+    "slurm": ("slurm:print_template", "print the Slurm template for several nodes"),
+    "eval": ("train_and_eval:evaluate", "evaluate a checkpoint, an exported folder, or a model of the hub"),
+    "report": ("results:report_runs", "print what runs reached, and write a page of it"),
+    "plot": ("results:plot_results", "draw one figure of several models' results"),
+    "export": ("checkpoints:export_checkpoint", "write a checkpoint as a folder that transformers loads"),
+    "merge": ("checkpoints:average_checkpoints", "write the average of several checkpoints as such a folder"),
+    "linearize": ("checkpoints:linearize_llama", "convert a Llama with softmax attention to GLA or ReGLA"),
+    "ladder": ("studies:compare_models", "train and evaluate many models at one size and budget"),
+    "scaling": ("studies:fit_scaling_law", "fit the loss against model size, and predict that of other runs"),
+    "mqar": ("studies:measure_recall", "measure multi-query associative recall"),
 }
 TAKES_URLS = ("prepare", "deduplicate")  # These commands refuse themselves what may not be a URL.
 
@@ -42,12 +43,18 @@ def main(name: str | None = None) -> NoReturn:
         name = find_command(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
     # Help and usage lines take the program's name from here.
     sys.argv[0] = f"glalm {name}"
-    command = import_module(f"glalm.commands.{COMMANDS[name][0]}")
+    command = load_command(name)
     if raises_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if name not in TAKES_URLS:
         refuse_urls(sys.argv[1:])
-    run_command(command.main)
+    run_command(command)
+
+
+def load_command(name: str) -> Callable[[], int | None]:
+    """Import the file of a command, and no other command's, and return its function, which reads sys.argv."""
+    file, function = COMMANDS[name][0].split(":")
+    return getattr(import_module(f"glalm.commands.{file}"), function)
 
 
 def refuse_urls(args: list[str]) -> None:

@@ -139,7 +139,7 @@ def test_interrupt_while_importing_shows_no_traceback(arguments, tmp_path):
 
 def test_interrupt_is_an_exception_again_when_the_command_runs(monkeypatch):
     handlers = []
-    module = SimpleNamespace(main=lambda: handlers.append(signal.getsignal(signal.SIGINT)))
+    module = SimpleNamespace(report_runs=lambda: handlers.append(signal.getsignal(signal.SIGINT)))
 
     def import_module(_):
         handlers.append(signal.getsignal(signal.SIGINT))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glalm.__main__ import COMMANDS
+from glalm.__main__ import COMMANDS, load_command
 from glalm.cli import CONFIGS, check_choices, check_plugins, compose_config, normalize_overrides
 from glalm.config.strict import check_overrides, iterate_key_paths
 from glalm.evals.options import EvalConfig, TrainingRun
@@ -93,7 +93,7 @@ def test_command_parses(words, monkeypatch):
         monkeypatch.setattr(argparse.ArgumentParser, method, stop_after(parse))
     monkeypatch.setattr(sys, "argv", ["glalm", *arguments])
     with pytest.raises(Parsed):
-        import_module(f"glalm.commands.{COMMANDS[command][0]}").main()
+        load_command(command)()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

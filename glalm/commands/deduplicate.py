@@ -20,7 +20,7 @@ examples:
 SHOWN_CHARACTERS = 48  # of a text in an example
 
 
-def main() -> int:
+def list_duplicates() -> int:
     try:
         args = parse_arguments()
         report = deduplicate(**vars(args))

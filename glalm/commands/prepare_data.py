@@ -1,4 +1,4 @@
-"""Prepare text for training: split it, tokenize it, and write token shards. `inspect` shows what is in a set."""
+"""Prepare text for training: `glalm prepare` writes token shards, `glalm tokenizer` trains a tokenizer."""
 
 import argparse
 import sys
@@ -8,11 +8,14 @@ from pathlib import Path
 
 from glalm.config.strict import ConfigError, refuse_url
 from glalm.data.shards import SPLITS, read_manifest
-from glalm.prepare.encode import HELD_OUT
+from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import SUFFIXES
+from glalm.prepare.sources import collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
+from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
 from glalm.prepare.writer import format_counts
+from glalm.progress import ProgressBar
 
 EXAMPLES = """\
 examples:
@@ -31,7 +34,8 @@ examples:
 SETTINGS = ("tokenizer", "eos", "vocab_size", "validation", "test", "shard_tokens", "text_field", "source_field")
 
 
-def main() -> int:
+def prepare_or_inspect() -> int:
+    """Split text, tokenize it, and write token shards. `glalm prepare inspect` shows what is in a set."""
     try:
         if sys.argv[1:2] == ["inspect"]:
             return inspect()
@@ -50,7 +54,7 @@ def inspect() -> int:
 
 
 def prepare() -> int:
-    args = parse_arguments()
+    args = parse_prepare_arguments()
     start = time.perf_counter()
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     held_out = {split: settings.pop(split, share) for split, share in HELD_OUT.items()}
@@ -78,7 +82,7 @@ def prepare() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_prepare_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Split text by document into train, validation and test, tokenize it on all cores, and write token "
         "shards. The same command again resumes an interrupted preparation, and does nothing if the set is complete.",
@@ -182,3 +186,52 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
     print(f"{folder} is ready: vocabulary of {tokenizer['vocab_size']:,}, prepared in {seconds:.1f} s")
     if "://" in folder:
         print(f"To train on it elsewhere, copy it to a disk there: aws s3 sync {folder} FOLDER, or rclone copy")
+
+
+def train_tokenizer() -> int:
+    """Train a SentencePiece tokenizer: glalm tokenizer --out my.model --vocab-size 32000 PATH..."""
+    args = parse_tokenizer_arguments()
+    held_out = {split: getattr(args, split) for split in HELD_OUT}
+    try:
+        check_shares(held_out)
+        sources = [parse_source(spec) for spec in args.sources]
+        inputs, repeated = collect_inputs(sources)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        with ProgressBar() as bar:
+            for message in (describe_skipped_files(sources), describe_repeated_files(repeated)):
+                if message:
+                    bar.log(message)
+            texts = read_training_texts(inputs, held_out, args.text_field, bar)
+            max_bytes = args.sample_mb * 10**6
+            model = train_sentencepiece(texts, args.out, args.vocab_size, model_type=args.type, max_bytes=max_bytes)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {model.vocab_size:,} pieces, bos {model.bos_id}, eos {model.eos_id}")
+    return 0
+
+
+def parse_tokenizer_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a SentencePiece tokenizer with byte fallback and without normalisation, so that every text "
+        "round-trips. It is not trained on documents that glalm prepare would hold out.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="as for glalm prepare; all of it is read")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--type", choices=("bpe", "unigram"), default="bpe", help="(default: %(default)s); only bpe can be exported"
+    )
+    parser.add_argument(
+        "--sample-mb", type=int, default=100, metavar="N", help="megabytes of text to train on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="FIELD",
+        help="field of a JSON line or row that holds the text (default: %(default)s)",
+    )
+    for split, share in HELD_OUT.items():
+        help_text = f"share of the documents that is held out for {split} (default: %(default)s)"
+        parser.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help=help_text)
+    return parser.parse_args()

@@ -1,19 +1,19 @@
-"""Print the Slurm template for pretraining on several nodes: glalm slurm > pretrain.sbatch
+"""Pretraining on several nodes by Slurm: `glalm slurm`, and the check at the start of its template's jobs."""
 
-Its head says which lines your cluster decides. Then: sbatch --nodes=2 pretrain.sbatch experiment=gla_1b3
-"""
-
-import argparse
 import sys
 from contextlib import redirect_stdout
 from importlib.resources import files
 
+from glalm.commands import create_parser
 from glalm.config.strict import ConfigError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+def print_template() -> None:
+    """Print the Slurm template for pretraining on several nodes: glalm slurm > pretrain.sbatch
+
+    Its head says which lines your cluster decides. Then: sbatch --nodes=2 pretrain.sbatch experiment=gla_1b3
+    """
+    create_parser(print_template).parse_args()
     print(files("glalm.commands").joinpath("pretrain.sbatch").read_text(), end="")
 
 
@@ -24,7 +24,7 @@ def check_run(args: list[str]) -> None:
     once. Other output goes to stderr.
     """
     from glalm.cli import check_command_line, compose_config, exit_on_error
-    from glalm.commands.train import find_run
+    from glalm.commands.train_and_eval import find_run
     from glalm.evals.options import TrainingRun
 
     with exit_on_error(), redirect_stdout(sys.stderr):

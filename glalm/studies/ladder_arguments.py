@@ -25,9 +25,8 @@ ABLATIONS = {
 }
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """Return the command line's options. Wrong ones, and --help, exit. `description` is the help text."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the command line's options, which are added to `parser`. Wrong ones, and --help, exit."""
     sizes = sorted(p.stem.removeprefix("ladder_") for p in (CONFIGS / "experiment").glob("ladder_*.yaml"))
     parser.add_argument("--size", choices=sizes, default="tiny", help="of the presets and the budget (%(default)s)")
     parser.add_argument("--seeds", type=parse_positive, default=1, metavar="N", help="use the seeds 1 to N (1)")

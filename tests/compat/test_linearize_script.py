@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glalm.commands import linearize
+from glalm.commands.checkpoints import linearize_llama
 from glalm.hf import GLALMForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def run_linearize(monkeypatch, capsys):
 
     def run_main(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["linearize.py", *map(str, arguments)])
-        return linearize.main(), capsys.readouterr().err
+        return linearize_llama(), capsys.readouterr().err
 
     return run_main
 

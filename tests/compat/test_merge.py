@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from glalm.commands import merge as command
+from glalm.commands.checkpoints import average_checkpoints
 from glalm.compat.export import export_run, load_weighted_sum
 from glalm.compat.merge import merge_checkpoints
 from glalm.config.run import CheckpointConfig
@@ -57,7 +57,7 @@ def test_merged_model_is_the_mean_is_evaluated_and_starts_a_run(averaging, chang
     out = tmp_path / "merged"
     run = str(averaging.folder)
     monkeypatch.setattr(sys, "argv", ["glalm merge", run, "--steps", "1", "2", "3", "--out", str(out)])
-    command.main()
+    average_checkpoints()
     assert_mean(out, [saved(averaging, step) for step in (1, 2, 3)], [1, 1, 1])
     card = (out / "README.md").read_text()
     assert card.count("0.3333 times tiny/step_") == 3 and "No scores were measured" in card
@@ -65,7 +65,7 @@ def test_merged_model_is_the_mean_is_evaluated_and_starts_a_run(averaging, chang
     weighted = tmp_path / "weighted"
     arguments = ["glalm merge", run, "--steps", "3", "1", "--shares", "3", "1", "--weights", "average"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(weighted)])
-    command.main()
+    average_checkpoints()
     assert_mean(weighted, [saved(averaging, 3, "average"), saved(averaging, 1, "average")], [3, 1])
 
     path = averaging.data.path

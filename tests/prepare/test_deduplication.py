@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from folder_contents import read_contents
 
-from glalm.commands import deduplicate as command
+from glalm.commands.deduplicate import list_duplicates
 from glalm.data import files
 from glalm.prepare import deduplication, duplicate_list, input_files, signature_store, units
 from glalm.prepare.deduplication import deduplicate
@@ -341,7 +341,7 @@ def test_sources_without_documents_have_no_duplicates(tmp_path):
 def test_the_command_prints_counts_and_examples(sources, tmp_path, monkeypatch, capsys):
     argv = ["glalm deduplicate", "--out", str(tmp_path / "out"), "--workers", "1", str(sources)]
     monkeypatch.setattr(sys, "argv", argv)
-    assert command.main() == 0
+    assert list_duplicates() == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out/report.json").read_text())
     counts = report["sources"]["mixed"]
@@ -350,7 +350,7 @@ def test_the_command_prints_counts_and_examples(sources, tmp_path, monkeypatch, 
     assert f"mixed, {example['name']}:{example['record']}: '{example['text'][:20]}" in printed
     assert f"--duplicates {tmp_path / 'out'}" in printed
     monkeypatch.setattr(sys, "argv", [*argv, "--ngram", "3"])
-    assert command.main() == 1
+    assert list_duplicates() == 1
     assert "error: " in capsys.readouterr().err
 
 

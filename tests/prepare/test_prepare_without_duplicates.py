@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from folder_contents import read_contents
 
-from glalm.commands import prepare_data as command
+from glalm.commands.prepare_data import prepare_or_inspect
 from glalm.data import files
 from glalm.data.shards import SPLITS
 from glalm.prepare import input_files, pipeline, units, writer
@@ -213,5 +213,5 @@ def test_documents_of_which_the_set_has_no_copy_are_reported(sources, listed, se
 def test_the_command_takes_the_folder(sources, listed, settings, tmp_path, monkeypatch, capsys):
     argv = ["glalm prepare", "--out", str(tmp_path / "set"), "--tokenizer", str(settings["tokenizer"]), "--workers"]
     monkeypatch.setattr("sys.argv", [*argv, "1", "--duplicates", os.fspath(listed), str(sources)])
-    assert command.main() == 0
+    assert prepare_or_inspect() == 0
     assert "skipped (near duplicate)" in capsys.readouterr().out

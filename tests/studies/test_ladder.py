@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from glalm.cli import compose_config
-from glalm.commands import ladder as command
+from glalm.commands.studies import compare_models
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation
 from glalm.evals.result_files import read_json, write_json
@@ -36,7 +36,7 @@ def run_ladder(monkeypatch):
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["ladder.py", *arguments])
         try:
-            return command.main()
+            return compare_models()
         except SystemExit as end:
             return end.code
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.cli import compose_config
-from glalm.commands import scaling as command
+from glalm.commands.studies import fit_scaling_law
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
@@ -139,7 +139,7 @@ def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys
     out = tmp_path / "law.json"
     arguments = [*map(str, folders[:3]), "--predict", str(folders[3]), "--depth", "4", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["glalm scaling", *arguments])
-    assert command.main() == 0
+    assert fit_scaling_law() == 0
     text = capsys.readouterr().out
     assert text.count("fitted") == 3 and text.count("predicted") == 2 and f"wrote {out}" in text
     assert read_points(out) == measured[:3]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glalm.cli import compose_config
-from glalm.commands.train import run_training
+from glalm.commands.train_and_eval import run_training
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
@@ -287,9 +287,9 @@ def test_a_path_that_was_typed_must_hold_data(run_config, change, monkeypatch, c
     assumed = {"train.assumed_gpu": "H200", "train.dry_run": True, "data.path": "nowhere"}
     config = change(run_config, **assumed)
     config.train.compile = False
-    monkeypatch.setattr("glalm.commands.train.job_overrides", lambda: ["data=local", "name=mine"])
+    monkeypatch.setattr("glalm.commands.train_and_eval.job_overrides", lambda: ["data=local", "name=mine"])
     assert run_training(config) == 0
     assert "data and vocabulary have not been checked" in capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr("glalm.commands.train.job_overrides", lambda: ["name=mine", "data.path=nowhere"])
+    monkeypatch.setattr("glalm.commands.train_and_eval.job_overrides", lambda: ["name=mine", "data.path=nowhere"])
     with pytest.raises(ConfigError, match=r"data.path=nowhere: nowhere/manifest.json is missing"):
         run_training(config)

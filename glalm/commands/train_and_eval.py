@@ -1,4 +1,7 @@
-"""Train a language model: `glalm train [GROUP=CHOICE ...] [KEY=VALUE ...]`, see `glalm train --help`."""
+"""Train and evaluate a language model: `glalm train` and `glalm eval`, with [GROUP=CHOICE ...] [KEY=VALUE ...].
+
+What imports transformers, which takes seconds, is imported only once the config has been checked.
+"""
 
 import atexit
 import math
@@ -6,10 +9,11 @@ import math
 from glalm.cli import hydra_entry, job_overrides
 from glalm.config.saved_run import complete_from_run, name_sweep_run, refuse_unknown_name
 from glalm.config.strict import ConfigError
-from glalm.evals.options import TrainingRun
+from glalm.evals.options import EvalConfig, TrainingRun
 
 
-def main() -> None:
+def train() -> None:
+    """Run `glalm train`; see `glalm train --help`."""
     hydra_entry(run_training, TrainingRun, "train", find_run, final_validation_loss)
 
 
@@ -29,22 +33,21 @@ def final_validation_loss(config: TrainingRun) -> float | None:
 
 def run_training(config: TrainingRun) -> int:
     """Train, and return 0 or the number of the signal that stopped the run."""
-    # These take seconds to import, so a wrong config is refused before.
+    from glalm.train import trainer
     from glalm.train.estimate import dry_run
     from glalm.train.parallel import leave_process_group
-    from glalm.train.trainer import train
 
     if config.train.dry_run:
         # A path that the user typed is meant. The default of a preset may be planned with before there is any data.
         names_data = any(override.lstrip("+").startswith("data.path=") for override in job_overrides())
         return dry_run(config, requires_data=names_data)
-    evaluate = None
+    evaluator = None
     if config.train_evals.evals:
         from glalm.evals.in_training import make_evaluator
 
-        evaluate = make_evaluator(config)
+        evaluator = make_evaluator(config)
     try:
-        signum = train(config, evaluate)
+        signum = trainer.train(config, evaluator)
     except ConfigError:
         # All processes raise it, before the first collective of their GPUs, so none can block the others here.
         leave_process_group()
@@ -52,3 +55,18 @@ def run_training(config: TrainingRun) -> int:
     # Not before the exit, because the next run of --multirun uses the same processes.
     atexit.register(leave_process_group)
     return signum
+
+
+def evaluate() -> None:
+    """Run `glalm eval`; see `glalm eval --help`."""
+    hydra_entry(run_evaluation, EvalConfig, "eval")
+
+
+def run_evaluation(config: EvalConfig) -> int:
+    """Evaluate, and return 0."""
+    from glalm.evals import runner
+    from glalm.train.parallel import leave_process_group
+
+    status = runner.evaluate(config)
+    atexit.register(leave_process_group)
+    return status

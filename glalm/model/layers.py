@@ -172,21 +172,13 @@ class ShortConv(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, context: ContextShard | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Convolve x [B, T, channels], and return y of the same shape and the new state."""
-        return short_conv(
-            x, self.weight[:, 0], self.bias, initial_state=state, cu_seqlens=cu_seqlens, context=context
-        )  # fmt: skip
-
-    def convolve_parts(
         self,
         parts: Sequence[Tensor],
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         context: ContextShard | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Do what `forward` does to torch.cat(parts, -1), each part [B, T, its channels], without joining them.
+        """Convolve torch.cat(parts, -1) without joining the parts, each of which is [B, T, its channels].
 
         Returns the parts of y and the new state of all channels. Joined parts would be copied to one tensor and, since
         operators read contiguous heads, back from it.

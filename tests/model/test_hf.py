@@ -8,6 +8,7 @@ import sys
 from shutil import copytree
 from types import SimpleNamespace
 
+import accelerate
 import hypothesis
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_device_maps(choice, saved, tokens, tmp_path):
     torch.testing.assert_close(split(tokens(1, 9)).logits, expected)
     ids = tokens(2, 9)
     torch.testing.assert_close(split(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+@every_choice
+def test_offloaded_weights_are_in_memory_when_they_are_used(choice, tiny, tokens):
+    """Hooks of a module's call load its weights, so nothing but its forward may read them."""
+    model = tiny(**choice)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = model(ids, labels=ids)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        found = model(ids, labels=ids)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, expected.loss, check_dtype=False)
 
 
 def test_loading_in_half_precision(saved, tokens, tmp_path):

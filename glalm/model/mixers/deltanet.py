@@ -91,7 +91,7 @@ class DeltaNet(Mixer):
         if self.conv is None:
             parts = [F.silu(part) for part in parts]
         else:
-            parts, conv_state = self.conv.convolve_parts(parts, conv_state, cu_seqlens, context)  # ends with a SiLU
+            parts, conv_state = self.conv(parts, conv_state, cu_seqlens, context)  # ends with a SiLU
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in parts)
         return q, k, v, conv_state
 

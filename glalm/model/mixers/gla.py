@@ -144,7 +144,7 @@ class GatedLinearAttention(Mixer):
         v = self.v_proj(x)
         S, conv_state = split_state(state, self.conv is not None)
         if self.conv is not None:
-            (q, k, v), conv_state = self.conv.convolve_parts([q, k, v], conv_state, cu_seqlens, context)
+            (q, k, v), conv_state = self.conv([q, k, v], conv_state, cu_seqlens, context)
         if self.feature_map == "relu":
             q = F.relu(q)
             k = F.relu(k)

@@ -22,7 +22,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -241,15 +240,13 @@ def launch_jobs(
             returned = launcher.launch(jobs, initial_job_idx=0)
         except Exception as error:  # For example, joblib's launcher if one of its processes was killed.
             return [f"{type(error).__name__}: {error}"] * len(jobs)
-    return [find_failure(job) for job in returned]
-
-
-def find_failure(job: JobReturn) -> str | None:
-    """Return what the task of a job has returned, or the error by which the job ended instead."""
-    try:
-        return job.return_value
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    reasons = []
+    for job in returned:
+        try:
+            reasons.append(job.return_value)
+        except Exception as error:  # Reading the value of a job that an error has ended raises that error.
+            reasons.append(f"{type(error).__name__}: {error}")
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -404,17 +401,17 @@ def check_plugins(args: list[str]) -> None:
         installed = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(f"hydra/{kind}")]
         if choice not in installed and choice in PLUGIN_SOURCES:
             raise ConfigError(f"hydra/{kind}={choice} needs another package: pip install {PLUGIN_SOURCES[choice]}")
-        require(choice in installed, describe_unknown_choice(f"hydra/{kind}", choice, installed))
+        require(choice in installed, f"hydra/{kind} has no {choice}; {describe_choices(choice, installed)}")
         known = [str(name) for name in ConfigStore.instance().load(f"hydra/{kind}/{choice}.yaml").node]
         for name in (key.split(".")[2] for key in options):
             require(name in known, describe_unknown_key(name, known, f"hydra.{kind}"))
 
 
-def describe_unknown_choice(group: str, choice: str, choices: list[str]) -> str:
-    """Return an error message for a choice that a group of configs does not have."""
-    matches = difflib.get_close_matches(choice, choices, n=1)
+def describe_choices(wrong: str, choices: list[str]) -> str:
+    """Return the end of an error message about a wrong choice: the nearest one, and all of them."""
+    matches = difflib.get_close_matches(wrong, choices, n=1)
     suggestion = f"did you mean {matches[0]}? " if matches else ""
-    return f"{group} has no {choice}; {suggestion}choices: {', '.join(choices)}"
+    return f"{suggestion}choices: {', '.join(choices)}"
 
 
 HYDRA_FLAGS = ("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "info")
@@ -445,12 +442,8 @@ def check_choices(args: list[str]) -> None:
         if not equals or not files or any(bracket in value for bracket in "[("):
             continue  # It is not a choice, or it is a list or a sweep by Hydra's functions.
         for choice in value.strip("'\"").split(","):  # --multirun accepts several choices.
-            matches = difflib.get_close_matches(choice, files, n=1)
-            suggestion = f"did you mean {matches[0]}? " if matches else ""
-            require(
-                choice in files,
-                f"{group}={choice} is not a file of {CONFIGS / group}; {suggestion}choices: {', '.join(files)}",
-            )
+            problem = f"{group}={choice} is not a file of {CONFIGS / group}"
+            require(choice in files, f"{problem}; {describe_choices(choice, files)}")
 
 
 def check_config_files() -> None:

@@ -44,20 +44,15 @@ def merge_checkpoints(
         raise RunError(f"--shares has {len(shares)} numbers for {len(paths)} checkpoints. Write one for each")
     if not all(0 < share < math.inf for share in shares):
         raise RunError(f"--shares {' '.join(map(str, shares))}: every share must be positive")
-    refuse_different_models([path.parents[1] for path in paths])
-    total = sum(shares)
-    normalized = {path: share / total for path, share in zip(paths, shares, strict=True)}
-    export_checkpoints(normalized, out, mixers, weights)
-
-
-def refuse_different_models(runs: Sequence[Path]) -> None:
-    """Raise RunError unless the runs in these folders have one model's config and one tokenizer."""
-    first, *others = dict.fromkeys(runs)
+    first, *others = dict.fromkeys(path.parents[1] for path in paths)
     expected = describe_model(first)
     for run in others:
         if differences := describe_differences(expected, describe_model(run)):
             lines = "\n  ".join(differences)
             raise RunError(f"{first} and {run} have different models, which cannot be averaged:\n  {lines}")
+    total = sum(shares)
+    normalized = {path: share / total for path, share in zip(paths, shares, strict=True)}
+    export_checkpoints(normalized, out, mixers, weights)
 
 
 def describe_model(run: Path) -> dict:

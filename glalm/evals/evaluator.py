@@ -75,12 +75,8 @@ class EvalContext:
 
     def use_partial_results(self, path: Path, inputs: dict) -> None:
         """Load the partial results at `path`, if they are of the same `inputs`, and save all further ones there."""
-
-        def load_matching() -> dict:
-            saved = read_json(path) or {}
-            return saved if saved.get("inputs") == inputs else {"inputs": inputs}
-
-        self._partial_results = self.run_on_rank_0(load_matching)
+        saved = self.run_on_rank_0(lambda: read_json(path)) or {}
+        self._partial_results = saved if saved.get("inputs") == inputs else {"inputs": inputs}
         self._partial_path = path
 
     @contextmanager

@@ -247,7 +247,11 @@ class HarnessLM(TemplateLM):
         pairs = [requests[i].args for i in chain.from_iterable(share)]
         answers = iter(self._loglikelihood_tokens([(pair, *self._encode_request(*pair)) for pair in pairs]))
         share_answers = [[next(answers) for _ in indices] for indices in share]
-        return restore_order(groups, self.context.gather(share_answers))
+        ordered: list = [None] * len(requests)
+        for indices, group_answers in zip(groups, self.context.gather(share_answers), strict=True):
+            for i, answer in zip(indices, group_answers, strict=True):
+                ordered[i] = answer
+        return ordered
 
     def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the ids of a context, which are never none, and of its continuation, by lm-eval's rules.
@@ -372,12 +376,3 @@ class HarnessLM(TemplateLM):
             self.context.advance(scored / total)  # A task is one unit of progress.
 
         return score_choices(self.model, groups, self.max_length, self.batch_tokens, advance)
-
-
-def restore_order(groups: list[list[int]], results: list[list]) -> list:
-    """Return all results by index, given each group's results in the order of its indices."""
-    ordered: list = [None] * sum(map(len, results))
-    for indices, group_results in zip(groups, results, strict=True):
-        for i, result in zip(indices, group_results, strict=True):
-            ordered[i] = result
-    return ordered

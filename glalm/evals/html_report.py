@@ -8,13 +8,12 @@ import base64
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from glalm.config.strict import flatten_tree
 from glalm.data.files import printable
@@ -49,23 +48,37 @@ HARNESS_OPTIONS = ("limit", "num_fewshot", "stateful", "max_length", "precision"
 
 @dataclass
 class Run:
-    """A folder that training, evaluation or `glalm mqar` wrote, and its name on the page."""
+    """A folder that training, evaluation or `glalm mqar` wrote, and its name on the page.
+
+    Attributes:
+        run_record: run.json, or {}.
+        metrics: The rows of metrics.jsonl.
+        records: The current results, with the run's name for the model's, and the checkpoint's if it is not the last
+            one.
+
+    Raises:
+        ValueError: The folder holds nothing to report, or a file in it is damaged.
+    """
 
     folder: Path
     name: str
 
-    @cached_property
-    def run_record(self) -> dict:
-        return read_json(self.folder / "run.json") or {}
-
-    @cached_property
-    def metrics(self) -> list[dict]:
-        return read_metrics(self.folder / "metrics.jsonl")[0]
-
-    @cached_property
-    def records(self) -> list[dict]:
-        """The current results, with the run's name for the model's, and the checkpoint's if it is not the last one."""
-        return [record | {"model": self.name + self.checkpoint_note(record)} for record in current_results(self.folder)]
+    def __post_init__(self):
+        self.run_record = read_json(self.folder / "run.json") or {}
+        self.metrics, _ = read_metrics(self.folder / "metrics.jsonl")
+        self.records = []
+        for record in current_results(self.folder):
+            self.records.append(record | {"model": self.name + self.checkpoint_note(record)})
+        if self.run_record or self.metrics or self.records:
+            return
+        # A folder of runs, such as a sweep's, is easily taken for one.
+        if inside := sorted(self.folder.glob("*/run.json")):
+            several = f"{len(inside)} runs inside of it" if len(inside) > 1 else "a run inside of it"
+            raise ValueError(f"{self.folder} is no run, but has {several}: report on {inside[0].parent}")
+        raise ValueError(
+            f"{self.folder} holds no run and no results: train or evaluate one there first. If a job for it is "
+            "queued, wait until it has started."
+        )
 
     def find_record(self, evaluator: str) -> dict | None:
         return select_result(self.records, evaluator)
@@ -88,18 +101,9 @@ def render_report(folders: Sequence[Path]) -> str:
     """Return the page of one run or several.
 
     Raises:
-        ValueError: A folder holds nothing to report, or a file in it is damaged.
+        ValueError: As `Run`, for one of the folders.
     """
     runs = [Run(Path(folder), name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
-    for run in runs:
-        if not (run.run_record or run.metrics or run.records):
-            if inside := sorted(run.folder.glob("*/run.json")):
-                several = f"{len(inside)} runs inside of it" if len(inside) > 1 else "a run inside of it"
-                raise ValueError(f"{run.folder} is no run, but has {several}: report on {inside[0].parent}")
-            raise ValueError(
-                f"{run.folder} holds no run and no results: train or evaluate one there first. If a job for it is "
-                "queued, wait until it has started."
-            )
 
     def find_records(evaluator: str) -> list[dict]:
         records = []
@@ -110,21 +114,7 @@ def render_report(folders: Sequence[Path]) -> str:
     zero_shot = score_rows(runs, ZERO_SHOT_EVALUATORS, paper_table)
     recall = score_rows(runs, ("recall",), lambda tasks: select_columns(tasks, RECALL))
 
-    environment = Environment(
-        loader=PackageLoader("glalm.evals", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": format_number,
-        "integer": "{:,}".format,
-        "percent": "{:.0%}".format,
-        "bytes": plot.format_bytes,
-        "versions": format_versions,
-    }
-    return environment.get_template("report.html.jinja").render(
+    return load_template().render(
         title=", ".join(run.name for run in runs),
         records=find_records,
         figure_groups=lambda evaluator: figure_groups(find_records(evaluator)),
@@ -148,6 +138,25 @@ def render_report(folders: Sequence[Path]) -> str:
     )
 
 
+def load_template() -> Template:
+    """Return the page's template, with the filters that format numbers in it."""
+    environment = Environment(
+        loader=PackageLoader("glalm.evals", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": format_number,
+        "integer": "{:,}".format,
+        "percent": "{:.0%}".format,
+        "bytes": plot.format_bytes,
+        "versions": format_versions,
+    }
+    return environment.get_template("report.html.jinja")
+
+
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """Return the folders' names as printable text, with as many of their parents as tell them apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
@@ -169,28 +178,25 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
         record = perplexity or extrapolation or next(iter(run.records), {})
         speed = median_training_speed(run.metrics)
         model = run.run_record.get("config", {}).get("model", {})
+        # For want of an evaluated perplexity, show the last one that training logged.
+        value = next((row["val_perplexity"] for row in reversed(run.metrics) if "val_perplexity" in row), None)
+        shown = format_number(value)
+        if perplexity is not None:
+            shown = format_number(perplexity["results"]["perplexity"]) + origin_note(run, perplexity)
+        contexts = extrapolation["results"]["contexts"] if extrapolation else {}
+        ratios = contexts.get("stateful", {"ratios": {}})["ratios"]
+        reached = [f"{ratio['ratio']:.3f} at {n}×" for n, ratio in ratios.items() if ratio["documents"]]
         cells = [
             model.get("layers") or model.get("mixer") or record.get("model_config", {}).get("model_type"),
             plot.format_quantity(record["parameters"]) if "parameters" in record else None,
             plot.format_quantity(max(infer_tokens(run.metrics), default=0)) if run.metrics else None,
             f"{speed:,.0f}" if speed else None,
-            describe_perplexity(run, perplexity),
-            describe_furthest_ratio(run, extrapolation),
+            shown,
+            reached[-1] + origin_note(run, extrapolation) if reached else None,
         ]
         if any(cell is not None for cell in cells):
             rows[run.name] = cells
     return rows
-
-
-def describe_perplexity(run: Run, record: dict | None) -> str | None:
-    """Return the evaluated perplexity, or else the last validation perplexity that training logged.
-
-    The checkpoint's name is added if training has continued after it, and the text's if it is not the run's own.
-    """
-    if record is None:
-        values = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row]
-        return format_number(values[-1]) if values else None
-    return format_number(record["results"]["perplexity"]) + origin_note(run, record)
 
 
 def other_text_rows(runs: list[Run]) -> list[tuple[str, list]]:
@@ -203,13 +209,6 @@ def other_text_rows(runs: list[Run]) -> list[tuple[str, list]]:
                 cells = [describe_conditions(record), format_number(results["perplexity"]), results.get("tokens")]
                 rows.append((record["model"], cells))
     return rows
-
-
-def describe_furthest_ratio(run: Run, record: dict | None) -> str | None:
-    context = record["results"]["contexts"].get("stateful") if record else None
-    ratios = context["ratios"] if context else {}
-    reached = [f"{ratio['ratio']:.3f} at {n}×" for n, ratio in ratios.items() if ratio["documents"]]
-    return reached[-1] + origin_note(run, record) if reached else None
 
 
 def origin_note(run: Run, record: dict) -> str:

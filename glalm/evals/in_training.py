@@ -6,13 +6,12 @@ states of the random number generators are restored: a run with evaluators ends 
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from glalm.config.run import Weights
 from glalm.config.strict import RunError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, missing_tasks
@@ -64,7 +63,8 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
             return {}
         metrics = {}
         with preserve_random_states(next(state.model.parameters()).device):
-            with select_weights(state, options.weights):
+            # TrainingRun has checked that the state has an average if it is evaluated.
+            with state.average.swapped() if options.weights == "average" else nullcontext():
                 eval_model = copy_for_evaluation(state.model, precision, config, eval_config)
             for name in options.evals:
                 try:
@@ -80,14 +80,6 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         return metrics
 
     return evaluate
-
-
-def select_weights(state: TrainState, weights: Weights) -> AbstractContextManager:
-    """Return the context in which the model of `state` has these weights."""
-    if weights == "current":
-        return nullcontext()
-    assert state.average is not None  # TrainingRun has checked it.
-    return state.average.swapped()
 
 
 def run_evaluator(

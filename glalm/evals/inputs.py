@@ -122,7 +122,29 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
     model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     is_export = model_type == GLALMConfig.model_type
-    is_ours = model_type in MODEL_TYPES
+    causal_lm = load_pretrained(path, where, model_type in MODEL_TYPES, precision)
+    tokenizer, document_prefix = load_folder_tokenizer(path, is_export)
+    max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
+    # The config is part of the checksum: the same weights with other settings are another model.
+    checksums = map(file_sha256, [path / "config.json", *files])
+    name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
+    return EvalModel(
+        causal_lm=causal_lm.to(device).eval(),
+        name=name,
+        tokenizer=tokenizer,
+        document_prefix=document_prefix,
+        train_length=config.train_length or getattr(causal_lm.config, "train_length", max_positions),
+        document_boundaries=getattr(causal_lm.config, "document_boundaries", None),
+        max_length=count_learned_positions(causal_lm),
+        checksum=hashlib.sha256("".join(checksums).encode()).hexdigest(),
+        precision=precision,
+        output_folder=choose_output_folder(config, name),
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+    )
+
+
+def load_pretrained(path: Path, where: str, is_ours: bool, precision: str) -> PreTrainedModel:
+    """Return the model in the folder `path`. Its weights are those of the files, all of them and no others."""
     # Our weights stay in float32 and run under autocast, as in training. Other models are loaded in the precision to
     # run in, as lm-evaluation-harness does.
     dtype = torch.bfloat16 if precision == "bf16" and not is_ours else torch.float32
@@ -135,24 +157,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         raise ConfigError(f"{where}: transformers cannot load {path}: {error}") from error
     wrong = {problem: sorted(map(str, names))[:3] for problem, names in info.items() if names}
     require(not wrong, f"{where}: the weights in {path} do not fit its config.json: {wrong}")
-    tokenizer = load_folder_tokenizer(path, is_export)
-    max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
-    # The config is part of the checksum: the same weights with other settings are another model.
-    checksums = map(file_sha256, [path / "config.json", *files])
-    name = path.name if Path(config.checkpoint).expanduser().is_dir() else config.checkpoint
-    return EvalModel(
-        causal_lm=causal_lm.to(device).eval(),
-        name=name,
-        tokenizer=tokenizer,
-        document_prefix=None if is_export else find_document_prefix(path, tokenizer),
-        train_length=config.train_length or getattr(causal_lm.config, "train_length", max_positions),
-        document_boundaries=getattr(causal_lm.config, "document_boundaries", None),
-        max_length=count_learned_positions(causal_lm),
-        checksum=hashlib.sha256("".join(checksums).encode()).hexdigest(),
-        precision=precision,
-        output_folder=choose_output_folder(config, name),
-        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
-    )
+    return causal_lm
 
 
 def choose_output_folder(config: EvalConfig, name: str) -> Path:
@@ -199,22 +204,20 @@ def load_run_tokenizer(config: EvalConfig, run_config: RunConfig | None) -> Toke
         return Tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
 
 
-def load_folder_tokenizer(path: Path, is_export: bool) -> Tokenizer | None:
-    """Return the tokenizer of a model's folder, or None.
+def load_folder_tokenizer(path: Path, is_export: bool) -> tuple[Tokenizer | None, tuple[int, ...] | None]:
+    """Return the tokenizer of a model's folder, if it has one, and the ids that transformers' own puts before a text.
 
-    Our exports hold the SentencePiece model that prepared the data, beside its conversion for transformers.
+    Our exports hold the SentencePiece model that prepared the data, beside its conversion for transformers. For them,
+    and where transformers has no tokenizer of its own, the ids are None: those of data preparation.
     """
     original = path / "tokenizer.model"
+    tokenizer = None
     with suppress(FileNotFoundError, ValueError, KeyError):
-        return Tokenizer(original if is_export and original.is_file() else path)
-
-
-def find_document_prefix(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...] | None:
-    """Return the ids that transformers' own tokenizer puts before a text. None: data preparation's, for want of one."""
-    if tokenizer is None or not (path / "tokenizer.json").is_file():
-        return None
+        tokenizer = Tokenizer(original if is_export and original.is_file() else path)
+    if tokenizer is None or is_export or not (path / "tokenizer.json").is_file():
+        return tokenizer, None
     first = AutoTokenizer.from_pretrained(path, trust_remote_code=False)("a").input_ids[:1]
-    return (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
+    return tokenizer, (tokenizer.bos_id,) if first == [tokenizer.bos_id] else ()
 
 
 def open_windows(tokens: TokenSet, length: int, evaluator: str, reset_state: bool = False) -> Windows:

@@ -44,10 +44,7 @@ def plot_layers(metrics: Path, path: str | Path) -> list[Path]:
     figure = Figure(figsize=(2 * SIZE[0], rows * SIZE[1]), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, name in zip(panels, names, strict=False):
-        draw_layers(ax, layers[name])
-        ax.set_ylabel(PANELS[name])
-        if name not in LINEAR:
-            use_log_axis(ax)
+        draw_layers(ax, name, layers[name])
     ax = panels[len(names)]
     for color, (group, curve) in zip(COLORS, gradients.items(), strict=False):
         ax.plot(*zip(*curve, strict=True), color=color, label=group)
@@ -83,11 +80,14 @@ def use_log_axis(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_layers(ax: Axes, curves: dict[int, Curve]) -> None:
-    """Draw a line for each layer, and name the first and the last."""
+def draw_layers(ax: Axes, statistic: str, curves: dict[int, Curve]) -> None:
+    """Draw the panel of a statistic: a line for each layer, of which the first and the last are named."""
     first, last = min(curves), max(curves)
     for layer, curve in sorted(curves.items()):
         shade = 0.85 * (layer - first) / max(last - first, 1)
         label = f"layer {layer}" if layer in (first, last) else None
         ax.plot(*zip(*curve, strict=True), color=colormaps["viridis"](shade), linewidth=1, label=label)
     ax.legend(fontsize="small")
+    ax.set_ylabel(PANELS[statistic])
+    if statistic not in LINEAR:
+        use_log_axis(ax)

@@ -49,28 +49,38 @@ def print_report(folder: Path, console: Console) -> None:
     results = current_results(folder)
     perplexity = select_result(results, "perplexity")
     extrapolation = select_result(results, "extrapolation")
-    table = Table(title=Text(f"run {printable(folder.name)}"), title_justify="left")
-    table.add_column("quantity", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("from", style="dim", overflow="fold")
-    for section in (
+    sections = [
         training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command}[perplexity]"),
         perplexity_rows(folder, metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
         other_text_rows(results, perplexity),
         extrapolation_rows(extrapolation, f"{eval_command}[extrapolation]"),
-    ):
+    ]
+    console.print(build_table(f"run {printable(folder.name)}", sections))
+    console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
+    if skipped:
+        console.print(f"{skipped} unreadable lines of metrics.jsonl were skipped", style="yellow", **PLAIN)
+    console.print("written:", **PLAIN)
+    outputs = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
+    outputs += sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name.split(".")[0]), path.name))
+    for pattern in ("eval/[!.]*.json", "plots/**/[!.]*.png", "plots/**/[!.]*.svg"):
+        outputs += sorted(folder.glob(pattern))
+    for path in outputs:
+        console.print(f"  {path}", **PLAIN)
+
+
+def build_table(title: str, sections: list[list[Row]]) -> Table:
+    """Return the table of the rows, with the command that computes it in place of a missing value's source."""
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("from", style="dim", overflow="fold")
+    for section in sections:
         for row in section:
             cells = (row.quantity, row.value, row.source) if row.value else (row.quantity, "missing", row.command)
             # As Text, because the [...] of a command would be read as markup.
             table.add_row(*map(Text, cells), style=None if row.value else "yellow")
         table.add_section()
-    console.print(table)
-    console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
-    if skipped:
-        console.print(f"{skipped} unreadable lines of metrics.jsonl were skipped", style="yellow", **PLAIN)
-    console.print("written:", **PLAIN)
-    for path in list_outputs(folder):
-        console.print(f"  {path}", **PLAIN)
+    return table
 
 
 def training_rows(metrics: list[dict], record: dict | None, train_command: str, eval_command: str) -> list[Row]:
@@ -93,6 +103,7 @@ def perplexity_rows(
     """
     validations = {row["step"]: row["val_perplexity"] for row in metrics if "val_perplexity" in row}
     before = validations.get(0)
+    file = record["file"] if record else "eval/perplexity.json"
     value = record and record["results"]["perplexity"]
     bits = record and record["results"].get("bits_per_byte")
     last, source = value, "both"
@@ -105,10 +116,10 @@ def perplexity_rows(
     ratio = f"{last / before:.3g}" if before and last else None
     return [
         Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
-        Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", source_of(record), eval_command),
+        Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", file, eval_command),
         *own_rows,
         Row("  after / before", ratio, source, eval_command),
-        *([Row("  bits per byte", f"{bits:.4f}", source_of(record), eval_command)] if bits else []),
+        *([Row("  bits per byte", f"{bits:.4f}", file, eval_command)] if bits else []),
     ]
 
 
@@ -118,7 +129,7 @@ def other_text_rows(results: list[dict], main: dict | None) -> list[Row]:
     for record in results:
         if record["evaluator"] == "perplexity" and not is_own_text(record) and record is not main:
             value = f"{record['results']['perplexity']:,.3f}"
-            rows.append(Row(f"perplexity after {describe_origin(record)}", value, source_of(record), ""))
+            rows.append(Row(f"perplexity after {describe_origin(record)}", value, record["file"], ""))
     return rows
 
 
@@ -138,7 +149,7 @@ def extrapolation_rows(record: dict | None, eval_command: str) -> list[Row]:
     """
     if record is None:
         return [Row("perplexity at 10x / 1x", None, "eval/extrapolation.json", eval_command)]
-    source = source_of(record)
+    source = record["file"]
     results = record["results"]
     context = main_context(results)
     conditions = "" if context == "stateful" else f", {context}"
@@ -164,10 +175,6 @@ def describe_origin(record: dict | None) -> str:
     return checkpoint if is_own_text(record) else f"{checkpoint}, on {text_name(record)}"
 
 
-def source_of(record: dict | None) -> str:
-    return record["file"] if record else "eval/perplexity.json"
-
-
 def format_ratios(ratios: dict[str, dict]) -> dict[int, str]:
     """Return the ratios of at least one document, with one standard error down and up."""
     formatted = {}
@@ -176,12 +183,3 @@ def format_ratios(ratios: dict[str, dict]) -> dict[int, str]:
             band = f" ({ratio['low']:.3f}-{ratio['high']:.3f})" if ratio["low"] is not None else ""
             formatted[int(n)] = f"{ratio['ratio']:.3f}{band}"
     return formatted
-
-
-def list_outputs(folder: Path) -> list[Path]:
-    """Return the files of a run, and the folders of its checkpoints, in the order in which they are written."""
-    paths = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
-    paths += sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name.split(".")[0]), path.name))
-    for pattern in ("eval/[!.]*.json", "plots/**/[!.]*.png", "plots/**/[!.]*.svg"):
-        paths += sorted(folder.glob(pattern))
-    return paths

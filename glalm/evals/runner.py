@@ -27,6 +27,7 @@ from glalm.evals.inputs import open_eval_model, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
 from glalm.evals.result_files import find_result, save_result
+from glalm.kernels.context_parallel import ContextShard
 from glalm.progress import LINE_SECONDS, ProgressBar
 from glalm.train.collectives import rank_and_world_size
 from glalm.train.environment import describe_environment
@@ -66,6 +67,16 @@ def evaluate(config: EvalConfig) -> int:
     )
     if config.text is not None:
         open_text(config, model)  # What is wrong with the file is said once, and not by each evaluator.
+    failures = run_evaluators(model, config, console, shard)
+    if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
+        draw_training(model.output_folder, console)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(config.evals)} evaluators failed (see above): {', '.join(failures)}")
+    return 0
+
+
+def run_evaluators(model: EvalModel, config: EvalConfig, console: Console, shard: ContextShard | None) -> list[str]:
+    """Run all evaluators, print the errors of those that fail, and return their names."""
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
     with open_tracker(model, console) as tracker:
         for name in dict.fromkeys(config.evals):
@@ -75,12 +86,11 @@ def evaluate(config: EvalConfig) -> int:
                     run_evaluator(name, model, config, console, context, tracker)
             except Exception as error:
                 failures.append(name)
-                print_failure(name, error, console)
-    if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
-        draw_training(model.output_folder, console)
-    if failures:
-        raise RunError(f"{len(failures)} of {len(config.evals)} evaluators failed (see above): {', '.join(failures)}")
-    return 0
+                console.print(Text(f"{name} failed: {type(error).__name__}: {error}", style="red"))
+                is_for_users = isinstance(error, (ConfigError, RunError))
+                if not is_for_users and not console.quiet:
+                    sys.excepthook(type(error), error, error.__traceback__)
+    return failures
 
 
 @contextmanager
@@ -150,17 +160,7 @@ def run_evaluator(
         if config.force and context.rank == 0:
             partial_path.unlink(missing_ok=True)
         context.use_partial_results(partial_path, identity.to_record())
-        start_time = time.perf_counter()
-        with show_progress(name, evaluator, context), model.autocast():
-            results = evaluator.run(context)
-        record = {
-            **describe_model(model, config, context),
-            **identity.to_record(),
-            "own_text": is_own_text(identity, model, config),
-            "results": results,
-            "metrics": evaluator.metrics(results),
-            "seconds": time.perf_counter() - start_time,
-        }
+        record = compute_record(evaluator, identity, model, config, context)
     path = context.run_on_rank_0(lambda: save_result(folder, record, name))
     console.print(f"{path} is up to date; to evaluate again, add force=true" if is_finished else f"wrote {path}")
     lines = evaluator.summarize(record["results"])
@@ -196,11 +196,21 @@ def load_finished(folder: Path, identity: ResultIdentity) -> dict | None:
     return None if record is None or missing_tasks(record["results"]) else record
 
 
-def print_failure(name: str, error: Exception, console: Console) -> None:
-    """Print an evaluator's error, with its traceback where it is not one for users."""
-    console.print(Text(f"{name} failed: {type(error).__name__}: {error}", style="red"))
-    if not isinstance(error, (ConfigError, RunError)) and not console.quiet:
-        sys.excepthook(type(error), error, error.__traceback__)
+def compute_record(
+    evaluator: Evaluator, identity: ResultIdentity, model: EvalModel, config: EvalConfig, context: EvalContext
+) -> dict:
+    """Run an evaluator, and return the content of its eval/NAME.json."""
+    start_time = time.perf_counter()
+    with show_progress(identity.evaluator, evaluator, context), model.autocast():
+        results = evaluator.run(context)
+    return {
+        **describe_model(model, config, context),
+        **identity.to_record(),
+        "own_text": is_own_text(identity, model, config),
+        "results": results,
+        "metrics": evaluator.metrics(results),
+        "seconds": time.perf_counter() - start_time,
+    }
 
 
 @contextmanager

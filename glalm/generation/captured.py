@@ -4,7 +4,9 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from glalm.hf import GLALMForCausalLM
 from glalm.model.plain import hooks_of_call, is_plain_tensor
 
 # The attributes that every module has: its hooks, tensors and submodules, and `training`.
@@ -12,32 +14,38 @@ MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 SCALARS = (int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def describe_model(model: nn.Module) -> list:
+def fixed_in_graph(model: GLALMForCausalLM, states: list) -> list:
     """Return a value that differs from an earlier one if a step captured then may compute something else than now.
 
-    It has the classes of all modules, their forward methods, training flags, attributes and hooks, and the addresses of
-    all tensors, whose values a captured step follows.
+    It has autocast, the states' shapes and dtypes, the classes of all modules, their forward methods, training flags,
+    attributes and hooks, and the addresses of all tensors, whose values a captured step follows.
     """
-    return [
-        [name, *describe_module(module), describe_value(module._parameters), describe_value(module._buffers)]
-        for name, module in model.named_modules(remove_duplicate=False)
-    ]
+    device = tree_leaves(states)[0].device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modules = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        calls = [kind, kind.forward, kind.__call__, module.training]
+        hooks = [(place, describe_value(hooks)) for place, hooks in enumerate(hooks_of_call(module)) if hooks]
+        attributes = {key: value for key, value in vars(module).items() if key not in MODULE_ATTRIBUTES}
+        values = [describe_value(each) for each in (attributes, module._parameters, module._buffers)]
+        modules.append([name, *calls, hooks, *values])
+    return [autocast, shapes_and_dtypes(states), modules]
 
 
-def describe_module(module: nn.Module) -> list:
-    """Return what decides how the module computes, without its tensors and submodules."""
-    kind = type(module)
-    attributes = {name: value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES}
-    hooks = [(place, describe_value(hooks)) for place, hooks in enumerate(hooks_of_call(module)) if hooks]
-    return [kind, kind.forward, kind.__call__, module.training, hooks, describe_value(attributes)]
+def shapes_and_dtypes(states: list) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in tree_leaves(states)]
 
 
 def describe_value(value: object) -> object:
     """Return a value that differs from an earlier one if the attribute `value` was replaced or changed."""
     if isinstance(value, SCALARS):
         return value
-    if isinstance(value, Tensor):
-        return describe_tensor(value)
+    if isinstance(value, Tensor) and is_plain_tensor(value):  # where its memory is, and how it is read
+        return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        return type(value), [describe_value(getattr(value, name)) for name in names], describe_value(context)
     if isinstance(value, dict):
         return [(describe_value(key), describe_value(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | set | frozenset):
@@ -47,13 +55,3 @@ def describe_value(value: object) -> object:
     # Functions and most other objects are equal to themselves alone. While they are in the list, no other one can have
     # the same id.
     return value if type(value).__eq__ is object.__eq__ else id(value)
-
-
-def describe_tensor(x: Tensor) -> object:
-    """Return where the tensor's memory is and how it is read."""
-    if is_plain_tensor(x):
-        return x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
-    if hasattr(x, "__tensor_flatten__"):
-        names, context = x.__tensor_flatten__()
-        return type(x), [describe_value(getattr(x, name)) for name in names], describe_value(context)
-    return id(x)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from glalm.generation import fused_decode
-from glalm.generation.captured import describe_model
+from glalm.generation.captured import fixed_in_graph, shapes_and_dtypes
 from glalm.hf import GLALMForCausalLM
 from glalm.kernels.graph_capture import GraphCapture
 from glalm.kernels.recurrent import states_in_place
@@ -108,7 +108,10 @@ class CudaGraphGenerator:
         if self.step is None or self.step.state_grows or self.step.fixed != fixed:
             self.step = None  # Free its buffers before the new ones are allocated.
             self.step = DecodeStep(self.model, cache, fixed)
-        self.step.load_states(cache)
+        if self.step.state_grows:
+            self.step.states = tree_map(torch.clone, cache.states)
+        else:
+            copy_states(cache.states, self.step.states)
         return self.step
 
 
@@ -168,13 +171,6 @@ class DecodeStep:
                 capture.warm_up(self._forward)
                 self.graph, self.logits = capture.capture(self._forward)
 
-    def load_states(self, cache: StateCache) -> None:
-        """Continue from a cache with states of the same shapes."""
-        if self.state_grows:
-            self.states = tree_map(torch.clone, cache.states)
-        else:
-            copy_states(cache.states, self.states)
-
     def __call__(self, tokens: LongTensor) -> Tensor:
         self.tokens.copy_(tokens)
         if self.graph is None:
@@ -183,7 +179,12 @@ class DecodeStep:
         return self.logits
 
     def _forward(self) -> Tensor:
-        with states_in_place(), without_autocast_cache(self.tokens.device.type):
+        device = self.tokens.device.type
+        # A graph would read autocast's cached casts of weights after they were freed.
+        autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+        )
+        with states_in_place(), autocast:
             if self.fused:
                 return fused_decode.decode_token(self.model, self.tokens, self.states)
             out = self.model(self.tokens, past_key_values=StateCache(self.states), use_cache=True, logits_to_keep=1)
@@ -195,27 +196,10 @@ class DecodeStep:
         return out.logits[:, -1]
 
 
-def without_autocast_cache(device: str) -> torch.autocast:
-    """Return the current autocast without its cache of cast weights: a graph would read them after they were freed."""
-    dtype = torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
-
-
 def is_capturable(model: nn.Module, device: torch.device) -> bool:
     """Return whether the model's call can be a graph on this GPU. A hook may do something else in every call."""
     on_device = all(x.device == device for x in chain(model.parameters(), model.buffers()))
     return on_device and all(is_called_plainly(module) for module in model.modules())
-
-
-def fixed_in_graph(model: GLALMForCausalLM, states: list) -> list:
-    """Return all that a captured step has fixed: autocast, the states' shapes and dtypes, and what the model calls."""
-    device = tree_leaves(states)[0].device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return [autocast, shapes_and_dtypes(states), describe_model(model)]
-
-
-def shapes_and_dtypes(states: list) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(x.shape, x.dtype) for x in tree_leaves(states)]
 
 
 def copy_states(source: list, target: list) -> None:

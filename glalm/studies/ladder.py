@@ -270,13 +270,15 @@ class TrainAndEvaluate:
         run = self.runs[tree.name]
         with redirect_output(log_path(run)):
             try:
+                from glalm.evals import runner  # It imports transformers, which takes seconds.
+
                 RunStatus("training").write(run)
                 signum = train_run(build_config(TrainingRun, tree))
                 if signum:
                     RunStatus("stopped").write(run)
                     return f"stopped by signal {signum}"
                 RunStatus("evaluating").write(run)
-                evaluate_run(run.eval_config)
+                runner.evaluate(run.eval_config)
                 write_json(run.config.folder / "ladder.json", run.completion_record())
                 clear_status(run)
                 return None
@@ -296,12 +298,6 @@ def train_run(config: TrainingRun) -> int:
     from glalm.train.trainer import train
 
     return train(config, make_evaluator(config) if config.train_evals.evals else None)
-
-
-def evaluate_run(config: EvalConfig) -> None:
-    from glalm.evals.runner import evaluate
-
-    evaluate(config)
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def watch_runs(runs: "list[LadderRun]", bar: ProgressBar, ended: threading.Event
             if run.config.name not in finished and (end := describe_end(run)):
                 finished[run.config.name] = end
                 bar.log(f"{len(finished)}/{len(runs)} {run.config.name}: {end}")
-        done, total = map(sum, zip(*map(count_work, runs), strict=True))
-        status = f"{done / max(total, 1):.0%} of the work{describe_states(runs)}"
+        done, total, states = measure_progress(runs)
+        status = f"{done / max(total, 1):.0%} of the work{states}"
         bar.update(completed=done, total=total, status=status)
         if not bar.is_drawn and done < total and done - shown >= total * PROGRESS_PERCENT / 100:
             shown = done
@@ -107,20 +107,25 @@ def describe_end(run: "LadderRun") -> str | None:
     return f"failed, see {log_path(run)}\n  {status.reason}" if status and status.state == "failed" else None
 
 
-def count_work(run: "LadderRun") -> tuple[float, float]:
-    """Return how much of a run's work is done, and how much there is: of a failed run only what is done."""
-    if run.is_complete():
-        return run.work, run.work
-    trained = trained_tokens(run)
-    status = read_status(run)
-    return trained, trained if status and status.state == "failed" else run.work
+def measure_progress(runs: "list[LadderRun]") -> tuple[float, float, str]:
+    """Return how much of the runs' work is done, how much there is, and what they do: "; 1 training, 1 evaluating".
 
-
-def describe_states(runs: "list[LadderRun]") -> str:
-    """Return how many runs train and how many are evaluated now, such as "; 1 training, 1 evaluating"."""
-    states = Counter(status.state for status in map(read_status, runs) if status)
+    Of a failed run's work only what is done counts.
+    """
+    done = 0.0
+    total = 0.0
+    states: Counter[str] = Counter()
+    for run in runs:
+        is_complete = run.is_complete()
+        status = read_status(run)
+        work_done = run.work if is_complete else trained_tokens(run)
+        has_failed = status is not None and status.state == "failed" and not is_complete
+        done += work_done
+        total += work_done if has_failed else run.work
+        if status is not None:
+            states[status.state] += 1
     parts = [f"{states[state]} {state}" for state in ("training", "evaluating") if states[state]]
-    return f"; {', '.join(parts)}" if parts else ""
+    return done, total, f"; {', '.join(parts)}" if parts else ""
 
 
 def trained_tokens(run: "LadderRun") -> int:

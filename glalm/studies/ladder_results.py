@@ -16,7 +16,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from glalm.config.run import RunConfig
 from glalm.data.files import atomic_write
 from glalm.evals.identity import describe_differences
 from glalm.evals.plot import plot_extrapolation, plot_losses
@@ -47,7 +46,10 @@ def write_results(runs: "list[LadderRun]", planned: "list[LadderRun]", args: arg
     for run in runs:
         groups.setdefault((run.model, run.lr), []).append(run)
     rows = {key: build_row(seeds) for key, seeds in groups.items()}
-    best = find_best_rates(rows)
+    # The key (model, learning rate) with the lowest perplexity of each model.
+    best: dict[str, tuple] = {}
+    for key in sorted(rows, key=lambda key: rows[key]["perplexity"]):
+        best.setdefault(key[0], key)
     unfinished = {run.model for run in planned if run not in runs}
     for key, row in rows.items():
         if args.lrs != [None]:
@@ -75,28 +77,23 @@ def write_results(runs: "list[LadderRun]", planned: "list[LadderRun]", args: arg
         print(f"{len(runs)} of {len(planned)} runs are complete{none_of}.")
     if differences:
         print(f"These perplexities do not compare: {'; '.join(differences)}.")
-    shown = {model: groups[key] for model, key in best.items()}
+    draw_figures({model: groups[best[model]] for model in dict.fromkeys(run.model for run in runs)}, args.folder)
+
+
+def draw_figures(runs: "dict[str, list[LadderRun]]", folder: Path) -> None:
+    """Draw loss.png and positions.png of {model: its runs at the best rate, one a seed}."""
     # Runs with longer windows are left out of the figure, because their validation losses do not compare.
-    shortest = min(run.config.data.seq_len for run in runs)
+    shortest = min(run.config.data.seq_len for run in chain.from_iterable(runs.values()))
     losses = {
         model: [run.config.folder / "metrics.jsonl" for run in seeds]
-        for model, seeds in shown.items()
+        for model, seeds in runs.items()
         if seeds[0].config.data.seq_len == shortest
     }
-    draw_figure(plot_losses, losses, args.folder / "loss.png")
-    if runs[0].results("extrapolation") is not None:
-        positions = [combine_seeds([run.results("extrapolation") for run in seeds], m) for m, seeds in shown.items()]
-        draw_figure(plot_extrapolation, positions, args.folder / "positions.png")
-
-
-def find_best_rates(rows: dict[tuple, dict]) -> dict[str, tuple]:
-    """Return the key (model, learning rate) with the lowest perplexity of each model."""
-    best: dict[str, tuple] = {}
-    for key, row in rows.items():
-        model = row["model"]
-        if model not in best or row["perplexity"] < rows[best[model]]["perplexity"]:
-            best[model] = key
-    return best
+    draw_figure(plot_losses, losses, folder / "loss.png")
+    first_run = next(chain.from_iterable(runs.values()))
+    if first_run.results("extrapolation") is not None:
+        positions = [combine_seeds([run.results("extrapolation") for run in seeds], m) for m, seeds in runs.items()]
+        draw_figure(plot_extrapolation, positions, folder / "positions.png")
 
 
 def draw_figure(draw: Callable[[Any, Path], list[Path]], content: Any, path: Path) -> None:
@@ -256,13 +253,9 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
     devices = max(1, torch.cuda.device_count())
     training = sum(hours[run.model] for run in missing) / devices
     evaluation = sum(hours[run.model] * (run.work / run.training_tokens - 1) for run in missing) / devices
+    assumed_gpu = runs[0].config.train.assumed_gpu
+    here = "this machine's GPUs" if torch.cuda.is_available() else "this machine's CPU, which runs at once share"
     print(
         f"about {format_seconds(3600 * training)} of training and {format_seconds(3600 * evaluation)} of evaluation on "
-        f"{describe_devices(runs[0].config, devices)}; besides, each run takes 10 seconds or more to start"
+        f"{f'{devices} x {assumed_gpu}' if assumed_gpu else here}; besides, each run takes 10 seconds or more to start"
     )
-
-
-def describe_devices(config: RunConfig, count: int) -> str:
-    if config.train.assumed_gpu:
-        return f"{count} x {config.train.assumed_gpu}"
-    return "this machine's GPUs" if torch.cuda.is_available() else "this machine's CPU, which runs at once share"

@@ -213,7 +213,7 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
     training = draw_examples(config.train_examples, job.length, job.pairs, generator, **task)
     test = draw_examples(config.test_examples, job.length, job.pairs, generator, **task)
-    model = build_model(fit_filter(config, job.length), job.mixer, job.width, device)
+    model = build_model(config, job, device)
     capture = config.cuda_graph and device.type == "cuda"
     # A captured step reads the learning rate from the GPU.
     lr = torch.tensor(job.lr, device=device) if capture else job.lr
@@ -327,14 +327,11 @@ def capture_step(step: Callable[[Examples], None], batch_size: int, device: torc
     return run
 
 
-def fit_filter(config: MQARConfig, length: int) -> MQARConfig:
-    """Return the config with Hyena's filter as long as sequences of `length` tokens, as it is in Hyena's paper."""
-    hyena = dataclasses.replace(config.model.hyena, filter_length=length)  # type: ignore[attr-defined]  # The registry adds the field.
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, hyena=hyena))
-
-
-def build_model(config: MQARConfig, mixer: str, width: int, device: torch.device) -> CausalLM:
-    shape = dataclasses.replace(config.model, layers=mixer, hidden_size=width, vocab_size=config.vocab_size)
+def build_model(config: MQARConfig, job: Job, device: torch.device) -> CausalLM:
+    """Return the model of a job. Hyena's filter is as long as its sequences, as in Hyena's paper."""
+    hyena = dataclasses.replace(config.model.hyena, filter_length=job.length)  # type: ignore[attr-defined]  # The registry adds the field.
+    sizes = {"hidden_size": job.width, "vocab_size": config.vocab_size}
+    shape = dataclasses.replace(config.model, layers=job.mixer, hyena=hyena, **sizes)
     with seeded(config.seed, device):
         return CausalLM(shape).to(device)
 

@@ -30,23 +30,23 @@ def main(config: MQARConfig, launcher: Sequence[str] = ()) -> int:
     Raises ConfigError if the folder cannot be written or is in use, and RunError if some models could not be trained.
     """
     folder = Path(config.folder)
-    check_writable(folder)
-    with lock_run_dir(folder, "folder=...") as lock:
-        return run_sweep(config, folder, lock, launcher)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ConfigError if results could not be written, before any model is trained."""
     try:
         for part in ("eval", "partial", "plots"):
             (folder / part).mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder / part).close()
     except OSError as error:
         raise ConfigError(f"folder={folder}: nothing can be written there ({error}); choose another folder") from error
+    with lock_run_dir(folder, "folder=...") as lock:
+        return run_sweep(config, folder, lock, launcher)
 
 
 def run_sweep(config: MQARConfig, folder: Path, lock: RunLock, launcher: Sequence[str]) -> int:
-    jobs = list_jobs(config)
+    shapes = sorted(zip(config.lengths, config.pairs, strict=True), reverse=True)
+    widths = sorted(config.widths, reverse=True)
+    # The first learning rate comes first, because it may save the others. Within a rate the longest sequences do, so
+    # that the slowest models do not start last.
+    axes = itertools.product(config.learning_rates, shapes, widths, config.mixers)
+    jobs = [Job(mixer, length, pairs, width, lr) for lr, (length, pairs), width, mixer in axes]
     results = find_results(config, folder, jobs)
     remaining = [job for job in jobs if job not in results and not is_solved(config, job, results)]
     print(f"{folder}: {len(results)} models are trained, at most {len(remaining)} remain", flush=True)
@@ -74,18 +74,6 @@ def find_results(config: MQARConfig, folder: Path, jobs: list[Job]) -> dict[Job,
     saved = {record.get("identity"): record for record in load_results(folder, skip_damaged=True).values()}
     found = {job: saved.get(identify_job(config, job).digest) for job in jobs}
     return {job: record["results"] for job, record in found.items() if record}
-
-
-def list_jobs(config: MQARConfig) -> list[Job]:
-    """Return every model of the sweep in the order of training.
-
-    The first learning rate comes first, because it may save the others; within a rate the longest sequences come first,
-    so that the slowest models do not start last.
-    """
-    shapes = sorted(zip(config.lengths, config.pairs, strict=True), reverse=True)
-    widths = sorted(config.widths, reverse=True)
-    axes = itertools.product(config.learning_rates, shapes, widths, config.mixers)
-    return [Job(mixer, length, pairs, width, lr) for lr, (length, pairs), width, mixer in axes]
 
 
 def is_solved(config: MQARConfig, job: Job, results: dict[Job, dict]) -> bool:

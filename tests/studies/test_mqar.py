@@ -120,7 +120,7 @@ def test_an_interrupted_model_goes_on_as_if_it_had_not_been(device, tmp_path, mo
     assert measured[2:] == [0, 0]  # two epochs, not more
     measured = measured[:2]
     assert measured == resumed["history"][:2] and len(resumed["history"]) == 4
-    models.append(build_model(config, "gla", 32, torch.device(device)))
+    models.append(build_model(config, *job))
     trained, _, went_on, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     if device == "cpu":
         assert torch.equal(trained, went_on) and resumed["history"] == whole["history"]
@@ -164,7 +164,7 @@ def test_captured_steps_train_the_same_model(mixer, monkeypatch):
     monkeypatch.setattr(mqar, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
     for graph in (True, False):
         mqar.train(dataclasses.replace(config, cuda_graph=graph), Job(mixer, 16, 2, 64, 1e-3), device)
-    models.append(build_model(config, mixer, 64, device))
+    models.append(build_model(config, Job(mixer, 16, 2, 64, 1e-3), device))
     captured, eager, first = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     assert (captured - eager).norm() < 0.1 * (eager - first).norm()  # gathers' gradients add up in any order
 
@@ -185,7 +185,7 @@ def test_a_model_without_memory_of_its_keys_stays_at_chance():
 
 
 def test_accuracy_counts_queries():
-    model = mqar.build_model(SMALL, "gla", 32, torch.device("cpu"))
+    model = mqar.build_model(SMALL, Job("gla", 16, 2, 32, 1e-2), torch.device("cpu"))
     task = draw(count=50, length=16, pairs=2, vocab_size=32)
     with torch.no_grad():
         predicted = model(task.inputs).logits.argmax(-1).gather(1, task.queries)
@@ -283,7 +283,7 @@ def test_so_is_one_without_permission(tmp_path, monkeypatch):
 
 def test_a_mixer_for_each_layer():
     for mixer, layers in (("gla+attention", ["gla", "attention"]), ("mamba2", ["mamba2", "mamba2"])):
-        model = mqar.build_model(MQARConfig(), mixer, 64, torch.device("cpu"))
+        model = mqar.build_model(MQARConfig(), Job(mixer, 64, 4, 64, 1e-2), torch.device("cpu"))
         assert model.config.layer_mixers() == layers
 
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import TypeGuard
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -22,7 +24,8 @@ def is_plain_linear(module: nn.Module, bias: bool = False) -> TypeGuard[nn.Linea
     """Return whether module(x) is F.linear(x, module.weight) and nothing else, so that its weight describes it.
 
     It is not for subclasses, adapters, parametrizations, pruned or weight-normed layers, hooks of any kind (accelerate
-    loads weights by them), a replaced forward, or weights of a tensor subclass, as those of quantized models are.
+    loads weights by them), a replaced forward or F.linear, or weights of a tensor subclass, as those of quantized
+    models are, or that are sparse.
 
     Args:
         bias: Whether the module may have a bias, too.
@@ -30,6 +33,7 @@ def is_plain_linear(module: nn.Module, bias: bool = False) -> TypeGuard[nn.Linea
     return (
         type(module) is nn.Linear
         and nn.Linear.forward is LINEAR_FORWARD
+        and F.linear is torch._C._nn.linear
         and is_called_plainly(module)
         and is_plain_tensor(module.weight)
         and (module.bias is None or (bias and is_plain_tensor(module.bias)))
@@ -37,14 +41,14 @@ def is_plain_linear(module: nn.Module, bias: bool = False) -> TypeGuard[nn.Linea
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Return whether x is no tensor subclass: the memory of quantized and sharded weights holds something else."""
-    return type(x) in (Tensor, nn.Parameter)
+    """Return whether x has each of its elements in memory, unlike quantized, sharded and sparse weights."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided
 
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Return whether calling the module runs the forward method of its class without any hook."""
-    is_class_forward = "forward" not in module.__dict__ and nn.Module.__call__ is nn.Module._wrapped_call_impl
-    return is_class_forward and not any(hooks_of_call(module))
+    is_class_call = type(module).__call__ is nn.Module._wrapped_call_impl and "_call_impl" not in module.__dict__
+    return is_class_call and "forward" not in module.__dict__ and not any(hooks_of_call(module))
 
 
 def hooks_of_call(module: nn.Module) -> tuple[dict, ...]:

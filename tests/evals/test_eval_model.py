@@ -75,6 +75,20 @@ def test_scores_are_the_cross_entropy_of_the_logits_and_carry_the_state(kind):
 def test_which_models_give_hidden_states():
     assert EvalModel(tiny.llama())._head is not None
     assert EvalModel(gemma2())._head is None  # the head's output is not yet the logits
+    assert EvalModel(gla())._head is not None
+
+
+def test_a_forward_that_is_replaced_gives_the_scores(monkeypatch):
+    """A cap on logits changes the small ones by less than float32 shows in most comparisons."""
+    forward = GLALMForCausalLM.forward
+
+    def cap(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output["logits"] = 300 * (output.logits / 300).tanh()
+        return output
+
+    monkeypatch.setattr(GLALMForCausalLM, "forward", cap)
+    assert EvalModel(gla())._head is None
 
 
 def test_learned_positions_bound_the_length():

@@ -89,6 +89,26 @@ def replace_call(head, patch):
     )
 
 
+def replace_class_call(head, patch):
+    call = nn.Linear.__call__
+    patch.setattr(
+        nn.Linear,
+        "__call__",
+        lambda self, *x, **y: 3 * call(self, *x) if self is head else call(self, *x, **y),
+        raising=False,
+    )
+
+
+def replace_own_call(head, patch):
+    call = head._call_impl
+    patch.setattr(head, "_call_impl", lambda *args: 3 * call(*args), raising=False)
+
+
+def replace_function(head, patch):
+    linear = F.linear
+    patch.setattr(F, "linear", lambda x, w, b=None: (3 if w is head.weight else 1) * linear(x, w, b))
+
+
 def hook_all_modules(head, patch):
     hooks = dict(torch_module._global_forward_hooks)
     hooks[-1] = lambda module, args, output: 3 * output if module is head else None
@@ -109,6 +129,10 @@ CHANGES = {
     "forward of the module": replace_forward,
     "forward of the class": replace_class_forward,
     "call of all modules": replace_call,
+    "call of the class": replace_class_call,
+    "call of the module": replace_own_call,
+    "F.linear": replace_function,
+    "sparse weight": lambda head, patch: set_weight(head, head.weight.detach().to_sparse_csr()),
     "prune": lambda head, patch: prune.l1_unstructured(head, "weight", amount=0.3),
     "weight_norm": lambda head, patch: weight_norm(head),
     "spectral_norm": lambda head, patch: spectral_norm(head),

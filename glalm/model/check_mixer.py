@@ -44,15 +44,10 @@ def check_mixer(mixer: type[Mixer], config: ModelConfig | None = None, device: s
     with torch.no_grad():
         expected = module(x)[0]
         _require_equal(name, "training and evaluation", expected, y.detach())
-        _check_causality(name, module, x, expected)
+        changed = module(torch.cat([x[:, :CUT], -x[:, CUT:]], 1))[0]
+        _require_equal(name, "a token, when only later ones change,", changed[:, :CUT], expected[:, :CUT])
         _check_state(name, module, x, expected)
-        _check_packing(name, module, x, expected)
-        _check_padding(name, module, x)
-
-
-def _check_causality(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
-    changed = torch.cat([x[:, :CUT], -x[:, CUT:]], 1)
-    _require_equal(name, "a token, when only later ones change,", module(changed)[0][:, :CUT], expected[:, :CUT])
+        _check_layouts(name, module, x, expected)
 
 
 def _check_state(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
@@ -77,19 +72,17 @@ def _check_state(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
     _require_equal(name, "single steps from a state", torch.cat(steps, 1), expected)
 
 
-def _check_packing(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
-    """Check the sequences in one row, given their bounds as cu_seqlens, the first one in two parts."""
+def _check_layouts(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
+    """Check sequences that are packed into one row, the first one in two parts, and a row with padding on the left."""
+    rest, _ = module(x[:1, CUT:])
     bounds = torch.tensor([0, CUT, LENGTH, 2 * LENGTH], device=x.device)
-    packed = module(x.flatten(0, 1)[None], cu_seqlens=bounds)[0][0]
-    apart = torch.cat([expected[0, :CUT], module(x[:1, CUT:])[0][0], expected[1]])
-    _require_equal(name, "packed sequences (cu_seqlens)", packed, apart)
-
-
-def _check_padding(name: str, module: Mixer, x: Tensor) -> None:
+    packed, _ = module(x.flatten(0, 1)[None], cu_seqlens=bounds)
+    apart = torch.cat([expected[0, :CUT], rest[0], expected[1]])
+    _require_equal(name, "packed sequences (cu_seqlens)", packed[0], apart)
     padding = torch.ones(BATCH, LENGTH, 1, device=x.device)
     padding[0, :CUT] = 0
-    padded = module(x * padding, padding=padding)[0][0, CUT:]
-    _require_equal(name, "a row that is padded on the left", padded, module(x[:1, CUT:])[0][0])
+    padded, _ = module(x * padding, padding=padding)
+    _require_equal(name, "a row that is padded on the left", padded[0, CUT:], rest[0])
 
 
 def _require_equal(name: str, what: str, found: Tensor, expected: Tensor) -> None:

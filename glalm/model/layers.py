@@ -93,18 +93,15 @@ def token_positions(
     B, T, _ = x.shape
     if start is None and cu_seqlens is None and padding is None and context is None:
         return torch.arange(T, device=x.device)[None], x.new_full((B,), T, dtype=torch.int64)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    start = x.new_zeros(N, dtype=torch.int64) if start is None else start
     if context is not None:
-        start = (
-            x.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, dtype=torch.int64) if start is None else start
-        )
         positions, _ = token_positions(x, context.shift_positions(start, T), cu_seqlens)
         return positions, start + context.size * T
     is_token = x.new_ones(B, T, dtype=torch.int64) if padding is None else (padding[..., 0] > 0).long()
     seen = F.pad(is_token.cumsum(1), (1, 0))  # before each token, and after the last one
     if cu_seqlens is None:
-        start = x.new_zeros(B, dtype=torch.int64) if start is None else start
         return start[:, None] + seen[:, 1:] - 1, start + seen[:, -1]
-    start = x.new_zeros(len(cu_seqlens) - 1, dtype=torch.int64) if start is None else start
     seen_at_bounds = seen[0, cu_seqlens]
     offset = start - seen_at_bounds[:-1]
     return seen[:, 1:] - 1 + offset[sequence_ids(cu_seqlens, T)], start + seen_at_bounds.diff()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from glalm.config.strict import ConfigError
@@ -230,42 +231,15 @@ def mix_tokens(
 def mix_unpacked(
     mixer: Mixer, x: Tensor, cu_seqlens: Tensor, *, state, return_state: bool, padding: Tensor | None
 ) -> tuple[Tensor, Any]:
-    """Call a mixer on packed sequences as on a padded batch, because their states have different lengths.
+    """Call a mixer on packed sequences as on a batch padded on the left, because their states have different lengths.
 
     The arguments and results are those of Mixer.forward. This copies cu_seqlens to the host, which waits for the GPU.
     """
-    rows, is_token = unpack_sequences(x, cu_seqlens)
-    if padding is not None:
-        is_token = is_token * unpack_sequences(padding, cu_seqlens)[0]
+    lengths = cu_seqlens.diff().tolist()
+    is_token = x.new_ones(1, x.shape[1], 1) if padding is None else padding
+    rows, is_token = (pad_sequence(y[0].split(lengths), True, padding_side="left") for y in (x, is_token))
     y, state = mixer(rows, state=state, return_state=return_state, padding=is_token)
-    return pack_sequences(y, cu_seqlens), state
-
-
-def unpack_sequences(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn packed sequences into a batch that is padded on the left.
-
-    Args:
-        x: [1, T, ...].
-        cu_seqlens: [N + 1].
-
-    Returns:
-        x as [N, longest, ...] with zeros at padding, and a mask [N, longest, 1], 1 at tokens and 0 at padding.
-    """
-    lengths = cu_seqlens.diff().tolist()
-    longest = max(lengths)
-
-    def pad_left(y: Tensor) -> Tensor:
-        return F.pad(y, (0, 0) * (y.dim() - 1) + (longest - len(y), 0))
-
-    rows = [pad_left(y) for y in x[0].split(lengths)]
-    mask = [pad_left(x.new_ones(n, 1)) for n in lengths]
-    return torch.stack(rows), torch.stack(mask)
-
-
-def pack_sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Invert unpack_sequences: [N, longest, ...] to [1, T, ...]."""
-    lengths = cu_seqlens.diff().tolist()
-    return torch.cat([row[len(row) - n :] for row, n in zip(x, lengths, strict=True)])[None]
+    return torch.cat([row[len(row) - n :] for row, n in zip(y, lengths, strict=True)])[None], state
 
 
 def append_inputs(past: Tensor | None, x: Tensor, padding: Tensor | None) -> Tensor:

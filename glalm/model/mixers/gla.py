@@ -150,16 +150,19 @@ class GatedLinearAttention(Mixer):
             k = F.relu(k)
         operator = RECURRENT[self.gate] if is_decoding_step(x, context) else CHUNKWISE[self.gate]
         o, S = operator(
-            self.split_heads(q),
-            self.split_kv_heads(k),
-            self.split_kv_heads(v),
+            q.unflatten(-1, (self.num_heads, -1)),
+            k.unflatten(-1, (self.kv_heads, -1)),
+            v.unflatten(-1, (self.kv_heads, -1)),
             **self.gate_arguments(x),
             initial_state=S,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             context=context,
         )
-        y = self.g_norm_swish_gate(o, self.split_heads(self.g_proj(x))) if self.output_gate else self.g_norm(o)
+        if self.output_gate:
+            y = self.g_norm_swish_gate(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
+        else:
+            y = self.g_norm(o)
         return self.o_proj(y.flatten(-2)), join_state(S, conv_state)
 
     def gate_arguments(self, x: Tensor) -> dict:
@@ -168,7 +171,7 @@ class GatedLinearAttention(Mixer):
             return {}
         logits = self.gk_proj(x)
         if self.gate == "vector":
-            logits = self.split_kv_heads(logits)
+            logits = logits.unflatten(-1, (self.kv_heads, -1))
         if self.min_log_gate is None:
             return {"g": logits, "gate_logit_normalizer": self.gate_logit_normalizer}
         # The log gates are float32, because the sum over a chunk would accumulate bf16's rounding errors.
@@ -178,14 +181,6 @@ class GatedLinearAttention(Mixer):
         arguments = self.gate_arguments(x)
         return log_gate(arguments["g"], arguments.get("gate_logit_normalizer")) if arguments else None
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Return x [B, T, H * D] as [B, T, H, D]."""
-        return x.unflatten(-1, (self.num_heads, -1))
-
-    def split_kv_heads(self, x: Tensor) -> Tensor:
-        """Return x [B, T, kv_heads * D] as [B, T, kv_heads, D]."""
-        return x.unflatten(-1, (self.kv_heads, -1))
-
     def flops(self, T: int) -> int:
         K = self.q_proj.out_features // self.num_heads
         V = self.o_proj.in_features // self.num_heads
@@ -194,20 +189,14 @@ class GatedLinearAttention(Mixer):
 
 
 def build_gate_logits(inputs: int, groups: int, gates: int, options: GLAOptions, normalizer: float) -> nn.Linear:
-    """Return the layer of the logits of groups of gates, which all begin with the same half-lives."""
+    """Return the layer of the logits z of groups of gates sigmoid(z)^(1/normalizer).
+
+    In every group, the gates begin with the same half-lives, a geometric sequence between those of the options.
+    """
     if options.initial_half_lives is None:
         return nn.Linear(inputs, groups * gates)
-    logits = half_life_logits(options.initial_half_lives, gates, normalizer)
-    return BiasedLinear(inputs, groups * gates, groups * logits)
-
-
-def half_life_logits(half_lives: list[float], count: int, normalizer: float) -> list[float]:
-    """Return the logits z of `count` gates sigmoid(z)^(1/normalizer), of which the half-lives are a geometric sequence.
-
-    Args:
-        half_lives: The shortest and the longest, in tokens.
-    """
-    shortest, longest = (math.log2(tokens) for tokens in half_lives)
-    tokens = torch.logspace(shortest, longest, count, base=2, dtype=torch.float64, device="cpu")
+    shortest, longest = (math.log2(tokens) for tokens in options.initial_half_lives)
+    half_lives = torch.logspace(shortest, longest, gates, base=2, dtype=torch.float64, device="cpu")
     # sigmoid(z)^(half-life / normalizer) = 1/2
-    return (-torch.expm1(math.log(2) * normalizer / tokens).log()).tolist()
+    logits = -torch.expm1(math.log(2) * normalizer / half_lives).log()
+    return BiasedLinear(inputs, groups * gates, groups * logits.tolist())

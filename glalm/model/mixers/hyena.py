@@ -118,7 +118,8 @@ class Hyena(Mixer):
         """Count the convolutions, and the network of the taps as for a batch of one sequence."""
         taps = min(self.filter_length, T)
         channels = self.D.numel()
-        network = taps * self.filter.flops() // T
+        matrices = (self.filter.W_in, self.filter.W_hidden, self.filter.W_out)
+        network = taps * 2 * sum(W.numel() for W in matrices) // T
         return 2 * self.short_filter.numel() + network + convolution_flops(T, taps, None, channels, filters=channels)
 
 
@@ -196,7 +197,3 @@ class ImplicitFilter(nn.Module):
             for W, b in zip(weights, self.b, strict=True):
                 z = torch.sin(self.w * (z @ W + b))
             return (-rates * t).exp() * (z @ W_out)
-
-    def flops(self) -> int:
-        """Return the operations per tap."""
-        return 2 * (self.W_in.numel() + self.W_hidden.numel() + self.W_out.numel())

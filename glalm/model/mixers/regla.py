@@ -110,26 +110,14 @@ class ReGLA(Mixer):
         padding: Tensor | None = None,
         context: ContextShard | None = None,
     ) -> tuple[Tensor, State | None]:
-        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         log_gate = self.compute_log_gate(x)
-        exponential = self.options.feature_map == "exp"
-        S, past_maximum = split_state(state, exponential)
+        S, past_maximum = split_state(state, self.options.feature_map == "exp")
         final_maximum = None
-        if exponential:
-            q = at_least_float32(q)
-            k = at_least_float32(k)
-            if padding is not None:
-                k = k.masked_fill(padding[..., None] == 0, NO_MAXIMUM)
-            largest = k.amax(-1)
-            entering_maximum = past_maximum
-            if context is not None:
-                entering_maximum, final_maximum = exchange_maxima(largest, past_maximum, cu_seqlens, context)
-            m, previous_m = running_maximum(largest, entering_maximum, cu_seqlens)
-            q = (q - q.amax(-1, keepdim=True)).exp()
-            k = (k - m[..., None]).exp()
-            log_gate = log_gate + (previous_m - m)[..., None]
-            if context is None:
-                final_maximum = last_maximum(m, past_maximum, cu_seqlens)
+        if self.options.feature_map == "exp":
+            q, k, log_gate, final_maximum = map_exponentially(
+                q, k, log_gate, past_maximum, cu_seqlens=cu_seqlens, padding=padding, context=context
+            )
         else:
             q = self.q_map(q)
             k = self.k_map(k)
@@ -162,7 +150,7 @@ class ReGLA(Mixer):
             g = logit.sigmoid()
             r = at_least_float32(self.refine_proj(x)).sigmoid()
             log_gate = (log_gate + (g + 2 * r * (1 - g)).clamp(min=1e-30).log()).clamp(max=0)
-        return self.split_heads(log_gate)
+        return log_gate.unflatten(-1, (self.num_heads, -1))
 
     @property
     def scale(self) -> float:
@@ -173,9 +161,6 @@ class ReGLA(Mixer):
             return 1 / (math.e * math.sqrt(self.K * (math.e**2 - 1))) if self.options.variance_scale else 1.0
         return self.K**-0.5
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
-
     def flops(self, T: int) -> int:
         features = num_features(self.options.feature_map, self.K)
         # Hedgehog multiplies q and k of each head by a K x K matrix.
@@ -183,6 +168,44 @@ class ReGLA(Mixer):
         V = self.V if self.options.output_norm else self.V + 1  # with the sum of the weights
         chunk = CHUNK if self.options.gate_axis == "key" else VALUE_GATE_CHUNK
         return maps + chunkwise_flops(self.num_heads, features, V, T, chunk)
+
+
+def map_exponentially(
+    q: Tensor,
+    k: Tensor,
+    log_gate: Tensor,
+    past_maximum: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
+    padding: Tensor | None,
+    context: ContextShard | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Apply the normalized exponential map.
+
+    Args:
+        q, k, log_gate: [B, T, H, K].
+        past_maximum: [N, H], the maximum of the keys before x, or None.
+        cu_seqlens, padding, context: as of Mixer.forward.
+
+    Returns:
+        phi(q) and phi(k), at least float32; the log gates with the factor e^(m_{t-1} - m_t); the maximum at the end of
+        each sequence [N, H].
+    """
+    q = at_least_float32(q)
+    k = at_least_float32(k)
+    if padding is not None:
+        k = k.masked_fill(padding[..., None] == 0, NO_MAXIMUM)
+    largest = k.amax(-1)
+    entering_maximum = past_maximum
+    if context is not None:
+        entering_maximum, final_maximum = exchange_maxima(largest, past_maximum, cu_seqlens, context)
+    m, previous_m = running_maximum(largest, entering_maximum, cu_seqlens)
+    q = (q - q.amax(-1, keepdim=True)).exp()
+    k = (k - m[..., None]).exp()
+    log_gate = log_gate + (previous_m - m)[..., None]
+    if context is None:
+        final_maximum = last_maximum(m, past_maximum, cu_seqlens)
+    return q, k, log_gate, final_maximum
 
 
 def running_maximum(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

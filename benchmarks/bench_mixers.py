@@ -365,7 +365,7 @@ def candidates() -> Iterator[Candidate]:
         (64, 8, 1, None),
     )  # fmt: skip
     for name in ("scan_forward", "scan_states", "scan_backward"):
-        for config in with_own(getattr(ssd, name), (launch._ssd_scan_config(*row) for row in rows)):
+        for config in with_own(getattr(ssd, name), (launch.LaunchConfig({"BV": BV}, *row) for BV, *row in rows)):
             yield Candidate("mamba2", name, "SSD", (major, 128, 64), ssd._replace(**{name: config}), config)
     rows = (
         (128, 8, 2, None), (128, 8, 1, None), (128, 8, 3, None), (64, 4, 2, None), (64, 4, 1, None), (64, 8, 2, None),

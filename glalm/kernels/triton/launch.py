@@ -45,91 +45,84 @@ class KernelConfigs(NamedTuple):
     gradients_pairwise: LaunchConfig
 
 
-def _rescale_config(BK: int, warps: int, stages: int, registers: int | None = None) -> LaunchConfig:
-    return LaunchConfig({"BK": BK}, warps, stages, registers)
-
-
-def _scan_config(
-    BV: int, STORE_BANDS: int, warps: int, stages: int, registers: int | None = None, PREFETCH: bool = False
-) -> LaunchConfig:
-    return LaunchConfig({"BV": BV, "STORE_BANDS": STORE_BANDS, "PREFETCH": PREFETCH}, warps, stages, registers)
-
-
-def _gradients_config(BK: int, BV: int, warps: int, stages: int, PREFETCH: bool = False) -> LaunchConfig:
-    return LaunchConfig({"BK": BK, "BV": BV, "PREFETCH": PREFETCH}, warps, stages)
-
-
 TABLE: dict[tuple[int, int, int], KernelConfigs] = {
     # (compute capability major, K, V), bfloat16 operands
     (9, 256, 512): KernelConfigs(
-        rescale=_rescale_config(64, 4, 2, 168),
-        rescale_pairwise=_rescale_config(64, 4, 1),
-        scan_forward=_scan_config(128, 1, 8, 2),
-        scan_states=_scan_config(64, 1, 4, 1, PREFETCH=True),
-        scan_segment_starts=_scan_config(64, 1, 4, 2, 168),
-        scan_backward=_scan_config(128, 4, 8, 2, PREFETCH=True),
-        gradients=_gradients_config(64, 64, 4, 4),
-        gradients_fixed_gate=_gradients_config(64, 64, 4, 3),
-        gradients_pairwise=_gradients_config(64, 64, 4, 1),
+        rescale=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
+        rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
+        scan_forward=LaunchConfig({"BV": 128, "STORE_BANDS": 1, "PREFETCH": False}, warps=8, stages=2),
+        scan_states=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": True}, warps=4, stages=1),
+        scan_segment_starts=LaunchConfig(
+            {"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=2, registers=168
+        ),
+        scan_backward=LaunchConfig({"BV": 128, "STORE_BANDS": 4, "PREFETCH": True}, warps=8, stages=2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=4),
+        gradients_fixed_gate=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=3),
+        gradients_pairwise=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1),
     ),
     (9, 128, 256): KernelConfigs(
-        rescale=_rescale_config(64, 4, 2, 168),
-        rescale_pairwise=_rescale_config(64, 4, 1),
-        scan_forward=_scan_config(64, 1, 4, 2),
-        scan_states=_scan_config(64, 1, 4, 1, PREFETCH=True),
-        scan_segment_starts=_scan_config(64, 1, 4, 2),
-        scan_backward=_scan_config(256, 4, 8, 2, PREFETCH=True),
-        gradients=_gradients_config(64, 64, 4, 4),
-        gradients_fixed_gate=_gradients_config(64, 64, 4, 3),
-        gradients_pairwise=_gradients_config(64, 64, 4, 1),
+        rescale=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
+        rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
+        scan_forward=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=2),
+        scan_states=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": True}, warps=4, stages=1),
+        scan_segment_starts=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=2),
+        scan_backward=LaunchConfig({"BV": 256, "STORE_BANDS": 4, "PREFETCH": True}, warps=8, stages=2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=4),
+        gradients_fixed_gate=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=3),
+        gradients_pairwise=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1),
     ),
     (9, 64, 64): KernelConfigs(
-        rescale=_rescale_config(64, 4, 1, 128),
-        rescale_pairwise=_rescale_config(64, 4, 1),
-        scan_forward=_scan_config(64, 1, 4, 1),
-        scan_states=_scan_config(64, 1, 4, 2),
-        scan_segment_starts=_scan_config(64, 1, 4, 3),
+        rescale=LaunchConfig({"BK": 64}, warps=4, stages=1, registers=128),
+        rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
+        scan_forward=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=1),
+        scan_states=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=2),
+        scan_segment_starts=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=3),
         # With 128 registers four programs fit on a multiprocessor; with three, 512 heads would take two turns.
-        scan_backward=_scan_config(64, 1, 4, 1, 128),
-        gradients=_gradients_config(64, 64, 4, 1, PREFETCH=True),
-        gradients_fixed_gate=_gradients_config(64, 64, 4, 1, PREFETCH=True),
-        gradients_pairwise=_gradients_config(64, 64, 4, 1),
+        scan_backward=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=1, registers=128),
+        gradients=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": True}, warps=4, stages=1),
+        gradients_fixed_gate=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": True}, warps=4, stages=1),
+        gradients_pairwise=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1),
     ),
 }
 
 
-def default_configs(KP: int, VP: int, bits: int) -> KernelConfigs:
-    """Return configurations for head sizes that TABLE lacks: correct everywhere, fast for bfloat16 tiles of 64."""
+def config_for(device: torch.device, KP: int, VP: int, bits: int) -> KernelConfigs:
+    """Return the configurations for padded head sizes KP and VP and operands of `bits` bits.
+
+    Those for head sizes that TABLE lacks are correct everywhere, and fast for bfloat16 tiles of 64.
+    """
+    key = architecture(device), KP, VP
+    if bits == 16 and key in TABLE:
+        return TABLE[key]
     if bits == 16 and min(KP, VP) >= 64:
+        rescale = LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168)
+        if KP == 64:
+            rescale = LaunchConfig({"BK": 64}, warps=4, stages=1, registers=128)
+        rescale_pairwise = LaunchConfig({"BK": 64}, warps=4, stages=1)
         wide_tiles = KP <= 256
-        BV = 64 if wide_tiles else 32
-        scan = _scan_config(BV, max(1, KP // 64) if wide_tiles else 1, 4, 2 if KP <= 128 else 1)
-        return KernelConfigs(
-            rescale=_rescale_config(64, 4, 2, 168) if KP > 64 else _rescale_config(64, 4, 1, 128),
-            rescale_pairwise=_rescale_config(64, 4, 1),
-            **_scan_configs(scan),
-            **_gradients_configs(_gradients_config(64, 64, 4, 3 if VP > 64 else 1, PREFETCH=VP == 64)),
-            gradients_pairwise=_gradients_config(64, 64, 4, 1),
-        )
-    # With tiles narrower than 64, Hopper's wgmma (tiles of 64 rows and at least four warps) reads beyond a program's
-    # shared memory in Triton 3.6. These tiles or warps stay below one of the two limits.
-    rescale = _rescale_config(min(KP, 32), 2, 1)
-    gradients = _gradients_config(16, 16, 2, 1)
+        scan_tile = {"BV": 64 if wide_tiles else 32, "STORE_BANDS": KP // 64 if wide_tiles else 1, "PREFETCH": False}
+        scan = LaunchConfig(scan_tile, warps=4, stages=2 if KP <= 128 else 1)
+        gradients_tile = {"BK": 64, "BV": 64, "PREFETCH": VP == 64}
+        gradients = LaunchConfig(gradients_tile, warps=4, stages=3 if VP > 64 else 1)
+        gradients_pairwise = LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1)
+    else:
+        # With tiles narrower than 64, Hopper's wgmma (tiles of 64 rows and at least four warps) reads beyond a
+        # program's shared memory in Triton 3.6. These tiles or warps stay below one of the two limits.
+        rescale = rescale_pairwise = LaunchConfig({"BK": min(KP, 32)}, warps=2, stages=1)
+        scan_tile = {"BV": max(16, min(32, VP, 8192 // KP)), "STORE_BANDS": 1, "PREFETCH": False}
+        scan = LaunchConfig(scan_tile, warps=4, stages=1)
+        gradients = gradients_pairwise = LaunchConfig({"BK": 16, "BV": 16, "PREFETCH": False}, warps=2, stages=1)
     return KernelConfigs(
         rescale=rescale,
-        rescale_pairwise=rescale,
-        **_scan_configs(_scan_config(max(16, min(32, VP, 8192 // KP)), 1, 4, 1)),
-        **_gradients_configs(gradients),
-        gradients_pairwise=gradients,
+        rescale_pairwise=rescale_pairwise,
+        scan_forward=scan,
+        scan_states=scan,
+        scan_segment_starts=scan,
+        scan_backward=scan,
+        gradients=gradients,
+        gradients_fixed_gate=gradients,
+        gradients_pairwise=gradients_pairwise,
     )
-
-
-def _scan_configs(scan: LaunchConfig) -> dict[str, LaunchConfig]:
-    return dict.fromkeys(("scan_forward", "scan_states", "scan_segment_starts", "scan_backward"), scan)
-
-
-def _gradients_configs(gradients: LaunchConfig) -> dict[str, LaunchConfig]:
-    return dict.fromkeys(("gradients", "gradients_fixed_gate"), gradients)
 
 
 class DeltaConfigs(NamedTuple):
@@ -143,84 +136,70 @@ class DeltaConfigs(NamedTuple):
     gradients_normalized: LaunchConfig  # with normalization; with a gate per channel, BK is K
 
 
-def _delta_prepare_config(BK: int, warps: int, stages: int, registers: int | None = None) -> LaunchConfig:
-    return LaunchConfig({"BK": BK}, warps, stages, registers)
-
-
-def _delta_scan_config(BV: int, warps: int, stages: int) -> LaunchConfig:
-    return LaunchConfig({"BV": BV}, warps, stages)
-
-
-def _delta_scan_configs(BV: int, warps: int, stages: int) -> dict[str, LaunchConfig]:
-    return dict.fromkeys(("scan_forward", "scan_states", "scan_backward"), _delta_scan_config(BV, warps, stages))
-
-
-def _delta_gradients_config(BK: int, BV: int, warps: int, stages: int) -> LaunchConfig:
-    return LaunchConfig({"BK": BK, "BV": BV}, warps, stages)
-
-
-def _delta_gradients_configs(BK: int, BV: int, warps: int, stages: int) -> dict[str, LaunchConfig]:
-    return dict.fromkeys(("gradients", "gradients_normalized"), _delta_gradients_config(BK, BV, warps, stages))
-
-
 DELTA_TABLE: dict[tuple[int, int, int, bool], DeltaConfigs] = {
     # (compute capability major, K, V, whether there is a gate per channel), bfloat16 operands
     (9, 128, 128, False): DeltaConfigs(
-        prepare=_delta_prepare_config(64, 4, 2, 168),
-        scan_forward=_delta_scan_config(64, 4, 2),
-        scan_states=_delta_scan_config(64, 4, 2),
-        scan_backward=_delta_scan_config(128, 8, 3),
-        **_delta_gradients_configs(64, 64, 4, 2),
+        prepare=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
+        scan_forward=LaunchConfig({"BV": 64}, warps=4, stages=2),
+        scan_states=LaunchConfig({"BV": 64}, warps=4, stages=2),
+        scan_backward=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        gradients=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=2),
+        gradients_normalized=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=2),
     ),
     (9, 128, 256, False): DeltaConfigs(
-        prepare=_delta_prepare_config(64, 4, 2, 168),
-        scan_forward=_delta_scan_config(64, 4, 2),
-        scan_states=_delta_scan_config(128, 8, 3),
-        scan_backward=_delta_scan_config(64, 4, 2),
-        **_delta_gradients_configs(64, 64, 4, 2),
+        prepare=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
+        scan_forward=LaunchConfig({"BV": 64}, warps=4, stages=2),
+        scan_states=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        scan_backward=LaunchConfig({"BV": 64}, warps=4, stages=2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=2),
+        gradients_normalized=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=2),
     ),
     (9, 128, 128, True): DeltaConfigs(
-        prepare=_delta_prepare_config(64, 4, 2),
-        scan_forward=_delta_scan_config(128, 8, 3),
-        scan_states=_delta_scan_config(128, 8, 3),
-        scan_backward=_delta_scan_config(128, 8, 2),
-        gradients=_delta_gradients_config(64, 64, 4, 3),
-        gradients_normalized=_delta_gradients_config(128, 64, 8, 3),
+        prepare=LaunchConfig({"BK": 64}, warps=4, stages=2),
+        scan_forward=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        scan_states=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        scan_backward=LaunchConfig({"BV": 128}, warps=8, stages=2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=3),
+        gradients_normalized=LaunchConfig({"BK": 128, "BV": 64}, warps=8, stages=3),
     ),
     (9, 128, 256, True): DeltaConfigs(
-        prepare=_delta_prepare_config(64, 4, 2),
-        scan_forward=_delta_scan_config(128, 8, 3),
-        scan_states=_delta_scan_config(128, 8, 3),
-        scan_backward=_delta_scan_config(128, 8, 2),
-        gradients=_delta_gradients_config(64, 64, 4, 3),
-        gradients_normalized=_delta_gradients_config(128, 64, 8, 3),
+        prepare=LaunchConfig({"BK": 64}, warps=4, stages=2),
+        scan_forward=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        scan_states=LaunchConfig({"BV": 128}, warps=8, stages=3),
+        scan_backward=LaunchConfig({"BV": 128}, warps=8, stages=2),
+        gradients=LaunchConfig({"BK": 64, "BV": 64}, warps=4, stages=3),
+        gradients_normalized=LaunchConfig({"BK": 128, "BV": 64}, warps=8, stages=3),
     ),
 }
 
 
-def default_delta_configs(KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
-    """Return configurations for head sizes that DELTA_TABLE lacks: correct everywhere."""
-    if bits == 16:  # Every tile is at least 64 wide.
-        return DeltaConfigs(
-            prepare=_delta_prepare_config(64, 4, 1),
-            **_delta_scan_configs(64, 8 if KP > 128 else 4, 1),
-            **_delta_gradients_configs(min(KP, 128) if per_channel else 64, 64, 8 if KP > 64 else 4, 1),
-        )
-    # Tiles of 64 rows and at least four warps would be Hopper's wgmma, of which Triton 3.6 compiles narrow tiles and
-    # float32 operands wrongly. These stay below one of the two limits.
-    return DeltaConfigs(
-        prepare=_delta_prepare_config(min(KP, 32), 2, 1),
-        **_delta_scan_configs(max(16, min(32, VP, 4096 // KP)), 4, 1),
-        **_delta_gradients_configs(16, 16, 2, 1),
-    )
-
-
 def delta_config_for(device: torch.device, KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
-    """Return the delta rule's configurations for padded head sizes KP and VP and operands of `bits` bits."""
+    """Return the delta rule's configurations for padded head sizes KP and VP and operands of `bits` bits.
+
+    Those for head sizes that DELTA_TABLE lacks are correct everywhere.
+    """
     key = architecture(device), KP, VP, per_channel
     if bits == 16 and key in DELTA_TABLE:
         return DELTA_TABLE[key]
-    return default_delta_configs(KP, VP, bits, per_channel)
+    if bits == 16:  # Every tile is at least 64 wide.
+        prepare = LaunchConfig({"BK": 64}, warps=4, stages=1)
+        scan = LaunchConfig({"BV": 64}, warps=8 if KP > 128 else 4, stages=1)
+        gradients_tile = {"BK": min(KP, 128) if per_channel else 64, "BV": 64}
+        gradients = LaunchConfig(gradients_tile, warps=8 if KP > 64 else 4, stages=1)
+    else:
+        # Tiles of 64 rows and at least four warps would be Hopper's wgmma, of which Triton 3.6 compiles narrow tiles
+        # and float32 operands wrongly. These stay below one of the two limits.
+        prepare = LaunchConfig({"BK": min(KP, 32)}, warps=2, stages=1)
+        scan = LaunchConfig({"BV": max(16, min(32, VP, 4096 // KP))}, warps=4, stages=1)
+        gradients = LaunchConfig({"BK": 16, "BV": 16}, warps=2, stages=1)
+    return DeltaConfigs(
+        prepare,
+        scan_forward=scan,
+        scan_states=scan,
+        scan_backward=scan,
+        gradients=gradients,
+        gradients_normalized=gradients,
+    )
 
 
 class ScanConfigs(NamedTuple):
@@ -284,17 +263,13 @@ class SSDConfigs(NamedTuple):
     gradients: LaunchConfig
 
 
-def _ssd_scan_config(BV: int, warps: int, stages: int, registers: int | None = None) -> LaunchConfig:
-    return LaunchConfig({"BV": BV}, warps, stages, registers)
-
-
 SSD: dict[tuple[int, int, int], SSDConfigs] = {
     # (compute capability major, K, V), bfloat16 operands
     (9, 128, 64): SSDConfigs(
         chunk=64,
-        scan_forward=_ssd_scan_config(64, 4, 2),
-        scan_states=_ssd_scan_config(64, 4, 2, 128),
-        scan_backward=_ssd_scan_config(64, 4, 2),
+        scan_forward=LaunchConfig({"BV": 64}, warps=4, stages=2),
+        scan_states=LaunchConfig({"BV": 64}, warps=4, stages=2, registers=128),
+        scan_backward=LaunchConfig({"BV": 64}, warps=4, stages=2),
         gradients=LaunchConfig({"BK": 64, "BV": 64}, 4, 3),
     ),
 }
@@ -306,11 +281,11 @@ def ssd_config(device: torch.device, KP: int, VP: int, bits: int) -> SSDConfigs:
     if bits == 16 and key in SSD:
         return SSD[key]
     if bits == 16 and min(KP, VP) >= 64:
-        scan = _ssd_scan_config(64 if KP <= 128 else 32, 4, 1)
+        scan = LaunchConfig({"BV": 64 if KP <= 128 else 32}, warps=4, stages=1)
         gradients = LaunchConfig({"BK": 64, "BV": 64}, 4, 1)
         return SSDConfigs(64, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
-    # As in default_configs, narrow tiles and float32 operands must not be wgmma's: no tile has 64 rows.
-    scan = _ssd_scan_config(max(16, min(32, VP, 2048 // KP)), 4, 1)
+    # As in config_for, narrow tiles and float32 operands must not be wgmma's: no tile has 64 rows.
+    scan = LaunchConfig({"BV": max(16, min(32, VP, 2048 // KP))}, warps=4, stages=1)
     gradients = LaunchConfig({"BK": 16, "BV": 16}, 4, 1)
     return SSDConfigs(32, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
 
@@ -318,14 +293,6 @@ def ssd_config(device: torch.device, KP: int, VP: int, bits: int) -> SSDConfigs:
 def padded_head_size(n: int) -> int:
     """Return a head size rounded up to a power of two of at least 16, as the kernels' tiles need it."""
     return max(16, triton.next_power_of_2(n))
-
-
-def config_for(device: torch.device, KP: int, VP: int, bits: int) -> KernelConfigs:
-    """Return the configurations for padded head sizes KP and VP and operands of `bits` bits."""
-    key = architecture(device), KP, VP
-    if bits == 16 and key in TABLE:
-        return TABLE[key]
-    return default_configs(KP, VP, bits)
 
 
 # Every call of the operator asks for these two, so they are cached.

@@ -220,6 +220,20 @@ def check_shape(name: str, x: Tensor, axes: str, sizes: dict[str, int]) -> None:
         raise ValueError(f"{name}: expected the shape [{', '.join(axes)}] = {list(expected)}, got {list(x.shape)}")
 
 
+def check_named(
+    named: dict[str, tuple[Tensor | None, str]], sizes: dict[str, int], x: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    """Check that tensors, if they exist, have a floating-point dtype, the device of x, and the axes beside them."""
+    for name, (tensor, axes) in named.items():
+        if tensor is not None:
+            check_shape(name, tensor, axes, sizes)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    for name, (tensor, _) in {**named, "cu_seqlens": (cu_seqlens, "")}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {tensor.device}")
+
+
 def check_inputs(
     q: Tensor,
     k: Tensor,
@@ -262,7 +276,11 @@ def check_inputs(
         check_shape("g", g, gate_axes, sizes)
     if initial_state is not None:
         check_shape("initial_state", initial_state, "NHKV", sizes)
+    check_dtypes(q, k, v, g, initial_state)
 
+
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None) -> None:
+    """Check that k and v have the dtype of q, the states that of sums over them, and g any floating-point one."""
     if not q.is_floating_point():
         raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -351,7 +369,17 @@ def register_operator(name: str, function: Callable, fake: Callable, mutates: tu
     torch.library.register_fake(operator, refuse_gradients(fake))
 
     def call(*args):
-        return operator(*args) if is_observed(args[0]) else eager(*args)
+        x = args[0]
+        # A compiler, a dispatch mode, a transform or a tensor subclass could see which operators run. On the meta
+        # device, only the operator's fake knows the shapes.
+        is_observed = (
+            torch.compiler.is_compiling()
+            or x.is_meta
+            or type(x) not in (Tensor, torch.nn.Parameter)
+            or torch._C._len_torch_dispatch_stack() > 0
+            or functorch_transform() is not None
+        )
+        return operator(*args) if is_observed else eager(*args)
 
     return call
 
@@ -364,16 +392,6 @@ def tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 def gradient_of(x: Tensor | None, grad: Tensor | None, like: Tensor) -> Tensor:
     """Return the gradient of x in its dtype, or an empty tensor on the device of `like` if x is None."""
     return like.new_empty(0) if x is None or grad is None else grad.to(x.dtype).contiguous()
-
-
-def is_observed(x: Tensor) -> bool:
-    """Return whether a compiler, a dispatch mode, a transform or a tensor subclass could see which operators run.
-
-    Tensors on the meta device count too: only the operator's fake knows their shapes.
-    """
-    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or functorch_transform() is not None
 
 
 def needs_gradient(*args) -> bool:

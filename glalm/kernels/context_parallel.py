@@ -68,29 +68,51 @@ class ContextShard:
             The states [N, ...] that enter the shard, and those [B, ...] after the last process's tokens.
         """
         summaries = self._summarize_rows(local, decay, reverse)
-        shapes = [summary.shape for summary in summaries]
         message = torch.cat([summary.flatten(1) for summary in summaries], 1)
         messages = all_gather(message, self.group, self.size)
-        if has_fold_kernel(*summaries, is_matrix):
+        entering, final = self._fold(messages, *summaries, initial, is_matrix, reverse)
+        if self.rows is None:
+            return entering, final
+        first, last, tokens_before = self.rows
+        if reverse:
+            return place_rows(entering, last, len(local)), final
+        entering = torch.where(expand_like(tokens_before > 0, entering), entering, 0)
+        return place_rows(entering, first, len(local)), final
+
+    def _fold(
+        self, messages: Tensor, local: Tensor, decay: Tensor, initial: Tensor | None, is_matrix: bool, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states [B, ...] that enter this process's rows, and those after the last process's tokens.
+
+        Args:
+            messages: [size, B, ...], the summaries of all processes, flattened and joined.
+            local, decay: this process's summaries, which have the shapes of all.
+            initial, is_matrix, reverse: as of exchange.
+        """
+        sizes = [*zip(local.shape[1:], decay.shape[1:], strict=True)]
+        while sizes and sizes[-1][1] == 1:
+            sizes.pop()
+        repeats_over_last_axes = all(size == decay_size for size, decay_size in sizes)
+        is_float32 = local.dtype == torch.float32 and has_kernel(local)
+        # Inside a compiled graph the fold is left to torch.compile.
+        if is_float32 and repeats_over_last_axes and not is_matrix and not torch.compiler.is_compiling():
             from glalm.kernels.triton.exchange import fold_summaries  # A machine without a GPU may lack Triton.
 
-            local_shape, decay_shape = shapes
-            size = decay_shape[1:].numel()
-            entering, S = fold_summaries(messages, local_shape, size, initial, self.rank, reverse)
-            return self._distribute_rows(entering, len(local), reverse), S
-        S = torch.zeros_like(summaries[0]) if initial is None else initial.clone()  # Results must not alias inputs.
+            return fold_summaries(messages, local.shape, decay.shape[1:].numel(), initial, self.rank, reverse)
+        S = torch.zeros_like(local) if initial is None else initial.clone()  # Results must not alias inputs.
         entering = S
         for rank in reversed(range(self.size)) if reverse else range(self.size):
             if rank == self.rank:
                 entering = S
-            parts = messages[rank].split([shape[1:].numel() for shape in shapes], 1)
-            local_row, decay_row = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+            local_row, decay_row = messages[rank].split([local.shape[1:].numel(), decay.shape[1:].numel()], 1)
+            local_row = local_row.view(local.shape)
+            decay_row = decay_row.view(decay.shape)
             if is_matrix:
                 with torch.autocast(S.device.type, enabled=False):
                     S = local_row + (decay_row.mT if reverse else decay_row) @ S
             else:
                 S = torch.addcmul(local_row, decay_row, S)
-        return self._distribute_rows(entering, len(local), reverse), S
+        return entering, S
 
     def _summarize_rows(self, local: Tensor, decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
         """Return what the sequences [N, ...] do to the state that crosses each row, [B, ...]."""
@@ -101,15 +123,6 @@ class ContextShard:
         crosses_whole_row = expand_like((tokens_before > 0) & (first == last), decay)
         decay = torch.where(crosses_whole_row, decay[first], 0)
         return (torch.where(continues, local[first], 0) if reverse else local[last]), decay
-
-    def _distribute_rows(self, entering: Tensor, N: int, reverse: bool) -> Tensor:
-        """Return the states that enter the sequences, [N, ...]: those of the rows [B, ...], and elsewhere zeros."""
-        if self.rows is None:
-            return entering
-        first, last, tokens_before = self.rows
-        if reverse:
-            return place_rows(entering, last, N)
-        return place_rows(torch.where(expand_like(tokens_before > 0, entering), entering, 0), first, N)
 
     def unpack_rows(self, x: Tensor) -> Tensor:
         """Return the tokens of packed sequences [1, B * T, ...] by rows, [B, T, ...]; other tokens as they are."""
@@ -135,19 +148,6 @@ class ContextShard:
         length = cu_seqlens.diff()[self.rows[0]]
         mask = torch.arange(x.shape[1], device=x.device) < length[:, None]
         return mask.view(*mask.shape, *(1 for _ in x.shape[2:]))
-
-
-def has_fold_kernel(local: Tensor, decay: Tensor, is_matrix: bool) -> bool:
-    """Return whether fold_summaries serves the summaries: float32 on CUDA, decays that repeat over the last axes.
-
-    Inside a compiled graph the fold is left to torch.compile.
-    """
-    pairs = [*zip(local.shape[1:], decay.shape[1:], strict=True)]
-    while pairs and pairs[-1][1] == 1:
-        pairs.pop()
-    repeats_over_last_axes = all(size == decay_size for size, decay_size in pairs)
-    is_float32 = local.dtype == torch.float32 and has_kernel(local)
-    return is_float32 and repeats_over_last_axes and not is_matrix and not torch.compiler.is_compiling()
 
 
 def check_context(context: ContextShard | None, initial_state, output_final_state: bool, cu_seqlens) -> None:

@@ -80,18 +80,8 @@ def chunk_delta_rule(
         o, final = compute_over_processes(q, k, v, beta, g, scale, normalize, initial_state, cu_seqlens, context)
         return o, final if output_final_state else None
     if common.has_kernel(q):
-        check_head_sizes(K, v.shape[3])
-        if normalize and q.dtype != torch.bfloat16:
-            # The kernels of wider numbers divide the channels among programs, so that none sees all of a row.
-            q = common.l2_normalize(q)
-            k = common.l2_normalize(k)
-            normalize = False
-        args = (q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
-        if common.needs_gradient(q, k, v, beta, g, initial_state):
-            o, final_state = DeltaRule.apply(*args)
-        else:
-            o, final_state, *_ = forward_operator(*args)
-        return o, final_state if output_final_state else None
+        o, final = compute_by_kernels(q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
+        return o, final if output_final_state else None
     if normalize:
         q = common.l2_normalize(q)
         k = common.l2_normalize(k)
@@ -102,6 +92,39 @@ def chunk_delta_rule(
     with torch.autocast(q.device.type, enabled=False):
         o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
+
+
+def compute_by_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return o and the final state, or an empty tensor, on a GPU. Raise ValueError for heads without tiles."""
+    K = q.shape[3]
+    V = v.shape[3]
+    if K > MAX_KEY:
+        raise ValueError(f"q: heads of K = {K} channels are wider than {MAX_KEY}, the most that the GPU kernels serve")
+    if V > MAX_VALUE:
+        raise ValueError(
+            f"v: heads of V = {V} channels are wider than {MAX_VALUE}, the most that the GPU kernels serve"
+        )
+    if normalize and q.dtype != torch.bfloat16:
+        # The kernels of wider numbers divide the channels among programs, so that none sees all of a row.
+        q = common.l2_normalize(q)
+        k = common.l2_normalize(k)
+        normalize = False
+    args = (q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
+    if common.needs_gradient(q, k, v, beta, g, initial_state):
+        return DeltaRule.apply(*args)
+    o, final_state, *_ = forward_operator(*args)
+    return o, final_state
 
 
 def compute_over_processes(
@@ -139,16 +162,6 @@ def compute_over_processes(
         effect = torch.einsum("bthk,bhkv->bthv", reads.to(entering.dtype), context.select_first(entering))
     effect = effect * context.is_in_first(effect, cu_seqlens)
     return (o + effect).to(v.dtype).reshape(v.shape), final
-
-
-def check_head_sizes(K: int, V: int) -> None:
-    """Check that the kernels have tiles for heads of this size."""
-    if K > MAX_KEY:
-        raise ValueError(f"q: heads of K = {K} channels are wider than {MAX_KEY}, the most that the GPU kernels serve")
-    if V > MAX_VALUE:
-        raise ValueError(
-            f"v: heads of V = {V} channels are wider than {MAX_VALUE}, the most that the GPU kernels serve"
-        )
 
 
 # Differentiation of the kernels -----------------------------------------------------------------------------
@@ -279,12 +292,9 @@ def compute_chunks(
         return common.empty_output(v, q, k, beta, g), S
     C = min(common.CHUNK if g.shape[3] == 1 else CHANNEL_GATE_CHUNK, T)
     n = (T + C - 1) // C
-
-    def to_chunks(x: Tensor) -> Tensor:
-        """Cut [B, T, H, D] into [B, H, n, C, D]. Zeros in the padding leave the state unchanged."""
-        return F.pad(x, (0, 0, 0, 0, 0, n * C - T)).unflatten(1, (n, C)).permute(0, 3, 1, 2, 4)
-
-    q, k, v, beta, g = (to_chunks(x) for x in (q, k, v, beta[..., None], g))
+    # From [B, T, H, D] to [B, H, n, C, D]. Zeros in the padding leave the state unchanged.
+    padded = (F.pad(x, (0, 0, 0, 0, 0, n * C - T)) for x in (q, k, v, beta[..., None], g))
+    q, k, v, beta, g = (x.unflatten(1, (n, C)).permute(0, 3, 1, 2, 4) for x in padded)
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     # Gates are summed between every two tokens. A difference of two sums would lose its low bits after a strong gate,
     # and would be NaN after one of -inf.

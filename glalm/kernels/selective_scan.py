@@ -99,14 +99,7 @@ def check_arguments(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens) ->
         "dt": (dt, "bTd"), "A": (A, "dN"), "B": (B, "bTN"), "C": (C, "bTN"), "D": (D, "d"), "z": (z, "bTd"),
         "dt_bias": (dt_bias, "d"), "initial_state": (initial_state, "ndN"),
     }  # fmt: skip
-    for name, (tensor, axes) in named.items():
-        if tensor is not None:
-            common.check_shape(name, tensor, axes, sizes)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-    for name, (tensor, _) in {**named, "cu_seqlens": (cu_seqlens, "")}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {tensor.device}")
+    common.check_named(named, sizes, x, cu_seqlens)
     if initial_state is not None and initial_state.dtype != wide_dtype(x):
         raise ValueError(f"initial_state: expected {wide_dtype(x)}, as x is {x.dtype}, got {initial_state.dtype}")
 

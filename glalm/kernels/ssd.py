@@ -110,14 +110,7 @@ def compute_time_step(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens) -> 
         "dt": (dt, "bTH"), "A": (A, "H"), "B": (B, "bTGN"), "C": (C, "bTGN"), "D": (D, "H"), "dt_bias": (dt_bias, "H"),
         "initial_state": (initial_state, "nHNP"),
     }  # fmt: skip
-    for name, (tensor, axes) in named.items():
-        if tensor is not None:
-            common.check_shape(name, tensor, axes, sizes)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-    for name, (tensor, _) in {**named, "cu_seqlens": (cu_seqlens, "")}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on the device of x, {x.device}, got one on {tensor.device}")
+    common.check_named(named, sizes, x, cu_seqlens)
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")

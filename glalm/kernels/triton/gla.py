@@ -275,7 +275,8 @@ class LaunchPlan:
         parallel. Their starting states are computed first.
         """
         if self.tiles == 0:
-            self._copy_state(initial, final)
+            if final is not None:
+                final.copy_(torch.zeros_like(final) if initial is None else initial)
             return
         initial = None if initial is None else initial.contiguous()
         segments = self.segments_of_scan(reverse)
@@ -327,15 +328,6 @@ class LaunchPlan:
         config = self.config.scan_backward if reverse else self.config.scan_forward
         self.launch_scan(segments, config, saved, w, starts, None, out, states, reverse)
         return initial, result
-
-    def _copy_state(self, initial: Tensor | None, final: Tensor | None) -> None:
-        """Set `final`, if given, to `initial`, or to zeros: the scan of no tokens."""
-        if final is None:
-            return
-        if initial is None:
-            final.zero_()
-        else:
-            final.copy_(initial)
 
     def compute_segment_starts(
         self, starts: Tensor, segments: int, saved: SavedForBackward, w: Tensor, initial, final, reverse: bool

@@ -140,7 +140,10 @@ class SSDPlan:
         writes = self.allocate(blocks, self.chunks.count, self.H, 3, self.C)
         self.scan(decays, do, dfinal, dinitial, out=dx, states=dstates, writes=writes, reverse=True)
         reads, through = self.compute_gradients(decays, do, states, dstates, dq, dk)
-        return self.compute_gate_gradients(writes, reads, through, ddt)
+        by_head = self.allocate(self.chunks.count, 2, self.H)
+        args = self.dt, self.A, writes, reads, through, ddt, by_head, *self.tables, self.chunks.count
+        self.launch_by_heads(gate_gradients_kernel, args, COLUMN_BLOCKS=len(writes), KEY_BLOCKS=len(reads))
+        return by_head.sum(0)
 
     def compute_decays(self) -> Tensor:
         """Return what decays_kernel computes, float32 [chunks, H, 5, C]."""
@@ -244,13 +247,6 @@ class SSDPlan:
             dq.copy_(dq_shares.sum(0))
             dk.copy_(dk_shares.sum(0))
         return reads, through
-
-    def compute_gate_gradients(self, writes: Tensor, reads: Tensor, through: Tensor, ddt: Tensor) -> Tensor:
-        """Write the gradient of dt, float32 [B, T, H], and return those of A and skip, [2, H]."""
-        by_head = self.allocate(self.chunks.count, 2, self.H)
-        args = self.dt, self.A, writes, reads, through, ddt, by_head, *self.tables, self.chunks.count
-        self.launch_by_heads(gate_gradients_kernel, args, COLUMN_BLOCKS=len(writes), KEY_BLOCKS=len(reads))
-        return by_head.sum(0)
 
     def launch_by_heads(self, kernel, args: tuple, **constants: int) -> None:
         """Launch a kernel of which each program works on HEADS heads of one chunk."""

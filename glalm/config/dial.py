@@ -1,10 +1,9 @@
 """One number, the depth, from which the other sizes of a GLA model and of its training follow.
 
-configs/experiment/gla_dial.yaml reads them as ${dial:NAME,depth,vocabulary}, where NAME is a property of `Dial`.
+configs/experiment/gla_dial.yaml reads them as ${dial:NAME,depth,vocabulary}, where NAME is an attribute of `Dial`.
 """
 
 import math
-from dataclasses import dataclass
 
 from glalm.config.strict import require
 
@@ -17,47 +16,31 @@ PAPER_BATCH = 524_288
 PAPER_TOKENS = 15e9
 
 
-@dataclass(frozen=True)
 class Dial:
     """The sizes of a model of `depth` blocks and of its training, with a vocabulary of `vocab_size` tokens.
+
+    Attributes:
+        num_heads: The smallest number for which the width is at least CHANNELS_PER_LAYER times the depth.
+        hidden_size: The width.
+        parameters: About how many parameters every token is multiplied with: those of the blocks and of the head.
+        tokens: To train on.
+        warmup_tokens: Those in which the learning rate rises.
+        batch_tokens: The power of two next to a batch that grows by the root of the tokens (Li et al., arXiv
+            2503.04715).
 
     Raises:
         ConfigError: One of the two is not a positive whole number.
     """
 
-    depth: int
-    vocab_size: int
-
-    def __post_init__(self):
+    def __init__(self, depth: int, vocab_size: int):
         require(
-            all(isinstance(size, int) and size > 0 for size in (self.depth, self.vocab_size)),
-            f"The sizes of experiment=gla_dial follow from model.num_hidden_layers={self.depth} and "
-            f"model.vocab_size={self.vocab_size}, which must be positive whole numbers; set both",
+            all(isinstance(size, int) and size > 0 for size in (depth, vocab_size)),
+            f"The sizes of experiment=gla_dial follow from model.num_hidden_layers={depth} and "
+            f"model.vocab_size={vocab_size}, which must be positive whole numbers; set both",
         )
-
-    @property
-    def num_heads(self) -> int:
-        """The smallest number for which the width is at least CHANNELS_PER_LAYER times the depth."""
-        return math.ceil(self.depth * CHANNELS_PER_LAYER / CHANNELS_PER_HEAD)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_heads * CHANNELS_PER_HEAD
-
-    @property
-    def parameters(self) -> int:
-        """About how many parameters every token is multiplied with: those of the blocks and of the head."""
-        return 12 * self.depth * self.hidden_size**2 + self.vocab_size * self.hidden_size
-
-    @property
-    def tokens(self) -> int:
-        return TOKENS_PER_PARAMETER * self.parameters
-
-    @property
-    def warmup_tokens(self) -> int:
-        return round(self.tokens * WARMUP_SHARE)
-
-    @property
-    def batch_tokens(self) -> int:
-        """The power of two next to a batch that grows by the root of the tokens (Li et al., arXiv 2503.04715)."""
-        return 2 ** round(math.log2(PAPER_BATCH * math.sqrt(self.tokens / PAPER_TOKENS)))
+        self.num_heads = math.ceil(depth * CHANNELS_PER_LAYER / CHANNELS_PER_HEAD)
+        self.hidden_size = self.num_heads * CHANNELS_PER_HEAD
+        self.parameters = 12 * depth * self.hidden_size**2 + vocab_size * self.hidden_size
+        self.tokens = TOKENS_PER_PARAMETER * self.parameters
+        self.warmup_tokens = round(self.tokens * WARMUP_SHARE)
+        self.batch_tokens = 2 ** round(math.log2(PAPER_BATCH * math.sqrt(self.tokens / PAPER_TOKENS)))

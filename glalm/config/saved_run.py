@@ -35,8 +35,13 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
     if tree["resume"] is not None:
         tree = _locate_run(tree, given)
     path = Path(tree["runs_dir"]).expanduser() / tree["name"] / RUN_RECORD
-    record = _read_record(path)
-    if "config" not in record or "experiment" in given:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    # A damaged run.json counts as none: the config of the command line is then compared with that of the checkpoints.
+    is_run = isinstance(record, dict) and isinstance(record.get("config"), dict)
+    if not is_run or "experiment" in given:
         return tree
     config = json.loads(json.dumps(record["config"]))
     keys = [*RUN_KEYS, *(key for key in given if key.partition(".")[0] in tree)]
@@ -136,18 +141,6 @@ def _locate_run(tree: dict, given: Collection[str]) -> dict:
         f"{suggest_run(runs_dir, folder.name, f'resume={runs_dir}/')} To start a run, write name=...",
     )
     return tree | {"name": folder.name, "runs_dir": str(folder.parent), "resume": None}
-
-
-def _read_record(path: Path) -> dict:
-    """Return run.json, or {} for a new run.
-
-    A damaged file is {}, too: the config of the command line is then compared with that of the checkpoints.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else {}
 
 
 def _copy_key(source: dict, target: dict, path: list[str]) -> None:

@@ -232,10 +232,7 @@ def _convert_scalar(hint: type, value, where: str):
     # Every comparison with NaN is false, so it would pass the checks of a value's range.
     require(not (isinstance(value, float) and math.isnan(value)), f"{where}={value} must be a number")
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    require(fits, f"{where}={value!r} must be {_describe_type(hint)}, not {_describe_type(type(value))}")
+    wanted, found = (TYPE_NAMES.get(kind, f"a {kind.__name__}") for kind in (hint, type(value)))
+    require(fits, f"{where}={value!r} must be {wanted}, not {found}")
     # Expand "~" here, because neither Hydra nor YAML does.
     return os.path.expanduser(value) if hint is str and value.startswith("~/") else value
-
-
-def _describe_type(hint: type) -> str:
-    return TYPE_NAMES.get(hint, f"a {hint.__name__}")

@@ -73,7 +73,10 @@ class CheckedArray:
         Raises:
             DamagedData: One of their blocks was changed, or the file's size.
         """
-        self._check_size()
+        with suppress(OSError):  # A file that was removed stays readable while it is mapped.
+            size = os.stat(self.path).st_size
+            if size != len(self._content):
+                raise DamagedData(f"{self.path} has {size} bytes now, and had {len(self._content)} when it was opened")
         itemsize = self._array.itemsize
         first_block = (self._header + start * itemsize) // BLOCK
         end_block = -(-(self._header + stop * itemsize) // BLOCK)
@@ -85,10 +88,3 @@ class CheckedArray:
                     raise DamagedData(f"{self.path} is damaged between byte {begin} and {begin + len(data)}")
                 self._verified[block] = True
         return self._array[start:stop]
-
-    def _check_size(self) -> None:
-        """Raise DamagedData if the file was cut or extended. One that was removed stays readable while it is mapped."""
-        with suppress(OSError):
-            size = os.stat(self.path).st_size
-            if size != len(self._content):
-                raise DamagedData(f"{self.path} has {size} bytes now, and had {len(self._content)} when it was opened")

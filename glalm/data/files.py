@@ -135,6 +135,12 @@ def read_jsonl(path: Path, size: int | None = None) -> list[Any]:
     return rows
 
 
+def encode_row(row: Any) -> bytes:
+    """Return a line of JSON Lines, with its newline."""
+    # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
 def printable(name: str | os.PathLike) -> str:
     """Return a name from a path as text for figures and pages: bytes are read as UTF-8 in every locale.
 

@@ -91,7 +91,7 @@ class TokenSet:
 
         self._advice = _advise_overwrite(self.folder)
         shards = list(chain.from_iterable(source["shards"] for source in entry["sources"].values()))
-        self._files = _list_files(entry)
+        self._files = list_files(entry)
         if manifest:
             self._check_unchanged(current["splits"][split])
         if not tokenizer["files"]:
@@ -163,7 +163,7 @@ class TokenSet:
 
     def _check_unchanged(self, entry: dict) -> None:
         """Raise ValueError unless the current manifest's `entry` of this split lists all files of this TokenSet."""
-        found = {file["file"]: file for file in _list_files(entry)}
+        found = {file["file"]: file for file in list_files(entry)}
         for file in self._files:
             if found.get(file["file"]) != file:
                 changed = f"{self.folder / file['file']} has changed since the run began: the set was prepared again."
@@ -253,7 +253,7 @@ def select_manifest(folder: Path, recorded: dict | None) -> dict:
 
 def split_sha256(manifest: dict, split: str) -> str:
     """Return a checksum of the content of a split: of its tokenizer and its shards, wherever they lie."""
-    checksums = [entry["sha256"] for entry in _list_files(manifest["splits"][split])]
+    checksums = [entry["sha256"] for entry in list_files(manifest["splits"][split])]
     return hashlib.sha256("".join([manifest["tokenizer"]["fingerprint"], *checksums]).encode()).hexdigest()
 
 
@@ -262,8 +262,8 @@ def count_leftover_tokens(tokens: int, length: int) -> int:
     return (tokens - 1) % length if tokens > length else tokens
 
 
-def _list_files(split: dict) -> list[dict]:
-    """Return the entries of all files of a split in the manifest."""
+def list_files(split: dict) -> list[dict]:
+    """Return the entries of all files of a split in the manifest, those of the first shards first."""
     files = []
     for source in split["sources"].values():
         for shard in source["shards"]:

@@ -44,25 +44,20 @@ def _count_window(windows: Windows, i: int, tokenizer: Tokenizer) -> tuple[int, 
     targets = int((~is_ignored).sum())
     if not tokenizer.round_trips:
         return targets, targets * windows.tokens.text_bytes / windows.tokens.num_tokens
+    # A tokenizer that puts a space before a text takes it off only at the beginning of what it decodes, so that each
+    # document is decoded by itself.
+    begins_document = np.append(False, np.isin(row[:-1], tokenizer.eos_ids))
+    if tokenizer.bos_ids:
+        begins_document = row == tokenizer.bos_ids[0]
     # Of a piece whose first token is no target, that token is only the context in which the next ones are decoded.
     is_target = np.append(False, ~is_ignored)
-    cuts = np.flatnonzero(~is_target | _begins_document(tokenizer, row))
+    cuts = np.flatnonzero(~is_target | begins_document)
     text_bytes = 0
     for start, piece in zip(cuts, np.split(row, cuts[1:]), strict=True):
         text_bytes += _decoded_bytes(tokenizer, piece)
         if not is_target[start]:
             text_bytes -= _decoded_bytes(tokenizer, piece[:1])
     return targets, text_bytes
-
-
-def _begins_document(tokenizer: Tokenizer, row: np.ndarray) -> np.ndarray:
-    """Return for each token whether it is the first of a document, where the tokenizer is to decode anew.
-
-    A tokenizer that puts a space before a text takes it off only at the beginning of what it decodes.
-    """
-    if tokenizer.bos_ids:
-        return row == tokenizer.bos_ids[0]
-    return np.append(False, np.isin(row[:-1], tokenizer.eos_ids))
 
 
 def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:

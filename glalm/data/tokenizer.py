@@ -48,7 +48,9 @@ class Tokenizer:
     """
 
     def __init__(self, name: str | os.PathLike, eos: str | None = None):
-        self._backend = _open_backend(str(name), eos)
+        self._backend = _find_backend(str(name))
+        if eos is not None:
+            self._backend.set_eos(eos)
         self.vocab_size: int = self._backend.vocab_size
         self.fingerprint: str = self._backend.fingerprint
         bos = self._backend.bos_id
@@ -84,15 +86,8 @@ class Tokenizer:
         return self._backend.save(folder)
 
 
-def _open_backend(name: str, eos: str | None = None) -> "_SentencePiece | _HuggingFace":
-    """Return the backend of the tokenizer that `Tokenizer` calls `name`, whose documents end with `eos`."""
-    backend = _find_backend(name)
-    if eos is not None:
-        backend.set_eos(eos)
-    return backend
-
-
 def _find_backend(name: str) -> "_SentencePiece | _HuggingFace":
+    """Return the backend of the tokenizer that `Tokenizer` calls `name`."""
     if name == MISTRAL_V1:
         spec = importlib.util.find_spec("mistral_common")
         if spec is None or spec.origin is None:
@@ -134,12 +129,11 @@ class _PieceEncoder(NamedTuple):
         Byte-pair merging never looks beyond two neighbouring symbols, and a symbol is a part of a token. So where no
         token contains a pair of characters, the text on one side has no influence on the tokens of the other.
         """
-        if text[place - 1 : place + 1] in self.pairs:
+        pair = text[place - 1 : place + 1]
+        if pair in self.pairs:
             return False
-        return not (self.joins_unknown and self._is_unknown(text[place - 1]) and self._is_unknown(text[place]))
-
-    def _is_unknown(self, character: str) -> bool:
-        return self.processor.piece_to_id(character) == self.processor.unk_id()
+        unknown = self.processor.unk_id()
+        return not (self.joins_unknown and all(self.processor.piece_to_id(character) == unknown for character in pair))
 
 
 class _SentencePiece:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from glalm.data.files import DamagedFile, atomic_write, file_sha256, read_json, read_jsonl, write_json
+from glalm.data.files import DamagedFile, atomic_write, encode_row, file_sha256, read_json, read_jsonl, write_json
 from glalm.prepare.duplicates import EXACT, NEAR, Duplicates
 from glalm.prepare.encode import EncodedBatch
 from glalm.prepare.input_files import Input
@@ -43,7 +43,7 @@ def write_results(out: Path, settings: dict, inputs: list[dict], store: Signatur
     """
     with atomic_write(out / LIST) as file:
         for index in range(len(duplicates.removed)):
-            file.write(_to_line(_describe_pair(index, inputs, store, duplicates)))
+            file.write(encode_row(_describe_pair(index, inputs, store, duplicates)))
     input_of = store.read_column("input_index")
     input_of_removed = input_of[duplicates.removed]
     counted = (input_of, input_of_removed[duplicates.exact], input_of_removed[~duplicates.exact])
@@ -52,7 +52,7 @@ def write_results(out: Path, settings: dict, inputs: list[dict], store: Signatur
     with atomic_write(out / INPUTS) as file:
         for index, entry in enumerate(inputs):
             input_counts = dict(zip(COUNTS, counts[:, index].tolist(), strict=True))
-            file.write(_to_line({**entry, "sha256": store.finished[index], **input_counts}))
+            file.write(encode_row({**entry, "sha256": store.finished[index], **input_counts}))
             source_counts = sources.setdefault(entry["source"], dict.fromkeys(COUNTS, 0))
             for name, count in input_counts.items():
                 source_counts[name] += count
@@ -161,17 +161,16 @@ class DuplicateList:
         rows = self._rows[begin:end]
         is_kept = ~np.isin(numbers, rows["record"])
         lengths = [document.tokens for document in encoded.documents]
+        skipped = [*encoded.skipped]
+        for row in rows:
+            source, name = self._keys[row["kept_input"]]
+            detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['kept_record']}"
+            skipped.append(SkippedRecord(int(row["record"]), row["kind"].decode(), detail))
         return EncodedBatch(
             encoded.ids[np.repeat(is_kept, lengths)],
             list(compress(encoded.documents, is_kept)),
-            sorted([*encoded.skipped, *map(self._describe, rows)], key=attrgetter("number")),
+            sorted(skipped, key=attrgetter("number")),
         )
-
-    def _describe(self, row: np.void) -> SkippedRecord:
-        """Return a removed document as a skipped record."""
-        source, name = self._keys[row["kept_input"]]
-        detail = f"Jaccard index {row['jaccard']:.3f} with {source}, {name}:{row['kept_record']}"
-        return SkippedRecord(int(row["record"]), row["kind"].decode(), detail)
 
     def _read_rows(self) -> np.ndarray:
         """Return the lines of the list, of the dtype ROW."""
@@ -190,19 +189,14 @@ class DuplicateList:
 
 def _describe_pair(index: int, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> dict[str, Any]:
     """Return the line of the list for the removed document of this index."""
-    return {
-        **_describe_document(int(duplicates.removed[index]), inputs, store),
-        "kind": EXACT if duplicates.exact[index] else NEAR,
-        "jaccard": round(float(duplicates.jaccard[index]), 4),
-        "of": _describe_document(int(duplicates.kept[index]), inputs, store),
-    }
-
-
-def _describe_document(document: int, inputs: list[dict], store: SignatureStore) -> dict[str, Any]:
-    """Return the source and name of the input, and the number of the record, that has a document."""
-    described = store.read_document(document)
-    entry = inputs[described["input_index"]]
-    return {"source": entry["source"], "name": entry["name"], "record": int(described["record"])}
+    records = []
+    for document in (duplicates.removed[index], duplicates.kept[index]):
+        described = store.read_document(int(document))
+        entry = inputs[described["input_index"]]
+        records.append({"source": entry["source"], "name": entry["name"], "record": int(described["record"])})
+    removed, kept = records
+    kind = EXACT if duplicates.exact[index] else NEAR
+    return {**removed, "kind": kind, "jaccard": round(float(duplicates.jaccard[index]), 4), "of": kept}
 
 
 def _choose_examples(inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> list[dict[str, Any]]:
@@ -216,9 +210,3 @@ def _choose_examples(inputs: list[dict], store: SignatureStore, duplicates: Dupl
         texts = [store.read_document(document)["beginning"].decode(errors="ignore") for document in pair]
         examples.append({**_describe_pair(index, inputs, store, duplicates), "text": texts[0], "of_text": texts[1]})
     return examples
-
-
-def _to_line(row: dict[str, Any]) -> bytes:
-    """Return a line of JSON Lines."""
-    # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

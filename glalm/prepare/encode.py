@@ -18,15 +18,12 @@ HELD_OUT: Mapping[str, float] = {"validation": 0.05, "test": 0.1}  # shares of t
 
 def check_shares(held_out: Mapping[str, float]) -> None:
     """Raise ValueError unless the shares are 0 or more and leave some documents for training."""
+    shares = " ".join(f"--{split} {share:g}" for split, share in held_out.items())
     if not all(share >= 0 for share in held_out.values()):  # Also for NaN, for which any comparison is false.
-        raise ValueError(f"{_format_shares(held_out)}: shares must be 0 or more.")
+        raise ValueError(f"{shares}: shares must be 0 or more.")
     if sum(held_out.values()) >= 1:
         advice = "Choose shares that sum below 1. To score a file as it lies, run: glalm eval name=RUN text=FILE"
-        raise ValueError(f"{_format_shares(held_out)} leaves no documents for training. {advice}")
-
-
-def _format_shares(held_out: Mapping[str, float]) -> str:
-    return " ".join(f"--{split} {share:g}" for split, share in held_out.items())
+        raise ValueError(f"{shares} leaves no documents for training. {advice}")
 
 
 class EncodedDocument(NamedTuple):

@@ -6,12 +6,12 @@ complete set. What was copied is recorded in the staging folder, from which the 
 """
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from glalm.data.files import DamagedFile, read_json, write_json
-from glalm.data.shards import MANIFEST, PLAN, read_manifest
+from glalm.data.shards import MANIFEST, PLAN, list_files, read_manifest
 from glalm.prepare.remote import URL, open_url
 from glalm.prepare.set_folder import SET_FILES
 
@@ -62,7 +62,8 @@ class SetCopy:
     def copy_shards(self) -> None:
         """Copy the shards that the last commit of the set has and the URL lacks, in threads. Raise what they raised."""
         self._record_copied(wait=False)
-        self._start_copies(_list_shard_files(read_manifest(self.folder)))
+        for split in read_manifest(self.folder)["splits"].values():
+            self._start_copies(list_files(split))
 
     def finish(self) -> None:
         """Copy all of a complete set that the URL lacks, then its manifest, and remove other files of sets.
@@ -71,7 +72,8 @@ class SetCopy:
             ValueError: A file has another size at the URL than in the folder.
         """
         manifest = read_manifest(self.folder)
-        entries = [*_list_shard_files(manifest), *manifest["logs"].values(), *manifest["tokenizer"]["files"]]
+        shards = [list_files(split) for split in manifest["splits"].values()]
+        entries = [*chain(*shards), *manifest["logs"].values(), *manifest["tokenizer"]["files"]]
         self._record_copied(wait=True)
         self._start_copies(entries)
         self._record_copied(wait=True)
@@ -90,7 +92,7 @@ class SetCopy:
         """Wait for the files that are being copied, and drop those that wait."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _start_copies(self, entries: Iterator[dict] | list[dict]) -> None:
+    def _start_copies(self, entries: list[dict]) -> None:
         """Copy files that are not copied yet, each in a thread."""
         for entry in entries:
             name = entry["file"]
@@ -145,11 +147,3 @@ class SetCopy:
         for name in names:
             if self._filesystem.exists(f"{self._root}/{name}"):
                 self._filesystem.rm_file(f"{self._root}/{name}")
-
-
-def _list_shard_files(manifest: dict) -> Iterator[dict]:
-    """Yield the entries of the files of all shards in a manifest, those of the first shards first."""
-    for split in manifest["splits"].values():
-        for source in split["sources"].values():
-            for shard in source["shards"]:
-                yield from shard["files"].values()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from glalm.data.shards import SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
-from glalm.prepare.encode import HELD_OUT, check_shares
+from glalm.prepare.encode import HELD_OUT, EncodedBatch, check_shares
 from glalm.prepare.engine import check_engine, choose_engine, connect_engine
 from glalm.prepare.input_files import FileInput, Input, out_of_memory_error
 from glalm.prepare.object_store import SetCopy, staging_folder
@@ -75,7 +75,7 @@ def prepare_data(
             and count it by reason ("skip"). Empty documents are always skipped and counted.
         workers: The number of processes that read and tokenize, on this machine. None uses all cores.
         engine: Where to read and tokenize: in processes of this machine, or in tasks of a Ray cluster.
-        address: The address of the Ray cluster; see `ray_engine.connect_to_ray`.
+        address: The address of the Ray cluster; see `glalm.prepare.engine.connect_to_ray`.
         staging: The folder in which the set is prepared if `out` is a URL; see `glalm.prepare.object_store`. None is a
             folder below data/staging that is named after the URL.
         add: Append to a complete set those of `sources` that it lacks, with the settings and tokenizer of the set.
@@ -182,13 +182,8 @@ def run_plan(
                 continue  # A damaged part has ended this input.
             source_input = inputs[batch.input_index]
             encoded = encoded.shift_numbers(writer.position.before)
-            errors = [record for record in encoded.skipped if record.reason != "empty"]
-            if errors and on_error == "stop":
-                if not (encoded.documents or plan.base or _count_written(writer)):
-                    remove_set(out)  # There is nothing to resume, and the next command may have other settings.
-                else:
-                    writer.commit()
-                raise bad_record_error(source_input, errors[0])
+            if on_error == "stop":
+                _stop_at_bad_record(writer, encoded, source_input)
             if listed:
                 encoded = listed.remove_from(encoded, source_input.key)
             writer.add_batch(batch, encoded, source_input)
@@ -212,6 +207,18 @@ def run_plan(
         found = "; ".join(format_counts(writer.counts))
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped ({found}).")
     writer.finish()
+
+
+def _stop_at_bad_record(writer: SetWriter, encoded: EncodedBatch, source_input: Input) -> None:
+    """Raise ValueError if a record of a batch is bad, after a commit of what precedes the batch."""
+    errors = [record for record in encoded.skipped if record.reason != "empty"]
+    if not errors:
+        return
+    if encoded.documents or writer.plan.base or _count_written(writer):
+        writer.commit()
+    else:
+        remove_set(writer.out)  # There is nothing to resume, and the next command may have other settings.
+    raise bad_record_error(source_input, errors[0])
 
 
 def _find_folder(out: str | os.PathLike, staging: str | os.PathLike | None) -> tuple[str, Path]:

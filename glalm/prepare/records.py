@@ -284,12 +284,13 @@ def _shows_damage(error: Exception) -> bool:
 
 def _read_lines(path: Path | RemoteFile, start: int, stop: int | None) -> Chunks:
     """Yield the lines that begin in a part of a JSON Lines file, and a `BadRecord` where a packed file is damaged."""
-    suffix = path.suffix.lower()
+    unpack = {".gz": _read_gzip, ".zst": _read_zstd}.get(path.suffix.lower())
     splitter = _LineSplitter()
     with path.open("rb") as file:
-        blocks = {".gz": _read_gzip, ".zst": _read_zstd}[suffix](file) if suffix in (".gz", ".zst") else None
         try:
-            for block in blocks or _read_line_range(file, start, stop):
+            if unpack and not file.peek(1):  # It would have at least a header.
+                raise EOFError("the compressed file is empty")
+            for block in unpack(file) if unpack else _read_line_range(file, start, stop):
                 yield splitter.split(block), file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             yield [_damaged_file(error)], file.tell()
@@ -341,19 +342,14 @@ class _LineSplitter:
             self._parts = []
 
 
-def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield blocks of a file, or of a decompressed one."""
-    # This calls `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
-    while block := file.read1(BLOCK_BYTES):
-        yield block
-
-
 def _read_line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:
     """Yield blocks of the lines that begin in the bytes [start, stop) of a file, to the end of the last of them."""
     if start:
-        # A line begins at `start` if the byte before it is a newline.
+        # A line begins at `start` if the byte before it is a newline, and else behind the next one.
         file.seek(start - 1)
-        _skip_line(file, stop)
+        while (part := file.readline(BLOCK_BYTES)) and not part.endswith(b"\n"):
+            if stop is not None and file.tell() >= stop:
+                break
     position = file.tell()
     block = b"\n"
     while stop is None or position < stop:
@@ -367,16 +363,12 @@ def _read_line_range(file: IO[bytes], start: int, stop: int | None) -> Iterator[
         yield block
 
 
-def _skip_line(file: IO[bytes], stop: int | None) -> None:
-    """Move behind the next newline in a file, or to `stop` or beyond if there is none before it."""
-    while (part := file.readline(BLOCK_BYTES)) and not part.endswith(b"\n"):
-        if stop is not None and file.tell() >= stop:
-            return
-
-
 def _read_gzip(file: BufferedReader) -> Iterator[bytes]:
     """Yield blocks of the text in a gzip file."""
-    yield from _read_blocks(gzip.GzipFile(fileobj=_refuse_empty(file)))
+    unpacked = gzip.GzipFile(fileobj=file)
+    # This calls `read1`, because when GzipFile.read finds damage it discards what it has decompressed before.
+    while block := unpacked.read1(BLOCK_BYTES):
+        yield block
 
 
 def _read_zstd(file: BufferedReader) -> Iterator[bytes]:
@@ -385,7 +377,6 @@ def _read_zstd(file: BufferedReader) -> Iterator[bytes]:
     frame = None
     parts = []
     size = 0
-    _refuse_empty(file)
     while data := file.read(COMPRESSED_READ_BYTES):
         while data:
             # By default, windows of more than 128 MiB are refused, but `zstd --long=31` writes windows of 2 GiB.
@@ -406,13 +397,6 @@ def _read_zstd(file: BufferedReader) -> Iterator[bytes]:
     yield b"".join(parts)
     if frame:
         raise EOFError("the compressed file ends too early")
-
-
-def _refuse_empty(file: BufferedReader) -> BufferedReader:
-    """Return a compressed file, which has at least a header. Raise EOFError if it has no content."""
-    if not file.peek(1):
-        raise EOFError("the compressed file is empty")
-    return file
 
 
 def _read_table(path: Path | RemoteFile, fields: list[str], start: int, stop: int | None) -> Chunks:

@@ -188,7 +188,8 @@ def _serve(connection: Connection, function: Callable) -> NoReturn:
     Threads receive and send, so that neither this process nor its parent waits while the other one computes.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
-    bind_to_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on.
+    call_without_parent(lambda: os._exit(1))
     items: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     messages: queue.Queue[bytes] = queue.Queue(UNSENT_RESULTS)
     threading.Thread(target=_receive_items, args=(connection, items), daemon=True).start()
@@ -230,9 +231,3 @@ def _pickle_error(error: BaseException) -> bytes:
         substitute.add_note(note)
         data = pickle.dumps(substitute)
     return data
-
-
-def bind_to_parent() -> None:
-    """Make this worker process exit when its parent is gone, and ignore Ctrl-C, which is for the parent to act on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    call_without_parent(lambda: os._exit(1))

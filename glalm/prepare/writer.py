@@ -7,7 +7,6 @@ document is lost or duplicated.
 """
 
 import hashlib
-import json
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ import numpy as np
 from glalm.data.checksums import block_sums
 from glalm.data.files import (
     atomic_write,
+    encode_row,
     flush_to_disk,
     rename_into_place,
     reopen_truncated,
@@ -185,7 +185,10 @@ class SetWriter:
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen_or_advise(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
-        _raise_open_file_limit()
+        # The limit on open files is often 1,024.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < MAX_OPEN_FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_OPEN_FILES, hard), hard))
         for split in SPLITS:
             sources = state["splits"].get(split, {})
             committed = set(map(folder_name, sources))
@@ -213,7 +216,8 @@ class SetWriter:
         skipped = counts["skipped"]
         for record in encoded.skipped:
             row = {"source": source_input.source, "name": source_input.name, "record": record.number}
-            self._log("skipped.jsonl", {**row, "reason": record.reason, "detail": record.detail[:200]})
+            row |= {"reason": record.reason, "detail": record.detail[:200]}
+            self._logs["skipped.jsonl"].write(encode_row(row))
             skipped[record.reason] = skipped.get(record.reason, 0) + 1
         for entry in (counts, self._input_counts):
             entry["read"] += len(encoded.documents) + len(encoded.skipped)
@@ -291,13 +295,9 @@ class SetWriter:
         sha256 = source_input.compute_sha256()
         if source_input.has_changed():
             raise changed_error(source_input, self.out)
-        self._log("inputs.jsonl", {**source_input.describe(), "sha256": sha256, **self._input_counts})
+        row = source_input.describe() | {"sha256": sha256, **self._input_counts}
+        self._logs["inputs.jsonl"].write(encode_row(row))
         self._input_counts = dict(NO_DOCUMENTS)
-
-    def _log(self, name: str, row: dict) -> None:
-        """Append a row to one of LOGS."""
-        # A file's name may hold bytes that are not Unicode. Their backslash escapes are valid JSON.
-        self._logs[name].write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
     def _open_writer(self, split: str, source: str, state: dict | None = None) -> ShardWriter:
         """Return a new writer for the documents of one source in one split, which resumes from `state`."""
@@ -321,13 +321,6 @@ def format_counts(counts: dict[str, dict]) -> list[str]:
         skipped = "".join(f" + {count:,} skipped ({reason})" for reason, count in sorted(entry["skipped"].items()))
         lines.append(f"{source}: {entry['read']:,} documents read = {entry['written']:,} written{skipped}")
     return lines
-
-
-def _raise_open_file_limit() -> None:
-    """Raise the limit on open files (often 1,024) to MAX_OPEN_FILES, or as far as the hard limit permits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < MAX_OPEN_FILES:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_OPEN_FILES, hard), hard))
 
 
 def _reopen_or_advise(path: Path, size: int) -> IO[bytes]:

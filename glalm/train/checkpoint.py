@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -172,7 +172,7 @@ class CheckpointWriter:
             self.remove_folder(checkpoints[step])
 
 
-class CheckpointSaver:
+class CheckpointSaver(AbstractContextManager):
     """Save training state to `folder` without blocking the training loop.
 
     `save` copies this rank's tensors to pinned host memory on the current CUDA stream, so the copy runs between two
@@ -222,9 +222,6 @@ class CheckpointSaver:
         self._executor = ThreadPoolExecutor(1, "glalm-checkpoint", torch.cuda.set_device, (device,))
         # Start the thread now. A later save may find no memory for it.
         self._pending: Future = self._executor.submit(int)
-
-    def __enter__(self) -> "CheckpointSaver":
-        return self
 
     def __exit__(self, *_) -> None:
         self._wait_for_save()
@@ -276,10 +273,6 @@ class CheckpointSaver:
         self._wait_for_save(tolerated_failures=0)
         self._prune_checkpoints()  # A killed process may have left what its last save should have removed.
         return latest_checkpoint(self.folder)
-
-    def failure_metrics(self) -> dict[str, int]:
-        """Return {"failed_saves": number} for the log, or nothing if no save failed."""
-        return {"failed_saves": self.failures} if self.failures else {}
 
     def _wait_for_save(self, tolerated_failures: int | None = None) -> None:
         """Wait for the save in flight. Raise CheckpointError if too many failed in a row; None tolerates all."""

@@ -18,7 +18,7 @@ from glalm.model.decoder import CausalLM, model_cost
 from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.measured_mfu import expected_mfu
-from glalm.train.memory import GIB, count_parameters, estimate_memory
+from glalm.train.memory import GIB, ParameterCounts, count_parameters, estimate_memory
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan, plan_batches
@@ -119,7 +119,7 @@ def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
         hours = sum(cost.flops for cost in costs) / (peak * average_mfu(costs, device)[0]) / 3600
     elif not device.is_gpu and count_parameters(config).total <= MAX_TIMED_PARAMETERS:
         hours = measure_cpu_hours(costs)
-    return hours, sum(_estimate_on(largest_phase(costs), device).values())
+    return hours, sum(_estimate_memory_of_run(costs, device)[0].values())
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,6 @@ def average_mfu(costs: list[PhaseCost], gpu: Device) -> tuple[float, str]:
     return sum(cost.flops for cost in costs) / seconds, "as measured; train.assumed_mfu sets another"
 
 
-def largest_phase(costs: list[PhaseCost]) -> PhaseCost:
-    """Return the phase whose forward passes have the most tokens, and so the largest activations."""
-    return max(costs, key=lambda cost: cost.plan.micro_batch * cost.plan.shard_length)
-
-
 def choose_vocabulary(config: RunConfig) -> str:
     """Set model.vocab_size to that of the data, or to ASSUMED_VOCABULARY, and return which of the two it is."""
     try:
@@ -199,26 +194,41 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
         yield from describe_phase(cost, device, share=cost.flops / flops)
     shapes = list_forward_shapes(config, [cost.plan for cost in costs], device.is_gpu)
     if len(shapes) > 1 and is_compiled(config.train, device.is_gpu):
-        yield "compilation   " + describe_shapes(shapes)
+        each = []
+        for (sequences, length, is_packed), step in shapes.items():
+            each.append(f"{sequences} x {length:,}{' packed' if is_packed else ''} at step {step:,}")
+        yield f"compilation   the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
     yield f"steps         {config.steps:,} ({tokens:,} tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_missing_data(config, tokens) if training is None else describe_data(config, training)
+    yield from describe_time_and_memory(config, world_size, device, costs, counts)
+    if unchecked:
+        yield unchecked
+
+
+def describe_time_and_memory(
+    config: RunConfig, world_size: int, device: Device, costs: list[PhaseCost], counts: ParameterCounts
+) -> Iterator[str]:
+    """Yield the lines on checkpoints, on time, and on the memory of devices and hosts."""
     checkpoint_size = 4 * (counts.total + counts.moments + counts.averages)
     yield from describe_checkpoints(config, checkpoint_size)
+    tokens = sum(cost.phase.tokens for cost in costs)
     if device.is_gpu:
-        yield "time          " + describe_time(
-            config, world_size, device, flops / tokens, tokens, *average_mfu(costs, device)
-        )
+        flops_per_token = sum(cost.flops for cost in costs) / tokens
+        mfu, basis = average_mfu(costs, device)
+        time_needed = describe_time(config, world_size, device, flops_per_token, tokens, mfu, basis)
+    elif counts.total > MAX_TIMED_PARAMETERS:
+        time_needed = f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
     else:
-        yield "time          " + describe_cpu_time(costs, counts.total)
-    largest = largest_phase(costs)
-    parts = _estimate_on(largest, device)
-    yield "memory        " + _describe_memory(parts, largest.phase.stage)
+        hours = measure_cpu_hours(costs)
+        speed = f"{tokens / hours / 3600:,.0f} tokens/s, which a few batches took now on this machine"
+        time_needed = f"{format_hours(hours)}, at {speed}"
+    yield f"time          {time_needed}"
+    parts, description = _estimate_memory_of_run(costs, device)
+    yield f"memory        {description}"
     if sum(parts.values()) > USABLE_MEMORY * device.memory:
         yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {advise_memory(config)}"
     if device.is_gpu:
         yield "host memory   " + describe_host_memory(config, world_size, 4 * counts.total, checkpoint_size)
-    if unchecked:
-        yield unchecked
 
 
 def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[str]:
@@ -239,14 +249,6 @@ def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[st
         f"{device.name}, each {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of "
         f"{plan.micro_batch} sequences{shard}{mode}"
     )
-
-
-def describe_shapes(shapes: dict[tuple[int, int, bool], int]) -> str:
-    """Return when a run has forward passes of a new shape, whose first one takes longer."""
-    each = []
-    for (sequences, length, is_packed), step in shapes.items():
-        each.append(f"{sequences} x {length:,}{' packed' if is_packed else ''} at step {step:,}")
-    return f"the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
 
 
 def describe_missing_data(config: RunConfig, tokens: int) -> Iterator[str]:
@@ -338,9 +340,7 @@ def describe_host_memory(config: RunConfig, world_size: int, weights: int, check
 def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
     """Return an error message for a run whose GPU is out of memory."""
     gpu = current_device()
-    largest = largest_phase(phase_costs(config, plan.world_size))
-    parts = _estimate_on(largest, gpu)
-    estimate = _describe_memory(parts, largest.phase.stage)
+    parts, estimate = _estimate_memory_of_run(phase_costs(config, plan.world_size), gpu)
     graphs = ""
     if "validation" in parts:
         graphs = " If that happened between steps, train.cuda_graph=false lets validation use the memory of steps."
@@ -381,14 +381,6 @@ def format_hours(hours: float) -> str:
     if hours < 0.025:
         return f"{3600 * hours:.0f} s"
     return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
-
-
-def describe_cpu_time(costs: list[PhaseCost], parameters: int) -> str:
-    if parameters > MAX_TIMED_PARAMETERS:
-        return f"not measured, because training a model of this size on a CPU takes too long. {PLAN_FOR_GPU}"
-    hours = measure_cpu_hours(costs)
-    tokens_per_second = sum(cost.phase.tokens for cost in costs) / hours / 3600
-    return f"{format_hours(hours)}, at {tokens_per_second:,.0f} tokens/s, which a few batches took now on this machine"
 
 
 def measure_cpu_hours(costs: list[PhaseCost]) -> float:
@@ -435,16 +427,17 @@ def _local_world_size(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, 8)))
 
 
-def _estimate_on(cost: PhaseCost, device: Device) -> dict[str, int]:
-    config = cost.phase.config
-    plan = cost.plan
+def _estimate_memory_of_run(costs: list[PhaseCost], device: Device) -> tuple[dict[str, int], str]:
+    """Return the bytes on each device at the peak of a run, by part, and a description of them."""
+    # The phase whose forward passes have the most tokens has the largest activations.
+    largest = max(costs, key=lambda cost: cost.plan.micro_batch * cost.plan.shard_length)
+    config = largest.phase.config
+    plan = largest.plan
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = is_compiled(config.train, device.is_gpu)
     captured = is_captured(config, plan.world_size, device.is_gpu)
-    return estimate_memory(config, plan, _local_world_size(plan.world_size), bf16, compiled, captured, device.is_gpu)
-
-
-def _describe_memory(parts: dict[str, int], stage: str) -> str:
-    where = f" in stage {stage}" if stage else ""
+    local = _local_world_size(plan.world_size)
+    parts = estimate_memory(config, plan, local, bf16, compiled, captured, device.is_gpu)
+    where = f" in stage {largest.phase.stage}" if largest.phase.stage else ""
     each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.1f} GiB per process{where}: {each}"
+    return parts, f"{sum(parts.values()) / GIB:.1f} GiB per process{where}: {each}"

@@ -54,13 +54,13 @@ def observe_layers(model: CausalLM) -> Iterator[dict[str, Tensor]]:
     handles: list[RemovableHandle] = []
     for layer, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        handles.append(block.register_forward_hook(partial(_observe_block, statistics, f"layers/{layer}/")))
+        handles.append(block.register_forward_hook(partial(_record_rms, statistics, f"layers/{layer}/output_rms")))
         observe_gates = partial(_observe_gates, statistics, f"layers/{layer}/")
         handles.append(block.attn.register_forward_pre_hook(observe_gates))
         for name in ("q", "k"):
             projection = getattr(block.attn, f"{name}_proj", None)
             if projection is not None:
-                hook = partial(_observe_output, statistics, f"layers/{layer}/{name}_rms")
+                hook = partial(_record_rms, statistics, f"layers/{layer}/{name}_rms")
                 handles.append(projection.register_forward_hook(hook))
     try:
         yield statistics
@@ -99,12 +99,11 @@ def root_mean_square(x: Tensor) -> Tensor:
     return x.detach().float().square().mean().sqrt()
 
 
-def _observe_block(statistics: dict[str, Tensor], prefix: str, block: Block, inputs: tuple, output: tuple) -> None:
-    statistics[f"{prefix}output_rms"] = root_mean_square(output[0])
-
-
-def _observe_output(statistics: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    statistics[name] = root_mean_square(output)
+def _record_rms(
+    statistics: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor | tuple
+) -> None:
+    # A block returns the residual stream and a state.
+    statistics[name] = root_mean_square(output[0] if isinstance(output, tuple) else output)
 
 
 def _observe_gates(statistics: dict[str, Tensor], prefix: str, mixer: Mixer, inputs: tuple) -> None:

@@ -1,8 +1,8 @@
 """Estimate the memory of a training step: parameters, optimizer state, and what the backward pass needs."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,33 +83,15 @@ def estimate_memory(
     counts = count_parameters(config)
     is_ddp = config.parallel.mode == "ddp"
     _, shards = config.parallel.mesh(plan.world_size, local_world_size)
-    tokens = plan.micro_batch * plan.shard_length
     parts = {
         "weights": 4 * counts.total // shards,
         "gradients": 4 * counts.total // shards,
         "optimizer": 4 * counts.moments // shards,
         "average": 4 * counts.averages // shards,
         "gathered": 0 if is_ddp else _gathered_bytes(config, plan, counts, bf16),
-        "bf16 weights": 0,
-        "activations": 0,
-        "one block's backward": 0,
-        "gathered keys and values": 0,  # of one block, and their gradients
-        "loss": _loss_bytes(config.model, tokens, bf16),
+        **_blocks_bytes(config, plan, bf16, compiled, is_gpu),
+        "loss": _loss_bytes(config.model, plan.micro_batch * plan.shard_length, bf16),
     }
-    recomputes = config.train.activation_checkpointing in ("selective", "full")
-    layers = config.model.layer_mixers()
-    measure = partial(measure_activations, config.model, bf16=bf16, compiled=compiled, is_gpu=is_gpu)
-    for mixer in set(layers):
-        saved = measure(mixer, config.train)
-        parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
-        # With checkpointing, the backward pass recomputes the activations of one block at a time.
-        recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
-        backward = int((recomputed + _gradient_bytes(config.model, bf16)) * tokens)
-        parts["one block's backward"] = max(parts["one block's backward"], backward)
-        gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * (2 if bf16 else 4)
-        parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
-        if is_ddp:  # Autocast's copies, which are kept. Sharded weights are gathered in bfloat16, and freed again.
-            parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
     # Only the larger one counts, because the loss's memory is free when the last block's backward pass begins.
     smaller = min("loss", "one block's backward", key=parts.__getitem__)
     has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1 or captured
@@ -123,10 +105,34 @@ def estimate_memory(
     return parts
 
 
-def _gradient_bytes(model: ModelConfig, bf16: bool) -> int:
-    """Return how many bytes of gradients a block's backward pass holds at once for each token: those of SwiGLU."""
-    assert model.intermediate_size is not None
-    return (4 * model.intermediate_size + 3 * model.hidden_size) * (2 if bf16 else 4)
+def _blocks_bytes(config: RunConfig, plan: BatchPlan, bf16: bool, compiled: bool, is_gpu: bool) -> dict[str, int]:
+    """Return what the blocks need besides their weights and gradients, by part.
+
+    All blocks count for "bf16 weights" and "activations", and the one that needs most for the others. Its gathered keys
+    and values count with their gradients.
+    """
+    parts = {"bf16 weights": 0, "activations": 0, "one block's backward": 0, "gathered keys and values": 0}
+    tokens = plan.micro_batch * plan.shard_length
+    width = 2 if bf16 else 4
+    # The gradients that a block's backward pass holds at once for each token: those of SwiGLU.
+    assert config.model.intermediate_size is not None
+    gradients = (4 * config.model.intermediate_size + 3 * config.model.hidden_size) * width
+    recomputes = config.train.activation_checkpointing in ("selective", "full")
+    layers = config.model.layer_mixers()
+    measure = partial(measure_activations, config.model, bf16=bf16, compiled=compiled, is_gpu=is_gpu)
+    for mixer in set(layers):
+        saved = measure(mixer, config.train)
+        parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
+        # With checkpointing, the backward pass recomputes the activations of one block at a time.
+        recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
+        backward = int((recomputed + gradients) * tokens)
+        parts["one block's backward"] = max(parts["one block's backward"], backward)
+        gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * width
+        parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
+        if config.parallel.mode == "ddp":
+            # Autocast keeps its copies. Sharded weights are gathered in bfloat16, and freed again.
+            parts["bf16 weights"] += int(layers.count(mixer) * saved.fixed)
+    return parts
 
 
 def gathered_channels(model: ModelConfig, mixer: str) -> int:
@@ -167,7 +173,10 @@ def measure_activations(
     half. No code is generated. With `is_gpu` the tensors are fake: they have the shapes and dtypes that they would have
     on a GPU, but no data.
     """
-    with _imagine_gpu() if is_gpu else nullcontext():
+    with ExitStack() as stack:
+        if is_gpu:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(assume_gpu())  # Operators choose the kernels that they would choose there.
         one_block = CausalLM(dataclasses.replace(model, mixer=mixer, layers=None, num_hidden_layers=1, vocab_size=8))
         block = one_block.model.layers[0]
         forward: Callable = partial(choose_forward(train, compiled), block)
@@ -180,13 +189,6 @@ def measure_activations(
     per_token = (long - short) / (LONG - SHORT)
     # Mamba saves a state between chunks, one less than there are chunks, so the fitted intercept can be negative.
     return ActivationBytes(per_token, max(0.0, short - per_token * SHORT))
-
-
-@contextmanager
-def _imagine_gpu() -> Iterator[None]:
-    """Create fake tensors, which have no data, and let operators choose the kernels that they would choose on a GPU."""
-    with FakeTensorMode(allow_non_fake_inputs=True), assume_gpu():
-        yield
 
 
 def _saved_bytes(block: nn.Module, forward: Callable, length: int, hidden_size: int, bf16: bool) -> int:

@@ -166,10 +166,6 @@ class MetricsWriter:
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         self.tracker.log_metrics(values, row["step"])
 
-    def failure_metrics(self) -> dict[str, int]:
-        """Return the number of failed writes for the log, or nothing if none failed."""
-        return {"failed_writes": self.failures} if self.failures else {}
-
     def log_message(self, message: str) -> None:
         """Print a message above the progress bar."""
         self._bar.log(message)
@@ -177,7 +173,14 @@ class MetricsWriter:
     def _write_unwritten(self, durable: bool) -> None:
         lines = _encode_rows(self.unwritten)
         try:
-            size = self._find_end()
+            # A failed write may have left something behind the rows.
+            size = self._size
+            found = self._path.stat().st_size if self._path.exists() else 0
+            if found < size:
+                self.log_message(
+                    f"warning: {self._path} was removed or cut during the run, which continues it with new rows."
+                )
+                size = self._path.read_bytes().rfind(b"\n") + 1 if found else 0
             with reopen_truncated(self._path, size) as file:
                 file.write(lines)
                 if durable:
@@ -191,14 +194,6 @@ class MetricsWriter:
         if len(self.unwritten) > 1:
             self.log_message(f"metrics.jsonl is complete again, with the {len(self.unwritten)} rows that had to wait.")
         self.unwritten.clear()
-
-    def _find_end(self) -> int:
-        """Return the size of the rows in the file, without what a failed write left behind."""
-        found = self._path.stat().st_size if self._path.exists() else 0
-        if found >= self._size:
-            return self._size
-        self.log_message(f"warning: {self._path} was removed or cut during the run, which continues it with new rows.")
-        return self._path.read_bytes().rfind(b"\n") + 1 if found else 0
 
 
 def _encode_rows(rows: Iterable[dict]) -> bytes:

@@ -109,8 +109,10 @@ class Muon(Optimizer):
             mean_square = local_rows(state["mean_square"])
             mean_square.lerp_(direction.float().square().mean(1, keepdim=True), 1 - beta)
             normalized.append(direction.float() / (mean_square.sqrt() + EPS))
-        norms = sum_over_shards(torch.stack([x.square().sum() for x in normalized]), parameters[0]).sqrt()
-        norms = norms.clamp(min=EPS)  # An update of zeros stays one.
+        squares = torch.stack([x.square().sum() for x in normalized])
+        if (group := find_shard_group(parameters[0])) is not None:
+            distributed.all_reduce(squares, group=group)
+        norms = squares.sqrt().clamp(min=EPS)  # An update of zeros stays one.
         sizes = (math.sqrt(min(parameter.shape)) for parameter in parameters)
         return [x * (size / norm) for x, size, norm in zip(normalized, sizes, norms, strict=True)]
 
@@ -147,16 +149,16 @@ def polar_express(smallest: float = 1e-3, cushion: float = 0.02407327424182761, 
         a, b, c = fit_quintic(max(lower, cushion * upper), upper)
         if cushion * upper > lower:
             # It was fitted to a shorter interval. Center its values on the whole one at 1.
-            scale = 2 / (evaluate(a, b, c, lower) + evaluate(a, b, c, upper))
+            scale = 2 / (evaluate_quintic(a, b, c, lower) + evaluate_quintic(a, b, c, upper))
             a, b, c = a * scale, b * scale, c * scale
-        lower = evaluate(a, b, c, lower)
+        lower = evaluate_quintic(a, b, c, lower)
         upper = 2 - lower  # The best polynomial deviates from 1 as much upwards as downwards.
         expected = safety if iteration < ITERATIONS - 1 else 1.0
         found.append((a / expected, b / expected**3, c / expected**5))
     return tuple(found)
 
 
-def evaluate(a: float, b: float, c: float, x: float) -> float:
+def evaluate_quintic(a: float, b: float, c: float, x: float) -> float:
     return a * x + b * x**3 + c * x**5
 
 
@@ -203,14 +205,6 @@ def find_shard_group(x: Tensor) -> ProcessGroup | None:
     return x.device_mesh.get_group(dims[0])
 
 
-def sum_over_shards(values: Tensor, parameter: Tensor) -> Tensor:
-    """Return the sum of `values` over the processes that share the rows of `parameter`."""
-    group = find_shard_group(parameter)
-    if group is not None:
-        distributed.all_reduce(values, group=group)
-    return values
-
-
 def orthogonalize_all(updates: list[Tensor], coefficients: Coefficients) -> list[Tensor]:
     """Return this process's rows of all updates, orthogonalized, in bfloat16.
 
@@ -235,7 +229,10 @@ def _orthogonalize_one_each(updates: list[Tensor], coefficients: Coefficients, g
     owned = updates[rank] if rank < len(updates) else None
     owned_sizes = [0] * count
     if owned is not None:
-        owned_sizes = [rows * owned.shape[1] for rows in rows_of_processes(owned.shape[0], count)]
+        # All shards but the last ones have the same number of rows.
+        rows, columns = owned.shape
+        shard_rows = -(-rows // count)
+        owned_sizes = [columns * max(0, min(shard_rows, rows - index * shard_rows)) for index in range(count)]
     sent = torch.cat([rows.flatten() for rows in mine])
     received = sent.new_empty(sum(owned_sizes))
     distributed.all_to_all_single(received, sent, owned_sizes, sizes, group)
@@ -243,9 +240,3 @@ def _orthogonalize_one_each(updates: list[Tensor], coefficients: Coefficients, g
         received = orthogonalize(received.view(owned.shape), coefficients).flatten()
     distributed.all_to_all_single(sent, received, sizes, owned_sizes, group)
     return [part.view_as(rows) for part, rows in zip(sent.split(sizes), mine, strict=False)]
-
-
-def rows_of_processes(rows: int, count: int) -> list[int]:
-    """Return how many rows each of `count` processes has of a DTensor that is sharded by rows."""
-    size = -(-rows // count)
-    return [max(0, min(size, rows - index * size)) for index in range(count)]

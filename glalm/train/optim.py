@@ -105,26 +105,15 @@ def learning_rate(step: int, config: RunConfig) -> float:
     Resuming needs no state but what `RunConfig.resume_at` records. A warm-up or a run whose length is set in tokens
     progresses by tokens, so that a resume with another batch neither shifts nor shortens it.
     """
-    return _usual_learning_rate(step, config) * config.phase_at(step).lr_factor
-
-
-def _usual_learning_rate(step: int, config: RunConfig) -> float:
-    """Return the learning rate without what the schedules of the batch change."""
     optim = config.optim
-    warmup = config.warmup_steps
-    if step <= warmup:
-        by_tokens = optim.warmup_tokens is not None
-        fraction = _measure_progress(step, config, by_tokens) / _measure_progress(warmup, config, by_tokens)
-    elif config.has_stage_schedules:
-        return _stage_learning_rate(step, config, warmup)
+    if step > config.warmup_steps and config.has_stage_schedules:
+        rate = _stage_learning_rate(step, config)
     else:
-        by_tokens = config.train.steps is None
-        now, end, start = (_measure_progress(n, config, by_tokens) for n in (step, config.steps, warmup))
-        fraction = _schedule_fraction(now, end, start, optim)
-    return optim.min_lr + fraction * (optim.lr - optim.min_lr)
+        rate = optim.min_lr + _schedule_fraction(step, config) * (optim.lr - optim.min_lr)
+    return rate * config.phase_at(step).lr_factor
 
 
-def _stage_learning_rate(step: int, config: RunConfig, warmup: int) -> float:
+def _stage_learning_rate(step: int, config: RunConfig) -> float:
     """Return the learning rate after the warm-up in a run whose stages have schedules."""
     assert config.train.stages is not None
     start_rate = config.optim.lr
@@ -132,24 +121,27 @@ def _stage_learning_rate(step: int, config: RunConfig, warmup: int) -> float:
         stage = config.train.stages[name]
         end_rate = start_rate if stage.lr is None else stage.lr
         if step in steps:
-            start = config.tokens_at(max(steps.start - 1, warmup))
+            start = config.tokens_at(max(steps.start - 1, config.warmup_steps))
             x = (config.tokens_at(step) - start) / (config.tokens_at(steps.stop - 1) - start)
             return end_rate + DECAYS[stage.schedule or "constant"](x) * (start_rate - end_rate)
         start_rate = end_rate
     return start_rate
 
 
-def _measure_progress(step: int, config: RunConfig, by_tokens: bool) -> float:
-    """Return how far the run is after `step`: the step itself, or its tokens in units of the current batch."""
-    return config.tokens_at(step) / config.tokens_per_step if by_tokens else step
-
-
-def _schedule_fraction(step: float, steps: float, warmup: float, optim: OptimConfig) -> float:
-    """Return the learning rate after the warm-up, 0 for min_lr and 1 for lr."""
+def _schedule_fraction(step: int, config: RunConfig) -> float:
+    """Return where the learning rate lies between optim.min_lr, which is 0, and optim.lr, which is 1."""
+    optim = config.optim
+    is_warmup = step <= config.warmup_steps
+    by_tokens = optim.warmup_tokens is not None if is_warmup else config.train.steps is None
+    # How far the run is after these steps: the steps themselves, or their tokens in units of the current batch.
+    steps = (step, config.warmup_steps, config.steps)
+    now, warmup, end = (config.tokens_at(n) / config.tokens_per_step if by_tokens else n for n in steps)
+    if is_warmup:
+        return now / warmup
     if optim.schedule == "wsd":
-        decay_steps = min(steps - warmup, math.ceil(optim.decay_fraction * steps))
-        return DECAYS[optim.decay_shape](max(0.0, 1 - (steps - step) / decay_steps))
-    return DECAYS[optim.schedule]((step - warmup) / (steps - warmup))
+        decay_steps = min(end - warmup, math.ceil(optim.decay_fraction * end))
+        return DECAYS[optim.decay_shape](max(0.0, 1 - (end - now) / decay_steps))
+    return DECAYS[optim.schedule]((now - warmup) / (end - warmup))
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:

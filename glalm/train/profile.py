@@ -52,14 +52,11 @@ class Profiler:
         if self._profile is not None and step >= self.last_step:
             self._stop(self._profile)
         elif self._profile is None and self.first_step <= step + 1 <= self.last_step:
-            self._start()
-
-    def _start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.memory_snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self._profile = profile(activities=self.activities, record_shapes=True)
-        self._profile.__enter__()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.memory_snapshot:
+                torch.cuda.memory._record_memory_history(max_entries=200_000)
+            self._profile = profile(activities=self.activities, record_shapes=True)
+            self._profile.__enter__()
 
     def _stop(self, recording: profile) -> None:
         recording.__exit__(None, None, None)

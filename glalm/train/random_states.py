@@ -18,11 +18,9 @@ def get_random_states() -> dict[str, Tensor]:
     """
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"] = {name: np.asarray(value).tolist() for name, value in numpy_state["state"].items()}
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": _json_tensor(random.getstate()),
-        "numpy": _json_tensor(numpy_state),
-    }
+    states = {"torch": torch.get_rng_state()}
+    for name, state in (("python", random.getstate()), ("numpy", numpy_state)):
+        states[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -72,7 +70,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
-
-
-def _json_tensor(value) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -88,14 +88,11 @@ def open_run_dir(folder: Path) -> Iterator[RunLock | None]:
             raise ConfigError(f"{checkpoints} cannot be a folder of checkpoints ({error}). {advice}") from error
         check_filesystem(checkpoints)
 
-    def check_shared() -> None:
-        if not (folder / LOCK).exists():
-            raise ConfigError(f"{folder} is not the same directory on all machines. Choose a shared runs_dir=...")
-
     locks: list[RunLock] = []
     with ExitStack() as stack:
         run_on_rank_0(claim_folder)
-        gather_or_raise(check_shared)
+        not_shared = f"{folder} is not the same directory on all machines. Choose a shared runs_dir=..."
+        gather_or_raise(lambda: require((folder / LOCK).exists(), not_shared))
         yield locks[0] if locks else None
 
 
@@ -164,7 +161,10 @@ def open_data(config: RunConfig) -> tuple[TrainingData, Windows]:
     reset = config.data.document_boundaries == "reset_state"
     # Rank 0 reads the manifests for all ranks, because the dataset may grow between two reads.
     own = run_on_rank_0(lambda: read_data_record(config.data_record) if has_started(config.folder) else None)
-    origin = run_on_rank_0(lambda: read_data_record(_origin_data_record(config)))
+    # A run that starts from the checkpoint of another reads what that run read, unless its data may differ.
+    resumed_from = None if DATA_TOKENS in config.train.allow_changes else resolve_resume_path(config)
+    origin_record = None if resumed_from is None else Path(resumed_from).parent.parent / DATA_RECORD
+    origin = run_on_rank_0(lambda: read_data_record(origin_record))
     try:
         manifest = own or run_on_rank_0(lambda: select_manifest(Path(config.data.path), origin))
         training = TrainingData(config, TokenSet(config.data.path, "train", manifest))
@@ -196,14 +196,6 @@ def read_data_record(path: Path | None) -> dict | None:
     except DamagedFile as error:
         logger.warning(f"{error}. The manifest in the data's folder is used instead.")
         return None
-
-
-def _origin_data_record(config: RunConfig) -> Path | None:
-    """Return data.json of the run whose checkpoint train.resume_from names, unless the data may differ from it."""
-    origin = resolve_resume_path(config)
-    if origin is None or DATA_TOKENS in config.train.allow_changes:
-        return None
-    return Path(origin).parent.parent / DATA_RECORD
 
 
 # ----------------------------------------------------------------------------------------------- Identity and records

@@ -51,12 +51,6 @@ class TensorSlice:
     replica: int = 0
     replicas: int = 1
 
-    def file_key(self, name: str) -> str:
-        """Return the name of this slice of tensor `name` in a file: a full tensor keeps its own name."""
-        if self.data.shape == self.full_shape:
-            return name
-        return f"{name}@{','.join(map(str, self.offset))}"
-
 
 SlicesByFile = dict[str, dict[str, TensorSlice]]  # by file name, then by tensor name
 
@@ -158,12 +152,14 @@ def encode_safetensors(slices: Mapping[str, TensorSlice]) -> Iterator[bytes | me
     positions = {}
     end = 0
     for name, held in entries:
-        key = held.file_key(name)
+        # A full tensor keeps its own name.
+        is_full = held.data.shape == held.full_shape
+        key = name if is_full else f"{name}@{','.join(map(str, held.offset))}"
         start = end
         end += held.data.nbytes
         dtype = DTYPE_NAMES[held.data.dtype]
         tensors[key] = {"dtype": dtype, "shape": list(held.data.shape), "data_offsets": [start, end]}
-        if key != name:
+        if not is_full:
             positions[key] = {"name": name, "offset": held.offset, "shape": held.full_shape}
     header = json.dumps({"__metadata__": {"format": "pt", SLICES: json.dumps(positions)}, **tensors}).encode()
     header += b" " * (-len(header) % 8)

@@ -224,7 +224,12 @@ class Trainer:
         Micro-batches run one after the other.
         """
         micro_batches = split_batch(batch, self.plan.micro_batch, dim=0)
-        weights = self._weigh_micro_batches(micro_batches)
+        # Each micro-batch counts by its share of the targets of all processes, times the number of processes.
+        weights: list[float] | Tensor = [1 / len(micro_batches)] * len(micro_batches)
+        if "starts" in batch:
+            # Documents have different numbers of targets where the state is reset between them.
+            targets = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).float()
+            weights = targets / self.accelerator.reduce(targets.sum(), "mean")
         forward_backward = self.forward_backward
         if self.graph is not None:
             forward_backward = partial(self.graph.run, forward_backward)
@@ -282,14 +287,6 @@ class Trainer:
         parallel.free_gathered_weights(self.module)
         return gradient_norms(model) | layers | (state_norms(output.cache) if has_states else {})
 
-    def _weigh_micro_batches(self, micro_batches: list[Batch]) -> list[float] | Tensor:
-        """Return each micro-batch's share of the targets of all processes, times the number of processes."""
-        if "starts" not in micro_batches[0]:
-            return [1 / len(micro_batches)] * len(micro_batches)
-        # Documents have different numbers of targets where the state is reset between them.
-        targets = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).float()
-        return targets / self.accelerator.reduce(targets.sum(), "mean")
-
     @torch.no_grad()
     def validate(self, windows: Windows, heartbeat: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Compute the loss on train.eval_sequences validation windows, evenly spaced.
@@ -329,7 +326,7 @@ class Trainer:
                 pin=self.accelerator.device.type == "cuda",
             )
             for _, batch in islice(stream, reading.phase.end_step - start_step):
-                yield self._to_device(self._select_shard(batch, plan.segment_length))
+                yield self._take_share(batch, plan.segment_length)
 
     def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:
         """Yield this process's share of the validation windows, in micro-batches."""
@@ -341,15 +338,12 @@ class Trainer:
             limit=self.config.train.eval_sequences,
         )
         for batch in stream:
-            yield self._to_device(self._select_shard(batch, windows.length))
+            yield self._take_share(batch, windows.length)
 
-    def _select_shard(self, batch: Batch, segment_length: int) -> Batch:
-        """Return this process's part of the sequences of a batch, which are cut into segments of this many tokens."""
-        if self.context is None:
-            return batch
-        return shard_batch(batch, segment_length, self.context.rank, self.context.size)
-
-    def _to_device(self, batch: Batch) -> Batch:
+    def _take_share(self, batch: Batch, segment_length: int) -> Batch:
+        """Move this process's part of a batch, whose sequences are cut into such segments, to the device."""
+        if self.context is not None:
+            batch = shard_batch(batch, segment_length, self.context.rank, self.context.size)
         # `starts` stays on the host, where `model_inputs` computes shapes from it.
         device = self.accelerator.device
         on_host = ("starts", "offsets")
@@ -513,7 +507,8 @@ class TrainingLoop:
         if result.statistics:
             values = torch.stack(list(result.statistics.values())).tolist()
             metrics |= drop_non_finite(dict(zip(result.statistics, values, strict=True)))
-        return metrics | self.saver.failure_metrics() | self.metrics.failure_metrics()
+        failures = {"failed_saves": self.saver.failures, "failed_writes": self.metrics.failures}
+        return metrics | {name: count for name, count in failures.items() if count}
 
     def _run_evaluations(self) -> dict[str, float]:
         """Run validation and evaluators where they are due, and return their metrics."""

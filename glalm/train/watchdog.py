@@ -248,17 +248,14 @@ class Watchdog:
         return silent
 
     def _exit(self, diagnosis: str) -> None:
+        """End this process at once. Before, write its last collectives, and name the files of all ranks so far."""
         try:
-            records = self._write_collectives()
-            print(f"rank {self.rank} ends the run: {diagnosis}{records}", file=sys.stderr, flush=True)
+            records: list[Path] = []
+            if self._folder is not None and self.world_size > 1:
+                records = write_flight_record(self._folder, self.rank, self._start_time)
+            written = f". Last collectives: {', '.join(map(str, records))}" if records else ""
+            print(f"rank {self.rank} ends the run: {diagnosis}{written}", file=sys.stderr, flush=True)
             if f"rank {self.rank} hangs" in diagnosis:
                 faulthandler.dump_traceback(all_threads=True)
         finally:  # Exit even if standard error is on a full disk.
             os._exit(WATCHDOG_EXIT_CODE)
-
-    def _write_collectives(self) -> str:
-        """Write this process's last collectives. Return a sentence that names the files of all ranks so far."""
-        if self._folder is None or self.world_size == 1:
-            return ""
-        records = write_flight_record(self._folder, self.rank, self._start_time)
-        return f". Last collectives: {', '.join(map(str, records))}" if records else ""

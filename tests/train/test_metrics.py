@@ -144,7 +144,7 @@ def test_rows_wait_while_the_disk_is_full(folder, run_config, capsys):
             for row in made[1:4]:
                 metrics.write_row(row)
         assert read_jsonl(path) == made[:2] and path.read_text()[-1] != "\n"  # as a kill would leave it
-        assert list(metrics.unwritten) == made[2:4] and metrics.failure_metrics() == {"failed_writes": 2}
+        assert list(metrics.unwritten) == made[2:4] and metrics.failures == 2
         metrics.write_row(made[4])
         assert read_jsonl(path) == made[:5] and not metrics.unwritten
         with limit_growth(0, path):

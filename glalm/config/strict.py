@@ -130,12 +130,13 @@ def _check_key(key: str, cls: type, groups: list[str]) -> None:
     level: Any = cls  # the type of the part of the config that `where` names
     where = ""
     for part in key.split("."):
-        values = _find_mapping_values(level)
-        if values is not None and not dataclasses.is_dataclass(values):
-            return
-        if values is not None:
-            level = values
+        # The user chooses the keys of a mapping, which a level may be or have as an alternative to null.
+        mappings = (hint for hint in (level, *typing.get_args(level)) if typing.get_origin(hint) is dict)
+        if mapping := next(mappings, None):
+            level = typing.get_args(mapping)[1]
             where = join_key(where, part)
+            if not dataclasses.is_dataclass(level):
+                return
             continue
         hints = typing.get_type_hints(level) if dataclasses.is_dataclass(level) else {}
         known = hints
@@ -148,14 +149,6 @@ def _check_key(key: str, cls: type, groups: list[str]) -> None:
         require(part in known, describe_unknown_key(part, known, where, matches_elsewhere))
         level = hints.get(part)
         where = join_key(where, part)
-
-
-def _find_mapping_values(hint: Any) -> Any:
-    """Return the type of the values if `hint` is a mapping, whose keys the user chooses, or a mapping or None."""
-    for option in (hint, *typing.get_args(hint)):
-        if typing.get_origin(option) is dict:
-            return typing.get_args(option)[1]
-    return None
 
 
 def iterate_key_paths(cls: type, where: str = "") -> Iterator[str]:

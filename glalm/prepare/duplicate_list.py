@@ -111,7 +111,7 @@ class DuplicateList:
         removed = [row[EXACT] + row[NEAR] for row in self._inputs.values()]
         ends = np.cumsum(removed, dtype=np.int64)
         self._ranges = dict(zip(self._keys, zip(ends - removed, ends, strict=True), strict=True))
-        self._rows = self._read_rows()
+        self._rows = np.fromiter(self._read_rows(), ROW)
         self._records = self._rows["record"].copy()  # A search in a field of the rows would copy it each time.
 
     def check(self, settings: dict, inputs: Iterable[Input]) -> None:
@@ -172,19 +172,15 @@ class DuplicateList:
             sorted(skipped, key=attrgetter("number")),
         )
 
-    def _read_rows(self) -> np.ndarray:
-        """Return the lines of the list, of the dtype ROW."""
+    def _read_rows(self) -> Iterator[tuple]:
+        """Yield the lines of the list, as ROW has them."""
         numbers = {key: number for number, key in enumerate(self._keys)}
-
-        def read_tuples() -> Iterator[tuple]:
-            with open(self.folder / LIST, "rb") as file:
-                for line in file:
-                    row = json.loads(line)
-                    kept = row["of"]
-                    kept_input = numbers[kept["source"], kept["name"]]
-                    yield row["record"], kept_input, kept["record"], row["jaccard"], row["kind"].encode()
-
-        return np.fromiter(read_tuples(), ROW)
+        with open(self.folder / LIST, "rb") as file:
+            for line in file:
+                row = json.loads(line)
+                kept = row["of"]
+                kept_input = numbers[kept["source"], kept["name"]]
+                yield row["record"], kept_input, kept["record"], row["jaccard"], row["kind"].encode()
 
 
 def _describe_pair(index: int, inputs: list[dict], store: SignatureStore, duplicates: Duplicates) -> dict[str, Any]:

@@ -87,7 +87,15 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
                 socket.create_connection((match[1], int(match[2])), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            raise _explain_failed_start(error, address or os.environ.get("RAY_ADDRESS", "")) from error
+            address = address or os.environ.get("RAY_ADDRESS", "")
+            if not address:
+                problem = f"Ray cannot start on this machine: {error}. To do without it, use --engine local."
+            elif isinstance(error, OSError):
+                advice = "Start one (ray start --head), or leave --address out to run Ray on this machine alone."
+                problem = f"There is no Ray cluster at {address}: {error}. {advice}"
+            else:  # for example, another version of Ray or Python
+                problem = f"The Ray cluster at {address} cannot be used: {error}."
+            raise ValueError(problem) from error
     try:
         if not ray.cluster_resources().get("CPU"):
             advice = "Start its nodes with some (ray start --num-cpus), or add a node"
@@ -96,16 +104,6 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
     finally:
         if not is_connected:
             ray.shutdown()
-
-
-def _explain_failed_start(error: Exception, address: str) -> ValueError:
-    """Return the error of a Ray cluster to which this process cannot connect, or of Ray that cannot start here."""
-    if not address:
-        return ValueError(f"Ray cannot start on this machine: {error}. To do without it, use --engine local.")
-    if not isinstance(error, OSError):  # for example, another version of Ray or Python
-        return ValueError(f"The Ray cluster at {address} cannot be used: {error}.")
-    advice = "Start one (ray start --head), or leave --address out to run Ray on this machine alone."
-    return ValueError(f"There is no Ray cluster at {address}: {error}. {advice}")
 
 
 @dataclass(frozen=True)

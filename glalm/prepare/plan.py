@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from glalm.data.files import read_json, read_jsonl, temporary_path, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.input_files import HubInput, Input, Position, read_batches
-from glalm.prepare.records import Document, SkippedRecord, parse_records
+from glalm.prepare.records import SkippedRecord, parse_records
 from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_set_files, remove_set
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
@@ -129,10 +129,13 @@ def check_first_documents(inputs: list[Input], settings: dict, on_error: str) ->
     """
     found = False
     first_error = ""
+    fields = (settings["text_field"], settings["source_field"])
     for source_input in inputs:
         if found and isinstance(source_input, HubInput) and source_input.index:
             continue  # All files of a hub data set have the same columns, and each is a request to the hub.
-        for item in _parse_lazily(source_input, settings):
+        # One record is read at a time, and none after the first document.
+        batches = read_batches([source_input], list_fields(settings), batch_bytes=1)
+        for item in chain.from_iterable(parse_records(batch.records, batch.first, *fields) for batch in batches):
             if not isinstance(item, SkippedRecord):
                 found = True
                 break
@@ -142,12 +145,6 @@ def check_first_documents(inputs: list[Input], settings: dict, on_error: str) ->
                 first_error = first_error or f" ({source_input}:{item.number}: {item.detail})"
     if not found:
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped{first_error}.")
-
-
-def _parse_lazily(source_input: Input, settings: dict) -> Iterator[Document | SkippedRecord]:
-    """Yield the documents of an input one by one, and read no further than is asked for."""
-    for batch in read_batches([source_input], list_fields(settings), batch_bytes=1):
-        yield from parse_records(batch.records, batch.first, settings["text_field"], settings["source_field"])
 
 
 def list_fields(settings: dict) -> list[str]:

@@ -52,7 +52,7 @@ def preserve_random_states(device: torch.device) -> Iterator[None]:
     """Restore the generators of PyTorch, `device`, Python and NumPy on exit."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng(_cuda_devices(device)):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
@@ -63,10 +63,6 @@ def preserve_random_states(device: torch.device) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators of PyTorch on the CPU and on `device`, and restore them on exit."""
-    with torch.random.fork_rng(_cuda_devices(device)):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

@@ -400,13 +400,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
     requested = resolve_resume_path(config)
     applies = requested is not None and (path is None or read_metadata(path).get("resumed_from") != requested)
     if requested is not None and applies:
-        is_own = Path(requested).parent == (config.folder / CHECKPOINTS).resolve()
-        require(
-            is_own or path is None,
-            f"{config.folder} holds a run that does not come from train.resume_from={requested}. To start another run "
-            "from there, choose another name=... To resume the run, remove train.resume_from.",
-        )
-        path = _find_requested_checkpoint(Path(requested))
+        path = _find_requested_checkpoint(config.folder, Path(requested), path)
     if path is None:
         config.resume_at(step=0, tokens=0)
         return None
@@ -423,7 +417,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         f"{path} is beyond the run's last step, {config.steps}. Choose a larger train.{key}.",
     )
     if applies:
-        run_on_rank_0(lambda: _set_newer_aside(config.folder, metadata["step"], is_own))
+        run_on_rank_0(lambda: _set_newer_aside(config.folder, path, metadata["step"]))
     else:
         run_on_rank_0(lambda: _warn_of_missing(path, record["saved"]))
     return path
@@ -450,8 +444,17 @@ def _warn_of_missing(path: Path, saved_step: int | None) -> None:
         logger.warning(f"{newest} was saved but is not there any more. The run resumes from {path.name}.")
 
 
-def _find_requested_checkpoint(requested: Path) -> Path:
-    """Return the checkpoint that train.resume_from names, verified by all ranks together."""
+def _find_requested_checkpoint(folder: Path, requested: Path, newest: Path | None) -> Path:
+    """Return the checkpoint that train.resume_from names, verified by all ranks together.
+
+    `newest` is the newest checkpoint of the run in `folder`, which does not come from the requested one.
+    """
+    is_own = requested.parent == (folder / CHECKPOINTS).resolve()
+    require(
+        is_own or newest is None,
+        f"{folder} holds a run that does not come from train.resume_from={requested}. To start another run from there, "
+        "choose another name=... To resume the run, remove train.resume_from.",
+    )
     try:
         path = find_checkpoint(requested.parent, requested.name)
     except CheckpointError as error:
@@ -460,11 +463,13 @@ def _find_requested_checkpoint(requested: Path) -> Path:
     return path
 
 
-def _set_newer_aside(folder: Path, step: int, is_own: bool) -> None:
-    """Set the checkpoints after `step` aside, and if the run starts from another run's checkpoint, drop old metrics."""
-    for newer, path in list_checkpoints(folder / CHECKPOINTS).items():
+def _set_newer_aside(folder: Path, resumed: Path, step: int) -> None:
+    """Set aside what the run in `folder`, which resumes from the checkpoint `resumed` of `step`, has of later steps."""
+    checkpoints = folder / CHECKPOINTS
+    for newer, path in list_checkpoints(checkpoints).items():
         if newer > step:
             logger.warning(f"{path} is set aside as {set_aside(path, 'superseded').name}.")
+    is_own = resumed.parent == checkpoints.resolve()
     if not is_own and os.path.lexists(folder / METRICS):
         # These rows are of an earlier start, which saved no checkpoint.
         set_aside(folder / METRICS, "superseded")

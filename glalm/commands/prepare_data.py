@@ -150,6 +150,12 @@ def parse_prepare_arguments() -> argparse.Namespace:
     mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")
     mode.add_argument("--overwrite", action="store_true", help="replace the set in FOLDER")
     args = parser.parse_args()
+    check_prepare_arguments(parser, args)
+    return args
+
+
+def check_prepare_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with the parser's error where options contradict each other. Raise ConfigError for what may not be a URL."""
     refuse_url("--tokenizer ", args.tokenizer)
     refuse_url("--staging ", args.staging)
     refuse_url("--duplicates ", args.duplicates)
@@ -160,7 +166,6 @@ def parse_prepare_arguments() -> argparse.Namespace:
         parser.error("--vocab-size is the size of a tokenizer that is trained. Remove it, or remove --tokenizer.")
     if args.eos and not args.tokenizer:
         parser.error("--eos names a token of --tokenizer. Add --tokenizer tokenizer.json, or remove --eos.")
-    return args
 
 
 def describe_complete_set(folder: str, manifest: dict) -> str:

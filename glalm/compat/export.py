@@ -111,14 +111,7 @@ def export_checkpoints(
     model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
     load_weighted_sum(shares, model, weights)
 
-    data = Path(config.data.path)
-    tokenizer_path = data / read_manifest(data)["tokenizer"]["name"]
-    tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.fingerprint != read_json(run / DATA_RECORD, MANIFEST_SHAPE)["tokenizer"]["fingerprint"]:
-        raise RunError(
-            f"{data} has another tokenizer now than {run} was trained with. Prepare it again with the tokenizer of the "
-            "run (glalm prepare --tokenizer)"
-        )
+    tokenizer_path, tokenizer = open_run_tokenizer(run, Path(config.data.path))
     hf_tokenizer = load_hf_tokenizer(tokenizer_path, tokenizer)
 
     model.config.bos_token_id = tokenizer.bos_id
@@ -143,6 +136,23 @@ def export_checkpoints(
     for name, package in packages.items():
         code = f"is in the package {package}; its code was not copied" if package else "has its code in this folder"
         logger.info(f"{out}: the mixer {name} {code}")
+
+
+def open_run_tokenizer(run: Path, data: Path) -> tuple[Path, Tokenizer]:
+    """Return the tokenizer that a run was trained with, and its file or folder in the run's `data`.
+
+    Raises:
+        RunError: The data has another tokenizer by now.
+        FileNotFoundError: The data or its tokenizer is missing.
+    """
+    path = data / read_manifest(data)["tokenizer"]["name"]
+    tokenizer = Tokenizer(path)
+    if tokenizer.fingerprint != read_json(run / DATA_RECORD, MANIFEST_SHAPE)["tokenizer"]["fingerprint"]:
+        raise RunError(
+            f"{data} has another tokenizer now than {run} was trained with. Prepare it again with the tokenizer of the "
+            "run (glalm prepare --tokenizer)"
+        )
+    return path, tokenizer
 
 
 @torch.no_grad()
@@ -238,31 +248,14 @@ def format_model_card(
         parameters: The number of parameters.
         loading: What format_loading returned.
     """
-    model = config.model
-    optim = config.optim
-    metadata = max(map(read_metadata, shares), key=lambda metadata: metadata["tokens"])
-    # If the batch changed when the run was resumed, the steps have different sizes.
-    same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
-    of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
-    schedule = "the schedules of the stages" if config.has_stage_schedules else f"{optim.schedule} schedule"
-    recipe = {
-        "parameters": f"{parameters:,}",
-        "token mixer": ", ".join(f"`{name}`" for name in dict.fromkeys(model.layer_mixers())),
-        "architecture": f"{model.num_hidden_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"vocabulary {model.vocab_size:,}",
-        "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps{of_tokens})",
-        "data": Path(config.data.path).name,
-        "sequence length": config.data.seq_len,
-        **{f"stage {name}": describe_stage(stage) for name, stage in (config.train.stages or {}).items()},
-        "optimiser": f"{optim.name}, {schedule}, peak {optim.lr:g}, floor {optim.min_lr:g}, "
-        f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
-        "seed": config.seed,
-        "checkpoint": "; ".join(describe_checkpoint(path, share, weights) for path, share in shares.items()),
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-    }
     # The card does not reveal where runs and data are on this machine.
     public_config = {name: value for name, value in record["config"].items() if name != "runs_dir"}
     public_config["data"] = public_config["data"] | {"path": Path(config.data.path).name}
+    recipe = {
+        "parameters": f"{parameters:,}",
+        **describe_recipe(shares, weights, config),
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
     return MODEL_CARD.format(
         name=config.name,
         version=glalm.__version__,
@@ -273,11 +266,33 @@ def format_model_card(
     )
 
 
-def describe_checkpoint(path: Path, share: float, weights: Weights) -> str:
-    """Return which weights of a checkpoint a model has, and their share in it if it has those of others, too."""
-    name = path.name if share == 1 else f"{share:.4g} times {path.parents[1].name}/{path.name}"
-    average = "moving average, " if weights == "average" else ""
-    return f"{name}, {average}weights sha256 {weights_sha256(path, weights)}"
+def describe_recipe(shares: Mapping[Path, float], weights: Weights, config: TrainingRun) -> dict[str, object]:
+    """Return how the model was trained, which checkpoints it has and their shares in it, by the names on its card."""
+    model = config.model
+    optim = config.optim
+    metadata = max(map(read_metadata, shares), key=lambda metadata: metadata["tokens"])
+    # If the batch changed when the run was resumed, the steps have different sizes.
+    same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
+    of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
+    schedule = "the schedules of the stages" if config.has_stage_schedules else f"{optim.schedule} schedule"
+    checkpoints = []
+    for path, share in shares.items():
+        name = path.name if share == 1 else f"{share:.4g} times {path.parents[1].name}/{path.name}"
+        average = "moving average, " if weights == "average" else ""
+        checkpoints.append(f"{name}, {average}weights sha256 {weights_sha256(path, weights)}")
+    return {
+        "token mixer": ", ".join(f"`{name}`" for name in dict.fromkeys(model.layer_mixers())),
+        "architecture": f"{model.num_hidden_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
+        f"vocabulary {model.vocab_size:,}",
+        "training tokens": f"{metadata['tokens']:,} ({metadata['step']:,} steps{of_tokens})",
+        "data": Path(config.data.path).name,
+        "sequence length": config.data.seq_len,
+        **{f"stage {name}": describe_stage(stage) for name, stage in (config.train.stages or {}).items()},
+        "optimiser": f"{optim.name}, {schedule}, peak {optim.lr:g}, floor {optim.min_lr:g}, "
+        f"{config.warmup_steps} steps of warm-up, weight decay {optim.weight_decay:g}, clip {optim.grad_clip:g}",
+        "seed": config.seed,
+        "checkpoint": "; ".join(checkpoints),
+    }
 
 
 def format_scores(checkpoint: Path, weights: Weights = "current") -> str:

@@ -64,7 +64,9 @@ def convert_llama(llama: LlamaForCausalLM, mixer: str = "gla", softmax_layers: I
     config = convert_config(llama.config, mixer, set(softmax_layers))
     model = GLALMForCausalLM(config)
     missing, unexpected = model.load_state_dict(convert_weights(llama.state_dict(), config), strict=False)
-    unmatched = [*unexpected, *(name for name in missing if not is_new_parameter(name))]
+    # A converted model's new parameters have no counterpart in the Llama.
+    missing = [name for name in missing if not any(part in name for part in NEW_PARAMETERS)]
+    unmatched = [*unexpected, *missing]
     if config.tie_word_embeddings and "lm_head.weight" in unmatched:
         unmatched.remove("lm_head.weight")
     require(not unmatched, f"These weights are only in the checkpoint or only in the model: {', '.join(unmatched)}")
@@ -120,8 +122,3 @@ def convert_weights(llama_weights: dict[str, Tensor], config: GLALMConfig) -> di
             groups = weights[name].unflatten(0, (kv_heads, -1))
             weights[name] = groups.repeat_interleave(heads // kv_heads, 0).flatten(0, 1)
     return weights
-
-
-def is_new_parameter(name: str) -> bool:
-    """Return whether a parameter of a converted model has no counterpart in the Llama."""
-    return any(part in name for part in NEW_PARAMETERS)

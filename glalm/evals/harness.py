@@ -371,8 +371,7 @@ class HarnessLM(TemplateLM):
 
     def _score(self, groups: list[Choices]) -> list[list[Answer]]:
         total = sum(len(group.continuations) for group in groups) * self.context.world_size
-
-        def advance(scored: int) -> None:
-            self.context.advance(scored / total)  # A task is one unit of progress.
-
-        return score_choices(self.model, groups, self.max_length, self.batch_tokens, advance)
+        # A task is one unit of progress.
+        return score_choices(
+            self.model, groups, self.max_length, self.batch_tokens, lambda scored: self.context.advance(scored / total)
+        )

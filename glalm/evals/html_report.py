@@ -80,9 +80,6 @@ class Run:
             "queued, wait until it has started."
         )
 
-    def find_record(self, evaluator: str) -> dict | None:
-        return select_result(self.records, evaluator)
-
     def checkpoint_note(self, record: dict) -> str:
         """Return " (step_N)" for a result of an earlier checkpoint than the run has by now, or else an empty text."""
         is_earlier = self.metrics and step_of(record) not in (-1, self.metrics[-1]["step"])
@@ -173,8 +170,8 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
     """Return the cells of each run about which anything is known."""
     rows = {}
     for run in runs:
-        perplexity = run.find_record("perplexity")
-        extrapolation = run.find_record("extrapolation")
+        perplexity = select_result(run.records, "perplexity")
+        extrapolation = select_result(run.records, "extrapolation")
         record = perplexity or extrapolation or next(iter(run.records), {})
         speed = median_training_speed(run.metrics)
         model = run.run_record.get("config", {}).get("model", {})
@@ -222,10 +219,11 @@ def compare_overview(runs: list[Run]) -> list[str]:
     """Return a sentence for each column of the overview whose numbers do not compare."""
     notes = []
     for column, evaluator in (("validation perplexities", "perplexity"), ("far / near", "extrapolation")):
-        records = [record for run in runs if (record := run.find_record(evaluator))]
+        found = {run.name: select_result(run.records, evaluator) for run in runs}
+        records = [record for record in found.values() if record]
         if evaluator == "perplexity" and records:
             # Where nothing was evaluated, the number is of training's own validation, which reads fewer windows.
-            records += [describe_validation(run.folder) for run in runs if not run.find_record(evaluator)]
+            records += [describe_validation(run.folder) for run in runs if not found[run.name]]
         if differences := describe_differences(records):
             notes.append(f"The {column} do not compare: {'; '.join(differences)}.")
     return notes

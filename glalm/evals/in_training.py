@@ -37,18 +37,9 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
     run, hours of training are at stake: a failure is only a warning.
     """
     options = config.train_evals
+    eval_config = build_eval_config(config)
     resumed = config.train.resume_from or latest_checkpoint(config.folder / "checkpoints")
     already_succeeded = set(options.evals if resumed else ())
-    shared = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "every"}
-    eval_config = EvalConfig(
-        name=config.name,
-        runs_dir=config.runs_dir,
-        data_path=config.data.path,
-        seed=config.seed,
-        parallel=EvalParallelConfig(config.parallel.context),
-        **shared,
-    )
-
     prefix = "average/" if options.weights == "average" else ""
 
     def evaluate(
@@ -80,6 +71,20 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
         return metrics
 
     return evaluate
+
+
+def build_eval_config(config: TrainingRun) -> EvalConfig:
+    """Return the config by which `glalm eval` would run the evaluators of `config.train_evals` on the run."""
+    options = config.train_evals
+    shared = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "every"}
+    return EvalConfig(
+        name=config.name,
+        runs_dir=config.runs_dir,
+        data_path=config.data.path,
+        seed=config.seed,
+        parallel=EvalParallelConfig(config.parallel.context),
+        **shared,
+    )
 
 
 def run_evaluator(

@@ -72,21 +72,11 @@ def score_choices(
     if longest > max_length:
         raise ValueError(f"a continuation has {longest} tokens, more than max_length={max_length}")
     answers: list[list[Answer | None]] = [[None] * len(group.continuations) for group in groups]
-    shared, rows = [], []
-    for i, group in enumerate(groups):
-        fits = len(group.context) + group.longest - 1 <= max_length
-        count = len(group.continuations)
-        if model.accepts_state and fits and len(group.context) * (count - 1) / count > MIN_SAVED_TOKENS:
-            shared.append(i)
-        else:
-            for j, tokens in enumerate(group.continuations):
-                rows.append(Row(i, j, (group.context + tokens)[-(max_length + 1) :], len(tokens)))
-    rows.sort(key=lambda row: -len(row.tokens))
+    shared, rows = choose_reading(model, groups, max_length)
     for batch in make_batches(rows, [len(row.tokens) - 1 for row in rows], batch_tokens):
         for row, answer in zip(batch, score_rows(model, batch), strict=True):
             answers[row.group][row.index] = answer
         advance(len(batch))
-    shared.sort(key=lambda i: -len(groups[i].context))
     # A group reads its context at once, then all its continuations.
     tokens_at_once = [max(len(groups[i].context), len(groups[i].continuations) * groups[i].longest) for i in shared]
     for batch in make_batches(shared, tokens_at_once, batch_tokens):
@@ -97,6 +87,23 @@ def score_choices(
         for i, group_answers in zip(batch, found, strict=True):
             answers[i] = group_answers
     return answers
+
+
+def choose_reading(model: EvalModel, groups: list[Choices], max_length: int) -> tuple[list[int], list[Row]]:
+    """Return the groups whose context is read once, by index, and the rows of all others, both longest first."""
+    shared: list[int] = []
+    rows: list[Row] = []
+    for i, group in enumerate(groups):
+        fits = len(group.context) + group.longest - 1 <= max_length
+        count = len(group.continuations)
+        if model.accepts_state and fits and len(group.context) * (count - 1) / count > MIN_SAVED_TOKENS:
+            shared.append(i)
+        else:
+            for j, tokens in enumerate(group.continuations):
+                rows.append(Row(i, j, (group.context + tokens)[-(max_length + 1) :], len(tokens)))
+    shared.sort(key=lambda i: -len(groups[i].context))
+    rows.sort(key=lambda row: -len(row.tokens))
+    return shared, rows
 
 
 def make_batches(items: list, lengths: list[int], max_tokens: int) -> Iterator[list]:

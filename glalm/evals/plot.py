@@ -61,9 +61,8 @@ def plot_extrapolation(records: Sequence[Record], path: str | Path) -> list[Path
     ax = Figure().subplots()
     other_contexts, buckets = [], []
     for i, record in enumerate(records):
-        other_contexts += _draw_contexts(ax, record, i, labels[i])
-        for context in record["results"]["contexts"].values():
-            buckets += _filled_buckets(context)
+        buckets += _draw_contexts(ax, record, i, labels[i])
+        other_contexts += [*record["results"]["contexts"]][1:]
     train_lengths = sorted({record["results"]["train_length"] for record in records})
     _format_position_axis(ax, train_lengths, last=max(bucket["end"] for bucket in buckets))
     _format_perplexity_axis(ax, [bucket["perplexity"] for bucket in buckets])
@@ -279,21 +278,19 @@ def _average_curves(curves: Sequence[list[tuple]]) -> tuple[list, list[float], l
     return xs, means, [(mean - spread, mean + spread) for mean, spread in zip(means, spreads, strict=True)]
 
 
-def _filled_buckets(context: dict) -> list[dict]:
-    return [bucket for bucket in context["buckets"] if bucket["documents"]]
-
-
 # ------------------------------------------------------------------------------------------------ elements of a figure
 
 
-def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[str]:
-    """Draw the contexts of model `i`. Return the names of those after the first."""
-    names = [*record["results"]["contexts"]]
-    for name, context in record["results"]["contexts"].items():
-        buckets = _filled_buckets(context)
+def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[dict]:
+    """Draw the contexts of model `i`, and return the buckets that they fill."""
+    contexts = record["results"]["contexts"]
+    drawn = []
+    for name, context in contexts.items():
+        buckets = [bucket for bucket in context["buckets"] if bucket["documents"]]
+        drawn += buckets
         ends = [bucket["end"] for bucket in buckets]
         perplexities = [bucket["perplexity"] for bucket in buckets]
-        if name == names[0]:
+        if name == next(iter(contexts)):
             # Markers are 3% of the axes' diagonal apart, so that their shapes can be told. A single point has one, too.
             spacing = 0.03 if len(ends) > 1 else None
             label_of_context = label + _context_suffix(name)
@@ -301,7 +298,7 @@ def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[str]:
             _draw_band(line, [(bucket["perplexity_low"], bucket["perplexity_high"]) for bucket in buckets])
         else:
             ax.plot(ends, perplexities, color=line.get_color(), linestyle=CONTEXT_LINES[name][0], linewidth=1)
-    return names[1:]
+    return drawn
 
 
 def _draw_band(line: Line2D, bounds: list[tuple]) -> None:

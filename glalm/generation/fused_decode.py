@@ -35,14 +35,9 @@ def is_supported(model: GLALMForCausalLM) -> bool:
         and options.min_log_gate is None
         and config.intermediate_size > 0
         and model.dtype != torch.float64  # The kernels compute in float32.
-        and is_power_of_two(config.value_dim)
-        and is_power_of_two(config.num_heads)
+        and config.value_dim.bit_count() == config.num_heads.bit_count() == 1  # They are powers of two.
         and is_unmodified(model)
     )
-
-
-def is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
 
 
 def is_unmodified(model: GLALMForCausalLM) -> bool:

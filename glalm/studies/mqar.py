@@ -215,14 +215,9 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     test = draw_examples(config.test_examples, job.length, job.pairs, generator, **task)
     model = build_model(config, job, device)
     capture = config.cuda_graph and device.type == "cuda"
-    # A captured step reads the learning rate from the GPU.
-    lr = torch.tensor(job.lr, device=device) if capture else job.lr
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr, weight_decay=config.weight_decay, fused=True, capturable=capture
-    )
     batch_size = min(config.batch_size, max(1, config.batch_tokens // job.length))
     steps = config.epochs * math.ceil(len(training) / batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    optimizer, schedule = build_optimizer(model, job.lr, config.weight_decay, steps, capture)
 
     def step(batch: Examples) -> None:
         loss = F.cross_entropy(answer_logits(model, batch).flatten(0, 1), batch.values.flatten())
@@ -334,6 +329,21 @@ def build_model(config: MQARConfig, job: Job, device: torch.device) -> CausalLM:
     shape = dataclasses.replace(config.model, layers=job.mixer, hyena=hyena, **sizes)
     with seeded(config.seed, device):
         return CausalLM(shape).to(device)
+
+
+def build_optimizer(
+    model: CausalLM, lr: float, weight_decay: float, steps: int, capture: bool
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Return AdamW, and the schedule by which its learning rate decays to 0 by a cosine over all steps.
+
+    Args:
+        capture: Whether its steps are captured. Such a step reads the learning rate from the GPU.
+    """
+    parameters = list(model.parameters())
+    rate = torch.tensor(lr, device=parameters[0].device) if capture else lr
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=weight_decay, fused=True, capturable=capture)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    return optimizer, schedule
 
 
 def answer_logits(model: CausalLM, batch: Examples) -> Tensor:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -187,6 +187,16 @@ class GLALMPreTrainedModel(PreTrainedModel):
             p.copy_(value)
 
 
+class PackingArguments(TypedDict, total=False):
+    """Arguments by which transformers describes packed sequences to attention kernels, beside position_ids."""
+
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+    seq_idx: Tensor
+
+
 class GLALMModel(GLALMPreTrainedModel):
     """glalm.model.decoder.Decoder with transformers' arguments: token ids [B, T] to hidden states [B, T, d]."""
 
@@ -216,6 +226,7 @@ class GLALMModel(GLALMPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         context: ContextShard | None = None,
+        **packing: Unpack[PackingArguments],
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
 
@@ -231,6 +242,7 @@ class GLALMModel(GLALMPreTrainedModel):
                 cu_seqlens. They have no other effect.
             output_attentions: wrappers always give it. True is an error: most mixers have no attention weights.
             context: as of CausalLM.forward.
+            packing: other descriptions of packed sequences, which collators add. cu_seq_lens_q is cu_seqlens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -246,8 +258,7 @@ class GLALMModel(GLALMPreTrainedModel):
                 "keys and values, which this model does not have; use LoRA or prompt tuning."
             )
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is not None:
-            cu_seqlens = cu_seqlens_of_positions(position_ids, x, attention_mask, past_key_values, cu_seqlens)
+        cu_seqlens = find_bounds(cu_seqlens, position_ids, packing, x, attention_mask, past_key_values)
         block_inputs = [] if output_hidden_states else None
         x, cache = run_blocks(
             self.layers,
@@ -267,7 +278,7 @@ class GLALMModel(GLALMPreTrainedModel):
         )
 
 
-class ExtraArguments(TypedDict, total=False):
+class ExtraArguments(PackingArguments, total=False):
     """Arguments of GLALMForCausalLM.forward that must not be in its signature, which transformers and peft inspect."""
 
     shift_labels: LongTensor  # Trainer would score only batches with every argument whose name contains "label".
@@ -358,13 +369,10 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         shift_labels = extra.pop("shift_labels", None)
         position_ids = extra.pop("position_ids", None)
         output_attentions = extra.pop("output_attentions", None)
-        if extra:
-            raise TypeError(f"{type(self).__name__} takes no {', '.join(extra)}")
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected the number of last logits, 0 for all, got {logits_to_keep}")
-        if position_ids is not None:
-            x = input_ids if inputs_embeds is None else inputs_embeds
-            cu_seqlens = cu_seqlens_of_positions(position_ids, x, attention_mask, past_key_values, cu_seqlens)
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        cu_seqlens = find_bounds(cu_seqlens, position_ids, extra, x, attention_mask, past_key_values)
         out = self.model(
             input_ids,
             attention_mask,
@@ -465,6 +473,33 @@ def shift_within_sequences(labels: LongTensor, cu_seqlens: Tensor | None) -> Lon
         sequence = sequence_ids(cu_seqlens, labels.shape[1])
         following = following.where(sequence[1:] == sequence[:-1], IGNORE_INDEX)
     return torch.cat([following, torch.full_like(labels[:, :1], IGNORE_INDEX)], 1)
+
+
+def find_bounds(
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    packing: Mapping[str, Any],
+    x: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: StateCache | None,
+) -> Tensor | None:
+    """Return the bounds [N + 1] of packed sequences, in whichever way they are described, or None.
+
+    Raises:
+        TypeError: `packing` has another argument than PackingArguments, or nothing but seq_idx.
+        ValueError: As of cu_seqlens_of_positions.
+    """
+    if unknown := [name for name in packing if name not in PackingArguments.__annotations__]:
+        raise TypeError(f"the model takes no {', '.join(unknown)}")
+    if packing.get("cu_seq_lens_q") is not None:
+        return packing["cu_seq_lens_q"]
+    if position_ids is not None:
+        return cu_seqlens_of_positions(position_ids, x, attention_mask, past_key_values, cu_seqlens)
+    if cu_seqlens is None and packing.get("seq_idx") is not None:
+        raise TypeError(
+            "seq_idx alone does not describe packed sequences here: pass position_ids or cu_seq_lens_q, too"
+        )
+    return cu_seqlens
 
 
 RESTARTS = (

@@ -408,13 +408,14 @@ def test_a_row_without_tokens_has_a_loss_of_zero(bounds, tiny, tokens):
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("described_by", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=str)
 @pytest.mark.parametrize("choice", [{}, HYBRID], ids=str)
-def test_flattened_batches_are_packed_sequences(choice, tiny, tokens, tmp_path):
+def test_flattened_batches_are_packed_sequences(choice, described_by, tiny, tokens, tmp_path):
     """Trainer's loss of a batch by DataCollatorWithFlattening equals that of its rows one by one."""
     model, data = tiny(**choice).float(), Sentences(tokens, 4)
     rows = [data[i]["input_ids"] for i in range(4)]
     apart = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in rows]
-    flat = DataCollatorWithFlattening(position_ids_start=2)
+    flat = DataCollatorWithFlattening(position_ids_start=2, **described_by)
     trainer = Trainer(model, training_arguments(tmp_path, max_steps=1), train_dataset=data, data_collator=flat)
     trainer.train()
     expected = sum(apart) / sum(len(row) - 1 for row in rows)
@@ -469,6 +470,15 @@ def test_positions_of_the_base_model(choice, tiny, tokens):
     apart = torch.cat([model(part).last_hidden_state for part in ids.split([2, 1, 3], 1)], 1)
     found = model(ids, position_ids=restart, output_attentions=False).last_hidden_state
     torch.testing.assert_close(found, apart, **EXACT)
+    bounds = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
+    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 3, "max_length_k": 3}
+    for positions in (None, restart):
+        found = model(ids, position_ids=positions, **packing).last_hidden_state
+        torch.testing.assert_close(found, apart, **EXACT)
+    with pytest.raises(TypeError, match=r"takes no block_table"):
+        model(ids, **packing, block_table=None)
+    with pytest.raises(TypeError, match=r"seq_idx alone .* position_ids or cu_seq_lens_q"):
+        model(ids, seq_idx=torch.tensor([[0, 0, 1, 2, 2, 2]]))
     with pytest.raises(TypeError, match=r"GLALMModel gives no attention weights"):
         model(ids, output_attentions=True)
 

@@ -275,8 +275,7 @@ class ChunkedGLA:
         self.entering = S
         self.final: Tensor | None = None
         if context is not None:
-            local = self.scan_from_zeros(update, self.layout.steps)
-            self.entering, self.final = context.exchange(local, self.total_decay(), S)
+            self.entering, self.final = context.exchange(*self.summarize(update, self.layout.steps), S)
             S = self.entering
         self.S = q.new_zeros(len(self.layout.order), H, K, V) if S is None else S.to(dtype)[self.layout.order]
         self.states = scan_chunks(self.layout.steps, self.decay, update, self.S)
@@ -295,17 +294,18 @@ class ChunkedGLA:
         """Return states [chunks, H, K, V] for each head of queries, [n, K, V]."""
         return states[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(0, 2)
 
-    def scan_from_zeros(self, update: Tensor, steps: list[slice]) -> Tensor:
-        """Return the states [N, H, K, V] to which scan_chunks brings zeros. It leaves `update` as it is."""
-        S = update.new_zeros(len(self.layout.order), *update.shape[1:])
-        scan_chunks(steps, self.decay, update.clone(), S)
-        return S[self.layout.rank]
+    def summarize(self, update: Tensor, steps: list[slice]) -> tuple[Tensor, Tensor]:
+        """Return what the sequences do to the states that enter them, and leave `update` as it is.
 
-    def total_decay(self) -> Tensor:
-        """Return the factors by which the sequences multiply the states that enter them, [N, H, K, 1]."""
-        total = self.decay.new_ones(len(self.layout.order), *self.decay.shape[1:])
-        scan_chunks(self.layout.steps, self.decay, torch.zeros_like(self.decay), total)
-        return total[self.layout.rank]
+        These are the states [N, H, K, V] to which scan_chunks brings zeros, and the factors [N, H, K, 1] by which the
+        sequences multiply what enters.
+        """
+        N = len(self.layout.order)
+        local = update.new_zeros(N, *update.shape[1:])
+        scan_chunks(steps, self.decay, update.clone(), local)
+        decay = self.decay.new_ones(N, *self.decay.shape[1:])
+        scan_chunks(self.layout.steps, self.decay, torch.zeros_like(self.decay), decay)
+        return local[self.layout.rank], decay[self.layout.rank]
 
     def gradients(
         self, do: Tensor, dfinal_state: Tensor | None, context: ContextShard | None = None
@@ -322,8 +322,8 @@ class ChunkedGLA:
             update = update.unflatten(0, (-1, self.group)).sum(1)
         update = update.view(self.states.shape)
         if context is not None:
-            dentering = self.scan_from_zeros(update, layout.steps[::-1])
-            dfinal_state, dinitial = reverse_exchange(context, dentering, self.total_decay(), dfinal_state)
+            dentering, decay = self.summarize(update, layout.steps[::-1])
+            dfinal_state, dinitial = reverse_exchange(context, dentering, decay, dfinal_state)
         dS = torch.zeros_like(self.S) if dfinal_state is None else dfinal_state.to(self.S.dtype)[layout.order]
         dstates = scan_chunks(layout.steps[::-1], self.decay, update, dS)
 

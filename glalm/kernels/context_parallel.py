@@ -128,26 +128,28 @@ class ContextShard:
         """Return the tokens of packed sequences [1, B * T, ...] by rows, [B, T, ...]; other tokens as they are."""
         return x if self.rows is None else x.reshape(self.rows.shape[1], -1, *x.shape[2:])
 
-    def select_first(self, x: Tensor) -> Tensor:
-        """Return those x [N, ...] of the sequences in which the rows begin, [B, ...]."""
-        return x if self.rows is None else x[self.rows[0]]
-
     def place_first(self, x: Tensor, N: int) -> Tensor:
         """Return [N, ...] with x [B, ...] at the sequences in which the rows begin, and zeros elsewhere."""
         return x if self.rows is None else place_rows(x, self.rows[0], N)
 
-    def is_in_first(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Return which tokens of x [B, T, ...] belong to the sequences in which the rows begin.
+    def read_entering(self, reads: Tensor, entering: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Return what the tokens read of the states that enter the shard: their product with `reads`.
+
+        Args:
+            reads: [B, T, H, K], by rows.
+            entering: [N, H, K, V], the states that enter the sequences.
+            cu_seqlens: the bounds of packed sequences, of which only the first of each row is entered by a state.
 
         Returns:
-            bool [B, T, 1, ...] for packed sequences, and a single True [] otherwise.
+            [B, T, H, V].
         """
         if self.rows is None:
-            return x.new_ones((), dtype=torch.bool)
+            return torch.einsum("bthk,bhkv->bthv", reads, entering)
         assert cu_seqlens is not None  # as check_context checks
-        length = cu_seqlens.diff()[self.rows[0]]
-        mask = torch.arange(x.shape[1], device=x.device) < length[:, None]
-        return mask.view(*mask.shape, *(1 for _ in x.shape[2:]))
+        first = self.rows[0]
+        effect = torch.einsum("bthk,bhkv->bthv", reads, entering[first])
+        is_in_first = torch.arange(reads.shape[1], device=reads.device) < cu_seqlens.diff()[first][:, None]
+        return effect * is_in_first[..., None, None]
 
 
 def check_context(context: ContextShard | None, initial_state, output_final_state: bool, cu_seqlens) -> None:

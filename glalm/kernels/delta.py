@@ -159,8 +159,7 @@ def compute_over_processes(
     entering, final = exchange_states(local, transition, initial_state, context, is_matrix=True)
     o, reads = (context.unpack_rows(x) for x in o.split([V, K], -1))
     with torch.autocast(q.device.type, enabled=False):
-        effect = torch.einsum("bthk,bhkv->bthv", reads.to(entering.dtype), context.select_first(entering))
-    effect = effect * context.is_in_first(effect, cu_seqlens)
+        effect = context.read_entering(reads.to(entering.dtype), entering, cu_seqlens)
     return (o + effect).to(v.dtype).reshape(v.shape), final
 
 

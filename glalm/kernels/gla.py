@@ -146,8 +146,8 @@ def _value_gla_over_processes(
     log_decay = g.cumsum(1)
     decay = context.place_first(log_decay[:, -1].exp(), len(local))[:, :, None]
     entering, final = exchange_states(local, decay, initial_state, context)
-    effect = torch.einsum("bthk,bhkv->bthv", q, context.select_first(entering)) * log_decay.exp()
-    return o + (effect * context.is_in_first(effect, cu_seqlens)).reshape(o.shape), final
+    effect = context.read_entering(q, entering, cu_seqlens) * log_decay.exp()
+    return o + effect.reshape(o.shape), final
 
 
 def _chunk(

@@ -168,15 +168,7 @@ def run_blocks(
     Returns:
         The residual stream after the last block [B, T, d], before the final norm, and the cache or None.
     """
-    if x.dim() != 3:
-        raise ValueError(f"expected input_ids [B, T] or inputs_embeds [B, T, d], got {list((x[..., 0]).shape)}")
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, len(x))
-        check_values(None, x, cu_seqlens)
-    if context is not None:
-        if padding is not None:
-            raise ValueError("context: sequences that several processes share have no padding")
-        check_context(context, cache, return_cache, cu_seqlens)
+    check_block_inputs(x, cache, return_cache, cu_seqlens, padding, context)
     cache = StateCache() if cache is None else cache
     cache.check_fits(len(blocks), len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
     # Under autocast the residual stream has its dtype: in float32 it would take twice the memory and traffic.
@@ -193,6 +185,26 @@ def run_blocks(
         x, state = block(x, padding=padding, state=state, return_state=return_cache, cu_seqlens=cu_seqlens, **shard)
         states.append(state)
     return x, StateCache(states, seen) if return_cache else None
+
+
+def check_block_inputs(
+    x: Tensor,
+    cache: StateCache | None,
+    return_cache: bool,
+    cu_seqlens: Tensor | None,
+    padding: Tensor | None,
+    context: ContextShard | None,
+) -> None:
+    """Raise ValueError if arguments of run_blocks are of a wrong shape, or do not go together."""
+    if x.dim() != 3:
+        raise ValueError(f"expected input_ids [B, T] or inputs_embeds [B, T, d], got {list((x[..., 0]).shape)}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, len(x))
+        check_values(None, x, cu_seqlens)
+    if context is not None:
+        if padding is not None:
+            raise ValueError("context: sequences that several processes share have no padding")
+        check_context(context, cache, return_cache, cu_seqlens)
 
 
 @torch.no_grad()
@@ -226,11 +238,7 @@ def model_cost(config: ModelConfig, T: int) -> Cost:
     """
     with torch.device("meta"):
         model = CausalLM(config)
-    forward = forward_flops(model, T)
-    return Cost(sum(p.numel() for p in model.parameters()), forward, 3 * forward)
-
-
-def forward_flops(model: nn.Module, T: int) -> int:
-    """Return the operations per token of the forward pass: two per weight of each linear layer, and the mixers'."""
+    # For each token, a weight of a linear layer takes a multiplication and an addition.
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return linear + sum(m.flops(T) for m in model.modules() if isinstance(m, Mixer))
+    forward = linear + sum(m.flops(T) for m in model.modules() if isinstance(m, Mixer))
+    return Cost(sum(p.numel() for p in model.parameters()), forward, 3 * forward)

@@ -18,7 +18,7 @@ from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels import delta
 from glalm.kernels.common import CHUNK
 from glalm.model.config import ModelConfig
-from glalm.model.decoder import forward_flops, model_cost
+from glalm.model.decoder import model_cost
 from glalm.model.mixers import MIXERS, hyena
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -87,7 +87,7 @@ def test_operations_are_those_that_torch_counts(name, T, monkeypatch):
         mapping |= {torch.ops.aten._fft_r2c: fft_flops, torch.ops.aten._fft_c2r: fft_flops}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             model(ids)
-    assert forward_flops(model, T) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)
+    assert model_cost(config, T).forward == pytest.approx(counter.get_total_flops() / ids.numel(), rel=1e-3)
 
 
 @pytest.mark.parametrize("size, millions", [("tiny", 1.390), ("small", 42.18), ("340m", 374.5), ("1b3", 1365.5)])

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from glalm.model.decoder import CausalLM, forward_flops
+from glalm.model.decoder import model_cost
 from glalm.train import throughput
 from glalm.train.environment import describe_commit, describe_environment, peak_flops
 from glalm.train.parallel import start_processes
@@ -35,7 +35,7 @@ def test_speed_and_mfu(run_config, monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(4 * 4 * 16 / 8)  # 4 steps of 4 sequences of 16 tokens in 8 s
     assert row["tokens_per_second_per_gpu"] == pytest.approx(4 * 4 * 16 / 8 / 2)
     assert row["data_wait_seconds"] == pytest.approx(0.25)
-    operations = 3 * forward_flops(CausalLM(run_config.model), 16)
+    operations = 3 * model_cost(run_config.model, 16).forward
     assert row["mfu"] == pytest.approx(4 * 4 * 16 / 8 / 2 * operations / 1e9)
     meter.restart(14)
     now[0] += 1

@@ -103,7 +103,7 @@ def forward(
     """
     plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     saved = plan.rescale(with_residual=save_for_backward)
-    o = plan.allocate_outputs()
+    o = v.new_empty(*q.shape[:3], v.shape[3])
     final_state = plan.allocate_state() if output_final_state else None
     plan.scan(saved, plan.v, initial_state, final_state, out=o)
     return o, final_state, saved if save_for_backward else None
@@ -128,7 +128,7 @@ def forward_over_processes(
     """
     plan = LaunchPlan(q, k, v, g, scale, normalizer, cu_seqlens)
     saved = plan.rescale(with_residual=save_for_backward)
-    o = plan.allocate_outputs()
+    o = v.new_empty(*q.shape[:3], v.shape[3])
     entering, final_state = plan.exchange_and_scan(
         lambda local, decay: context.exchange(local, decay, initial_state), saved, plan.v, out=o
     )
@@ -219,9 +219,6 @@ class LaunchPlan:
 
     def allocate(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.q.device, dtype=dtype or self.dtype)
-
-    def allocate_outputs(self) -> Tensor:
-        return self.allocate(self.B, self.T, self.H * self.group, self.V, dtype=self.v.dtype)
 
     def allocate_state(self, segments: int = 1) -> Tensor:
         """Return a buffer for one state of every segment of every sequence, float32 [N * segments, H, K, V]."""

@@ -72,6 +72,9 @@ class ScanPlan:
         self.x = as_rows(x)
         self.dt = as_rows(dt)
         self.z = None if z is None else as_rows(z)
+        # The strides are the elements between two tokens.
+        stride_z = self.D if self.z is None else self.z.stride(1)
+        self.strides = {"STRIDE_X": self.x.stride(1), "STRIDE_DT": self.dt.stride(1), "STRIDE_Z": stride_z}
         self.A = (A.float() * LOG2E.value).T.contiguous()
         self.skip = None if skip is None else skip.float().contiguous()
         self.dt_bias = None if dt_bias is None else dt_bias.float().contiguous()
@@ -148,16 +151,11 @@ class ScanPlan:
             o, do, initial, final, checkpoints, segment_dt, self.cu_seqlens, self.T, segments,
         )  # fmt: skip
         constants = dict(
-            D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides(), STRIDE_DO=0 if do is None else do.stride(1)
+            D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides, STRIDE_DO=0 if do is None else do.stride(1)
         )
         programs = self.sequences * segments * triton.cdiv(self.D, config.tile["BD"])
         launch(scan_kernel, programs, args, constants, config.options)
         return final
-
-    def strides(self) -> dict[str, int]:
-        """Return the elements between two tokens of the inputs."""
-        z = self.D if self.z is None else self.z.stride(1)
-        return {"STRIDE_X": self.x.stride(1), "STRIDE_DT": self.dt.stride(1), "STRIDE_Z": z}
 
     def backward(
         self, initial: Tensor | None, checkpoints: Tensor, do: Tensor, dfinal: Tensor | None
@@ -190,7 +188,7 @@ class ScanPlan:
         # For bfloat16, the products are rounded to bfloat16 before they are summed over channels in float32.
         half = self.x.dtype == torch.bfloat16
         constants = dict(
-            D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides(), STRIDE_DO=do.stride(1), HALF=half,
+            D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides, STRIDE_DO=do.stride(1), HALF=half,
         )  # fmt: skip
         launch(scan_backward_kernel, walks * blocks, args, constants, config.options)
         dB, dC = (y[:, : self.N].reshape(self.rows, self.T, self.N).clone() for y in dBC.sum(0).unbind(1))

@@ -75,7 +75,10 @@ class SSDPlan:
         self.C = self.config.chunk
         self.cu_seqlens = cu_seqlens
         self.chunks = Chunks.locate(self.B, self.T, cu_seqlens, self.C)
-        self.precision = "tf32x3" if multiplies_exactly(x) else "tf32"
+        self.precisions = {
+            "PRECISION": "tf32x3" if multiplies_exactly(x) else "tf32",
+            "DOT_DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
+        }
         self.sizes = dict(H=self.H, G=self.G, K=self.K, KP=self.KP, V=self.V, VP=self.VP, C=self.C)
         self.tables = *self.chunks.device_tables, self.chunks.sequences, self.T
 
@@ -207,13 +210,10 @@ class SSDPlan:
             "STRIDE_X": self.x.stride(1),
             **config.tile,
             "REVERSE": reverse,
-            **self.precisions(),
+            **self.precisions,
         }
         programs = self.chunks.sequences * self.H * segments * triton.cdiv(self.VP, config.tile["BV"])
         launch(ssd_scan_kernel, programs, args, constants, config.options)
-
-    def precisions(self) -> dict:
-        return {"PRECISION": self.precision, "DOT_DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32}
 
     def compute_gradients(
         self, decays: Tensor, do: Tensor, states: Tensor, dstates: Tensor, dq: Tensor, dk: Tensor
@@ -239,7 +239,7 @@ class SSDPlan:
             "STRIDE_X": self.x.stride(1),
             **config.tile,
             "HEADS": heads_per_group // splits,
-            **self.precisions(),
+            **self.precisions,
         }
         programs = self.chunks.count * self.G * splits * key_blocks
         launch(ssd_gradients_kernel, programs, args, constants, config.options)

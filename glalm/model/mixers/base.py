@@ -150,16 +150,6 @@ def chunkwise_flops(heads: int, K: int, V: int, T: int, chunk: int = CHUNK, stat
     return heads * (2 * C * (K + V) + 2 * K * V) + states * 2 * K * V
 
 
-def delta_rule_flops(heads: int, K: int, V: int, T: int) -> int:
-    """Return the operations per token of the delta rule with a state [K, V], computed chunk by chunk.
-
-    On top of `chunkwise_flops`, each token and head takes 2 C K to build the triangular system, C (K + V) to solve it,
-    and 2 K V to read the values that the state already holds for the keys.
-    """
-    C = min(T, CHUNK)
-    return chunkwise_flops(heads, K, V, T) + heads * (2 * C * K + C * (K + V) + 2 * K * V)
-
-
 def convolution_flops(T: int, taps: int, block: int | None, channels: int, filters: int) -> int:
     """Return the operations per token of `channels` long convolutions of T tokens with `filters` different filters.
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels import chunk_delta_rule, fused_recurrent_delta_rule
+from glalm.kernels.common import CHUNK
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import RMSNorm, ShortConv
-from glalm.model.mixers.base import Mixer, State, delta_rule_flops, is_decoding_step, join_state, split_state
+from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
 
 
 @dataclass
@@ -99,6 +100,14 @@ class DeltaNet(Mixer):
         return self.o_norm(o)
 
     def flops(self, T: int) -> int:
-        key, _, value = self.widths
-        conv = self.conv.flops() if self.conv is not None else 0
-        return conv + delta_rule_flops(self.num_heads, key // self.num_heads, value // self.num_heads, T)
+        """Count the convolution, the chunks as of any linear recurrence, and what the delta rule adds to them.
+
+        Each token and head takes 2 C K to build the triangular system, C (K + V) to solve it, and 2 K V to read the
+        values that the state already holds for the keys.
+        """
+        convolution = self.conv.flops() if self.conv is not None else 0
+        C = min(T, CHUNK)
+        K = self.widths[0] // self.num_heads
+        V = self.widths[2] // self.num_heads
+        delta_rule = self.num_heads * (2 * C * K + C * (K + V) + 2 * K * V)
+        return convolution + chunkwise_flops(self.num_heads, K, V, T) + delta_rule

@@ -231,6 +231,21 @@ def test_misspelt_key_is_refused_before_slow_imports(script, argument, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "commands, library",
+    [
+        ("report plot prepare deduplicate tokenizer slurm ladder scaling mqar", "torch"),
+        ("report plot prepare deduplicate tokenizer slurm", "hydra"),
+        ("ladder scaling mqar train eval", "matplotlib"),
+        ("train eval", "transformers"),
+    ],
+)
+def test_commands_start_without_slow_imports(commands, library):
+    load = f"import sys; from glalm.__main__ import load_command; [load_command(name) for name in {commands.split()}]"
+    assert run("-c", f"{load}; print({library!r} in sys.modules)") == "False\n"
+
+
+@pytest.mark.slow
 def test_misspelt_key_is_refused_within_twice_the_time_of_importing_torch_and_hydra():
     imports = min(cpu_seconds("-c", "import torch, hydra") for _ in range(3))
     assert min(cpu_seconds("train.py", "model.hiden_size=64") for _ in range(3)) <= 2 * imports

@@ -154,8 +154,8 @@ def run_evaluator(
         context.shard = None
     identity = identify_result(name, evaluator, model)
     partial_path = folder / "eval" / f".{name}-{identity.digest[:12]}.parts.json"
-    record = context.run_on_rank_0(lambda: None if config.force else load_finished(folder, identity))
-    is_finished = record is not None
+    record = context.run_on_rank_0(lambda: None if config.force else find_result(folder, identity))
+    is_finished = record is not None and not missing_tasks(record["results"])
     if not is_finished:
         if config.force and context.rank == 0:
             partial_path.unlink(missing_ok=True)
@@ -188,12 +188,6 @@ def build_evaluator(name: str, model: EvalModel, config: EvalConfig) -> Evaluato
         if error.name and error.name.split(".")[0] == "lm_eval":
             raise ConfigError(f"evals=[{name}] needs lm-eval: pip install -c constraints.txt -e '.[eval]'") from error
         raise
-
-
-def load_finished(folder: Path, identity: ResultIdentity) -> dict | None:
-    """Return the record of this identity in `folder`, if no task is missing in it."""
-    record = find_result(folder, identity)
-    return None if record is None or missing_tasks(record["results"]) else record
 
 
 def compute_record(

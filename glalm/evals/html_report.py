@@ -176,20 +176,21 @@ def overview_rows(runs: list[Run]) -> dict[str, list]:
         speed = median_training_speed(run.metrics)
         model = run.run_record.get("config", {}).get("model", {})
         # For want of an evaluated perplexity, show the last one that training logged.
-        value = next((row["val_perplexity"] for row in reversed(run.metrics) if "val_perplexity" in row), None)
-        shown = format_number(value)
+        logged = [row["val_perplexity"] for row in run.metrics if "val_perplexity" in row]
+        perplexity_cell = format_number(logged[-1]) if logged else None
         if perplexity is not None:
-            shown = format_number(perplexity["results"]["perplexity"]) + origin_note(run, perplexity)
+            perplexity_cell = format_number(perplexity["results"]["perplexity"]) + origin_note(run, perplexity)
         contexts = extrapolation["results"]["contexts"] if extrapolation else {}
-        ratios = contexts.get("stateful", {"ratios": {}})["ratios"]
+        ratios = contexts["stateful"]["ratios"] if "stateful" in contexts else {}
         reached = [f"{ratio['ratio']:.3f} at {n}×" for n, ratio in ratios.items() if ratio["documents"]]
+        furthest_ratio_cell = reached[-1] + origin_note(run, extrapolation) if reached else None
         cells = [
             model.get("layers") or model.get("mixer") or record.get("model_config", {}).get("model_type"),
             plot.format_quantity(record["parameters"]) if "parameters" in record else None,
             plot.format_quantity(max(infer_tokens(run.metrics), default=0)) if run.metrics else None,
             f"{speed:,.0f}" if speed else None,
-            shown,
-            reached[-1] + origin_note(run, extrapolation) if reached else None,
+            perplexity_cell,
+            furthest_ratio_cell,
         ]
         if any(cell is not None for cell in cells):
             rows[run.name] = cells

@@ -82,9 +82,11 @@ class Order:
     def count_windows(self, start: int, stop: int) -> dict[str, int]:
         """Return how many windows of each source the steps [start, stop) read.
 
-        This takes constant time with weights. Without, it takes the time to list the windows of the first and the last
-        epoch that are read in part.
+        This takes constant time with weights or of one source. Else it takes the time to list the windows of the first
+        and the last epoch that are read in part.
         """
+        if len(self.windows) == 1:
+            return dict.fromkeys(self.windows, (stop - start) * self.batch_size)
         begin = self.position(start)
         end = self.position(stop)
         if self.weights is None:

@@ -8,7 +8,7 @@ interrupted and resumed.
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -144,22 +144,15 @@ def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[s
     return saved["inputs"]
 
 
-@dataclass(frozen=True)
-class UnitSigner:
-    """Compute the signatures of the documents of units.
+def sign_unit(settings: dict, fields: list[str], unit: Unit) -> Iterator[tuple[RecordBatch, Signatures]]:
+    """Yield the batches of a unit, without their records, and the signatures of their documents.
 
-    Attributes:
+    Args:
         settings: See `compute_signatures`.
         fields: The columns to read from a table.
     """
-
-    settings: dict
-    fields: list[str]
-
-    def __call__(self, unit: Unit) -> Iterator[tuple[RecordBatch, Signatures]]:
-        """Yield the batches of a unit, without their records, and the signatures."""
-        for batch in read_unit(unit, self.fields):
-            yield batch._replace(records=[]), compute_signatures(self.settings, batch)
+    for batch in read_unit(unit, fields):
+        yield batch._replace(records=[]), compute_signatures(settings, batch)
 
 
 def add_signatures(
@@ -183,7 +176,7 @@ def add_signatures(
     position = store.position
     bar.start_task("reading", bytes_before[-1], bytes_before[position.input])
     fields = list_fields(settings)
-    results = map_units(UnitSigner(settings, fields), cut_units(inputs, fields, position))
+    results = map_units(partial(sign_unit, settings, fields), cut_units(inputs, fields, position))
     documents = len(store)
     commit_time = time.monotonic()
     try:

@@ -300,7 +300,7 @@ def count_epochs(training: TrainingData) -> dict[str, float]:
             read = phase.tokens / reading.windows.length / len(reading.windows)
             epochs = {source: before + read for source, before in epochs.items()}
             continue
-        for source, count in reading.count_windows(phase.start_step, phase.end_step).items():
+        for source, count in reading.order.count_windows(phase.start_step, phase.end_step).items():
             epochs[source] += count / max(1, reading.windows.source_windows[source])
     return epochs
 

@@ -36,21 +36,20 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     # A head that is tied to the embeddings counts as embeddings.
     linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    muon_groups = ParameterGroups(config)
-    adamw_groups = ParameterGroups(config)
+    muon_groups: list[dict[str, Any]] = []
+    adamw_groups: list[dict[str, Any]] = []
     for name, parameter in model.named_parameters():
         scale = UNSCALED if multipliers is None else multipliers[name]
-        if id(parameter) not in linear:
-            adamw_groups.add(parameter, scale.adam_lr, weight_decay=0.0, eps=config.eps * scale.eps)
-        elif config.name == "muon" and ".layers." in name:
-            muon_groups.add(parameter, scale.muon_lr, weight_decay=config.weight_decay)
+        weight_decay = config.weight_decay if id(parameter) in linear else 0.0
+        if config.name == "muon" and id(parameter) in linear and ".layers." in name:
+            add_parameter(muon_groups, parameter, config, scale.muon_lr, weight_decay)
         else:
-            adamw_groups.add(parameter, scale.adam_lr, weight_decay=config.weight_decay, eps=config.eps * scale.eps)
-    adamw = torch.optim.AdamW(adamw_groups.groups, lr=config.min_lr, betas=config.betas, eps=config.eps, fused=True)
+            add_parameter(adamw_groups, parameter, config, scale.adam_lr, weight_decay, eps=config.eps * scale.eps)
+    adamw = torch.optim.AdamW(adamw_groups, lr=config.min_lr, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "adamw":
         return [adamw]
     muon = Muon(
-        muon_groups.groups,
+        muon_groups,
         lr=config.min_lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -60,30 +59,30 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     return [muon, adamw]
 
 
-class ParameterGroups:
-    """Parameter groups of an optimizer, one for each combination of settings."""
+def add_parameter(
+    groups: list[dict[str, Any]],
+    parameter: nn.Parameter,
+    config: OptimConfig,
+    lr_multiplier: float,
+    weight_decay: float,
+    **settings: float,
+) -> None:
+    """Add a parameter to the one of an optimizer's groups that has its settings, or to a new one.
 
-    def __init__(self, config: OptimConfig):
-        self.config = config
-        self.groups: list[dict[str, Any]] = []
-
-    def add(self, parameter: nn.Parameter, lr_multiplier: float, weight_decay: float, **settings: float) -> None:
-        """Add a parameter to the group with its settings.
-
-        AdamW and Muon multiply the decay by the learning rate. Dividing it by the multiplier of the rate lets weights
-        of all widths decay alike.
-        """
-        settings |= {
-            "lr_multiplier": lr_multiplier,
-            "lr": self.config.min_lr * lr_multiplier,
-            "initial_lr": self.config.lr * lr_multiplier,
-            "weight_decay": weight_decay / lr_multiplier,
-        }
-        for group in self.groups:
-            if group.items() >= settings.items():
-                group["params"].append(parameter)
-                return
-        self.groups.append({"params": [parameter], **settings})
+    AdamW and Muon multiply the decay by the learning rate. Dividing it by the multiplier of the rate lets weights of
+    all widths decay alike.
+    """
+    settings |= {
+        "lr_multiplier": lr_multiplier,
+        "lr": config.min_lr * lr_multiplier,
+        "initial_lr": config.lr * lr_multiplier,
+        "weight_decay": weight_decay / lr_multiplier,
+    }
+    for group in groups:
+        if group.items() >= settings.items():
+            group["params"].append(parameter)
+            return
+    groups.append({"params": [parameter], **settings})
 
 
 def learning_rate(step: int, config: RunConfig) -> float:

@@ -113,7 +113,7 @@ class SourceTokenCounter:
             if start >= stop:
                 continue
             counts = self.tokens.setdefault(phase.stage, dict.fromkeys(reading.windows.source_windows, 0))
-            for source, windows in reading.count_windows(start, stop).items():
+            for source, windows in reading.order.count_windows(start, stop).items():
                 counts[source] += windows * reading.windows.length
         self.step = step
 

@@ -19,13 +19,6 @@ class PhaseData:
     windows: Windows
     order: Order
 
-    def count_windows(self, start: int, stop: int) -> dict[str, int]:
-        """Return how many windows of each source the steps [start, stop), counted from 0, read."""
-        sources = [*self.windows.source_windows]
-        if len(sources) == 1:  # The order would list them.
-            return {sources[0]: (stop - start) * self.order.batch_size}
-        return self.order.count_windows(start, stop)
-
 
 class TrainingData:
     """The windows that a run trains on and their order: a pure function of the config and the data.

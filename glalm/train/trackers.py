@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glalm.config.strict import flatten_tree
+
 if TYPE_CHECKING:  # Importing Accelerate takes seconds.
     from accelerate.tracking import GeneralTracker
 
@@ -124,7 +126,7 @@ def start_tensorboard(folder: Path, config: "RunConfig", run_id: str, start_step
     first_step = None if start_step is None else start_step + 1
     tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=first_step)
     tracker.start()
-    tracker.store_init_configuration(flatten(dataclasses.asdict(config)))
+    tracker.store_init_configuration(list_settings(config))
     return tracker
 
 
@@ -144,16 +146,11 @@ def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int
     tracker = MLflowTracker(config.track.project, tags={"glalm": run_id}, **settings)
     tracker.start()
     if not found:  # A parameter of a run cannot be written twice.
-        tracker.store_init_configuration(flatten(dataclasses.asdict(config)))
+        tracker.store_init_configuration(list_settings(config))
     return tracker
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Return the leaves of a nested dict by their names with dots. Leaves that are not numbers become text."""
-    leaves: dict[str, str | int | float | bool] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flatten(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
-    return leaves
+def list_settings(config: "RunConfig") -> dict[str, str | int | float | bool]:
+    """Return the values of a config by their dotted keys. Those that are not numbers become text."""
+    settings = flatten_tree(dataclasses.asdict(config))
+    return {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}

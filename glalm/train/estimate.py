@@ -200,12 +200,12 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
         yield f"compilation   the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
     yield f"steps         {config.steps:,} ({tokens:,} tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_missing_data(config, tokens) if training is None else describe_data(config, training)
-    yield from describe_time_and_memory(config, world_size, device, costs, counts)
+    yield from describe_resources(config, world_size, device, costs, counts)
     if unchecked:
         yield unchecked
 
 
-def describe_time_and_memory(
+def describe_resources(
     config: RunConfig, world_size: int, device: Device, costs: list[PhaseCost], counts: ParameterCounts
 ) -> Iterator[str]:
     """Yield the lines on checkpoints, on time, and on the memory of devices and hosts."""

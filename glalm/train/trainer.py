@@ -228,7 +228,7 @@ class Trainer:
         weights: list[float] | Tensor = [1 / len(micro_batches)] * len(micro_batches)
         if "starts" in batch:
             # Documents have different numbers of targets where the state is reset between them.
-            targets = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).float()
+            targets = torch.stack([(part["labels"] != IGNORE_INDEX).sum() for part in micro_batches]).float()
             weights = targets / self.accelerator.reduce(targets.sum(), "mean")
         forward_backward = self.forward_backward
         if self.graph is not None:
@@ -341,7 +341,7 @@ class Trainer:
             yield self._take_share(batch, windows.length)
 
     def _take_share(self, batch: Batch, segment_length: int) -> Batch:
-        """Move this process's part of a batch, whose sequences are cut into such segments, to the device."""
+        """Return this process's part of a batch on its device. Segments of sequences have this many tokens."""
         if self.context is not None:
             batch = shard_batch(batch, segment_length, self.context.rank, self.context.size)
         # `starts` stays on the host, where `model_inputs` computes shapes from it.

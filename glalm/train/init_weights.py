@@ -15,7 +15,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
-from glalm.train.parametrization import find_multipliers, scale_initial_weights
+from glalm.train.parametrization import find_multipliers
 from glalm.train.run_dir import read_run_record
 
 
@@ -32,7 +32,10 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     if config.train.init_from is None or not from_scratch:
         model = CausalLM(config.model)
         if config.optim.parametrization == "mup":
-            scale_initial_weights(model, find_multipliers(config.model, config.optim))
+            multipliers = find_multipliers(config.model, config.optim)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.mul_(multipliers[name].init)
         return model
 
     folder = Path(config.train.init_from)

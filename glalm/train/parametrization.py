@@ -9,7 +9,6 @@ parametrization, and whatever reads a checkpoint needs no multipliers.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -141,10 +140,3 @@ def find_output_multipliers(model: CausalLM, base: CausalLM, depth: float) -> di
             query = f"model.layers.{i}.attn.{mixer.softmax_query_layer}"
             found[query] = math.sqrt(base_block.attn.head_dim / mixer.head_dim)
     return found
-
-
-@torch.no_grad()
-def scale_initial_weights(model: CausalLM, multipliers: Mapping[str, Multipliers]) -> None:
-    """Multiply the initial weights of a model that has just been built."""
-    for name, parameter in model.named_parameters():
-        parameter.mul_(multipliers[name].init)

@@ -71,8 +71,12 @@ def multiplies_exactly(x: Tensor) -> bool:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Return x / |x| along the last axis, and 0 for x = 0."""
-    return x * at_least_float32(x).square().sum(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
+    """Return x / |x| along the last axis, and 0 for x = 0.
+
+    The gradient is a difference of two products that may nearly cancel, so it is rounded to x's dtype only once.
+    """
+    wide = at_least_float32(x)
+    return (wide * wide.square().sum(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)
 
 
 _assumes_gpu = False

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from glalm.kernels import chunk_delta_rule, fused_recurrent_delta_rule
+from glalm.kernels.common import l2_normalize
 from glalm.kernels.recurrent import states_in_place
 from glalm.kernels.reference import recurrent_delta_rule
 
@@ -32,6 +33,21 @@ def recurrence(q, k, v, beta, g=None, initial_state=None, cu_seqlens=None):
             outputs.append((q[row, t][:, None, :] @ S)[None, :, 0] / K**0.5)
         states.append(S)
     return torch.cat(outputs).view(B, T, H, V), torch.stack(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_normalizing_rounds_once(dtype):
+    """Also the gradient, of which the part along x cancels."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 8, dtype=torch.float64).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    dy = (torch.nn.functional.normalize(exact.detach(), dim=-1) + 0.01 * torch.randn(50, 8)).to(dtype)
+    y, expected = l2_normalize(x), l2_normalize(exact)
+    y.backward(dy)
+    expected.backward(dy.double())
+    half_unit = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(y.double(), expected, rtol=half_unit, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=half_unit, atol=1e-5)
 
 
 @pytest.mark.parametrize("gates", GATES)

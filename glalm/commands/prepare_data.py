@@ -37,20 +37,16 @@ SETTINGS = ("tokenizer", "eos", "vocab_size", "validation", "test", "shard_token
 def prepare_or_inspect() -> int:
     """Split text, tokenize it, and write token shards. `glalm prepare inspect` shows what is in a set."""
     try:
-        if sys.argv[1:2] == ["inspect"]:
-            return inspect()
-        return prepare()
+        if sys.argv[1:2] != ["inspect"]:
+            return prepare()
+        parser = argparse.ArgumentParser(prog="glalm prepare inspect", description="Show what is in a prepared set.")
+        parser.add_argument("path", metavar="PATH", help="the folder of the set; lengths.png is written into it")
+        parser.add_argument("--quick", action="store_true", help="do not read every file to verify its SHA-256")
+        args = parser.parse_args(sys.argv[2:])
+        return inspect_set(args.path, verify=not args.quick)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-
-
-def inspect() -> int:
-    parser = argparse.ArgumentParser(prog="glalm prepare inspect", description="Show what is in a prepared set.")
-    parser.add_argument("path", metavar="PATH", help="the folder of the set; lengths.png is written into it")
-    parser.add_argument("--quick", action="store_true", help="do not read every file to verify its SHA-256")
-    args = parser.parse_args(sys.argv[2:])
-    return inspect_set(args.path, verify=not args.quick)
 
 
 def prepare() -> int:

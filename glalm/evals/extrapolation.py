@@ -137,13 +137,8 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
     index_of = {n: bucket_index(n * train_length, edges) for n in length_multiples(edges[-1] // train_length)}
     results = {"train_length": train_length, "contexts": {}}
     for name, losses in nats.items():
-        buckets = []
-        for i, (start, end) in enumerate(pairwise(edges)):
-            filled = losses[:, i][~losses[:, i].isnan()]
-            counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
-            buckets.append({"start": start, "end": end, **summarize_losses(filled), **counts})
         ratios = {str(n): summarize_ratio(losses[:, i] - losses[:, first]) for n, i in index_of.items()}
-        results["contexts"][name] = {"buckets": buckets, "ratios": ratios}
+        results["contexts"][name] = {"buckets": summarize_buckets(losses, edges), "ratios": ratios}
     if {"stateful", "reset"} <= nats.keys():
         loss = nats["stateful"] - nats["reset"]
         results["stateful_over_reset"] = {str(n): summarize_ratio(loss[:, i]) for n, i in index_of.items()}
@@ -151,6 +146,16 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
         if name != "stateful" and "stateful" in nats:
             results[f"{name}_minus_stateful"] = summarize_gains(losses - nats["stateful"], edges, train_length)
     return results
+
+
+def summarize_buckets(losses: Tensor, edges: list[int]) -> list[dict]:
+    """Return `buckets` of `build_results` for one context, given the nats of each text in each bucket."""
+    buckets = []
+    for i, (start, end) in enumerate(pairwise(edges)):
+        filled = losses[:, i][~losses[:, i].isnan()]
+        counts = {"documents": len(filled), "tokens": len(filled) * (end - start)}
+        buckets.append({"start": start, "end": end, **summarize_losses(filled), **counts})
+    return buckets
 
 
 def summarize_gains(gain: Tensor, edges: list[int], train_length: int) -> list[dict]:

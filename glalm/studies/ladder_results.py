@@ -54,30 +54,37 @@ def write_results(runs: "list[LadderRun]", planned: "list[LadderRun]", args: arg
     for key, row in rows.items():
         if args.lrs != [None]:
             row["best"] = key == best[key[0]] and key[0] not in unfinished
-    evaluated = runs[0].results("perplexity")
-    record = {
-        "size": args.size,
-        "arguments": args.arguments,
-        "eval": args.eval,
-        "at_once": args.at_once,
-        "device": evaluated["device"],
-        "gpus": len(visible_gpus()),
-        "versions": evaluated["versions"],
-        "runs": len(planned),
-        "complete": len(runs),
-        "rows": [*rows.values()],
-    }
-    differences = describe_differences([run.results("perplexity") for run in runs])
-    write_json(args.folder / "ladder.json", record | {"differences": differences})
+    record = describe_ladder(rows.values(), runs, planned, args)
+    write_json(args.folder / "ladder.json", record)
     write_csv(runs, args.folder / "ladder.csv")
     print_table(rows.values())
     if unfinished:
         absent = sorted(unfinished - {run.model for run in runs})
         none_of = f"; none of {', '.join(absent)}" if absent else ""
         print(f"{len(runs)} of {len(planned)} runs are complete{none_of}.")
-    if differences:
-        print(f"These perplexities do not compare: {'; '.join(differences)}.")
+    if record["differences"]:
+        print(f"These perplexities do not compare: {'; '.join(record['differences'])}.")
     draw_figures({model: groups[best[model]] for model in dict.fromkeys(run.model for run in runs)}, args.folder)
+
+
+def describe_ladder(
+    rows: Collection[dict], runs: "list[LadderRun]", planned: "list[LadderRun]", args: argparse.Namespace
+) -> dict:
+    """Return the content of ladder.json: what was asked for, where it ran, the table, and what does not compare."""
+    results = [run.results("perplexity") for run in runs]
+    return {
+        "size": args.size,
+        "arguments": args.arguments,
+        "eval": args.eval,
+        "at_once": args.at_once,
+        "device": results[0]["device"],
+        "gpus": len(visible_gpus()),
+        "versions": results[0]["versions"],
+        "runs": len(planned),
+        "complete": len(runs),
+        "rows": [*rows],
+        "differences": describe_differences(results),
+    }
 
 
 def draw_figures(runs: "dict[str, list[LadderRun]]", folder: Path) -> None:

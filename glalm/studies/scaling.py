@@ -58,20 +58,10 @@ def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
     Raises:
         ConfigError: There are too few sizes or measurements, or the loss does not fall as a power law does.
     """
+    has_tokens = have_several_tokens(measurements)
     sizes = np.array([m.parameters for m in measurements], dtype=float)
     tokens = np.array([m.tokens for m in measurements], dtype=float)
     losses = np.array([m.loss for m in measurements])
-    runs = {(m.parameters, m.tokens) for m in measurements}
-    token_counts = {m.tokens for m in measurements}
-    has_tokens = len(runs) > len(set(sizes))
-    required = 5 if has_tokens else 3
-    at_least = "3 sizes and 3 numbers of tokens" if has_tokens else "3 sizes"
-    require(
-        len(set(sizes)) >= 3 and (len(token_counts) >= 3 or not has_tokens) and len(runs) >= required,
-        f"The law has {required} numbers to fit, and these runs have {len(set(sizes))} sizes, {len(token_counts)} "
-        f"numbers of tokens and {len(runs)} losses. Name runs of at least {at_least}, and at least {required} that "
-        "differ in one",
-    )
     # For given exponents the law is linear in its other numbers.
     grids = [EXPONENTS, EXPONENTS if has_tokens else np.zeros(1)]
     best: tuple[float, LossLaw] | None = None
@@ -90,6 +80,27 @@ def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
         grids = [np.geomspace(x / ratio, x * ratio, 25) if x else np.zeros(1) for x in found]
     assert best is not None
     return LossLaw(*(float(number) for number in dataclasses.astuple(best[1])))
+
+
+def have_several_tokens(measurements: Sequence[Measurement]) -> bool:
+    """Return whether some size was trained on several numbers of tokens, so that the law has a term of tokens.
+
+    Raises:
+        ConfigError: There are too few sizes, numbers of tokens, or runs for the numbers of the law.
+    """
+    runs = {(m.parameters, m.tokens) for m in measurements}
+    sizes = {m.parameters for m in measurements}
+    token_counts = {m.tokens for m in measurements}
+    has_tokens = len(runs) > len(sizes)
+    required = 5 if has_tokens else 3
+    at_least = "3 sizes and 3 numbers of tokens" if has_tokens else "3 sizes"
+    require(
+        len(sizes) >= 3 and (len(token_counts) >= 3 or not has_tokens) and len(runs) >= required,
+        f"The law has {required} numbers to fit, and these runs have {len(sizes)} sizes, {len(token_counts)} "
+        f"numbers of tokens and {len(runs)} losses. Name runs of at least {at_least}, and at least {required} that "
+        "differ in one",
+    )
+    return has_tokens
 
 
 def select_best(measurements: Sequence[Measurement]) -> list[Measurement]:

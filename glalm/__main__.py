@@ -21,7 +21,7 @@ COMMANDS = {
     "linearize": ("checkpoints:linearize_llama", "convert a Llama with softmax attention to GLA or ReGLA"),
     "ladder": ("studies:compare_models", "train and evaluate many models at one size and budget"),
     "scaling": ("studies:fit_scaling_law", "fit the loss against model size, and predict that of other runs"),
-    "mqar": ("studies:measure_recall", "measure multi-query associative recall"),
+    "mqar": ("studies:measure_recall", "measure associative recall"),
 }
 TAKES_URLS = ("prepare", "deduplicate")  # These commands refuse themselves what may not be a URL.
 

@@ -105,7 +105,7 @@ def predict_losses(args: argparse.Namespace) -> None:
 
 
 def measure_recall() -> None:
-    r"""Measure multi-query associative recall (Zoology, arXiv 2312.04927): glalm mqar [KEY=VALUE ...]
+    r"""Measure associative recall: glalm mqar [KEY=VALUE ...]
 
     Trains a small model for every mixer, length, width and learning rate, until one rate solves the task. Writes
     FOLDER/eval/*.json, one file for each model, and the figure FOLDER/plots/mqar.png and .svg. Run the same command
@@ -116,6 +116,9 @@ def measure_recall() -> None:
             vocab_size=512 train_examples=20000 test_examples=1000 epochs=8 batch_size=128
 
     and with twelve models at once on each GPU: glalm mqar hydra/launcher=processes hydra.launcher.at_once=12
+
+    The task is multi-query associative recall (Zoology, arXiv 2312.04927). task=associative_recall is that of Hyena's
+    paper (arXiv 2302.10866): the value of one key at the end of a long sequence (docs/evaluation.md, Recall).
     """
     from glalm.studies.mqar import MQARConfig
 

@@ -156,7 +156,7 @@ def plot_losses(metrics: Mapping[str, Path | Sequence[Path]], path: str | Path) 
 
 @style.context(STYLE)
 def plot_mqar(records: Sequence[Record], path: str | Path) -> list[Path]:
-    """Plot accuracy of multi-query associative recall against width, a panel a length, a curve a mixer.
+    """Plot accuracy of associative recall against width, a panel a length, a curve a mixer.
 
     A point is the best of the learning rates (arXiv 2312.04927, figure 2).
 

@@ -1,7 +1,11 @@
-"""Multi-query associative recall: the task, and the training of one small model on it (Zoology, arXiv 2312.04927).
+"""Two tasks of associative recall, and the training of one small model on them.
 
-A sequence lists keys with their values. Later each key appears once more, and the model must predict its value there.
-The number of pairs that a model of some width recalls shows how much its state can hold.
+Multi-query associative recall (Zoology, arXiv 2312.04927): a sequence lists keys with their values. Later each key
+appears once more, and the model must predict its value there. The number of pairs that a model of some width recalls
+shows how much its state can hold.
+
+Associative recall (Hyena, arXiv 2302.10866, section 4.1): a long sequence repeats the entries of a small dictionary. At
+its end the model must predict the value of one key. This shows which mixers can learn recall at such lengths.
 """
 
 import dataclasses
@@ -57,16 +61,20 @@ class MQARConfig:
     """
 
     folder: str = "runs/mqar"  # eval/*.json has the results, partial/* the models in training
+    task: Literal["mqar", "associative_recall"] = "mqar"  # multi-query, or one query at the end of a long sequence
     # A mixer for both layers, or one for each, as in gla+attention.
     mixers: list[str] = field(default_factory=lambda: ["attention", "gla", "mamba", "retention", "deltanet"])
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # tokens
-    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 64])  # keys with a value, for each length
+    # Keys with a value, for each length. In associative_recall, how many a sequence's dictionary has.
+    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 64])
     widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     # logspace(-4, -2, 4), most promising first. Once one rate reaches stop_at, the others are skipped.
     learning_rates: list[float] = field(default_factory=lambda: [2.15e-3, 4.64e-4, 1e-2, 1e-4])
     vocab_size: int = 8192  # the lower half are keys, the upper half values
-    power: float = 0.01  # p(gap) ~ gap^(power - 1), for the gap between a key's two places; 1: uniform
-    filler: Literal["zero", "random"] = "zero"  # the tokens that are neither key nor value
+    # Only of mqar: p(gap) ~ gap^(power - 1), for the gap between a key's two places; 1: uniform.
+    power: float = 0.01
+    # Only of mqar: the tokens that are neither key nor value.
+    filler: Literal["zero", "random"] = "zero"
     train_examples: int = 100_000
     test_examples: int = 3_000
     epochs: int = 64
@@ -92,6 +100,10 @@ class MQARConfig:
         require(
             self.vocab_size >= 2 * max(self.pairs) + 2,
             f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs",
+        )
+        require(
+            self.task == "mqar" or (self.power, self.filler) == (MQARConfig.power, MQARConfig.filler),
+            f"power and filler describe task=mqar; remove them from task={self.task}",
         )
         for mixer in self.mixers:
             for layer in mixer.split("+"):
@@ -140,14 +152,54 @@ class Examples:
     """Sequences with their questions and answers, all int64."""
 
     inputs: Tensor  # [n, length], token ids
-    queries: Tensor  # [n, pairs], the positions at which keys appear again
-    values: Tensor  # [n, pairs], the token ids to predict there
+    queries: Tensor  # [n, queries], the positions of the keys whose values are to be predicted
+    values: Tensor  # [n, queries], the token ids to predict there
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, rows) -> "Examples":
         return Examples(self.inputs[rows], self.queries[rows], self.values[rows])
+
+
+def draw_sets(config: MQARConfig, job: Job, generator: torch.Generator) -> tuple[Examples, Examples]:
+    """Draw the training and the test examples of a job.
+
+    In associative recall the test asks at the last key alone. Training asks at every key, because the authors' code
+    trains on all tokens.
+    """
+    counts = (config.train_examples, config.test_examples)
+    task = (job.length, job.pairs, generator, config.vocab_size)
+    if config.task == "mqar":
+        training, test = (draw_examples(count, *task, config.power, config.filler) for count in counts)
+        return training, test
+    training, test = (draw_associative_recall(count, *task) for count in counts)
+    return training, Examples(test.inputs, test.queries[:, -1:], test.values[:, -1:])
+
+
+def draw_associative_recall(
+    count: int, length: int, pairs: int, generator: torch.Generator, vocab_size: int
+) -> Examples:
+    """Draw `count` sequences of associative recall on the generator's device.
+
+    Each has a dictionary of its own: `pairs` different keys (ids 1 to vocab_size / 2 - 1), and for each a random value
+    (ids from vocab_size / 2 on), which keys may share. The first length - 2 tokens are random entries of it, each a key
+    and its value. A 0 follows, and last the key of one of these entries. The queries are all keys, in order.
+    """
+    device = generator.device
+    half = vocab_size // 2
+    keys = 1 + draw_distinct(torch.ones(half - 1, device=device), count, pairs, generator)
+    values = torch.randint(half, vocab_size, (count, pairs), generator=generator, device=device)
+    entries = torch.randint(pairs, (count, length // 2 - 1), generator=generator, device=device)
+    asked = torch.randint(length // 2 - 1, (count, 1), generator=generator, device=device)
+    entries = torch.cat([entries, entries.gather(1, asked)], 1)
+    queries = torch.arange(0, length, 2, device=device)
+    queries[-1] = length - 1
+    inputs = torch.zeros(count, length, dtype=torch.int64, device=device)
+    inputs[:, queries] = keys.gather(1, entries)
+    answers = values.gather(1, entries)
+    inputs[:, 1:-2:2] = answers[:, :-1]
+    return Examples(inputs, queries.expand(count, -1), answers)
 
 
 def draw_examples(
@@ -159,7 +211,7 @@ def draw_examples(
     power: float = 0.01,
     filler: str = "zero",
 ) -> Examples:
-    """Draw `count` sequences on the generator's device.
+    """Draw `count` sequences of multi-query associative recall on the generator's device.
 
     The first 2 * pairs tokens are keys (ids 1 to vocab_size / 2 - 1) and their values (ids from vocab_size / 2 on),
     with no key and no value twice. The rest of the sequence consists of slots of two tokens. The keys appear again at
@@ -210,9 +262,7 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     """
     start_time = time.perf_counter()
     generator = torch.Generator(device).manual_seed(config.seed)
-    task = {"vocab_size": config.vocab_size, "power": config.power, "filler": config.filler}
-    training = draw_examples(config.train_examples, job.length, job.pairs, generator, **task)
-    test = draw_examples(config.test_examples, job.length, job.pairs, generator, **task)
+    training, test = draw_sets(config, job, generator)
     model = build_model(config, job, device)
     capture = config.cuda_graph and device.type == "cuda"
     batch_size = min(config.batch_size, max(1, config.batch_tokens // job.length))
@@ -347,7 +397,7 @@ def build_optimizer(
 
 
 def answer_logits(model: CausalLM, batch: Examples) -> Tensor:
-    """Return the logits at the queries only, float32 [n, pairs, vocabulary].
+    """Return the logits at the queries only, float32 [n, queries, vocabulary].
 
     The head is most of the work of such a model.
     """

@@ -12,15 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.plugins import Plugins
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.model.mixers.gla import GLAOptions
 from glalm.studies import mqar, mqar_sweep
-from glalm.studies.mqar import Examples, Job, MQARConfig, RecallModel, draw_examples
+from glalm.studies.mqar import Examples, Job, MQARConfig, RecallModel, draw_associative_recall, draw_examples
 from glalm.train.run_lock import lock_run_dir
 
 ROOT = Path(__file__).parents[2]
+
+
+@st.composite
+def recall_tasks(draw) -> tuple[int, int, int]:
+    """Draw length, pairs and vocab_size of associative recall."""
+    pairs = draw(st.integers(1, 12))
+    return 2 * draw(st.integers(2 * pairs, 40)), pairs, draw(st.integers(2 * pairs + 2, 60))
 
 
 def draw(count: int = 300, length: int = 64, pairs: int = 8, seed: int = 0, **task) -> Examples:
@@ -72,6 +81,60 @@ def test_later_slots_are_drawn_from_those_that_are_left():
 def test_the_generator_decides():
     assert torch.equal(draw().inputs, draw().inputs)
     assert not torch.equal(draw().inputs, draw(seed=1).inputs)
+
+
+@given(shape=recall_tasks(), seed=st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_a_reader_of_associative_recall_knows_every_repeated_key(shape, seed):
+    """Read each sequence token by token, knowing only that the vocabulary's lower half are keys."""
+    length, pairs, vocab_size = shape
+    task = draw_associative_recall(8, length, pairs, torch.Generator().manual_seed(seed), vocab_size)
+    for row, queries, answers in zip(task.inputs.tolist(), task.queries.tolist(), task.values.tolist(), strict=True):
+        asked = {position: answer for position, answer in zip(queries, answers, strict=True)}
+        known = {}
+        for position, token in enumerate(row):
+            assert 0 <= token < vocab_size
+            if position == length - 2:
+                assert token == 0 and position not in asked
+            elif token < vocab_size // 2:
+                assert token > 0
+                following = row[position + 1] if position < length - 1 else known[token]
+                assert asked.pop(position) == following == known.setdefault(token, following) >= vocab_size // 2
+            else:
+                assert position not in asked
+        assert not asked and 1 <= len(known) <= pairs
+
+
+def test_associative_recall_draws_keys_values_and_the_query_evenly():
+    task = draw_associative_recall(4000, 34, 4, torch.Generator().manual_seed(0), 10)  # keys 1 to 4, values 5 to 9
+    keys = task.inputs.gather(1, task.queries)
+    for token_ids, expected in ((keys[:, 0], 1000), (keys[:, -1], 1000), (task.values[:, 0], 800)):
+        counts = [count for count in token_ids.bincount().tolist() if count]
+        assert len(counts) == 4000 / expected
+        assert counts == pytest.approx([expected] * len(counts), abs=130)  # about five standard deviations
+    pairs_of_first_keys = keys[:, 0] * 10 + task.values[:, 0]
+    assert pairs_of_first_keys.unique().numel() == 4 * 5  # each sequence has a dictionary of its own
+
+
+def test_associative_recall_is_tested_at_the_last_key_alone():
+    shape = {"lengths": [32], "pairs": [4], "vocab_size": 10}
+    config = MQARConfig(task="associative_recall", **shape, train_examples=5, test_examples=3)
+    job = Job("gla", 32, 4, 16, 1e-3)
+    training, test = mqar.draw_sets(config, job, torch.Generator().manual_seed(1))
+    assert training.queries.tolist() == [[*range(0, 30, 2), 31]] * 5 and training.values.shape == (5, 16)
+    assert test.queries.tolist() == [[31]] * 3 and test.values.shape == (3, 1)
+    again = mqar.draw_sets(config, job, torch.Generator().manual_seed(1))
+    assert torch.equal(test.inputs, again[1].inputs) and not torch.equal(training.inputs[:3], test.inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["hyena", "gla", "attention"])
+def test_mixers_learn_associative_recall(mixer):
+    torch.set_num_threads(1)
+    task = {"task": "associative_recall", "lengths": [64], "pairs": [4], "vocab_size": 10}
+    config = MQARConfig(**task, train_examples=2000, test_examples=300, epochs=12, batch_size=32)
+    result = mqar.train(config, Job(mixer, 64, 4, 64, 1e-3), torch.device("cpu"))
+    assert result["accuracy"] >= 0.99  # 0.25 for a guess among the values that occurred
 
 
 SMALL = MQARConfig(
@@ -287,6 +350,15 @@ def test_a_mixer_for_each_layer():
         assert model.config.layer_mixers() == layers
 
 
+def test_both_tasks_share_a_folder(tmp_path):
+    shared = {"folder": str(tmp_path), "mixers": ["hyena"], "widths": [16], "learning_rates": [1e-2]}
+    config = dataclasses.replace(SMALL, **shared, train_examples=64, epochs=1)
+    for task in ("mqar", "associative_recall", "mqar"):
+        assert mqar_sweep.main(dataclasses.replace(config, task=task)) == 0
+    records = [json.loads(path.read_text()) for path in (tmp_path / "eval").iterdir()]
+    assert sorted(record["settings"]["task"] for record in records) == ["associative_recall", "mqar"]
+
+
 @pytest.mark.parametrize("length", [16, 64])
 def test_the_filter_of_hyena_is_as_long_as_the_sequences(length, monkeypatch):
     models = []
@@ -302,6 +374,8 @@ def test_settings_that_cannot_be():
         MQARConfig(lengths=[64], pairs=[20])
     with pytest.raises(ConfigError, match="must have as many entries"):
         MQARConfig(lengths=[64, 128], pairs=[4])
+    with pytest.raises(ConfigError, match="power and filler describe task=mqar; remove them"):
+        MQARConfig(task="associative_recall", filler="random")
     with pytest.raises(ConfigError, match="mixers='rwkv' is none of the mixers: gla"):
         MQARConfig(mixers=["rwkv"])
     with pytest.raises(ConfigError, match="mixers='rwkv' is none of the mixers: gla"):

@@ -1,6 +1,7 @@
 """Operators of recurrences, convolutions and the loss: pure functions on tensors, without modules or configs."""
 
 from glalm.kernels.delta import chunk_delta_rule
+from glalm.kernels.gated_norm import gated_rms_norm
 from glalm.kernels.gla import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla, chunk_value_gla
 from glalm.kernels.long_convolution import long_convolution
 from glalm.kernels.recurrent import (
@@ -28,6 +29,7 @@ __all__ = [
     "fused_recurrent_retention",
     "fused_recurrent_simple_gla",
     "fused_recurrent_ssd",
+    "gated_rms_norm",
     "long_convolution",
     "selective_scan",
     "short_conv",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glalm.kernels import short_conv
+from glalm.kernels import gated_rms_norm, short_conv
 from glalm.kernels.common import register_operator, sequence_ids, wide_dtype
 from glalm.kernels.context_parallel import ContextShard
 
@@ -52,7 +52,7 @@ class GatedRMSNorm(RMSNorm):
 
     # A gated norm is an RMSNorm by its weight, but is never called as one.
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * F.silu(gate)
+        return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
 class GroupedRMSNorm(nn.RMSNorm):

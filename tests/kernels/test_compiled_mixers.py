@@ -1,4 +1,4 @@
-"""Compile the kernels of Mamba, Mamba-2 and the short convolution for every kind of GPU, which needs none.
+"""Compile the kernels of Mamba, Mamba-2, short convolutions and gated norms for every kind of GPU, which needs none.
 
 Each configuration must fit the shared memory of the GPUs it is chosen for, and those of Hopper must fit as many
 programs on a multiprocessor as they were chosen for.
@@ -11,12 +11,14 @@ import torch
 from interpreter import INTERPRETED
 from test_compiled import REGISTERS, WARPS, check_parameters, compile_kernel
 
-from glalm.kernels.triton import launch, segments, selective_scan, short_conv, ssd
+from glalm.kernels.triton import gated_norm, launch, segments, selective_scan, short_conv, ssd
 
 # The shared memory of a program in bytes, by compute capability.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # Programs on a multiprocessor of a Hopper, by kernel, and for the scan of Mamba-2 whether it runs backward in time.
 PROGRAMS = {
+    "gated_norm_kernel": 8,
+    "gated_norm_backward_kernel": 4,
     "scan_kernel": 8,
     "scan_backward_kernel": 2,
     "conv_kernel": 16,
@@ -30,7 +32,7 @@ PROGRAMS = {
 def launches(monkeypatch):
     """The (kernel, arguments, constants, options) of every launch. No kernel runs."""
     recorded = []
-    for module in (selective_scan, short_conv, ssd, segments):
+    for module in (gated_norm, selective_scan, short_conv, ssd, segments):
         monkeypatch.setattr(module, "launch", lambda kernel, programs, *call: recorded.append((kernel, *call)))
     return recorded
 
@@ -54,6 +56,12 @@ def launch_short_conv(count: int) -> None:
     plan.backward(x, None)
 
 
+def launch_gated_norm(count: int) -> None:
+    x = zeros(64, 256)
+    gated_norm.forward(x, x, torch.ones(256), 1e-5)
+    gated_norm.backward(x, x, torch.ones(256), x, 1e-5)
+
+
 def launch_ssd(count: int) -> None:
     x, dt, A, k = zeros(1, 128, 2, 64), torch.zeros(1, 128, 2), torch.zeros(2), zeros(1, 128, 1, 128)
     plan = ssd.SSDPlan(x, dt, A, k, k, A, None)
@@ -63,7 +71,7 @@ def launch_ssd(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("launch_all", [launch_selective_scan, launch_short_conv, launch_ssd])
+@pytest.mark.parametrize("launch_all", [launch_gated_norm, launch_selective_scan, launch_short_conv, launch_ssd])
 def test_launches_give_every_parameter(launch_all, count, launches):
     launch_all(count)
     check_parameters(launches)
@@ -72,7 +80,7 @@ def test_launches_give_every_parameter(launch_all, count, launches):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("launch_all", [launch_selective_scan, launch_short_conv, launch_ssd])
+@pytest.mark.parametrize("launch_all", [launch_gated_norm, launch_selective_scan, launch_short_conv, launch_ssd])
 def test_every_kernel_compiles_for_every_gpu(launch_all, capability, launches, monkeypatch):
     for module in (launch, selective_scan, short_conv, ssd):
         if hasattr(module, "architecture"):

@@ -1,0 +1,52 @@
+"""The kernels of the gated RMSNorm at small shapes in Triton's interpreter, which needs a process of its own."""
+
+import pytest
+import torch
+from gated_norm_cases import EPS, differentiate, random_arguments, relative_errors
+from interpreter import INTERPRETED, run_interpreted
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+BF16 = 1e-2  # The interpreter truncates to bfloat16; the GPU rounds.
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Let CPU tensors take the kernels, with several tiles of rows in a program."""
+    from glalm.kernels import common
+    from glalm.kernels.triton import gated_norm
+
+    monkeypatch.setattr(common, "has_kernel", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(gated_norm, "TILE", 32)
+    monkeypatch.setattr(gated_norm, "PROGRAMS", 1)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 3), (7, 5), (3, 2, 41, 8), (9, 33), (2, 0, 16)])
+def test_every_shape(shape):
+    errors = relative_errors(*shape)
+    assert 0 in shape or max(errors.values()) < 2e-6, errors
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    errors = relative_errors(50, 16, dtype=dtype)
+    assert max(errors.values()) < BF16, errors
+
+
+@interpreted
+def test_wild_gates_and_rows_of_zeros_are_finite():
+    from glalm.kernels import gated_rms_norm
+
+    args = random_arguments(4, 8)
+    args["x"][0] = 0
+    args["gate"][1] = -1e4
+    args["gate"][2] = 1e4
+    found = differentiate(args, torch.ones(4, 8), lambda **a: gated_rms_norm(**a, eps=EPS))
+    assert all(x.isfinite().all() for x in found.values())
+    assert not found["y"][:2].any()

@@ -52,6 +52,7 @@ class GatedRMSNorm(RMSNorm):
 
     # A gated norm is an RMSNorm by its weight, but is never called as one.
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        assert self.eps is not None  # torch's class allows None.
         return gated_rms_norm(x, gate, self.weight, self.eps)
 
 

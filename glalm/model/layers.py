@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glalm.kernels import gated_rms_norm, short_conv
 from glalm.kernels.common import register_operator, sequence_ids, wide_dtype
 from glalm.kernels.context_parallel import ContextShard
+from glalm.kernels.gated_norm import Activation
 
 MIN_TIME_STEP = 1e-3
 MAX_TIME_STEP = 1e-1
@@ -48,12 +49,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm over the last axis, followed by a swish output gate: norm(x) * weight * silu(gate)."""
+    """RMSNorm over the last axis, followed by an output gate: norm(x) * weight * activation(gate)."""
+
+    def __init__(self, size: int, eps: float, activation: Activation = "silu"):
+        super().__init__(size, eps=eps)
+        self.activation = activation
 
     # A gated norm is an RMSNorm by its weight, but is never called as one.
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         assert self.eps is not None  # torch's class allows None.
-        return gated_rms_norm(x, gate, self.weight, self.eps)
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.activation)
 
 
 class GroupedRMSNorm(nn.RMSNorm):

@@ -30,7 +30,8 @@ SAVED_OPS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 SAVED_NAMESPACES = {"glalm", "torch_attn"}  # our kernels, and torch's attention over packed sequences
-RECOMPUTED_KERNELS = {"glalm::short_conv"}  # takes no longer than an elementwise operation, and its results are wide
+# These take no longer than an elementwise operation, and their results are wide.
+RECOMPUTED_KERNELS = {"glalm::short_conv", "glalm::gated_rms_norm"}
 # The most compiled variants of a block: mixers x with or without an initial state x shapes.
 RECOMPILE_LIMIT = 32
 
@@ -60,8 +61,21 @@ def choose_forward(config: TrainConfig, compiled: bool) -> BlockForward:
     # torch.compile recomputes elementwise operations, but saves operands of matrix products: norms, SwiGLU's product,
     # weights in bfloat16. Recomputing these too saves a quarter of a step's memory for 2% of its time.
     torch._functorch.config.ban_recompute_materialized_backward = config.activation_checkpointing == "none"
+    if compiled:
+        _let_compiler_recompute(torch.ops.glalm.gated_rms_norm)
     checkpointed_forwards = COMPILED_CHECKPOINTED_FORWARDS if compiled else CHECKPOINTED_FORWARDS
     return checkpointed_forwards[config.activation_checkpointing]
+
+
+def _let_compiler_recompute(operator: torch._ops.OpOverloadPacket) -> None:
+    """Let torch.compile recompute an operator as it does elementwise ones. It saves the results of all other kernels.
+
+    The operator must be as cheap as an elementwise one. torch.compile knows only its own operators by torch.Tag.
+    """
+    from torch._functorch.partitioners import pointwise_ops  # Its import takes as long as that of torch._dynamo.
+
+    if operator not in pointwise_ops():  # This is the cached list itself.
+        pointwise_ops().append(operator)
 
 
 def is_compiled(config: TrainConfig, is_gpu: bool) -> bool:

@@ -11,6 +11,7 @@ import torch
 from interpreter import INTERPRETED
 from test_compiled import REGISTERS, WARPS, check_parameters, compile_kernel
 
+from glalm.kernels.gated_norm import ACTIVATIONS
 from glalm.kernels.triton import gated_norm, launch, segments, selective_scan, short_conv, ssd
 
 # The shared memory of a program in bytes, by compute capability.
@@ -58,8 +59,9 @@ def launch_short_conv(count: int) -> None:
 
 def launch_gated_norm(count: int) -> None:
     x = zeros(64, 256)
-    gated_norm.forward(x, x, torch.ones(256), 1e-5)
-    gated_norm.backward(x, x, torch.ones(256), x, 1e-5)
+    for activation in ACTIVATIONS:
+        gated_norm.forward(x, x, torch.ones(256), 1e-5, activation)
+        gated_norm.backward(x, x, torch.ones(256), x, 1e-5, activation)
 
 
 def launch_ssd(count: int) -> None:

@@ -9,6 +9,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_int
 BF16 = 1e-2  # The interpreter truncates to bfloat16; the GPU rounds.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
 def test_in_the_interpreter():
     run_interpreted(__file__)
@@ -26,17 +27,28 @@ def small_tiles(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 @pytest.mark.parametrize("shape", [(1, 3), (7, 5), (3, 2, 41, 8), (9, 33), (2, 0, 16)])
-def test_every_shape(shape):
-    errors = relative_errors(*shape)
+def test_every_shape(shape, activation):
+    errors = relative_errors(*shape, activation=activation)
     assert 0 in shape or max(errors.values()) < 2e-6, errors
 
 
 @interpreted
+@pytest.mark.parametrize("gate_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    errors = relative_errors(50, 16, dtype=dtype)
+def test_half_precision(dtype, gate_dtype):
+    errors = relative_errors(50, 16, dtype=dtype, gate_dtype=gate_dtype)
     assert max(errors.values()) < BF16, errors
+
+
+@interpreted
+def test_wider_rows_than_the_kernels_hold_are_pytorchs(monkeypatch):
+    from glalm.kernels import gated_norm
+
+    monkeypatch.setattr(gated_norm, "forward_operator", None)
+    monkeypatch.setattr(gated_norm, "MAX_WIDTH", 8)
+    assert max(relative_errors(3, 9).values()) < 2e-6
 
 
 @interpreted

@@ -6,13 +6,16 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from glalm.config.run import TrainConfig
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
+from glalm.kernels.common import assume_gpu
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import Block, CausalLM
+from glalm.model.layers import GatedRMSNorm
 from glalm.model.mixers import MIXERS
 from glalm.train import compile
 from glalm.train.compile import apply_training_forward, list_forward_shapes
@@ -126,11 +129,28 @@ def test_selective_recomputes_neither_matrix_products_nor_kernels():
     assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
 
 
-def test_selective_recomputes_short_convolutions_of_all_kernels():
+def test_selective_recomputes_short_convolutions_and_gated_norms_of_all_kernels():
     """On CPUs they are elementwise operations, so only the choice can be tested there."""
-    kernels = [getattr(torch.ops.glalm, name).default for name in ("short_conv", "selective_scan", "chunk_ssd")]
-    choices = [compile._selective_policy(None, kernel) for kernel in kernels]
-    assert choices == [CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_SAVE]
+    names = ("short_conv", "gated_rms_norm", "selective_scan", "chunk_ssd")
+    choices = [compile._selective_policy(None, getattr(torch.ops.glalm, name).default) for name in names]
+    assert choices == [CheckpointPolicy.PREFER_RECOMPUTE] * 2 + [CheckpointPolicy.MUST_SAVE] * 2
+
+
+@pytest.mark.parametrize(("how", "saves_result"), [("none", True), ("elementwise", False)])
+def test_compiled_blocks_recompute_gated_norms(how, saves_result):
+    """The result of a gated norm is an operand of a matrix product, and the only tensor [5, 21]."""
+    compile.choose_forward(TrainConfig(activation_checkpointing=how), compiled=True)
+    torch._dynamo.reset()
+    saved = []
+    with FakeTensorMode(allow_non_fake_inputs=True), assume_gpu():
+        norm, o_proj = GatedRMSNorm(3, eps=1e-5), torch.nn.Linear(21, 4, bias=False)
+        forward = torch.compile(lambda x, gate: o_proj(norm(x, gate).flatten(-2)), backend="aot_eager_decomp_partition")
+        x, gate = (torch.randn(5, 7, 3, requires_grad=True) for _ in range(2))
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, saved.index):
+            forward(x, gate)
+    shapes = [tuple(tensor.shape) for tensor in saved]
+    assert shapes.count((5, 7, 3)) == 2  # x and the gate
+    assert ((5, 21) in shapes) is saves_result
 
 
 @pytest.mark.parametrize(("how", "recomputed"), [("none", 0), ("selective", 0), ("full", 3)])

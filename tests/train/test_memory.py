@@ -9,6 +9,7 @@ from glalm.cli import compose_config
 from glalm.config.run import OptimConfig, TrainConfig
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
+from glalm.kernels import gated_norm
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train import memory
@@ -95,6 +96,20 @@ def test_no_part_is_negative(run_config, change):
 def test_full_checkpointing_saves_only_a_blocks_input():
     kept = measure_activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
     assert kept.per_token == 2 * 64 and abs(kept.fixed) < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gla", "retention", "gated_deltanet", "kda"])
+def test_the_kernel_of_gated_norms_saves_no_more_than_pytorch(mixer, monkeypatch):
+    """It does not save the results, and recomputes what PyTorch saves: each head's root mean square, in float32."""
+    config = TrainConfig(activation_checkpointing="elementwise")
+    kept = {}
+    for width in (gated_norm.MAX_WIDTH, 0):
+        monkeypatch.setattr(gated_norm, "MAX_WIDTH", width)
+        model = ModelConfig(**MODEL)
+        kept[width] = measure_activations(model, mixer, config, bf16=True, compiled=True, is_gpu=True)
+    with_kernel, with_pytorch = kept.values()
+    assert with_kernel.per_token == with_pytorch.per_token - 4 * model.num_heads
 
 
 @pytest.mark.slow

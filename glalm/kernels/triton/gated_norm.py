@@ -1,9 +1,8 @@
 """The gated RMSNorm on a GPU: one kernel forward, and one backward that reads every input once.
 
-With n = x r weight, r = 1 / sqrt(mean x^2 + eps) and s = sigmoid(gate), y = n gate s. Backward,
+With n = x r, r = 1 / sqrt(mean x^2 + eps) and a = activation(gate), y = n weight a. Backward, with d = dy a,
 
-    dgate = dy n s (1 + gate (1 - s)),   dweight = sum over rows of dn x r,   dn = dy gate s
-    dx = r (dn weight - x r mean(dn weight x r))
+    dgate = dy n weight a',   dweight = sum over rows of d n,   dx = r (d weight - n mean(d weight n))
 
 A program holds whole rows in registers, in tiles [ROWS, width] of TILE numbers.
 """
@@ -21,20 +20,22 @@ WARPS = 4
 PROGRAMS = 4  # of the backward kernel on a multiprocessor, as many as its registers hold
 
 
-def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
     """Return y. Shapes as for glalm.kernels.gated_norm.gated_rms_norm."""
-    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    rows, constants = cut_rows(x)
+    y = torch.empty(x.shape, device=x.device, dtype=torch.promote_types(x.dtype, gate.dtype))
+    rows, constants = cut_rows(x, activation)
     args = (x.contiguous(), gate.contiguous(), weight.float().contiguous(), y, rows, float(eps))
     launch(gated_norm_kernel, triton.cdiv(rows, constants["ROWS"]), args, constants, {"num_warps": WARPS})
     return y
 
 
-def backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, gate and weight."""
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    dgate = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    rows, constants = cut_rows(x)
+    dgate = torch.empty(gate.shape, device=x.device, dtype=gate.dtype)
+    rows, constants = cut_rows(x, activation)
     programs = min(triton.cdiv(rows, constants["ROWS"]), PROGRAMS * multiprocessors(x.device))
     shares = torch.empty((programs, len(weight)), device=x.device, dtype=torch.float32)
     args = (
@@ -45,11 +46,12 @@ def backward(x: Tensor, gate: Tensor, weight: Tensor, dy: Tensor, eps: float) ->
     return dx, dgate, shares.sum(0).to(weight.dtype)
 
 
-def cut_rows(x: Tensor) -> tuple[int, dict[str, int]]:
+def cut_rows(x: Tensor, activation: str) -> tuple[int, dict[str, int | bool]]:
     """Return the number of rows of x, and the kernels' constants."""
     V = x.shape[-1]
     width = triton.next_power_of_2(V)
-    return x.numel() // max(1, V), {"V": V, "WIDTH": width, "ROWS": max(1, TILE // width)}
+    constants = {"V": V, "WIDTH": width, "ROWS": max(1, TILE // width), "SILU": activation == "silu"}
+    return x.numel() // max(1, V), constants
 
 
 @triton.jit
@@ -78,26 +80,33 @@ def normalize(x, eps, V: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    return reciprocal(1 + flushed_exp2(-x * LOG2E))
+def activate(gate, SILU: tl.constexpr):
+    """Return silu(gate) if SILU, else sigmoid(gate), and its derivative."""
+    s = reciprocal(1 + flushed_exp2(-gate * LOG2E))
+    slope = s * (1 - s)
+    if SILU:
+        return gate * s, s + gate * slope
+    else:
+        return s, slope
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gated_norm_kernel(
-    x, gate, weight, y, rows, eps, V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    x, gate, weight, y, rows, eps, V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
     """Compute ROWS rows of y in each program. x, gate, y: [rows, V]; weight: float32 [V]."""
     row = tl.program_id(0).to(tl.int64) * ROWS
     v = tl.arange(0, WIDTH)
     weights = tl.load(weight + v, mask=v < V, other=0)[None, :]
     normal, _ = normalize(load_rows(x, row, rows, V, WIDTH, ROWS), eps, V)
-    g = load_rows(gate, row, rows, V, WIDTH, ROWS)
-    store_rows(y, normal * weights * g * sigmoid(g), row, rows, V, WIDTH, ROWS)
+    gates, _ = activate(load_rows(gate, row, rows, V, WIDTH, ROWS), SILU)
+    store_rows(y, normal * weights * gates, row, rows, V, WIDTH, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gated_norm_backward_kernel(
-    x, gate, weight, dy, dx, dgate, shares, rows, eps, V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    x, gate, weight, dy, dx, dgate, shares, rows, eps,
+    V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of every tile that is a multiple of `programs` after the first, and its share of dweight.
 
@@ -111,11 +120,10 @@ def gated_norm_backward_kernel(
     for i in range(tl.cdiv(tl.cdiv(rows, ROWS) - program, programs)):
         row = (program + i * programs) * ROWS
         normal, reciprocal_rms = normalize(load_rows(x, row, rows, V, WIDTH, ROWS), eps, V)
-        g = load_rows(gate, row, rows, V, WIDTH, ROWS)
+        gates, slopes = activate(load_rows(gate, row, rows, V, WIDTH, ROWS), SILU)
         d = load_rows(dy, row, rows, V, WIDTH, ROWS)
-        s = sigmoid(g)
-        store_rows(dgate, d * normal * weights * s * (1 + g * (1 - s)), row, rows, V, WIDTH, ROWS)
-        d *= g * s
+        store_rows(dgate, d * normal * weights * slopes, row, rows, V, WIDTH, ROWS)
+        d *= gates
         sums += d * normal
         d *= weights
         along_x = tl.sum(d * normal, 1) / V

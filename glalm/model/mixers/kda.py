@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require
 from glalm.kernels.common import at_least_float32
-from glalm.model.layers import ParameterUses, init_time_step
+from glalm.model.layers import GatedRMSNorm, ParameterUses, init_time_step
 from glalm.model.mixers.deltanet import DeltaNet
 
 
@@ -54,6 +54,7 @@ class KimiDeltaAttention(DeltaNet):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(key))
         self.g_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, value))
+        self.o_norm = GatedRMSNorm(value // self.num_heads, eps=config.norm_eps, activation="sigmoid")
 
     def init_parameters(self) -> None:
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
@@ -64,4 +65,4 @@ class KimiDeltaAttention(DeltaNet):
         return at_least_float32(self.A_log).exp()[:, None] * F.logsigmoid(logits)
 
     def normalize_output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_norm(o) * self.g_proj(x).unflatten(-1, (self.num_heads, -1)).sigmoid()
+        return self.o_norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))

@@ -6,6 +6,7 @@ On CUDA, a Triton kernel computes it, and another all of its gradients in one pa
 devices and in float64, PyTorch does.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from glalm.kernels import common
 
 MAX_WIDTH = 8192  # A program of the kernels holds whole rows in registers.
-ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 Activation = Literal["silu", "sigmoid"]
 
 

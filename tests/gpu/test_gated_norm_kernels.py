@@ -13,11 +13,19 @@ SEED = secrets.randbits(31)
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 3e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("shape", [(1, 3), (3, 700, 4, 256), (2, 1000, 2, 512), (999, 64), (500, 1000), (9, 8192)])
-@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
-def test_equals_its_formula(activation, shape, dtype, limit):
+def test_equals_its_formula(shape, dtype, limit):
     from gated_norm_cases import relative_errors
 
-    errors = relative_errors(*shape, activation=activation, dtype=dtype, device="cuda", seed=SEED)
+    errors = relative_errors(*shape, dtype=dtype, device="cuda", seed=SEED)
+    assert max(errors.values()) < limit, (SEED, errors)
+
+
+@pytest.mark.parametrize(("gate_dtype", "limit"), [(torch.float32, 3e-6), (torch.bfloat16, 4e-3)])
+def test_sigmoid(gate_dtype, limit):
+    from gated_norm_cases import relative_errors
+
+    options = {"activation": "sigmoid", "gate_dtype": gate_dtype, "device": "cuda", "seed": SEED}
+    errors = relative_errors(2, 500, 8, 128, **options)
     assert max(errors.values()) < limit, (SEED, errors)
 
 

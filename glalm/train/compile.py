@@ -5,6 +5,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -72,7 +73,7 @@ def _let_compiler_recompute(operator: torch._ops.OpOverloadPacket) -> None:
 
     The operator must be as cheap as an elementwise one. torch.compile knows only its own operators by torch.Tag.
     """
-    from torch._functorch.partitioners import pointwise_ops  # Its import takes as long as that of torch._dynamo.
+    from torch._functorch.partitioners import pointwise_ops  # This imports torch._dynamo, which takes a second.
 
     if operator not in pointwise_ops():  # This is the cached list itself.
         pointwise_ops().append(operator)

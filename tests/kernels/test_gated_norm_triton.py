@@ -62,3 +62,28 @@ def test_wild_gates_and_rows_of_zeros_are_finite():
     found = differentiate(args, torch.ones(4, 8), lambda **a: gated_rms_norm(**a, eps=EPS))
     assert all(x.isfinite().all() for x in found.values())
     assert not found["y"][:2].any()
+
+
+@interpreted
+def test_a_compiled_backward_pass_recomputes_the_result(monkeypatch):
+    """Of a norm before a matrix product, as train.activation_checkpointing=elementwise compiles it."""
+    from glalm.config.run import TrainConfig
+    from glalm.kernels.triton import gated_norm
+    from glalm.model.layers import GatedRMSNorm
+    from glalm.train.compile import choose_forward
+
+    calls = []
+    forward = gated_norm.forward
+    monkeypatch.setattr(gated_norm, "forward", lambda *args: calls.append(args) or forward(*args))
+    choose_forward(TrainConfig(activation_checkpointing="elementwise"), compiled=True)
+    norm = GatedRMSNorm(3, eps=EPS)
+    args = random_arguments(5, 7, 3) | {"weight": torch.randn(4, 21)}
+
+    def project(x, gate, weight):
+        return norm(x, gate).flatten(-2) @ weight.T
+
+    expected = differentiate(args, torch.ones(5, 4), project)
+    assert len(calls) == 1
+    found = differentiate(args, torch.ones(5, 4), torch.compile(project, backend="aot_eager_decomp_partition"))
+    assert len(calls) == 3
+    torch.testing.assert_close(found, expected)

@@ -77,9 +77,26 @@ def convert_llama(llama: LlamaForCausalLM, mixer: str = "gla", softmax_layers: I
 
 def convert_config(llama, mixer: str, softmax_layers: set[int]) -> GLALMConfig:
     """Return the config of the converted model for a LlamaConfig. See convert_llama."""
-    depth = llama.num_hidden_layers
+    require_convertible(llama, mixer, softmax_layers)
     heads = llama.num_attention_heads
     kv_heads = llama.num_key_value_heads
+    rope = llama.rope_parameters or {}
+    return GLALMConfig(
+        **{name: getattr(llama, name) for name in SHARED_FIELDS},
+        layers=["attention" if layer in softmax_layers else mixer for layer in range(llama.num_hidden_layers)],
+        num_heads=heads,
+        expand_k=1.0,
+        expand_v=1.0,
+        norm_eps=llama.rms_norm_eps,
+        gla={"output_gate": False, "num_kv_heads": kv_heads, "feature_map": "relu"},
+        attention={"num_heads": heads, "num_kv_heads": kv_heads, "rope_theta": float(rope.get("rope_theta", 10000.0))},
+    )
+
+
+def require_convertible(llama, mixer: str, softmax_layers: set[int]) -> None:
+    """Raise ConfigError if a LlamaConfig has a property that no model here supports, or the options do not fit it."""
+    depth = llama.num_hidden_layers
+    heads = llama.num_attention_heads
     head_width = getattr(llama, "head_dim", None) or llama.hidden_size // heads
     rope = llama.rope_parameters or {}
     require(mixer in LINEAR_MIXERS, f"mixer={mixer!r} is unknown. Choose one of: {', '.join(LINEAR_MIXERS)}")
@@ -94,16 +111,6 @@ def convert_config(llama, mixer: str, softmax_layers: set[int]) -> GLALMConfig:
         ("rope_type", rope.get("rope_type", "default") if softmax_layers else "default", "default"),
     ):
         require(value == supported, f"The checkpoint's {name} is {value!r}, but only {supported!r} can be converted")
-    return GLALMConfig(
-        **{name: getattr(llama, name) for name in SHARED_FIELDS},
-        layers=["attention" if layer in softmax_layers else mixer for layer in range(depth)],
-        num_heads=heads,
-        expand_k=1.0,
-        expand_v=1.0,
-        norm_eps=llama.rms_norm_eps,
-        gla={"output_gate": False, "num_kv_heads": kv_heads, "feature_map": "relu"},
-        attention={"num_heads": heads, "num_kv_heads": kv_heads, "rope_theta": float(rope.get("rope_theta", 10000.0))},
-    )
 
 
 def convert_weights(llama_weights: dict[str, Tensor], config: GLALMConfig) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -97,22 +97,27 @@ def build_task_manager(data_dir: str | None, folder: Path) -> TaskManager:
     for name in {*(path.name for path in Path(data_dir).iterdir()), *FOLDERS}:
         entry = tasks.task_index.get(name)
         files = find_task_files(Path(data_dir), name)
-        if not (entry and entry.yaml_path and files):
-            continue
-        source = {"data_dir": data_dir, "task": name}
-        config = {"include": str(entry.yaml_path), "task": name, "dataset_kwargs": source}
-        for key, split in (("training_split", "train"), ("validation_split", "validation"), ("test_split", "test")):
-            if split not in files:
-                config[key] = None
-        if name in LOCAL_CLASSES:
-            reader = f"class: !function {__name__}.{LOCAL_CLASSES[name].__name__}"
-        else:
-            reader = f"custom_dataset: !function {__name__}.{load_task_data.__name__}"
-        lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
-        (folder / f"{name}.yaml").write_text("\n".join([*lines, reader, ""]))
+        if entry and entry.yaml_path and files:
+            config = format_task_config(name, entry.yaml_path, data_dir, files)
+            (folder / f"{name}.yaml").write_text(config)
     local = TaskManager(include_defaults=False, include_path=[folder])
     local.task_index.update({name: entry for name, entry in tasks.task_index.items() if name not in local.task_index})
     return local
+
+
+def format_task_config(name: str, included: Path, data_dir: str, files: dict[str, list[Path]]) -> str:
+    """Return the YAML of a task that is the harness's own one, the file `included`, but for where its data is."""
+    source = {"data_dir": data_dir, "task": name}
+    config = {"include": str(included), "task": name, "dataset_kwargs": source}
+    for key, split in (("training_split", "train"), ("validation_split", "validation"), ("test_split", "test")):
+        if split not in files:
+            config[key] = None
+    if name in LOCAL_CLASSES:
+        reader = f"class: !function {__name__}.{LOCAL_CLASSES[name].__name__}"
+    else:
+        reader = f"custom_dataset: !function {__name__}.{load_task_data.__name__}"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in config.items()]
+    return "\n".join([*lines, reader, ""])
 
 
 def check_task(tasks: TaskManager, name: str, data_dir: str | None) -> None:
@@ -139,17 +144,14 @@ def check_task(tasks: TaskManager, name: str, data_dir: str | None) -> None:
 # ----------------------------------------------------------------------- rows of MosaicML's suites to the hub's columns
 
 
-def convert_choices(row: dict) -> dict:
+def convert_choices(row: dict, question: str) -> dict:
+    """Convert a row of ARC, whose queries begin with "Question: ", or of OpenBookQA. `question` is that column."""
     letters = "ABCDEFGH"[: len(row["choices"])]
-    return {"choices": {"text": row["choices"], "label": list(letters)}, "answerKey": letters[row["gold"]]}
-
-
-def convert_arc(row: dict) -> dict:
-    return {"question": row["query"].removeprefix("Question: "), **convert_choices(row)}
-
-
-def convert_openbookqa(row: dict) -> dict:
-    return {"question_stem": row["query"], **convert_choices(row)}
+    return {
+        question: row["query"].removeprefix("Question: "),
+        "choices": {"text": row["choices"], "label": list(letters)},
+        "answerKey": letters[row["gold"]],
+    }
 
 
 def convert_hellaswag(row: dict) -> dict:
@@ -192,9 +194,9 @@ def convert_winogrande(row: dict) -> dict:
 
 
 ROW_CONVERTERS: dict[str, Callable[[dict], dict]] = {
-    "arc_easy": convert_arc,
-    "arc_challenge": convert_arc,
-    "openbookqa": convert_openbookqa,
+    "arc_easy": partial(convert_choices, question="question"),
+    "arc_challenge": partial(convert_choices, question="question"),
+    "openbookqa": partial(convert_choices, question="question_stem"),
     "hellaswag": convert_hellaswag,
     "boolq": convert_boolq,
     "copa": convert_copa,

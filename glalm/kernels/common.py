@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -432,35 +433,31 @@ def active_transform(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def refuse_transforms(name: str, *tensors: Tensor | None, alternative: str | None = None) -> None:
+def refuse_transforms(
+    name: str, *tensors: Tensor | None, alternative: str | None = None, in_backward: bool = False
+) -> None:
     """Raise NotImplementedError inside a transform for which the operator `name` has no rule.
 
     Without this check, forward-mode differentiation would lose the tangent in silence, and torch.func would fail with
     a message about PyTorch's internals. Rules for the transforms would cost every layer 0.1 ms of host time.
+
+    A backward pass needs a check of its own, because it can run in a transform without its forward pass:
+    torch.autograd.grad in one is an example, and its option is_grads_batched, which batches by a mechanism of its own,
+    is another.
     """
-    _raise_if_transformed(name, active_transform(*tensors), alternative)
-
-
-def refuse_transformed_gradients(name: str, *grads: Tensor | None, alternative: str | None = None) -> None:
-    """Raise NotImplementedError in a backward pass that a transform differentiates or batches. See refuse_transforms.
-
-    A backward pass can run in a transform without its forward pass: torch.autograd.grad in one is an example, and its
-    option is_grads_batched, which batches by a mechanism of its own, is another.
-    """
-    transform = active_transform(*grads)
-    if not torch.compiler.is_compiling():
+    transform = active_transform(*tensors)
+    if in_backward and not torch.compiler.is_compiling():
         is_batched = torch._C._functorch.is_legacy_batchedtensor
-        if any(x is not None and is_batched(x) for x in grads):
+        if any(x is not None and is_batched(x) for x in tensors):
             transform = "torch.autograd.grad(is_grads_batched=True)"
-    _raise_if_transformed(name, transform, alternative)
-
-
-def _raise_if_transformed(name: str, transform: str | None, alternative: str | None) -> None:
     if transform is not None:
         raise NotImplementedError(
             f"{name} does not support {transform}. Call it without the transform and compute gradients by .backward() "
             f"or torch.autograd.grad{f', or use {alternative}' if alternative else ''}."
         )
+
+
+refuse_transformed_gradients = partial(refuse_transforms, in_backward=True)
 
 
 def refuse_double_backward(

@@ -82,16 +82,7 @@ def chunk_delta_rule(
     if common.has_kernel(q):
         o, final = compute_by_kernels(q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
         return o, final if output_final_state else None
-    if normalize:
-        q = common.l2_normalize(q)
-        k = common.l2_normalize(k)
-    dtype = common.wide_dtype(q)
-    g = torch.zeros_like(beta) if g is None else g
-    g = g if per_channel else g[..., None]
-    inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
-    with torch.autocast(q.device.type, enabled=False):
-        o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
-    return o.to(v.dtype), state
+    return compute_in_pytorch(q, k, v, beta, g, scale, normalize, initial_state, output_final_state, cu_seqlens)
 
 
 def compute_by_kernels(
@@ -272,6 +263,31 @@ backward_operator = common.register_operator("delta_rule_backward", delta_backwa
 
 
 # The chunkwise form in PyTorch ------------------------------------------------------------------------------
+
+
+def compute_in_pytorch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return o and the final state or None."""
+    if normalize:
+        q = common.l2_normalize(q)
+        k = common.l2_normalize(k)
+    dtype = common.wide_dtype(q)
+    g = torch.zeros_like(beta) if g is None else g
+    g = g if g.dim() == 4 else g[..., None]
+    inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
+    return o.to(v.dtype), state
 
 
 def compute_chunks(

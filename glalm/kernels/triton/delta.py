@@ -185,16 +185,17 @@ class LaunchPlan:
         shapes = saved_shapes(self.q, self.g, self.normalize, self.cu_seqlens)
         saved = SavedForBackward(*(self.allocate(*shape, dtype=dtype) for shape, dtype in shapes))
         inputs = self.q, self.k, self.beta, self.g
+        norms = saved.norms if self.normalize else None
         common = *self.chunks.device_tables, self.scale, self.chunks.sequences, self.T
         config = self.config.prepare
         constants = dict(H=self.H, K=self.K, KP=self.KP, **config.tile, C=CHUNK, PRECISION=self.precision)
         if self.per_channel:
-            outputs = *saved.hats.unbind(), saved.resolvent, saved.scores, saved.decay, saved.marks, self.norms(saved)
+            outputs = *saved.hats.unbind(), saved.resolvent, saved.scores, saved.decay, saved.marks, norms
             args = *inputs, gate_sum_matrices(self.q.device), *outputs, *common, self.tiles
             constants["GATE_PARTS"] = self.gate_parts
             self.launch_by_marks(prepare_channel_kernel, self.tiles, args, constants, config)
         else:
-            outputs = saved.resolvent, saved.scores, *self.factors_and_decay(saved), self.norms(saved)
+            outputs = saved.resolvent, saved.scores, *self.factors_and_decay(saved), norms
             args = *inputs, *outputs, *common
             launch(prepare_kernel, self.tiles, args, constants, config.options)
         return saved
@@ -202,9 +203,6 @@ class LaunchPlan:
     def keys(self, saved: SavedForBackward) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, and k where it reads the state and where it is written, as the scans take them."""
         return saved.hats.unbind() if self.per_channel else (self.q, self.k, self.k)
-
-    def norms(self, saved: SavedForBackward) -> Tensor | None:
-        return saved.norms if self.normalize else None
 
     def factors_and_decay(self, saved: SavedForBackward) -> tuple[Tensor | None, Tensor | None]:
         """Return these two, with None for an empty one."""
@@ -270,6 +268,7 @@ class LaunchPlan:
         dbeta = torch.empty_like(self.beta)
         config = self.config.gradients_normalized if self.normalize else self.config.gradients
         inputs = self.q, self.k, self.beta, self.g, do, updates, dv
+        norms = saved.norms if self.normalize else None
         common = *self.chunks.device_tables, self.scale, self.chunks.sequences, self.T
         constants = dict(
             H=self.H, K=self.K, KP=self.KP, V=self.V, VP=self.VP, **config.tile, C=CHUNK,
@@ -279,7 +278,7 @@ class LaunchPlan:
             dg = torch.empty_like(self.g)
             matrices = gate_sum_matrices(self.q.device), running_sum_matrices(self.q.device)[1]
             args = *inputs, *matrices, saved.decay, saved.marks
-            args += self.norms(saved), states, dstates, dq, dk, dbeta, dg, *common, self.tiles
+            args += norms, states, dstates, dq, dk, dbeta, dg, *common, self.tiles
             if self.normalize:
                 constants["BK"] = self.KP
             constants |= {"GATE_PARTS": self.gate_parts, "SUM_PARTS": 2 if self.dtype == torch.bfloat16 else 3}
@@ -287,6 +286,6 @@ class LaunchPlan:
             self.launch_by_marks(delta_channel_gradients_kernel, items, args, constants, config)
             return dq, dk, dbeta, dg
         dg = None if self.g is None else torch.empty_like(self.g)
-        args = *inputs, *self.factors_and_decay(saved), self.norms(saved), states, dstates, dq, dk, dbeta, dg, *common
+        args = *inputs, *self.factors_and_decay(saved), norms, states, dstates, dq, dk, dbeta, dg, *common
         launch(delta_gradients_kernel, self.tiles, args, constants, config.options)
         return dq, dk, dbeta, dg

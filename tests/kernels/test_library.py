@@ -360,6 +360,7 @@ TRANSFORMS = {
     "torch.func.vmap": lambda f, x, dx: torch.func.vmap(f)(torch.stack([x, dx])),
     "torch.func.functionalize": lambda f, x, dx: torch.func.functionalize(f)(x),
     "forward-mode": forward_mode,
+    "forward-mode automatic": lambda f, x, dx: torch.func.linearize(f, x)[1](dx),
 }
 
 
@@ -425,7 +426,7 @@ def test_transforms_of_pytorch_operators(draw_call, name, transform):
         expected = torch.stack([function(x), function(dx)])
     elif transform == "torch.func.functionalize":
         expected = function(x)
-    elif transform in ("torch.func.jvp", "forward-mode"):
+    elif transform == "torch.func.jvp" or "forward-mode" in transform:
         expected = (function(x + 1e-6 * dx) - function(x - 1e-6 * dx)) / 2e-6
     else:
         leaf = x.clone().requires_grad_()

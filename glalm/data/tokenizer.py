@@ -287,6 +287,9 @@ class _HuggingFace:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
+        # BPE dropout draws other ids for the same text each time.
+        if getattr(self.backend.model, "dropout", None) is not None:
+            self.backend.model.dropout = None
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         tokens = self._tokenizer
         self.vocab_size = 1 + max(tokens.get_vocab().values())  # The ids may have gaps.
@@ -307,7 +310,11 @@ class _HuggingFace:
     def encode(self, text: str) -> np.ndarray:
         text.encode()  # Raises for lone surrogates, which would become replacement characters.
         # Encoding a batch of one text is faster than `encode`, because it does not compute the tokens' places.
-        [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # The library raises no other class.
+            advice = "Give the tokenizer a token for what is not in its vocabulary (unk_token)."
+            raise ValueError(f"the tokenizer cannot encode the text {text[:40]!r}: {error}. {advice}") from error
         return np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:

@@ -284,6 +284,26 @@ def test_a_vocabulary_may_have_gaps(tmp_path):
     assert (tokenizer.encode("a river"), tokenizer.vocab_size) == ([0, 70_000], 70_001)
 
 
+def test_dropout_of_merges_is_switched_off(tmp_path):
+    fast = build_fast_tokenizer("byte level")
+    expected = fast.encode(SENTENCES[0], add_special_tokens=False).ids
+    fast.model.dropout = 0.5
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", eos="</s>")
+    assert tokenizer.encode(SENTENCES[0]) == expected
+    tokenizer = Tokenizer(tmp_path / tokenizer.save(tmp_path))
+    assert tokenizer.encode(SENTENCES[0]) == expected
+
+
+def test_a_vocabulary_without_an_unknown_token_is_named(tmp_path):
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    Fast(models.WordLevel({"river": 0, "</s>": 1})).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"cannot encode the text .* Give the tokenizer a token"):
+        Tokenizer(tmp_path / "tokenizer.json", eos="</s>")
+
+
 def test_hugging_face(hugging_face, texts, tmp_path):
     tokenizer = Tokenizer(hugging_face)
     assert (tokenizer.vocab_size, tokenizer.round_trips) == (400, True)

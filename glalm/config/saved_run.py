@@ -50,6 +50,16 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
         keys.append("train.allow_changes")
     for key in keys:
         _copy_key(tree, config, key.split("."))
+    _refuse_unnamed_code(config, tree, path)
+    composed = flatten_tree(tree)
+    taken = [f"{key}={value}" for key, value in flatten_tree(config).items() if composed.get(key) != value]
+    if taken and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{tree['name']} is continued with these values of {path}: {', '.join(taken)}", flush=True)
+    return config
+
+
+def _refuse_unnamed_code(config: dict, tree: dict, path: Path) -> None:
+    """Raise ConfigError if `config`, that of run.json at `path`, has a mixer of the user's own that `tree` lacks."""
     for key in ("mixer", "layers"):
         value = config["model"].get(key)
         text = value if isinstance(value, str) else f"[{','.join(value or [])}]"
@@ -58,11 +68,6 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
             f"add 'model.{key}={text}' to the command, because code is only imported if a command names it, and {path} "
             "names a mixer of your own",
         )
-    composed = flatten_tree(tree)
-    taken = [f"{key}={value}" for key, value in flatten_tree(config).items() if composed.get(key) != value]
-    if taken and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{tree['name']} is continued with these values of {path}: {', '.join(taken)}", flush=True)
-    return config
 
 
 def list_keys(overrides: Iterable[str]) -> list[str]:

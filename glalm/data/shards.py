@@ -90,22 +90,10 @@ class TokenSet:
         self.source_tokens: dict[str, int] = {name: source["tokens"] for name, source in entry["sources"].items()}
 
         self._advice = _advise_overwrite(self.folder)
-        shards = list(chain.from_iterable(source["shards"] for source in entry["sources"].values()))
         self._files = list_files(entry)
         if manifest:
             self._check_unchanged(current["splits"][split])
-        if not tokenizer["files"]:
-            raise DamagedFile(f"{self.folder / MANIFEST} lists no file of the tokenizer. {self._advice}")
-        for file in tokenizer["files"]:
-            self._verify_file(file)
-        self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
-        # The borders of a shard are the positions in it at which its documents begin and end.
-        self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]
-        self._first_token = np.cumsum([0, *map(len, self._shards)])
-        self._first_document = np.cumsum([0, *(len(borders) - 1 for borders in self._borders)])
-        if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
-            path = self.folder / MANIFEST
-            raise ValueError(f"{path}: the shards of {split} do not add up to its counts. {self._advice}")
+        self._open_files()
 
     def read_tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of the stream: [stop - start], a read-only view if one shard holds them all."""
@@ -160,6 +148,24 @@ class TokenSet:
             yield i, start - offset, min(stop, end) - offset
             start = end
             i += 1
+
+    def _open_files(self) -> None:
+        """Verify the tokenizer, and map the shards of the split into memory."""
+        files = self.manifest["tokenizer"]["files"]
+        if not files:
+            raise DamagedFile(f"{self.folder / MANIFEST} lists no file of the tokenizer. {self._advice}")
+        for file in files:
+            self._verify_file(file)
+        sources = self.manifest["splits"][self.split]["sources"].values()
+        shards = list(chain.from_iterable(source["shards"] for source in sources))
+        self._shards = [self._map_array(s, "tokens", s["tokens"], self.manifest["dtype"]) for s in shards]
+        # The borders of a shard are the positions in it at which its documents begin and end.
+        self._borders = [self._map_array(s, "documents", s["documents"] + 1, "int64") for s in shards]
+        self._first_token = np.cumsum([0, *map(len, self._shards)])
+        self._first_document = np.cumsum([0, *(len(borders) - 1 for borders in self._borders)])
+        if (self._first_token[-1], self._first_document[-1]) != (self.num_tokens, self.num_documents):
+            path = self.folder / MANIFEST
+            raise ValueError(f"{path}: the shards of {self.split} do not add up to its counts. {self._advice}")
 
     def _check_unchanged(self, entry: dict) -> None:
         """Raise ValueError unless the current manifest's `entry` of this split lists all files of this TokenSet."""

@@ -202,7 +202,7 @@ def run_plan(
         raise out_of_memory_error(inputs[min(writer.position.input, len(inputs) - 1)]) from error
     finally:
         results.close()
-    if not _count_written(writer):
+    if not any(counts["written"] for counts in writer.counts.values()):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped ({found}).")
@@ -214,7 +214,7 @@ def _stop_at_bad_record(writer: SetWriter, encoded: EncodedBatch, source_input: 
     errors = [record for record in encoded.skipped if record.reason != "empty"]
     if not errors:
         return
-    if encoded.documents or writer.plan.base or _count_written(writer):
+    if encoded.documents or writer.plan.base or any(counts["written"] for counts in writer.counts.values()):
         writer.commit()
     else:
         remove_set(writer.out)  # There is nothing to resume, and the next command may have other settings.
@@ -230,11 +230,6 @@ def _find_folder(out: str | os.PathLike, staging: str | os.PathLike | None) -> t
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Name a folder to write the set to with --out.")
     return url, folder
-
-
-def _count_written(writer: SetWriter) -> int:
-    """Return the number of documents that the set has."""
-    return sum(counts["written"] for counts in writer.counts.values())
 
 
 def _check_arguments(

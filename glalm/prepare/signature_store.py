@@ -15,6 +15,7 @@ JOURNAL = "journal.json"
 JOURNAL_SHAPE = {"position": dict.fromkeys(asdict(Position()), int), "sizes": {str: int}}
 DOCUMENTS = "documents"
 SKETCHES = "sketches"
+BAND = "band-{:03d}"  # the name of the file of a band hash, by its number
 FINISHED = "finished.jsonl"
 
 
@@ -70,7 +71,7 @@ class SignatureStore:
         self._append(SKETCHES, np.concatenate([signatures.sketches for signatures in self._pending]).tobytes())
         bands = np.concatenate([signatures.bands for signatures in self._pending], axis=1)
         for index, band in enumerate(bands):
-            self._append(_name_band(index), band.tobytes())
+            self._append(BAND.format(index), band.tobytes())
         self._append(FINISHED, "".join(f"{json.dumps(sha256)}\n" for sha256 in self._pending_finished).encode())
         write_json(self.folder / JOURNAL, {"position": asdict(self._pending_position), "sizes": self._sizes})
         self.position = self._pending_position
@@ -83,7 +84,7 @@ class SignatureStore:
 
     def read_band(self, index: int) -> np.ndarray:
         """Return one of the band hashes of all documents: uint64 [documents]."""
-        return self._map(_name_band(index), np.dtype(np.uint64))
+        return self._map(BAND.format(index), np.dtype(np.uint64))
 
     def read_document(self, document: int) -> np.void:
         """Return the DOCUMENT of this number."""
@@ -141,7 +142,3 @@ class SignatureStore:
         self._sizes = journal["sizes"]
         self.position = Position(**journal["position"])
         self.finished = read_jsonl(self.folder / FINISHED, self._sizes[FINISHED])
-
-
-def _name_band(index: int) -> str:
-    return f"band-{index:03d}"

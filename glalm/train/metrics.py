@@ -110,6 +110,7 @@ class MetricsWriter:
         self.failures = 0
         self.unwritten: deque[dict] = deque(maxlen=MAX_UNWRITTEN_ROWS)
         self._bar = ProgressBar(quiet=not is_main_process)
+        self.log_message = self._bar.log  # It prints above the progress bar.
         self._bar.start_task("training", total=self.total_steps, completed=start_step)
         self._path = folder / "metrics.jsonl"
         self.tracker = RunTracker(folder, config, run_id, start_step, self.log_message, enabled=is_main_process)
@@ -165,10 +166,6 @@ class MetricsWriter:
             self.log_message(status)
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         self.tracker.log_metrics(values, row["step"])
-
-    def log_message(self, message: str) -> None:
-        """Print a message above the progress bar."""
-        self._bar.log(message)
 
     def _write_unwritten(self, durable: bool) -> None:
         lines = _encode_rows(self.unwritten)

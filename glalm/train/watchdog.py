@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from torch import distributed
@@ -123,14 +124,10 @@ class Watchdog:
         """Open a store of our own, because a wait for a key blocks every other access to torch's store."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         timeout = timedelta(seconds=self.silence_limit)
-
-        def open_store(port: int) -> distributed.TCPStore:
-            is_master = self.rank == 0
-            return distributed.TCPStore(host, port, None, is_master, timeout=timeout, wait_for_workers=False)
-
-        store = open_store(0) if self.rank == 0 else None
+        open_store = partial(distributed.TCPStore, host, timeout=timeout, wait_for_workers=False)
+        store = open_store(port=0, is_master=True) if self.rank == 0 else None
         port = run_on_rank_0(lambda: store.port if store else 0)
-        return store or open_store(port)
+        return store or open_store(port=port, is_master=False)
 
     def _count_seconds(self) -> None:
         """Advance the clock by which all times here are measured, and report to the monitor that this process runs."""

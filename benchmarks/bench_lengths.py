@@ -139,6 +139,8 @@ def draw_figure(rows: list[dict], path: Path) -> None:
     for (speed, memory), size in zip(figure.subplots(len(sizes), 2, squeeze=False), sizes, strict=True):
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             line = [row for row in rows if (row["model"], row["size"]) == (model, size) and "error" not in row]
+            if not line:
+                continue
             line.sort(key=itemgetter("T"))
             style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             style |= {"linestyle": "-" if split_name(model)[0] == "glalm" else ":", "label": label_of(model)}

@@ -70,16 +70,16 @@ def test_dry_run_prints_the_costs(run_config, change):
 
 @pytest.mark.parametrize(
     "assumed, mfu, basis",
-    [(None, 0.444, "as measured; train.assumed_mfu sets another"), (0.3, 0.3, "train.assumed_mfu")],
+    [(None, 0.434, "as measured; train.assumed_mfu sets another"), (0.3, 0.3, "train.assumed_mfu")],
 )
 def test_hours_follow_from_the_speed_of_the_mixer(assumed, mfu, basis):
-    """15B tokens of the GLA paper's 340M model were measured to take 19.9 hours on one H200, at 209,000 tokens/s."""
+    """15B tokens of the GLA paper's 340M model were measured to take 20.4 hours on one H200, at 204,400 tokens/s."""
     config = compose_config(TrainingRun, "train", ["experiment=gla_340m", "train.assumed_gpu=H200"])
     config.train.assumed_mfu = assumed
     costs = phase_costs(config, 1)
-    assert average_mfu(costs, H200) == (pytest.approx(mfu), basis)
+    assert average_mfu(costs, H200) == (pytest.approx(mfu, rel=0.001), basis)
     hours = costs[0].flops / (989e12 * mfu) / 3600
-    assert hours == pytest.approx(19.9 * 0.444 / mfu, rel=0.01)
+    assert hours == pytest.approx(20.4 * 0.434 / mfu, rel=0.01)
     line = describe_time(config, 1, H200, costs[0].flops_per_token, costs[0].phase.tokens, mfu, basis)
     assert line.startswith(f"{hours:.1f} hours, ") and f"TFLOP/s ({basis}): " in line
 

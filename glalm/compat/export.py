@@ -110,18 +110,9 @@ def export_checkpoints(
     packages = find_mixer_packages(config.model)
     model = GLALMForCausalLM(GLALMConfig.from_model_config(config.model))
     load_weighted_sum(shares, model, weights)
-
     tokenizer_path, tokenizer = open_run_tokenizer(run, Path(config.data.path))
     hf_tokenizer = load_hf_tokenizer(tokenizer_path, tokenizer)
-
-    model.config.bos_token_id = tokenizer.bos_id
-    model.config.eos_token_id = tokenizer.eos_id
-    # Evaluators read these two. max_position_embeddings would not do, because generate() takes it for a limit.
-    model.config.train_length = config.data.seq_len
-    model.config.document_boundaries = config.data.document_boundaries
-    model.config.pad_token_id = hf_tokenizer.pad_token_id
-    token_ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8)
+    complete_configs(model, config, tokenizer, hf_tokenizer.pad_token_id)
 
     with temporary_folder(out) as folder:
         model.save_pretrained(folder)
@@ -136,6 +127,20 @@ def export_checkpoints(
     for name, package in packages.items():
         code = f"is in the package {package}; its code was not copied" if package else "has its code in this folder"
         logger.info(f"{out}: the mixer {name} {code}")
+
+
+def complete_configs(
+    model: GLALMForCausalLM, config: TrainingRun, tokenizer: Tokenizer, pad_token_id: int | None
+) -> None:
+    """Set what the run and its tokenizer decide in the model's config, and its generation config."""
+    model.config.bos_token_id = tokenizer.bos_id
+    model.config.eos_token_id = tokenizer.eos_id
+    model.config.pad_token_id = pad_token_id
+    # Evaluators read these two. max_position_embeddings would not do, because generate() takes it for a limit.
+    model.config.train_length = config.data.seq_len
+    model.config.document_boundaries = config.data.document_boundaries
+    token_ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8)
 
 
 def open_run_tokenizer(run: Path, data: Path) -> tuple[Path, Tokenizer]:

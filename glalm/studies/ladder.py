@@ -190,19 +190,22 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train_arguments += [override.format(**sizes) for override in ABLATIONS.get(model, [])]
     config = compose_config(TrainingRun, "train", train_arguments)
+    eval_arguments = [*place, *list_eval_arguments(config), *args.eval]
+    # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.
+    eval_config = compose_config(EvalConfig, "eval", eval_arguments)
+    return LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)
+
+
+def list_eval_arguments(config: TrainingRun) -> list[str]:
+    """Return how every run of the ladder is evaluated, unless --eval says otherwise."""
     # Models trained in segments are evaluated like the others, by the length of a segment.
     length = config.train.tbptt_length or config.data.seq_len
-    eval_arguments = [
-        *place,
+    return [
         "evals=[perplexity,extrapolation]",
         f"train_length={length}",
         f"extrapolation.max_length={10 * length}",
         "extrapolation.contexts=[stateful]",
-        *args.eval,
     ]
-    # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.
-    eval_config = compose_config(EvalConfig, "eval", eval_arguments)
-    return LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)
 
 
 @cache

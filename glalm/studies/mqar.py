@@ -320,12 +320,7 @@ def load_partial(path: Path | None, identity: dict, generator, model, optimizer,
     """
     if path is None or not path.exists():
         return [], 0.0
-    try:
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged; remove it ({type(error).__name__}: {error})") from error
+    record, tensors = read_partial(path)
     if record["identity"] != json.loads(json.dumps(identity)):
         return [], 0.0
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
@@ -344,6 +339,17 @@ def load_partial(path: Path | None, identity: dict, generator, model, optimizer,
         group["lr"] = lr
     generator.set_state(tensors["generator"])
     return record["history"], record["seconds"]
+
+
+def read_partial(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return the record and the tensors of a file that save_partial wrote. Raise ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged; remove it ({type(error).__name__}: {error})") from error
+    return record, tensors
 
 
 def capture_step(step: Callable[[Examples], None], batch_size: int, device: torch.device) -> Callable[[Examples], None]:

@@ -230,17 +230,20 @@ def _plan_addition(
     if "duplicates" in manifest["settings"] and not duplicates:
         advice = "Look for duplicates of all sources, old and new, with glalm deduplicate, and name its folder"
         raise ValueError(f"{out} was prepared without duplicates. {advice} with --duplicates.")
-    # SetWriter continues from this state as from one that SetWriter.commit wrote.
+    kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
+    if duplicates:
+        kept["settings"] = kept["settings"] | {"duplicates": duplicates}
+    return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=_describe_base(manifest))
+
+
+def _describe_base(manifest: dict) -> dict:
+    """Return the state of a complete set, from which SetWriter continues as from one that SetWriter.commit wrote."""
     splits = {}
     for split, entry in manifest["splits"].items():
         splits[split] = {name: {"shards": source["shards"], "open": None} for name, source in entry["sources"].items()}
     logs = {name: entry["bytes"] for name, entry in manifest["logs"].items()}
     cursor = dataclasses.asdict(Position())
-    base = {"cursor": cursor, "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
-    kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
-    if duplicates:
-        kept["settings"] = kept["settings"] | {"duplicates": duplicates}
-    return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=base)
+    return {"cursor": cursor, "books": manifest["books"], "current": {}, "logs": logs, "splits": splits}
 
 
 def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[Input]:

@@ -78,12 +78,7 @@ def train(
     if config.train.dry_run:
         return dry_run(config)
     accelerator = parallel.start_processes(config)
-    plan = BatchPlan.from_config(config, accelerator.num_processes)
-    plans = plan_batches(config, accelerator.num_processes)
-    list_forward_shapes(config, plans, accelerator.device.type == "cuda")
-    is_captured(config, plan.world_size, accelerator.device.type == "cuda")
-    for phase_plan in plans if config.train.float8 else ():
-        check_float8_support(phase_plan, accelerator.device)
+    plan = _plan_run(config, accelerator)
     training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,
@@ -131,6 +126,19 @@ def train(
                 stop,
             )
             return loop.fit()
+
+
+def _plan_run(config: RunConfig, accelerator: Accelerator) -> BatchPlan:
+    """Return how the batch is divided. Raise ConfigError if the devices cannot train one of the run's phases."""
+    plan = BatchPlan.from_config(config, accelerator.num_processes)
+    plans = plan_batches(config, accelerator.num_processes)
+    is_gpu = accelerator.device.type == "cuda"
+    list_forward_shapes(config, plans, is_gpu)  # Raises for too many shapes of compiled blocks.
+    is_captured(config, plan.world_size, is_gpu)  # Raises if train.cuda_graph=true cannot be done.
+    if config.train.float8:
+        for phase_plan in plans:
+            check_float8_support(phase_plan, accelerator.device)
+    return plan
 
 
 @contextmanager

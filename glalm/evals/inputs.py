@@ -283,6 +283,12 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
         tokens = TokenSet(folder, split, select_manifest(Path(folder), model.data_manifest))
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
+    require_data_of_model(tokens, folder, config, model)
+    return tokens
+
+
+def require_data_of_model(tokens: TokenSet, folder: str, config: EvalConfig, model: EvalModel) -> None:
+    """Raise ConfigError where the data in `folder` has another tokenizer than the model, or is not the run's now."""
     require(
         config.data_path is not None or tokens.fingerprint == model.data_fingerprint,
         f"{folder} is not the data that this run was trained on: it was prepared anew since; prepare the old "
@@ -298,4 +304,3 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
         f"data_path={folder} was prepared with another tokenizer than {model.name} has; prepare it with that "
         "(glalm prepare --tokenizer)",
     )
-    return tokens

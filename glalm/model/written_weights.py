@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glalm.model.plain import is_plain_tensor
+
 MERGE = "Merge the adapters into the weights, by peft's model.merge_and_unload(), before it is saved."
 UNPRUNE = "Make the pruning permanent, by torch.nn.utils.prune.remove(module, 'weight'), before it is saved."
 PARAMETRISATIONS = "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
@@ -40,11 +42,11 @@ def collect_weights(model: nn.Module) -> dict[str, Tensor]:
         weights = get_state_dict_offloaded_model(model)
     weights = {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point():
-            kind = getattr(tensor, "dtype", "no tensor") if type(tensor) is Tensor else type(tensor).__name__
+        if not (is_plain_tensor(tensor) and tensor.is_floating_point()):
+            kind = f"{tensor.dtype}, {tensor.layout}" if type(tensor) is Tensor else type(tensor).__name__
             raise ValueError(
-                f"{name} is not a plain floating-point tensor ({kind}), so the model is quantised. Save the model that "
-                "it was quantised from, and quantise what from_pretrained loads."
+                f"{name} is not a plain floating-point tensor ({kind}), so the model is quantised or sparse. Save the "
+                "model that it was made from, and quantise what from_pretrained loads."
             )
     tied = {"lm_head.weight"} if ties_embeddings(model) else set()
     addresses = set()

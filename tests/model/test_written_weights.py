@@ -141,8 +141,14 @@ def test_model_unlike_its_config_is_refused(change, tmp_path):
         GLALMForCausalLM.from_pretrained(tmp_path / "saved")
 
 
-def test_quantised_weights_are_refused(tmp_path):
-    model = quantise(build())
+def make_sparse(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to_sparse_csr(), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("change", [quantise, make_sparse])
+def test_quantised_and_sparse_weights_are_refused(change, tmp_path):
+    model = change(build())
     for write in (lambda: export_checkpoint(model, tmp_path / "out"), lambda: model.save_pretrained(tmp_path / "out")):
         with pytest.raises(ValueError, match=r"lm_head.weight is not a plain floating-point tensor .*quantised"):
             write()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
+from glalm.config.strict import ConfigError, require
 from glalm.data import files
 from glalm.data.checksums import combine_weights
 from glalm.data.shards import split_sha256
@@ -30,6 +32,15 @@ def write_json(path: Path, content: dict) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content, indent=1, allow_nan=False)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigError if no results can be written into `folder`, which may be new."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder of results ({error}). Move it away.") from error
+    require(os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to. Change its permissions.")
 
 
 def read_json(path: Path) -> dict | None:

@@ -26,7 +26,7 @@ from glalm.evals.identity import ResultIdentity
 from glalm.evals.inputs import open_eval_model, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
-from glalm.evals.result_files import find_result, save_result
+from glalm.evals.result_files import find_result, require_writable, save_result
 from glalm.kernels.context_parallel import ContextShard
 from glalm.progress import LINE_SECONDS, ProgressBar
 from glalm.train.collectives import rank_and_world_size
@@ -157,6 +157,7 @@ def run_evaluator(
     record = context.run_on_rank_0(lambda: None if config.force else find_result(folder, identity))
     is_finished = record is not None and not missing_tasks(record["results"])
     if not is_finished:
+        context.run_on_rank_0(lambda: require_writable(partial_path.parent))
         if config.force and context.rank == 0:
             partial_path.unlink(missing_ok=True)
         context.use_partial_results(partial_path, identity.to_record())

@@ -286,6 +286,15 @@ def test_one_that_fails_leaves_the_others(run, capsys, monkeypatch):
     assert "in broken" in shown.err  # where it happened
 
 
+def test_results_that_cannot_be_written_are_not_computed(run, capsys, monkeypatch):
+    (run.folder / "eval").write_text("")
+    monkeypatch.setattr("glalm.evals.perplexity.compute_perplexity", lambda *_: pytest.fail("computed"))
+    with pytest.raises(RunError, match="1 of 1 evaluators failed"):
+        evaluate(wanted(run, evals=["perplexity"]))
+    shown = capsys.readouterr()
+    assert "eval cannot be a folder of results" in shown.out and "Traceback" not in shown.err
+
+
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(run, capsys):
     data = json.loads((run.folder / "data.json").read_text())
     data["tokenizer"]["fingerprint"] = "another"

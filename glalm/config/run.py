@@ -230,7 +230,7 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # compile the blocks by torch.compile; auto: on GPUs
     # Run the forward and backward pass of a micro-batch as one CUDA graph, so that training does not wait for the host.
     # auto: on one GPU, where batches have one shape, memory allows it and the mixers can be captured.
-    cuda_graph: Literal["auto", True, False] = False
+    cuda_graph: Literal["auto", True, False] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the GPU supports it, else fp32
     # Compute the large matrix products of training in float8 (torchao, glalm/train/float8.py), on GPUs that support it.
     # Everything else, and validation, stays in bf16.

@@ -527,11 +527,6 @@ def build_base_config(model: ModelConfig, optim: OptimConfig) -> ModelConfig:
     width = optim.base_width
     assert width is not None
     require(
-        width <= model.hidden_size,
-        f"optim.base_width={width} is wider than model.hidden_size={model.hidden_size}; set optim.base_width to the "
-        "width of the smallest model that learning rates are transferred from",
-    )
-    require(
         not model.tie_word_embeddings,
         "optim.parametrization=mup gives embeddings and head different learning rates, so they cannot share a weight; "
         "set model.tie_word_embeddings=false",

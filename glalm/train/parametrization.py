@@ -45,6 +45,8 @@ def find_multipliers(config: ModelConfig, optim: OptimConfig) -> dict[str, Multi
         Muon's rate       (n_out / n_in)^1/2 m^-1/2, where max(rows, columns) grows by m and Muon's updates by m^1/2
         eps               n_out^-1, and L^-1 in a block, as the gradients shrink
 
+    If the base model is the larger one, max stands in place of min, so that there and back gives 1.
+
     Gains, biases, decays and embeddings, which sum over no inputs that grow, have n_in = 1. On top of this, the last
     layer of a block's branch has an output multiplier of L^-1. The queries of softmax attention have one of d^-1/2, if
     heads are d times as large as in the base model, so that their products with keys shrink by d instead of d^1/2.
@@ -88,8 +90,10 @@ def scale_parameter(
     n_in = 1.0 if use is None else shape[use.axis] / base[use.axis]
     n_out = math.prod(shape) / math.prod(base) / n_in
     rate = n_in**-0.5 if use is not None and use.unit_norm else 1 / n_in
+    spread = math.sqrt(n_out / n_in)
+    drawn = n_in**-0.5 * (min(1.0, spread) if n_in * n_out >= 1 else max(1.0, spread))
     return Multipliers(
-        init=output * (n_in**-0.5 * min(1.0, math.sqrt(n_out / n_in)) if is_drawn else 1.0),
+        init=output * (drawn if is_drawn else 1.0),
         adam_lr=output * rate,
         muon_lr=output * math.sqrt(n_out / n_in * max(base, default=1) / max(shape, default=1)),
         eps=1 / (n_out * depth * output),

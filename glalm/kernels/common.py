@@ -116,7 +116,6 @@ def expand_gate(g: Tensor | None, k: Tensor) -> Tensor:
 
 def log_gate(g: Gate, normalizer: float | None) -> Gate:
     """Return logsigmoid(g) / normalizer in at least float32. Without a normalizer, g is the log gate already."""
-    check_normalizer(normalizer)
     if g is None or normalizer is None:
         return g
     return F.logsigmoid(at_least_float32(g)) / normalizer
@@ -247,11 +246,13 @@ def check_inputs(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     gate_axes: str = "BTHK",
+    normalizer: float | None = None,
     grouped: bool = False,
 ) -> None:
-    """Check shapes, dtypes and devices. No value is read, so this also runs while a compiler traces.
+    """Check shapes, dtypes and devices. No value of a tensor is read, so this also runs while a compiler traces.
 
-    Where `grouped`, k, v, g and the states may have fewer heads than q, a divisor of theirs.
+    Where `grouped`, k, v, g and the states may have fewer heads than q, a divisor of theirs. `normalizer` is the
+    divisor of a gate's logits, if there is one.
     """
     if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"q: expected the shape [B, T, H, K] with K > 0, got {list(q.shape)}")
@@ -282,6 +283,8 @@ def check_inputs(
     if initial_state is not None:
         check_shape("initial_state", initial_state, "NHKV", sizes)
     check_dtypes(q, k, v, g, initial_state)
+    if normalizer is not None and not normalizer > 0:
+        raise ValueError(f"gate_logit_normalizer: expected a number above 0, got {normalizer}")
 
 
 def check_dtypes(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None) -> None:
@@ -295,12 +298,6 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_stat
         raise ValueError(f"g: expected a floating-point dtype, got {g.dtype}")
     if initial_state is not None and initial_state.dtype != wide_dtype(q):
         raise ValueError(f"initial_state: expected {wide_dtype(q)}, as q is {q.dtype}, got {initial_state.dtype}")
-
-
-def check_normalizer(gate_logit_normalizer: float | None) -> None:
-    """Check that the divisor of a gate's logits, if there is one, is positive."""
-    if gate_logit_normalizer is not None and not gate_logit_normalizer > 0:
-        raise ValueError(f"gate_logit_normalizer: expected a number above 0, got {gate_logit_normalizer}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, B: int) -> None:

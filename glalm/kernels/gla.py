@@ -22,6 +22,13 @@ from torch import Tensor
 from glalm.kernels import chunked, common
 from glalm.kernels.context_parallel import ContextShard, check_context, exchange_states
 
+ALTERNATIVES = {  # operator: the one that has all derivatives
+    "chunk_gla": "fused_recurrent_gla for short sequences",
+    "chunk_simple_gla": "fused_recurrent_simple_gla for short sequences",
+    "chunk_retention": "fused_recurrent_retention for short sequences",
+    "chunk_linear_attn": "fused_recurrent_linear_attn for short sequences",
+}
+
 # Public operators -------------------------------------------------------------------------------------------
 
 
@@ -155,10 +162,9 @@ def _chunk(
     *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, context=None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute the public operator `name`, whose gate has the axes `gate_axes` of B, T, H and K, or is None."""
-    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, grouped=True)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, normalizer, grouped=True)
     check_context(context, initial_state, output_final_state, cu_seqlens)
-    common.check_normalizer(normalizer)
-    common.refuse_transforms(name, q, k, v, g, initial_state, alternative=_alternative(name))
+    common.refuse_transforms(name, q, k, v, g, initial_state, alternative=ALTERNATIVES[name])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     shard = (None, 0, 1, None) if context is None else (context.group, context.rank, context.size, context.rows)
     args = (q, k, v, g, scale, normalizer, initial_state, output_final_state, cu_seqlens)
@@ -167,11 +173,6 @@ def _chunk(
     else:
         o, final_state, *_ = forward_operator(*args, False, *shard)
     return o, final_state if output_final_state else None
-
-
-def _alternative(name: str) -> str:
-    """Name the operator that has all derivatives."""
-    return f"{name.replace('chunk', 'fused_recurrent')} for short sequences"
 
 
 # Differentiation --------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ class ChunkGLA(torch.autograd.Function):
     def backward(ctx, do, dfinal_state):
         q, k, v, g, initial_state, cu_seqlens, rows, entering, *saved = ctx.saved_tensors
         name, scale, normalizer, output_final_state, *shard = ctx.options
-        common.refuse_transformed_gradients(name, do, dfinal_state, alternative=_alternative(name))
+        common.refuse_transformed_gradients(name, do, dfinal_state, alternative=ALTERNATIVES[name])
         do = v.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
         dfinal_state = dfinal_state if output_final_state else None
         with torch.no_grad():
@@ -209,7 +210,7 @@ class ChunkGLA(torch.autograd.Function):
         dinitial_state = None if initial_state is None else dinitial_state
         grads = (dq, dk, dv, dg, dinitial_state)
         inputs = (q, k, v, g, initial_state, do, dfinal_state)
-        dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, inputs, _alternative(name))
+        dq, dk, dv, dg, dinitial_state = common.refuse_double_backward(name, grads, inputs, ALTERNATIVES[name])
         return None, dq, dk, dv, dg, None, None, dinitial_state, *[None] * 6
 
 
@@ -238,10 +239,13 @@ def chunk_forward(
     enter the shard's sequences.
     """
     context = None if group is None else ContextShard(group, rank, size, rows)
-    entering = None
     common.check_values(g if normalizer is None else None, q, cu_seqlens)
+    final_state: Tensor | None
+    entering: Tensor | None = None
     saved = None
-    if common.has_kernel(q):
+    if not common.has_kernel(q):
+        o, final_state, entering = compute_in_pytorch(q, k, v, g, scale, normalizer, initial_state, cu_seqlens, context)
+    else:
         from glalm.kernels.triton import gla  # A machine without a GPU may lack Triton.
 
         if context is None:
@@ -252,16 +256,27 @@ def chunk_forward(
             o, final_state, entering, saved = gla.forward_over_processes(
                 q, k, v, g, scale, normalizer, initial_state, cu_seqlens, save_for_backward, context
             )
-    else:
-        with torch.autocast(q.device.type, enabled=False):
-            gates = common.expand_gate(common.log_gate(g, normalizer), k)
-            call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens, context)
-            o = call.outputs()
-            final_state = call.final_state()
-            entering = None if context is None else call.entering
     final_state = final_state if output_final_state else None
     buffers = saved or (q.new_empty(0) for _ in range(6))
     return o, common.tensor_or_empty(final_state, q), *buffers, common.tensor_or_empty(entering, q)
+
+
+def compute_in_pytorch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float,
+    normalizer: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    context: ContextShard | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return o, the final states, and with a context the states that enter the shard's sequences."""
+    with torch.autocast(q.device.type, enabled=False):
+        gates = common.expand_gate(common.log_gate(g, normalizer), k)
+        call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens, context)
+        return call.outputs(), call.final_state(), None if context is None else call.entering
 
 
 def chunk_forward_fake(

@@ -98,7 +98,7 @@ def _fused_recurrent(
     """Compute the recurrence of a gate with the axes `gate_axes` of B, T, H and K, or of none, or the delta rule."""
     if context is not None:
         raise ValueError("context: only the chunkwise operators serve sequences that several processes share")
-    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, grouped=beta is None)
+    common.check_inputs(q, k, v, g, initial_state, cu_seqlens, gate_axes, normalizer, grouped=beta is None)
     if beta is not None:
         common.check_shape("beta", beta, "BTH", dict(zip("BTH", q.shape, strict=False)))
     g = common.log_gate(g, normalizer)

@@ -66,7 +66,7 @@ def saved_shapes(
         config = config_for(q.device, KP, padded_head_size(V), dtype.itemsize * 8)
         segments = count_segments(config.scan_forward, B, H, V, chunks, q.device)
     score_parts = 2 if with_residual and dtype == torch.bfloat16 else 1
-    scalar_decay = has_scalar_decay(g)
+    scalar_decay = g is None or g.dim() < 4  # as in LaunchPlan
     return [
         ((chunks * heads, CHUNK, KP), dtype),
         ((tiles, CHUNK, KP), dtype),
@@ -198,7 +198,8 @@ class LaunchPlan:
         self.k = k.contiguous()
         self.v = v.contiguous()
         self.g = None if g is None else g.contiguous()
-        self.scalar_decay = has_scalar_decay(g)
+        # A token's decay is one number per head, or there is none: the case of head_gate.py.
+        self.scalar_decay = g is None or g.dim() < 4
         self.fixed_gate = g is not None and not gate_has_gradient(g)
         self.scale = float(scale)  # Triton would compile another kernel for the integer 1.
         self.from_logits = normalizer is not None
@@ -437,11 +438,6 @@ def count_segments(config: LaunchConfig, sequences: int, H: int, V: int, chunks:
     programs_at_once = multiprocessors(device) * max(1, 8 // config.warps)
     chunks_per_sequence = chunks // max(1, sequences)
     return max(1, min(programs_at_once // max(1, programs), chunks_per_sequence // 4))
-
-
-def has_scalar_decay(g: Tensor | None) -> bool:
-    """Return whether a token's decay is one number per head, or there is none: the case of head_gate.py."""
-    return g is None or g.dim() < 4
 
 
 def operand_dtype(q: Tensor) -> torch.dtype:

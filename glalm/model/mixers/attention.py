@@ -118,15 +118,30 @@ class Attention(Mixer):
             v = torch.cat([past_v.to(v.dtype), v], 1)
             key_positions = torch.cat([past_positions, positions], 1)
         starts_fresh = state is None and padding is None
-        if starts_fresh and cu_seqlens is None and self.window is None:
-            o = masked_attention(q, k, v, None)
-        elif starts_fresh and can_use_flash_attention(q):
-            o = flash_attention(q, k, v, self.window, cu_seqlens)
-        else:
-            o = masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
+        o = self.attend(q, k, v, positions, key_positions, cu_seqlens, starts_fresh)
         if return_state:
             state = *self.trim_cache(k, v, key_positions, padding), start + is_token.sum(1)
         return self.o_proj(o.flatten(-2)), state if return_state else None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        key_positions: Tensor,
+        cu_seqlens: Tensor | None,
+        starts_fresh: bool,
+    ) -> Tensor:
+        """Return the outputs [B, T, H, D], computed without a mask where possible.
+
+        `starts_fresh` says that the sequences begin with these tokens and have no padding.
+        """
+        if starts_fresh and cu_seqlens is None and self.window is None:
+            return masked_attention(q, k, v, None)
+        if starts_fresh and can_use_flash_attention(q):
+            return flash_attention(q, k, v, self.window, cu_seqlens)
+        return masked_attention(q, k, v, visibility_mask(positions, key_positions, self.window, cu_seqlens))
 
     def attend_over_processes(
         self, x: Tensor, state: State | None, return_state: bool, cu_seqlens: Tensor | None, context: ContextShard

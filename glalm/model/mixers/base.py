@@ -194,12 +194,14 @@ def mix_tokens(
     B, T, d = x.shape
     if T == 1 and cu_seqlens is None:
         y, new_state = mixer(x, state=state, return_state=return_state)
+        if not return_state:
+            return y, None
         is_token = padding[:, 0, 0] > 0
-
-        def choose(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(is_token.view(-1, *[1] * (new.dim() - 1)), new, old.to(new.dtype))
-
-        return y, tree_map(choose, new_state, state) if return_state else None
+        return y, tree_map(
+            lambda new, old: torch.where(is_token.view(-1, *[1] * (new.dim() - 1)), new, old.to(new.dtype)),
+            new_state,
+            state,
+        )
 
     is_token = padding.flatten() > 0
     order = is_token.logical_not().argsort(stable=True)

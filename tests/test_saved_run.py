@@ -1,6 +1,7 @@
 """Commands that continue a run by its name or folder alone."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -127,10 +128,19 @@ def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):
             complete_from_run(tree | {"resume": resume}, [f"resume={resume}"])
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}', '{"id": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", pytest.param("[" * 9999, id="too deep"), '{"config": 3}', '{"config": {}}', '{"id": "x"}'],
+)
 def test_damaged_record_gives_nothing(tmp_path, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.json").write_text(content)
+    assert config_of("name=mine", f"runs_dir={tmp_path}").model.hidden_size == 128
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path):
+    (tmp_path / "mine").mkdir()
+    os.mkfifo(tmp_path / "mine" / "run.json")
     assert config_of("name=mine", f"runs_dir={tmp_path}").model.hidden_size == 128
 
 

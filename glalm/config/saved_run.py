@@ -36,12 +36,14 @@ def complete_from_run(tree: dict, overrides: Iterable[str]) -> dict:
         tree = _locate_run(tree, given)
     path = Path(tree["runs_dir"]).expanduser() / tree["name"] / RUN_RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # A pipe of this name would be waited for.
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):  # Of a file that nests too deeply, json raises the last.
         record = None
     # A damaged run.json counts as none: the config of the command line is then compared with that of the checkpoints.
-    is_run = isinstance(record, dict) and isinstance(record.get("config"), dict)
-    if not is_run or "experiment" in given:
+    saved = record.get("config") if isinstance(record, dict) else None
+    is_run = isinstance(saved, dict) and isinstance(saved.get("model"), dict)
+    if record is None or not is_run or "experiment" in given:
         return tree
     config = json.loads(json.dumps(record["config"]))
     keys = [*RUN_KEYS, *(key for key in given if key.partition(".")[0] in tree)]

@@ -1,7 +1,6 @@
 """Open the inputs of an evaluation: a run's checkpoint, an exported folder or a hub model; its tokenizer; its data."""
 
 import hashlib
-import json
 import re
 from contextlib import suppress
 from functools import lru_cache
@@ -120,7 +119,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     require((path / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a model's folder")
     files = sorted(path.glob("*.safetensors"))
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
-    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = (read_json(path / "config.json") or {}).get("model_type")
     is_export = model_type == GLALMConfig.model_type
     causal_lm = load_pretrained(path, where, model_type in MODEL_TYPES, precision)
     tokenizer, document_prefix = load_folder_tokenizer(path, is_export)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from glalm import IGNORE_INDEX
-from glalm.config.strict import ConfigError
+from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
@@ -203,3 +203,11 @@ def test_data_of_another_tokenizer(tmp_path, token_folder):
         open_split(config, open_eval_model(config, CPU), "validation")
     with pytest.raises(ConfigError, match="is not a checkpoint of a run: write data_path="):
         open_split(wanted(small, tmp_path), open_eval_model(config, CPU), "validation")
+
+
+@pytest.mark.parametrize("content", ["", "[]", pytest.param("[" * 9999, id="too deep")])
+def test_a_damaged_config_of_a_models_folder_is_named(content, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config.json is damaged"):
+        open_eval_model(wanted(tmp_path, tmp_path), torch.device("cpu"))

@@ -1,5 +1,8 @@
 """The README's commands, run in their order on this package's own source."""
 
+import contextlib
+import faulthandler
+import io
 import json
 import os
 import random
@@ -23,6 +26,15 @@ def run(*args: str, code: int = 0) -> str:
     done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_command_runs_where_stderr_is_no_file(monkeypatch):
+    """As in a notebook, or where a program keeps what its commands print."""
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["glalm", "train", "no_such_key=1"])
+    with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "unknown key no_such_key" in printed.getvalue()
 
 
 @pytest.mark.slow

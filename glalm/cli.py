@@ -144,7 +144,8 @@ def hydra_entry(
         objective: Returns what a sweeper minimizes, given the config, after `main` has returned 0.
     """
     if not faulthandler.is_enabled():
-        # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened. sys.stderr may be no file.
+        # A fatal signal (SIGBUS where a file is cut while it is read) prints where it happened. sys.stderr may be no
+        # file, so this names its descriptor.
         faulthandler.enable(file=2)
     store_defaults(cls)
     # Hydra's parser refuses `KEY=VALUE --config-dir FOLDER KEY=VALUE`, so all overrides go to the end.

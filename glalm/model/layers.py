@@ -176,16 +176,17 @@ class ShortConv(nn.Module):
 
     def forward(
         self,
-        parts: Sequence[Tensor],
+        x: Tensor | Sequence[Tensor],
         state: Tensor | None,
         cu_seqlens: Tensor | None,
         context: ContextShard | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Convolve torch.cat(parts, -1) without joining the parts, each of which is [B, T, its channels].
+    ) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Convolve x [B, T, channels], or its parts, each [B, T, its channels], without joining them.
 
-        Returns the parts of y and the new state of all channels. Joined parts would be copied to one tensor and, since
-        operators read contiguous heads, back from it.
+        Returns y, in parts if x is, and the new state of all channels. Joined parts would be copied to one tensor and,
+        since operators read contiguous heads, back from it.
         """
+        parts = [x] if isinstance(x, Tensor) else x
         widths = [part.shape[-1] for part in parts]
         weights = self.weight[:, 0].split(widths)
         biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
@@ -198,7 +199,7 @@ class ShortConv(nn.Module):
             )  # fmt: skip
             outputs.append(y)
             new_states.append(final)
-        return outputs, torch.cat(new_states, -1)
+        return outputs[0] if isinstance(x, Tensor) else outputs, torch.cat(new_states, -1)
 
     def flops(self) -> int:
         """Return the floating-point operations per token."""

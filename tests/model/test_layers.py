@@ -24,7 +24,7 @@ def test_a_short_convolution_rounds_once(dtype, tolerance, bias):
         leaves = {name: p.detach().double().requires_grad_() for name, p in {"x": x, **weights}.items()}
         padded = F.pad(leaves["x"].mT, (4, 0))  # With one row more than needed, because conv1d refuses T = 0.
         expected = F.silu(F.conv1d(padded, leaves["weight"], leaves.get("bias"), groups=6).mT[:, 1:])
-        [found], _ = conv([x], None, None)
+        found, _ = conv(x, None, None)
         results = [found, *torch.autograd.grad(found, [x, *weights.values()], dy)]
         truths = [expected, *torch.autograd.grad(expected, [*leaves.values()], dy.double())]
         for result, truth in zip(results, truths, strict=True):
@@ -42,7 +42,7 @@ def test_a_short_convolution_of_parts_is_that_of_the_whole(bias):
     state = torch.randn(2, 3, 12, dtype=torch.float64)
     cotangent = torch.randn(2, 9, 12, dtype=torch.float64)
 
-    [whole], final = conv([x], state, None)
+    whole, final = conv(x, state, None)
     expected = torch.autograd.grad((whole * cotangent).sum(), [x, *conv.parameters()])
     parts, final_of_parts = conv(x.split([5, 1, 6], -1), state, None)
     got = torch.autograd.grad((torch.cat(parts, -1) * cotangent).sum(), [x, *conv.parameters()])

@@ -79,7 +79,7 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         h, conv_state = (None, None) if state is None else state
         z = self.z_proj(x)
-        [x], conv_state = self.conv1d([self.in_proj(x)], conv_state, cu_seqlens, context)
+        x, conv_state = self.conv1d(self.in_proj(x), conv_state, cu_seqlens, context)
         if padding is not None:
             # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
             x = x * padding.to(x.dtype)

@@ -94,7 +94,7 @@ class Mamba2(Mixer):
         S, conv_state = (None, None) if state is None else state
         z = self.z_proj(x)
         dt = self.dt_proj(x)
-        [xbc], conv_state = self.conv1d([self.in_proj(x)], conv_state, cu_seqlens, context)
+        xbc, conv_state = self.conv1d(self.in_proj(x), conv_state, cu_seqlens, context)
         if padding is not None:
             # The convolution's bias has made padding nonzero. The gates decay the state there, but it is still 0.
             xbc = xbc * padding.to(xbc.dtype)

@@ -108,7 +108,9 @@ def print_costs(rows: list[dict], gpu: str) -> None:
 def estimate_costs(row: dict, gpu: str) -> tuple[float, float]:
     """Return the seconds of a step and the GiB of memory that the dry run estimates for a row on one GPU."""
     shape = Row(row["size"], row["batch"], row["T"])
-    config = compose_run_config(shape, row["model"], [f"train.assumed_gpu={gpu}"])
+    # The rows have no validation, for which the dry run adds memory where steps are CUDA graphs.
+    changes = [f"train.assumed_gpu={gpu}", "train.cuda_graph=false"]
+    config = compose_run_config(shape, row["model"], changes)
     hours, memory = estimate_hours_and_memory(config)
     assert hours is not None  # The speeds of all assumed GPUs are known.
     return 3600 * hours / config.steps, memory / GIB

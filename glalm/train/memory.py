@@ -73,9 +73,9 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
 
-    The peak is where the backward pass begins and all activations are there. Gradients are there if DDP, an earlier
-    micro-batch or segment, or a CUDA graph has allocated them. Otherwise they take the place of the activations, and if
-    they are larger, the peak is at the end of the backward pass. The kernels' workspaces are not counted.
+    The peak is where the backward pass begins and all activations are there. Gradients are there if DDP, or an earlier
+    micro-batch or segment, has allocated them. Otherwise they take the place of the activations, in a CUDA graph as
+    well, and if they are larger, the peak is at the end of the backward pass. The kernels' workspaces are not counted.
 
     Raises:
         ConfigError: The processes do not form the config's mesh.
@@ -94,7 +94,7 @@ def estimate_memory(
     }
     # Only the larger one counts, because the loss's memory is free when the last block's backward pass begins.
     smaller = min("loss", "one block's backward", key=parts.__getitem__)
-    has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1 or captured
+    has_gradients = (is_ddp and plan.world_size > 1) or plan.accumulation * plan.segments > 1
     if captured:
         # CUDA graphs keep the memory of a step for themselves, so validation needs its own. It does not cut windows
         # into segments. The forward pass of a block is taken to need as much as its backward pass.

@@ -25,13 +25,7 @@ def export_checkpoint() -> None:
     parser = create_parser(export_checkpoint)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--checkpoint", default="latest", help="latest or step_N (default: %(default)s)")
-    parser.add_argument(
-        "--weights",
-        choices=get_args(Weights),
-        default="current",
-        help="those of the last step, or their moving average, train.ema_decay (default: %(default)s)",
-    )
-    add_output_options(parser)
+    add_shared_options(parser)
     args = parser.parse_args()
     try:
         export_run(args.run, args.checkpoint, args.out, args.mixer, args.weights)
@@ -66,13 +60,7 @@ def average_checkpoints() -> None:
         metavar="X",
         help="of the checkpoints in the average, run by run, in any unit (default: equal)",
     )
-    parser.add_argument(
-        "--weights",
-        choices=get_args(Weights),
-        default="current",
-        help="of the checkpoints: those of the last step, or their moving average (default: %(default)s)",
-    )
-    add_output_options(parser)
+    add_shared_options(parser)
     args = parser.parse_args()
     names = ["latest"] if args.steps is None else [f"step_{step}" for step in args.steps]
     try:
@@ -82,8 +70,14 @@ def average_checkpoints() -> None:
     print(f"{args.out}: {args.out / 'README.md'} says how to load it")
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the folder is written, and the user's code that reading the run needs."""
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add which weights are read, where the folder is written, and the user's code that reading a run needs."""
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        default="current",
+        help="those of the last step, or their moving average, train.ema_decay (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument(
         "--mixer",

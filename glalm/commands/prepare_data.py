@@ -12,7 +12,7 @@ from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.inspection import inspect_set
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.records import SUFFIXES
-from glalm.prepare.sources import collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
+from glalm.prepare.sources import collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
 from glalm.prepare.writer import format_counts
 from glalm.progress import ProgressBar
@@ -199,9 +199,8 @@ def train_tokenizer() -> int:
         inputs, repeated = collect_inputs(sources)
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with ProgressBar() as bar:
-            for message in (describe_skipped_files(sources), describe_repeated_files(repeated)):
-                if message:
-                    bar.log(message)
+            for message in describe_unread_files(sources, repeated):
+                bar.log(message)
             texts = read_training_texts(inputs, held_out, args.text_field, bar)
             max_bytes = args.sample_mb * 10**6
             model = train_sentencepiece(texts, args.out, args.vocab_size, model_type=args.type, max_bytes=max_bytes)

@@ -23,7 +23,7 @@ from glalm.prepare.plan import list_fields
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import Signatures, compute_signatures
-from glalm.prepare.sources import Source, collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
+from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.units import Unit, cut_units, limit_workers, read_unit
 from glalm.prepare.workers import count_cores
 from glalm.progress import LINE_SECONDS, ProgressBar
@@ -90,9 +90,8 @@ def deduplicate(
         explain_full_disk(out),
         ProgressBar(quiet=not progress, line_seconds=LINE_SECONDS) as bar,
     ):
-        for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
-            if message:
-                bar.log(message)
+        for message in describe_unread_files(sources, repeated, out.resolve()):
+            bar.log(message)
         _check_folder(out, overwrite)
         store = SignatureStore(out / SIGNATURES)
         entries = plan_inputs(out, settings, inputs, store.finished)

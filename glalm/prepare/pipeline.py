@@ -22,7 +22,7 @@ from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, list_written_keys, make_plan
 from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
-from glalm.prepare.sources import Source, collect_inputs, describe_repeated_files, describe_skipped_files, parse_source
+from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.units import UnitEncoder, cut_units
 from glalm.prepare.workers import count_cores
 from glalm.prepare.writer import SetWriter, format_counts
@@ -118,9 +118,8 @@ def prepare_data(
     ):
         if copy:
             copy.check_target(overwrite)
-        for message in (describe_skipped_files(sources, out.resolve()), describe_repeated_files(repeated)):
-            if message:
-                bar.log(message)
+        for message in describe_unread_files(sources, repeated, out.resolve()):
+            bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if copy:
             copy.begin(overwrite)

@@ -235,11 +235,15 @@ def _has_link(file: FileInput) -> bool:
     return os.path.realpath(file.path) != os.path.join(os.path.realpath(folder), file.name)
 
 
-def describe_repeated_files(repeated: list[FileInput]) -> str:
-    """Return a message about files that are named more than once, or "" if there are none."""
-    if not repeated:
-        return ""
-    return f"Skipped {len(repeated):,} other names of files that are read already (links), such as {repeated[0]}"
+def describe_unread_files(sources: Iterable[Source], repeated: list[FileInput], out: Path | None = None) -> list[str]:
+    """Return the messages about files that are not read: those skipped, but for the folder `out`, and other names."""
+    messages = []
+    if skipped := describe_skipped_files(sources, out):
+        messages.append(skipped)
+    if repeated:
+        other_names = f"{len(repeated):,} other names of files that are read already (links), such as {repeated[0]}"
+        messages.append(f"Skipped {other_names}")
+    return messages
 
 
 def describe_skipped_files(sources: Iterable[Source], out: Path | None = None) -> str:

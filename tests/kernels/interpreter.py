@@ -13,6 +13,7 @@ import pytest
 import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 
 
 def run_interpreted(file: str) -> None:

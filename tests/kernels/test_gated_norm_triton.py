@@ -3,9 +3,8 @@
 import pytest
 import torch
 from gated_norm_cases import EPS, differentiate, random_arguments, relative_errors
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 BF16 = 1e-2  # The interpreter truncates to bfloat16; the GPU rounds.
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 1e-6
 
 

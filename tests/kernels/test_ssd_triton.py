@@ -4,9 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 2e-5
 BF16 = 2e-2  # The interpreter truncates to bfloat16; the GPU rounds.
 

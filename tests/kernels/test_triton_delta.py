@@ -4,11 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
 from glalm.kernels.triton.delta_prepare import invert_unit_lower
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 1e-5  # a few roundings of float32
 BF16 = 2.5e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
 GATES = ["nothing", "head", "channel"]

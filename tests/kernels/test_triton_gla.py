@@ -6,12 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
 from glalm.kernels import context_parallel
 from glalm.kernels.triton.tiles import exact_dot
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 IEEE = 2e-5  # a few roundings of float32
 BF16 = 2e-2  # the interpreter cuts bfloat16 off where the GPU rounds it
 

@@ -1,8 +1,7 @@
 """The fused decoding step: its kernels by Triton's interpreter, in a process of its own; on the GPU compiled."""
 
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +9,13 @@ import torch.nn.functional as F
 
 from glalm.generation import fused_decode
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 def test_in_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 def check_matvec(device: str) -> None:

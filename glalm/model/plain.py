@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 
-def original_forward(kind: type[nn.Module]) -> Callable | None:
-    """Return the forward method that torch defines for its class `kind`, or None if it has been replaced."""
-    code = getattr(kind.forward, "__code__", None)
-    defined_here = code is not None and code.co_filename == sys.modules[kind.__module__].__file__
-    return kind.forward if defined_here else None
+def is_defined_in(kind: type[nn.Module], method: Callable) -> bool:
+    """Return whether the code of a class's method is in the file of the class: hardly any replacement's is."""
+    code = getattr(method, "__code__", None)
+    return code is not None and code.co_filename == getattr(sys.modules[kind.__module__], "__file__", None)
 
 
-LINEAR_FORWARD = original_forward(nn.Linear)
+LINEAR_FORWARD = nn.Linear.forward if is_defined_in(nn.Linear, nn.Linear.forward) else None
 
 
 def is_plain_linear(module: nn.Module, bias: bool = False) -> TypeGuard[nn.Linear]:
@@ -46,9 +45,19 @@ def is_plain_tensor(x: Tensor) -> bool:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Return whether calling the module runs the forward method of its class without any hook."""
-    is_class_call = type(module).__call__ is nn.Module._wrapped_call_impl and "_call_impl" not in module.__dict__
-    return is_class_call and "forward" not in module.__dict__ and not any(hooks_of_call(module))
+    """Return whether calling the module runs the forward method of its class without any hook.
+
+    A class may define a call around that of nn.Module, as transformers 5.17's layers with gradient checkpointing do.
+    This is a part of what the class computes, unless it has been replaced.
+    """
+    kind = type(module)
+    is_class_call = kind.__call__ is nn.Module._wrapped_call_impl
+    # torch.compile asks for linear layers, whose class defines none, and could not trace these lines.
+    if not is_class_call and nn.Module.__call__ is nn.Module._wrapped_call_impl:
+        owner = next(each for each in kind.__mro__ if "__call__" in vars(each))
+        is_class_call = is_defined_in(owner, owner.__call__)
+    is_forward_called = "forward" not in module.__dict__ and "_call_impl" not in module.__dict__
+    return is_class_call and is_forward_called and not any(hooks_of_call(module))
 
 
 def hooks_of_call(module: nn.Module) -> tuple[dict, ...]:

@@ -13,7 +13,7 @@ from glalm import IGNORE_INDEX
 from glalm.evals.eval_model import EvalModel
 from glalm.generation import fused_decode
 from glalm.hf import GLALMConfig, GLALMForCausalLM
-from glalm.model.plain import is_plain_linear
+from glalm.model.plain import is_called_plainly, is_plain_linear
 from glalm.train.float8 import is_large_linear
 
 
@@ -220,6 +220,24 @@ def test_a_new_linear_layer_is_plain():
     assert is_plain_linear(head.double())
     with_bias = nn.Linear(512, 512)
     assert is_plain_linear(with_bias, bias=True) and not is_plain_linear(with_bias)
+
+
+def test_a_call_that_a_class_defines_is_plain_until_it_is_replaced(monkeypatch):
+    """Layers with gradient checkpointing of transformers 5.17 define one."""
+
+    class Layer(nn.Module):
+        def __call__(self, *args):
+            return super().__call__(*args)
+
+    class Block(Layer):
+        pass
+
+    assert is_called_plainly(Block())
+    with monkeypatch.context() as patch:
+        replace_call(None, patch)
+        assert not is_called_plainly(Block())
+    monkeypatch.setattr(Layer, "__call__", nn.Module._slow_forward)
+    assert not is_called_plainly(Block())
 
 
 @every_change

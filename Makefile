@@ -1,6 +1,7 @@
 # make demo        train a small model from nothing, evaluate it and write a report (about five minutes on two CPU cores)
 # make test        the fast tests (under 10 minutes on two CPU cores)
 # make test-slow   the tests that are long, real or rare, a soak test and the demo (under 35 minutes)
+# make test-gpu    the tests that need a GPU, five at once on each; the names of those that fail come as they fail
 # make docs        the site of docs/, with the API reference, into site/; a broken link is an error
 # make lint        ruff and mypy
 # make clean       remove what make and the tests created, but not data/ and runs/
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: demo test test-slow docs lint clean
+.PHONY: demo test test-slow test-gpu docs lint clean
 
 demo: .venv/installed
 	$(RUN) scripts/prepare_data.py --out data/demo stdlib
@@ -26,6 +27,11 @@ test: .venv/installed
 test-slow: .venv/installed docs
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $$($(RUN) -c 'import os; print(min(os.cpu_count() + 1, 8))') \
 		--dist worksteal -m slow
+
+# Inductor would start a process for each core in each of these processes.
+test-gpu: .venv/installed
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest \
+		-n $$($(RUN) -c 'import torch; print(5 * max(1, torch.cuda.device_count()))') --dist worksteal -vv -m gpu
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

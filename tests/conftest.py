@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import json
 import keyword
+import os
 import random
 import signal
 
@@ -22,9 +23,17 @@ WORDS = [*keyword.kwlist, "(a, b):", "'quoted'", "# comment", "==", "2024", "Ã¤Ã
 
 
 def pytest_configure():
-    """Let processes of tests end at Ctrl-C also where a shell runs the suite in the background, which ignores it."""
+    """Let processes of tests end at Ctrl-C, and let the workers of pytest-xdist share all GPUs."""
+    # A shell that runs the suite in the background ignores Ctrl-C for it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Each worker counts the GPUs from another one on, so that cuda:0 is a different one, and tests of several see all.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(gpu) for gpu in range(count))).split(",")
+        first = int(worker) % count
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:] + visible[:first])
 
 
 def pytest_collection_modifyitems(items):

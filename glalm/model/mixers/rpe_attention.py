@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
-from glalm.kernels.common import CHUNK, at_least_float32, sequence_ids
+from glalm.kernels.common import at_least_float32, sequence_ids
 from glalm.kernels.long_convolution import convolve_between_blocks
 from glalm.model.layers import ParameterUses, SumOver, append_ones, divide_by_weights
 from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
 
 State = tuple[Tensor, Tensor]
+
+# Up to so many tokens, their matrix of scores takes less time and memory than FFTs over the F (V + 1) columns.
+DENSE_BLOCK = 1024
 
 
 @dataclass
@@ -37,9 +40,9 @@ class RPEAttention(Mixer):
     convolutions of the F (V + 1) columns of phi(k_s)^T [v_s, 1] for a head with F features and V channels.
 
     With one FFT over the whole text, as in the paper, all tokens have rounding errors as large as those of the largest
-    sums, which early tokens then divide by small denominators. So tokens of the same block of CHUNK attend to each
-    other in the dense form, and FFTs of growing size add the earlier blocks, each over only the tokens that it sums:
-    O(T log^2 T) in all.
+    sums, which early tokens then divide by small denominators. So tokens of the same block of DENSE_BLOCK attend to
+    each other in the dense form, and FFTs of growing size add the earlier blocks, each over only the tokens that it
+    sums: O(T log^2 T) in all.
 
     phi is the paper's map of positive random features, of normalized queries and keys, without the factors that cancel.
     W starts as the paper's random numbers and is trained. The paper's b has as many distances as the training length.
@@ -123,20 +126,25 @@ class RPEAttention(Mixer):
                 weights = torch.einsum("bhf,bshf->bsh", q[:, 0], k) * c.flip(0)
                 return divide_by_weights(torch.einsum("bsh,bshv->bhv", weights, v)[:, None])
             sequence = c.new_zeros(S, dtype=torch.int64) if cu_seqlens is None else sequence_ids(cu_seqlens, S)
-            block = max(1, min(S, CHUNK))
+            block = max(1, min(S, DENSE_BLOCK))
             q = F.pad(q, (0, 0, 0, 0, S - T, 0))
-            columns = k[..., None] * v[..., None, :]
-            columns = convolve_between_blocks(columns, c[..., None, None], sequence, block)
-            o = torch.einsum("bthf,bthfv->bthv", q, columns) + attend_within_blocks(q, k, v, c, sequence, block)
+            o = attend_within_blocks(q, k, v, c, sequence, block)
+            if block < S:
+                columns = k[..., None] * v[..., None, :]
+                columns = convolve_between_blocks(columns, c[..., None, None], sequence, block)
+                o = o + torch.einsum("bthf,bthfv->bthv", q, columns)
         return divide_by_weights(o[:, S - T :])
 
     def flops(self, T: int) -> int:
-        """Count both maps, the scores and sums in blocks, the FFTs, and the products of the queries with them."""
+        """Count both maps, the scores and sums in blocks, and where there are several blocks the FFTs and their use."""
         H, features, K = self.features.shape
         V = self.v_proj.out_features // H + 1
-        block = min(T, CHUNK)
-        ffts = convolution_flops(T, min(self.window, T), block, channels=H * features * V, filters=H)
-        return H * (4 * features * K + 2 * block * (features + V) + 2 * features * V) + ffts
+        block = min(T, DENSE_BLOCK)
+        within = H * (4 * features * K + 2 * block * (features + V))
+        if T <= DENSE_BLOCK:
+            return within
+        channels = H * features * V
+        return within + 2 * channels + convolution_flops(T, min(self.window, T), block, channels, filters=H)
 
 
 def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: Tensor, block: int) -> Tensor:
@@ -152,12 +160,11 @@ def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: T
     """
     S = q.shape[1]
     surplus = -S % block
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, surplus)).unflatten(1, (-1, block)) for x in (q, k, v))
-    ids = F.pad(sequence, (0, surplus), value=-1).view(-1, block)
-    tokens = torch.arange(block, device=c.device)
-    distance = tokens[:, None] - tokens
+    # [B, blocks, H, block, F or V]
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, surplus)).unflatten(1, (-1, block)).transpose(2, 3) for x in (q, k, v))
+    # Row t of the matrix of weights is c_t, ..., c_0, 0, ...: a window that slides over c, from its end to zeros.
     c = F.pad(c[:block], (0, 0, 0, block - len(c[:block])))
-    is_seen = (distance >= 0) & (ids[:, :, None] == ids[:, None, :])
-    weights = c[distance.clamp(min=0)] * is_seen[..., None]
-    scores = torch.einsum("bnihf,bnjhf->bnijh", q, k) * weights
-    return torch.einsum("bnijh,bnjhv->bnihv", scores, v).flatten(1, 2)[:, :S]
+    weights = F.pad(c.flip(0), (0, 0, 0, block - 1)).unfold(0, block, 1).flip(0).transpose(0, 1)
+    ids = F.pad(sequence, (0, surplus), value=-1).view(-1, 1, block)
+    is_same = ids[..., :, None] == ids[..., None, :]  # [blocks, 1, block, block]
+    return (q @ k.mT * (weights * is_same) @ v).transpose(2, 3).flatten(1, 2)[:, :S]

@@ -4,7 +4,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glalm.config.strict import ConfigError
+from glalm.model.mixers import rpe_attention as rpe_attention_module
 from glalm.model.mixers.rpe_attention import RPEAttentionOptions
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Let a few tokens take several blocks."""
+    monkeypatch.setattr(rpe_attention_module, "DENSE_BLOCK", 64)
 
 
 def dense_attention(q, k, v, bias):

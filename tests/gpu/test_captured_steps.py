@@ -26,10 +26,11 @@ MODEL = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 2, "intermedia
 
 @pytest.fixture
 def config(run_config, change) -> RunConfig:
-    """Two micro-batches a step."""
+    """Two micro-batches a step, without graphs."""
     model = {f"model.{name}": value for name, value in MODEL.items()}
     batches = {"data.seq_len": T, "train.batch_size": ROWS, "train.micro_batch_size": ROWS // 2}
-    return change(run_config, **model, **batches, **{"train.steps": STEPS + 1, "train.compile": False})
+    eager = {"train.compile": False, "train.cuda_graph": False}
+    return change(run_config, **model, **batches, **eager, **{"train.steps": STEPS + 1})
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -54,7 +55,7 @@ def train(built: Trainer, steps: int = STEPS) -> tuple[list[torch.Tensor], dict[
 
 def check_equal(config: RunConfig, change, steps: int = STEPS) -> Trainer:
     """Train eagerly and with graphs, and compare. Return the latter trainer."""
-    eager_losses, eager_weights = train(build_trainer(change(config, **{"train.cuda_graph": False})), steps)
+    eager_losses, eager_weights = train(build_trainer(config), steps)
     graphed = build_trainer(change(config, **{"train.cuda_graph": True}))
     losses, weights = train(graphed, steps)
     assert torch.stack(losses).tolist() == torch.stack(eager_losses).tolist()

@@ -54,6 +54,14 @@ def pytest_unconfigure():
     gc.unfreeze()  # Else the interpreter's last collection would leave objects, which some libraries report as leaks.
 
 
+@pytest.fixture(autouse=True)
+def restored_precision():
+    """Let no test change how float32 products are computed in those after it, as training in bfloat16 does on a GPU."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.fp32_precision = "none"
+
+
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
     """A small prepared set: 200 documents of a made-up language in which each word predicts the next."""

@@ -10,11 +10,10 @@ NARROWEST, WIDEST = torch.backends.cuda.matmul, torch.backends  # The wider sett
 LEGACY = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
-@pytest.fixture(autouse=True)
-def restored_precision():
-    yield
-    torch.set_float32_matmul_precision("highest")
-    NARROWEST.fp32_precision = WIDEST.fp32_precision = "none"
+@pytest.mark.parametrize("times", [1, 2])
+def test_every_test_begins_with_exact_products(times):
+    assert multiplies_exactly(torch.zeros(1))
+    torch.set_float32_matmul_precision("high")
 
 
 @settings(max_examples=20, deadline=None)

@@ -144,13 +144,8 @@ def test_one_token_of_any_layout():
 @interpreted
 def test_precision_that_was_set_for_cuda_alone():
     """After this setting, torch.get_float32_matmul_precision raises."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        check(IEEE, 1, 20, 2, 1, 16, 16)
-    finally:
-        matmul.fp32_precision = before
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    check(IEEE, 1, 20, 2, 1, 16, 16)
 
 
 @interpreted

@@ -106,7 +106,6 @@ def compare(config, change, tmp_path, variants: dict[str, dict], tolerance: floa
         if kind not in plain:
             plain[kind] = run(change(config, **KINDS.get(kind, {})))
         check(name, result, plain[kind], max(tolerance, TOLERANCES.get(kind, 0)))
-    torch.set_float32_matmul_precision("highest")  # bf16's is another, and other tests follow
     return found
 
 

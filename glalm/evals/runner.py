@@ -36,13 +36,16 @@ from glalm.train.run_lock import lock_run_dir
 from glalm.train.trackers import RunTracker
 
 
-def evaluate(config: EvalConfig) -> int:
-    """Run `config.evals` on the model that `config.checkpoint` names. Return 0.
+def evaluate(config: EvalConfig) -> dict[str, str]:
+    """Run `config.evals` on the model that `config.checkpoint` names.
 
     Each evaluator writes FOLDER/eval/NAME.json and its figures in FOLDER/plots/, where FOLDER is the run's, and prints
     a summary; see `save_result` for results of several identities. A result of equal identity is not computed again,
     unless `config.force`. An evaluator that fails does not stop the others. Processes of torchrun or accelerate launch
     share each evaluator's work.
+
+    Returns:
+        The identity of each evaluator's result, {evaluator: ResultIdentity.digest}, by which its file is found.
 
     Raises:
         ConfigError: The model cannot be opened, or the file `config.text` not be read.
@@ -67,30 +70,36 @@ def evaluate(config: EvalConfig) -> int:
     )
     if config.text is not None:
         open_text(config, model)  # What is wrong with the file is said once, and not by each evaluator.
-    failures = run_evaluators(model, config, console, shard)
+    identities, failures = run_evaluators(model, config, console, shard)
     if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
         draw_training(model.output_folder, console)
     if failures:
         raise RunError(f"{len(failures)} of {len(config.evals)} evaluators failed (see above): {', '.join(failures)}")
-    return 0
+    return identities
 
 
-def run_evaluators(model: EvalModel, config: EvalConfig, console: Console, shard: ContextShard | None) -> list[str]:
-    """Run all evaluators, print the errors of those that fail, and return their names."""
+def run_evaluators(
+    model: EvalModel, config: EvalConfig, console: Console, shard: ContextShard | None
+) -> tuple[dict[str, str], list[str]]:
+    """Run all evaluators and print the errors of those that fail.
+
+    Returns the identities of the others' results, {evaluator: digest}, and the names of those that failed.
+    """
+    identities = {}
     failures = []  # Only names: an error would keep the memory alive that was in use where it was raised.
     with open_tracker(model, console) as tracker:
         for name in dict.fromkeys(config.evals):
             context = EvalContext(shard)
             try:
                 with context.raise_on_all_ranks():
-                    run_evaluator(name, model, config, console, context, tracker)
+                    identities[name] = run_evaluator(name, model, config, console, context, tracker)
             except Exception as error:
                 failures.append(name)
                 console.print(Text(f"{name} failed: {type(error).__name__}: {error}", style="red"))
                 is_for_users = isinstance(error, (ConfigError, RunError))
                 if not is_for_users and not console.quiet:
                     sys.excepthook(type(error), error, error.__traceback__)
-    return failures
+    return identities, failures
 
 
 @contextmanager
@@ -141,8 +150,10 @@ def start_processes(context: int = 1) -> torch.device:
 
 def run_evaluator(
     name: str, model: EvalModel, config: EvalConfig, console: Console, context: EvalContext, tracker: RunTracker
-) -> None:
+) -> str:
     """Run one evaluator, or reuse its finished results; print its summary, draw its figures, and log both.
+
+    Returns the digest of the result's identity.
 
     Raises:
         RunError: Some of its tasks are missing.
@@ -178,6 +189,7 @@ def run_evaluator(
         raise RunError(f"these tasks were not evaluated: {', '.join(missing)}")
     if context.rank == 0:
         partial_path.unlink(missing_ok=True)
+    return identity.digest
 
 
 def build_evaluator(name: str, model: EvalModel, config: EvalConfig) -> Evaluator:

@@ -19,7 +19,7 @@ from glalm.cli import CONFIGS, build_config, check_plugins, compose_config, laun
 from glalm.config.strict import ConfigError, RunError, check_overrides, require
 from glalm.data.shards import read_manifest
 from glalm.evals.options import EvalConfig, TrainingRun
-from glalm.evals.result_files import current_results, is_own_text, read_json, select_result, write_json
+from glalm.evals.result_files import load_results, read_json, write_json
 from glalm.launcher import register_launcher
 from glalm.model.mixers import MIXERS
 from glalm.studies.ladder_arguments import ABLATIONS, named_models
@@ -68,25 +68,26 @@ class LadderRun:
         return self.training_tokens + EVALUATION_COST * read
 
     def results(self, evaluator: str) -> dict | None:
-        """Return the result of an evaluator with this ladder's settings, whatever else was evaluated in the run."""
-        config = self.eval_config
-        asked = {"data_path": config.data_path} if config.data_path else {}
-        if evaluator == "extrapolation":
-            asked |= asdict(config.extrapolation)
-        found = []
-        for record in current_results(self.config.folder):
-            settings = record["settings"]
-            is_own = config.data_path is not None or is_own_text(record)
-            if is_own and all(settings.get(key, value) == value for key, value in asked.items()):
-                found.append(record)
-        return select_result(found, evaluator)
+        """Return the result that the ladder's own evaluation of this run has, whatever else was evaluated in it.
+
+        None: The run is not complete, or the result was removed since.
+        """
+        saved = read_json(self.config.folder / "ladder.json") or {}
+        digest = saved.get("results", {}).get(evaluator)
+        records = load_results(self.config.folder, skip_damaged=True).values()
+        return next((record for record in records if digest and record.get("identity") == digest), None)
 
     def completion_record(self) -> dict:
-        """Return what is written once both commands have succeeded: the resolved config, whatever set its values."""
+        """Return what is written once both commands have succeeded: the resolved config, whatever set its values.
+
+        The identities of the results are written with it, as "results".
+        """
         return json.loads(json.dumps({"train": asdict(self.config), "evaluate": self.eval_arguments}))
 
     def is_complete(self) -> bool:
-        return read_json(self.config.folder / "ladder.json") == self.completion_record()
+        saved = read_json(self.config.folder / "ladder.json") or {}
+        has_results = all(self.results(evaluator) for evaluator in saved.pop("results", [None]))
+        return saved == self.completion_record() and has_results
 
 
 def run_ladder(args: argparse.Namespace) -> int:
@@ -103,7 +104,8 @@ def run_ladder(args: argparse.Namespace) -> int:
     print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
     with lock_run_dir(args.folder, "--folder"):
-        check_runs(missing)
+        if missing:
+            check_runs(runs)
         ends = run_all(missing, args) if missing else []
         complete = [run for run in runs if run.is_complete()]
         if complete:
@@ -117,7 +119,8 @@ def run_ladder(args: argparse.Namespace) -> int:
 def check_plan(runs: list[LadderRun], missing: list[LadderRun]) -> None:
     """Check what is missing, and print what it would cost."""
     try:
-        check_runs(missing)
+        if missing:
+            check_runs(runs)
     except ConfigError as error:
         if not runs[0].config.train.assumed_gpu:
             raise
@@ -133,7 +136,8 @@ def plan_runs(args: argparse.Namespace) -> list[LadderRun]:
     """Return all runs of the command line with their checked configs. Raises ConfigError."""
     overrides = [argument for argument in args.arguments if "=" in argument]
     models = named_models(args) or [*MIXERS, "hybrid"]
-    set_by = {"name": "NAME", "runs_dir": "--folder", "seed": "--seeds", "train.dry_run": "--dry-run"}
+    set_by = {"model": "NAME", "model.mixer": "NAME", "model.layers": "NAME", "experiment": "--size", "seed": "--seeds"}
+    set_by |= {"name": "NAME", "runs_dir": "--folder", "resume": "--folder", "train.dry_run": "--dry-run"}
     if args.lrs != [None]:
         set_by["optim.lr"] = "--lrs"
     refuse_keys(overrides, set_by)
@@ -215,7 +219,10 @@ def compose_model(arguments: tuple[str, ...]) -> TrainingRun:
 
 
 def check_runs(runs: list[LadderRun]) -> None:
-    """Raise ConfigError where training would refuse a run for its data, or for another config in its folder."""
+    """Raise ConfigError where training would refuse a run for its data, or for another config in its folder.
+
+    Complete runs are checked, too, because the table compares the others with them.
+    """
     from glalm.train import run_dir  # It imports transformers, which takes seconds.
 
     checked = set()
@@ -281,8 +288,8 @@ class TrainAndEvaluate:
                     RunStatus("stopped").write(run)
                     return f"stopped by signal {signum}"
                 RunStatus("evaluating").write(run)
-                runner.evaluate(run.eval_config)
-                write_json(run.config.folder / "ladder.json", run.completion_record())
+                results = runner.evaluate(run.eval_config)
+                write_json(run.config.folder / "ladder.json", run.completion_record() | {"results": results})
                 clear_status(run)
                 return None
             except Exception as error:

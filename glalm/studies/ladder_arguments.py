@@ -61,7 +61,7 @@ def parse_rates(text: str) -> list[float]:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a name of the command line that is no preset of its size and no ablation."""
+    """Raise ConfigError for a name that is no preset of the command line's size and no ablation, or is there twice."""
     presets = sorted(p.stem.removesuffix(f"_{args.size}") for p in (CONFIGS / "model").glob(f"*_{args.size}.yaml"))
     for model in named_models(args):
         matches = difflib.get_close_matches(model, [*presets, *ABLATIONS], n=1)
@@ -70,6 +70,10 @@ def check_models(args: argparse.Namespace) -> None:
             model in presets or model in ABLATIONS,
             f"{model} is no model of --size {args.size}; {suggestion}presets: {', '.join(presets)}; ablations: "
             f"{', '.join(ABLATIONS)}",
+        )
+        require(
+            named_models(args).count(model) == 1,
+            f"{model} is named twice, but is one run of each seed and learning rate. Name it once",
         )
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from glalm.data.files import atomic_write
 from glalm.evals.identity import describe_differences
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import main_context, median_training_speed, write_json
+from glalm.evals.result_files import main_context, median_training_speed, read_json, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.decoder import model_cost
 from glalm.studies.ladder_progress import format_seconds
@@ -72,6 +72,13 @@ def describe_ladder(
 ) -> dict:
     """Return the content of ladder.json: what was asked for, where it ran, the table, and what does not compare."""
     results = [run.results("perplexity") for run in runs]
+    differences = describe_differences(results)
+    # A run reads the text that the set had when it began, so text that is added later is only in later runs.
+    training = [(read_json(run.config.folder / "run.json") or {}).get("identity", {}) for run in runs]
+    for key in ("data fingerprint", "data tokens"):
+        values = dict.fromkeys(str(identity.get(key))[:12] for identity in training)
+        if len(values) > 1:
+            differences.append(f"{key} of training: {' / '.join(values)}")
     return {
         "size": args.size,
         "arguments": args.arguments,
@@ -83,7 +90,7 @@ def describe_ladder(
         "runs": len(planned),
         "complete": len(runs),
         "rows": [*rows],
-        "differences": describe_differences(results),
+        "differences": differences,
     }
 
 

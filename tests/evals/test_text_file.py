@@ -80,9 +80,9 @@ def token_stream(run) -> list[np.ndarray]:
 
 
 def test_perplexity_is_that_of_the_files_windows_beside_the_runs_own(run, held_out, capsys):
-    assert evaluate(settings(run)) == 0
+    assert evaluate(settings(run)).keys() == {"perplexity"}
     own = (run.folder / "eval" / "perplexity.json").read_bytes()
-    assert evaluate(settings(run, text=str(held_out))) == 0
+    evaluate(settings(run, text=str(held_out)))
     assert (run.folder / "eval" / "perplexity.json").read_bytes() == own
     [name] = results_of(run, "perplexity").keys() - {"perplexity.json"}
     assert name.startswith("perplexity-held_out.jsonl-")
@@ -126,7 +126,7 @@ def test_extrapolation_reads_the_file_without_a_test_split(run, held_out, capsys
     assert (
         "has no documents in its split test; write extrapolation.split=validation, or text=F" in capsys.readouterr().out
     )
-    assert evaluate(dataclasses.replace(config, text=str(held_out))) == 0
+    evaluate(dataclasses.replace(config, text=str(held_out)))
     [(name, record)] = results_of(run, "extrapolation").items()
     assert name.startswith("extrapolation-held_out.jsonl-") and record["settings"]["split"] == "file"
     assert (run.folder / "plots" / name.removesuffix(".json") / "extrapolation.png").is_file()
@@ -141,7 +141,7 @@ def test_extrapolation_reads_the_file_without_a_test_split(run, held_out, capsys
 
 def test_prompts_are_the_beginnings_of_held_out_documents(run, held_out):
     config = dataclasses.replace(settings(run, generate=GenerateConfig(tokens=3)), evals=["generate"])
-    assert evaluate(config) == 0
+    evaluate(config)
     validation = TokenSet(run.data.path, "validation")
     processor = sentencepiece.SentencePieceProcessor(model_file=f"{run.data.path}/tokenizer.model")
     documents = [validation.read_document(i) for i in (0, validation.num_documents // 2)]

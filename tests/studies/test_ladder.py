@@ -12,16 +12,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
 from glalm.cli import compose_config
+from glalm.commands import create_parser
 from glalm.commands.studies import compare_models
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.plot import plot_extrapolation
 from glalm.evals.result_files import read_json, write_json
 from glalm.progress import ProgressBar
 from glalm.studies import ladder, ladder_progress, ladder_results
+from glalm.studies.ladder_arguments import parse_arguments
 from glalm.studies.ladder_progress import RunStatus
 from glalm.train.run_dir import identify_run, open_data
 from glalm.train.run_lock import lock_run_dir
@@ -43,6 +46,12 @@ def run_ladder(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     yield run
     signal.signal(signal.SIGTERM, before)
+
+
+def parse_arguments_of(*arguments: str):
+    parser = create_parser(compare_models)
+    with patch("sys.argv", ["glalm ladder", *arguments]):
+        return parse_arguments(parser)
 
 
 @pytest.fixture
@@ -157,12 +166,25 @@ def planned_run(model, lr, config, train_arguments, eval_arguments):
     return ladder.LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)
 
 
+def complete_run(run, **records):
+    """Write what a run has when it is complete: a result of each evaluator, and ladder.json with their identities."""
+    for name, record in records.items():
+        defaults = {"evaluator": name, "identity": name, "parameters": 5, "device": "cpu", "versions": {}}
+        write_json(run.config.folder / "eval" / f"{name}.json", defaults | record)
+    results = {name: record.get("identity", name) for name, record in records.items()}
+    write_json(run.config.folder / "ladder.json", run.completion_record() | {"results": results})
+
+
 def test_what_is_done_is_done_by_its_config(tmp_path):
     where = ["experiment=ladder_tiny", "name=gla-1", f"runs_dir={tmp_path}"]
     run = planned_run("gla", None, compose_config(TrainingRun, "train", where), where, [])
     assert not run.is_complete()
-    run.config.folder.mkdir()
-    write_json(run.config.folder / "ladder.json", run.completion_record())
+    complete_run(run, perplexity={"results": {"perplexity": 2.0}})
+    assert run.is_complete()
+    # Its result was removed, so that only evaluating again can tell it.
+    (run.config.folder / "eval" / "perplexity.json").rename(tmp_path / "removed.json")
+    assert not run.is_complete()
+    (tmp_path / "removed.json").rename(run.config.folder / "eval" / "perplexity-beside.json")
     assert run.is_complete()
     # As by a change of configs/experiment/ladder_tiny.yaml.
     edited = compose_config(TrainingRun, "train", [*where, "train.steps=300"])
@@ -175,10 +197,9 @@ def test_means_over_seeds_are_of_nats(tmp_path):
         where = ["experiment=ladder_tiny", f"name=gla-{seed}", f"runs_dir={tmp_path}", f"seed={seed}"]
         runs.append(run := planned_run("gla", None, compose_config(TrainingRun, "train", where), where, []))
         found = {"nats_per_token": nats, "perplexity": math.exp(nats)}
-        write_json(run.config.folder / "eval" / "perplexity.json", {"parameters": 5, "results": found})
         context = {"ratios": {"2": {"ratio": math.exp(nats), "documents": 1}, "4": {"ratio": None, "documents": 0}}}
-        found = {"contexts": {"stateful": context}}
-        write_json(run.config.folder / "eval" / "extrapolation.json", {"results": found})
+        contexts = {"contexts": {"stateful": context}}
+        complete_run(run, perplexity={"results": found}, extrapolation={"results": contexts})
         rows = [{"step": i, "loss": 1.0, "tokens_per_second": 10.0 * seed + i} for i in (1, 2, 3)]
         (run.config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     row = ladder_results.build_row(runs)
@@ -193,12 +214,11 @@ def test_means_over_seeds_are_of_nats(tmp_path):
 def test_runs_are_described_by_what_was_evaluated(contexts, tmp_path):
     place = ["name=gla-1", f"runs_dir={tmp_path}", "evals=[perplexity,extrapolation]"]
     run = planned_run("gla", None, compose_config(TrainingRun, "train", place[:2]), [], place)
-    folder = run.config.folder / "eval"
-    found = {"nats_per_token": 3.0, "perplexity": math.exp(3)}
-    write_json(folder / "perplexity.json", {"parameters": 5, "results": found})
+    records = {"perplexity": {"results": {"nats_per_token": 3.0, "perplexity": math.exp(3)}}}
     if contexts is not None:
         by_context = {name: {"ratios": {"2": {"ratio": len(name), "documents": 1}}} for name in contexts}
-        write_json(folder / "extrapolation.json", {"results": {"contexts": by_context}})
+        records["extrapolation"] = {"results": {"contexts": by_context}}
+    complete_run(run, **records)
     line = ladder_results.describe_run(run)
     assert line["perplexity"] == math.exp(3)
     assert line.get("2x / 1x") == (None if contexts is None else len("stateful"))
@@ -214,10 +234,11 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
         place = [f"name={name}", f"runs_dir={tmp_path}"]
         planned.append(run := planned_run(model, rate, replace(config, name=name), [], place))
         found = {"nats_per_token": 1.0, "perplexity": 1 / rate}
-        record = {"parameters": 5, "device": "cpu", "versions": {}, "settings": {}}
-        write_json(run.config.folder / "eval" / "perplexity.json", record | {"results": found})
-        found = {"contexts": {"stateful": {"ratios": {}}}}
-        write_json(run.config.folder / "eval" / "extrapolation.json", record | {"results": found})
+        contexts = {"contexts": {"stateful": {"ratios": {}}}}
+        complete_run(run, perplexity={"results": found}, extrapolation={"results": contexts})
+        write_json(
+            run.config.folder / "run.json", {"identity": {"data fingerprint": "a", "data tokens": round(1 / rate)}}
+        )
     args = SimpleNamespace(lrs=[1e-3, 3e-3], size="tiny", arguments=[], eval=[], at_once=1, folder=tmp_path)
     ladder_results.write_results(planned[: len(trained)], planned, args)
     table = json.loads((tmp_path / "ladder.json").read_text())
@@ -225,25 +246,32 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
     assert (table["runs"], table["complete"]) == (3, len(trained))
     printed = capsys.readouterr().out
     assert f"{len(trained)} of 3 runs are complete; none of attention." in printed
+    # The set grew between the runs.
+    differences = ["data tokens of training: 1000 / 333"] if len(trained) > 1 else []
+    assert table["differences"] == differences and all(difference in printed for difference in differences)
     assert "±" not in printed and re.search(r"\| seeds \|.*\n.*\n.*\| +1 \|", printed)
 
 
 def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
     """Other evaluations of a run are not taken for the ladder's, and unlike numbers are not compared in silence."""
-    arguments = ["name=gla-1", f"runs_dir={tmp_path}", "extrapolation.contexts=[stateful]"]
-    run = planned_run("gla", None, compose_config(TrainingRun, "train", arguments[:2]), [], arguments)
-    for name, own, contexts in (
-        ("asked", True, ["stateful"]),
-        ("other", False, ["stateful"]),
-        ("more", True, ["reset"]),
+    arguments = ["name=gla-1", f"runs_dir={tmp_path}"]
+    run = planned_run("gla", None, compose_config(TrainingRun, "train", arguments), [], arguments)
+    settings = {"contexts": ["stateful"], "data_path": "demo", "data_sha256": "demo"}
+    for name, own, changed in (
+        ("extrapolation", True, {}),
+        ("extrapolation-demo-average", True, {"weights": "average"}),
+        ("extrapolation-demo-more", True, {"contexts": ["reset"]}),
+        ("extrapolation-text", False, {"data_path": "held.txt", "split": "file"}),
     ):
-        settings = {"contexts": contexts, "data_path": name, "data_sha256": name}
-        record = {"evaluator": "extrapolation", "own_text": own, "settings": settings, "results": name}
+        record = {"evaluator": "extrapolation", "checkpoint": "step_9", "own_text": own, "results": name}
+        record |= {"settings": settings | changed, "identity": name}
         write_json(run.config.folder / "eval" / f"{name}.json", record)
-    assert run.results("extrapolation")["results"] == "asked"
-    foreign = planned_run("gla", None, run.config, [], [*arguments, "data_path=other"])
-    assert foreign.results("extrapolation")["results"] == "other"
-    unlike = [read_json(run.config.folder / "eval" / f"{name}.json") for name in ("asked", "more")]
+        write_json(run.config.folder / "ladder.json", run.completion_record() | {"results": {"extrapolation": name}})
+        assert run.results("extrapolation")["results"] == name and run.is_complete()
+    assert run.results("perplexity") is None
+    unlike = [
+        read_json(run.config.folder / "eval" / f"{name}.json") for name in ("extrapolation", "extrapolation-demo-more")
+    ]
     ladder_results.draw_figure(plot_extrapolation, unlike, tmp_path / "positions.png")
     assert "positions.png was not drawn: these results do not compare: contexts" in capsys.readouterr().out
 
@@ -266,6 +294,11 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
         (["--eval", "out=x"], "out=... is set for each run"),
         (["--lrs", "1e-3,3e-3", "optim.lr=1e-3"], "optim.lr=... is set for each run, by --lrs"),
         (["train.dry_run=true"], "train.dry_run=... is set for each run, by --dry-run"),
+        (["gla", "attention", "gla"], "gla is named twice, but is one run of each seed and learning rate"),
+        (["gla", "model=attention_tiny"], "model=... is set for each run, by NAME"),
+        (["gla", "++model.mixer=attention"], "model.mixer=... is set for each run, by NAME"),
+        (["experiment=ladder_small"], "experiment=... is set for each run, by --size"),
+        (["resume=runs/other"], "resume=... is set for each run, by --folder"),
         (["hydra/launcher=proceses"], "did you mean processes?"),
         (
             ["hydra/launcher=processes", "--at-once", "2"],
@@ -296,6 +329,14 @@ def test_a_folder_of_other_runs_or_in_use_is_refused(run_ladder, tiny, tmp_path,
     assert run_ladder("gla", *tiny, *budget, "train.steps=3", "--dry-run") == 2
     err = capsys.readouterr().err
     assert "gla-1 holds a run with another config:\n  train.steps: 4 -> 3\n" in err and "choose another --folder" in err
+    # A complete run is compared with the others, so its data must be theirs.
+    [run] = ladder.plan_runs(parse_arguments_of("gla", *tiny, *budget))
+    complete_run(run, perplexity={"results": {"perplexity": 2.0}})
+    (config.folder / "data.json").unlink(missing_ok=True)
+    changed = identify_run(config, training.tokens) | {"data fingerprint": "0"}
+    write_json(config.folder / "run.json", {"id": "0", "identity": changed})
+    assert run_ladder("gla", *tiny, *budget, "--seeds", "2") == 2
+    assert "gla-1 holds a run with another config:\n  data fingerprint: '0' -> " in capsys.readouterr().err
     with lock_run_dir(tmp_path / "out"):
         assert run_ladder("gla", *tiny, *budget) == 2
     assert re.search(r"out is in use by another run: .* choose another --folder", capsys.readouterr().err)
@@ -312,9 +353,7 @@ def plan(tmp_path):
             run = planned_run("gla", None, replace(config, name=name), [], [f"name={name}", f"runs_dir={tmp_path}"])
             runs.append(run)
             if state == "complete":
-                write_json(run.config.folder / "ladder.json", run.completion_record())
-                record = {"parameters": 5, "results": {"perplexity": 3.0}}
-                write_json(run.config.folder / "eval" / "perplexity.json", record)
+                complete_run(run, perplexity={"results": {"perplexity": 3.0}})
             elif state is not None:
                 RunStatus(state, "ConfigError: no data\nat all" if state == "failed" else "").write(run)
         return runs

@@ -5,7 +5,8 @@
 
 The first run named is of the recipe. Runs that differ in nothing but their seeds are one row, by their mean. The noise
 is the standard deviation over seeds, pooled over all rows of several seeds; from it follows the standard error of each
-difference. A run that was also evaluated with weights=average has a second row.
+difference. A run that was also evaluated with weights=average has a second row. Where runs were evaluated on several
+texts, --text heldout chooses one by the name of its folder or file.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from glalm.config.strict import build_dataclass
-from glalm.evals.identity import describe_differences, is_of_average
+from glalm.evals.identity import describe_conditions, describe_differences, is_of_average, text_name
 from glalm.evals.options import TrainingRun
 from glalm.evals.result_files import current_results, median_training_speed, read_json, step_of
 from glalm.train.metrics import read_metrics
@@ -57,11 +58,15 @@ class Row:
     minutes: float | None  # of training, at that speed
 
 
-def read_scores(run: Path) -> list[Score]:
+def read_scores(run: Path, text: str | None = None) -> list[Score]:
     """Return the score of a run, and if there is one, that of the average of its weights.
 
+    Args:
+        text: The name of the folder or file that was read, as of `text_name`. None: of any text, if it is one.
+
     Raises:
-        ValueError: The run is not complete, or its last checkpoint has not been evaluated.
+        ValueError: The run is not complete, or its last checkpoint has not been evaluated on the text, or several times
+            by settings that differ.
     """
     saved = read_json(run / "run.json")
     if saved is None:
@@ -69,17 +74,28 @@ def read_scores(run: Path) -> list[Score]:
     config = build_dataclass(TrainingRun, saved["config"])
     rows, _ = read_metrics(run / "metrics.jsonl")
     records = [record for record in current_results(run) if record["evaluator"] == "perplexity"]
-    records = [record for record in records if step_of(record) == config.steps]
+    records = [record for record in records if step_of(record) == config.steps and text in (None, text_name(record))]
     if not records:
+        on_text = "" if text is None else f" on {text}"
         raise ValueError(
-            f"{run} has no perplexity of its last step, {config.steps}. To train it to there: glalm train "
+            f"{run} has no perplexity of its last step, {config.steps}{on_text}. To train it to there: glalm train "
             f"resume={run}. To evaluate it: glalm eval runs_dir={run.parent} name={run.name} 'evals=[perplexity]'"
         )
     settings = {key: value for key, value in saved["identity"].items() if key != "seed"}
     speed = median_training_speed(rows)
     scores = []
     for record in records:
+        if record["results"]["bits_per_byte"] is None:
+            raise ValueError(
+                f"{run}/{record['file']} has no bits per byte, because the tokenizer of the run was missing."
+            )
         weights = {"weights": "average"} if is_of_average(record) else {}
+        if alike := [score.record for score in scores if is_of_average(score.record) == is_of_average(record)]:
+            both = ", ".join(f"{found['file']} ({describe_conditions(found)})" for found in (*alike, record))
+            raise ValueError(
+                f"{run} has several perplexities: {both}. Name the text that is meant, --text NAME, or move those that "
+                "are not meant out of the folder."
+            )
         name = f"{run.name}, average" if weights else run.name
         scores.append(Score(name, config.seed, settings | weights, record, config.tokens_at(config.steps), speed))
     return sorted(scores, key=lambda score: "weights" in score.settings)
@@ -156,7 +172,7 @@ def describe_changes(recipe: dict[str, Any], changed: dict[str, Any]) -> str:
     parts = [f"{key}={changed.get(key)}" for key in keys if not key.startswith("data ")]
     if len(parts) > SHOWN_CHANGES:
         parts[SHOWN_CHANGES:] = [f"{len(parts) - SHOWN_CHANGES} more"]
-    if "data fingerprint" in keys:
+    if any(key.startswith("data ") for key in keys):
         parts.insert(0, "other data")
     return ", ".join(parts)
 
@@ -173,8 +189,10 @@ def format_row(row: Row, base: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run; the recipe's first")
+    parser.add_argument("--text", metavar="NAME", help="only perplexities of this text, the name of its folder or file")
+    args = parser.parse_args()
     try:
-        scores = [score for run in parser.parse_args().runs for score in read_scores(run)]
+        scores = [score for run in args.runs for score in read_scores(run, args.text)]
         rows, noise = build_rows(scores)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -43,7 +43,9 @@ def write_run(tmp_path):
             "settings": settings,
             "results": {"bits_per_byte": bits, "bytes": evaluation.get("bytes", 10_000)},
         }
-        (folder / "eval" / f"perplexity-{settings['weights']}.json").write_text(json.dumps(result))
+        text = evaluation.get("data_path", "")
+        settings |= {"data_path": text}
+        (folder / "eval" / f"perplexity-{text}-{settings['weights']}.json").write_text(json.dumps(result))
         return folder
 
     return write
@@ -93,6 +95,8 @@ def test_many_changes_are_counted(script):
     assert script.describe_changes({"same": 0}, {"a": 1, "b": 2, "c": 3, "d": 4, "same": 0}) == "a=1, b=2, c=3, 1 more"
     data = {"data fingerprint": "f", "data tokens": 5}
     assert script.describe_changes({"data fingerprint": "e", "data tokens": 4}, {**data, "a": 1}) == "other data, a=1"
+    # Text that was added to a set leaves its fingerprint as it is.
+    assert script.describe_changes({**data, "data tokens": 4}, data) == "other data"
 
 
 def test_scores_of_different_texts_are_refused(script, write_run):
@@ -106,6 +110,23 @@ def test_scores_of_different_texts_are_refused(script, write_run):
     short = write_run("short", 1.1, "optim.lr=1e-3", tokenizer="b", data_sha256="y", bytes=9_000)
     with pytest.raises(ValueError, match="recipe and short were evaluated on different texts, of 10,000 and 9,000"):
         table(script, recipe, short)
+
+
+def test_one_of_several_texts_is_chosen(script, write_run):
+    recipe = write_run("recipe", 1.0, data_path="heldout")
+    write_run("recipe", 2.0, data_path="demo", data_sha256="y")
+    with pytest.raises(
+        ValueError, match=r"several perplexities: .*perplexity-demo-.*demo.*perplexity-heldout-.* --text"
+    ):
+        script.read_scores(recipe)
+    assert [[s.bits_per_byte for s in script.read_scores(recipe, text)] for text in ("demo", "heldout")] == [
+        [2.0],
+        [1.0],
+    ]
+    with pytest.raises(ValueError, match="has no perplexity of its last step, 3 on other"):
+        script.read_scores(recipe, "other")
+    with pytest.raises(ValueError, match="no bits per byte, because the tokenizer"):
+        script.read_scores(write_run("without", None))
 
 
 def test_unfinished_or_equal_runs_are_refused(script, write_run, tmp_path):

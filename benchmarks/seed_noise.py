@@ -46,7 +46,8 @@ def measure_noise(runs: Sequence[Path]) -> dict[str, Noise]:
     """Return the noise of every metric that the last rows of all runs have.
 
     Raises:
-        ValueError: There are fewer than two runs, one has no metrics, or they differ in more than their seeds.
+        ValueError: There are fewer than two runs, one has no metrics, two have one seed, they differ in more than their
+            seeds, or they ended at different steps.
     """
     if len(runs) < 2:
         raise ValueError("Noise is measured over two runs or more. Name several folders of runs.")
@@ -54,7 +55,19 @@ def measure_noise(runs: Sequence[Path]) -> dict[str, Noise]:
     for run in others:
         if changed := differing_keys(first, run) - {"seed"}:
             raise ValueError(f"{first} and {run} differ in {', '.join(sorted(changed))}, not in their seeds alone.")
+    by_seed: dict[int, Path] = {}
+    for run in runs:
+        seed = read_identity(run)["seed"]
+        if seed in by_seed:
+            raise ValueError(f"{by_seed[seed]} and {run} have one seed, {seed}. Name one of them.")
+        by_seed[seed] = run
     rows = [last_row(run) for run in runs]
+    for run, row in zip(others, rows[1:], strict=True):
+        if row["step"] != rows[0]["step"]:
+            raise ValueError(
+                f"{first} ended at step {rows[0]['step']} and {run} at step {row['step']}. To resume the shorter run: "
+                "glalm train resume=FOLDER"
+            )
     names = [name for name in rows[0] if name != "step" and name not in TIMES and all(name in row for row in rows)]
     noise = {}
     for name in names:
@@ -66,8 +79,13 @@ def measure_noise(runs: Sequence[Path]) -> dict[str, Noise]:
 
 def differing_keys(one: Path, other: Path) -> set[str]:
     """Return the keys that decide what is learned in which two runs differ."""
-    identities = [read_json(run / "run.json", {"identity": dict})["identity"] for run in (one, other)]
-    return {key for key in identities[0] | identities[1] if identities[0].get(key) != identities[1].get(key)}
+    saved, current = read_identity(one), read_identity(other)
+    return {key for key in saved | current if saved.get(key) != current.get(key)}
+
+
+def read_identity(run: Path) -> dict:
+    """Return the identity in a run's run.json: what decides what is learned, with the seed."""
+    return read_json(run / "run.json", {"identity": {"seed": int}})["identity"]
 
 
 def last_row(run: Path) -> dict[str, float]:

@@ -38,6 +38,13 @@ def test_runs_that_differ_in_more_than_their_seeds_are_refused(script, tmp_path)
         script.measure_noise([one, other])
     with pytest.raises(ValueError, match="two runs or more"):
         script.measure_noise([one])
+    twin = write_run(tmp_path / "twin", {"seed": 1, "optim.lr": 1}, {"step": 1})
+    for runs in ([one, twin], [one, one]):
+        with pytest.raises(ValueError, match="have one seed, 1"):
+            script.measure_noise(runs)
+    killed = write_run(tmp_path / "killed", {"seed": 4, "optim.lr": 1}, {"step": 7})
+    with pytest.raises(ValueError, match=r"ended at step 1 and .*killed at step 7\. To resume"):
+        script.measure_noise([one, killed])
     empty = write_run(tmp_path / "empty", {"seed": 3, "optim.lr": 1})
     with pytest.raises(ValueError, match="has no metrics"):
         script.measure_noise([one, empty])

@@ -54,8 +54,8 @@ def fit_scaling_law() -> int:
 
     Fits L = E + A N^-a, and B D^-b where runs of one size have different tokens, to the last validation losses of
     complete runs: N is the number of parameters without embeddings, D that of tokens. Of runs that differ in their
-    learning rates or seeds, the best is fitted. Prints a table with the law's loss beside each measured one. For
-    example:
+    learning rates or seeds, the best is fitted. All must have been validated alike, and have the same mixers. Prints a
+    table with the law's loss beside each measured one. For example:
 
         glalm scaling runs/depth_2 runs/depth_4 runs/depth_6 --predict runs/depth_8 --out scaling.json
         glalm scaling --points scaling.json --depth 12
@@ -67,7 +67,7 @@ def fit_scaling_law() -> int:
     parser.add_argument("--points", type=Path, metavar="FILE", help="fit the runs of a file of --out, too")
     parser.add_argument("--predict", type=Path, nargs="+", default=[], metavar="RUN", help="runs that are not fitted")
     parser.add_argument("--depth", type=int, nargs="+", default=[], metavar="N", help="predict experiment=gla_dial")
-    parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="of --depth (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of --depth (default: that of the runs)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the law and the fitted runs as JSON")
     args = parser.parse_args()
     with exit_on_error():
@@ -79,9 +79,13 @@ def predict_losses(args: argparse.Namespace) -> None:
     from glalm.studies import scaling
 
     require(bool(args.runs or args.points), "name runs to fit, or a file of theirs: --points FILE")
-    measured = scaling.measure_runs([*args.runs, *args.predict])
-    predicted = measured[len(args.runs) :]
-    measured = measured[: len(args.runs)] + (scaling.read_points(args.points) if args.points else [])
+    measured = [scaling.measure_run(folder) for folder in args.runs]
+    measured += scaling.read_points(args.points) if args.points else []
+    predicted = [scaling.measure_run(folder) for folder in args.predict]
+    scaling.require_comparable([*measured, *predicted])
+    vocab_size = args.vocab_size
+    if args.depth and vocab_size is None:
+        vocab_size = scaling.shared_vocabulary(measured)
     fitted = scaling.select_best(measured)
     law = scaling.fit_loss_law(fitted)
     table = Table(box=box.MARKDOWN)
@@ -91,14 +95,22 @@ def predict_losses(args: argparse.Namespace) -> None:
         use = "predicted" if m in predicted else "fitted" if m in fitted else ""
         sizes = (f"{m.parameters:,}", f"{m.tokens:,}", f"{m.lr:.3g}", f"{m.loss:.4f}")
         table.add_row(m.name, *sizes, f"{law.predict(m.parameters, m.tokens):.4f}", use)
+    sizes_of_predicted = {m.name: (m.parameters, m.tokens) for m in predicted}
     for depth in args.depth:
-        dial, parameters = scaling.describe_dial(depth, args.vocab_size)
+        dial, parameters = scaling.describe_dial(depth, vocab_size)
         expected = f"{law.predict(parameters, dial.tokens):.4f}"
         table.add_row(f"depth {depth}", f"{parameters:,}", f"{dial.tokens:,}", "", "", expected, "predicted")
+        sizes_of_predicted[f"depth {depth}"] = (parameters, dial.tokens)
     console = Console(width=140, markup=False, highlight=False)
     console.print(table)
     tokens_term = f" + {law.B:.4g} D^-{law.b:.4f}" if law.B else ""
     console.print(f"L = {law.E:.4f} + {law.A:.4g} N^-{law.a:.4f}{tokens_term}")
+    others = [name for name, sizes in sizes_of_predicted.items() if not scaling.is_by_rule(fitted, *sizes)]
+    if others and not law.B:
+        console.print(
+            f"The law has no term of tokens, so it only holds for tokens that grow with the size as the runs' do. For "
+            f"their sizes, these have others: {', '.join(others)}. Name runs of one size with several tokens, too."
+        )
     if args.out:
         scaling.write_points(args.out, law, fitted)
         console.print(f"wrote {args.out}")

@@ -12,8 +12,9 @@ import torch
 
 from glalm.config.dial import Dial
 from glalm.config.strict import ConfigError, build_dataclass, require
+from glalm.data import files
 from glalm.evals.options import TrainingRun
-from glalm.evals.result_files import describe_validation, infer_tokens, read_json
+from glalm.evals.result_files import describe_validation, infer_tokens, read_json, write_json
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
 from glalm.train.metrics import read_metrics
@@ -32,6 +33,21 @@ class Measurement:
     tokens: int
     lr: float
     loss: float  # of the last validation, nats per token
+    vocab_size: int
+    conditions: dict  # of `describe_conditions`, in which losses of one law must agree
+
+
+# What a file of `write_points` has.
+POINTS_SHAPE = {
+    "measurements": [
+        {
+            **dict.fromkeys(("parameters", "tokens", "vocab_size"), int),
+            **dict.fromkeys(("lr", "loss"), (int, float)),
+            "name": str,
+            "conditions": dict,
+        }
+    ]
+}
 
 
 @dataclass(frozen=True)
@@ -123,50 +139,82 @@ def measure_run(folder: Path) -> Measurement:
     """Return what the run in `folder` reached.
 
     Raises:
-        ConfigError: It is no run, or it has not trained to its last step.
+        ConfigError: It is no run, it has not trained to its last step, or its loss is not finite there.
     """
     record = read_json(folder / "run.json")
     require(record is not None, f"{folder} is not the folder of a run, because it has no run.json")
     assert record is not None
     config = build_dataclass(TrainingRun, record["config"])
     rows, _ = read_metrics(folder / "metrics.jsonl")
-    validations = [(row, tokens) for row, tokens in zip(rows, infer_tokens(rows), strict=True) if "val_loss" in row]
     require(
-        bool(validations) and validations[-1][0]["step"] == config.steps,
+        bool(rows) and rows[-1]["step"] == config.steps,
         f"{folder} has not trained to its last step, {config.steps}. To resume it: glalm train resume={folder}",
     )
-    row, tokens = validations[-1]
-    return Measurement(folder.name, count_without_embeddings(config.model), tokens, config.optim.lr, row["val_loss"])
+    loss = rows[-1].get("val_loss")
+    require(loss is not None, f"{folder} has diverged: its last validation loss is not finite. Leave it out")
+    return Measurement(
+        name=folder.name,
+        parameters=count_without_embeddings(config.model),
+        tokens=infer_tokens(rows)[-1],
+        lr=config.optim.lr,
+        loss=loss,
+        vocab_size=config.model.vocab_size,
+        conditions=describe_conditions(folder, config.model),
+    )
 
 
-def measure_runs(folders: Sequence[Path]) -> list[Measurement]:
-    """Return what the runs reached.
+def describe_conditions(folder: Path, model: ModelConfig) -> dict:
+    """Return on what the run in `folder` is validated, wherever that lies, and the mixers of its model."""
+    settings = describe_validation(folder)["settings"] | {"mixers": sorted({*model.layer_mixers()})}
+    settings.pop("data_path", None)
+    return json.loads(json.dumps(settings))
 
-    Raises:
-        ConfigError: As in `measure_run`, or the runs were validated differently.
-    """
-    measured = [measure_run(folder) for folder in folders]
-    validations = [describe_validation(folder)["settings"] for folder in folders]
-    for folder, settings in zip(folders, validations, strict=True):
-        keys = (settings.keys() | validations[0].keys()) - {"data_path"}
-        changed = sorted(key for key in keys if settings.get(key) != validations[0].get(key))
+
+def require_comparable(measurements: Sequence[Measurement]) -> None:
+    """Raise ConfigError where losses are of other text, other windows, or other mixers than the first one."""
+    first = measurements[0]
+    for other in measurements[1:]:
+        keys = sorted(first.conditions.keys() | other.conditions.keys())
+        changed = [key for key in keys if first.conditions.get(key) != other.conditions.get(key)]
         require(
-            not changed, f"{folder} and {folders[0]} were validated differently: {', '.join(changed)} are not the same"
+            not changed,
+            f"{other.name} and {first.name} are not points of one law: {', '.join(changed)} are not the same",
         )
-    return measured
+
+
+def is_by_rule(fitted: Sequence[Measurement], parameters: int, tokens: int) -> bool:
+    """Return whether tokens follow from the size as they do in the fitted runs, within a factor of two.
+
+    A law without a term of tokens holds for such runs only. The rule is D = c N^k.
+    """
+    exponent, log_factor = np.polyfit(np.log([m.parameters for m in fitted]), np.log([m.tokens for m in fitted]), 1)
+    return bool(abs(np.log(tokens) - exponent * np.log(parameters) - log_factor) < np.log(2))
+
+
+def shared_vocabulary(measurements: Sequence[Measurement]) -> int:
+    """Return the size of the vocabulary of all measurements. Raise ConfigError where they have several."""
+    sizes = sorted({m.vocab_size for m in measurements})
+    require(len(sizes) == 1, f"the runs have vocabularies of {sizes}; choose that of --depth by --vocab-size N")
+    return sizes[0]
 
 
 def read_points(path: Path) -> list[Measurement]:
-    """Return the measurements of a file that `write_points` wrote."""
-    record = read_json(path)
-    require(record is not None and "measurements" in record, f"{path} has no measurements of glalm scaling --out")
-    assert record is not None
-    return [Measurement(**measurement) for measurement in record["measurements"]]
+    """Return the measurements of a file that `write_points` wrote. Raise ConfigError if there is no such file."""
+    try:
+        record = files.read_json(path, POINTS_SHAPE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--points {path} is no file of glalm scaling --out ({error})") from error
+    names = [field.name for field in dataclasses.fields(Measurement)]
+    return [Measurement(**{name: measurement[name] for name in names}) for measurement in record["measurements"]]
 
 
 def write_points(path: Path, law: LossLaw, measurements: Sequence[Measurement]) -> None:
+    """Write the law and its measurements as JSON. Raise ConfigError if that is impossible; an older file remains."""
     record = {"law": asdict(law), "measurements": [asdict(measurement) for measurement in measurements]}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written ({error}); choose another file") from error
 
 
 def describe_dial(depth: int, vocab_size: int) -> tuple[Dial, int]:

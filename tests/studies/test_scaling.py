@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from glalm.commands.studies import fit_scaling_law
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import CausalLM
+from glalm.studies import scaling
 from glalm.studies.scaling import (
     LossLaw,
     Measurement,
     count_without_embeddings,
     describe_dial,
     fit_loss_law,
-    measure_runs,
+    is_by_rule,
+    measure_run,
     read_points,
     select_best,
     write_points,
@@ -32,7 +35,7 @@ SIZES = [1e6, 3e6, 1e7, 3e7, 1e8]
 def synthetic_runs(law: LossLaw, sizes, tokens, noise: float = 0.0) -> list[Measurement]:
     rng = np.random.default_rng(1)
     return [
-        Measurement("run", int(N), int(D), 1e-3, law.predict(N, D) + noise * rng.standard_normal())
+        Measurement("run", int(N), int(D), 1e-3, law.predict(N, D) + noise * rng.standard_normal(), 320, {})
         for N in sizes
         for D in (tokens(N) if callable(tokens) else tokens)
     ]
@@ -78,14 +81,59 @@ def test_fit_refuses_too_little_and_what_does_not_fall():
         fit_loss_law(synthetic_runs(LossLaw(1.0, -1.0, 0.1), SIZES, [10**9]))
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_tokens_by_the_rule_of_the_runs(exponent):
+    runs = synthetic_runs(LossLaw(1.0, 100.0, 0.3), SIZES, lambda N: [50 * N**exponent])
+    tokens = round(50 * 10 ** (9 * exponent))
+    assert [is_by_rule(runs, 10**9, factor * tokens) for factor in (1, 3)] == [True, False]
+    assert not is_by_rule(runs, 10**9, tokens // 3)
+
+
 def test_best_rate_of_each_size(tmp_path):
     runs = [
-        Measurement(f"{N}-{lr}", N, 100, lr, loss) for N, lr, loss in [(1, 1e-3, 3.0), (1, 2e-3, 2.5), (2, 1e-3, 2.0)]
+        Measurement(f"{N}-{lr}", N, 100, lr, loss, 320, {"mixers": ["gla"]})
+        for N, lr, loss in [(1, 1e-3, 3.0), (1, 2e-3, 2.5), (2, 1e-3, 2.0)]
     ]
     assert [m.name for m in select_best(runs)] == ["1-0.002", "2-0.001"]
     write_points(tmp_path / "points.json", LossLaw(1, 2, 3), runs)
     assert read_points(tmp_path / "points.json") == runs
     assert json.loads((tmp_path / "points.json").read_text())["law"]["A"] == 2
+
+
+def test_points_of_other_runs_must_compare(tmp_path, monkeypatch, capsys):
+    """What the losses were measured on is in the file, so that they are not taken for losses of other text."""
+    law = LossLaw(1.69, 406.4, 0.34)
+    points = [replace(m, conditions={"data_sha256": "a", "mixers": ["gla"]}) for m in synthetic_runs(law, SIZES, [100])]
+    write_points(tmp_path / "points.json", law, points)
+    other_text = replace(points[0], name="other", conditions={"data_sha256": "b", "mixers": ["attention"]})
+    monkeypatch.setattr(scaling, "measure_run", lambda folder: other_text)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["glalm scaling", *arguments])
+        try:
+            code = fit_scaling_law()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    name = str(tmp_path / "points.json")
+    for arguments in (["x", "--points", name], ["--points", name, "--predict", "x"]):
+        code, text = run(*arguments)
+        assert code == 2 and "are not points of one law: data_sha256, mixers are not the same" in text
+    # The vocabulary of a prediction is that of the points, 320 here.
+    code, text = run("--points", name, "--depth", "2")
+    assert code == 0 and f"{describe_dial(2, 320)[1]:,}" in text
+    # All points have 100 tokens, a model of that depth 20 for each parameter.
+    assert "no term of tokens" in text and "these have others: depth 2." in " ".join(text.split())
+    write_points(tmp_path / "several.json", law, [replace(points[0], vocab_size=500), *points[1:]])
+    assert "have vocabularies of [320, 500]" in run("--points", str(tmp_path / "several.json"), "--depth", "2")[1]
+    assert run("--points", str(tmp_path / "several.json"), "--depth", "2", "--vocab-size", "400")[0] == 0
+    code, text = run("--points", name, "--out", str(tmp_path))
+    assert code == 2 and f"--out {tmp_path} cannot be written" in text
+    (tmp_path / "old.json").write_text('{"measurements": [{"name": "x"}]}')
+    code, text = run("--points", str(tmp_path / "old.json"))
+    assert code == 2 and "old.json is no file of glalm scaling --out" in text
 
 
 @pytest.mark.parametrize("depth", [1, 8, 16])
@@ -131,7 +179,7 @@ def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys
         config = change(run_config, name=f"width_{width}", **{"model.hidden_size": width, "model.num_heads": 1})
         assert train(config) == 0
         folders.append(config.folder)
-    measured = measure_runs(folders)
+    measured = [measure_run(folder) for folder in folders]
     assert [m.tokens for m in measured] == [6 * 4 * 16] * 4 and [m.lr for m in measured] == [1e-2] * 4
     assert measured[1].parameters == count_without_embeddings(change(run_config, **{"model.num_heads": 1}).model)
     rows = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
@@ -148,4 +196,9 @@ def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys
     record["config"]["train"]["steps"] = 8
     (unfinished.folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="width_16 has not trained to its last step, 8"):
-        measure_runs(folders[:1])
+        measure_run(folders[0])
+    # A diverged run has no loss in its last row.
+    path = folders[1] / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"val_loss"', '"no_loss"'))
+    with pytest.raises(ConfigError, match="width_32 has diverged: its last validation loss is not finite"):
+        measure_run(folders[1])

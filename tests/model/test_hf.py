@@ -694,6 +694,7 @@ def test_the_fsdp_plan_names_all_modules_with_weights(tied, tiny):
 
 def write_distributed_checkpoint(model: GLALMForCausalLM, folder, **more: torch.Tensor) -> None:
     """Write what save_pretrained(distributed_checkpoint=True) does, which needs several processes, by its writer."""
+    pytest.importorskip("transformers.distributed.checkpoint", reason="transformers 5.17 writes it and cannot read it")
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     model.config.save_pretrained(folder)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from torch._C import _distributed_c10d
 
 PREFIX = "flight_record_rank_"
@@ -49,9 +50,10 @@ def write_flight_record(folder: Path, rank: int, since: float) -> list[Path]:
     records = []
 
     def write() -> None:
-        # Builds of torch without CUDA have the recorder of gloo's collectives only.
+        # NCCL's collectives are in a recorder of their own. On CPUs gloo's count, also in a build of torch with CUDA.
         recorder: Any = _distributed_c10d  # Its stubs declare neither function.
-        dump = getattr(recorder, "_dump_nccl_trace", recorder._dump_fr_trace)
+        uses_nccl = distributed.is_initialized() and "nccl" in str(distributed.get_backend_config())
+        dump = recorder._dump_nccl_trace if uses_nccl else recorder._dump_fr_trace
         with suppress(OSError):
             (folder / f"{PREFIX}{rank}").write_bytes(dump())
             written = [path for path in folder.glob(f"{PREFIX}*") if path.stat().st_mtime >= since]

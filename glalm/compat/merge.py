@@ -50,8 +50,8 @@ def merge_checkpoints(
         if differences := describe_differences(expected, describe_model(run)):
             lines = "\n  ".join(differences)
             raise RunError(f"{first} and {run} have different models, which cannot be averaged:\n  {lines}")
-    total = sum(shares)
-    normalized = {path: share / total for path, share in zip(paths, shares, strict=True)}
+    parts = [share / max(shares) for share in shares]  # The sum of large numbers would overflow.
+    normalized = {path: part / sum(parts) for path, part in zip(paths, parts, strict=True)}
     export_checkpoints(normalized, out, mixers, weights)
 
 

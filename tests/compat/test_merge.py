@@ -68,6 +68,14 @@ def test_merged_model_is_the_mean_is_evaluated_and_starts_a_run(averaging, chang
     average_checkpoints()
     assert_mean(weighted, [saved(averaging, 3, "average"), saved(averaging, 1, "average")], [3, 1])
 
+    # The sum of these shares is no float.
+    huge = tmp_path / "huge"
+    monkeypatch.setattr(
+        sys, "argv", ["glalm merge", run, "--steps", "1", "2", "--shares", "1e308", "1e308", "--out", str(huge)]
+    )
+    average_checkpoints()
+    assert_mean(huge, [saved(averaging, step) for step in (1, 2)], [1, 1])
+
     path = averaging.data.path
     evaluate(EvalConfig(checkpoint=str(out), runs_dir=averaging.runs_dir, data_path=path, evals=["perplexity"]))
     results = json.loads((tmp_path / "runs" / "merged" / "eval" / "perplexity.json").read_text())["results"]

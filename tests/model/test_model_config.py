@@ -130,6 +130,12 @@ def test_a_command_line_may_name_a_mixer_of_the_users_code(user_module, tiny):
     assert GLALMConfig.from_dict(GLALMConfig(mixer=path).to_dict()).mixer == path
 
 
+def test_a_list_of_mixers_may_name_one_in_a_pattern(user_module):
+    path = f"{user_module}:Mine"
+    import_user_mixers({}, ["gla", f"gla+{path}"])  # as of glalm mqar
+    assert MIXERS[path].__name__ == "Mine"
+
+
 def test_an_evaluation_may_name_the_mixers_of_a_checkpoint(user_module):
     path = f"{user_module}:Mine"
     assert compose_config(EvalConfig, "eval", [f"mixers=['{path}']"]).mixers == [path]

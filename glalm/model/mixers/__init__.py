@@ -153,11 +153,11 @@ def import_mixer(path: str) -> None:
 def import_user_mixers(model: dict, more: Iterable[str] = ()) -> None:
     """Import every `package.module:Class` in `more`, and in `mixer` and `layers` of a model's config by the user.
 
-    `layers` is a list or a pattern such as "3*gla+package.module:Class".
+    `layers` is a list or a pattern such as "3*gla+package.module:Class", and so may be each of `more`.
     """
     layers = model.get("layers") or []
-    parts = layers.split("+") if isinstance(layers, str) else layers
-    for name in (model.get("mixer"), *parts, *more):
-        path = str(name).replace(" ", "").rpartition("*")[2]
-        if any(mark in path for mark in ":.") and path not in MIXERS:
-            import_mixer(path)
+    for pattern in (model.get("mixer"), *([layers] if isinstance(layers, str) else layers), *more):
+        for part in str(pattern).replace(" ", "").split("+"):
+            path = part.rpartition("*")[2]
+            if any(mark in path for mark in ":.") and path not in MIXERS:
+                import_mixer(path)

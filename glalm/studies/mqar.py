@@ -88,6 +88,7 @@ class MQARConfig:
     model: RecallModel = field(default_factory=RecallModel)
 
     def __post_init__(self):
+        self._check_axes()
         require(
             len(self.lengths) == len(self.pairs),
             f"lengths={self.lengths} and pairs={self.pairs} must have as many entries as each other",
@@ -108,15 +109,17 @@ class MQARConfig:
         for mixer in self.mixers:
             for layer in mixer.split("+"):
                 check_mixer_name("mixers", layer)
-        for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power"):
+        for name in ("train_examples", "test_examples", "epochs", "batch_size", "batch_tokens", "power", "stop_at"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        self._check_axes()
+        require(self.weight_decay >= 0, f"weight_decay must not be negative, as {self.weight_decay} is")
+        for rate in self.learning_rates:
+            require(0 < rate < math.inf, f"learning_rates must be positive and finite, not {rate}")
 
     def _check_axes(self) -> None:
         """Refuse an empty axis of the sweep, and values that would give two models the same file name."""
         axes = {
             "mixers": self.mixers,
-            "lengths, pairs": list(zip(self.lengths, self.pairs, strict=True)),
+            "lengths, pairs": list(zip(self.lengths, self.pairs, strict=False)),
             "widths": self.widths,
             "learning_rates": [f"{rate:g}" for rate in self.learning_rates],
         }
@@ -379,12 +382,20 @@ def capture_step(step: Callable[[Examples], None], batch_size: int, device: torc
 
 
 def build_model(config: MQARConfig, job: Job, device: torch.device) -> CausalLM:
-    """Return the model of a job. Hyena's filter is as long as its sequences, as in Hyena's paper."""
+    """Return the model of a job."""
+    with seeded(config.seed, device):
+        return CausalLM(describe_model(config, job)).to(device)
+
+
+def describe_model(config: MQARConfig, job: Job) -> RecallModel:
+    """Return the shape of a job's model. Hyena's filter is as long as its sequences, as in Hyena's paper.
+
+    Raises:
+        ConfigError: The mixer cannot have this width.
+    """
     hyena = dataclasses.replace(config.model.hyena, filter_length=job.length)  # type: ignore[attr-defined]  # The registry adds the field.
     sizes = {"hidden_size": job.width, "vocab_size": config.vocab_size}
-    shape = dataclasses.replace(config.model, layers=job.mixer, hyena=hyena, **sizes)
-    with seeded(config.seed, device):
-        return CausalLM(shape).to(device)
+    return dataclasses.replace(config.model, layers=job.mixer, hyena=hyena, **sizes)
 
 
 def build_optimizer(

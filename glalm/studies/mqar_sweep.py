@@ -17,7 +17,7 @@ from glalm.evals.identity import ResultIdentity
 from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import load_results, save_result
 from glalm.model.mixers import import_user_mixers
-from glalm.studies.mqar import Job, MQARConfig, train
+from glalm.studies.mqar import Job, MQARConfig, describe_model, train
 from glalm.train.run_lock import RunLock, lock_run_dir
 
 
@@ -27,7 +27,8 @@ def main(config: MQARConfig, launcher: Sequence[str] = ()) -> int:
     `launcher` are overrides that choose a launcher of Hydra and its options. Without them, one model is trained after
     the other in this process.
 
-    Raises ConfigError if the folder cannot be written or is in use, and RunError if some models could not be trained.
+    Raises ConfigError if the folder cannot be written or is in use, or a model cannot have its width, and RunError if
+    some models could not be trained.
     """
     folder = Path(config.folder)
     try:
@@ -47,6 +48,9 @@ def run_sweep(config: MQARConfig, folder: Path, lock: RunLock, launcher: Sequenc
     # that the slowest models do not start last.
     axes = itertools.product(config.learning_rates, shapes, widths, config.mixers)
     jobs = [Job(mixer, length, pairs, width, lr) for lr, (length, pairs), width, mixer in axes]
+    import_user_mixers({}, config.mixers)
+    for job in jobs:
+        describe_model(config, job)  # No model is trained before a width is found that another one cannot have.
     results = find_results(config, folder, jobs)
     remaining = [job for job in jobs if job not in results and not is_solved(config, job, results)]
     print(f"{folder}: {len(results)} models are trained, at most {len(remaining)} remain", flush=True)

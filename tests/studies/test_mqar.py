@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -380,6 +381,20 @@ def test_settings_that_cannot_be():
         MQARConfig(mixers=["rwkv"])
     with pytest.raises(ConfigError, match="mixers='rwkv' is none of the mixers: gla"):
         MQARConfig(mixers=["gla+rwkv"])
+    with pytest.raises(ConfigError, match="lengths, pairs is empty"):
+        MQARConfig(lengths=[], pairs=[])
+    for rate in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="learning_rates must be positive and finite"):
+            MQARConfig(learning_rates=[1e-3, rate])
+    with pytest.raises(ConfigError, match="weight_decay must not be negative"):
+        MQARConfig(weight_decay=-0.1)
+
+
+def test_a_width_that_a_mixer_cannot_have_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(mqar_sweep, "launch_jobs", None)
+    config = dataclasses.replace(SMALL, folder=str(tmp_path), widths=[16, 33])
+    with pytest.raises(ConfigError, match=r"num_heads=2 does not divide the width .* = 16\.5"):
+        mqar_sweep.main(config)
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):

@@ -59,11 +59,16 @@ class Muon(Optimizer):
         self.coefficients = {"newton_schulz": NEWTON_SCHULZ, "polar_express": polar_express()}[orthogonalization]
         self.neuron_beta = neuron_beta
         for group in self.param_groups:
+            processes = set()
             for parameter in group["params"]:
                 if parameter.dim() != 2:
                     raise ValueError(f"Muon takes matrices, not a parameter of shape {list(parameter.shape)}.")
-                if find_shard_group(parameter) != find_shard_group(group["params"][0]):
-                    raise ValueError("The parameters of a group of Muon must be sharded over the same processes.")
+                # Several groups may have the same processes: torch gives a parameter the mesh of an earlier model in
+                # this process if the two meshes are equal and a parameter of that model had the same shape.
+                shard_group = find_shard_group(parameter)
+                processes.add(shard_group and tuple(distributed.get_process_group_ranks(shard_group)))
+            if len(processes) > 1:
+                raise ValueError("The parameters of a group of Muon must be sharded over the same processes.")
 
     @torch.no_grad()
     def step(self, closure=None):

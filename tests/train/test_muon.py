@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from glalm.train import muon
@@ -152,6 +152,26 @@ def test_parameters_without_gradients_stay():
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"matrices, not a parameter of shape \[3\]"):
         Muon([torch.nn.Parameter(torch.zeros(3))], 0.1, 0.2, 0.9)
+
+
+def test_two_groups_of_the_same_processes_are_one(tmp_path):
+    """In a process that trains one model after another, torch gives parameters the mesh of an earlier model."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        meshes = [DeviceMesh.from_group(distributed.new_group([0]), "cpu") for _ in range(2)]
+        sharded = []
+        for i, parameter in enumerate(make_parameters()):
+            sharded.append(torch.nn.Parameter(distribute_tensor(parameter.detach(), meshes[i % 2], [Shard(0)])))
+        assert muon.find_shard_group(sharded[0]) != muon.find_shard_group(sharded[1])
+        optimizer = Muon(sharded, 0.1, 0.2, 0.9)
+        for parameter, gradient in zip(sharded, draw_gradients(0), strict=True):
+            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, [Shard(0)])
+        optimizer.step()
+        whole = make_parameters()
+        expected = take_steps(Muon(whole, 0.1, 0.2, 0.9), whole, steps=1)
+        assert all(torch.equal(found.to_local(), value) for found, value in zip(sharded, expected, strict=True))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_columns_are_refused():

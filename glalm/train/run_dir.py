@@ -410,7 +410,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         saved = metadata.get("identity", {})
         future = find_future_keys(config, saved, record["identity"], metadata["step"])
         check_identity(config, saved, record["identity"], path, future)
-    config.resume_at(metadata["step"], metadata["tokens"])
+    config.resume_at(metadata["step"], metadata["tokens"], metadata.get("milestones", ()))
     key = next((name for name in ("steps", "tokens") if getattr(config.train, name) is not None), "stages")
     require(
         metadata["step"] <= config.steps,

@@ -330,6 +330,31 @@ def test_tokens_count_what_was_trained_on(trained, change):
     assert read_jsonl(more.folder / "metrics.jsonl")[-1]["tokens"] == 6 * 64 + 3 * 128
 
 
+@pytest.mark.parametrize(
+    "warmup",
+    [{"warmup_steps": None, "warmup_tokens": 100}, {"warmup_steps": 3}, {"warmup_steps": None, "warmup_tokens": 300}],
+    ids=str,
+)
+def test_interruptions_after_a_change_of_the_batch_change_no_bit(run_config, change, warmup):
+    """The learning rate depends on how many tokens the warm-up had, in batches of 4 and then of 8 sequences."""
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, **warmup)
+    by_tokens = dataclasses.replace(run_config.train, steps=None, tokens=800)
+    checkpoints = {"train.checkpoint.every": 1, "train.checkpoint.keep_last": 99}
+    small = change(run_config, name="small", optim=optim, train=by_tokens, **checkpoints)
+    assert train(small) == 0
+    resume = {"train.batch_size": 8, "train.resume_from": str(small.folder / "checkpoints" / "step_4")}
+    large = change(small, name="large", **resume, **{"train.allow_changes": ["train.batch_size"]})
+    assert train(large) == 0
+    cut = change(large, name="cut")
+    for _ in range(2):
+        with before_steps({2: fail}), pytest.raises(RuntimeError):
+            train(cut)
+    assert train(cut) == 0
+    rates = [[(row["step"], row["lr"]) for row in read_jsonl(c.folder / "metrics.jsonl")] for c in (large, cut)]
+    assert rates[0] == rates[1] and rates[0][-1][0] == 9
+    assert all(torch.equal(weight, last_weights(cut)[name]) for name, weight in last_weights(large).items())
+
+
 @pytest.mark.parametrize("batch_size, last_step", [(8, 7), (2, 10), (3, 9)])
 def test_a_total_of_tokens_holds_for_another_batch(trained, change, batch_size, last_step):
     """Half of the tokens were read in batches of 4. The others take more or fewer steps, rounded up."""

@@ -42,6 +42,9 @@ class Muon(Optimizer):
         orthogonalization: Whose coefficients: Jordan's ("newton_schulz") or those of `polar_express`.
         neuron_beta: The decay of the moving average, or None.
 
+    Attributes:
+        state_keys: What it holds of each parameter.
+
     Raises:
         ValueError: A parameter is no matrix or is not sharded by its rows, or those of a group are sharded differently.
     """
@@ -58,6 +61,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.coefficients = {"newton_schulz": NEWTON_SCHULZ, "polar_express": polar_express()}[orthogonalization]
         self.neuron_beta = neuron_beta
+        self.state_keys = {"momentum_buffer"} if neuron_beta is None else {"momentum_buffer", "mean_square"}
         for group in self.param_groups:
             processes = set()
             for parameter in group["params"]:

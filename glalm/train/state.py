@@ -15,6 +15,8 @@ from glalm.train import random_states
 from glalm.train.averaging import WeightAverage
 from glalm.train.guards import UpdateGuard
 
+ADAMW_STATE_KEYS = {"step", "exp_avg", "exp_avg_sq"}  # What torch's AdamW holds of each parameter.
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -168,6 +170,8 @@ class TrainState:
     def allocate_optimizer_state(self, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Create the optimizers' state tensors, which do not exist before the first step, so they can be read in place.
 
+        A parameter whose optimizer was another one gets none: its optimizer creates them in the next step.
+
         Args:
             stored: {"optim.<key>.<parameter name>": (global shape, dtype)}. Other names are ignored.
 
@@ -184,6 +188,8 @@ class TrainState:
                 continue
             _, key, name = full_name.split(".", 2)
             parameter, optimizer, group = owners[name]
+            if key not in getattr(optimizer, "state_keys", ADAMW_STATE_KEYS):
+                continue
             if shape == tuple(parameter.shape):
                 tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             elif len(shape) == 2 and shape == (len(parameter), 1):  # NorMuon's numbers of each row

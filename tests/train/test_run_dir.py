@@ -355,6 +355,24 @@ def test_interruptions_after_a_change_of_the_batch_change_no_bit(run_config, cha
     assert all(torch.equal(weight, last_weights(cut)[name]) for name, weight in last_weights(large).items())
 
 
+def test_a_parameter_that_another_optimizer_takes_over_starts_with_empty_moments(trained, change):
+    """AdamW for 6 steps, then Muon for 1, then AdamW for 2."""
+
+    def read_moments(config) -> tuple[set[str], float, float | None]:
+        stored = load_file(latest_checkpoint(config.folder / "checkpoints") / "training.safetensors")
+        matrix = "model.layers.0.mlp.up_proj.weight"
+        keys = {name.split(".")[1] for name in stored if name.endswith(matrix)}
+        counts = [stored.get(f"optim.step.{name}") for name in ("model.embeddings.weight", matrix)]
+        return keys, *(count if count is None else count.item() for count in counts)
+
+    allowed = {"train.allow_changes": ["optim", "train.steps"]}
+    muon = change(trained, **allowed, **{"train.steps": 7, "optim.name": "muon"})
+    assert train(muon) == 0
+    assert read_moments(muon) == ({"momentum_buffer"}, 7, None)
+    assert train(change(muon, **{"train.steps": 9, "optim.name": "adamw"})) == 0
+    assert read_moments(muon) == ({"step", "exp_avg", "exp_avg_sq"}, 9, 2)
+
+
 @pytest.mark.parametrize("batch_size, last_step", [(8, 7), (2, 10), (3, 9)])
 def test_a_total_of_tokens_holds_for_another_batch(trained, change, batch_size, last_step):
     """Half of the tokens were read in batches of 4. The others take more or fewer steps, rounded up."""

@@ -310,16 +310,20 @@ def format_epochs(epochs: float) -> str:
 
 
 def describe_checkpoints(config: RunConfig, size: int) -> Iterator[str]:
-    kept = config.train.checkpoint.keep_last
-    ends = len(config.stage_ends) - 1  # The end of the last stage is among the newest.
+    options = config.train.checkpoint
+    saved = sorted({*range(options.every, config.steps, options.every), *config.stage_ends})
+    newest = {*saved[-options.keep_last :]}
+    ends = config.stage_ends - newest
+    multiples = {step for step in saved if options.keep_every and step % options.keep_every == 0} - ends - newest
+    others = {"at ends of stages": len(ends), "by keep_every": len(multiples), "by keep_best": options.keep_best}
+    of_others = "".join(f", {count:,} {which}" for which, count in others.items() if count)
     # An older checkpoint is removed after the new one is complete.
-    needed = size * (kept + ends + 1)
-    of_stages = f", {ends} at ends of stages" if ends else ""
+    needed = size * (options.keep_last + sum(others.values()) + 1)
     folder = config.folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     yield (
-        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {kept}{of_stages} and one "
-        f"that is being saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
+        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {options.keep_last}{of_others} "
+        f"and one that is being saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
     )
     if needed > free:
         yield "WARNING: that is not enough here. Free some space, or choose another runs_dir=..."

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from glalm.cli import compose_config
 from glalm.commands.train_and_eval import run_training
+from glalm.config.run import CheckpointConfig
 from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
 from glalm.model.decoder import model_cost
 from glalm.train import estimate as estimate_module
+from glalm.train.checkpoint import list_checkpoints
 from glalm.train.estimate import (
     Device,
     advise_memory,
@@ -36,6 +38,7 @@ from glalm.train.estimate import (
 from glalm.train.memory import GIB, count_parameters, estimate_memory
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan
+from glalm.train.trainer import train
 from glalm.train.training_data import TrainingData
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
@@ -221,6 +224,23 @@ def test_a_disk_without_room_for_the_checkpoints(run_config, monkeypatch):
         monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         report = list(describe_checkpoints(run_config, 10**9))
         assert len(report) == lines and "1.00 GB each, 3.0 GB for the newest 2 and one" in report[0]
+
+
+@pytest.mark.parametrize(
+    "keep, text",
+    [
+        ({"keep_last": 1, "keep_every": 2}, "4.0 GB for the newest 1, 2 by keep_every and one"),
+        ({"keep_last": 2, "keep_every": 4, "keep_best": 1}, "5.0 GB for the newest 2, 1 by keep_every, 1 by keep_best"),
+    ],
+)
+def test_the_disk_of_checkpoints_is_that_of_all_that_the_run_keeps(run_config, keep, text):
+    run_config.train.checkpoint = CheckpointConfig(every=1, **keep)
+    run_config.train.eval_every = 1
+    [line, *_] = describe_checkpoints(run_config, 10**9)
+    assert text in line
+    assert train(run_config) == 0
+    best_may_be_new = run_config.train.checkpoint.keep_best
+    assert 0 <= float(text[:3]) - 1 - len(list_checkpoints(run_config.folder / "checkpoints")) <= best_may_be_new
 
 
 def test_host_memory_of_a_machine(run_config, change):

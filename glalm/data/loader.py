@@ -57,7 +57,8 @@ class Windows:
         self._first_token = np.cumsum([0, *counts.values()])
         if not len(self):
             unfinished = "" if tokens.is_complete else " so far, because it is still being prepared"
-            found = f"{tokens.folder} has only {tokens.num_tokens} for {tokens.split}{unfinished}"
+            longest = max(counts.values(), default=0)
+            found = f"{tokens.folder} has at most {longest} for {tokens.split}{unfinished}"
             problem = f"Windows of length={length} need {length + 1} tokens of a source, but {found}."
             raise ValueError(f"{problem} Choose shorter windows or prepare more text.")
 

@@ -216,7 +216,9 @@ def test_branches_start_at_the_end_of_a_stage(staged, change):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"seq_len": 10**5}, r"In train.stages.decay: .*length=100000 need"),
+        # The two sources have 2,000 and 2,024 tokens.
+        # The sources have 3,203 and 2,624 tokens.
+        ({"seq_len": 4000}, r"In train.stages.decay: .*length=4000 need 4001 tokens of a source, but .* at most 3203"),
         ({"weights": {"poems": 1.0}}, r"In train.stages.decay: weights=.* must name each source"),
     ],
 )

@@ -4,7 +4,7 @@ The runs must be equal but for their seeds, as those of one sweep are:
 
     glalm train --multirun experiment=ladder_small name=noise seed=1,2,3,4 optim.lr=1e-3 \
         'train_evals.evals=[perplexity,paper_zero_shot]' train_evals.every=1000000
-    python benchmarks/seed_noise.py runs/noise-*
+    python benchmarks/seed_noise.py runs/noise-seed-*
 """
 
 import argparse

@@ -13,7 +13,7 @@ from glalm.data.files import printable
 LOCATION = "data_path"
 TEXT_FILE = "file"  # the split of a text that was read as it lies, from a file that is no prepared set
 # Settings that belong to the model. Numbers of models that differ in them compare.
-MODEL_SETTINGS = ("precision", "tokenizer", "document_prefix", "weights")
+MODEL_SETTINGS = ("precision", "tokenizer", "document_prefix", "weights", "code")
 # Settings that only decide at which lengths an evaluator measures. The lengths are an axis of its figures.
 LENGTH_SETTINGS = {
     "extrapolation": ("train_length", "max_length", "bucket"),

@@ -158,12 +158,20 @@ def plot_losses(metrics: Mapping[str, Path | Sequence[Path]], path: str | Path) 
 def plot_mqar(records: Sequence[Record], path: str | Path) -> list[Path]:
     """Plot accuracy of associative recall against width, a panel a length, a curve a mixer.
 
-    A point is the best of the learning rates (arXiv 2312.04927, figure 2).
+    A point is the best of the learning rates (arXiv 2312.04927, figure 2). A mixer of the user's that was edited
+    between results has a curve for each version of its file.
 
     Args:
         records: The files of glalm mqar, one a trained model.
     """
-    rows = [record["results"] for record in _load_records(records, "mqar")]
+    records = _load_records(records, "mqar")
+    versions = [tuple(record.get("settings", {}).get("code", {}).values()) for record in records]
+    rows = []
+    for record, version in zip(records, versions, strict=True):
+        row = record["results"]
+        others = {v for r, v in zip(records, versions, strict=True) if r["results"]["mixer"] == row["mixer"]}
+        edited = f" ({', '.join(code[:6] for code in version)})" if len(others) > 1 else ""
+        rows.append(row | {"mixer": row["mixer"] + edited})
     lengths = sorted({(row["length"], row["pairs"]) for row in rows})
     mixers = list(dict.fromkeys(row["mixer"] for row in rows))
     figure = Figure(figsize=(max(SIZE[0], 1.9 * len(lengths)), 2.6))

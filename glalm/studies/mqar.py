@@ -9,11 +9,13 @@ its end the model must predict the value of one key. This shows which mixers can
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +26,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from glalm.config.strict import require
-from glalm.data.files import atomic_write
+from glalm.data.files import atomic_write, file_sha256
 from glalm.kernels.common import has_bf16
 from glalm.kernels.graph_capture import GraphCapture
 from glalm.model.config import ModelConfig
 from glalm.model.decoder import CausalLM
-from glalm.model.mixers import check_mixer_name
+from glalm.model.mixers import MIXERS, check_mixer_name
 from glalm.train.random_states import seeded
 
 # Drawing keys needs a random number for every possible key, so sequences are drawn this many at a time.
@@ -280,6 +282,7 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
 
     step = capture_step(step, batch_size, device) if capture else step
     identity = config.settings() | {"job": dataclasses.astuple(job), "device": device.type, "capture": capture}
+    identity |= hash_user_code(job.mixer)
     history, seconds_before = load_partial(partial, identity, generator, model, optimizer, schedule)
     start_time -= seconds_before
     while len(history) < config.epochs and not (history and history[-1] >= config.stop_at):
@@ -379,6 +382,17 @@ def capture_step(step: Callable[[Examples], None], batch_size: int, device: torc
         graph.replay()
 
     return run
+
+
+def hash_user_code(mixer: str) -> dict[str, dict[str, str]]:
+    """Return {"code": {mixer: SHA-256 of its file}} of the mixers of the user's own code, and {} without any."""
+    own = [name for name in mixer.split("+") if ":" in name]
+    return {"code": {name: hash_class(MIXERS[name]) for name in own}} if own else {}
+
+
+@cache  # The file may be edited after it was imported.
+def hash_class(mixer: type) -> str:
+    return file_sha256(Path(inspect.getfile(mixer)))
 
 
 def build_model(config: MQARConfig, job: Job, device: torch.device) -> CausalLM:

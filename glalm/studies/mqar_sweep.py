@@ -17,7 +17,7 @@ from glalm.evals.identity import ResultIdentity
 from glalm.evals.plot import plot_mqar
 from glalm.evals.result_files import load_results, save_result
 from glalm.model.mixers import import_user_mixers
-from glalm.studies.mqar import Job, MQARConfig, describe_model, train
+from glalm.studies.mqar import Job, MQARConfig, describe_model, hash_user_code, train
 from glalm.train.run_lock import RunLock, lock_run_dir
 
 
@@ -104,7 +104,8 @@ class TrainJobs:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
         record = identify_job(self.config, job).to_record()
-        save_result(folder, record | {"settings": self.config.settings(), "results": result}, job.name)
+        settings = self.config.settings() | hash_user_code(job.mixer)
+        save_result(folder, record | {"settings": settings, "results": result}, job.name)
         partial_path(folder, job).unlink(missing_ok=True)
         accuracy = f"accuracy {result['accuracy']:.3f} after {result['epochs']} epochs"
         print(f"{job.name}: {accuracy}, {result['seconds']:.0f} s", flush=True)
@@ -120,7 +121,7 @@ def train_job(config: MQARConfig, job: Job) -> dict:
 
 def identify_job(config: MQARConfig, job: Job) -> ResultIdentity:
     """Return what the result of one model of the sweep depends on."""
-    return ResultIdentity("mqar", None, "", config.settings() | asdict(job))
+    return ResultIdentity("mqar", None, "", config.settings() | asdict(job) | hash_user_code(job.mixer))
 
 
 def partial_path(folder: Path, job: Job) -> Path:

@@ -18,6 +18,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from glalm.config.strict import ConfigError, RunError
+from glalm.evals import plot
+from glalm.evals.identity import group_comparable
+from glalm.evals.result_files import current_results
+from glalm.model.mixers import MIXERS, import_mixer
 from glalm.model.mixers.gla import GLAOptions
 from glalm.studies import mqar, mqar_sweep
 from glalm.studies.mqar import Examples, Job, MQARConfig, RecallModel, draw_associative_recall, draw_examples
@@ -294,6 +298,33 @@ def test_sweeps_of_other_settings_share_a_folder(tmp_path, monkeypatch):
     assert trained == [1, 2]
     results = [json.loads(path.read_text())["results"]["accuracy"] for path in (tmp_path / "eval").iterdir()]
     assert sorted(results) == [0.1, 0.2]
+
+
+def test_an_edited_mixer_is_trained_again(tmp_path, monkeypatch):
+    """What the user's own file held is part of what a result depends on, and the figure keeps its versions apart."""
+    trained = []
+
+    def train_job(config, job):
+        trained.append(MIXERS["users_recall:Mine"].version)
+        return {"accuracy": trained[-1] / 10, "epochs": 1, "seconds": 0.0, "parameters": 1, "history": []}
+
+    monkeypatch.setattr(mqar_sweep, "train_job", train_job)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = "from glalm.model.mixers.gla import GatedLinearAttention\nclass Mine(GatedLinearAttention): version = "
+    settings = {"folder": str(tmp_path), "widths": [16], "learning_rates": [1e-2]}
+    for version in (1, 1, 2, 1):
+        (tmp_path / "users_recall.py").write_text(f"{code}{version}\n")
+        import_mixer("users_recall:Mine")
+        mqar_sweep.main(dataclasses.replace(SMALL, **settings, mixers=["gla+users_recall:Mine"]))
+        del MIXERS["users_recall:Mine"], sys.modules["users_recall"]
+    assert trained == [1, 2]
+    records = current_results(tmp_path)
+    assert len(group_comparable(records)) == 1
+    labels = []
+    monkeypatch.setattr(plot, "_add_legend", lambda ax: labels.extend(line.get_label() for line in ax.lines))
+    plot.plot_mqar(records, tmp_path / "x.png")
+    assert len(labels) == 2 and all(label.startswith("gla+users_recall:Mine (") for label in labels)
 
 
 def test_what_one_learning_rate_solves_is_not_trained_at_the_others(tmp_path, monkeypatch):

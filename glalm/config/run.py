@@ -6,6 +6,7 @@ Every dataclass is a level of the config tree, and its comments document the key
 import dataclasses
 import fnmatch
 import json
+import math
 import os
 import re
 from bisect import bisect_left
@@ -22,6 +23,8 @@ from glalm.model.config import ModelConfig
 RUN_RECORD = "run.json"  # The id, config and versions of a run, in its folder.
 DATA_RECORD = "data.json"  # The manifest of the data, in a run's folder.
 STAGE_ORDER = "order of train.stages"  # An entry of the identity, in which the stages' keys have no order.
+
+MAX_TIMEOUT_MINUTES = 366 * 24 * 60
 
 # Which weights of a checkpoint: those that the last step left, or their moving average (train.ema_decay).
 Weights = Literal["current", "average"]
@@ -105,6 +108,9 @@ class OptimConfig:
     base_depth: int | None = None  # mup: the model.num_hidden_layers of the base model; null: model.num_hidden_layers
 
     def __post_init__(self):
+        require_positive(self, "optim", "eps", finite=True)
+        for name in ("lr", "weight_decay"):
+            require(getattr(self, name) < math.inf, f"optim.{name} must be finite, not {getattr(self, name)}")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
         require_exactly_one(self, "optim", "warmup_steps", "warmup_tokens")
         for name in ("warmup_steps", "warmup_tokens"):
@@ -112,7 +118,7 @@ class OptimConfig:
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
         require(0 <= (self.neuron_beta or 0) < 1, f"optim.neuron_beta must lie in [0, 1), not {self.neuron_beta}")
-        require_positive(self, "optim", "grad_clip", "eps")
+        require_positive(self, "optim", "grad_clip")
         require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, not {self.weight_decay}")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), not {self.betas}")
         require_positive(self, "optim", "base_width", "base_heads", "base_depth")
@@ -148,6 +154,8 @@ class ParallelConfig:
 
     def __post_init__(self):
         require_positive(self, "parallel", "shard", "replicate", "context", "timeout_minutes")
+        minutes = self.timeout_minutes
+        require(minutes <= MAX_TIMEOUT_MINUTES, f"parallel.timeout_minutes={minutes} is longer than a year; lower it")
         require(
             self.mode == "hsdp" or (self.shard is None and self.replicate is None),
             f"parallel.shard and parallel.replicate are options of parallel=hsdp, not of {self.mode}",
@@ -282,7 +290,7 @@ class TrainConfig:
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"train.ema_decay must lie between 0 and 1, for example 0.999, or be null, not {self.ema_decay}",
         )
-        require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
+        require(0 <= self.z_loss < math.inf, f"train.z_loss must be 0 or more, and finite, not {self.z_loss}")
         mfu = self.assumed_mfu
         require(mfu is None or 0 < mfu <= 1, f"train.assumed_mfu must be null or lie in (0, 1], not {mfu}")
         require(

@@ -125,7 +125,7 @@ def _check_schedule(where: str, stage: StageConfig) -> None:
         f"{where}.lr={stage.lr} is the learning rate at the end of the stage. Write {where}.schedule=linear, cosine or "
         f"sqrt to say how it gets there, or {where}.lr=null",
     )
-    require((stage.lr or 0) >= 0, f"{where}.lr must not be negative, not {stage.lr}")
+    require(0 <= (stage.lr or 0) < math.inf, f"{where}.lr must be 0 or more, and finite, not {stage.lr}")
 
 
 def _check_pieces(where: str, pieces: list[tuple[float, int]] | None) -> None:

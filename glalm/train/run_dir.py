@@ -314,6 +314,8 @@ def find_changes(config: RunConfig, saved: Mapping, current: Mapping, also_allow
     for name in config.train.allow_changes:
         # "data.weights" names the weights of all sources.
         named = {key for key in keys if key == name or key.startswith(f"{name}.")}
+        if name in ("train", "train.stages"):
+            named |= keys & {STAGE_ORDER}
         require(bool(named), f"train.allow_changes: {describe_unknown_key(name, current)}")
         allowed |= named
     return describe_differences(

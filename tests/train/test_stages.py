@@ -213,6 +213,18 @@ def test_branches_start_at_the_end_of_a_stage(staged, change):
         trainer.train(in_stages(allowed, stable=larger, books=longer))
 
 
+def test_a_run_without_stages_continues_in_stages(run_config, change):
+    """To allow the stages is to allow their order. The first stage has the tokens of the checkpoint."""
+    config = change(run_config, **{"optim.schedule": "constant", "train.steps": 2})
+    assert trainer.train(config) == 0
+    start = change(config, name="branch", **{"train.resume_from": str(config.folder / "checkpoints" / "step_2")})
+    branch = in_stages(start, stable=StageConfig(tokens=128), decay=StageConfig(tokens=192, seq_len=48))
+    branch.train.allow_changes = ["train"]
+    assert trainer.train(branch) == 0
+    assert [(row["step"], row["tokens"]) for row in rows(branch)] == [(3, 320)]
+    assert rows(branch)[-1]["stage_tokens/stable"] == 128
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

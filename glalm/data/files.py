@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,10 +24,21 @@ class UnreadableFile(DamagedFile):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block ends, once its content is on disk."""
-    with open(temporary_path(path), "wb") as file:
-        yield file
-        rename_into_place(file, path)
+    """Open a temporary file that replaces `path` when the block ends, once its content is on disk.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`. What was written is removed, and an older file remains.
+    """
+    try:
+        with open(temporary_path(path), "wb") as file:
+            yield file
+            rename_into_place(file, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary_path(path).unlink()  # It would fill the disk further.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, content: Any, **options) -> None:

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,6 +56,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == '{"old": 1}'
     write_json(path, {"new": 2})
     assert path.read_text() == '{"new": 2}' and not temporary_path(path).exists()
+
+
+def test_a_write_on_a_full_disk_names_the_file_and_frees_what_it_took(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / 'a'}'")):
+        write_json(tmp_path / "a", [1] * 9999)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
 
 
 def test_a_last_line_that_was_cut_short_is_skipped(tmp_path):

@@ -38,6 +38,7 @@ from glalm.train.random_states import seeded
 SEQUENCES_PER_DRAW = 1024
 # Libraries initialize themselves in their first calls, which a graph capture forbids.
 EAGER_STEPS_BEFORE_CAPTURE = 3
+SECONDS_BETWEEN_MESSAGES = 60
 
 
 @dataclass
@@ -259,7 +260,8 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     """Train one model until it reaches config.stop_at, or for config.epochs. Resume from `partial` if it exists.
 
     Uses AdamW with a learning rate that decays to 0 by a cosine over all epochs. After every epoch everything needed to
-    resume is saved to `partial`. The same arguments give the same result on the same device.
+    resume is saved to `partial`. The same arguments give the same result on the same device. Every minute or epoch,
+    whichever is longer, the accuracy so far is printed.
 
     Returns:
         accuracy (of all queries of the test examples, after the last epoch), history (the accuracy after each epoch),
@@ -285,6 +287,7 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
     identity |= hash_user_code(job.mixer)
     history, seconds_before = load_partial(partial, identity, generator, model, optimizer, schedule)
     start_time -= seconds_before
+    last_message = time.perf_counter()
     while len(history) < config.epochs and not (history and history[-1] >= config.stop_at):
         order = torch.randperm(len(training), generator=generator, device=device)
         for rows in order.split(batch_size):
@@ -293,6 +296,10 @@ def train(config: MQARConfig, job: Job, device: torch.device, partial: Path | No
         history.append(measure_accuracy(model, test, batch_size))
         seconds = time.perf_counter() - start_time
         save_partial(partial, identity, generator, model, optimizer, schedule, history, seconds)
+        if time.perf_counter() - last_message >= SECONDS_BETWEEN_MESSAGES:
+            last_message = time.perf_counter()
+            epochs = f"{len(history)} of at most {config.epochs} epochs"
+            print(f"{job.name}: accuracy {history[-1]:.3f} after {epochs}, {seconds:.0f} s", flush=True)
     return {
         "accuracy": history[-1],
         "epochs": len(history),

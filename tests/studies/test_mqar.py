@@ -245,6 +245,15 @@ def test_a_process_captures_on_one_gpu_after_another():
     assert first["history"] == pytest.approx(second["history"], abs=0.05)
 
 
+def test_a_long_training_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(mqar, "SECONDS_BETWEEN_MESSAGES", 0)
+    config = dataclasses.replace(SMALL, train_examples=16, test_examples=8, epochs=2, stop_at=2.0)
+    result = mqar.train(config, Job("gla", 16, 2, 32, 1e-3), torch.device("cpu"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"gla_16x2_d32_lr0.001: accuracy {result['history'][0]:.3f} after 1 of at most 2 epochs, ")
+    assert "after 2 of at most 2 epochs" in second
+
+
 def test_a_model_without_memory_of_its_keys_stays_at_chance():
     config = MQARConfig(**vars(SMALL) | {"epochs": 1, "model": RecallModel()})
     config.model.attention.window = 1  # a token sees itself alone

@@ -1,6 +1,8 @@
 """Estimates of memory compared with the parameters, activations, optimizer states and measured peaks of real models."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from glalm.train.memory import GIB, count_parameters, estimate_memory, measure_a
 from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
 
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+from choices import CHOICES
+
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
 
 
@@ -28,6 +33,14 @@ def estimate(config, world_size: int, local_world_size: int, bf16: bool, compile
 
 def real(config, **changes) -> CausalLM:
     return CausalLM(dataclasses.replace(config.model, **changes))
+
+
+@pytest.mark.parametrize("choice", [*CHOICES.values(), {"gla": {"initial_half_lives": [4, 256]}}], ids=str)
+def test_every_choice_is_measured_for_a_gpu(choice):
+    """On tensors without numbers, so nothing that builds or runs a model may ask for one."""
+    model = ModelConfig(**MODEL | choice)
+    for mixer in {*model.layer_mixers()}:
+        assert measure_activations(model, mixer, TrainConfig(), bf16=True, compiled=False, is_gpu=True).per_token > 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -195,8 +194,11 @@ def build_gate_logits(inputs: int, groups: int, gates: int, options: GLAOptions,
     """
     if options.initial_half_lives is None:
         return nn.Linear(inputs, groups * gates)
-    shortest, longest = (math.log2(tokens) for tokens in options.initial_half_lives)
-    half_lives = torch.logspace(shortest, longest, gates, base=2, dtype=torch.float64, device="cpu")
-    # sigmoid(z)^(half-life / normalizer) = 1/2
-    logits = -torch.expm1(math.log(2) * normalizer / half_lives).log()
-    return BiasedLinear(inputs, groups * gates, groups * logits.tolist())
+    shortest, longest = options.initial_half_lives
+    logits = []
+    for i in range(gates):
+        half_life = shortest * (longest / shortest) ** (i / max(1, gates - 1))
+        # sigmoid(z)^(half_life / normalizer) = 1/2. Where a model is only sized, tensors could not compute z.
+        exponent = math.log(2) * normalizer / half_life
+        logits.append(-exponent - math.log(-math.expm1(-exponent)))
+    return BiasedLinear(inputs, groups * gates, groups * logits)

@@ -34,7 +34,7 @@ EVALUATION_COST = 1 / 3
 class LadderRun:
     """One model of the comparison: `glalm train` and then `glalm eval`, with these arguments."""
 
-    model: str  # a preset without its size, or a key of ABLATIONS
+    model: str  # a preset without its size, a key of ABLATIONS, or a mixer of the user's as package.module:Class
     lr: float | None  # one of --lrs, or None without that option
     config: TrainingRun
     train_arguments: list[str]
@@ -181,8 +181,10 @@ def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
 
 def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:
     """Return one run with its checked config. Raises ConfigError."""
-    preset = f"model={'gla' if model in ABLATIONS else model}_{args.size}"
-    name = f"{model}-{seed}" if lr is None else f"{model}-lr-{lr:g}-{seed}"
+    is_own_mixer = ":" in model
+    preset = f"model={'gla' if model in ABLATIONS or is_own_mixer else model}_{args.size}"
+    label = model.replace(":", ".")
+    name = f"{label}-{seed}" if lr is None else f"{label}-lr-{lr:g}-{seed}"
     place = [f'name="{name}"', f'runs_dir="{args.folder}"']
     overrides = [override for override in overrides if not override.startswith("hydra")]
     config = compose_model((f"experiment=ladder_{args.size}", preset, *overrides))
@@ -193,8 +195,10 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
             train_arguments += [f"optim.min_lr={lr * config.optim.min_lr / config.optim.lr:g}"]
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train_arguments += [override.format(**sizes) for override in ABLATIONS.get(model, [])]
+    train_arguments += [f"model.mixer={model}"] if is_own_mixer else []
     config = compose_config(TrainingRun, "train", train_arguments)
     eval_arguments = [*place, *list_eval_arguments(config), *args.eval]
+    eval_arguments += [f"mixers=[{model}]"] if is_own_mixer else []  # A run's files may not say what is imported.
     # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.
     eval_config = compose_config(EvalConfig, "eval", eval_arguments)
     return LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)

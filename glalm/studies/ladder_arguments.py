@@ -61,15 +61,18 @@ def parse_rates(text: str) -> list[float]:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a name that is no preset of the command line's size and no ablation, or is there twice."""
+    """Raise ConfigError for a name that is there twice, or is no preset of the command line's size and no ablation.
+
+    Mixers of the user's own code are checked where they are imported.
+    """
     presets = sorted(p.stem.removesuffix(f"_{args.size}") for p in (CONFIGS / "model").glob(f"*_{args.size}.yaml"))
     for model in named_models(args):
         matches = difflib.get_close_matches(model, [*presets, *ABLATIONS], n=1)
         suggestion = f"did you mean {matches[0]}? " if matches else ""
         require(
-            model in presets or model in ABLATIONS,
+            model in presets or model in ABLATIONS or ":" in model,
             f"{model} is no model of --size {args.size}; {suggestion}presets: {', '.join(presets)}; ablations: "
-            f"{', '.join(ABLATIONS)}",
+            f"{', '.join(ABLATIONS)}; a mixer of your own is package.module:Class",
         )
         require(
             named_models(args).count(model) == 1,

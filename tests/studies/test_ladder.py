@@ -30,6 +30,25 @@ from glalm.train.run_dir import identify_run, open_data
 from glalm.train.run_lock import lock_run_dir
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ladder.py"
+AVERAGE = """
+import torch
+from torch import nn
+
+from glalm.model.mixers.base import Mixer
+
+
+class CumulativeMean(Mixer):
+    def __init__(self, config):
+        super().__init__()
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, *, state=None, return_state=False, cu_seqlens=None, padding=None):
+        counts = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        return self.o_proj((x.float().cumsum(1) / counts).to(x.dtype)), None
+
+    def flops(self, T):
+        return 0
+"""
 
 
 @pytest.fixture
@@ -87,6 +106,20 @@ def test_what_is_missing_is_run_and_all_is_in_the_table(run_ladder, tiny, tmp_pa
     assert (run["train"]["tbptt_length"], run["data"]["seq_len"]) == (8, 96)
     read = json.loads((tmp_path / "out" / "gla_12_segments-1" / "eval" / "extrapolation.json").read_text())
     assert read["results"]["train_length"] == 8  # the segments', so that all are read alike
+
+
+@pytest.mark.slow
+def test_a_mixer_of_the_users_code_takes_the_place_of_glas(run_ladder, tiny, tmp_path, monkeypatch):
+    (tmp_path / "average.py").write_text(AVERAGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    budget = ["train.steps=4", "train.eval_every=2", "optim.warmup_steps=1", "--eval", "evals=[perplexity]"]
+    assert run_ladder("gla", "average:CumulativeMean", *tiny, *budget) == 0
+    rows = {row["model"]: row for row in json.loads((tmp_path / "out" / "ladder.json").read_text())["rows"]}
+    assert 1 < rows["average:CumulativeMean"]["perplexity"] < 400 and rows.keys() == {"gla", "average:CumulativeMean"}
+    run = json.loads((tmp_path / "out" / "average.CumulativeMean-1" / "run.json").read_text())["config"]["model"]
+    gla = json.loads((tmp_path / "out" / "gla-1" / "run.json").read_text())["config"]["model"]
+    assert run == gla | {"mixer": "average:CumulativeMean"}
 
 
 @pytest.mark.slow
@@ -280,6 +313,7 @@ def test_the_table_is_of_what_the_ladder_evaluated(tmp_path, capsys):
     "arguments, message",
     [
         (["glaa"], "glaa is no model of --size tiny; did you mean gla? presets: attention, deltanet"),
+        (["nowhere:Mixer"], "model.mixer=nowhere:Mixer cannot be imported (No module named 'nowhere')"),
         (["--lrs", "1e-3,", "3e-3"], "write positive numbers, each once, with commas and without spaces"),
         (["--lrs", "1e-3,0.001"], "is no list of learning rates"),
         (["--at-once", "0"], "'0' is not a whole number of at least 1"),

@@ -76,6 +76,7 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
     import ray
 
     batches = 0
+    is_killed = False
     add_batch = SetWriter.add_batch
     run_unit = engine.run_unit
     notes = tmp_path / "nodes"
@@ -86,17 +87,20 @@ def test_a_killed_driver_and_a_killed_node_leave_no_trace(cluster, sources, sett
         yield from run_unit(*args)
 
     def kill_node(self, *args):
-        nonlocal batches
+        nonlocal batches, is_killed
         batches += 1
-        if batches == 3:
+        if not is_killed and cluster.second_node.node_id in notes.read_text():
             cluster.remove_node(cluster.second_node, allow_graceful=False)
+            is_killed = True
+        elif not is_killed:
+            time.sleep(0.2)  # Its first process takes seconds to start, in which the other node could do all.
         add_batch(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(SetWriter, "add_batch", kill_node)
         patch.setattr(engine, "run_unit", note_node)
         prepare_data([sources], out, engine="ray", address=cluster.address, **settings)
-    assert batches > 10 and len(set(notes.read_text().split())) == 2  # Both nodes had a part in it.
+    assert batches > 10 and is_killed and len(set(notes.read_text().split())) == 2  # Both nodes had a part in it.
     prepare_data([sources], tmp_path / "local", workers=1, **settings)
     assert read_contents(out) == read_contents(tmp_path / "local")
 

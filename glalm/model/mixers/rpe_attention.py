@@ -125,11 +125,12 @@ class RPEAttention(Mixer):
             if T == 1 and cu_seqlens is None:
                 weights = torch.einsum("bhf,bshf->bsh", q[:, 0], k) * c.flip(0)
                 return divide_by_weights(torch.einsum("bsh,bshv->bhv", weights, v)[:, None])
-            sequence = c.new_zeros(S, dtype=torch.int64) if cu_seqlens is None else sequence_ids(cu_seqlens, S)
+            sequence = None if cu_seqlens is None else sequence_ids(cu_seqlens, S)
             block = max(1, min(S, DENSE_BLOCK))
             q = F.pad(q, (0, 0, 0, 0, S - T, 0))
             o = attend_within_blocks(q, k, v, c, sequence, block)
             if block < S:
+                sequence = c.new_zeros(S, dtype=torch.int64) if sequence is None else sequence
                 columns = k[..., None] * v[..., None, :]
                 columns = convolve_between_blocks(columns, c[..., None, None], sequence, block)
                 o = o + torch.einsum("bthf,bthfv->bthv", q, columns)
@@ -147,7 +148,7 @@ class RPEAttention(Mixer):
         return within + 2 * channels + convolution_flops(T, min(self.window, T), block, channels, filters=H)
 
 
-def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: Tensor, block: int) -> Tensor:
+def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: Tensor | None, block: int) -> Tensor:
     """Return the sums [B, S, H, V] over the tokens of a token's own block and sequence, by the matrix of weights.
 
     Args:
@@ -155,7 +156,7 @@ def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: T
         k: phi(k) [B, S, H, F].
         v: [B, S, H, V].
         c: [window, H], the weights of the distances.
-        sequence: [S], the sequence that each token belongs to.
+        sequence: [S], the sequence that each token belongs to, or None if each row of q is one.
         block: tokens in a block.
     """
     S = q.shape[1]
@@ -165,6 +166,7 @@ def attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, c: Tensor, sequence: T
     # Row t of the matrix of weights is c_t, ..., c_0, 0, ...: a window that slides over c, from its end to zeros.
     c = F.pad(c[:block], (0, 0, 0, block - len(c[:block])))
     weights = F.pad(c.flip(0), (0, 0, 0, block - 1)).unfold(0, block, 1).flip(0).transpose(0, 1)
-    ids = F.pad(sequence, (0, surplus), value=-1).view(-1, 1, block)
-    is_same = ids[..., :, None] == ids[..., None, :]  # [blocks, 1, block, block]
-    return (q @ k.mT * (weights * is_same) @ v).transpose(2, 3).flatten(1, 2)[:, :S]
+    if sequence is not None:
+        ids = F.pad(sequence, (0, surplus), value=-1).view(-1, 1, block)
+        weights = weights * (ids[..., :, None] == ids[..., None, :])  # [blocks, H, block, block]
+    return (q @ k.mT * weights @ v).transpose(2, 3).flatten(1, 2)[:, :S]

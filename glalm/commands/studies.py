@@ -105,8 +105,10 @@ def predict_losses(args: argparse.Namespace) -> None:
     console.print(table)
     tokens_term = f" + {law.B:.4g} D^-{law.b:.4f}" if law.B else ""
     console.print(f"L = {law.E:.4f} + {law.A:.4g} N^-{law.a:.4f}{tokens_term}")
-    others = [name for name, sizes in sizes_of_predicted.items() if not scaling.is_by_rule(fitted, *sizes)]
-    if others and not law.B:
+    others = []
+    if not law.B:
+        others = [name for name, sizes in sizes_of_predicted.items() if not scaling.is_by_rule(fitted, *sizes)]
+    if others:
         console.print(
             f"The law has no term of tokens, so it only holds for tokens that grow with the size as the runs' do. For "
             f"their sizes, these have others: {', '.join(others)}. Name runs of one size with several tokens, too."

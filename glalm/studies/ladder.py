@@ -86,8 +86,8 @@ class LadderRun:
 
     def is_complete(self) -> bool:
         saved = read_json(self.config.folder / "ladder.json") or {}
-        has_results = all(self.results(evaluator) for evaluator in saved.pop("results", [None]))
-        return saved == self.completion_record() and has_results
+        evaluators = saved.pop("results", {})
+        return saved == self.completion_record() and bool(evaluators) and all(map(self.results, evaluators))
 
 
 def run_ladder(args: argparse.Namespace) -> int:
@@ -181,8 +181,10 @@ def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
 
 def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:
     """Return one run with its checked config. Raises ConfigError."""
-    is_own_mixer = ":" in model
-    preset = f"model={'gla' if model in ABLATIONS or is_own_mixer else model}_{args.size}"
+    own_mixers = [model] if ":" in model else []
+    # What is not a preset of its own changes GLA's.
+    changes = ABLATIONS.get(model, [f"model.mixer={mixer}" for mixer in own_mixers])
+    preset = f"model={'gla' if changes else model}_{args.size}"
     label = model.replace(":", ".")
     name = f"{label}-{seed}" if lr is None else f"{label}-lr-{lr:g}-{seed}"
     place = [f'name="{name}"', f'runs_dir="{args.folder}"']
@@ -194,11 +196,11 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
         if not any(override.startswith("optim.min_lr=") for override in overrides):
             train_arguments += [f"optim.min_lr={lr * config.optim.min_lr / config.optim.lr:g}"]
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
-    train_arguments += [override.format(**sizes) for override in ABLATIONS.get(model, [])]
-    train_arguments += [f"model.mixer={model}"] if is_own_mixer else []
+    train_arguments += [override.format(**sizes) for override in changes]
     config = compose_config(TrainingRun, "train", train_arguments)
     eval_arguments = [*place, *list_eval_arguments(config), *args.eval]
-    eval_arguments += [f"mixers=[{model}]"] if is_own_mixer else []  # A run's files may not say what is imported.
+    # A run's files may not say what is imported.
+    eval_arguments += [f"mixers=[{mixer}]" for mixer in own_mixers]
     # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.
     eval_config = compose_config(EvalConfig, "eval", eval_arguments)
     return LadderRun(model, lr, config, train_arguments, eval_arguments, eval_config)

@@ -543,9 +543,9 @@ class TrainingLoop:
 
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:
         # The order of the data needs no entry, because it is a function of seed and step.
-        milestones = self.config.list_milestones(self.state.step)
-        own = {"val_loss": row.get("val_loss"), "unwritten": unwritten, "milestones": milestones}
-        self.saver.save(self.state, self.run_metadata | own)
+        metadata = self.run_metadata | {"val_loss": row.get("val_loss"), "unwritten": unwritten}
+        metadata["milestones"] = self.config.list_milestones(self.state.step)
+        self.saver.save(self.state, metadata)
 
     def _log_start(self) -> None:
         """Print what the run is about to do."""

@@ -12,11 +12,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from glalm.config.stages import Phase, StageConfig, check_stages, plan_phases
+from glalm.config.stages import Milestone, Phase, StageConfig, check_stages, plan_phases
 from glalm.config.strict import ConfigError, describe_divisors, flatten_tree, refuse_url, require, require_positive
 from glalm.model.config import ModelConfig
 
@@ -353,6 +352,10 @@ class RunConfig:
         )
         if self.train.stages is not None:
             self._stage_phases = plan_phases(self)
+            self.milestones = [
+                Milestone(phase.start_step, phase.start_tokens, phase.config.batch_size, phase.config.data.seq_len)
+                for phase in self._stage_phases
+            ]
         self._check_warmup()
         if self.train.tbptt_length is not None:
             self._check_tbptt(self.train.tbptt_length)
@@ -418,36 +421,27 @@ class RunConfig:
         return self.batch_size * self.data.seq_len
 
     def resume_at(self, step: int, tokens: int, milestones: Iterable[Sequence[int]] = ()) -> None:
-        """Count the tokens of the first `step` steps as `tokens`: the batch may have been another before a resume.
+        """Continue after `step`, up to which the run has trained on `tokens` tokens, perhaps in other batches.
 
         Args:
-            milestones: [(step, tokens), ...] of earlier steps at which the batch changed, from `list_milestones`.
+            milestones: The `milestones` before `step`, as they were then.
 
         Raises:
             ConfigError: The run has stages, by which it has another number of tokens after `step`.
         """
-        if self._stage_phases is not None and step <= self.steps:
+        if self._stage_phases is not None:
             expected = self.tokens_at(step)
             require(
-                tokens == expected,
+                tokens == expected or step > self.steps,
                 f"The checkpoint of step {step:,} has trained on {tokens:,} tokens, but by train.stages the run has "
                 f"{expected:,} there. Batches, lengths and tokens of stages that have begun cannot change. Write their "
                 "old values, or train from the start under another name=...",
             )
-        self._milestones = [(0, 0)]
-        for milestone in sorted({(int(s), int(t)) for s, t in milestones if s < step} | {(step, tokens)}):
-            if milestone == (0, 0):
-                continue
-            if len(self._milestones) > 1 and are_in_line(self._milestones[-2], self._milestones[-1], milestone):
-                self._milestones.pop()
-            self._milestones.append(milestone)
-
-    def list_milestones(self, step: int) -> list[tuple[int, int]]:
-        """Return (step, tokens) of the steps before `step` at which the batch changed, so far as is known."""
-        ends = self._milestones[1:]
-        if self._stage_phases is not None:
-            ends = [(phase.end_step, phase.tokens_at(phase.end_step)) for phase in self._stage_phases]
-        return [milestone for milestone in ends if milestone[0] < step]
+            return
+        batch = (self.batch_size, self.data.seq_len)
+        self.milestones = [Milestone(*values) for values in milestones]
+        if not self.milestones or self.milestones[-1][2:] != batch:
+            self.milestones.append(Milestone(step, tokens, *batch))
 
     @property
     def phases(self) -> list[Phase]:
@@ -501,24 +495,13 @@ class RunConfig:
 
     def tokens_at(self, step: int) -> int:
         """Return the tokens that the run has trained on after `step`, also if batches were others before a resume."""
-        if self._stage_phases is not None:
-            return self.phase_at(step).tokens_at(step)
-        for (start_step, start_tokens), (end_step, end_tokens) in pairwise(self._milestones):
-            if step < end_step:
-                return start_tokens + (step - start_step) * (end_tokens - start_tokens) // (end_step - start_step)
-        last_step, last_tokens = self._milestones[-1]
-        return last_tokens + (step - last_step) * self.tokens_per_step
+        start = max((start for start in self.milestones if start.step < step), default=self.milestones[0])
+        return start.tokens + (step - start.step) * start.tokens_per_step
 
     def _step_after(self, tokens: int) -> int:
         """Return the first step after which the run has trained on `tokens` tokens or more."""
-        for phase in self._stage_phases or []:
-            if tokens <= phase.tokens_at(phase.end_step) or phase.end_step == self.steps:
-                return phase.start_step - (phase.start_tokens - tokens) // phase.config.tokens_per_step
-        for (start_step, start_tokens), (end_step, end_tokens) in pairwise(self._milestones):
-            if tokens <= end_tokens:
-                return start_step - (start_tokens - tokens) * (end_step - start_step) // (end_tokens - start_tokens)
-        last_step, last_tokens = self._milestones[-1]
-        return last_step - (last_tokens - tokens) // self.tokens_per_step
+        start = max((start for start in self.milestones if start.tokens < tokens), default=self.milestones[0])
+        return start.step - (start.tokens - tokens) // start.tokens_per_step
 
     @property
     def folder(self) -> Path:
@@ -528,13 +511,6 @@ class RunConfig:
     def data_record(self) -> Path:
         """The manifest of the data as it was when the run started. The run reads no data that is added later."""
         return self.folder / DATA_RECORD
-
-
-def are_in_line(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Return whether a run has trained on as many tokens in each step before (step, tokens) `middle` as after it."""
-    steps = (middle[0] - first[0], last[0] - middle[0])
-    tokens = (middle[1] - first[1], last[1] - middle[1])
-    return tokens[0] * steps[1] == tokens[1] * steps[0]
 
 
 def count_groups(context: int, world_size: int) -> int:

@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from glalm.config.strict import ConfigError, require, require_positive
 
@@ -79,9 +79,18 @@ class Phase:
     def tokens(self) -> int:
         return self.steps * self.config.tokens_per_step
 
-    def tokens_at(self, step: int) -> int:
-        """Return the tokens of the run after `step`, a step of this phase."""
-        return self.start_tokens + (step - self.start_step) * self.config.tokens_per_step
+
+class Milestone(NamedTuple):
+    """A step of a run after which its batches are others: its start, the border of two phases, or a resume."""
+
+    step: int
+    tokens: int  # of the run up to this step
+    batch_size: int  # of each step from here to the next milestone
+    seq_len: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
 
 
 def check_stages(train: "TrainConfig") -> None:
@@ -201,7 +210,7 @@ def plan_phases(config: "RunConfig") -> list[Phase]:
             phase_config.train.steps = steps
             lr_factor = (phase_config.tokens_per_step / usual_batch) ** exponent
             phases.append(Phase(name, step, step + steps, tokens, phase_config, lr_factor))
-            tokens = phases[-1].tokens_at(step + steps)
+            tokens += phases[-1].tokens
             step += steps
         stage_start = end_tokens
     return phases

@@ -412,7 +412,7 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         saved = metadata.get("identity", {})
         future = find_future_keys(config, saved, record["identity"], metadata["step"])
         check_identity(config, saved, record["identity"], path, future)
-    config.resume_at(metadata["step"], metadata["tokens"], metadata.get("milestones", ()))
+    config.resume_at(metadata["step"], metadata["tokens"], metadata["milestones"])
     key = next((name for name in ("steps", "tokens") if getattr(config.train, name) is not None), "stages")
     require(
         metadata["step"] <= config.steps,

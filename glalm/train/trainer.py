@@ -544,7 +544,7 @@ class TrainingLoop:
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:
         # The order of the data needs no entry, because it is a function of seed and step.
         metadata = self.run_metadata | {"val_loss": row.get("val_loss"), "unwritten": unwritten}
-        metadata["milestones"] = self.config.list_milestones(self.state.step)
+        metadata["milestones"] = [start for start in self.config.milestones if start.step < self.state.step]
         self.saver.save(self.state, metadata)
 
     def _log_start(self) -> None:

@@ -162,7 +162,8 @@ def test_a_total_of_tokens_holds_for_every_batch(batches, extra, schedule, warmu
     optim = OptimConfig(**{"lr": 1.0, "min_lr": 0.1, "schedule": schedule, "warmup_steps": None} | warmup)
     if optim.warmup_steps is None:
         assume(optim.warmup_tokens <= extra)
-    step, tokens = 0, 0
+    step, tokens, milestones = 0, 0, []
+    trained = [0]  # tokens after each step
     for steps, batch in batches:
         assume(optim.warmup_tokens is None or -(-optim.warmup_tokens // batch) <= -(-total // batch))
         config = RunConfig(
@@ -170,13 +171,15 @@ def test_a_total_of_tokens_holds_for_every_batch(batches, extra, schedule, warmu
             data=DataConfig(seq_len=1),
             train=TrainConfig(steps=None, tokens=total, batch_size=batch),
         )
-        config.resume_at(step, tokens)
+        config.resume_at(step, tokens, milestones)
         assume(config.warmup_steps < config.steps)
-        assert config.tokens_at(step) == tokens
+        assert [config.tokens_at(n) for n in range(step + 1)] == trained
         assert total <= config.tokens_at(config.steps) < total + batch and config.steps > step
         assert learning_rate(config.steps, config) == pytest.approx(0.1)
         rates = [learning_rate(n, config) for n in range(1, config.steps + 1)]
         assert min(rates) + 1e-9 >= 0.1 and max(rates) <= 1 + 1e-9
+        milestones = config.milestones
+        trained += [tokens + n * batch for n in range(1, steps + 1)]
         step += steps
         tokens += steps * batch
 
@@ -190,7 +193,7 @@ def test_another_batch_does_not_shift_the_schedule(schedule):
         for batch in (2, 8)
     )
     for resumed_at in (8, 40, 100):  # in the warm-up and after it
-        large.resume_at(resumed_at, resumed_at * 8)
+        large.resume_at(resumed_at, resumed_at * 8, small.milestones)
         assert large.steps == resumed_at + (200 - resumed_at) // 4
         for step in range(resumed_at + 1, large.steps + 1):
             same_tokens = resumed_at + (step - resumed_at) * 4
@@ -204,7 +207,7 @@ def test_a_warm_up_in_steps_continues_where_it_was():
         data=DataConfig(seq_len=4),
         train=TrainConfig(steps=None, tokens=1600, batch_size=8),
     )
-    config.resume_at(4, 4 * 8)
+    config.resume_at(4, 4 * 8, [(0, 0, 2, 4)])
     assert learning_rate(5, config) == 0.5 and config.warmup_steps == 10
 
 

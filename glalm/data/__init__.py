@@ -1,4 +1,4 @@
 """Text in, batches out: sources -> prepare -> token shards -> order -> loader.
 
-Everything that a run must remember about its data is the seed and the step: see glalm.data.order.
+All that a run must remember of its data are the seed, the step and the batches before: see glalm.data.order.
 """

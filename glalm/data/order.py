@@ -1,6 +1,6 @@
 """The order in which a run reads windows: a pure function of the seed and the step, for any number of ranks.
 
-Nothing is stored and nothing is consumed, so a checkpoint needs only the seed and the step.
+Nothing is stored and nothing is consumed, so a checkpoint needs only the seed, the step and what batches there were.
 """
 
 import hashlib

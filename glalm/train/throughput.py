@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -79,13 +80,33 @@ class ThroughputMeter:
 
 
 class SourceTokenCounter:
-    """Count the tokens that a run has read in each stage, and of each source of its data."""
+    """Count the tokens that a run has read in each stage, and of each source of its data.
 
-    def __init__(self, data: TrainingData, step: int):
+    Args:
+        data: What the run reads after `step`.
+        step: The step up to which `tokens` counts.
+        tokens: {stage: {source: tokens}}, as a checkpoint has it from `count_up_to`, because batches, weights and data
+            may have been others. What was read without stages counts for the stage of `step`, if there are stages now.
+    """
+
+    def __init__(self, data: TrainingData, step: int, tokens: Mapping[str, Mapping[str, int]]):
         self.data = data
-        self.step = 0
-        self.tokens: dict[str, dict[str, int]] = {}  # {stage: {source: tokens}}
-        self._count_up_to(step)
+        self.step = step
+        self.tokens: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for stage, counts in tokens.items():
+            self.tokens[stage or data.config.phase_at(step).stage].update(counts)
+
+    def count_up_to(self, step: int) -> Mapping[str, Mapping[str, int]]:
+        """Return {stage: {source: tokens}} of the steps up to `step`, which must not decrease from call to call."""
+        for reading in self.data.phases:
+            start = max(self.step, reading.phase.start_step)
+            stop = min(step, reading.phase.end_step)
+            if start < stop:
+                windows = reading.order.count_windows(start, stop)
+                counts = {source: count * reading.windows.length for source, count in windows.items()}
+                self.tokens[reading.phase.stage].update(counts)
+        self.step = step
+        return self.tokens
 
     def metrics(self, step: int) -> dict[str, int]:
         """Return the tokens that are read in the steps up to `step`, which must not decrease from call to call.
@@ -94,28 +115,15 @@ class SourceTokenCounter:
             "tokens/SOURCE" if there are several sources. In a run with stages also "stage_tokens/STAGE" and, if there
             are several sources, "stage_tokens/STAGE/SOURCE", of the stages that have begun.
         """
-        self._count_up_to(step)
-        by_source: dict[str, int] = {}
+        by_source: Counter[str] = Counter()
         by_stage: dict[str, int] = {}
-        for stage, counts in self.tokens.items():
-            by_stage[f"stage_tokens/{stage}"] = sum(counts.values())
-            for source, count in counts.items() if len(counts) > 1 else ():
-                by_source[f"tokens/{source}"] = by_source.get(f"tokens/{source}", 0) + count
-                by_stage[f"stage_tokens/{stage}/{source}"] = count
-        has_stages = "" not in self.tokens
-        return by_source | by_stage if has_stages else by_source
-
-    def _count_up_to(self, step: int) -> None:
-        for reading in self.data.phases:
-            phase = reading.phase
-            start = max(self.step, phase.start_step)
-            stop = min(step, phase.end_step)
-            if start >= stop:
-                continue
-            counts = self.tokens.setdefault(phase.stage, dict.fromkeys(reading.windows.source_windows, 0))
-            for source, windows in reading.order.count_windows(start, stop).items():
-                counts[source] += windows * reading.windows.length
-        self.step = step
+        for stage, counts in self.count_up_to(step).items():
+            by_source.update({f"tokens/{source}": count for source, count in counts.items()})
+            if stage:
+                by_stage[f"stage_tokens/{stage}"] = sum(counts.values())
+                by_stage |= {f"stage_tokens/{stage}/{source}": n for source, n in counts.items() if len(counts) > 1}
+        has_sources = len(by_source) > 1
+        return {**by_source, **by_stage} if has_sources else by_stage
 
 
 @contextmanager

@@ -88,11 +88,11 @@ def train(
     ):
         record = run_dir.prepare_run_record(config, training.tokens)
         checkpoint = run_dir.find_resume_checkpoint(config, record)
-        resumed_from = read_metadata(checkpoint).get("resumed_from") if checkpoint else None
+        saved = read_metadata(checkpoint) if checkpoint else {}
         run_metadata = {
             "run": record["id"],  # also the id of the tracker's run
             "identity": record["identity"],
-            "resumed_from": run_dir.resolve_resume_path(config) or resumed_from,
+            "resumed_from": run_dir.resolve_resume_path(config) or saved.get("resumed_from"),
             "versions": record["versions"],
         }
         trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
@@ -116,6 +116,7 @@ def train(
                 trainer,
                 training,
                 validation,
+                SourceTokenCounter(training, step, saved.get("source_tokens", {})),
                 evaluate,
                 run_metadata,
                 lambda: run_dir.check_run_dir(lock, config, record, training.tokens),
@@ -409,6 +410,7 @@ class TrainingLoop:
     trainer: Trainer
     training: TrainingData
     validation: Windows
+    sources: SourceTokenCounter
     evaluate: Evaluate | None
     run_metadata: dict
     check_run_dir: Callable[[], bool]
@@ -423,7 +425,6 @@ class TrainingLoop:
         self.state = self.trainer.state
         self.stage_ends = self.config.stage_ends
         device = self.trainer.accelerator.device
-        self.sources = SourceTokenCounter(self.training, self.state.step)
         self.meter = ThroughputMeter(self.config, self.trainer.plan, device, self.state.step)
         # Measured now, because the data's folder may be gone when the run validates.
         validated = spaced_windows(self.validation, self.config.train.eval_sequences)
@@ -542,9 +543,10 @@ class TrainingLoop:
         return metrics | {"val_bits_per_byte": bits_per_byte(metrics["val_loss"], self.bytes_per_token)}
 
     def _save_checkpoint(self, row: dict, unwritten: list[dict]) -> None:
-        # The order of the data needs no entry, because it is a function of seed and step.
         metadata = self.run_metadata | {"val_loss": row.get("val_loss"), "unwritten": unwritten}
+        # The order of the data is a function of the seed, the step and the batches before it.
         metadata["milestones"] = [start for start in self.config.milestones if start.step < self.state.step]
+        metadata["source_tokens"] = self.sources.count_up_to(self.state.step)
         self.saver.save(self.state, metadata)
 
     def _log_start(self) -> None:

@@ -1,6 +1,7 @@
 """The training windows of a run: those of each of its phases, and their order."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class TrainingData:
 
     A phase continues the order of the newest phase before it with the same window length, if both or neither have
     weights: it reads the windows that come next. Windows of another length have an order of their own, from its start.
+    A run without stages likewise reads on at the next window after a resume with another batch.
 
     Args:
         config: The run's config.
@@ -47,8 +49,16 @@ class TrainingData:
     @property
     def phases(self) -> list[PhaseData]:
         """What each phase of the run reads."""
-        # A resume with another batch changes how many steps a run without stages has.
-        return [replace(data, phase=phase) for data, phase in zip(self._opened, self.config.phases, strict=True)]
+        if self.config.train.stages is not None:
+            return self._opened
+        # A resume with another batch changes how many steps there are, and how many windows were read before.
+        [data] = self._opened
+        read = 0
+        for start, end in pairwise(self.config.milestones):
+            if start.seq_len == data.windows.length:
+                read += (end.step - start.step) * start.batch_size
+        order = replace(data.order, start_step=self.config.milestones[-1].step, start_position=read)
+        return [PhaseData(self.config.phases[0], data.windows, order)]
 
     def _open_phase(self, phase: Phase) -> PhaseData:
         data = phase.config.data

@@ -34,6 +34,19 @@ def two_sources(token_folder, tmp_path_factory):
     return root / "set"
 
 
+@pytest.fixture(scope="module")
+def numbers(token_folder, tmp_path_factory):
+    """Prepare a dataset of two sources in which no two windows of 16 tokens are equal."""
+    root = tmp_path_factory.mktemp("numbers")
+    for name, first in (("odd", 1_000_001), ("even", 1_000_000)):
+        documents = [range(first + i, first + i + 20, 2) for i in range(0, 1200, 20)]
+        lines = [json.dumps({"text": " ".join(map(str, document))}) for document in documents]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    given = {"tokenizer": token_folder / "tokenizer.model", "shard_tokens": 2000, "progress": False}
+    prepare_data([f"{name}={root / name}.jsonl" for name in ("odd", "even")], root / "set", **given)
+    return root / "set"
+
+
 def rows(config) -> list[dict]:
     return read_jsonl(config.folder / "metrics.jsonl")
 
@@ -106,6 +119,53 @@ def test_tokens_of_each_source_are_counted_through_a_resume(run_config, change, 
     assert trainer.train(again) == 0
     assert rows(again)[-1]["tokens/short"] == last["tokens/short"]
     assert all(torch.equal(t, weights(again)[n]) for n, t in weights(config).items())
+
+
+@pytest.mark.parametrize(
+    "weights, changes",
+    [
+        pytest.param(None, {"train.batch_size": 7}, id="larger batch"),
+        pytest.param({"odd": 0.75, "even": 0.25}, {"train.batch_size": 2}, id="smaller batch"),
+        pytest.param(None, {"data.seq_len": 32}, id="longer windows"),
+        pytest.param({"odd": 0.75, "even": 0.25}, {"data.weights": {"odd": 0, "even": 1}}, id="other weights"),
+    ],
+)
+def test_sources_are_counted_over_a_change_of_batches(run_config, change, numbers, monkeypatch, weights, changes):
+    """Compare the metrics with the windows of all batches, through a change after 6 steps and a failure after it."""
+    tokens = TokenSet(numbers, "train")
+    windows = {length: Windows(tokens, length) for length in (16, 32)}
+    known = {}  # {tokens of a window: its id among those of its length}
+    for every in windows.values():
+        rows_of_tokens = every.load_batch(range(len(every)))["input_ids"].tolist()
+        known |= {tuple(row): i for i, row in enumerate(rows_of_tokens)}
+    assert len(known) == sum(map(len, windows.values()))
+    read = {}  # {step: [window id, ...]}
+    train_step = trainer.Trainer.step
+
+    def step(self, batch):
+        read[self.state.step] = [known[tuple(row)] for row in batch["input_ids"].tolist()]
+        return train_step(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    config = change(run_config, **{"data.path": str(numbers), "data.weights": weights, "train.micro_batch_size": 1})
+    assert trainer.train(config) == 0
+    config = change(config, **changes, **{"train.steps": 12, "train.allow_changes": ["train.steps", *changes]})
+    with before_steps({4: fail}), pytest.raises(RuntimeError, match="injected"):
+        trainer.train(config)
+    assert trainer.train(config) == 0
+
+    counts = {"even": 0, "odd": 0}  # Windows are numbered by the names of their sources.
+    for i, ids in read.items():
+        length = 16 if i < 6 else config.data.seq_len
+        for window in ids:
+            counts["even" if window < windows[length].source_windows["even"] else "odd"] += length
+    last = rows(config)[-1]
+    assert {name: last[f"tokens/{name}"] for name in counts} == counts
+    assert sum(counts.values()) == last["tokens"]
+    if "train.batch_size" in changes:  # The run read on at the next window.
+        one_by_one = Order(1, 1, windows[16].source_windows, weights)
+        ids = [window for i in range(12) for window in read[i]]
+        assert ids == [one_by_one.window_ids(i).item() for i in range(len(ids))]
 
 
 def test_batches_follow_seed_and_weights(run_config, change, two_sources, monkeypatch):

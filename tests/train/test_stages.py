@@ -213,16 +213,22 @@ def test_branches_start_at_the_end_of_a_stage(staged, change):
         trainer.train(in_stages(allowed, stable=larger, books=longer))
 
 
-def test_a_run_without_stages_continues_in_stages(run_config, change):
+def test_a_run_without_stages_continues_in_stages(run_config, change, two_sources):
     """To allow the stages is to allow their order. The first stage has the tokens of the checkpoint."""
-    config = change(run_config, **{"optim.schedule": "constant", "train.steps": 2})
+    only_books = {"data.path": str(two_sources), "data.weights": {"books": 1, "code": 0}}
+    config = change(run_config, **only_books, **{"optim.schedule": "constant", "train.steps": 2})
     assert trainer.train(config) == 0
+    assert rows(config)[-1]["tokens/books"] == 128
     start = change(config, name="branch", **{"train.resume_from": str(config.folder / "checkpoints" / "step_2")})
-    branch = in_stages(start, stable=StageConfig(tokens=128), decay=StageConfig(tokens=192, seq_len=48))
-    branch.train.allow_changes = ["train"]
+    only_code = change(start, **{"data.weights": {"books": 0, "code": 1}})
+    branch = in_stages(only_code, stable=StageConfig(tokens=128), decay=StageConfig(tokens=192, seq_len=48))
+    branch.train.allow_changes = ["train", "data.weights"]
     assert trainer.train(branch) == 0
-    assert [(row["step"], row["tokens"]) for row in rows(branch)] == [(3, 320)]
-    assert rows(branch)[-1]["stage_tokens/stable"] == 128
+    [last] = rows(branch)
+    assert (last["step"], last["tokens"]) == (3, 320)
+    assert (last["tokens/books"], last["tokens/code"]) == (128, 192)
+    assert (last["stage_tokens/stable/books"], last["stage_tokens/stable/code"]) == (128, 0)
+    assert (last["stage_tokens/decay/books"], last["stage_tokens/decay/code"]) == (0, 192)
 
 
 @pytest.mark.parametrize(

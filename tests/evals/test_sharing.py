@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limited
 from hypothesis import strategies as st
+from parallel_runs import launched
 from tiny import VOCAB_SIZE, llama, saved
 from torch.utils._pytree import tree_flatten
 
@@ -33,9 +33,6 @@ from glalm.evals.runner import evaluate
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.kernels.context_parallel import ContextShard
 from glalm.train.trainer import train
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from parallel_runs import launched
 
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
 CASES = {

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-
 from sameness import assert_same, rows
 
 pytestmark = pytest.mark.gpu

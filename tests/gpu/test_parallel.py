@@ -1,13 +1,7 @@
 """Two GPUs, NCCL and compiled blocks: many processes train the same model as one, as on the CPU (tests/train)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
 from parallel_runs import KINDS, MODES, compare
 
 pytestmark = [

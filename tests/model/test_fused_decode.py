@@ -1,16 +1,11 @@
 """The fused decoding step: its kernels by Triton's interpreter, in a process of its own; on the GPU compiled."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import INTERPRETED, interpreted, run_interpreted
 
 from glalm.generation import fused_decode
-
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-from interpreter import INTERPRETED, interpreted, run_interpreted
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")

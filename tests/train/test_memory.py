@@ -1,11 +1,10 @@
 """Estimates of memory compared with the parameters, activations, optimizer states and measured peaks of real models."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from choices import CHOICES
 
 from glalm.cli import compose_config
 from glalm.config.run import OptimConfig, TrainConfig
@@ -19,9 +18,6 @@ from glalm.train.estimate import Device, describe_needs
 from glalm.train.memory import GIB, count_parameters, estimate_memory, measure_activations
 from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from choices import CHOICES
 
 MODEL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "intermediate_size": 128, "vocab_size": 100}
 

@@ -1,11 +1,10 @@
 """optim.parametrization=mup: multipliers by shape, and activations that have one scale at all widths and depths."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from choices import CHOICES, every_choice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injection import before_steps, send_signal
@@ -23,9 +22,6 @@ from glalm.train.muon import Muon
 from glalm.train.optim import build_optimizers, set_learning_rate
 from glalm.train.parametrization import UNSCALED, Multipliers, find_multipliers, scale_parameter
 from glalm.train.trainer import train
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from choices import CHOICES, every_choice
 
 WIDTHS = (64, 128, 256, 512)
 SHAPE = {"vocab_size": 256, "num_heads": 2}

@@ -3,6 +3,7 @@
 A checkpoint of several processes, which from_pretrained does not read, can be exported too.
 """
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTra
 import glalm
 from glalm.compat.mixer_code import find_mixer_packages, write_mixer_code
 from glalm.config.run import DATA_RECORD, Weights
-from glalm.config.stages import describe_stage
+from glalm.config.stages import Milestone, describe_stage
 from glalm.config.strict import RunError, build_dataclass
 from glalm.data.files import read_json, temporary_folder
 from glalm.data.shards import MANIFEST_SHAPE, read_manifest
@@ -276,6 +277,8 @@ def describe_recipe(shares: Mapping[Path, float], weights: Weights, config: Trai
     model = config.model
     optim = config.optim
     metadata = max(map(read_metadata, shares), key=lambda metadata: metadata["tokens"])
+    config = dataclasses.replace(config)
+    config.milestones = [Milestone(*values) for values in metadata["milestones"]]  # They count the steps of warm-up.
     # If the batch changed when the run was resumed, the steps have different sizes.
     same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
     of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""

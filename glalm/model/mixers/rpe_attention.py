@@ -16,7 +16,7 @@ from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, kee
 State = tuple[Tensor, Tensor]
 
 # Up to so many tokens, their matrix of scores takes less time and memory than FFTs over the F (V + 1) columns.
-DENSE_BLOCK = 1024
+DENSE_BLOCK = 2048
 
 
 @dataclass

@@ -1,7 +1,7 @@
 # make demo        train a small model from nothing, evaluate it and write a report (about five minutes on two CPU cores)
 # make test        the fast tests (under 10 minutes on two CPU cores)
 # make test-slow   the tests that are long, real or rare, a soak test and the demo (under 35 minutes)
-# make test-gpu    the tests that need a GPU, five at once on each; the names of those that fail come as they fail
+# make test-gpu    the tests that need a GPU, five at once on each; why one fails is printed as it fails
 # make docs        the site of docs/, with the API reference, into site/; a broken link is an error
 # make lint        ruff and mypy
 # make clean       remove what make and the tests created, but not data/ and runs/

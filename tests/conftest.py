@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_logreport(report):
+    """Print at once why a test on a GPU failed: a rented machine may be gone before pytest's summary."""
+    if report.failed and "gpu" in report.keywords:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
 def pytest_collection_finish():
     """Exempt all that exists from collections of garbage: each `train` starts one, which takes 0.4 s otherwise."""
     gc.collect()

@@ -9,6 +9,7 @@ from glalm.config.run import DATA_RECORD, RUN_RECORD, Weights, describe_differen
 from glalm.config.strict import RunError, flatten_tree
 from glalm.data.files import read_json
 from glalm.data.shards import MANIFEST_SHAPE
+from glalm.train.checkpoint import read_metadata
 from glalm.train.run_dir import find_checkpoint
 
 
@@ -32,7 +33,7 @@ def merge_checkpoints(
 
     Raises:
         RunError: A checkpoint does not exist, is damaged, or is named twice; only one is named; the runs have different
-            models or tokenizers; or the shares do not fit.
+            models, tokenizers or random initial weights; or the shares do not fit.
     """
     require_new_folder(out)
     paths = [find_checkpoint(run.resolve() / "checkpoints", name) for run in runs for name in names]
@@ -50,6 +51,7 @@ def merge_checkpoints(
         if differences := describe_differences(expected, describe_model(run)):
             lines = "\n  ".join(differences)
             raise RunError(f"{first} and {run} have different models, which cannot be averaged:\n  {lines}")
+    refuse_other_initial_weights(paths)
     parts = [share / max(shares) for share in shares]  # The sum of large numbers would overflow.
     normalized = {path: part / sum(parts) for path, part in zip(paths, parts, strict=True)}
     export_checkpoints(normalized, out, mixers, weights)
@@ -60,3 +62,20 @@ def describe_model(run: Path) -> dict:
     config = read_json(run / RUN_RECORD, {"config": {"model": dict}})["config"]
     tokenizer = read_json(run / DATA_RECORD, MANIFEST_SHAPE)["tokenizer"]["fingerprint"]
     return flatten_tree({"model": config["model"]}) | {"tokenizer": tokenizer}
+
+
+def refuse_other_initial_weights(checkpoints: Iterable[Path]) -> None:
+    """Raise RunError if two runs began with different random weights, whose average is as bad as random weights."""
+    seeds: dict[int, Path] = {}
+    for path in checkpoints:
+        run = path.parents[1]
+        config = read_json(run / RUN_RECORD, {"config": {"seed": int, "train": dict}})["config"]
+        if config["train"]["init_from"] is None and read_metadata(path)["resumed_from"] is None:
+            seeds.setdefault(config["seed"], run)
+    if len(seeds) > 1:
+        runs = ", ".join(f"{run} (seed={seed})" for seed, run in seeds.items())
+        raise RunError(
+            f"These runs began with different random weights, so the average of their checkpoints is useless: {runs}. "
+            "Merge checkpoints of one run, or of runs that continue from one checkpoint (train.resume_from or "
+            "train.init_from)"
+        )

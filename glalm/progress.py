@@ -82,7 +82,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     show_log()
     try:
         code = main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # Where Ctrl-C comes within a `try`, its `finally` may fail, as OmegaConf's does, and hide it.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__
+        if cause is None:
+            raise
         print(INTERRUPTED, file=sys.stderr)
         code = 130
     sys.exit(code)

@@ -139,3 +139,19 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     assert script.value.code == hydra_command.value.code == 130
     line = "Interrupted. The same command, run again, continues from what was saved, or starts anew if nothing was.\n"
     assert capsys.readouterr().err == line * 2
+
+
+def test_ctrl_c_that_another_error_hides_is_the_same(capsys):
+    """OmegaConf fails so in its `finally`, if Ctrl-C comes before its `old` has a value."""
+
+    def fail():
+        try:
+            interrupt()
+        finally:
+            raise UnboundLocalError("old")
+
+    with pytest.raises(SystemExit) as script:
+        run_command(fail)
+    assert script.value.code == 130 and capsys.readouterr().err.startswith("Interrupted.")
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)

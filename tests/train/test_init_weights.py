@@ -1,7 +1,9 @@
 import shutil
 
+import torch
+
 from glalm.prepare.pipeline import prepare_data
-from glalm.train.init_weights import tokenizer_fingerprints
+from glalm.train.init_weights import build_initial_model, tokenizer_fingerprints
 from glalm.train.trainer import train
 
 
@@ -17,3 +19,10 @@ def test_tokenizer_of_a_checkpoint_is_that_of_its_run(run_config, change, token_
     copy = shutil.copytree(path, second.folder / "backup" / "step_2")
     assert tokenizer_fingerprints(copy) == set()  # Nothing beside this copy names its tokenizer.
     assert tokenizer_fingerprints(shutil.copytree(path, first.folder / "backup" / "step_2")) == {own}
+
+
+def test_no_weights_are_drawn_where_a_checkpoint_overwrites_them(run_config):
+    build_initial_model(run_config, from_scratch=False)
+    random_state = torch.get_rng_state()
+    torch.manual_seed(run_config.seed)
+    assert torch.equal(random_state, torch.get_rng_state())

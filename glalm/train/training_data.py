@@ -53,12 +53,27 @@ class TrainingData:
             return self._opened
         # A resume with another batch changes how many steps there are, and how many windows were read before.
         [data] = self._opened
+        return [PhaseData(self.config.phases[0], data.windows, self._find_order(self.config.steps))]
+
+    def _find_order(self, step: int) -> Order:
+        """Return the order that a run without stages follows at `step`, counted from 0, perhaps before a resume."""
+        [data] = self._opened
+        milestones = [start for start in self.config.milestones if start.step <= step]
+        newest = milestones[-1]
+        windows = data.windows
+        if newest.seq_len != windows.length:
+            windows = Windows(self.tokens, newest.seq_len)
         read = 0
-        for start, end in pairwise(self.config.milestones):
-            if start.seq_len == data.windows.length:
+        for start, end in pairwise(milestones):
+            if start.seq_len == newest.seq_len:
                 read += (end.step - start.step) * start.batch_size
-        order = replace(data.order, start_step=self.config.milestones[-1].step, start_position=read)
-        return [PhaseData(self.config.phases[0], data.windows, order)]
+        return replace(
+            data.order,
+            batch_size=newest.batch_size,
+            windows=windows.source_windows,
+            start_step=newest.step,
+            start_position=read,
+        )
 
     def _open_phase(self, phase: Phase) -> PhaseData:
         data = phase.config.data
@@ -75,5 +90,10 @@ class TrainingData:
         return PhaseData(phase, windows, order)
 
     def window_ids(self, step: int) -> np.ndarray:
-        """Return the ids of the windows of a step of the run, counted from 0, among those of its phase."""
+        """Return the ids of the windows of a step of the run, counted from 0, among those of its length.
+
+        The step may lie before a resume with another batch. Data and weights are taken to have been what they are now.
+        """
+        if self.config.train.stages is None:
+            return self._find_order(step).window_ids(step)
         return next(data for data in self.phases if step < data.phase.end_step).order.window_ids(step)

@@ -20,6 +20,7 @@ from glalm.model.decoder import CausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.train import trainer
 from glalm.train.trainer import model_inputs
+from glalm.train.training_data import TrainingData
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,23 @@ def test_sources_are_counted_over_a_change_of_batches(run_config, change, number
     if "train.batch_size" in changes:  # The run read on at the next window.
         one_by_one = Order(1, 1, windows[16].source_windows, weights)
         ids = [window for i in range(12) for window in read[i]]
+        assert ids == [one_by_one.window_ids(i).item() for i in range(len(ids))]
+
+
+@pytest.mark.parametrize("weights", [None, {"odd": 0.75, "even": 0.25}])
+def test_windows_are_named_for_steps_before_a_change_of_batches(run_config, change, numbers, weights):
+    """A list of bad updates can begin before a resume. Each length has an order of its own, from window to window."""
+    tokens = TokenSet(numbers, "train")
+    given = {"data.path": str(numbers), "data.weights": weights, "train.batch_size": 7, "train.steps": 12}
+    config = change(run_config, **given)
+    training = TrainingData(config, tokens)
+    config.resume_at(8, 4 * 4 * 16 + 4 * 2 * 32, [(0, 0, 4, 16), (4, 256, 2, 32)])
+    read = {16: [], 32: []}
+    for step in range(12):
+        read[32 if 4 <= step < 8 else 16] += training.window_ids(step).tolist()
+    assert [len(read[length]) for length in read] == [4 * 4 + 4 * 7, 4 * 2]
+    for length, ids in read.items():
+        one_by_one = Order(config.seed, 1, Windows(tokens, length).source_windows, weights)
         assert ids == [one_by_one.window_ids(i).item() for i in range(len(ids))]
 
 

@@ -280,8 +280,8 @@ def describe_recipe(shares: Mapping[Path, float], weights: Weights, config: Trai
     config = dataclasses.replace(config)
     config.milestones = [Milestone(*values) for values in metadata["milestones"]]  # They count the steps of warm-up.
     # If the batch changed when the run was resumed, the steps have different sizes.
-    same_batch = metadata["tokens"] == metadata["step"] * config.tokens_per_step
-    of_tokens = f" of {config.tokens_per_step:,}" if same_batch else ""
+    step_sizes = {start.tokens_per_step for start in config.milestones}
+    of_tokens = f" of {step_sizes.pop():,}" if len(step_sizes) == 1 else ""
     schedule = "the schedules of the stages" if config.has_stage_schedules else f"{optim.schedule} schedule"
     checkpoints = []
     for path, share in shares.items():

@@ -101,16 +101,17 @@ def test_padding_is_not_learnt_and_the_end_of_a_document_is(kind, token_folder, 
     assert prompts["attention_mask"][0] == [0] * (long - short) + [1] * (short - 1)
 
 
-def test_card_counts_the_warm_up_in_the_batches_that_it_had(run_config, change, tmp_path):
-    """256 tokens are 4 steps of 64, and 2 of the 128 of the resumed run."""
+def test_card_counts_steps_in_the_batches_that_they_had(run_config, change, tmp_path):
+    """256 tokens are 4 steps of 64, and 2 of the 128 of the resumed run. Ten steps have 64 on average."""
     optim = dataclasses.replace(run_config.optim, warmup_steps=None, warmup_tokens=256)
     config = change(run_config, optim=optim)
     assert train(config) == 0
-    larger = {"train.steps": 7, "train.batch_size": 8, "train.allow_changes": ["train.steps", "train.batch_size"]}
-    assert train(change(config, **larger)) == 0
+    for steps, batch_size in ((7, 8), (9, 2), (10, 4)):
+        batch = {"train.steps": steps, "train.batch_size": batch_size}
+        assert train(change(config, **batch, **{"train.allow_changes": [*batch]})) == 0
     export_run(config.folder, "latest", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "512 (7 steps)" in card and "4 steps of warm-up" in card
+    assert "640 (10 steps)" in card and "4 steps of warm-up" in card
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from rich.table import Table
 from glalm.data.files import atomic_write
 from glalm.evals.identity import describe_differences
 from glalm.evals.plot import plot_extrapolation, plot_losses
-from glalm.evals.result_files import main_context, median_training_speed, read_json, write_json
+from glalm.evals.result_files import infer_tokens, main_context, median_training_speed, read_json, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.decoder import model_cost
 from glalm.studies.ladder_progress import format_seconds
@@ -166,7 +166,7 @@ def build_row(runs: "list[LadderRun]") -> dict:
         "lr": runs[0].lr,
         "parameters": by_run[0]["parameters"],
         "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
-        "tokens": config.tokens_at(config.steps),
+        "tokens": by_run[0]["tokens"],
         "tokens/s": median_training_speed(chain.from_iterable(metrics)),
         "perplexity": math.exp(fmean(math.log(perplexity) for perplexity in perplexities)),
         "sd": stdev(perplexities) if len(perplexities) > 1 else None,
@@ -179,6 +179,7 @@ def build_row(runs: "list[LadderRun]") -> dict:
 def describe_run(run: "LadderRun") -> dict:
     """Return a run's line of ladder.csv. It has ratios if the ladder evaluates extrapolation."""
     found = run.results("perplexity")
+    metrics = read_metrics(run.config.folder / "metrics.jsonl")[0]
     ratios = {}
     if extrapolation := run.results("extrapolation"):
         results = extrapolation["results"]
@@ -190,8 +191,9 @@ def describe_run(run: "LadderRun") -> dict:
         "lr": run.config.optim.lr,
         "seed": run.config.seed,
         "parameters": found["parameters"],
-        "tokens": run.config.tokens_at(run.config.steps),
-        "tokens/s": median_training_speed(read_metrics(run.config.folder / "metrics.jsonl")[0]),
+        # Its batches may have been others before it was resumed. Without its metrics, its config has to do.
+        "tokens": max(infer_tokens(metrics), default=0) or run.training_tokens,
+        "tokens/s": median_training_speed(metrics),
         "nats per token": found["results"]["nats_per_token"],
         "perplexity": found["results"]["perplexity"],
         **{f"{n}x / 1x": ratio["ratio"] for n, ratio in ratios.items() if ratio["documents"]},

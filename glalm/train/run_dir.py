@@ -413,11 +413,9 @@ def find_resume_checkpoint(config: RunConfig, record: Mapping) -> Path | None:
         future = find_future_keys(config, saved, record["identity"], metadata["step"])
         check_identity(config, saved, record["identity"], path, future)
     config.resume_at(metadata["step"], metadata["tokens"], metadata["milestones"])
-    key = next((name for name in ("steps", "tokens") if getattr(config.train, name) is not None), "stages")
-    require(
-        metadata["step"] <= config.steps,
-        f"{path} is beyond the run's last step, {config.steps}. Choose a larger train.{key}.",
-    )
+    key = next((name for name in ("steps", "tokens") if getattr(config.train, name) is not None), None)
+    advice = f"Choose a larger train.{key}." if key else "Give train.stages more tokens."
+    require(metadata["step"] <= config.steps, f"{path} is beyond the run's last step, {config.steps}. {advice}")
     if applies:
         run_on_rank_0(lambda: _set_newer_aside(config.folder, path, metadata["step"]))
     else:

@@ -229,6 +229,9 @@ def test_a_run_without_stages_continues_in_stages(run_config, change, two_source
     assert (last["tokens/books"], last["tokens/code"]) == (128, 192)
     assert (last["stage_tokens/stable/books"], last["stage_tokens/stable/code"]) == (128, 0)
     assert (last["stage_tokens/decay/books"], last["stage_tokens/decay/code"]) == (0, 192)
+    del branch.train.stages["decay"]
+    with pytest.raises(ConfigError, match=r"step_3 is beyond the run's last step, 2\. Give train\.stages more tokens"):
+        trainer.train(dataclasses.replace(branch))
 
 
 @pytest.mark.parametrize(

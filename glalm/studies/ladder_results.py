@@ -258,7 +258,7 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
         config = copy.deepcopy(same[0].config)  # The estimate sets a vocabulary of null.
         hours[model], memory = estimate_hours_and_memory(config)
         row = {"model": model, "runs": len(same), "parameters": count_parameters(config).total}
-        row |= {"tokens": config.tokens_at(config.steps), "GiB": memory / GIB}
+        row |= {"tokens": same[0].training_tokens, "GiB": memory / GIB}
         rows.append(row if hours[model] is None else row | {"minutes": 60 * hours[model]})
     print_rows("tokens, GiB of memory and minutes of training are of one run", rows)
     tokens = sum(run.training_tokens for run in missing)

@@ -1,6 +1,7 @@
 """What every mixer must do, for every row of CHOICES, in float64, where equal results agree to 7 digits."""
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
@@ -244,11 +245,12 @@ def test_half_precision_weights(choice, tiny, tokens):
 def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
     """Compare logits, batched and packed, and gradients, in float32 and under bf16 autocast with flash attention.
 
-    A norm divides by outputs that may nearly cancel, and the gradient of a bias is a sum that may. How much rounding
-    changes them is a matter of luck, so errors in bf16 are means over several texts.
+    A norm divides by outputs that may nearly cancel, and the gradient of a bias is a sum that may. In such a text the
+    last bit of an embedding can change a gradient by more than its size. A wrong kernel is wrong in every text, so
+    errors in bf16 are medians over texts.
     """
     model = tiny(**({"hidden_size": 128} | choice)).float()
-    texts = [tokens(1, 200, seed=seed) for seed in (1, 2, 3)]
+    texts = [tokens(1, 200, seed=seed) for seed in range(1, 8)]
     bounds = torch.tensor([0, 1, 60, 60, 200])
 
     def results(device: str, autocast: bool, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -261,12 +263,12 @@ def test_the_gpu_computes_what_the_cpu_does(choice, tiny, tokens):
 
     exact = [results("cpu", False, ids) for ids in texts]
 
-    def mean_errors(device: str) -> list[float]:
+    def median_errors(device: str) -> list[float]:
         found = [relative_errors(results(device, True, ids), truth) for ids, truth in zip(texts, exact, strict=True)]
-        return [sum(errors) / len(errors) for errors in zip(*found, strict=True)]
+        return [statistics.median(errors) for errors in zip(*found, strict=True)]
 
     assert max(relative_errors(results("cuda", False, texts[0]), exact[0])) < 1e-2
-    for error, rounding in zip(mean_errors("cuda"), mean_errors("cpu"), strict=True):
+    for error, rounding in zip(median_errors("cuda"), median_errors("cpu"), strict=True):
         assert error < 2 * rounding + 0.02
 
 

@@ -72,8 +72,10 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
         run_distillation(model, llama, options)
     model.save_pretrained(options.out)
     try:
+        # Of the tokenizer in a GGUF file beside a tokenizer.json, transformers 5 forgets which token ends a document.
+        gguf = None if (options.llama / "tokenizer.json").is_file() else options.gguf
         tokenizer = AutoTokenizer.from_pretrained(
-            options.llama, gguf_file=options.gguf, local_files_only=True, trust_remote_code=False
+            options.llama, gguf_file=gguf, local_files_only=True, trust_remote_code=False
         )
         tokenizer.save_pretrained(options.out)
     except (OSError, ValueError, KeyError) as error:

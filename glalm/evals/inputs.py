@@ -1,6 +1,7 @@
 """Open the inputs of an evaluation: a run's checkpoint, an exported folder or a hub model; its tokenizer; its data."""
 
 import hashlib
+import logging
 import re
 from contextlib import suppress
 from functools import lru_cache
@@ -29,6 +30,8 @@ from glalm.prepare.records import NAME_A_FIELD
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.parallel import choose_precision
+
+logger = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------------------- the model
 
@@ -200,7 +203,17 @@ def load_run_tokenizer(config: EvalConfig, run_config: RunConfig | None) -> Toke
     """Return the tokenizer of `config.data_path`, or else of the run's data. None: it is not there any more."""
     folder = Path(config.data_path or (run_config.data.path if run_config else "."))
     with suppress(FileNotFoundError, ValueError, KeyError):
-        return Tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
+        return open_tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """Return the tokenizer of a file or folder. None: there is none, or, with a warning, it cannot be used."""
+    try:
+        return Tokenizer(path)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        if path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            logger.warning(f"The tokenizer cannot be used: {error}")
+        return None
 
 
 def load_folder_tokenizer(path: Path, is_export: bool) -> tuple[Tokenizer | None, tuple[int, ...] | None]:
@@ -210,9 +223,7 @@ def load_folder_tokenizer(path: Path, is_export: bool) -> tuple[Tokenizer | None
     and where transformers has no tokenizer of its own, the ids are None: those of data preparation.
     """
     original = path / "tokenizer.model"
-    tokenizer = None
-    with suppress(FileNotFoundError, ValueError, KeyError):
-        tokenizer = Tokenizer(original if is_export and original.is_file() else path)
+    tokenizer = open_tokenizer(original if is_export and original.is_file() else path)
     if tokenizer is None or is_export or not (path / "tokenizer.json").is_file():
         return tokenizer, None
     first = AutoTokenizer.from_pretrained(path, trust_remote_code=False)("a").input_ids[:1]

@@ -2,9 +2,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from glalm.compat.linearize import distil_mixers
+from glalm.compat import linearize
+from glalm.compat.linearize import LinearizeOptions, distil_mixers, linearize_checkpoint
 from glalm.compat.llama import NEW_PARAMETERS, convert_llama, load_llama
 from glalm.config.strict import ConfigError
+from glalm.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -123,3 +125,9 @@ def test_unsupported_property_is_an_error(llama, options, message):
     original = llama(**options.pop("llama", {}))
     with pytest.raises(ConfigError, match=message):
         convert_llama(original, **options)
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_taken_as_it_is(llama, hugging_face, monkeypatch, tmp_path):
+    monkeypatch.setattr(linearize, "load_llama", lambda folder, gguf: llama())
+    linearize_checkpoint(LinearizeOptions(hugging_face, tmp_path / "out", gguf="model.gguf"))
+    assert Tokenizer(tmp_path / "out").eos_ids == Tokenizer(hugging_face).eos_ids

@@ -192,6 +192,15 @@ def test_a_model_without_its_tokenizer(tmp_path):
         eval_model.require_tokenizer("recall")
 
 
+def test_a_warning_says_why_a_tokenizer_cannot_be_used(tmp_path, caplog):
+    folder = tiny.saved(tmp_path / "exported", tiny.llama())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert open_eval_model(wanted(folder, tmp_path), CPU).tokenizer is None
+    assert "names no end-of-document (EOS) token" in caplog.text
+
+
 def test_data_of_another_tokenizer(tmp_path, token_folder):
     folder = tiny.saved(tmp_path / "exported", tiny.llama(vocab_size=400))
     config = wanted(folder, tmp_path, data_path=str(token_folder))

@@ -1,7 +1,6 @@
 """The training windows of a run: those of each of its phases, and their order."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -24,9 +23,9 @@ class PhaseData:
 class TrainingData:
     """The windows that a run trains on and their order: a pure function of the config and the data.
 
-    A phase continues the order of the newest phase before it with the same window length, if both or neither have
-    weights: it reads the windows that come next. Windows of another length have an order of their own, from its start.
-    A run without stages likewise reads on at the next window after a resume with another batch.
+    At each milestone the order of the newest milestone with the same window length continues, if both or neither have
+    weights: the run reads the windows that come next. Windows of another length have an order of their own, from its
+    start.
 
     Args:
         config: The run's config.
@@ -39,61 +38,50 @@ class TrainingData:
     def __init__(self, config: RunConfig, tokens: TokenSet):
         self.config = config
         self.tokens = tokens
-        self._opened: list[PhaseData] = []
-        for phase in config.phases:
+        for number, phase in enumerate(config.phases):
             try:
-                self._opened.append(self._open_phase(phase))
+                self._open_phase(number)
             except ValueError as error:
                 raise ValueError(f"In train.stages.{phase.stage}: {error}" if phase.stage else str(error)) from error
 
     @property
     def phases(self) -> list[PhaseData]:
-        """What each phase of the run reads."""
-        if self.config.train.stages is not None:
-            return self._opened
-        # A resume with another batch changes how many steps there are, and how many windows were read before.
-        [data] = self._opened
-        return [PhaseData(self.config.phases[0], data.windows, self._find_order(self.config.steps))]
+        """What each phase of the run reads. Without stages, a resume with another batch changes it."""
+        return [self._open_phase(number) for number in range(len(self.config.phases))]
 
-    def _find_order(self, step: int) -> Order:
-        """Return the order that a run without stages follows at `step`, counted from 0, perhaps before a resume."""
-        [data] = self._opened
-        milestones = [start for start in self.config.milestones if start.step <= step]
-        newest = milestones[-1]
-        windows = data.windows
-        if newest.seq_len != windows.length:
-            windows = Windows(self.tokens, newest.seq_len)
-        read = 0
-        for start, end in pairwise(milestones):
-            if start.seq_len == newest.seq_len:
-                read += (end.step - start.step) * start.batch_size
-        return replace(
-            data.order,
-            batch_size=newest.batch_size,
-            windows=windows.source_windows,
-            start_step=newest.step,
-            start_position=read,
-        )
-
-    def _open_phase(self, phase: Phase) -> PhaseData:
+    def _open_phase(self, number: int) -> PhaseData:
+        phases = self.config.phases
+        phase = phases[number]
         data = phase.config.data
         windows = Windows(self.tokens, data.seq_len, data.document_boundaries == "reset_state")
-        batch_size = phase.config.batch_size
-        for earlier in reversed(self._opened):
-            order = earlier.order
-            if earlier.windows.length == data.seq_len and (order.weights is None) == (data.weights is None):
-                end = earlier.phase.end_step
-                read = order.continue_at(end, batch_size, data.weights)
-                # Phases of other lengths may lie between the two.
-                return PhaseData(phase, windows, replace(read, start_step=phase.start_step))
-        order = Order(phase.config.seed, batch_size, windows.source_windows, data.weights, phase.start_step)
-        return PhaseData(phase, windows, order)
+        # A run without stages is one phase. Its newest milestone may be a resume.
+        milestone = number + len(self.config.milestones) - len(phases)
+        return PhaseData(phase, windows, self._find_order(milestone))
+
+    def _find_order(self, number: int) -> Order:
+        """Return the order from milestone `number` of the run on."""
+        milestones = self.config.milestones
+        start = milestones[number]
+        weights = self._find_weights(number)
+        for earlier in reversed(range(number)):
+            has_weights = self._find_weights(earlier) is not None
+            if milestones[earlier].seq_len == start.seq_len and has_weights == (weights is not None):
+                end = milestones[earlier + 1].step
+                order = self._find_order(earlier).continue_at(end, start.batch_size, weights)
+                # Milestones of other lengths may lie between the two.
+                return replace(order, start_step=start.step)
+        windows = Windows(self.tokens, start.seq_len).source_windows
+        return Order(self.config.seed, start.batch_size, windows, weights, start.step)
+
+    def _find_weights(self, number: int) -> dict[str, float] | None:
+        """Return data.weights from milestone `number` of the run on; without stages, what they are now."""
+        phases = self.config.phases
+        return phases[max(0, number + len(phases) - len(self.config.milestones))].config.data.weights
 
     def window_ids(self, step: int) -> np.ndarray:
         """Return the ids of the windows of a step of the run, counted from 0, among those of its length.
 
         The step may lie before a resume with another batch. Data and weights are taken to have been what they are now.
         """
-        if self.config.train.stages is None:
-            return self._find_order(step).window_ids(step)
-        return next(data for data in self.phases if step < data.phase.end_step).order.window_ids(step)
+        number = max(i for i, start in enumerate(self.config.milestones) if start.step <= step)
+        return self._find_order(number).window_ids(step)

@@ -435,14 +435,21 @@ def check_flags(args: list[str], cls: type) -> None:
 
 
 def check_choices(args: list[str]) -> None:
-    """Raise ConfigError if a choice such as `model=gla_tiny` does not name a file of configs/."""
-    if any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args):
-        return  # The user adds other folders to choose from.
+    """Raise ConfigError if a choice such as `model=gla_tiny` does not name one file of configs/."""
+    adds_folders = any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args)
     for arg in args:
         group, equals, value = arg.partition("=")
         files = sorted(path.stem for path in CONFIGS.glob("*/*.yaml") if path.parent.name == group)
-        if not equals or not files or any(bracket in value for bracket in "[("):
-            continue  # It is not a choice, or it is a list or a sweep by Hydra's functions.
+        if not equals or not files:
+            continue  # It is not a choice.
+        # Hydra would merge the files of a list: the last one's values, and what only the others set.
+        require(
+            "[" not in value,
+            f"{arg} is a list, but a run has one file of {group}. Write {group}={value.strip('[]').split(',')[0]}, or "
+            f"{group}=A,B with --multirun for a run of each",
+        )
+        if adds_folders or "(" in value:
+            continue  # The user adds other folders to choose from, or this is a sweep by Hydra's functions.
         for choice in value.strip("'\"").split(","):  # --multirun accepts several choices.
             problem = f"{group}={choice} is not a file of {CONFIGS / group}"
             require(choice in files, f"{problem}; {describe_choices(choice, files)}")

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from glalm.cli import compose_config, protect_names, restore_names, store_defaults
+from glalm.cli import check_choices, compose_config, protect_names, restore_names, store_defaults
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree, flatten_tree
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
@@ -250,6 +250,14 @@ def test_evaluators_of_a_training_run_are_checked_strictly():
             build_dataclass(TrainingRun, {"train_evals": tree})
     with pytest.raises(ConfigError, match=re.escape("did you mean train_evals.every?")):
         check_overrides(["train_evals.evry=3"], TrainingRun, [])
+
+
+def test_a_list_of_choices_is_refused():
+    """Hydra would merge their files: of track=[wandb,mlflow] the run would have MLflow alone."""
+    for flags in ([], ["--config-dir", "mine"]):
+        with pytest.raises(ConfigError, match=r"^track=\[wandb,mlflow\] is a list, .* Write track=wandb, or track=A,B"):
+            check_choices([*flags, "seed=1", "track=[wandb,mlflow]"])
+    check_choices(["track=wandb", "model=gla_tiny,attention_tiny", "train_evals.evals=[perplexity]"])
 
 
 def test_infinite_clip_is_a_number():

@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch.distributed.tensor import DTensor
 
-from glalm.config.strict import RunError
+from glalm.config.strict import ConfigError, RunError
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, missing_tasks
 from glalm.evals.inputs import load_run_tokenizer
@@ -61,6 +61,8 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
                 try:
                     values, text = run_evaluator(name, eval_model, eval_config, heartbeat, shard)
                 except Exception as error:
+                    if name not in already_succeeded and isinstance(error, ConfigError):
+                        raise ConfigError(f"In train_evals: {error}") from error  # The message has an eval's keys.
                     if name not in already_succeeded:
                         raise
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)

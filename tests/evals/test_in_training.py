@@ -202,7 +202,7 @@ def test_a_failure_after_a_restart_is_a_warning_too(evaluating, change, monkeypa
 
 def test_what_cannot_be_evaluated_is_said_before_the_first_step(evaluating, change):
     config = change(evaluating, **{"train_evals.extrapolation.max_length": 3})
-    with pytest.raises(ConfigError, match="max_length=3 is under the training length 16"):
+    with pytest.raises(ConfigError, match=r"^In train_evals: extrapolation.max_length=3 is under the training length"):
         train(config, make_evaluator(config))
     assert len(read_jsonl(config.folder / "metrics.jsonl")) == 0
 

@@ -142,6 +142,8 @@ def plot_losses(metrics: Mapping[str, Path | Sequence[Path]], path: str | Path) 
             curves[name] = [*found.values()]
             validations += [describe_validation(file.parent) for file in found]
     if not curves:
+        if absent := [file for file in chain(*files.values()) if not Path(file).exists()]:
+            raise ValueError(f"{absent[0]} is missing, so there is no run")
         raise ValueError(f"{', '.join(map(str, chain(*files.values()))) or 'metrics'}: no validation loss in any")
     require_comparable(validations)
     ax = Figure().subplots()
@@ -265,7 +267,10 @@ def load_record(path: Path, evaluator: str) -> dict:
     """
     record = read_json(path)
     if record is None:
-        raise ValueError(f"{path} is missing; to write it, run: glalm eval evals=[{evaluator}]")
+        model = path.parent.parent
+        is_run = (model / "run.json").is_file()
+        which = f"name={model.name} runs_dir={model.parent}" if is_run else f"checkpoint=MODEL out={model}"
+        raise ValueError(f"{path} is missing; to write it, run: glalm eval {which} 'evals=[{evaluator}]'")
     return record
 
 

@@ -3,6 +3,7 @@ import math
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -283,13 +284,22 @@ def test_figures_of_a_papers_size_are_written_whole(tmp_path):
 
 
 def test_nothing_to_plot(tmp_path):
-    with pytest.raises(ValueError, match=r"e\.json is missing; to write it, run: glalm eval"):
-        plot_extrapolation([tmp_path / "e.json"], tmp_path / "e.png")
+    folder = tmp_path / "other"
+    result = folder / "my_run" / "eval" / "e.json"
+    command = rf"glalm eval checkpoint=MODEL out={folder}/my_run 'evals=\[extrapolation\]'$"
+    with pytest.raises(ValueError, match=rf"e\.json is missing; to write it, run: {command}"):
+        plot_extrapolation([result], tmp_path / "e.png")
+    (folder / "my_run").mkdir(parents=True)
+    (folder / "my_run" / "run.json").touch()
+    with pytest.raises(ValueError, match=rf"run: glalm eval name=my_run runs_dir={folder} 'evals="):
+        plot_extrapolation([result], tmp_path / "e.png")
+    with pytest.raises(ValueError, match=r"^none/metrics.jsonl is missing, so there is no run$"):
+        plot_losses({"a": Path("none/metrics.jsonl")}, tmp_path / "e.png")
     with pytest.raises(ValueError, match="at least one run"):
         plot_extrapolation([], tmp_path / "e.png")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is missing or holds no loss"):
         plot_training(tmp_path / "metrics.jsonl", tmp_path / "t.png")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_quantities():

@@ -60,7 +60,10 @@ class Windows:
             longest = max(counts.values(), default=0)
             found = f"{tokens.folder} has at most {longest} for {tokens.split}{unfinished}"
             problem = f"Windows of length={length} need {length + 1} tokens of a source, but {found}."
-            raise ValueError(f"{problem} Choose shorter windows or prepare more text.")
+            advice = "Choose shorter windows or prepare more text."
+            if not longest and tokens.is_complete and tokens.split != "train":
+                advice = f"No document is in that split. Prepare the text again with a larger --{tokens.split} SHARE."
+            raise ValueError(f"{problem} {advice}")
 
     def __len__(self) -> int:
         return int(self._first_window[-1])

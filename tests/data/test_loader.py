@@ -1,6 +1,7 @@
 import itertools
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_too_few_tokens_are_refused(prepared, stream):
     tokens = TokenSet(prepared, "train")
     with pytest.raises(ValueError, match=rf"length={len(stream)} need {len(stream) + 1} tokens"):
         Windows(tokens, len(stream))
+    empty = SimpleNamespace(source_tokens={}, folder="data/mine", split="validation", is_complete=True)
+    with pytest.raises(ValueError, match=r"No document is in that split. .* with a larger --validation SHARE"):
+        Windows(empty, T)
     with pytest.raises(ValueError, match="length=0"):
         Windows(tokens, 0)
     for i in (-1, len(Windows(tokens, T))):

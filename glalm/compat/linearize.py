@@ -56,6 +56,12 @@ class LinearizeOptions:
                 raise ConfigError(
                     f"--device {self.device} cannot be used here ({reason}). Choose cpu or cuda"
                 ) from error
+        require(self.llama.is_dir(), f"{self.llama} is not a folder. Name one with a config.json and safetensors")
+        try:
+            if self.distil:
+                read_manifest(self.data)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--data {self.data}: {error}") from error
 
 
 def linearize_checkpoint(options: LinearizeOptions) -> None:

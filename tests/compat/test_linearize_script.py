@@ -93,6 +93,14 @@ def test_bad_options_are_errors_before_the_llama_is_loaded(run_linearize, tmp_pa
     assert code == 2 and stderr.startswith(f"ConfigError: {message}")
 
 
+def test_missing_folders_are_errors_before_the_llama_is_loaded(run_linearize, tmp_path):
+    code, stderr = run_linearize(tmp_path / "no-llama", tmp_path / "out")
+    assert (code, stderr.count("no-llama is not a folder. Name one with a config.json")) == (2, 1)
+    (tmp_path / "no-llama").mkdir()  # It has nothing to load.
+    code, stderr = run_linearize(tmp_path / "no-llama", tmp_path / "out", "--distil", 1, "--data", tmp_path / "no-set")
+    assert (code, stderr.count("no-set/manifest.json is missing")) == (2, 1)
+
+
 def test_existing_folder_is_not_overwritten(run_linearize, llama):
     before = {file: file.read_bytes() for file in llama.iterdir()}
     code, stderr = run_linearize(llama, llama)

@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -107,6 +108,24 @@ def test_resume_needs_a_run_and_no_name(first, tmp_path):
         config_of("resume=nowhere")
     with pytest.raises(ConfigError, match=r"names the run. Remove name=... and runs_dir=..."):
         config_of(f"resume={tmp_path}/mine", "name=mine", "runs_dir=x")
+
+
+def test_what_was_refused_at_step_0_does_not_return(first, tmp_path):
+    def refuse(*_):
+        raise ConfigError("no room for a needle")
+
+    command = ["name=other", f"runs_dir={tmp_path}", f"data.path={first.data.path}", *SIZES, *STEPS, "train.steps=2"]
+    for seed in ("seed=3", "seed=4"):
+        with pytest.raises(ConfigError, match="no room for a needle"):
+            train(config_of(*command, seed), refuse)
+        assert config_of(*command).seed == 1 and not (tmp_path / "other" / "data.json").exists()
+    # The records of a start that was interrupted at step 0 remain.
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(*command, "seed=5"), Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(ConfigError, match="no room for a needle"):
+        train(config_of(*command, "seed=6"), refuse)
+    config = config_of("name=other", f"runs_dir={tmp_path}")
+    assert (config.seed, train(config)) == (5, 0)
 
 
 def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):

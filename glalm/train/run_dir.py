@@ -26,6 +26,7 @@ from glalm.config.run import DATA_RECORD, RUN_RECORD, STAGE_ORDER, RunConfig, de
 from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import (
     DamagedFile,
+    atomic_write,
     find_mismatch,
     fsync_path,
     read_json,
@@ -204,7 +205,7 @@ def read_data_record(path: Path | None) -> dict | None:
 def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
     """Return the content of run.json, the same on all ranks, and remove what interrupted saves left.
 
-    The run keeps the id that it got at its first start. Call `write_run_record` once nothing can refuse the run.
+    The run keeps the id that it got at its first start. Call `recorded_run` once little can refuse the run.
 
     Raises:
         ConfigError: The directory holds a run of another identity, and that run has started.
@@ -332,6 +333,29 @@ def write_run_record(config: RunConfig, record: dict, data: TokenSet) -> None:
             logger.warning(f"{path} is a folder. It is set aside as {set_aside(path, 'damaged').name}.")
         with _RECORD_LOCK:
             write_json(path, content, indent=1 if path.name == RUN_RECORD else None)
+
+
+@contextmanager
+def recorded_run(config: RunConfig, record: dict, data: TokenSet) -> Iterator[None]:
+    """Write run.json and data.json on rank 0. If a ConfigError refuses the run before its first step, take them back.
+
+    What was refused would otherwise return in the next command of this name, which takes from run.json what it lacks.
+    """
+    rank, _ = rank_and_world_size()
+    paths = (config.folder / RUN_RECORD, config.data_record) if rank == 0 else ()
+    previous = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    run_on_rank_0(lambda: write_run_record(config, record, data))
+    try:
+        yield
+    except ConfigError:
+        if not has_started(config.folder):
+            for path, content in previous.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    with atomic_write(path) as file:
+                        file.write(content)
+        raise
 
 
 def record_saved_step(folder: Path, record: dict, step: int) -> None:

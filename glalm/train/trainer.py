@@ -34,7 +34,7 @@ from glalm.model.cache import StateCache
 from glalm.train import parallel, run_dir
 from glalm.train.averaging import WeightAverage
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
-from glalm.train.collectives import max_over_processes, run_on_rank_0
+from glalm.train.collectives import max_over_processes
 from glalm.train.compile import apply_training_forward, list_forward_shapes
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
@@ -97,9 +97,9 @@ def train(
         }
         trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
         unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
-        run_on_rank_0(lambda: run_dir.write_run_record(config, record, training.tokens))
         step = trainer.state.step
         with (
+            run_dir.recorded_run(config, record, training.tokens),
             MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,
             CheckpointSaver(
                 config.folder / "checkpoints",

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from glalm.cli import CONFIGS, build_config, store_defaults
 from glalm.config.run import run_identity
-from glalm.config.saved_run import complete_from_run, refuse_unknown_name
+from glalm.config.saved_run import complete_from_run, describe_missing_run, refuse_unknown_name
 from glalm.config.strict import ConfigError, default_tree
 from glalm.data.files import read_jsonl
 from glalm.evals.options import TrainingRun
+from glalm.train.checkpoint import CheckpointError
+from glalm.train.run_dir import find_checkpoint
 from glalm.train.trainer import train
 
 SIZES = ["model=gla_10m", "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32"]
@@ -126,6 +128,27 @@ def test_what_was_refused_at_step_0_does_not_return(first, tmp_path):
         train(config_of(*command, "seed=6"), refuse)
     config = config_of("name=other", f"runs_dir={tmp_path}")
     assert (config.seed, train(config)) == (5, 0)
+
+
+def test_a_checkpoint_or_a_misspelt_name_in_place_of_a_run(first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("mine/checkpoints/step_2")
+    with pytest.raises(ConfigError, match=r"no run.json. It is a checkpoint of one: write resume=mine. To start a run"):
+        config_of(f"resume={checkpoint}")
+    for folder, hint in ((checkpoint, "It is a checkpoint of one: write mine."), (Path("./mien"), "")):
+        with pytest.raises(CheckpointError, match=f"^{folder} is not the folder of a run, .* no run.json. ?{hint}$"):
+            find_checkpoint(folder / "checkpoints", "latest")
+    missing = f"{tmp_path}/mien is not the folder of a run, because it has no run.json. Did you mean {tmp_path}/mine?"
+    assert describe_missing_run(tmp_path / "mien") == missing
+    assert describe_missing_run(Path("mien"), runs_dir=tmp_path).endswith(f" Did you mean {tmp_path}/mine?")
+
+
+def test_the_folder_of_a_run_in_place_of_a_checkpoint(first, tmp_path):
+    command = ["name=fork", f"runs_dir={tmp_path}", f"data.path={first.data.path}", *SIZES, *STEPS, "train.steps=2"]
+    for key in ("train.init_from", "train.resume_from"):
+        message = f"{key}={first.folder} is the folder of a run. Write one of its checkpoints, such as .*/step_2"
+        with pytest.raises(ConfigError, match=message):
+            train(config_of(*command, f"{key}={first.folder}"))
 
 
 def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):

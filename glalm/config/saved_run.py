@@ -114,6 +114,25 @@ def suggest_run(runs_dir: Path, name: str, before: str) -> str:
     return f" Did you mean {before}{near[0]}?" if near else ""
 
 
+def describe_missing_run(folder: Path, before: str = "", runs_dir: Path | None = None) -> str:
+    """Return that `folder` is not that of a run and, if one is likely to be meant, which.
+
+    That is the run of a checkpoint's folder, or one of a similar name.
+
+    Args:
+        before: What an argument has before the folder, such as "resume=".
+        runs_dir: Where to look for similar names if `folder` is a name alone.
+    """
+    message = f"{before}{folder} is not the folder of a run, because it has no {RUN_RECORD}."
+    run = folder.parent.parent
+    if re.fullmatch(r"step_\d+", folder.name) and (run / RUN_RECORD).is_file():
+        return f"{message} It is a checkpoint of one: write {before}{run}."
+    if folder.parent != Path("."):
+        runs_dir = folder.parent
+    runs_dir = runs_dir or Path("runs")
+    return message + suggest_run(runs_dir, folder.name, f"{before}{runs_dir}/")
+
+
 def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> dict:
     """Return the config of a run of a sweep with a name of its own: the swept keys and values follow the given name.
 
@@ -141,12 +160,8 @@ def _locate_run(tree: dict, given: Collection[str]) -> dict:
     folder = Path(os.path.normpath(Path(resume).expanduser()))
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    runs_dir = folder.parent if folder.parent != Path(".") else Path(tree["runs_dir"])
-    require(
-        (folder / RUN_RECORD).is_file(),
-        f"resume={resume} is not the folder of a run, because it has no {RUN_RECORD}."
-        f"{suggest_run(runs_dir, folder.name, f'resume={runs_dir}/')} To start a run, write name=...",
-    )
+    missing = describe_missing_run(folder, "resume=", Path(tree["runs_dir"]))
+    require((folder / RUN_RECORD).is_file(), f"{missing} To start a run, write name=...")
     return tree | {"name": folder.name, "runs_dir": str(folder.parent), "resume": None}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from glalm.config.run import DATA_RECORD, RunConfig
+from glalm.config.saved_run import suggest_run
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
 from glalm.data.loader import Windows
@@ -61,7 +62,8 @@ def _open_model(config: EvalConfig, device: torch.device) -> EvalModel:
         if is_of_run:
             require(
                 (config.folder / "run.json").is_file(),
-                f"{config.folder} is not a run (run.json is missing); to train one, run: glalm train "
+                f"{config.folder} is not a run (run.json is missing)."
+                f"{suggest_run(Path(config.runs_dir), config.name, 'name=')} To train one, run: glalm train "
                 f"name={config.name}",
             )
             path = run_dir.find_checkpoint(config.folder / "checkpoints", config.checkpoint)
@@ -119,6 +121,9 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
         ConfigError: transformers cannot load it, or its weights do not fit its config.json.
     """
     where = f"checkpoint={config.checkpoint}"
+    beside = "" if path.parent == Path(config.runs_dir) else f" runs_dir={path.parent}"
+    is_run = (path / "run.json").is_file()
+    require(not is_run, f"{where} is the folder of a run. Remove it and write name={path.name}{beside}")
     require((path / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a model's folder")
     files = sorted(path.glob("*.safetensors"))
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")

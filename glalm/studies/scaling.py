@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from glalm.config.dial import Dial
+from glalm.config.saved_run import describe_missing_run
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data import files
 from glalm.evals.options import TrainingRun
@@ -142,7 +143,7 @@ def measure_run(folder: Path) -> Measurement:
         ConfigError: It is no run, it has not trained to its last step, or its loss is not finite there.
     """
     record = read_json(folder / "run.json")
-    require(record is not None, f"{folder} is not the folder of a run, because it has no run.json")
+    require(record is not None, describe_missing_run(folder))
     assert record is not None
     config = build_dataclass(TrainingRun, record["config"])
     rows, _ = read_metrics(folder / "metrics.jsonl")

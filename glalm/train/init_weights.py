@@ -17,7 +17,7 @@ from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
 from glalm.train.parametrization import find_multipliers
-from glalm.train.run_dir import read_run_record
+from glalm.train.run_dir import read_run_record, refuse_run_folder
 
 
 def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
@@ -43,6 +43,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
         return model
 
     folder = Path(config.train.init_from)
+    refuse_run_folder("train.init_from", folder)
     require(
         any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)),
         f"train.init_from={folder} is not a folder with a {SAFE_WEIGHTS_NAME}. If it is a checkpoint of several "

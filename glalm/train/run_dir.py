@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from glalm.config.run import DATA_RECORD, RUN_RECORD, STAGE_ORDER, RunConfig, describe_differences, run_identity
+from glalm.config.saved_run import describe_missing_run
 from glalm.config.strict import ConfigError, describe_unknown_key, require
 from glalm.data.files import (
     DamagedFile,
@@ -483,6 +484,7 @@ def _find_requested_checkpoint(folder: Path, requested: Path, newest: Path | Non
         path = find_checkpoint(requested.parent, requested.name)
     except CheckpointError as error:
         raise ConfigError(f"train.resume_from={requested}: {error}") from error
+    refuse_run_folder("train.resume_from", path)
     gather_or_raise(lambda: verify_checkpoint(path, *rank_and_world_size()))
     return path
 
@@ -518,14 +520,25 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     """Return the checkpoint called `name`: "latest", or the name of a folder in `folder`.
 
     Raises:
-        CheckpointError: It does not exist. The message lists those that do.
+        CheckpointError: It does not exist. The message lists those that do, or says that the run does not exist.
     """
+    if folder.name == CHECKPOINTS and not folder.exists() and not (folder.parent / RUN_RECORD).exists():
+        raise CheckpointError(describe_missing_run(folder.parent))
     path = latest_checkpoint(folder) if name == "latest" else folder / name
     leads_elsewhere = Path(name).name != name or not name.strip(".")
     if path is None or leads_elsewhere or not os.path.isdir(path):
         existing = ", ".join(path.name for path in list_checkpoints(folder).values()) or "none"
         raise CheckpointError(f"There is no checkpoint {name} in {folder}. Existing checkpoints: {existing}.")
     return path
+
+
+def refuse_run_folder(key: str, folder: Path) -> None:
+    """Raise ConfigError if the value of a key that names a checkpoint or a model is the folder of a run."""
+    if not (folder / RUN_RECORD).is_file():
+        return
+    newest = latest_checkpoint(folder / CHECKPOINTS)
+    advice = f"Write one of its checkpoints, such as {newest}" if newest else "It has no checkpoint yet"
+    raise ConfigError(f"{key}={folder} is the folder of a run. {advice}")
 
 
 def newest_valid_checkpoint(folder: Path) -> Path | None:

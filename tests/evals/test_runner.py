@@ -469,6 +469,10 @@ def test_every_evaluator_can_be_had():
 def test_a_run_that_does_not_exist(run):
     with pytest.raises(ConfigError, match=r"run\.json is missing.*glalm train name=other"):
         evaluate(wanted(run, name="other"))
+    with pytest.raises(ConfigError, match=rf"run\.json is missing\)\. Did you mean name={run.name}\? To train"):
+        evaluate(wanted(run, name=f"{run.name}x"))
+    with pytest.raises(ConfigError, match=rf"is the folder of a run\. Remove it and write name={run.name}$"):
+        evaluate(wanted(run, checkpoint=str(run.folder)))
 
 
 def test_a_checkpoint_that_does_not_exist(run):

@@ -280,7 +280,10 @@ def changed_error(source_input: Input, out: Path) -> ValueError:
 def _differing_keys(old: dict, new: dict | None) -> list[str]:
     """Return the options of the command line that differ. None stands for any settings."""
     keys = [] if new is None else [key for key in old | new if old.get(key) != new.get(key)]
-    return ["--validation or --test" if key == "held_out" else f"--{key.replace('_', '-')}" for key in keys]
+    names = {key: f"--{key.replace('_', '-')}" for key in keys} | {"held_out": "--validation or --test"}
+    if new is not None and isinstance(old.get("tokenizer"), dict) and isinstance(new.get("tokenizer"), dict):
+        names["tokenizer"] = "--vocab-size"  # Both sets train a tokenizer.
+    return [names[key] for key in keys]
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:

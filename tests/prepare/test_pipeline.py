@@ -132,8 +132,12 @@ def test_a_set_in_the_folder_of_its_source_does_not_read_itself(corpus, tmp_path
 
 def test_another_set_is_replaced_only_with_overwrite(corpus, tmp_path):
     prepare_data([corpus], tmp_path / "set", shard_tokens=1000, **SMALL)
-    for change in ({"shard_tokens": 2000}, {"vocab_size": 410}, {"held_out": {"test": 0.2}}):
-        with pytest.raises(ValueError, match=r"prepared otherwise \(different .*Choose another folder"):
+    for name, change in (
+        ("--shard-tokens", {"shard_tokens": 2000}),
+        ("--vocab-size", {"vocab_size": 410}),
+        ("--validation or --test", {"held_out": {"test": 0.2}}),
+    ):
+        with pytest.raises(ValueError, match=rf"prepared otherwise \(different {name}\)\. Choose another folder"):
             prepare_data([corpus], tmp_path / "set", **{"shard_tokens": 1000, **SMALL, **change})
     corpus_2 = tmp_path / "corpus" / "texts.jsonl"
     corpus_2.parent.mkdir()

@@ -195,6 +195,8 @@ def train_tokenizer() -> int:
     held_out = {split: getattr(args, split) for split in HELD_OUT}
     try:
         check_shares(held_out)
+        if Path(args.out).is_file():
+            raise ValueError(f"{args.out} exists. Choose another --out, or remove it to train another tokenizer.")
         sources = [parse_source(spec) for spec in args.sources]
         inputs, repeated = collect_inputs(sources)
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,8 @@
+import sys
+
 import pytest
 
+from glalm.commands.prepare_data import train_tokenizer
 from glalm.prepare.tokenizer_training import sample_texts, train_sentencepiece
 
 
@@ -49,3 +52,10 @@ def test_training_errors_say_what_to_do(tmp_path, texts):
     with pytest.raises(ValueError, match="no text to train a tokenizer on"):
         train_sentencepiece([""], tmp_path / "t.model", vocab_size=400)
     assert not (tmp_path / "t.model").exists()
+
+
+def test_an_existing_tokenizer_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my.model").write_text("my own")
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--out", str(tmp_path / "my.model"), str(tmp_path / "a.txt")])
+    assert train_tokenizer() == 1 and (tmp_path / "my.model").read_text() == "my own"
+    assert f"error: {tmp_path}/my.model exists. Choose another --out" in capsys.readouterr().err

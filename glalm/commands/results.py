@@ -32,13 +32,19 @@ def report_runs() -> int:
     )
     args = parser.parse_args()
     console = Console()
+    # A pattern such as runs/mine-* also matches what Hydra wrote of the sweep, runs/mine-sweep, which has no results.
+    folders = [
+        folder
+        for folder in args.folders
+        if not (folder / "multirun.yaml").is_file() or any((folder / name).exists() for name in ("run.json", "eval"))
+    ] or args.folders
     try:
-        for folder in args.folders:
+        for folder in folders:
             if (folder / "run.json").is_file():
                 print_report(folder, console)
-        above = args.folders[0] if len(args.folders) == 1 else args.folders[0].resolve().parent
+        above = folders[0] if len(folders) == 1 else folders[0].resolve().parent
         target = args.html or above / "report.html"
-        content = render_report(args.folders).encode()
+        content = render_report(folders).encode()
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as file:
             file.write(content)

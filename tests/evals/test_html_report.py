@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from glalm.commands.results import report_runs
 from glalm.evals.html_report import distinct_names, render_report
 from glalm.evals.plot import plot_losses
 from glalm.evals.published import PAPER, RECALL, RECALL_ROWS, ZERO_SHOT
@@ -302,6 +303,17 @@ def test_a_sweep_alone_is_a_page(tmp_path):
 def test_folders_of_one_name_are_told_apart(tmp_path):
     assert distinct_names([tmp_path / "a" / "demo", tmp_path / "b" / "demo"]) == ["a/demo", "b/demo"]
     assert distinct_names([tmp_path / "a" / "demo"]) == ["demo"]
+
+
+def test_the_folder_of_the_sweep_itself_is_left_out(tmp_path, monkeypatch, capsys):
+    runs = [make_run(tmp_path / f"mine-lr-{lr}", lr) for lr in (0.001, 0.003)]
+    sweep = tmp_path / "mine-sweep"
+    sweep.mkdir()
+    (sweep / "multirun.yaml").touch()
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, [*runs, sweep])])
+    assert report_runs() == 0 and (tmp_path / "report.html").is_file()
+    monkeypatch.setattr(sys, "argv", ["report", str(sweep)])
+    assert report_runs() == 1 and f"{sweep} holds no run and no results" in capsys.readouterr().err
 
 
 def test_nothing_to_report(tmp_path):

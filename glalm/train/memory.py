@@ -20,8 +20,6 @@ from glalm.train.optim import build_optimizers
 from glalm.train.state import BatchPlan
 
 GIB = 2**30
-# The two sequence lengths at which a block's activations are measured, in tokens.
-SHORT, LONG = 128, 256
 MOMENTS_PER_PARAMETER = {"Muon": 1, "AdamW": 2}
 
 
@@ -41,7 +39,8 @@ class ActivationBytes:
     """What a block saves for its backward pass."""
 
     per_token: float
-    fixed: float  # independent of the number of tokens: its weights in bfloat16
+    largest_per_token: float  # of the tensor that has most
+    fixed: float  # independent of the number of sequences: its weights in bfloat16
 
 
 def count_parameters(config: RunConfig) -> ParameterCounts:
@@ -114,18 +113,21 @@ def _blocks_bytes(config: RunConfig, plan: BatchPlan, bf16: bool, compiled: bool
     parts = {"bf16 weights": 0, "activations": 0, "one block's backward": 0, "gathered keys and values": 0}
     tokens = plan.micro_batch * plan.shard_length
     width = 2 if bf16 else 4
-    # The gradients that a block's backward pass holds at once for each token: those of SwiGLU.
     assert config.model.intermediate_size is not None
-    gradients = (4 * config.model.intermediate_size + 3 * config.model.hidden_size) * width
+    swiglu_gradients = (4 * config.model.intermediate_size + 3 * config.model.hidden_size) * width
     recomputes = config.train.activation_checkpointing in ("selective", "full")
     layers = config.model.layer_mixers()
-    measure = partial(measure_activations, config.model, bf16=bf16, compiled=compiled, is_gpu=is_gpu)
+    measure = partial(
+        measure_activations, config.model, length=plan.shard_length, bf16=bf16, compiled=compiled, is_gpu=is_gpu
+    )
     for mixer in set(layers):
         saved = measure(mixer, config.train)
         parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
         # With checkpointing, the backward pass recomputes the activations of one block at a time.
-        recomputed = measure(mixer, TrainConfig()).per_token if recomputes else 0
-        backward = int((recomputed + gradients) * tokens)
+        recomputed = measure(mixer, TrainConfig()) if recomputes else None
+        # What it holds at once of each token: the gradients of SwiGLU, or of its largest product and of a factor.
+        gradients = max(swiglu_gradients, 2 * (recomputed or saved).largest_per_token)
+        backward = int(((recomputed.per_token if recomputed else 0) + gradients) * tokens)
         parts["one block's backward"] = max(parts["one block's backward"], backward)
         gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * width
         parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)
@@ -165,9 +167,11 @@ def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
 
 
 def measure_activations(
-    model: ModelConfig, mixer: str, train: TrainConfig, bf16: bool, compiled: bool, is_gpu: bool = False
+    model: ModelConfig, mixer: str, train: TrainConfig, length: int, bf16: bool, compiled: bool, is_gpu: bool = False
 ) -> ActivationBytes:
-    """Measure what one block saves for the backward pass, by running its forward pass at two lengths.
+    """Measure what one block saves for the backward pass, by running its forward pass on one and on two sequences.
+
+    What it saves of a token may depend on the number of the sequence's tokens, `length`.
 
     For compiled blocks this counts what the forward half of torch.compile's partitioned graph hands to the backward
     half. No code is generated. With `is_gpu` the tensors are fake: they have the shapes and dtypes that they would have
@@ -184,24 +188,23 @@ def measure_activations(
         if compiled or train.activation_checkpointing == "selective":
             torch._dynamo.reset()  # A graph that was partitioned under other settings would be reused.
             forward = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)
-        short = _saved_bytes(block, forward, SHORT, model.hidden_size, bf16)
-        long = _saved_bytes(block, forward, LONG, model.hidden_size, bf16)
-    per_token = (long - short) / (LONG - SHORT)
-    # Mamba saves a state between chunks, one less than there are chunks, so the fitted intercept can be negative.
-    return ActivationBytes(per_token, max(0.0, short - per_token * SHORT))
+        one = _saved_bytes(block, forward, (1, length, model.hidden_size), bf16)
+        two = _saved_bytes(block, forward, (2, length, model.hidden_size), bf16)
+    total = sum(two) - sum(one)
+    return ActivationBytes(total / length, (max(two) - max(one)) / length, sum(one) - total)
 
 
-def _saved_bytes(block: nn.Module, forward: Callable, length: int, hidden_size: int, bf16: bool) -> int:
-    """Return the size of what a forward pass of `length` tokens saves, without the block's parameters."""
+def _saved_bytes(block: nn.Module, forward: Callable, shape: tuple[int, int, int], bf16: bool) -> list[int]:
+    """Return the sizes of the tensors that a forward pass of an input of `shape` saves, without the parameters."""
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    x = torch.randn(1, length, hidden_size, requires_grad=True, dtype=torch.bfloat16 if bf16 else torch.float32)
+    x = torch.randn(shape, requires_grad=True, dtype=torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         forward(x)
     parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters)
+    return [tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters]

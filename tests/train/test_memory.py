@@ -1,6 +1,7 @@
 """Estimates of memory compared with the parameters, activations, optimizer states and measured peaks of real models."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_every_choice_is_measured_for_a_gpu(choice):
     """On tensors without numbers, so nothing that builds or runs a model may ask for one."""
     model = ModelConfig(**MODEL | choice)
     for mixer in {*model.layer_mixers()}:
-        assert measure_activations(model, mixer, TrainConfig(), bf16=True, compiled=False, is_gpu=True).per_token > 0
+        found = measure_activations(model, mixer, TrainConfig(), length=256, bf16=True, compiled=False, is_gpu=True)
+        assert found.per_token > found.largest_per_token > 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -99,13 +101,14 @@ def test_validation_cannot_use_the_memory_of_graphs(run_config, change, segment)
 
 @pytest.mark.slow
 def test_no_part_is_negative(run_config, change):
-    """Mamba saves one state less than it has chunks, so a linear fit of its activations starts below 0."""
+    """Mamba saves states between chunks, one less than it has chunks."""
     config = change(run_config, model=ModelConfig(**MODEL, mixer="mamba"), **{"data.seq_len": 256})
     assert all(size >= 0 for size in estimate(config, 1, 1, True, True).values())
 
 
 def test_full_checkpointing_saves_only_a_blocks_input():
-    kept = measure_activations(ModelConfig(**MODEL), "gla", TrainConfig(activation_checkpointing="full"), True, False)
+    train = TrainConfig(activation_checkpointing="full")
+    kept = measure_activations(ModelConfig(**MODEL), "gla", train, length=256, bf16=True, compiled=False)
     assert kept.per_token == 2 * 64 and abs(kept.fixed) < 1000
 
 
@@ -118,7 +121,7 @@ def test_the_kernel_of_gated_norms_saves_no_more_than_pytorch(mixer, monkeypatch
     for width in (gated_norm.MAX_WIDTH, 0):
         monkeypatch.setattr(gated_norm, "MAX_WIDTH", width)
         model = ModelConfig(**MODEL)
-        kept[width] = measure_activations(model, mixer, config, bf16=True, compiled=True, is_gpu=True)
+        kept[width] = measure_activations(model, mixer, config, length=256, bf16=True, compiled=True, is_gpu=True)
     with_kernel, with_pytorch = kept.values()
     assert with_kernel.per_token == with_pytorch.per_token - 4 * model.num_heads
 
@@ -126,12 +129,23 @@ def test_the_kernel_of_gated_norms_saves_no_more_than_pytorch(mixer, monkeypatch
 @pytest.mark.slow
 def test_more_recomputation_saves_less():
     model = ModelConfig(**MODEL)
-    eager = measure_activations(model, "gla", TrainConfig(), True, False).per_token
+    measure = partial(measure_activations, model, "gla", length=256, bf16=True)
+    eager = measure(TrainConfig(), compiled=False).per_token
     compiled, lean, selective = (
-        measure_activations(model, "gla", TrainConfig(activation_checkpointing=how), True, True).per_token
+        measure(TrainConfig(activation_checkpointing=how), compiled=True).per_token
         for how in ("none", "elementwise", "selective")
     )
     assert eager > compiled > lean > 4 * 64 and compiled > selective > 4 * 64
+
+
+def test_a_dense_form_takes_memory_for_each_pair_of_tokens(run_config, change):
+    """The weights of all pairs of a sequence, 2 heads in float32, and in the backward pass their gradients."""
+    config = change(run_config, model=ModelConfig(**MODEL, mixer="rpe_attention"), **{"data.seq_len": 256})
+    found = measure_activations(config.model, "rpe_attention", TrainConfig(), length=256, bf16=True, compiled=False)
+    assert found.largest_per_token == 4 * 2 * 256
+    plan = BatchPlan.from_config(config, 1)
+    backward = estimate_memory(config, plan, 1, bf16=True, compiled=False)["one block's backward"]
+    assert backward == 2 * 4 * 2 * 256 * 256 * plan.micro_batch
 
 
 def test_sharding_divides_the_memory(run_config, change):

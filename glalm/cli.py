@@ -421,8 +421,18 @@ HYDRA_PREFIXES = ("config-", "shell-", "experimental-")
 
 
 def check_flags(args: list[str], cls: type) -> None:
-    """Raise ConfigError for a flag that is a key, such as `--steps 5`."""
+    """Raise ConfigError for a flag that is a key, such as `--steps 5`, and for a value without its key."""
     for i, arg in enumerate(args):
+        previous = args[i - 1] if i else ""
+        is_value_of_flag = previous.startswith("-") and "=" not in previous and previous not in ("-m", "--multirun")
+        if (
+            "=" not in arg
+            and not arg.startswith(("-", "~"))
+            and not is_value_of_flag
+            and not {"-h", "--help"} & {*args}
+        ):
+            hint = f", such as name={Path(arg).name}" if "name" in describe_keys(cls) else ""
+            raise ConfigError(f"{arg} is no setting. Write KEY=VALUE{hint}; --help lists the keys")
         flag, equals, value = arg.removeprefix("--").partition("=")
         is_hydra_flag = flag.startswith(HYDRA_PREFIXES) or any(known.startswith(flag) for known in HYDRA_FLAGS)
         if not arg.startswith("--") or is_hydra_flag:

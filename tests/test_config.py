@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from glalm.cli import check_choices, compose_config, protect_names, restore_names, store_defaults
+from glalm.cli import check_choices, check_flags, compose_config, protect_names, restore_names, store_defaults
 from glalm.config.run import OptimConfig, RunConfig, TrainConfig, describe_differences, run_identity
 from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree, flatten_tree
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
@@ -262,6 +262,14 @@ def test_a_list_of_choices_is_refused():
         with pytest.raises(ConfigError, match=r"^track=\[wandb,mlflow\] is a list, .* Write track=wandb, or track=A,B"):
             check_choices([*flags, "seed=1", "track=[wandb,mlflow]"])
     check_choices(["track=wandb", "model=gla_tiny,attention_tiny", "train_evals.evals=[perplexity]"])
+
+
+def test_a_value_without_its_key_is_refused():
+    for args in (["runs/demo"], ["seed=1", "demo"], ["--multirun", "demo"]):
+        with pytest.raises(ConfigError, match=r"demo is no setting\. Write KEY=VALUE, such as name=demo; --help"):
+            check_flags(args, EvalConfig)
+    for args in (["--config-dir", "mine"], ["--help", "optim", "train"], ["~data.weights"], ["-cd", "mine", "seed=1"]):
+        check_flags(args, TrainingRun)
 
 
 def test_infinite_clip_is_a_number():

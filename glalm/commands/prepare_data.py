@@ -181,6 +181,8 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
         shards = sum(len(source["shards"]) for source in entry["sources"].values())
         print(f"{split:<12}{entry['documents']:>14,}{entry['tokens']:>18,}{ratio:>13.2f}{shards:>8,}")
     print("\n".join(format_counts(manifest["books"])))
+    if not manifest["splits"]["validation"]["documents"]:
+        print("Note: no document is in the validation split, which training needs. Prepare with a larger --validation.")
     tokenizer = manifest["tokenizer"]
     if not tokenizer["round_trips"]:
         print("Note: this tokenizer normalizes, so decoding does not return every text unchanged.")

@@ -278,6 +278,18 @@ def _prepare_text(path: Path, text_field: str, tokenizer: Tokenizer) -> TokenSet
     return tokens
 
 
+def check_data_path(folder: str) -> None:
+    """Raise ConfigError if `folder` is no prepared data."""
+    require(
+        not Path(folder).is_file(),
+        f"data_path={folder} is a file, not a folder of prepared data; to read it as it lies, write text={folder}",
+    )
+    try:
+        read_manifest(Path(folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data_path={folder}: {error}") from error
+
+
 def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
     """Open a split of `config.data_path`, or else of the data that the run was trained on; or all of `config.text`.
 
@@ -287,10 +299,6 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
     if config.text is not None:
         return open_text(config, model)
     folder = config.data_path or (model.run_config.data.path if model.run_config else None)
-    require(
-        not Path(folder or "").is_file(),
-        f"data_path={folder} is a file, not a folder of prepared data; to read it as it lies, write text={folder}",
-    )
     require(
         folder is not None, f"{model.name} is not a checkpoint of a run: write data_path=, a folder of prepared data"
     )

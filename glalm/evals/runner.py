@@ -23,7 +23,7 @@ from glalm.data.shards import split_sha256
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator, missing_tasks
 from glalm.evals.identity import ResultIdentity
-from glalm.evals.inputs import open_eval_model, open_text
+from glalm.evals.inputs import check_data_path, open_eval_model, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
 from glalm.evals.result_files import find_result, require_writable, save_result
@@ -48,12 +48,15 @@ def evaluate(config: EvalConfig) -> dict[str, str]:
         The identity of each evaluator's result, {evaluator: ResultIdentity.digest}, by which its file is found.
 
     Raises:
-        ConfigError: The model cannot be opened, or the file `config.text` not be read.
+        ConfigError: The model cannot be opened, or `config.text` or `config.data_path` not be read.
         RunError: After the last evaluator, where one failed.
     """
+    # What is wrong with the text is said once, and not by each evaluator.
     require(
         config.text is None or Path(config.text).expanduser().is_file(), f"text={config.text}: there is no such file"
     )
+    if config.data_path is not None:
+        check_data_path(config.data_path)
     processes = config.parallel.context
     device = start_processes(processes)
     shard = find_context_shard(processes, device)
@@ -69,7 +72,7 @@ def evaluate(config: EvalConfig) -> dict[str, str]:
         f"{model.name}: {model.parameters / 1e6:.1f}M parameters{average}, {devices}{sharing}, {model.precision}"
     )
     if config.text is not None:
-        open_text(config, model)  # What is wrong with the file is said once, and not by each evaluator.
+        open_text(config, model)
     identities, failures = run_evaluators(model, config, console, shard)
     if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
         draw_training(model.output_folder, console)

@@ -505,7 +505,9 @@ def failure(config: EvalConfig, capsys) -> str:
 
 def test_data_that_is_missing_or_is_not_the_runs(run, data, tmp_path, capsys):
     only = {"evals": ["perplexity"]}
-    assert "manifest.json is missing" in failure(wanted(run, data_path=str(tmp_path / "nowhere"), **only), capsys)
+    with pytest.raises(ConfigError, match=r"data_path=.*nowhere: .*manifest\.json is missing"):
+        evaluate(wanted(run, data_path=str(tmp_path / "nowhere")))
+    assert not (run.folder / "eval").exists()
 
     saved = json.loads((run.folder / "run.json").read_text())
     saved["identity"]["data fingerprint"] = "other"

@@ -154,3 +154,10 @@ def test_errors_of_the_command_speak_in_flags(command, capsys, arguments, messag
     text = capsys.readouterr().err if message else str(error.value)
     assert (message or " ".join(arguments[:2])) in text
     assert not (tmp_path / "set").exists()
+
+
+def test_a_note_says_that_no_document_is_held_out(command, tokenizer_json, articles, tmp_path):
+    arguments = ["--tokenizer", tokenizer_json, "--eos", END, "--text-field", "body", articles]
+    note = "Note: no document is in the validation split"
+    assert note not in command("--out", tmp_path / "set", "--validation", "0.5", *arguments)
+    assert note in command("--out", tmp_path / "all", "--validation", "0", *arguments)

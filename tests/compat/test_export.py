@@ -249,4 +249,5 @@ def test_tokenizer_of_another_model_is_refused(run_config, tmp_path):
 def test_errors_are_one_line(run_config, tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("CheckpointError: There is no checkpoint latest in")
+    message = f"CheckpointError: {tmp_path}/none is not the folder of a run, because it has no run.json."
+    assert (done.returncode, done.stderr) == (1, f"{message}\n")

@@ -90,7 +90,7 @@ class SourceTokenCounter:
     """
 
     def __init__(self, data: TrainingData, step: int, tokens: Mapping[str, Mapping[str, int]]):
-        self.data = data
+        self.phases = data.phases
         self.step = step
         self.tokens: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for stage, counts in tokens.items():
@@ -98,7 +98,7 @@ class SourceTokenCounter:
 
     def count_up_to(self, step: int) -> Mapping[str, Mapping[str, int]]:
         """Return {stage: {source: tokens}} of the steps up to `step`, which must not decrease from call to call."""
-        for reading in self.data.phases:
+        for reading in self.phases:
             start = max(self.step, reading.phase.start_step)
             stop = min(step, reading.phase.end_step)
             if start < stop:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import hydra
@@ -422,17 +422,8 @@ HYDRA_PREFIXES = ("config-", "shell-", "experimental-")
 
 def check_flags(args: list[str], cls: type) -> None:
     """Raise ConfigError for a flag that is a key, such as `--steps 5`, and for a value without its key."""
+    refuse_bare_values(args, cls)
     for i, arg in enumerate(args):
-        previous = args[i - 1] if i else ""
-        is_value_of_flag = previous.startswith("-") and "=" not in previous and previous not in ("-m", "--multirun")
-        if (
-            "=" not in arg
-            and not arg.startswith(("-", "~"))
-            and not is_value_of_flag
-            and not {"-h", "--help"} & {*args}
-        ):
-            hint = f", such as name={Path(arg).name}" if "name" in describe_keys(cls) else ""
-            raise ConfigError(f"{arg} is no setting. Write KEY=VALUE{hint}; --help lists the keys")
         flag, equals, value = arg.removeprefix("--").partition("=")
         is_hydra_flag = flag.startswith(HYDRA_PREFIXES) or any(known.startswith(flag) for known in HYDRA_FLAGS)
         if not arg.startswith("--") or is_hydra_flag:
@@ -442,6 +433,17 @@ def check_flags(args: list[str], cls: type) -> None:
         keys = find_keys(flag.replace("-", "_"), describe_keys(cls))
         hint = " or ".join(f"{key}={value or 'VALUE'}" for key in keys) or "KEY=VALUE; --help lists the keys"
         raise ConfigError(f"{arg} is no flag. Write {hint}")
+
+
+def refuse_bare_values(args: list[str], cls: type) -> None:
+    """Raise ConfigError for a value that has neither a key nor a flag before it, such as the `demo` of `eval demo`."""
+    if {"-h", "--help"} & {*args}:
+        return  # Keys to explain may follow.
+    for previous, arg in pairwise(["", *args]):
+        takes_value = previous.startswith("-") and "=" not in previous and previous not in ("-m", "--multirun")
+        if "=" not in arg and not arg.startswith(("-", "~")) and not takes_value:
+            hint = f", such as name={Path(arg).name}" if "name" in describe_keys(cls) else ""
+            raise ConfigError(f"{arg} is no setting. Write KEY=VALUE{hint}; --help lists the keys")
 
 
 def check_choices(args: list[str]) -> None:

@@ -61,9 +61,9 @@ def make_evaluator(config: TrainingRun) -> Evaluate:
                 try:
                     values, text = run_evaluator(name, eval_model, eval_config, heartbeat, shard)
                 except Exception as error:
-                    if name not in already_succeeded and isinstance(error, ConfigError):
-                        raise ConfigError(f"In train_evals: {error}") from error  # The message has an eval's keys.
                     if name not in already_succeeded:
+                        if isinstance(error, ConfigError):  # The message has an eval's keys.
+                            raise ConfigError(f"In train_evals: {error}") from error
                         raise
                     warnings.warn(f"evaluator {name}: {type(error).__name__}: {error}", stacklevel=2)
                     continue

@@ -286,7 +286,7 @@ def check_data_path(folder: str) -> None:
     )
     try:
         read_manifest(Path(folder))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
 
 
@@ -304,7 +304,7 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
     )
     try:
         tokens = TokenSet(folder, split, select_manifest(Path(folder), model.data_manifest))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"data_path={folder}: {error}") from error
     require_data_of_model(tokens, folder, config, model)
     return tokens

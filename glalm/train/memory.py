@@ -40,7 +40,7 @@ class ActivationBytes:
 
     per_token: float
     largest_per_token: float  # of the tensor that has most
-    fixed: float  # independent of the number of sequences: its weights in bfloat16
+    fixed: float  # independent of the number of sequences: its weights in bfloat16, and tables of positions
 
 
 def count_parameters(config: RunConfig) -> ParameterCounts:
@@ -124,10 +124,11 @@ def _blocks_bytes(config: RunConfig, plan: BatchPlan, bf16: bool, compiled: bool
         saved = measure(mixer, config.train)
         parts["activations"] += int(layers.count(mixer) * saved.per_token * tokens)
         # With checkpointing, the backward pass recomputes the activations of one block at a time.
-        recomputed = measure(mixer, TrainConfig()) if recomputes else None
+        present = measure(mixer, TrainConfig()) if recomputes else saved
+        recomputed = present.per_token if recomputes else 0
         # What it holds at once of each token: the gradients of SwiGLU, or of its largest product and of a factor.
-        gradients = max(swiglu_gradients, 2 * (recomputed or saved).largest_per_token)
-        backward = int(((recomputed.per_token if recomputed else 0) + gradients) * tokens)
+        gradients = max(swiglu_gradients, 2 * present.largest_per_token)
+        backward = int((recomputed + gradients) * tokens)
         parts["one block's backward"] = max(parts["one block's backward"], backward)
         gathered = gathered_channels(config.model, mixer) * (plan.context_parallel - 1) * width
         parts["gathered keys and values"] = max(parts["gathered keys and values"], 2 * gathered * tokens)

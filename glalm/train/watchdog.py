@@ -58,8 +58,8 @@ class Watchdog:
     Rank 0 ends the run if a process called neither for `hang_seconds`, if a process's thread is silent (the process was
     killed, or its machine is down), or if a process left the context by an exception. Then every process exits at once
     with WATCHDOG_EXIT_CODE, even from within a collective. If several processes hang, those in the earliest phase are
-    named, because the others wait for them. If rank 0 itself dies or hangs, the others notice that its store is gone or
-    does not change.
+    named, because the others wait for them, and before them any whose thread is silent. If rank 0 itself dies or hangs,
+    the others notice that its store is gone or does not change.
 
     Time in which a process was not scheduled (SIGSTOP, a suspended machine, a frozen container) does not count. A
     HangMonitor ends a process whose threads cannot run.
@@ -217,21 +217,22 @@ class Watchdog:
             for rank, seen in self._observations.items()
             if seen.status.failure
         ]
+        # The others may fail or hang because a process died, which takes a few intervals to notice.
+        silent = self._find_silent(5 * self.interval, self._observations)
         if failed:
-            # It may have failed because another process died, which takes a few intervals to notice.
             self._first_failure_at = self._first_failure_at or now
-            silent = self._find_silent(5 * self.interval, self._observations)
             is_clear = silent or now > self._first_failure_at + 8 * self.interval
             return "; ".join([*silent, *failed]) if is_clear else ""
-        if silent := self._find_silent(self.silence_limit, self._observations):
-            return "; ".join(silent)
+        if dead := self._find_silent(self.silence_limit, self._observations):
+            return "; ".join(dead)
         running = {rank: seen for rank, seen in self._observations.items() if not seen.status.is_done}
         earliest = min((seen.status.phases for seen in running.values()), default=0)
-        return "; ".join(
+        hanging = [
             f"rank {rank} hangs: {seen.status.phase} for {now - seen.progressed_at:.0f} s ({seen.status.process})"
             for rank, seen in running.items()
             if seen.status.phases == earliest and now - seen.progressed_at > self.hang_seconds
-        )
+        ]
+        return "; ".join([*silent, *hanging]) if hanging else ""
 
     def _find_silent(self, limit: float, ranks: Iterable[int]) -> list[str]:
         """Name those of `ranks` whose threads have been silent for more than `limit` seconds."""

@@ -325,11 +325,11 @@ def train_stopped(config: RunConfig) -> int:
 
 def test_ranks_that_are_stopped_together_go_on(run_config, change, tmp_path):
     """As the processes of a frozen container are, for twice hang_seconds."""
-    config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 3.0})
+    config = change(run_config, **{"train.micro_batch_size": 1, "train.guard.hang_seconds": 4.0})
     processes = start(train_stopped, config, log=tmp_path / "log", world=2)
     for process in processes:
         until(lambda pid=process.pid: is_stopped(pid))
-    time.sleep(6.0)
+    time.sleep(8.0)
     for process in processes:
         os.kill(process.pid, signal.SIGCONT)
     assert wait(processes) == [0, 0], [text(tmp_path / "log", rank) for rank in (0, 1)]

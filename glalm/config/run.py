@@ -357,11 +357,6 @@ class RunConfig:
                 for phase in self._stage_phases
             ]
         self._check_warmup()
-        first, last = self.train.profile_steps or (1, 1)
-        require(
-            first <= self.steps,
-            f"train.profile_steps=[{first},{last}] begins after the run's last step, {self.steps:,}; choose others",
-        )
         if self.train.tbptt_length is not None:
             self._check_tbptt(self.train.tbptt_length)
         if self.parallel.context > 1:

@@ -22,7 +22,7 @@ class Profiler:
         step: The last step before the loop.
 
     Raises:
-        ConfigError: train.memory_snapshot is set, but there is no GPU.
+        ConfigError: train.memory_snapshot is set, but there is no GPU. Or the run ends before train.profile_steps.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, rank: int, step: int):
@@ -30,6 +30,12 @@ class Profiler:
             device.type == "cuda" or not config.train.memory_snapshot, "train.memory_snapshot=true needs a CUDA device"
         )
         self.first_step, self.last_step = config.train.profile_steps or (0, -1)
+        # The number of steps is known once a resumed run has said which batches it had before.
+        require(
+            self.first_step <= config.steps,
+            f"train.profile_steps=[{self.first_step},{self.last_step}] begins after the run's last step, "
+            f"{config.steps:,}; choose others",
+        )
         self.memory_snapshot = config.train.memory_snapshot
         self.folder = config.folder / "profile"
         self.rank = rank

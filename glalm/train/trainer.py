@@ -98,6 +98,7 @@ def train(
         trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
         unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
         step = trainer.state.step
+        profiler = Profiler(config, accelerator.device, accelerator.process_index, step)  # It may refuse the config.
         with (
             run_dir.recorded_run(config, record, training.tokens),
             MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,
@@ -110,7 +111,7 @@ def train(
                 on_saved=lambda step: run_dir.record_saved_step(config.folder, record, step),
                 stage_ends=config.stage_ends,
             ) as saver,
-            Profiler(config, accelerator.device, accelerator.process_index, step) as profiler,
+            profiler,
         ):
             loop = TrainingLoop(
                 trainer,

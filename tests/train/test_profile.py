@@ -1,9 +1,11 @@
+import dataclasses
 import gzip
 import json
 
 import pytest
 import torch
 
+from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.train.profile import Profiler
 
@@ -33,6 +35,19 @@ def test_nothing_is_profiled_by_default(run_config):
     with Profiler(run_config, torch.device("cpu"), rank=0, step=0) as profiler:
         profiler.advance(1)
     assert not run_config.folder.exists()
+
+
+def test_steps_after_the_last_one_are_refused(run_config, change):
+    """Those of a run with smaller batches than now before it was resumed, and of one with stages, are not."""
+    late = change(run_config, **{"train.profile_steps": (7, 8)})
+    with pytest.raises(ConfigError, match=r"train\.profile_steps=\[7,8\] begins after the run's last step, 6; choose"):
+        Profiler(late, torch.device("cpu"), rank=0, step=0)
+    longer = change(late, train=dataclasses.replace(late.train, steps=None, tokens=6 * 4 * 16))
+    longer.resume_at(step=5, tokens=5 * 2 * 16, milestones=[(0, 0, 2, 16)])
+    Profiler(longer, torch.device("cpu"), rank=0, step=5)
+    stages = {"all": StageConfig(tokens=8 * 4 * 16)}
+    staged = change(late, train=dataclasses.replace(late.train, steps=None, stages=stages))
+    Profiler(staged, torch.device("cpu"), rank=0, step=0)
 
 
 def test_memory_snapshot_needs_a_gpu(run_config, change):

@@ -1,14 +1,20 @@
 """Profile some steps of a run: a trace of its operators and kernels, and a snapshot of the GPU's memory."""
 
+import logging
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from glalm.config.run import RunConfig
 from glalm.config.strict import require
 
+logger = logging.getLogger(__name__)
+
 
 class Profiler:
     """Record train.profile_steps on every process. Use it as a context manager around the training loop.
+
+    Rank 0 logs a warning if the run resumes after these steps.
 
     It writes into the run's folder:
 
@@ -30,12 +36,12 @@ class Profiler:
             device.type == "cuda" or not config.train.memory_snapshot, "train.memory_snapshot=true needs a CUDA device"
         )
         self.first_step, self.last_step = config.train.profile_steps or (0, -1)
+        steps = f"train.profile_steps=[{self.first_step},{self.last_step}]"
         # The number of steps is known once a resumed run has said which batches it had before.
-        require(
-            self.first_step <= config.steps,
-            f"train.profile_steps=[{self.first_step},{self.last_step}] begins after the run's last step, "
-            f"{config.steps:,}; choose others",
-        )
+        end = config.steps
+        require(self.first_step <= end, f"{steps} begins after the run's last step, {end:,}; choose others")
+        if rank == 0 and 0 < self.last_step <= step:
+            logger.warning(f"{steps} is over, as the run resumes after step {step:,}. To profile, choose later steps.")
         self.memory_snapshot = config.train.memory_snapshot
         self.folder = config.folder / "profile"
         self.rank = rank

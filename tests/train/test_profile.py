@@ -11,8 +11,10 @@ from glalm.train.profile import Profiler
 
 
 @pytest.mark.parametrize("start, recorded", [(0, 2), (3, 1), (4, 0)])
-def test_requested_steps_are_traced(run_config, change, start, recorded):
+def test_requested_steps_are_traced(run_config, change, caplog, start, recorded):
     config = change(run_config, **{"train.profile_steps": (3, 4)})
+    Profiler(config, torch.device("cpu"), rank=0, step=start)
+    assert ("train.profile_steps=[3,4] is over, as the run resumes after step 4" in caplog.text) == (recorded == 0)
     with Profiler(config, torch.device("cpu"), rank=1, step=start) as profiler:
         for step in range(start + 1, 7):
             torch.ones(4, 4) @ torch.ones(4, 4)

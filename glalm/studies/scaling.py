@@ -140,23 +140,24 @@ def measure_run(folder: Path) -> Measurement:
     """Return what the run in `folder` reached.
 
     Raises:
-        ConfigError: It is no run, it has not trained to its last step, or its loss is not finite there.
+        ConfigError: It is no run, it has not trained to its end, or its loss is not finite there.
     """
     record = read_json(folder / "run.json")
     require(record is not None, describe_missing_run(folder))
     assert record is not None
     config = build_dataclass(TrainingRun, record["config"])
     rows, _ = read_metrics(folder / "metrics.jsonl")
-    require(
-        bool(rows) and rows[-1]["step"] == config.steps,
-        f"{folder} has not trained to its last step, {config.steps}. To resume it: glalm train resume={folder}",
-    )
+    tokens = max(infer_tokens(rows), default=0)
+    # The batches, by which tokens take so many steps, may have been others before the run was resumed.
+    goal = config.train.tokens
+    is_complete = tokens >= goal if goal is not None else bool(rows) and rows[-1]["step"] == config.steps
+    require(is_complete, f"{folder} has not trained to its end. To resume it: glalm train resume={folder}")
     loss = rows[-1].get("val_loss")
     require(loss is not None, f"{folder} has diverged: its last validation loss is not finite. Leave it out")
     return Measurement(
         name=folder.name,
         parameters=count_without_embeddings(config.model),
-        tokens=infer_tokens(rows)[-1],
+        tokens=tokens,
         lr=config.optim.lr,
         loss=loss,
         vocab_size=config.model.vocab_size,

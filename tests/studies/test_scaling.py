@@ -1,7 +1,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from glalm.cli import compose_config
 from glalm.commands.studies import fit_scaling_law
 from glalm.config.strict import ConfigError
 from glalm.evals.options import TrainingRun
+from glalm.evals.result_files import write_json
 from glalm.model.decoder import CausalLM
 from glalm.studies import scaling
 from glalm.studies.scaling import (
@@ -171,6 +172,22 @@ def test_dial_refuses_what_has_no_sizes(change, named):
         compose_config(TrainingRun, "train", ["experiment=gla_dial", change])
 
 
+def test_a_run_ends_with_its_tokens_in_whatever_batches_it_read_them(run_config, change, monkeypatch):
+    """Four steps of 64 tokens, and four of 32 since the run was resumed, of which 12 would have its tokens."""
+    train = replace(run_config.train, steps=None, tokens=384, batch_size=2)
+    folder = change(run_config, train=train).folder
+    write_json(folder / "run.json", {"config": asdict(change(run_config, train=train))})
+    rows = [{"step": step, "tokens": 64 * min(step, 4) + 32 * max(step - 4, 0), "val_loss": 2.0} for step in range(9)]
+    monkeypatch.setattr(scaling, "describe_conditions", lambda folder, model: {})
+    for last in (7, 8):
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: last + 1]))
+        if last == 8:
+            assert (measure_run(folder).tokens, measure_run(folder).loss) == (384, 2.0)
+        else:
+            with pytest.raises(ConfigError, match="tiny has not trained to its end"):
+                measure_run(folder)
+
+
 @pytest.mark.slow
 def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys, tmp_path):
     """Three sizes fitted, a fourth predicted, and the file of the fit read again."""
@@ -195,7 +212,7 @@ def test_runs_are_measured_and_predicted(run_config, change, monkeypatch, capsys
     record = json.loads((unfinished.folder / "run.json").read_text())
     record["config"]["train"]["steps"] = 8
     (unfinished.folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="width_16 has not trained to its last step, 8"):
+    with pytest.raises(ConfigError, match="width_16 has not trained to its end"):
         measure_run(folders[0])
     # A diverged run has no loss in its last row.
     path = folders[1] / "metrics.jsonl"

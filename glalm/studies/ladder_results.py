@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,20 +154,20 @@ def build_row(runs: "list[LadderRun]") -> dict:
     """Return the row of a model at one learning rate.
 
     Perplexities and ratios are means over its seeds, by their logarithms; "sd" is the standard deviation of the seeds'
-    perplexities. tokens/s is the speed of a run while others share its GPU.
+    perplexities. tokens/s is the median of its runs' speeds, each while others share its GPU.
     """
     config = runs[0].config
     by_run = [describe_run(run) for run in runs]
     perplexities = [row["perplexity"] for row in by_run]
     shared = [name for name in (f"{n}x / 1x" for n in RATIOS) if all(name in row for row in by_run)]
-    metrics = [read_metrics(run.config.folder / "metrics.jsonl")[0] for run in runs]
+    speeds = [row["tokens/s"] for row in by_run if row["tokens/s"] is not None]
     row = {
         "model": runs[0].model,
         "lr": runs[0].lr,
         "parameters": by_run[0]["parameters"],
         "MFLOP/token": model_cost(config.model, config.data.seq_len).forward / 1e6,
         "tokens": by_run[0]["tokens"],
-        "tokens/s": median_training_speed(chain.from_iterable(metrics)),
+        "tokens/s": median(speeds) if speeds else None,
         "perplexity": math.exp(fmean(math.log(perplexity) for perplexity in perplexities)),
         "sd": stdev(perplexities) if len(perplexities) > 1 else None,
         "seeds": {str(row["seed"]): row["perplexity"] for row in by_run},

@@ -17,7 +17,7 @@ from glalm.compat.llama import convert_llama, load_llama
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.order import Order
-from glalm.data.shards import TokenSet, read_manifest
+from glalm.data.shards import TokenSet, read_manifest, require_set
 from glalm.hf import GLALMForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,8 @@ class LinearizeOptions:
                     f"--device {self.device} cannot be used here ({reason}). Choose cpu or cuda"
                 ) from error
         require(self.llama.is_dir(), f"{self.llama} is not a folder. Name one with a config.json and safetensors")
-        try:
-            if self.distil:
-                read_manifest(self.data)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--data {self.data}: {error}") from error
+        if self.distil:
+            require_set(f"--data {self.data}", self.data)
 
 
 def linearize_checkpoint(options: LinearizeOptions) -> None:

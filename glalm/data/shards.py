@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from glalm.config.strict import ConfigError
 from glalm.data.checksums import BLOCK, CheckedArray
 from glalm.data.files import DamagedFile, file_sha256, find_mismatch, open_utf8_name, read_json
 
@@ -242,6 +243,14 @@ def read_manifest(folder: Path, any_version: bool = False) -> dict:
     except DamagedFile as error:
         raise DamagedFile(f"{error}. {advice}") from error
     return manifest
+
+
+def require_set(argument: str, folder: Path) -> None:
+    """Raise ConfigError, beginning with what the user wrote for `folder`, if that has no manifest of a set."""
+    try:
+        read_manifest(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{argument}: {error}") from error
 
 
 def select_manifest(folder: Path, recorded: dict | None) -> dict:

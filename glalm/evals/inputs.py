@@ -18,7 +18,7 @@ from glalm.config.saved_run import suggest_run
 from glalm.config.strict import ConfigError, build_dataclass, require
 from glalm.data.files import file_sha256
 from glalm.data.loader import Windows
-from glalm.data.shards import TokenSet, read_manifest, select_manifest
+from glalm.data.shards import TokenSet, read_manifest, require_set, select_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.identity import TEXT_FILE
@@ -284,10 +284,7 @@ def check_data_path(folder: str) -> None:
         not Path(folder).is_file(),
         f"data_path={folder} is a file, not a folder of prepared data; to read it as it lies, write text={folder}",
     )
-    try:
-        read_manifest(Path(folder))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data_path={folder}: {error}") from error
+    require_set(f"data_path={folder}", Path(folder))
 
 
 def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:

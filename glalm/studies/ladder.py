@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from glalm.cli import CONFIGS, build_config, check_plugins, compose_config, launch_jobs
 from glalm.config.strict import ConfigError, RunError, check_overrides, require
-from glalm.data.shards import read_manifest
+from glalm.data.shards import read_manifest, require_set
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import load_results, read_json, write_json
 from glalm.launcher import register_launcher
@@ -164,12 +164,8 @@ def check_evaluation(config: EvalConfig) -> None:
         "perplexity" in config.evals,
         f"--eval evals=[{','.join(config.evals)}] lacks perplexity, by which the table is sorted. Add it",
     )
-    if config.data_path is None:
-        return
-    try:
-        read_manifest(Path(config.data_path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--eval data_path={config.data_path}: {error}") from error
+    if config.data_path is not None:
+        require_set(f"--eval data_path={config.data_path}", Path(config.data_path))
 
 
 def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:

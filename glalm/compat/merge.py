@@ -33,7 +33,7 @@ def merge_checkpoints(
 
     Raises:
         RunError: A checkpoint does not exist, is damaged, or is named twice; only one is named; the runs have different
-            models, tokenizers or random initial weights; or the shares do not fit.
+            models or tokenizers, or were trained independently; or the shares do not fit.
     """
     require_new_folder(out)
     paths = [find_checkpoint(run.resolve() / "checkpoints", name) for run in runs for name in names]
@@ -51,7 +51,7 @@ def merge_checkpoints(
         if differences := describe_differences(expected, describe_model(run)):
             lines = "\n  ".join(differences)
             raise RunError(f"{first} and {run} have different models, which cannot be averaged:\n  {lines}")
-    refuse_other_initial_weights(paths)
+    refuse_independent_runs(paths)
     parts = [share / max(shares) for share in shares]  # The sum of large numbers would overflow.
     normalized = {path: part / sum(parts) for path, part in zip(paths, parts, strict=True)}
     export_checkpoints(normalized, out, mixers, weights)
@@ -64,18 +64,18 @@ def describe_model(run: Path) -> dict:
     return flatten_tree({"model": config["model"]}) | {"tokenizer": tokenizer}
 
 
-def refuse_other_initial_weights(checkpoints: Iterable[Path]) -> None:
-    """Raise RunError if two runs began with different random weights, whose average is as bad as random weights."""
-    seeds: dict[int, Path] = {}
+def refuse_independent_runs(checkpoints: Iterable[Path]) -> None:
+    """Raise RunError if several runs began with random weights. Even of one seed, their average is worse than each."""
+    runs: dict[str, Path] = {}
     for path in checkpoints:
         run = path.parents[1]
-        config = read_json(run / RUN_RECORD, {"config": {"seed": int, "train": dict}})["config"]
-        if config["train"]["init_from"] is None and read_metadata(path)["resumed_from"] is None:
-            seeds.setdefault(config["seed"], run)
-    if len(seeds) > 1:
-        runs = ", ".join(f"{run} (seed={seed})" for seed, run in seeds.items())
+        config = read_json(run / RUN_RECORD, {"config": {"train": dict}})["config"]
+        metadata = read_metadata(path)
+        if config["train"]["init_from"] is None and metadata["resumed_from"] is None:
+            runs.setdefault(metadata["run"], run)
+    if len(runs) > 1:
         raise RunError(
-            f"These runs began with different random weights, so the average of their checkpoints is useless: {runs}. "
-            "Merge checkpoints of one run, or of runs that continue from one checkpoint (train.resume_from or "
-            "train.init_from)"
+            "These runs were trained independently, so the average of their checkpoints is useless: "
+            f"{', '.join(map(str, runs.values()))}. Merge checkpoints of one run, or of runs that continue from one "
+            "checkpoint (train.resume_from or train.init_from)"
         )

@@ -23,7 +23,7 @@ from glalm.data.shards import split_sha256
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator, missing_tasks
 from glalm.evals.identity import ResultIdentity
-from glalm.evals.inputs import check_data_path, open_eval_model, open_text
+from glalm.evals.inputs import check_data_path, open_eval_model, open_split, open_text
 from glalm.evals.options import EVALUATORS, EvalConfig
 from glalm.evals.plot import plot_training
 from glalm.evals.result_files import find_result, require_writable, save_result
@@ -48,7 +48,7 @@ def evaluate(config: EvalConfig) -> dict[str, str]:
         The identity of each evaluator's result, {evaluator: ResultIdentity.digest}, by which its file is found.
 
     Raises:
-        ConfigError: The model cannot be opened, or `config.text` or `config.data_path` not be read.
+        ConfigError: The model cannot be opened, or it cannot read `config.text` or `config.data_path`.
         RunError: After the last evaluator, where one failed.
     """
     # What is wrong with the text is said once, and not by each evaluator.
@@ -73,6 +73,8 @@ def evaluate(config: EvalConfig) -> dict[str, str]:
     )
     if config.text is not None:
         open_text(config, model)
+    elif config.data_path is not None:
+        open_split(config, model, "validation")
     identities, failures = run_evaluators(model, config, console, shard)
     if rank == 0 and (model.output_folder / "metrics.jsonl").exists():
         draw_training(model.output_folder, console)

@@ -26,7 +26,7 @@ from glalm.evals.options import TrainingRun
 from glalm.train import parallel
 from glalm.train.checkpoint import CheckpointSaver
 from glalm.train.collectives import max_over_processes
-from glalm.train.state import BatchPlan, TrainState
+from glalm.train.state import TrainState, plan_batches
 from glalm.train.trainer import Trainer
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,7 +73,7 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
     overrides = [f"model={args.model}", "optim=adamw", "train.steps=1000", "train.compile=false", *batch, *args.set]
     config = compose_config(TrainingRun, "train", overrides)
     accelerator = parallel.start_processes(config)
-    return Trainer(config, BatchPlan.from_config(config, WORLD), accelerator)
+    return Trainer(config, plan_batches(config, WORLD), accelerator)
 
 
 def measure_saves(

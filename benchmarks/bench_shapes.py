@@ -20,7 +20,7 @@ from glalm.config.run import RunConfig
 from glalm.evals.options import TrainingRun
 from glalm.train import parallel
 from glalm.train.environment import describe_environment
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 TINY = {"model": "gla_tiny", "lengths": [32, 64], "step_tokens": 128}
@@ -65,7 +65,7 @@ def main() -> None:
         args = parser.parse_args()
     config = compose_run_config(args)
     accelerator = parallel.start_processes(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    trainer = Trainer(config, plan_batches(config, accelerator.num_processes), accelerator)
     print(f"{args.model}, {args.step_tokens:,} tokens a step, {describe_environment()['versions']}")
     print("| sequences x tokens | first step, s | later steps, s | once, s |\n|-|-|-|-|")
     for phase in config.phases:

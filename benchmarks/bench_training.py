@@ -51,7 +51,7 @@ from glalm.model.mixers.attention import attention_heads
 from glalm.train import optim, parallel
 from glalm.train.environment import describe_environment, peak_flops
 from glalm.train.memory import GIB, estimate_memory
-from glalm.train.state import BatchPlan
+from glalm.train.state import BatchPlan, plan_batches
 from glalm.train.trainer import Trainer
 
 
@@ -105,7 +105,7 @@ def glalm(row: Row, arguments: argparse.Namespace) -> tuple[RunConfig, Callable[
     """Return the config of a run, and a function that trains one step on token ids [batch, T + 1] for the loss."""
     config = compose_run_config(row, "gla", arguments.set, arguments.accumulation)
     accelerator = parallel.start_processes(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    trainer = Trainer(config, plan_batches(config, accelerator.num_processes), accelerator)
 
     def step(ids: Tensor) -> Tensor:
         return trainer.step({"input_ids": ids[:, :-1], "labels": ids[:, 1:]}).loss

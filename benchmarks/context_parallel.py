@@ -141,7 +141,7 @@ def measure_steps(mixer: str, sizes: dict, T: int, steps: int) -> dict:
     )
     accelerator = parallel.start_processes(config)
     plan = BatchPlan.from_config(config, WORLD)
-    trainer = Trainer(config, plan, accelerator)
+    trainer = Trainer(config, [plan], accelerator)
     tokens = torch.randint(VOCABULARY, (1, T + 1), generator=torch.Generator().manual_seed(0))
     shard = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
     if trainer.context is not None:

@@ -50,7 +50,7 @@ from glalm.launcher import visible_gpus
 from glalm.train import optim, parallel, run_dir
 from glalm.train.environment import describe_environment
 from glalm.train.init_weights import build_initial_model
-from glalm.train.state import BatchPlan
+from glalm.train.state import BatchPlan, plan_batches
 from glalm.train.trainer import Trainer, split_batch
 
 NUDGE = 1e-6  # relative to each weight: about eight units in the last place of float32
@@ -95,7 +95,7 @@ def train_glalm(
 ) -> Iterator[Tensor]:
     """Train as `glalm train` does, from the weights in `folder`, and yield the loss of every update."""
     config.train.init_from = str(folder)
-    trainer = Trainer(config, BatchPlan.from_config(config, 1), accelerator)
+    trainer = Trainer(config, plan_batches(config, 1), accelerator)
     for batch in batches:
         yield trainer.step(batch).loss
 

@@ -341,10 +341,10 @@ def describe_host_memory(config: RunConfig, world_size: int, weights: int, check
     )
 
 
-def explain_out_of_memory(config: RunConfig, plan: BatchPlan) -> str:
-    """Return an error message for a run whose GPU is out of memory."""
+def explain_out_of_memory(config: RunConfig, world_size: int) -> str:
+    """Return an error message for a run of `world_size` processes whose GPU is out of memory."""
     gpu = current_device()
-    parts, estimate = _estimate_memory_of_run(phase_costs(config, plan.world_size), gpu)
+    parts, estimate = _estimate_memory_of_run(phase_costs(config, world_size), gpu)
     graphs = ""
     if "validation" in parts:
         graphs = " If that happened between steps, train.cuda_graph=false lets validation use the memory of steps."

@@ -78,13 +78,13 @@ def train(
     if config.train.dry_run:
         return dry_run(config)
     accelerator = parallel.start_processes(config)
-    plan = _plan_run(config, accelerator)
+    plans = check_devices_and_plan_batches(config, accelerator)
     training, validation = run_dir.open_data(config)
     with (
         StopSignal() as stop,
         run_dir.open_run_dir(config.folder) as lock,
         Watchdog(config.train.guard.hang_seconds, config.folder) as watchdog,
-        _explain_errors(config, plan),
+        _explain_errors(config, accelerator.num_processes),
     ):
         record = run_dir.prepare_run_record(config, training.tokens)
         checkpoint = run_dir.find_resume_checkpoint(config, record)
@@ -95,7 +95,7 @@ def train(
             "resumed_from": run_dir.resolve_resume_path(config) or saved.get("resumed_from"),
             "versions": record["versions"],
         }
-        trainer = Trainer(config, plan, accelerator, from_scratch=checkpoint is None)
+        trainer = Trainer(config, plans, accelerator, from_scratch=checkpoint is None)
         unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
         step = trainer.state.step
         profiler = Profiler(config, accelerator.device, accelerator.process_index, step)  # It may refuse the config.
@@ -130,26 +130,25 @@ def train(
             return loop.fit()
 
 
-def _plan_run(config: RunConfig, accelerator: Accelerator) -> BatchPlan:
-    """Return how the batch is divided. Raise ConfigError if the devices cannot train one of the run's phases."""
-    plan = BatchPlan.from_config(config, accelerator.num_processes)
+def check_devices_and_plan_batches(config: RunConfig, accelerator: Accelerator) -> list[BatchPlan]:
+    """Return the plans of `plan_batches`. Raise ConfigError if the devices cannot train one of the run's phases."""
     plans = plan_batches(config, accelerator.num_processes)
     is_gpu = accelerator.device.type == "cuda"
     list_forward_shapes(config, plans, is_gpu)  # Raises for too many shapes of compiled blocks.
-    is_captured(config, plan.world_size, is_gpu)  # Raises if train.cuda_graph=true cannot be done.
+    is_captured(config, accelerator.num_processes, is_gpu)  # Raises if train.cuda_graph=true cannot be done.
     if config.train.float8:
-        for phase_plan in plans:
-            check_float8_support(phase_plan, accelerator.device)
-    return plan
+        for plan in plans:
+            check_float8_support(plan, accelerator.device)
+    return plans
 
 
 @contextmanager
-def _explain_errors(config: RunConfig, plan: BatchPlan) -> Iterator[None]:
+def _explain_errors(config: RunConfig, world_size: int) -> Iterator[None]:
     """Turn errors of the device and of the data into RunErrors that say what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(explain_out_of_memory(config, plan)) from error
+        raise RunError(explain_out_of_memory(config, world_size)) from error
     except DamagedData as error:
         raise RunError(
             f"data.path={config.data.path}: {error}. Prepare the data again, then run the same command to resume."
@@ -171,33 +170,32 @@ class Trainer:
 
     Args:
         config: The run's config.
-        plan: How the batch is divided. That of a run's stages follows from it.
+        plans: How the batch of each phase of the run is divided, by `plan_batches`.
         accelerator: The process's device, autocast and reductions.
         from_scratch: Whether training starts from the initial weights. If not, a checkpoint is loaded into `state`, and
             train.init_from is not read.
 
     Attributes:
         state: What steps change and checkpoints hold.
-        plan: How the batch of the newest step is divided.
+        plan: How the batch of the newest step is divided. Before the first step, that of the first phase.
         module: `state.model`, wrapped or sharded for training.
         context: Which shard of its sequences this process has, if several share them (parallel.context), else None.
         graph: Runs micro-batches as CUDA graphs, or None (train.cuda_graph).
     """
 
-    def __init__(self, config: RunConfig, plan: BatchPlan, accelerator: Accelerator, from_scratch: bool = True):
+    def __init__(self, config: RunConfig, plans: list[BatchPlan], accelerator: Accelerator, from_scratch: bool = True):
         self.config = config
-        self.plan = plan
-        self.validation_plan = plan
-        self.plans = [plan] if config.train.stages is None else plan_batches(config, plan.world_size)
+        self.plans = plans
+        self.plan = plans[0]
         self.accelerator = accelerator
-        self.context = parallel.find_context_shard(plan.context_parallel, accelerator.device)
+        self.context = parallel.find_context_shard(config.parallel.context, accelerator.device)
         model = build_initial_model(config, from_scratch).to(accelerator.device)
         if config.train.float8:
             convert_to_float8(model)
         apply_training_forward(model, config.train, accelerator.device)
         self.module = parallel.parallelize_model(model, config, accelerator)
         self.graph: StepGraph | None = None
-        if is_captured(config, plan.world_size, accelerator.device.type == "cuda"):
+        if is_captured(config, accelerator.num_processes, accelerator.device.type == "cuda"):
             capture = GraphCapture(accelerator.device)
             self.graph = StepGraph(model.parameters(), capture, is_required=config.train.cuda_graph is True)
         self.guard = UpdateGuard(config.train.guard, accelerator.device)
@@ -339,12 +337,13 @@ class Trainer:
                 yield self._take_share(batch, plan.segment_length)
 
     def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:
-        """Yield this process's share of the validation windows, in micro-batches."""
+        """Yield this process's share of the validation windows, with at most the tokens of a micro-batch at once."""
+        most_tokens = max(plan.micro_batch * plan.seq_len for plan in self.plans)
         stream = sequential_batches(
             windows,
-            self.validation_plan.micro_batch,
-            rank=self.accelerator.process_index // self.validation_plan.context_parallel,
-            world_size=self.validation_plan.data_parallel,
+            max(1, most_tokens // windows.length),
+            rank=self.accelerator.process_index // self.plan.context_parallel,
+            world_size=self.plan.data_parallel,
             limit=self.config.train.eval_sequences,
         )
         for batch in stream:

@@ -28,7 +28,7 @@ from glalm.train.checkpoint import CheckpointSaver, latest_checkpoint, load_trai
 from glalm.train.hang_monitor import is_stopped
 from glalm.train.optim import learning_rate
 from glalm.train.run_lock import RunLock
-from glalm.train.state import BatchPlan, TrainState
+from glalm.train.state import TrainState, plan_batches
 from glalm.train.trainer import train
 from glalm.train.watchdog import WATCHDOG_EXIT_CODE
 
@@ -392,8 +392,8 @@ def load_and_save(saved: str, folder: str, config: RunConfig) -> int:
     """Load a checkpoint into a model with other weights on every rank, and save it as step_7."""
     accelerator = parallel.start_processes(config)
     torch.manual_seed(accelerator.process_index)
-    plan = BatchPlan.from_config(config, accelerator.num_processes)
-    state = trainer.Trainer(dataclasses.replace(config, seed=99), plan, accelerator).state
+    plans = plan_batches(config, accelerator.num_processes)
+    state = trainer.Trainer(dataclasses.replace(config, seed=99), plans, accelerator).state
     load_train_state(Path(saved), state, seed=1)
     state.step = 7
     save(Path(folder), state)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from glalm.config.run import RunConfig
 from glalm.config.stages import StageConfig
 from glalm.train import parallel, trainer
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def config(run_config, change) -> RunConfig:
 def build_trainer(config: RunConfig) -> Trainer:
     torch.manual_seed(0)
     accelerator = parallel.start_processes(config)
-    return Trainer(config, BatchPlan.from_config(config, 1), accelerator)
+    return Trainer(config, plan_batches(config, 1), accelerator)
 
 
 def batch(step: int, rows: int = ROWS, length: int = T) -> dict[str, torch.Tensor]:

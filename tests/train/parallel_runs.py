@@ -19,7 +19,7 @@ from glalm.config.strict import build_dataclass
 from glalm.train import parallel
 from glalm.train.collectives import max_over_processes
 from glalm.train.run_dir import open_data
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> dict:
     torch._dynamo.reset()
     accelerator = parallel.start_processes(config)
     windows, validation = open_data(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    trainer = Trainer(config, plan_batches(config, accelerator.num_processes), accelerator)
     losses = []
     norms = []
     for batch in trainer.iterate_batches(windows):

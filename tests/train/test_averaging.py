@@ -23,7 +23,7 @@ from glalm.train import parallel
 from glalm.train.averaging import WeightAverage
 from glalm.train.checkpoint import CheckpointError, load_model, verify_checkpoint
 from glalm.train.run_dir import open_data
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer, train
 
 
@@ -85,7 +85,7 @@ def test_training_averages_the_weights_after_each_step(run_config, change, mode)
     config = change(run_config, **{"train.ema_decay": 0.7, "parallel.mode": mode, "train.steps": 4})
     accelerator = parallel.start_processes(config)
     windows, validation = open_data(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, 1), accelerator)
+    trainer = Trainer(config, plan_batches(config, 1), accelerator)
     average = trainer.state.average
     seen = []
     for batch in trainer.iterate_batches(windows):

@@ -19,7 +19,7 @@ from glalm.model.decoder import CausalLM
 from glalm.train import parallel, trainer
 from glalm.train.checkpoint import latest_checkpoint
 from glalm.train.parallel import check_devices, has_fp32_parameters, is_launched, refuse_launcher_settings
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_gradients_are_reduced_once_per_step(config, change, monkeypatch):
     config = change(config, **given)
     has_gradients = []
     accelerator = parallel.start_processes(config)
-    sharded = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    sharded = Trainer(config, plan_batches(config, accelerator.num_processes), accelerator)
 
     no_sync_unless = parallel.no_sync_unless
 

@@ -37,7 +37,6 @@ from glalm.train.estimate import (
 )
 from glalm.train.memory import GIB, count_parameters, estimate_memory
 from glalm.train.run_dir import open_data
-from glalm.train.state import BatchPlan
 from glalm.train.trainer import train
 from glalm.train.training_data import TrainingData
 
@@ -271,12 +270,12 @@ def test_dry_run_names_the_vocabulary_of_the_data_or_its_assumption(run_config, 
 def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeypatch):
     monkeypatch.setattr(estimate_module, "current_device", lambda: H200)
     run_config.train.compile = False
-    message = explain_out_of_memory(run_config, BatchPlan.from_config(run_config, 1))
+    message = explain_out_of_memory(run_config, 1)
     assert message.startswith("NVIDIA H200 with 140.0 GiB is out of memory. The estimate was 0.0 GiB per process: ")
     assert "train.micro_batch_size" in message
     for graph in (False, "auto"):
         run_config.train.cuda_graph = graph
-        message = explain_out_of_memory(run_config, BatchPlan.from_config(run_config, 1))
+        message = explain_out_of_memory(run_config, 1)
         assert ("If that happened between steps, train.cuda_graph=false" in message) == (graph == "auto")
 
 

@@ -17,7 +17,7 @@ import torch
 from glalm.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
 from glalm.model.config import ModelConfig
 from glalm.train import parallel
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -48,7 +48,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 def curve() -> dict[str, list[float]]:
     run = config()
     accelerator = parallel.start_processes(run)
-    trainer = Trainer(run, BatchPlan.from_config(run, accelerator.num_processes), accelerator)
+    trainer = Trainer(run, plan_batches(run, accelerator.num_processes), accelerator)
     found = {"loss": [], "grad_norm": []}
     for step in range(1, STEPS + 1):
         result = trainer.step(batch(step))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from glalm.data.loader import Windows
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet
 from glalm.prepare.pipeline import prepare_data
-from glalm.train import trainer
+from glalm.train import parallel, trainer
+from glalm.train.state import plan_batches
 
 STABLE = StageConfig(tokens=192, schedule="constant")  # three steps of 4 windows of 16 tokens
 DECAY = StageConfig(  # three steps of 2 windows of 48 tokens
@@ -163,6 +165,19 @@ def test_each_step_reads_the_windows_of_its_stage(staged, two_sources, monkeypat
     for found, batch in zip(batches, expected, strict=True):
         assert found.keys() == batch.keys()
         assert all(torch.equal(found[name], batch[name]) for name in batch)
+
+
+def test_a_batch_that_no_stage_has_need_not_be_divisible(staged, change):
+    """Validation reads as many windows of 16 tokens at once as have the tokens of a micro-batch of 2 x 48."""
+    stages = {"stable": dataclasses.replace(STABLE, batch_size=3), "decay": dataclasses.replace(DECAY, batch_size=6)}
+    others = {"train.batch_size": 4, "train.micro_batch_size": None, "train.eval_sequences": 18}
+    config = in_stages(change(staged, **others), **stages)
+    assert [plan.micro_batch for plan in plan_batches(config, 3)] == [1, 2]
+    accelerator = parallel.start_processes(config)
+    plans = trainer.check_devices_and_plan_batches(config, SimpleNamespace(num_processes=3, device=accelerator.device))
+    training = trainer.Trainer(config, plans, accelerator)
+    batches = training.iterate_validation_batches(Windows(TokenSet(config.data.path, "train"), 16))
+    assert next(batches)["labels"].shape == (6, 16)
 
 
 def test_metrics_count_tokens_of_stages_and_sources_and_end_each_stage_with_a_validation(staged):

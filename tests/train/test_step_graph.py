@@ -19,7 +19,7 @@ from glalm.config.stages import StageConfig
 from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.train import parallel, trainer
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.step_graph import MIN_FREE_SHARE, StepGraph, is_captured
 from glalm.train.trainer import Trainer
 
@@ -101,7 +101,7 @@ class ReplayedCapture:
 def build_trainer(config: RunConfig, graph: bool, is_required: bool = True, **capture) -> Trainer:
     torch.manual_seed(0)
     accelerator = parallel.start_processes(config)
-    built = Trainer(config, BatchPlan.from_config(config, 1), accelerator)
+    built = Trainer(config, plan_batches(config, 1), accelerator)
     if graph:
         parameters = list(built.state.model.parameters())
         built.graph = StepGraph(parameters, ReplayedCapture(parameters, **capture), is_required)

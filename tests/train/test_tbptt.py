@@ -7,7 +7,7 @@ from glalm.config.run import RunConfig
 from glalm.config.strict import ConfigError
 from glalm.model.decoder import CausalLM
 from glalm.train import parallel
-from glalm.train.state import BatchPlan
+from glalm.train.state import plan_batches
 from glalm.train.trainer import Trainer
 
 T, SEGMENT, ROWS = 32, 8, 4
@@ -55,7 +55,7 @@ def build_model(config: RunConfig) -> CausalLM:
 def trained(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and gradients of one step."""
     accelerator = parallel.start_processes(config)
-    trainer = Trainer(config, BatchPlan.from_config(config, accelerator.num_processes), accelerator)
+    trainer = Trainer(config, plan_batches(config, accelerator.num_processes), accelerator)
     trainer.module = build_model(config)
     loss = trainer.accumulate_gradients(batch())
     return loss.item(), {name: p.grad for name, p in trainer.module.named_parameters()}

@@ -9,7 +9,7 @@ from glalm.model.decoder import model_cost
 from glalm.train import throughput
 from glalm.train.environment import describe_commit, describe_environment, peak_flops
 from glalm.train.parallel import start_processes
-from glalm.train.state import BatchPlan
+from glalm.train.state import BatchPlan, plan_batches
 from glalm.train.throughput import ThroughputMeter
 from glalm.train.trainer import Trainer
 
@@ -45,7 +45,7 @@ def test_speed_and_mfu(run_config, monkeypatch):
 def test_tokens_continue_from_those_of_the_checkpoint(run_config):
     """If the batch size has changed since, a step adds the tokens of its own batch."""
     accelerator = start_processes(run_config)
-    trainer = Trainer(run_config, BatchPlan.from_config(run_config, 1), accelerator)
+    trainer = Trainer(run_config, plan_batches(run_config, 1), accelerator)
     trainer.state.step = 2
     trainer.state.tokens = 100
     ids = torch.ones(4, 16, dtype=torch.int64)
@@ -57,8 +57,8 @@ def test_tokens_continue_from_those_of_the_checkpoint(run_config):
 def test_state_dict_of_one_trainer_makes_another_equal(run_config, change):
     """Its next step is the same, with the moments, the guard and the random states."""
     accelerator = start_processes(run_config)
-    plan = BatchPlan.from_config(run_config, 1)
-    one, other = (Trainer(change(run_config, seed=seed), plan, accelerator) for seed in (1, 2))
+    plans = plan_batches(run_config, 1)
+    one, other = (Trainer(change(run_config, seed=seed), plans, accelerator) for seed in (1, 2))
     ids = torch.arange(64).view(4, 16)
     batch = {"input_ids": ids, "labels": ids}
     one.step(batch)

@@ -15,6 +15,7 @@ from glalm.config.run import OptimConfig, RunConfig, TrainConfig, describe_diffe
 from glalm.config.strict import ConfigError, build_dataclass, check_overrides, default_tree, flatten_tree
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, TrainEvalsConfig, TrainingRun
 from glalm.model.config import ModelConfig
+from glalm.train.optim import learning_rate
 from glalm.train.state import BatchPlan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -398,6 +399,19 @@ def test_stages_that_do_not_fit_are_refused(changes, message):
     train = {"steps": None, "tokens": 10**9, "batch_size": 4, "stages": stages} | changes.get("train", {})
     with pytest.raises(ConfigError, match=message):
         build_dataclass(RunConfig, {"train": train})
+
+
+def test_batches_and_segments_must_fit_the_windows_of_stages_and_not_those_of_validation():
+    """Steps of the two pieces have 3 x 2048 and 2 x 3072 tokens. Without schedules they would have 6144 as well."""
+    stages = {"all": {"tokens": 1.0, "seq_len_schedule": [[0, 2048], [0.5, 3072]]}}
+    train = {"steps": None, "tokens": 6144 * 100, "batch_size": None, "batch_tokens": 6144, "stages": stages}
+    tree = {"train": train | {"tbptt_length": 1024}, "optim": {"schedule": "wsd", "warmup_steps": 2, "lr": 1.0}}
+    for length in (500, 10_000):
+        config = build_dataclass(RunConfig, tree | {"data": {"seq_len": length}})
+        assert [(phase.config.batch_size, phase.lr_factor) for phase in config.phases] == [(3, 1.0), (2, 1.0)]
+        assert [learning_rate(step, config) for step in (2, 80, 100)] == pytest.approx([1.0, 1.0, 3e-5])
+    with pytest.raises(ConfigError, match=r"parallel\.context=2 does not divide data\.seq_len=501"):
+        build_dataclass(RunConfig, tree | {"data": {"seq_len": 501}, "parallel": {"context": 2}})
 
 
 def test_shares_and_numbers_of_tokens_give_the_same_stages():

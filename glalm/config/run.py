@@ -344,21 +344,16 @@ class RunConfig:
         self._stage_phases: list[Phase] | None = None
         self.resume_at(step=0, tokens=0)
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}")
-        tokens = self.train.batch_tokens
-        require(
-            tokens is None or tokens % self.data.seq_len == 0,
-            f"train.batch_tokens={tokens} is not a multiple of data.seq_len={self.data.seq_len}; set "
-            f"train.batch_tokens={self.data.seq_len * max(1, round((tokens or 0) / self.data.seq_len))}",
-        )
-        if self.train.stages is not None:
+        if self.train.stages is None:
+            self._check_batch()
+        else:
+            # The config of each phase checks the batch and the segments that the phase has.
             self._stage_phases = plan_phases(self)
             self.milestones = [
                 Milestone(phase.start_step, phase.start_tokens, phase.config.batch_size, phase.config.data.seq_len)
                 for phase in self._stage_phases
             ]
         self._check_warmup()
-        if self.train.tbptt_length is not None:
-            self._check_tbptt(self.train.tbptt_length)
         if self.parallel.context > 1:
             self._check_context(self.parallel.context)
 
@@ -382,7 +377,16 @@ class RunConfig:
             "or train longer",
         )
 
-    def _check_tbptt(self, length: int) -> None:
+    def _check_batch(self) -> None:
+        tokens = self.train.batch_tokens
+        require(
+            tokens is None or tokens % self.data.seq_len == 0,
+            f"train.batch_tokens={tokens} is not a multiple of data.seq_len={self.data.seq_len}; set "
+            f"train.batch_tokens={self.data.seq_len * max(1, round((tokens or 0) / self.data.seq_len))}",
+        )
+        length = self.train.tbptt_length
+        if length is None:
+            return
         require(
             length > 0 and self.data.seq_len % length == 0,
             f"train.tbptt_length={length} does not divide data.seq_len={self.data.seq_len}; "
@@ -401,8 +405,10 @@ class RunConfig:
 
     def _check_context(self, processes: int) -> None:
         self.model.check_context_support(f"parallel.context={processes}")
-        length = self.train.tbptt_length or self.data.seq_len
-        key = "data.seq_len" if self.train.tbptt_length is None else "train.tbptt_length"
+        # The windows of stages are checked with their phases, and those of validation are not cut into segments.
+        segment = self.train.tbptt_length if self.train.stages is None else None
+        length = segment or self.data.seq_len
+        key = "data.seq_len" if segment is None else "train.tbptt_length"
         require(
             length % processes == 0,
             f"parallel.context={processes} does not divide {key}={length}; {describe_divisors(length)}",

@@ -197,7 +197,7 @@ def plan_phases(config: "RunConfig") -> list[Phase]:
     stages = config.train.stages or {}
     for name, end_tokens in _count_end_tokens(config.train).items():
         exponent = BATCH_EXPONENTS[stages[name].batch_rule]
-        usual_batch = _build_phase_config(config, name).tokens_per_step
+        usual_tokens = _count_usual_tokens(config, stages[name])
         for piece in _list_pieces(config, name, stage_start, end_tokens):
             phase_config = _build_phase_config(config, name, piece)
             steps = -((tokens - piece.end_tokens) // phase_config.tokens_per_step)
@@ -208,12 +208,21 @@ def plan_phases(config: "RunConfig") -> list[Phase]:
                 "more tokens, or smaller batches to it and to what is before",
             )
             phase_config.train.steps = steps
-            lr_factor = (phase_config.tokens_per_step / usual_batch) ** exponent
+            lr_factor = (phase_config.tokens_per_step / usual_tokens) ** exponent
             phases.append(Phase(name, step, step + steps, tokens, phase_config, lr_factor))
             tokens += phases[-1].tokens
             step += steps
         stage_start = end_tokens
     return phases
+
+
+def _count_usual_tokens(config: "RunConfig", stage: StageConfig) -> int:
+    """Return the tokens of a step that a stage would have without schedules."""
+    batch = config.train if stage.batch_size is None and stage.batch_tokens is None else stage
+    if batch.batch_tokens is not None:
+        return batch.batch_tokens
+    assert batch.batch_size is not None
+    return batch.batch_size * (stage.seq_len or config.data.seq_len)
 
 
 @dataclass(frozen=True)
@@ -271,13 +280,13 @@ def _count_end_tokens(train: "TrainConfig") -> dict[str, int]:
     return ends
 
 
-def _build_phase_config(config: "RunConfig", name: str, piece: Piece | None = None) -> "RunConfig":
-    """Return the config of a stage, or of a piece of it. The number of its steps is not yet known."""
+def _build_phase_config(config: "RunConfig", name: str, piece: Piece) -> "RunConfig":
+    """Return the config of a piece of a stage. The number of its steps is not yet known."""
     assert config.train.stages is not None
     stage = config.train.stages[name]
-    if piece is not None and piece.batch_tokens is not None:
+    if piece.batch_tokens is not None:
         stage = dataclasses.replace(stage, batch_size=None, batch_tokens=piece.batch_tokens)
-    if piece is not None and piece.seq_len is not None:
+    if piece.seq_len is not None:
         stage = dataclasses.replace(stage, seq_len=piece.seq_len)
     data: dict[str, Any] = {"seq_len": stage.seq_len, "weights": stage.weights}
     data["document_boundaries"] = stage.document_boundaries

@@ -132,9 +132,10 @@ def _schedule_fraction(step: int, config: RunConfig) -> float:
     optim = config.optim
     is_warmup = step <= config.warmup_steps
     by_tokens = optim.warmup_tokens is not None if is_warmup else config.train.steps is None
-    # How far the run is after these steps: the steps themselves, or their tokens in units of the current batch.
+    # How far the run is after these steps: the steps themselves, or their tokens in units of the last batch.
     steps = (step, config.warmup_steps, config.steps)
-    now, warmup, end = (config.tokens_at(n) / config.tokens_per_step if by_tokens else n for n in steps)
+    unit = config.phases[-1].config.tokens_per_step
+    now, warmup, end = (config.tokens_at(n) / unit if by_tokens else n for n in steps)
     if is_warmup:
         return now / warmup
     if optim.schedule == "wsd":

@@ -119,7 +119,7 @@ def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
         hours = sum(cost.flops for cost in costs) / (peak * average_mfu(costs, device)[0]) / 3600
     elif not device.is_gpu and count_parameters(config).total <= MAX_TIMED_PARAMETERS:
         hours = measure_cpu_hours(costs)
-    return hours, sum(_estimate_memory_of_run(costs, device)[0].values())
+    return hours, sum(_estimate_memory_of_run(config, costs, device)[0].values())
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def describe_resources(
         speed = f"{tokens / hours / 3600:,.0f} tokens/s, which a few batches took now on this machine"
         time_needed = f"{format_hours(hours)}, at {speed}"
     yield f"time          {time_needed}"
-    parts, description = _estimate_memory_of_run(costs, device)
+    parts, description = _estimate_memory_of_run(config, costs, device)
     yield f"memory        {description}"
     if sum(parts.values()) > USABLE_MEMORY * device.memory:
         yield f"WARNING: more than the {device.memory / GIB:.1f} GiB of {device.name}. {advise_memory(config)}"
@@ -344,7 +344,7 @@ def describe_host_memory(config: RunConfig, world_size: int, weights: int, check
 def explain_out_of_memory(config: RunConfig, world_size: int) -> str:
     """Return an error message for a run of `world_size` processes whose GPU is out of memory."""
     gpu = current_device()
-    parts, estimate = _estimate_memory_of_run(phase_costs(config, world_size), gpu)
+    parts, estimate = _estimate_memory_of_run(config, phase_costs(config, world_size), gpu)
     graphs = ""
     if "validation" in parts:
         graphs = " If that happened between steps, train.cuda_graph=false lets validation use the memory of steps."
@@ -431,17 +431,16 @@ def _local_world_size(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, 8)))
 
 
-def _estimate_memory_of_run(costs: list[PhaseCost], device: Device) -> tuple[dict[str, int], str]:
+def _estimate_memory_of_run(config: RunConfig, costs: list[PhaseCost], device: Device) -> tuple[dict[str, int], str]:
     """Return the bytes on each device at the peak of a run, by part, and a description of them."""
     # The phase whose forward passes have the most tokens has the largest activations.
     largest = max(costs, key=lambda cost: cost.plan.micro_batch * cost.plan.shard_length)
-    config = largest.phase.config
     plan = largest.plan
     bf16 = device.bf16 and config.train.precision != "fp32"
     compiled = is_compiled(config.train, device.is_gpu)
     captured = is_captured(config, plan.world_size, device.is_gpu)
     local = _local_world_size(plan.world_size)
-    parts = estimate_memory(config, plan, local, bf16, compiled, captured, device.is_gpu)
+    parts = estimate_memory(largest.phase.config, plan, local, bf16, compiled, captured, device.is_gpu)
     where = f" in stage {largest.phase.stage}" if largest.phase.stage else ""
     each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
     return parts, f"{sum(parts.values()) / GIB:.1f} GiB per process{where}: {each}"

@@ -279,6 +279,16 @@ def test_out_of_memory_names_the_estimate_and_what_to_change(run_config, monkeyp
         assert ("If that happened between steps, train.cuda_graph=false" in message) == (graph == "auto")
 
 
+def test_graphs_take_memory_only_if_all_stages_can_have_them(run_config, monkeypatch):
+    monkeypatch.setattr(estimate_module, "current_device", lambda: H200)
+    stages = {"one": StageConfig(tokens=640), "two": StageConfig(tokens=640)}
+    for boundaries in ("ignore", "reset_state"):
+        stages["two"].document_boundaries = boundaries
+        train = dataclasses.replace(run_config.train, steps=None, stages=stages, compile=False)
+        message = explain_out_of_memory(dataclasses.replace(run_config, train=train), 1)
+        assert ("train.cuda_graph=false" in message) == (boundaries == "ignore")
+
+
 def test_dry_run_adds_the_costs_of_stages_and_has_the_memory_of_the_largest(run_config):
     """A forward pass of the second stage has 2 windows of 256 tokens, one of the first has 2 of 16."""
     long = StageConfig(tokens=5120, seq_len=256, batch_size=2, micro_batch_size=2)

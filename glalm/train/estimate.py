@@ -315,15 +315,19 @@ def describe_checkpoints(config: RunConfig, size: int) -> Iterator[str]:
     newest = {*saved[-options.keep_last :]}
     ends = config.stage_ends - newest
     multiples = {step for step in saved if options.keep_every and step % options.keep_every == 0} - ends - newest
-    others = {"at ends of stages": len(ends), "by keep_every": len(multiples), "by keep_best": options.keep_best}
+    best = min(options.keep_best, len(saved) - len(newest) - len(ends) - len(multiples))
+    others = {"at ends of stages": len(ends), "by keep_every": len(multiples), "by keep_best": best}
     of_others = "".join(f", {count:,} {which}" for which, count in others.items() if count)
+    kept = len(newest) + sum(others.values())
     # An older checkpoint is removed after the new one is complete.
-    needed = size * (options.keep_last + sum(others.values()) + 1)
+    is_removing = len(saved) > kept
+    needed = size * (kept + is_removing)
+    of_new = " and one that is being saved" if is_removing else ""
     folder = config.folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     yield (
-        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {options.keep_last}{of_others} "
-        f"and one that is being saved; {config.runs_dir} has {free / 1e9:.1f} GB free here"
+        f"checkpoints   {size / 1e9:.2f} GB each, {needed / 1e9:.1f} GB for the newest {len(newest)}{of_others}"
+        f"{of_new}; {config.runs_dir} has {free / 1e9:.1f} GB free here"
     )
     if needed > free:
         yield "WARNING: that is not enough here. Free some space, or choose another runs_dir=..."

@@ -275,11 +275,14 @@ def describe_data(config: RunConfig, training: TrainingData) -> Iterator[str]:
     most_read = max(epochs, key=epochs.__getitem__)
     if epochs[most_read] > MAX_EPOCHS:
         name = "its data" if len({*epochs.values()}) == 1 else f"the source {most_read}"
-        fitting = sum(reading.phase.tokens for reading in training.phases) * MAX_EPOCHS / epochs[most_read]
+        fitting = int(sum(reading.phase.tokens for reading in training.phases) * MAX_EPOCHS / epochs[most_read])
+        keys = f"by {'' if config.train.steps is None else 'train.steps=null '}train.tokens={fitting}"
+        if config.train.stages is not None and config.train.tokens is None:
+            keys = "by lower tokens of train.stages"
         yield (
             f"WARNING: the run reads {name} {format_epochs(epochs[most_read])} times. Beyond {MAX_EPOCHS} times, "
             "each further one teaches less (arXiv 2305.16264). Prepare more text, or train on at most "
-            f"{fitting:,.0f} tokens, by train.tokens."
+            f"{fitting:,} tokens, {keys}."
         )
     rows = config.model.vocab_size
     assert rows is not None  # The data has set it.
@@ -360,9 +363,11 @@ def explain_out_of_memory(config: RunConfig, world_size: int) -> str:
 
 def advise_memory(config: RunConfig) -> str:
     """Return what a run without enough memory can set."""
+    of_stages = "" if config.train.stages is None else " Where a stage has such a key of its own, set that."
     return (
         "Set a smaller train.micro_batch_size (the batch size stays the same), train.activation_checkpointing=full, "
         f"train.tbptt_length, or {SHARD_MORE[config.parallel.mode]}and for long sequences parallel.context=N."
+        f"{of_stages}"
     )
 
 

@@ -172,7 +172,12 @@ def test_often_repeated_data_is_warned_of(run_config, change):
     assert "read 3.90 times" in line
     line, warning = report(200_000)
     assert "read 200,000 times" in line and "reads its data 200,000 times" in warning and "arXiv 2305.16264" in warning
-    assert f"at most {4 * 16 * number:,} tokens" in warning
+    tokens = 4 * 16 * number
+    assert warning.endswith(f"at most {tokens:,} tokens, by train.steps=null train.tokens={tokens}.")
+    train = dataclasses.replace(run_config.train, steps=None, stages={"one": StageConfig(tokens=2.0 * tokens)})
+    staged = dataclasses.replace(run_config, train=train)
+    assert "tokens, by lower tokens of train.stages." in [*describe_data(staged, open_data(staged)[0])][1]
+    assert advise_memory(staged).endswith("Where a stage has such a key of its own, set that.")
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -22,7 +22,7 @@ NUMBERS = {str: (int, float, type(None))}
 CONSOLE_FORMATS = {
     "loss": "loss {:.3f}",
     "val_loss": "val loss {:.3f}",
-    "val_perplexity": "val perplexity {:.3f}",
+    "val_perplexity": "val perplexity {:.5g}",
     "val_bits_per_byte": "{:.4f} bits per byte",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.2f}",

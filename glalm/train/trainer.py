@@ -390,8 +390,8 @@ def detach_cache(cache: StateCache | None) -> StateCache | None:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), capped so that it does not overflow."""
-    return math.exp(min(loss, 700.0))
+    """Return exp(loss), or infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def drop_non_finite(metrics: dict[str, float]) -> dict[str, float]:

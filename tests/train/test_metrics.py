@@ -199,3 +199,10 @@ def test_console_line(folder, run_config, capsys):
     one, two = capsys.readouterr().err.splitlines()
     assert one == "step 3/6  loss 2.500  lr 3.00e-04  grad norm 0.50  216,000 tokens/s"
     assert two == one.replace("3/6", "4/6") + "  MFU 45.7%  40.0 GiB"
+
+
+@pytest.mark.parametrize("perplexity, text", [(17.12345, "17.123"), (32000.5, "32000"), (1.5e300, "1.5e+300")])
+def test_a_perplexity_has_five_digits_on_the_console(folder, run_config, capsys, perplexity, text):
+    with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
+        metrics.write_row({"step": 3, "val_perplexity": perplexity})
+    assert capsys.readouterr().err == f"step 3/6  val perplexity {text}\n"

@@ -1,6 +1,7 @@
 """Options of the optimizer, the loss and the metrics, tested by complete runs."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def test_speed_is_measured_since_the_previous_row(run_config, change, monkeypatc
     monkeypatch.setattr(ThroughputMeter, "metrics", count_steps)
     assert trainer.train(change(run_config, **{"train.log_every": 2, "train.eval_every": 6})) == 0
     assert steps == [2, 2, 2]
+
+
+@pytest.mark.parametrize("loss, found", [(math.inf, {}), (800.0, {"loss": 800.0}), (2.0, {"loss": 2.0})])
+def test_a_loss_that_is_not_finite_has_no_perplexity(loss, found):
+    if loss < 700:
+        found["perplexity"] = pytest.approx(7.389, abs=1e-3)
+    assert trainer.drop_non_finite({"loss": loss, "perplexity": trainer.perplexity(loss)}) == found
 
 
 def test_z_loss_is_part_of_training_only(run_config, change):

@@ -435,7 +435,7 @@ class TrainingLoop:
         """Train to the last step. Return 0, or the number of the signal that stopped the run."""
         self._log_start()
         if self.state.step == 0:
-            self.metrics.write_row({"step": 0, **self._run_evaluations()})
+            self.metrics.write_row({"step": 0, **drop_non_finite(self._run_evaluations())})
         with collect_between_steps() as collect_garbage:
             return self._fit_steps(collect_garbage)
 
@@ -462,8 +462,9 @@ class TrainingLoop:
                 self.check_run_dir()
                 self._stop_early(row)
                 return stop_signal
-            row |= self._run_evaluations()
-            if len(row) > 1:
+            evaluated = self._run_evaluations()
+            if len(row) > 1 or evaluated:
+                row |= drop_non_finite(evaluated)
                 is_saving |= self.check_run_dir()
                 self.metrics.write_row(row, durable=is_saving)
                 if is_saving:
@@ -493,7 +494,7 @@ class TrainingLoop:
             f"Stopped at step {self.state.step}; saved {saved}. To resume, run the same command again. "
             f"Shorter: glalm train resume={self.config.folder}"
         )
-        self.metrics.write_row(row | self._run_evaluations(), durable=True)
+        self.metrics.write_row(row | drop_non_finite(self._run_evaluations()), durable=True)
 
     def _training_metrics(self, result: StepResult) -> dict[str, float | None]:
         """Return the metrics of the last step, and of the speed since the previous call. This waits for the device.
@@ -520,7 +521,7 @@ class TrainingLoop:
         return metrics | {name: count for name, count in failures.items() if count}
 
     def _run_evaluations(self) -> dict[str, float]:
-        """Run validation and evaluators where they are due, and return their metrics."""
+        """Run validation and evaluators where they are due, and return their metrics, finite or not."""
         step = self.state.step
         metrics: dict[str, float] = {}
         if step in self.stage_ends or step % self.config.train.eval_every == 0:
@@ -536,7 +537,9 @@ class TrainingLoop:
             log_text = self.metrics.tracker.log_text
             heartbeat = self.watchdog.heartbeat
             metrics |= self.evaluate(self.state, precision, heartbeat, log_text, self.trainer.context)
-        return drop_non_finite(metrics)
+        if lost := ", ".join(name for name, value in metrics.items() if not math.isfinite(value)):
+            self.metrics.log_message(f"warning: not finite at step {step:,}, and left out of metrics.jsonl: {lost}.")
+        return metrics
 
     def _validate(self) -> dict[str, float]:
         metrics = self.trainer.validate(self.validation, self.watchdog.heartbeat)

@@ -79,6 +79,22 @@ def test_a_loss_that_is_not_finite_has_no_perplexity(loss, found):
     assert trainer.drop_non_finite({"loss": loss, "perplexity": trainer.perplexity(loss)}) == found
 
 
+def test_a_validation_that_is_not_finite_is_warned_of_and_timed(run_config, change, monkeypatch, capsys):
+    """Step 3 validates and has no other row. The speed at step 6 is that of the steps after it."""
+    steps = []
+    metrics = ThroughputMeter.metrics
+    monkeypatch.setattr(
+        ThroughputMeter, "metrics", lambda self, step, *_: steps.append(self.step) or metrics(self, step)
+    )
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda *_: {"val_loss": math.nan, "val_perplexity": math.nan})
+    config = change(run_config, **{"train.log_every": 6, "train.checkpoint.every": 6})
+    assert trainer.train(config) == 0 and steps == [3]
+    found = read_jsonl(config.folder / "metrics.jsonl")
+    assert found[:2] == [{"step": 0}, {"step": 3}] and found[2]["step"] == 6 and "val_loss" not in found[2]
+    lost = "val_loss, val_perplexity, val_bits_per_byte"
+    assert f"warning: not finite at step 3, and left out of metrics.jsonl: {lost}.\n" in capsys.readouterr().err
+
+
 def test_z_loss_is_part_of_training_only(run_config, change):
     trainer.train(run_config)
     penalised = change(run_config, name="penalised", **{"train.z_loss": 0.1})

@@ -384,7 +384,11 @@ STAGES = {"stable": {"tokens": 0.8}, "decay": {"tokens": 0.2}}
         ({"decay": {"seq_len_schedule": [[0, 0]]}}, r"seq_len_schedule: the batches and lengths must be positive"),
         (
             {"decay": {"batch_schedule": [[0, 512], [0.5, 100]]}},
-            r"In train\.stages\.decay, .*\.batch_tokens=100 is not a",
+            r"^train\.stages\.decay\.batch_schedule has batches of 100 .* 256 after 100,000,000 tokens; write 256$",
+        ),
+        (
+            {"decay": {"batch_schedule": [[0, 900]], "seq_len_schedule": [[0, 300], [0.25, 400]]}},
+            r"batches of 900 tokens, which do not fit the windows of 400 after 50,000,000 tokens; write 800$",
         ),
         ({"2nd": {"tokens": 0.1}}, r"train\.stages\.2nd: the name of a stage begins with a letter"),
         (

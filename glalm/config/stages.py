@@ -254,6 +254,13 @@ def _list_pieces(config: "RunConfig", name: str, start_tokens: int, end_tokens: 
     for start, end in pairwise([*starts, end_tokens]):
         batch_tokens = batches.get(start, batch_tokens)
         seq_len = lengths.get(start, seq_len)
+        window = seq_len or stage.seq_len or config.data.seq_len
+        if batch_tokens is not None and batch_tokens % window != 0:
+            fitting = window * max(1, round(batch_tokens / window))
+            raise ConfigError(
+                f"train.stages.{name}.batch_schedule has batches of {batch_tokens} tokens, which do not fit the "
+                f"windows of {window} after {start - start_tokens:,} tokens; write {fitting}"
+            )
         pieces.append(Piece(start, end, batch_tokens, seq_len, is_whole_stage=len(starts) == 1))
     return pieces
 
@@ -309,5 +316,5 @@ def _build_phase_config(config: "RunConfig", name: str, piece: Piece) -> "RunCon
         )
     except ConfigError as error:
         raise ConfigError(
-            f"In train.stages.{name}, whose keys replace those of data and train with the same name: {error}"
+            f"In train.stages.{name}, whose keys and schedules replace those of data and train: {error}"
         ) from error

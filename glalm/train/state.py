@@ -98,7 +98,8 @@ def plan_batches(config: RunConfig, world_size: int) -> list[BatchPlan]:
         try:
             plans.append(BatchPlan.from_config(phase.config, world_size))
         except ConfigError as error:
-            raise ConfigError(f"In train.stages.{phase.stage}: {error}" if phase.stage else str(error)) from error
+            of_stage = f"In train.stages.{phase.stage}, whose keys and schedules replace those of train: "
+            raise ConfigError(f"{of_stage if phase.stage else ''}{error}") from error
     return plans
 
 

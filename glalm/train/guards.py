@@ -161,6 +161,7 @@ class UpdateGuard:
             write_json(path, {"steps": samples}, indent=1)
         raise BadSteps(
             f"The loss or the gradient was not finite, or spiked, in {len(steps)} consecutive updates, steps {first} "
-            f"to {steps[-1]}. All of them were skipped. {path} lists their samples. Lower optim.lr, or raise "
-            "train.guard.bad_steps to continue past them."
+            f"to {steps[-1]}. All of them were skipped. {path} lists their samples. Resume with a lower "
+            "rate, by optim.lr=RATE 'train.allow_changes=[optim.lr]', or continue past them, by a larger "
+            "train.guard.bad_steps."
         )

@@ -194,7 +194,10 @@ def cycle_counts(weights: list[float]) -> tuple[int, ...]:
 
 
 def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> None:
-    """Raise ValueError unless the weights name each source, are 0 or more, and are 0 for sources without windows."""
+    """Raise ValueError unless the weights name each source, are 0 or more, and are 0 for sources without windows.
+
+    A cycle also must have a place for each source with a weight above 0.
+    """
     if weights.keys() != windows.keys():
         sources = ", ".join(windows)
         advice = "In a YAML file, quote a name that could be a number."
@@ -206,6 +209,10 @@ def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> N
     for name, weight in weights.items():
         if weight and not windows[name]:
             raise ValueError(f"weights.{name}={weight}: this source has too few tokens for one window.")
+    used = sum(weight > 0 for weight in weights.values())
+    if used > CYCLE:
+        problem = f"weights: {used} sources have one above 0, but a mixture has places for {CYCLE}."
+        raise ValueError(f"{problem} Set those of the smallest sources to 0, or prepare several sources as one.")
 
 
 def rank_slice(ids: np.ndarray, rank: int, world_size: int) -> np.ndarray:

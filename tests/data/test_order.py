@@ -223,6 +223,15 @@ def test_weights_are_checked():
     Order(0, 8, windows, {"books": 1, "code": 0}).window_ids(0)
 
 
+def test_a_mixture_has_at_most_a_place_for_each_source():
+    windows = dict.fromkeys((f"s{i}" for i in range(CYCLE + 1)), 5)
+    weights = dict.fromkeys(windows, 1.0)
+    with pytest.raises(ValueError, match=r"1025 sources have one above 0, but a mixture has places for 1024"):
+        Order(0, 8, windows, weights)
+    counts = Order(0, 8, windows, weights | {"s0": 0.0}).count_windows(0, CYCLE // 8)
+    assert counts == dict.fromkeys(windows, 1) | {"s0": 0}
+
+
 def test_an_order_of_a_trillion_tokens_is_found_at_once():
     order = Order(1, 512, {"a": 4 * 10**8, "b": 10**8}, {"a": 0.7, "b": 0.3})
     ids = np.concatenate([order.window_ids(step) for step in range(2 * 10**6, 2 * 10**6 + 4)])

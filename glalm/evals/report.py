@@ -45,7 +45,7 @@ def print_report(folder: Path, console: Console) -> None:
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
     train_command = f"glalm train {where}"
     eval_command = f"glalm eval {where} evals="
-    metrics, skipped = read_metrics(folder / "metrics.jsonl")
+    metrics, damaged = read_metrics(folder / "metrics.jsonl")
     results = current_results(folder)
     perplexity = select_result(results, "perplexity")
     extrapolation = select_result(results, "extrapolation")
@@ -57,8 +57,8 @@ def print_report(folder: Path, console: Console) -> None:
     ]
     console.print(build_table(f"run {printable(folder.name)}", sections))
     console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
-    if skipped:
-        console.print(f"{skipped} unreadable lines of metrics.jsonl were skipped", style="yellow", **PLAIN)
+    if damaged:
+        console.print(f"{len(damaged)} unreadable lines of metrics.jsonl were skipped", style="yellow", **PLAIN)
     console.print("written:", **PLAIN)
     outputs = [path for path in (folder / "run.json", folder / "metrics.jsonl") if path.is_file()]
     outputs += sorted(folder.glob("checkpoints/step_*"), key=lambda path: (len(path.name.split(".")[0]), path.name))

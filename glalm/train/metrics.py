@@ -1,7 +1,6 @@
 """Record a run's metrics in metrics.jsonl, show them on the console and in a tracker, and read them back."""
 
 import json
-import shutil
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,15 +31,15 @@ CONSOLE_FORMATS = {
 }
 
 
-def read_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict], int]:
+def read_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict], list[bytes]]:
     """Read a metrics.jsonl.
 
     Args:
         last_bytes: How much of the file's end is read; None for all. The line that it cuts is no row.
 
     Returns:
-        The rows, oldest first, and the number of lines that are not rows, because a kill cut them short, a crash of the
-        machine left zeros, or somebody edited them. A file that does not exist has neither.
+        The rows, oldest first, and the lines that are not rows, because a kill cut them short, a crash of the machine
+        left zeros, or somebody edited them. A file that does not exist has neither.
 
     Raises:
         DamagedFile: It is not a regular file, or it cannot be read.
@@ -48,19 +47,19 @@ def read_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict],
     try:
         content = read_file(path, last_bytes)
     except FileNotFoundError:
-        return [], 0
+        return [], []
     rows = []
-    skipped = 0
+    damaged = []
     for line in filter(None, content.split(b"\n")):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if find_mismatch(row, {"step": int}) or find_mismatch(row, NUMBERS):
-            skipped += 1
+            damaged.append(line)
         else:
             rows.append(row)
-    return rows, skipped
+    return rows, damaged
 
 
 def read_last_row(path: Path) -> dict | None:
@@ -116,10 +115,12 @@ class MetricsWriter:
         self.tracker = RunTracker(folder, config, run_id, start_step, self.log_message, enabled=is_main_process)
         if not is_main_process:
             return
-        rows, skipped = read_metrics(self._path)
-        if skipped:
-            copy = shutil.copyfile(self._path, folder / "metrics.damaged.jsonl")
-            self.log_message(f"warning: {self._path}: skipped {skipped} unreadable lines. {copy} keeps them.")
+        rows, damaged = read_metrics(self._path)
+        if damaged:
+            aside = folder / "metrics.damaged.jsonl"
+            with open(aside, "ab") as file:
+                file.write(b"".join(line + b"\n" for line in damaged))
+            self.log_message(f"warning: {self._path}: skipped {len(damaged)} unreadable lines. {aside} keeps them.")
         if superseded := [row for row in rows if row["step"] > start_step]:
             with open(folder / "metrics.superseded.jsonl", "ab") as file:
                 file.write(_encode_rows(superseded))

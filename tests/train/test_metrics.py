@@ -35,24 +35,33 @@ def test_resuming_skips_the_rows_that_a_crash_of_the_machine_damaged(folder, run
     """They are zeros where the file had grown and its content was not on the disk yet."""
     path = folder / "metrics.jsonl"
     path.write_bytes(b'{"step": 0}\n' + bytes(30) + b'\n{"step": 2}\n' + bytes(9))
-    assert read_metrics(path) == ([{"step": 0}, {"step": 2}], 2)
+    assert read_metrics(path) == ([{"step": 0}, {"step": 2}], [bytes(30), bytes(9)])
     with MetricsWriter(folder, run_config, "id", 3, is_main_process=True):
         assert read_jsonl(path) == [{"step": 0}, {"step": 2}]
     assert "skipped 2 unreadable lines" in capsys.readouterr().err
-    assert read_metrics(path) == ([{"step": 0}, {"step": 2}], 0)
-    assert read_metrics(folder / "nothing.jsonl") == ([], 0)
+    assert read_metrics(path) == ([{"step": 0}, {"step": 2}], [])
+    assert read_metrics(folder / "nothing.jsonl") == ([], [])
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "3", "{}", '{"step": "1"}', '{"step": 1, "loss": "low"}', "[" * 9999, "ä"])
 def test_lines_that_are_no_rows_are_skipped(folder, run_config, capsys, line):
     path = folder / "metrics.jsonl"
-    path.write_bytes(b'{"step": 0}\n' + line.encode("latin-1") + b'\n{"step": 2, "loss": null}\n')
-    before = path.read_bytes()
-    assert read_metrics(path) == ([{"step": 0}, {"step": 2, "loss": None}], 1)
+    damaged = line.encode("latin-1")
+    path.write_bytes(b'{"step": 0}\n' + damaged + b'\n{"step": 2, "loss": null}\n')
+    assert read_metrics(path) == ([{"step": 0}, {"step": 2, "loss": None}], [damaged])
     with MetricsWriter(folder, run_config, "id", 3, is_main_process=True):
         assert read_jsonl(path) == [{"step": 0}, {"step": 2, "loss": None}]
     assert "skipped 1 unreadable lines" in capsys.readouterr().err
-    assert (folder / "metrics.damaged.jsonl").read_bytes() == before
+    assert (folder / "metrics.damaged.jsonl").read_bytes() == damaged + b"\n"
+
+
+def test_the_lines_of_every_damage_are_kept(folder, run_config):
+    for line in (b"first", b"second"):
+        with open(folder / "metrics.jsonl", "ab") as file:
+            file.write(line)
+        with MetricsWriter(folder, run_config, "id", 3, is_main_process=True):
+            pass
+    assert (folder / "metrics.damaged.jsonl").read_bytes() == b"first\nsecond\n"
 
 
 LINES = st.one_of(

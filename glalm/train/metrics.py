@@ -108,6 +108,7 @@ class MetricsWriter:
         self.total_steps = config.steps
         self.failures = 0
         self.unwritten: deque[dict] = deque(maxlen=MAX_UNWRITTEN_ROWS)
+        self._lost = 0  # rows that were too many to wait
         self._bar = ProgressBar(quiet=not is_main_process)
         self.log_message = self._bar.log  # It prints above the progress bar.
         self._bar.start_task("training", total=self.total_steps, completed=start_step)
@@ -158,6 +159,7 @@ class MetricsWriter:
         """
         if not self.is_main_process:
             return
+        self._lost += len(self.unwritten) == MAX_UNWRITTEN_ROWS
         self.unwritten.append(row)
         self._write_unwritten(durable)
         shown = [form.format(row[name]) for name, form in CONSOLE_FORMATS.items() if row.get(name) is not None]
@@ -190,7 +192,8 @@ class MetricsWriter:
             return
         self._size = size + len(lines)
         if len(self.unwritten) > 1:
-            self.log_message(f"metrics.jsonl is complete again, with the {len(self.unwritten)} rows that had to wait.")
+            state = f"lacks {self._lost} rows but continues" if self._lost else "is complete again"
+            self.log_message(f"metrics.jsonl {state}, with the {len(self.unwritten)} rows that had to wait.")
         self.unwritten.clear()
 
 

@@ -174,6 +174,17 @@ def test_waiting_rows_are_bounded_and_reported_at_the_end(folder, run_config, mo
     assert "3 rows of metrics.jsonl could not be written. The newest checkpoint has" in capsys.readouterr().err
 
 
+def test_rows_that_were_too_many_to_wait_are_reported(folder, run_config, monkeypatch, capsys):
+    monkeypatch.setattr(metrics_module, "MAX_UNWRITTEN_ROWS", 3)
+    with MetricsWriter(folder, run_config, "id", 0, is_main_process=True) as metrics:
+        with limit_growth(0, folder / "metrics.jsonl"):
+            for i in range(5):
+                metrics.write_row({"step": i})
+        metrics.write_row({"step": 5})
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [3, 4, 5]
+    assert "metrics.jsonl lacks 3 rows but continues, with the 3 rows that had to wait" in capsys.readouterr().err
+
+
 def test_rows_of_a_checkpoint_are_written_when_resuming(folder, run_config):
     """Rows 2 and 3 were waiting when step 3 was saved. Row 2 was written after that, and so was 4."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (0, 1, 2, 4)))

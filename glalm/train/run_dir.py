@@ -465,7 +465,7 @@ def find_future_keys(config: RunConfig, saved: Mapping, current: Mapping, step: 
 def _warn_of_missing(path: Path, saved_step: int | None) -> None:
     """Print a warning if the newest checkpoint that run.json records is neither `path` nor set aside."""
     newest = path.with_name(f"step_{saved_step}")
-    if newest != path and not any(newest.parent.glob(f"{newest.name}*")) and saved_step is not None:
+    if newest != path and not any(newest.parent.glob(f"{newest.name}.*")) and saved_step is not None:
         logger.warning(f"{newest} was saved but is not there any more. The run resumes from {path.name}.")
 
 

@@ -620,6 +620,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(run_config,
 
 
 def test_a_newest_checkpoint_that_is_gone_is_reported(trained, capfd):
+    (trained.folder / "checkpoints" / "step_60.superseded").mkdir()  # It is of another step.
     (trained.folder / "checkpoints" / "step_6").rename(trained.folder / "step_6")
     assert train(trained) == 0
     printed = capfd.readouterr().err

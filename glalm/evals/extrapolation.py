@@ -259,9 +259,12 @@ def read_batch(
     means = total.cpu() / torch.tensor(np.diff(edges))
     if overflows := (~means.isfinite()).any(0).nonzero().flatten().tolist():
         edge = edges[overflows[0]]
+        advice = f"extrapolation.max_length={edge} evaluates the positions before"
+        if edge < model.require_train_length("extrapolation"):
+            advice = "that is within the training length; evaluate an earlier checkpoint, or write precision=fp32"
         raise RunError(
             f"context {name}: the losses after position {edge} are not finite: the model's state or logits "
-            f"overflow there; extrapolation.max_length={edge} evaluates the positions before"
+            f"overflow there; {advice}"
         )
     return [row[: edges.index(end)].tolist() for row, end in zip(means, ends, strict=True)]
 

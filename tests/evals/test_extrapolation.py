@@ -330,20 +330,29 @@ def test_a_model_that_cannot_go_on_from_a_state_reads_carried_text_whole(texts, 
     assert np.abs(np.array(reset) - expected.numpy()).max() > 1e-2
 
 
-def test_losses_that_are_no_numbers_are_no_lack_of_documents(model, texts):
+@pytest.mark.parametrize(
+    "last, advice",
+    [
+        (48, r"extrapolation\.max_length=48 evaluates the positions before"),
+        (8, r"extrapolation\.max_length=8 evaluates the positions before"),
+        (4, "that is within the training length; evaluate an earlier checkpoint, or write precision=fp32"),
+    ],
+)
+def test_losses_that_are_no_numbers_are_no_lack_of_documents(texts, last, advice):
     class Overflows:
         device = torch.device("cpu")
+
+        def require_train_length(self, evaluator):
+            return T
 
         def score_tokens(self, ids, targets, state, return_state, shard):
             read = (state or 0) + ids.shape[1]
             losses = torch.zeros(ids.shape)
-            losses[0] = math.nan if read > 48 else 1  # of one document
+            losses[0] = math.nan if read > last else 1  # of one document
             return losses.masked_fill(targets == -100, 0), read
 
-    with pytest.raises(
-        RunError, match=r"context stateful: .* after position 48 .* extrapolation\.max_length=48 evaluates"
-    ):
-        losses_by_bucket(Overflows(), texts, EDGES, T, "stateful", 2, EvalContext())
+    with pytest.raises(RunError, match=rf"context stateful: .* after position {last} are not finite: .*{advice}"):
+        losses_by_bucket(Overflows(), texts, EDGES, T // 2, "stateful", 2, EvalContext())
 
 
 def test_demands(model, split):

@@ -75,8 +75,8 @@ def describe_ladder(
     differences = describe_differences(results)
     # A run reads the text that the set had when it began, so text that is added later is only in later runs.
     training = [(read_json(run.config.folder / "run.json") or {}).get("identity", {}) for run in runs]
-    for key in ("data fingerprint", "data tokens"):
-        values = dict.fromkeys(str(identity.get(key))[:12] for identity in training)
+    for key, characters in (("data fingerprint", 12), ("data tokens", None)):
+        values = dict.fromkeys(str(identity.get(key))[:characters] for identity in training)
         if len(values) > 1:
             differences.append(f"{key} of training: {' / '.join(values)}")
     return {

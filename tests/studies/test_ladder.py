@@ -273,7 +273,8 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
         contexts = {"contexts": {"stateful": {"ratios": {}}}}
         complete_run(run, perplexity={"results": found}, extrapolation={"results": contexts})
         write_json(
-            run.config.folder / "run.json", {"identity": {"data fingerprint": "a", "data tokens": round(1 / rate)}}
+            run.config.folder / "run.json",
+            {"identity": {"data fingerprint": "a", "data tokens": 10**12 + round(1 / rate)}},
         )
     args = SimpleNamespace(lrs=[1e-3, 3e-3], size="tiny", arguments=[], eval=[], at_once=1, folder=tmp_path)
     ladder_results.write_results(planned[: len(trained)], planned, args)
@@ -283,7 +284,7 @@ def test_a_rate_is_the_best_once_all_of_its_model_are_complete(trained, tmp_path
     printed = capsys.readouterr().out
     assert f"{len(trained)} of 3 runs are complete; none of attention." in printed
     # The set grew between the runs.
-    differences = ["data tokens of training: 1000 / 333"] if len(trained) > 1 else []
+    differences = ["data tokens of training: 1000000001000 / 1000000000333"] if len(trained) > 1 else []
     assert table["differences"] == differences and all(difference in printed for difference in differences)
     assert "±" not in printed and re.search(r"\| seeds \|.*\n.*\n.*\| +1 \|", printed)
 

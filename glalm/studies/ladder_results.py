@@ -266,12 +266,15 @@ def print_cost(runs: "list[LadderRun]", missing: "list[LadderRun]") -> None:
     if None in hours.values():
         print("The time of some is not known. To plan for a GPU, add train.assumed_gpu=H200.")
         return
-    devices = max(1, torch.cuda.device_count())
+    train = runs[0].config.train
+    devices = 1
+    where = "this machine's CPU, which runs at once share"
+    if train.assumed_gpu or torch.cuda.is_available():
+        devices = train.assumed_gpus or (1 if train.assumed_gpu else torch.cuda.device_count())
+        where = f"{devices} x {train.assumed_gpu or torch.cuda.get_device_name()}"
     training = sum(hours[run.model] for run in missing) / devices
     evaluation = sum(hours[run.model] * (run.work / run.training_tokens - 1) for run in missing) / devices
-    assumed_gpu = runs[0].config.train.assumed_gpu
-    here = "this machine's GPUs" if torch.cuda.is_available() else "this machine's CPU, which runs at once share"
     print(
         f"about {format_seconds(3600 * training)} of training and {format_seconds(3600 * evaluation)} of evaluation on "
-        f"{f'{devices} x {assumed_gpu}' if assumed_gpu else here}; besides, each run takes 10 seconds or more to start"
+        f"{where}; besides, each run takes 10 seconds or more to start"
     )

@@ -160,6 +160,29 @@ def test_the_cost_of_all_runs_is_known_before(run_ladder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "present, assumed, expected",
+    [
+        (0, {"assumed_gpu": "H200", "assumed_gpus": 8}, r"30\.0 h.* on 8 x H200;"),
+        (4, {"assumed_gpu": "H200"}, r"240\.0 h.* on 1 x H200;"),
+        (4, {"assumed_gpus": 8}, r"30\.0 h.* on 8 x NVIDIA L4;"),
+        (4, {}, r"60\.0 h.* on 4 x NVIDIA L4;"),
+        (0, {}, r"240\.0 h.* on this machine's CPU,"),
+    ],
+)
+def test_the_time_is_that_of_the_assumed_gpus(monkeypatch, capsys, present, assumed, expected):
+    """Ten runs of 24 hours are planned on a machine with `present` GPUs."""
+    monkeypatch.setattr(ladder_results, "estimate_hours_and_memory", lambda config: (24.0, 0))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: present)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: present > 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L4")
+    arguments = [f"train.{name}={value}" for name, value in assumed.items()]
+    config = compose_config(TrainingRun, "train", ["experiment=ladder_tiny", *arguments])
+    runs = [planned_run("gla", None, config, [], [])] * 10
+    ladder_results.print_cost(runs, runs)
+    assert re.match(f"about {expected}", capsys.readouterr().out.splitlines()[-1])
+
+
 def test_bands_are_of_seeds():
     def record(perplexity: float) -> dict:
         buckets = [

@@ -319,12 +319,14 @@ def redirect_output(log: Path) -> Iterator[None]:
     with log.open("a") as file:
         saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
         try:
+            sys.stdout.flush()  # What was printed before is not of this run.
+            sys.stderr.flush()
             for descriptor in saved:
                 os.dup2(file.fileno(), descriptor)
             yield
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            for descriptor, copy in saved.items():
-                os.dup2(copy, descriptor)
-                os.close(copy)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in saved.items():
+                os.dup2(original, descriptor)
+                os.close(original)

@@ -183,6 +183,17 @@ def test_the_time_is_that_of_the_assumed_gpus(monkeypatch, capsys, present, assu
     assert re.match(f"about {expected}", capsys.readouterr().out.splitlines()[-1])
 
 
+def test_a_runs_log_has_what_the_run_prints(tmp_path, monkeypatch, capfd):
+    with open(1, "w", closefd=False) as buffered:
+        monkeypatch.setattr(sys, "stdout", buffered)
+        print("before")
+        with ladder.redirect_output(tmp_path / "gla-1.log"):
+            print("during")
+        print("after")
+    assert (tmp_path / "gla-1.log").read_text() == "during\n"
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
 def test_bands_are_of_seeds():
     def record(perplexity: float) -> dict:
         buckets = [

@@ -47,6 +47,14 @@ class LinearizeOptions:
         for name, minimum in (("distil", 0), ("batch_size", 1), ("seq_len", 1)):
             value = getattr(self, name)
             require(value >= minimum, f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+        require(0 < self.lr < math.inf, f"--lr {self.lr} must be positive and finite")
+        for name in ("data", "batch_size", "seq_len", "lr"):
+            option = f"--{name.replace('_', '-')}"
+            is_default = getattr(self, name) == getattr(LinearizeOptions, name)
+            require(
+                self.distil > 0 or is_default,
+                f"{option} is for --distil. Add --distil STEPS, such as --distil 500, or remove {option}",
+            )
         if self.distil:
             require(self.data is not None, "--distil needs --data, the folder of a prepared set")
             try:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from torch import LongTensor, Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from glalm.compat.llama import convert_llama, load_llama
+from glalm.compat.llama import convert_llama, load_llama, require_convertible
 from glalm.config.strict import ConfigError, RunError, require
 from glalm.data.loader import Windows, training_batches
 from glalm.data.order import Order
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class LinearizeOptions:
     """The options of glalm linearize, where they are documented.
 
-    Raises ConfigError for everything that can be found before the Llama is loaded, which may take minutes.
+    Raises ConfigError for what can be found before the Llama is loaded, which may take minutes.
     """
 
     llama: Path
@@ -65,15 +65,19 @@ class LinearizeOptions:
                     f"--device {self.device} cannot be used here ({reason}). Choose cpu or cuda"
                 ) from error
         require(self.llama.is_dir(), f"{self.llama} is not a folder. Name one with a config.json and safetensors")
+        config = LlamaConfig.from_pretrained(self.llama, gguf_file=self.gguf, local_files_only=True)
+        require_convertible(config, self.mixer, set(self.softmax_layers))
         if self.distil:
-            require_set(f"--data {self.data}", self.data)
+            is_all_softmax = len(set(self.softmax_layers)) == config.num_hidden_layers
+            require(not is_all_softmax, "--softmax-layers names every layer, so --distil has none to fit. Remove one")
+            open_windows(self, config.vocab_size)
 
 
 def linearize_checkpoint(options: LinearizeOptions) -> None:
     """Write the converted model, its tokenizer and its config for `glalm train` to options.out.
 
     Raises:
-        ConfigError: The Llama cannot be converted, or options.data does not fit it.
+        ConfigError: The Llama cannot be converted.
         RunError: The distillation diverged. Nothing is written.
     """
     llama = load_llama(options.llama, options.gguf)
@@ -121,22 +125,32 @@ def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: 
 
 
 def read_batches(options: LinearizeOptions, vocab_size: int) -> Iterator[LongTensor]:
-    """Yield token ids [B, T] of the training split of options.data, one batch for each step of the distillation.
+    """Yield token ids [B, T] of the training split of options.data, one batch for each step of the distillation."""
+    windows = open_windows(options, vocab_size)
+    batches = training_batches(windows, Order(0, options.batch_size, windows.source_windows))
+    for _ in range(options.distil):
+        _, batch = next(batches)
+        yield batch["input_ids"].to(options.device)
+
+
+def open_windows(options: LinearizeOptions, vocab_size: int) -> Windows:
+    """Return the windows of the training split of options.data.
 
     Raises:
-        ConfigError: The vocabulary of the data is larger than vocab_size.
+        ConfigError: There is no prepared set, its vocabulary is larger than vocab_size, or it has no window of
+            options.seq_len.
     """
+    require_set(f"--data {options.data}", options.data)
     tokens = TokenSet(options.data, "train", read_manifest(options.data))
     require(
         tokens.vocab_size <= vocab_size,
         f"--data {options.data} has a vocabulary of {tokens.vocab_size}, but {options.llama} has one of {vocab_size}. "
         "Prepare the data with the tokenizer of that model (glalm prepare --tokenizer)",
     )
-    windows = Windows(tokens, options.seq_len)
-    batches = training_batches(windows, Order(0, options.batch_size, windows.source_windows))
-    for _ in range(options.distil):
-        _, batch = next(batches)
-        yield batch["input_ids"].to(options.device)
+    try:
+        return Windows(tokens, options.seq_len)
+    except ValueError as error:
+        raise ConfigError(f"--seq-len {options.seq_len}: {error}") from error
 
 
 def distil_mixers(
@@ -149,19 +163,16 @@ def distil_mixers(
     several times larger. The teacher's dtype is the dtype of autocast. The student's weights are float32.
 
     Args:
+        student: A model with at least one linear mixer.
         batches: Token ids [B, T], one batch for each step of AdamW.
 
     Yields:
         The loss of each step: squared error divided by the variance of the target, averaged over the layers.
-
-    Raises:
-        ConfigError: Every layer of the student is softmax attention.
     """
     mixers = {}
     for layer, (name, block) in enumerate(zip(student.config.layer_mixers(), student.model.layers, strict=True)):
         if name != "attention":
             mixers[layer] = block.attn
-    require(len(mixers) > 0, "softmax_layers names every layer, so no layer is left to distil. Name fewer layers")
     parameters = [parameter for mixer in mixers.values() for parameter in mixer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     with capture_attention(teacher, mixers) as captured:

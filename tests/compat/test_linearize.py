@@ -99,12 +99,6 @@ def test_distillation_fits_outputs_of_attention(llama, random_tokens, mixer):
     assert not original.model.layers[0].self_attn._forward_hooks
 
 
-def test_distilling_softmax_layers_only_is_an_error(llama, random_tokens):
-    original = llama()
-    with pytest.raises(ConfigError, match="softmax_layers"):
-        next(distil_mixers(convert_llama(original, softmax_layers=[0, 1, 2]), original, [random_tokens(2, 8)]))
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -129,5 +123,6 @@ def test_unsupported_property_is_an_error(llama, options, message):
 
 def test_a_tokenizer_beside_a_gguf_file_is_taken_as_it_is(llama, hugging_face, monkeypatch, tmp_path):
     monkeypatch.setattr(linearize, "load_llama", lambda folder, gguf: llama())
+    monkeypatch.setattr(LlamaConfig, "from_pretrained", lambda folder, **options: llama().config)
     linearize_checkpoint(LinearizeOptions(hugging_face, tmp_path / "out", gguf="model.gguf"))
     assert Tokenizer(tmp_path / "out").eos_ids == Tokenizer(hugging_face).eos_ids

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glalm.commands.checkpoints import linearize_llama
+from glalm.compat import linearize
 from glalm.hf import GLALMForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -97,12 +99,34 @@ def test_bad_options_are_errors_before_the_llama_is_loaded(run_linearize, tmp_pa
     assert code == 2 and stderr.startswith(f"ConfigError: {message}")
 
 
-def test_missing_folders_are_errors_before_the_llama_is_loaded(run_linearize, tmp_path):
+def test_a_missing_llama_is_an_error(run_linearize, tmp_path):
     code, stderr = run_linearize(tmp_path / "no-llama", tmp_path / "out")
     assert (code, stderr.count("no-llama is not a folder. Name one with a config.json")) == (2, 1)
-    (tmp_path / "no-llama").mkdir()  # It has nothing to load.
-    code, stderr = run_linearize(tmp_path / "no-llama", tmp_path / "out", "--distil", 1, "--data", tmp_path / "no-set")
-    assert (code, stderr.count("no-set/manifest.json is missing")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--softmax-layers", 2], r"softmax_layers: the model has no layers \[2\], only 0 to 1"),
+        (["--softmax-layers", 0, 1, "--distil", 1, "--data", "SET"], "--softmax-layers names every layer"),
+        (["--distil", 1, "--data", "no-set"], r"--data no-set: no-set/manifest\.json is missing"),
+        (["--distil", 1, "--data", "SET", "--seq-len", 10**6], "--seq-len 1000000: Windows of length=1000000 need"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_before_the_llama_is_loaded(
+    run_linearize, llama, token_folder, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(linearize, "load_llama", lambda *_: pytest.fail("The Llama is loaded."))
+    options = [token_folder if option == "SET" else option for option in options]
+    code, stderr = run_linearize(llama, tmp_path / "out", *options)
+    assert code == 2 and re.search(f"ConfigError: {message}", stderr)
+
+
+def test_data_with_larger_vocabulary_is_an_error(run_linearize, token_folder, tmp_path):
+    LlamaConfig(vocab_size=100).save_pretrained(tmp_path / "llama")  # It has no weights that could be loaded.
+    options = ["--distil", 1, "--data", token_folder, "--seq-len", 16]
+    code, stderr = run_linearize(tmp_path / "llama", tmp_path / "out", *options)
+    assert code == 2 and re.search("ConfigError: .* has a vocabulary of 300, but .* has one of 100", stderr)
 
 
 def test_existing_folder_is_not_overwritten(run_linearize, llama):
@@ -119,12 +143,3 @@ def test_diverged_distillation_writes_nothing(run_linearize, llama, token_folder
     code, stderr = run_linearize(llama, tmp_path / "out", "--distil", steps, *options)
     assert code == 1 and f"RunError: {what}" in stderr and "--lr than 1e+30" in stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_data_with_larger_vocabulary_is_an_error(token_folder, tmp_path):
-    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(intermediate_size=48, **shape)).save_pretrained(tmp_path / "llama")
-    options = ["--distil", 1, "--data", token_folder, "--seq-len", 16]
-    done = run_script("scripts/linearize.py", tmp_path / "llama", tmp_path / "out", *options)
-    assert done.returncode == 2 and "has a vocabulary of 300" in done.stderr and "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from glalm.compat.llama import convert_llama, load_llama, require_convertible
 from glalm.config.strict import ConfigError, RunError, require
+from glalm.data.files import temporary_folder
 from glalm.data.loader import Windows, training_batches
 from glalm.data.order import Order
 from glalm.data.shards import TokenSet, read_manifest, require_set
@@ -76,29 +77,34 @@ class LinearizeOptions:
 def linearize_checkpoint(options: LinearizeOptions) -> None:
     """Write the converted model, its tokenizer and its config for `glalm train` to options.out.
 
+    If that fails, or is killed, options.out does not exist. That it can be created is known before the Llama is loaded.
+
     Raises:
         ConfigError: The Llama cannot be converted.
-        RunError: The distillation diverged. Nothing is written.
+        OSError: options.out cannot be created.
+        RunError: The distillation diverged.
     """
-    llama = load_llama(options.llama, options.gguf)
-    torch.manual_seed(0)
-    model = convert_llama(llama, options.mixer, options.softmax_layers)
-    if options.distil:
-        run_distillation(model, llama, options)
-    model.save_pretrained(options.out)
-    try:
-        # Of the tokenizer in a GGUF file beside a tokenizer.json, transformers 5 forgets which token ends a document.
-        gguf = None if (options.llama / "tokenizer.json").is_file() else options.gguf
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.llama, gguf_file=gguf, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer.save_pretrained(options.out)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning(f"No tokenizer was written: {error}".splitlines()[0])
-    config_file = options.out / "configs" / "model" / "linearized.yaml"
-    config_file.parent.mkdir(parents=True)
-    settings = OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))
-    config_file.write_text(OmegaConf.to_yaml(settings), encoding="utf-8")
+    with temporary_folder(options.out) as folder:
+        llama = load_llama(options.llama, options.gguf)
+        torch.manual_seed(0)
+        model = convert_llama(llama, options.mixer, options.softmax_layers)
+        if options.distil:
+            run_distillation(model, llama, options)
+        model.save_pretrained(folder)
+        try:
+            # Of a GGUF file's tokenizer beside a tokenizer.json, transformers 5 forgets which token ends a document.
+            gguf = None if (options.llama / "tokenizer.json").is_file() else options.gguf
+            tokenizer = AutoTokenizer.from_pretrained(
+                options.llama, gguf_file=gguf, local_files_only=True, trust_remote_code=False
+            )
+            tokenizer.save_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning(f"No tokenizer was written: {error}".splitlines()[0])
+        config_file = folder / "configs" / "model" / "linearized.yaml"
+        config_file.parent.mkdir(parents=True)
+        settings = OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))
+        config_file.write_text(OmegaConf.to_yaml(settings), encoding="utf-8")
+        folder.rename(options.out)
 
 
 def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:

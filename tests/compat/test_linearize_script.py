@@ -122,6 +122,23 @@ def test_what_does_not_fit_is_an_error_before_the_llama_is_loaded(
     assert code == 2 and re.search(f"ConfigError: {message}", stderr)
 
 
+def test_a_folder_that_cannot_be_created_is_an_error_before_the_llama_is_loaded(run_linearize, llama, monkeypatch):
+    monkeypatch.setattr(linearize, "load_llama", lambda *_: pytest.fail("The Llama is loaded."))
+    code, stderr = run_linearize(llama, llama / "config.json" / "out")
+    assert code == 2 and "NotADirectoryError: " in stderr and str(llama / "config.json") in stderr
+
+
+def test_a_failed_conversion_leaves_no_folder(run_linearize, llama, tmp_path, monkeypatch):
+    def save_a_part(model, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(GLALMForCausalLM, "save_pretrained", save_a_part)
+    assert run_linearize(llama, tmp_path / "out")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
 def test_data_with_larger_vocabulary_is_an_error(run_linearize, token_folder, tmp_path):
     LlamaConfig(vocab_size=100).save_pretrained(tmp_path / "llama")  # It has no weights that could be loaded.
     options = ["--distil", 1, "--data", token_folder, "--seq-len", 16]

@@ -49,7 +49,8 @@ class LadderRun:
     def work(self) -> float:
         """The tokens that take as long to train on as the run's training and its evaluation, by their FLOPs.
 
-        Only perplexity and extrapolation are counted, and only on prepared data that is on this machine.
+        Only perplexity and extrapolation are counted, and only on prepared data that is on this machine. A sliding
+        window reads its text twice.
         """
         config = self.eval_config
         try:
@@ -64,7 +65,7 @@ class LadderRun:
             tokens = splits[options.split]["tokens"]
             if options.documents is not None:
                 tokens = min(tokens, options.documents * options.max_length)
-            read += tokens * len(options.contexts)
+            read += tokens * (len(options.contexts) + options.contexts.count("sliding_window"))
         return self.training_tokens + EVALUATION_COST * read
 
     def results(self, evaluator: str) -> dict | None:

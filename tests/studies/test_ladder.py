@@ -258,6 +258,15 @@ def test_what_is_done_is_done_by_its_config(tmp_path):
     assert not planned_run("gla", None, edited, where, []).is_complete()
 
 
+def test_a_sliding_window_is_read_twice(tmp_path, monkeypatch):
+    splits = {"validation": {"tokens": 300}, "test": {"tokens": 600}}
+    monkeypatch.setattr(ladder, "read_manifest", lambda folder: {"splits": splits})
+    config = compose_config(TrainingRun, "train", ["experiment=ladder_tiny"])
+    for contexts, passes in (("stateful", 1), ("reset,stateful", 2), ("stateful,sliding_window", 3)):
+        run = planned_run("gla", None, config, [], ["evals=[extrapolation]", f"extrapolation.contexts=[{contexts}]"])
+        assert run.work == run.training_tokens + passes * 600 / 3
+
+
 def test_means_over_seeds_are_of_nats(tmp_path):
     runs = []
     for seed, nats in ((1, 3.0), (2, 4.0)):

@@ -74,7 +74,7 @@ class MQARConfig:
     # logspace(-4, -2, 4), most promising first. Once one rate reaches stop_at, the others are skipped.
     learning_rates: list[float] = field(default_factory=lambda: [2.15e-3, 4.64e-4, 1e-2, 1e-4])
     vocab_size: int = 8192  # the lower half are keys, the upper half values
-    # Only of mqar: p(gap) ~ gap^(power - 1), for the gap between a key's two places; 1: uniform.
+    # Only of mqar: a key is asked in the i-th slot of two tokens after the pairs with p(i) ~ i^(power - 1); 1: uniform.
     power: float = 0.01
     # Only of mqar: the tokens that are neither key nor value.
     filler: Literal["zero", "random"] = "zero"

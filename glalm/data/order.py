@@ -30,7 +30,7 @@ class Order:
         windows: {source: its number of windows}. Window ids count through the sources in this order.
         weights: {source: its share of the training windows, up to a common factor}, or None.
         start_step: The first step. Another order has the steps before it.
-        start_position: The windows that are read before that step, since the weights are what they are.
+        start_position: The windows that are read before that step, counted from the last change of the weights.
         windows_read: {source: its windows that are read before position 0 of a mixture}, if the weights were others.
 
     Raises:
@@ -58,7 +58,7 @@ class Order:
         return self._ids_at(np.arange(self.position(step), self.position(step + 1), dtype=np.int64))
 
     def position(self, step: int) -> int:
-        """Return the number of windows before `step`, since the weights are what they are."""
+        """Return the number of windows before `step`, counted from the last change of the weights."""
         return self.start_position + (step - self.start_step) * self.batch_size
 
     def continue_at(self, step: int, batch_size: int, weights: Mapping[str, float] | None) -> "Order":
@@ -126,7 +126,7 @@ class Order:
     def _ids_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the window ids at consecutive positions: int64 [positions].
 
-        A position is the number of windows that are read before it, since the weights are what they are.
+        A position is the number of windows that are read before it, counted from the last change of the weights.
         """
         if self.weights is None:
             return shuffled_ids(positions, sum(self.windows.values()), self.seed)

@@ -204,7 +204,8 @@ def losses_by_bucket(
 ) -> Tensor:
     """Return the mean nats of each text in each bucket that it fills.
 
-    Texts that fill as many buckets are read together, `batch_size` at a time, each group of ranks another batch.
+    Texts are read `batch_size` at a time, sorted by the buckets that they fill so that little is padding. Each group of
+    ranks reads another batch.
 
     Args:
         texts: Token ids of each. A text is read to the end of the last bucket that it fills.

@@ -217,13 +217,9 @@ def losses_by_bucket(
         float64 [texts, len(edges) - 1] on the CPU; NaN where a text does not fill the bucket.
 
     Raises:
-        ValueError: A text fills no bucket.
         RunError: Some losses are not finite.
     """
     last_edges = np.array([last_filled_edge(len(text), edges) for text in texts])
-    if (last_edges == 0).any():
-        short = int(last_edges.argmin())
-        raise ValueError(f"texts: number {short} has fewer than {edges[1] + 1} tokens: it fills no bucket")
     order = np.argsort(-last_edges, kind="stable")
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

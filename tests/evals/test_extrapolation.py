@@ -236,11 +236,6 @@ def test_less_than_ten_lengths_is_allowed_with_a_warning(model, texts):
     assert [*result["ratios"]] == ["2", "4", "8", "9"]
 
 
-def test_a_text_that_fills_no_bucket_is_refused(model, stream):
-    with pytest.raises(ValueError, match="number 1 has fewer than 5 tokens"):
-        read(model, stream(9, 4).documents)
-
-
 def test_the_documents_that_reach_furthest_are_read(stream):
     split = stream(10, 41, 40, 300, 41)
     assert [len(d) for d in load_longest_documents(split, [0, 20, 40], 2)] == [41, 300]

@@ -27,7 +27,8 @@ class Windows:
     Documents are packed: a window continues in the next document where one ends.
 
     Window i of a source holds the T + 1 tokens from i * T on. Its last token is the first one of the next window, so
-    every token but the first of the stream is a target exactly once.
+    every token of the windows but the first of a source is a target exactly once. With `reset_state`, tokens that begin
+    a document are no targets.
 
     Args:
         tokens: The split of a set.

@@ -100,7 +100,7 @@ def choose_reading(model: EvalModel, groups: list[Choices], max_length: int) -> 
             shared.append(i)
         else:
             for j, tokens in enumerate(group.continuations):
-                rows.append(Row(i, j, (group.context + tokens)[-(max_length + 1) :], len(tokens)))
+                rows.append(Row(i, j, [*group.context, *tokens][-(max_length + 1) :], len(tokens)))
     shared.sort(key=lambda i: -len(groups[i].context))
     rows.sort(key=lambda row: -len(row.tokens))
     return shared, rows

@@ -118,7 +118,10 @@ def test_the_earliest_of_a_long_context_is_dropped(eval_model, worth, monkeypatc
     monkeypatch.setattr("glalm.evals.likelihood.MIN_SAVED_TOKENS", worth)
     context, continuation = ids(50, 4)
     [[(nats, _)], [(other, _), _]] = score_choices(
-        eval_model, [Choices(context, [continuation]), Choices(context, [continuation, continuation[:2]])], 20, 1000
+        eval_model,
+        [Choices(context, [continuation]), Choices(tuple(context), [continuation, continuation[:2]])],
+        20,
+        1000,
     )
     expected, _ = directly(eval_model, context[-17:], continuation)  # 20 are read, the last token is only predicted
     assert nats == other == pytest.approx(expected, abs=2e-4)

@@ -181,16 +181,17 @@ def score_features(model: EvalModel, features: list[Tensor], continuations: list
     """
     targets = make_ids(chain.from_iterable(continuations), model.device)
     lengths = [len(tokens) for tokens in continuations]
-    nats, is_greedy = [], []
+    log_likelihood_parts = []
+    greedy_parts = []
     for logits, part in model.iterate_logits(torch.cat(features), targets):
-        nats.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
-        is_greedy.append(logits.argmax(-1) == part)
-    nats = torch.cat(nats).double().cpu()
-    is_greedy = torch.cat(is_greedy).cpu()
+        log_likelihood_parts.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
+        greedy_parts.append(logits.argmax(-1) == part)
+    log_likelihoods = torch.cat(log_likelihood_parts).double().cpu()
+    is_greedy = torch.cat(greedy_parts).cpu()
     answers = []
     for end, length in zip(accumulate(lengths), lengths, strict=True):
         span = slice(end - length, end)
-        answers.append(Answer(nats[span].sum().item(), bool(is_greedy[span].all())))
+        answers.append(Answer(log_likelihoods[span].sum().item(), bool(is_greedy[span].all())))
     return answers
 
 

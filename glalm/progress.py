@@ -94,6 +94,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 40 s, 12 minutes or 5.5 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
+
+
 class ProgressBar:
     """A progress bar on stderr, and the console on which messages appear above it. Use it as a context manager.
 

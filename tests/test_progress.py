@@ -13,9 +13,17 @@ from rich.console import Console
 
 from glalm import progress
 from glalm.cli import exit_on_error
-from glalm.progress import IgnoreOSErrors, ProgressBar, run_command, show_log
+from glalm.progress import IgnoreOSErrors, ProgressBar, format_seconds, run_command, show_log
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "hours, text",
+    [(0.02, "72 s"), (0.3, "18 minutes"), (1.4, "84 minutes"), (5.46, "5.5 hours"), (1234, "1,234.0 hours")],
+)
+def test_durations_are_in_readable_units(hours, text):
+    assert format_seconds(3600 * hours) == text
 
 
 def test_messages_are_printed_as_they_are(capsys):

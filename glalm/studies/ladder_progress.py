@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glalm.evals.result_files import read_json, write_json
-from glalm.progress import ProgressBar
+from glalm.progress import ProgressBar, format_seconds
 from glalm.train.metrics import read_last_row
 
 if TYPE_CHECKING:
@@ -132,13 +132,6 @@ def trained_tokens(run: "LadderRun") -> int:
     """Return the tokens that a run has been trained on, by its metrics.jsonl."""
     row = read_last_row(run.config.folder / "metrics.jsonl")
     return run.config.tokens_at(row["step"]) if row else 0
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as 40 s, 12 min or 5.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # ------------------------------------------------------------------------------------------------------ at the end

@@ -22,7 +22,7 @@ from glalm.evals.plot import plot_extrapolation, plot_losses
 from glalm.evals.result_files import infer_tokens, main_context, median_training_speed, read_json, write_json
 from glalm.launcher import visible_gpus
 from glalm.model.decoder import model_cost
-from glalm.studies.ladder_progress import format_seconds
+from glalm.progress import format_seconds
 from glalm.train.estimate import estimate_hours_and_memory
 from glalm.train.memory import GIB, count_parameters
 from glalm.train.metrics import read_metrics

@@ -15,6 +15,7 @@ from glalm.config.strict import ConfigError, require
 from glalm.data.shards import MANIFEST, read_manifest
 from glalm.kernels.common import has_bf16
 from glalm.model.decoder import CausalLM, model_cost
+from glalm.progress import format_seconds
 from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.measured_mfu import expected_mfu
@@ -221,7 +222,7 @@ def describe_resources(
     else:
         hours = measure_cpu_hours(costs)
         speed = f"{tokens / hours / 3600:,.0f} tokens/s, which a few batches took now on this machine"
-        time_needed = f"{format_hours(hours)}, at {speed}"
+        time_needed = f"{format_seconds(3600 * hours)}, at {speed}"
     yield f"time          {time_needed}"
     parts, description = _estimate_memory_of_run(config, costs, device)
     yield f"memory        {description}"
@@ -384,16 +385,9 @@ def describe_time(
     price = config.train.assumed_price
     cost = f" for {gpu_hours * price:,.0f} at {price:g} an hour" if price else ""
     return (
-        f"{format_hours(hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of the "
+        f"{format_seconds(3600 * hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of the "
         f"GPU's {peak / 1e12:.0f} TFLOP/s ({basis}): {tokens_per_second:,.0f} tokens/s per GPU"
     )
-
-
-def format_hours(hours: float) -> str:
-    """Return a duration as 40 s, 12 minutes or 5.5 hours."""
-    if hours < 0.025:
-        return f"{3600 * hours:.0f} s"
-    return f"{60 * hours:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
 
 
 def measure_cpu_hours(costs: list[PhaseCost]) -> float:

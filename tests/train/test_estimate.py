@@ -32,7 +32,6 @@ from glalm.train.estimate import (
     describe_time,
     estimate_hours_and_memory,
     explain_out_of_memory,
-    format_hours,
     phase_costs,
 )
 from glalm.train.memory import GIB, count_parameters, estimate_memory
@@ -84,14 +83,6 @@ def test_hours_follow_from_the_speed_of_the_mixer(assumed, mfu, basis):
     assert hours == pytest.approx(20.4 * 0.434 / mfu, rel=0.01)
     line = describe_time(config, 1, H200, costs[0].flops_per_token, costs[0].phase.tokens, mfu, basis)
     assert line.startswith(f"{hours:.1f} hours, ") and f"TFLOP/s ({basis}): " in line
-
-
-@pytest.mark.parametrize(
-    "hours, text",
-    [(0.02, "72 s"), (0.3, "18 minutes"), (1.4, "84 minutes"), (5.46, "5.5 hours"), (1234, "1,234.0 hours")],
-)
-def test_durations_are_in_readable_units(hours, text):
-    assert format_hours(hours) == text
 
 
 def test_indivisible_batch_is_refused(run_config, change):

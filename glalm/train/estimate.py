@@ -385,8 +385,8 @@ def describe_time(
     price = config.train.assumed_price
     cost = f" for {gpu_hours * price:,.0f} at {price:g} an hour" if price else ""
     return (
-        f"{format_seconds(3600 * hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of the "
-        f"GPU's {peak / 1e12:.0f} TFLOP/s ({basis}): {tokens_per_second:,.0f} tokens/s per GPU"
+        f"{format_seconds(3600 * hours)}, {gpu_hours:,.{1 if gpu_hours < 10 else 0}f} GPU hours{cost}, at {mfu:.0%} of "
+        f"the GPU's {peak / 1e12:.0f} TFLOP/s ({basis}): {tokens_per_second:,.0f} tokens/s per GPU"
     )
 
 

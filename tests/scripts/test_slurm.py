@@ -67,7 +67,7 @@ def job(tmp_path):
         env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         script = str(ROOT / "glalm/commands/pretrain.sbatch")
         done = subprocess.run(
-            ["bash", script, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+            ["bash", script, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stderr

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
@@ -84,31 +85,39 @@ def is_compiled(config: TrainConfig, is_gpu: bool) -> bool:
     return is_gpu if config.compile == "auto" else config.compile
 
 
-def list_forward_shapes(config: RunConfig, plans: list[BatchPlan], is_gpu: bool) -> dict[tuple[int, int, bool], int]:
-    """Return {shape of a forward pass: the first step, counted from 1, that has it}, for each phase of a run.
+class ForwardShape(NamedTuple):
+    """What torch.compile builds the blocks for, and Triton may choose other kernels for."""
 
-    A shape is (sequences, tokens of each in one process, whether packed documents are one row). torch.compile builds
-    the blocks for each, and Triton may choose other kernels.
+    sequences: int
+    length: int  # tokens of a sequence in one process
+    is_packed: bool  # The sequences' documents are one row.
+    has_state: bool  # The sequences continue from a state, as all segments of a sequence do but its first.
 
-    Raises:
-        ConfigError: The blocks are compiled, and there are more shapes than torch.compile keeps.
-    """
-    shapes: dict[tuple[int, int, bool], int] = {}
-    variants = 0
+    def __str__(self) -> str:
+        packed = " packed" if self.is_packed else ""
+        return f"{self.sequences} x {self.length:,}{packed}{' from a state' if self.has_state else ''}"
+
+
+def list_forward_shapes(config: RunConfig, plans: list[BatchPlan]) -> dict[ForwardShape, int]:
+    """Return {shape of a forward pass: the first step, counted from 1, that has it}, for all phases of a run."""
+    shapes: dict[ForwardShape, int] = {}
     for phase, plan in zip(config.phases, plans, strict=True):
         is_packed = phase.config.data.document_boundaries == "reset_state"
-        shape = (plan.micro_batch, plan.shard_length, is_packed)
-        if shape not in shapes:
-            shapes[shape] = phase.start_step + 1
-            variants += min(plan.segments, 2)  # The first segment of a sequence has no state.
-    variants *= len(set(config.model.layer_mixers()))
+        for has_state in (False, True)[: plan.segments]:
+            shape = ForwardShape(plan.micro_batch, plan.shard_length, is_packed, has_state)
+            shapes.setdefault(shape, phase.start_step + 1)
+    return shapes
+
+
+def check_compile_limit(config: RunConfig, plans: list[BatchPlan], is_gpu: bool) -> None:
+    """Raise ConfigError if the blocks are compiled, and a run has more shapes than torch.compile keeps."""
+    shapes = len(list_forward_shapes(config, plans))
+    variants = shapes * len(set(config.model.layer_mixers()))
     require(
         variants <= RECOMPILE_LIMIT or not is_compiled(config.train, is_gpu),
-        f"The stages have {len(shapes)} shapes of forward passes, for which torch.compile builds {variants} variants "
-        f"of a block and keeps {RECOMPILE_LIMIT}. Use fewer batches and lengths in train.stages, or set "
-        "train.compile=false",
+        f"The stages have {shapes} shapes of forward passes, for which torch.compile builds {variants} variants of a "
+        f"block and keeps {RECOMPILE_LIMIT}. Use fewer batches and lengths in train.stages, or set train.compile=false",
     )
-    return shapes
 
 
 def _compile_forward(forward: BlockForward) -> BlockForward:

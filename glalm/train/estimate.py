@@ -16,14 +16,14 @@ from glalm.data.shards import MANIFEST, read_manifest
 from glalm.kernels.common import has_bf16
 from glalm.model.decoder import CausalLM, model_cost
 from glalm.progress import format_seconds
-from glalm.train.compile import apply_training_forward, is_compiled, list_forward_shapes
+from glalm.train.compile import apply_training_forward, check_compile_limit, is_compiled, list_forward_shapes
 from glalm.train.environment import peak_flops
 from glalm.train.measured_mfu import expected_mfu
 from glalm.train.memory import GIB, ParameterCounts, count_parameters, estimate_memory
 from glalm.train.optim import build_optimizers
 from glalm.train.run_dir import open_data
 from glalm.train.state import BatchPlan, plan_batches
-from glalm.train.step_graph import is_captured
+from glalm.train.step_graph import check_graph_support, is_captured
 from glalm.train.training_data import TrainingData
 
 ASSUMED_VOCABULARY = 32000  # tokens, where neither the config nor data says how many
@@ -180,8 +180,10 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
         if requires_data or (Path(config.data.path) / MANIFEST).exists():
             raise
         unchecked = f"WARNING: data and vocabulary have not been checked. {error}"
-    is_captured(config, world_size, device.is_gpu)  # Raise as the run would, whichever stage is the largest.
     costs = phase_costs(config, world_size)
+    plans = [cost.plan for cost in costs]
+    check_compile_limit(config, plans, device.is_gpu)
+    check_graph_support(config, world_size, device.is_gpu)
     counts = count_parameters(config)
     tokens = sum(cost.phase.tokens for cost in costs)
     flops = sum(cost.flops for cost in costs)
@@ -193,12 +195,9 @@ def describe_needs(config: RunConfig, world_size: int, device: Device, requires_
     yield f"parameters    {counts.total:,}; {counts.total - embeddings:,} without embeddings and head"
     for cost in costs:
         yield from describe_phase(cost, device, share=cost.flops / flops)
-    shapes = list_forward_shapes(config, [cost.plan for cost in costs], device.is_gpu)
+    shapes = [f"{shape} at step {step:,}" for shape, step in list_forward_shapes(config, plans).items()]
     if len(shapes) > 1 and is_compiled(config.train, device.is_gpu):
-        each = []
-        for (sequences, length, is_packed), step in shapes.items():
-            each.append(f"{sequences} x {length:,}{' packed' if is_packed else ''} at step {step:,}")
-        yield f"compilation   the blocks are compiled at the first forward pass of each shape: {', '.join(each)}"
+        yield f"compilation   the blocks are compiled at the first forward pass of each shape: {', '.join(shapes)}"
     yield f"steps         {config.steps:,} ({tokens:,} tokens), warm-up over the first {config.warmup_steps:,}"
     yield from describe_missing_data(config, tokens) if training is None else describe_data(config, training)
     yield from describe_resources(config, world_size, device, costs, counts)

@@ -28,23 +28,29 @@ MIN_FREE_SHARE = 0.15
 ForwardBackward = Callable[[Batch, int, float | Tensor, bool], list[Tensor]]
 
 
-def is_captured(config: RunConfig, world_size: int, is_gpu: bool) -> bool:
-    """Return whether to run micro-batches as CUDA graphs. With "auto", the memory or a mixer can still prevent it.
-
-    Raises:
-        ConfigError: train.cuda_graph is true, which the run does not support.
-    """
-    boundaries = {phase.config.data.document_boundaries for phase in config.phases}
-    obstacle = None
+def find_graph_obstacle(config: RunConfig, world_size: int, is_gpu: bool) -> str | None:
+    """Return why a run cannot run micro-batches as CUDA graphs, or None if its config allows it."""
     if not is_gpu:
-        obstacle = "it needs a GPU"
-    elif world_size > 1 or config.parallel.mode != "ddp":
-        obstacle = "a graph contains no communication, so it needs one process and parallel=ddp"
-    elif "reset_state" in boundaries:
-        obstacle = "with data.document_boundaries=reset_state the number of documents varies between batches"
-    wanted = config.train.cuda_graph
-    require(wanted is not True or obstacle is None, f"train.cuda_graph=true: {obstacle}. Set train.cuda_graph=auto.")
-    return wanted is not False and obstacle is None
+        return "it needs a GPU"
+    if world_size > 1 or config.parallel.mode != "ddp":
+        return "a graph contains no communication, so it needs one process and parallel=ddp"
+    if any(phase.config.data.document_boundaries == "reset_state" for phase in config.phases):
+        return "with data.document_boundaries=reset_state the number of documents varies between batches"
+    return None
+
+
+def check_graph_support(config: RunConfig, world_size: int, is_gpu: bool) -> None:
+    """Raise ConfigError if train.cuda_graph is true, which the run does not support."""
+    obstacle = find_graph_obstacle(config, world_size, is_gpu)
+    require(
+        config.train.cuda_graph is not True or obstacle is None,
+        f"train.cuda_graph=true: {obstacle}. Set train.cuda_graph=auto.",
+    )
+
+
+def is_captured(config: RunConfig, world_size: int, is_gpu: bool) -> bool:
+    """Return whether to run micro-batches as CUDA graphs. With "auto", the memory or a mixer can still prevent it."""
+    return config.train.cuda_graph is not False and find_graph_obstacle(config, world_size, is_gpu) is None
 
 
 class StepGraph:

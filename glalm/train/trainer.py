@@ -35,7 +35,7 @@ from glalm.train import parallel, run_dir
 from glalm.train.averaging import WeightAverage
 from glalm.train.checkpoint import CheckpointSaver, CheckpointWriter, read_metadata
 from glalm.train.collectives import max_over_processes
-from glalm.train.compile import apply_training_forward, list_forward_shapes
+from glalm.train.compile import apply_training_forward, check_compile_limit
 from glalm.train.estimate import dry_run, explain_out_of_memory
 from glalm.train.float8 import check_float8_support, convert_to_float8
 from glalm.train.guards import StopSignal, UpdateGuard
@@ -45,7 +45,7 @@ from glalm.train.metrics import MetricsWriter
 from glalm.train.optim import build_optimizers, learning_rate, set_learning_rate
 from glalm.train.profile import Profiler
 from glalm.train.state import BatchPlan, TrainState, plan_batches
-from glalm.train.step_graph import StepGraph, is_captured
+from glalm.train.step_graph import StepGraph, check_graph_support, is_captured
 from glalm.train.throughput import SourceTokenCounter, ThroughputMeter, collect_between_steps
 from glalm.train.training_data import TrainingData
 from glalm.train.watchdog import Watchdog
@@ -134,8 +134,8 @@ def check_devices_and_plan_batches(config: RunConfig, accelerator: Accelerator) 
     """Return the plans of `plan_batches`. Raise ConfigError if the devices cannot train one of the run's phases."""
     plans = plan_batches(config, accelerator.num_processes)
     is_gpu = accelerator.device.type == "cuda"
-    list_forward_shapes(config, plans, is_gpu)  # Raises for too many shapes of compiled blocks.
-    is_captured(config, accelerator.num_processes, is_gpu)  # Raises if train.cuda_graph=true cannot be done.
+    check_compile_limit(config, plans, is_gpu)
+    check_graph_support(config, accelerator.num_processes, is_gpu)
     if config.train.float8:
         for plan in plans:
             check_float8_support(plan, accelerator.device)

@@ -20,7 +20,7 @@ from glalm.config.strict import ConfigError
 from glalm.data.files import read_jsonl
 from glalm.train import parallel, trainer
 from glalm.train.state import plan_batches
-from glalm.train.step_graph import MIN_FREE_SHARE, StepGraph, is_captured
+from glalm.train.step_graph import MIN_FREE_SHARE, StepGraph, check_graph_support, is_captured
 from glalm.train.trainer import Trainer
 
 TIMES = {"tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait_seconds"}
@@ -226,6 +226,7 @@ def test_auto_leaves_memory_free(run_config, caplog):
 
 @pytest.fixture
 def graphs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(trainer, "check_graph_support", lambda *_: None)
     monkeypatch.setattr(trainer, "is_captured", lambda config, *_: config.train.cuda_graph is True)
     monkeypatch.setattr(trainer, "GraphCapture", lambda device: None)
 
@@ -270,7 +271,9 @@ def test_a_run_that_validates_and_is_resumed_ends_as_the_eager_one(run_config, c
 )
 def test_choice(run_config, change, changes, world_size, is_gpu, obstacle):
     def choose(wanted: bool | str) -> bool:
-        return is_captured(change(run_config, **{"train.cuda_graph": wanted}, **changes), world_size, is_gpu)
+        config = change(run_config, **{"train.cuda_graph": wanted}, **changes)
+        check_graph_support(config, world_size, is_gpu)
+        return is_captured(config, world_size, is_gpu)
 
     assert choose("auto") == (obstacle is None) and not choose(False)
     if obstacle is None:

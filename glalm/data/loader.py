@@ -159,18 +159,20 @@ def training_batches(
     order: Order,
     *,
     start_step: int = 0,
+    stop_step: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 1,
     pin: bool = False,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (step, batch) from `start_step` on, without end. Batches are those of `Windows.load_batch`.
+    """Yield (step, batch) from `start_step` to the one before `stop_step`. Batches are those of `Windows.load_batch`.
 
     Labels are shifted already: the loss compares logits[:, t] with labels[:, t]. There is no state but the step, so to
     resume, start at the next step.
 
     Args:
         order: The order of `windows`. This rank gets order.batch_size / world_size windows of each step.
+        stop_step: None for batches without end.
         workers: Threads that read ahead. Their number does not change what is read.
         pin: Return batches in page-locked memory, from which a GPU copies while it computes.
 
@@ -186,7 +188,8 @@ def training_batches(
             batch = {name: x.pin_memory() for name, x in batch.items()}
         return step, batch
 
-    return read_ahead(read_step, itertools.count(start_step), workers)
+    steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
+    return read_ahead(read_step, steps, workers)
 
 
 def spaced_windows(windows: Windows, limit: int | None) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -319,7 +318,7 @@ class Trainer:
         return {"val_loss": nats / targets, "val_perplexity": perplexity(nats / targets)}
 
     def iterate_batches(self, data: TrainingData) -> Iterator[Batch]:
-        """Yield this process's batches, from the step after `state.step` to the last. None is read beyond the last."""
+        """Yield this process's batches, from the step after `state.step` to the last."""
         for reading, plan in zip(data.phases, self.plans, strict=True):
             start_step = max(self.state.step, reading.phase.start_step)
             if start_step >= reading.phase.end_step:
@@ -328,12 +327,13 @@ class Trainer:
                 reading.windows,
                 reading.order,
                 start_step=start_step,
+                stop_step=reading.phase.end_step,
                 rank=self.accelerator.process_index // plan.context_parallel,
                 world_size=plan.data_parallel,
                 workers=self.config.data.workers,
                 pin=self.accelerator.device.type == "cuda",
             )
-            for _, batch in islice(stream, reading.phase.end_step - start_step):
+            for _, batch in stream:
                 yield self._take_share(batch, plan.segment_length)
 
     def iterate_validation_batches(self, windows: Windows) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
 
     Only the weights of linear layers decay, not embeddings, norms, biases and other parameters. One learning rate
     serves both, because Muon's updates are scaled to the size of AdamW's. Parameters may be DTensors. Every parameter
-    group has "lr_multiplier", which is 1 without optim.parametrization=mup, and "initial_lr", the peak.
+    group has "lr_multiplier", which is 1 without optim.parametrization=mup.
     """
     multipliers = None
     if config.parametrization == "mup":
@@ -75,7 +75,6 @@ def add_parameter(
     settings |= {
         "lr_multiplier": lr_multiplier,
         "lr": config.min_lr * lr_multiplier,
-        "initial_lr": config.lr * lr_multiplier,
         "weight_decay": weight_decay / lr_multiplier,
     }
     for group in groups:
@@ -98,8 +97,8 @@ def learning_rate(step: int, config: RunConfig) -> float:
                          1 - sqrt(x) (Hägele et al., arXiv 2405.18392)
         constant         lr
 
-    With schedules of train.stages, it follows that of each stage instead, from where the stage before left it, and in
-    the first stage from optim.lr.
+    With schedules of train.stages, it follows that of each stage instead, in the first one from optim.lr, and then from
+    where the stage before left it without the factor of its batch.
 
     Resuming needs no state but what `RunConfig.resume_at` records. A warm-up or a run whose length is set in tokens
     progresses by tokens, so that a resume with another batch neither shifts nor shortens it.

@@ -98,7 +98,8 @@ def dry_run(config: RunConfig, requires_data: bool = False) -> int:
             f"train.assumed_gpu=H200, or another of {', '.join(ASSUMED_GPUS)}.",
         )
         if config.model.vocab_size is None:
-            print("vocabulary    " + choose_vocabulary(config))
+            config.model.vocab_size, origin = find_vocabulary(config)
+            print(f"vocabulary    {origin}")
         world_size = config.train.assumed_gpus or int(os.environ.get("WORLD_SIZE", 1))
         for line in describe_needs(config, world_size, device, requires_data):
             print(line, flush=True)
@@ -113,7 +114,7 @@ def estimate_hours_and_memory(config: RunConfig) -> tuple[float | None, int]:
     """
     device = ASSUMED_GPUS[config.train.assumed_gpu] if config.train.assumed_gpu else current_device()
     if config.model.vocab_size is None:
-        choose_vocabulary(config)
+        config.model.vocab_size, _ = find_vocabulary(config)
     costs = phase_costs(config, 1)
     hours = None
     if device.is_gpu and (peak := peak_flops(device.name)) is not None:
@@ -160,14 +161,14 @@ def average_mfu(costs: list[PhaseCost], gpu: Device) -> tuple[float, str]:
     return sum(cost.flops for cost in costs) / seconds, "as measured; train.assumed_mfu sets another"
 
 
-def choose_vocabulary(config: RunConfig) -> str:
-    """Set model.vocab_size to that of the data, or to ASSUMED_VOCABULARY, and return which of the two it is."""
+def find_vocabulary(config: RunConfig) -> tuple[int, str]:
+    """Return the size of the data's vocabulary, or ASSUMED_VOCABULARY, and a sentence on where it comes from."""
     try:
-        config.model.vocab_size = read_manifest(Path(config.data.path))["tokenizer"]["vocab_size"]
-        return f"{config.model.vocab_size:,} tokens, those of {config.data.path}"
+        size = read_manifest(Path(config.data.path))["tokenizer"]["vocab_size"]
+        return size, f"{size:,} tokens, those of {config.data.path}"
     except (OSError, ValueError) as error:
-        config.model.vocab_size = ASSUMED_VOCABULARY
-        return f"{ASSUMED_VOCABULARY:,} tokens are assumed, because model.vocab_size is null and {error}"
+        assumed = f"{ASSUMED_VOCABULARY:,} tokens are assumed, because model.vocab_size is null and {error}"
+        return ASSUMED_VOCABULARY, assumed
 
 
 def describe_needs(config: RunConfig, world_size: int, device: Device, requires_data: bool = False) -> Iterator[str]:
@@ -377,7 +378,7 @@ def describe_time(
     """Return the hours and the costs at this share of the GPU's peak, which `basis` says the origin of."""
     peak = peak_flops(gpu.name)
     if peak is None:
-        return f"the peak of {gpu.name} is unknown"
+        return f"not estimated, because the peak of {gpu.name} is unknown. For another GPU, add train.assumed_gpu=H200"
     tokens_per_second = peak * mfu / flops_per_token
     hours = tokens / (tokens_per_second * world_size) / 3600
     gpu_hours = hours * world_size

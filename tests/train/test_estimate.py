@@ -59,7 +59,7 @@ def test_report_of_a_dry_run(run_config, change):
     hybrid = change(config, **{"parallel.mode": "hsdp"})
     assert "parallel=fsdp2, which shards over the GPUs of all machines" in advise_memory(hybrid)
     assert "fsdp2" not in advise_memory(change(config, **{"parallel.mode": "fsdp2"}))
-    assert "the peak of A small one is unknown" in small
+    assert "time          not estimated, because the peak of A small one is unknown. For another GPU, add " in small
 
 
 def test_dry_run_prints_the_costs(run_config, change):

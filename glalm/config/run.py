@@ -28,8 +28,8 @@ MAX_TIMEOUT_MINUTES = 366 * 24 * 60
 # Which weights of a checkpoint: those that the last step left, or their moving average (train.ema_decay).
 Weights = Literal["current", "average"]
 
-# Keys that a resumed run may change: paths, reporting, and how the work is divided over the hardware. All others decide
-# what is learned. A * stands for any name.
+# Keys that a resumed run may change: paths, reporting, how the work is divided over the hardware, and the precision, of
+# which only the rounding differs. All others decide what is learned. A * stands for any name.
 MAY_CHANGE = (
     "name",
     "runs_dir",
@@ -244,7 +244,7 @@ class TrainConfig:
     # Compute the large matrix products of training in float8 (torchao, glalm/train/float8.py), on GPUs that support it.
     # Everything else, and validation, stays in bf16.
     float8: bool = False
-    eval_every: int = 250  # steps between validations; the first and the last step are always validated
+    eval_every: int = 250  # steps between validations, besides those at step 0 and at the end of each stage and the run
     eval_sequences: int = 128  # sequences per validation
     log_every: int = 10  # steps between rows of metrics.jsonl
     statistics_every: int | None = None  # steps between statistics of each layer: gates, states, norms; null: none

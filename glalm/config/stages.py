@@ -38,10 +38,11 @@ class StageConfig:
     # data.seq_len.
     micro_batch_size: int | None = None
     tbptt_length: int | None = None  # instead of train.tbptt_length
-    # How the learning rate goes from where the stage before left it, or from optim.lr after the warm-up, to `lr`. sqrt:
-    # as 1 - sqrt(x). null: the run follows optim.schedule over all of its stages, and no stage has a schedule.
+    # How the learning rate goes from where the stage before left it, or from optim.lr after the warm-up, to `lr`, all
+    # before batch_rule's factor. sqrt: as 1 - sqrt(x). null: the run follows optim.schedule over all of its stages, and
+    # no stage has a schedule.
     schedule: Literal["constant", "linear", "cosine", "sqrt"] | None = None
-    lr: float | None = None  # at the stage's last step, before batch_rule's factor, unless the schedule is constant
+    lr: float | None = None  # at the stage's last step, unless the schedule is constant
 
 
 def describe_stage(stage: StageConfig) -> str:

@@ -43,7 +43,8 @@ class WeightAverage:
     def restart(self) -> None:
         """Set the average to the current weights, for a run that resumes from a checkpoint without an average.
 
-        It is as if all weights until then had been these. They keep half of the average for 0.7 / (1 - decay) steps.
+        It is as if all weights until then had been these. They keep half of the average for as many steps as the run
+        had then taken, at most for 0.7 / (1 - decay).
         """
         for average, parameter in zip(self.tensors.values(), self._parameters, strict=True):
             average.copy_(parameter.detach())

@@ -53,7 +53,7 @@ from glalm.train.watchdog import Watchdog
 # first one. It returns {} where it does not evaluate, calls `heartbeat` while it works and log_text(name, text, step)
 # with summaries for the tracker, and leaves the state as it was. `shard` is `Trainer.context`.
 LogText = Callable[[str, str, int], None]
-Evaluate = Callable[[TrainState, str, Callable[[int], object], LogText, ContextShard | None], dict[str, float]]
+Evaluate = Callable[[TrainState, str, Callable[[float], object], LogText, ContextShard | None], dict[str, float]]
 
 
 def train(
@@ -202,7 +202,7 @@ class Trainer:
         self.state = TrainState(model, build_optimizers(model, config.optim), self.guard, average)
 
     def step(self, batch: Batch) -> StepResult:
-        """Take one optimizer step, unless the guard skips it. The host does not wait for the device.
+        """Take one optimizer step, unless the guard skips it. The host waits for the device only with optim.name=muon.
 
         Args:
             batch: This process's share of the global batch, from `iterate_batches`.
@@ -279,9 +279,10 @@ class Trainer:
 
     @torch.no_grad()
     def measure_layers(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the gradient norms of groups of parameters, and statistics of each layer over one sequence of `batch`.
+        """Return the gradient norms of groups of parameters, and statistics of each layer.
 
-        They are scalars on the device. Gradients must have been accumulated. If processes share sequences, each has the
+        Those of layers are over one sequence of `batch`, with train.tbptt_length over its first segment. They are
+        scalars on the device. Gradients must have been accumulated. If processes share sequences, each has the
         statistics of its shard; those of packed documents then lack the states, which no process has all of.
         """
         segment = split_batch(batch, self.plan.shard_length, dim=1)[0]

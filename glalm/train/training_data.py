@@ -21,7 +21,7 @@ class PhaseData:
 
 
 class TrainingData:
-    """The windows that a run trains on and their order: a pure function of the config and the data.
+    """The windows that a run trains on and their order: a pure function of the config, its milestones and the data.
 
     At each milestone the order of the newest milestone with the same window length continues, if both or neither have
     weights: the run reads the windows that come next. Windows of another length have an order of their own, from its
@@ -38,6 +38,7 @@ class TrainingData:
     def __init__(self, config: RunConfig, tokens: TokenSet):
         self.config = config
         self.tokens = tokens
+        # Only to raise: `phases` opens them again, because a resume may add a milestone.
         for number, phase in enumerate(config.phases):
             try:
                 self._open_phase(number)

@@ -208,7 +208,8 @@ def check_weights(weights: Mapping[str, float], windows: Mapping[str, int]) -> N
         raise ValueError(f"weights={dict(weights)} must be 0 or more, and one above 0.")
     for name, weight in weights.items():
         if weight and not windows[name]:
-            raise ValueError(f"weights.{name}={weight}: this source has too few tokens for one window.")
+            problem = f"weights.{name}={weight}: this source has too few tokens for one window."
+            raise ValueError(f"{problem} Set its weight to 0, or choose a smaller seq_len.")
     used = sum(weight > 0 for weight in weights.values())
     if used > CYCLE:
         problem = f"weights: {used} sources have one above 0, but a mixture has places for {CYCLE}."

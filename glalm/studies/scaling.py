@@ -91,7 +91,8 @@ def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
             if min(numbers) > 0 and (best is None or error < best[0]):
                 best = error, law
         if best is None:
-            raise ConfigError("The losses do not fall with size and tokens as a power law does, so none can be fitted.")
+            problem = "The losses do not fall with size and tokens as a power law does"
+            raise ConfigError(f"{problem}. Leave out runs that diverged, or add runs of other sizes")
         ratio = (grids[0][1] / grids[0][0]) ** 1.5
         found = [best[1].a, best[1].b]
         grids = [np.geomspace(x / ratio, x * ratio, 25) if x else np.zeros(1) for x in found]
@@ -115,7 +116,7 @@ def have_several_tokens(measurements: Sequence[Measurement]) -> bool:
         len(sizes) >= 3 and (len(token_counts) >= 3 or not has_tokens) and len(runs) >= required,
         f"The law has {required} numbers to fit, and these runs have {len(sizes)} sizes, {len(token_counts)} "
         f"numbers of tokens and {len(runs)} losses. Name runs of at least {at_least}, and at least {required} that "
-        "differ in one",
+        "differ in size or tokens",
     )
     return has_tokens
 
@@ -180,7 +181,8 @@ def require_comparable(measurements: Sequence[Measurement]) -> None:
         changed = [key for key in keys if first.conditions.get(key) != other.conditions.get(key)]
         require(
             not changed,
-            f"{other.name} and {first.name} are not points of one law: {', '.join(changed)} are not the same",
+            f"{other.name} and {first.name} are not points of one law: they differ in {', '.join(changed)}. Name runs "
+            "that agree in that",
         )
 
 
@@ -205,7 +207,8 @@ def read_points(path: Path) -> list[Measurement]:
     try:
         record = files.read_json(path, POINTS_SHAPE)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--points {path} is no file of glalm scaling --out ({error})") from error
+        advice = "Write one by glalm scaling RUN ... --out FILE"
+        raise ConfigError(f"--points {path} is no file of glalm scaling --out ({error}). {advice}") from error
     names = [field.name for field in dataclasses.fields(Measurement)]
     return [Measurement(**{name: measurement[name] for name in names}) for measurement in record["measurements"]]
 

@@ -121,7 +121,7 @@ def test_points_of_other_runs_must_compare(tmp_path, monkeypatch, capsys):
     name = str(tmp_path / "points.json")
     for arguments in (["x", "--points", name], ["--points", name, "--predict", "x"]):
         code, text = run(*arguments)
-        assert code == 2 and "are not points of one law: data_sha256, mixers are not the same" in text
+        assert code == 2 and "are not points of one law: they differ in data_sha256, mixers" in text
     # The vocabulary of a prediction is that of the points, 320 here.
     code, text = run("--points", name, "--depth", "2")
     assert code == 0 and f"{describe_dial(2, 320)[1]:,}" in text

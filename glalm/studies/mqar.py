@@ -94,7 +94,7 @@ class MQARConfig:
         self._check_axes()
         require(
             len(self.lengths) == len(self.pairs),
-            f"lengths={self.lengths} and pairs={self.pairs} must have as many entries as each other",
+            f"lengths={self.lengths} and pairs={self.pairs} must have the same number of entries",
         )
         for length, pairs in zip(self.lengths, self.pairs, strict=True):
             require(
@@ -103,7 +103,8 @@ class MQARConfig:
             )
         require(
             self.vocab_size >= 2 * max(self.pairs) + 2,
-            f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs",
+            f"vocab_size={self.vocab_size} has too few keys for {max(self.pairs)} pairs; write "
+            f"vocab_size={2 * max(self.pairs) + 2} or more",
         )
         require(
             self.task == "mqar" or (self.power, self.filler) == (MQARConfig.power, MQARConfig.filler),

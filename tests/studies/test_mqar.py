@@ -413,7 +413,7 @@ def test_the_filter_of_hyena_is_as_long_as_the_sequences(length, monkeypatch):
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="at least four for each of 20 pairs"):
         MQARConfig(lengths=[64], pairs=[20])
-    with pytest.raises(ConfigError, match="must have as many entries"):
+    with pytest.raises(ConfigError, match="must have the same number of entries"):
         MQARConfig(lengths=[64, 128], pairs=[4])
     with pytest.raises(ConfigError, match="power and filler describe task=mqar; remove them"):
         MQARConfig(task="associative_recall", filler="random")

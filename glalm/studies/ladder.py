@@ -173,7 +173,7 @@ def refuse_keys(overrides: list[str], set_by: dict[str, str]) -> None:
     """Raise ConfigError for a key that the ladder sets itself, because its table would describe other runs."""
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        require(key not in set_by, f"{key}=... is set for each run, by {set_by.get(key)}")
+        require(key not in set_by, f"{key}=... is set for each run, by {set_by.get(key)}. Remove it")
 
 
 def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, overrides: list[str]) -> LadderRun:

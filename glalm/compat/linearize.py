@@ -99,7 +99,9 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
             )
             tokenizer.save_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            logger.warning(f"No tokenizer was written: {error}".splitlines()[0])
+            reason = str(error).partition("\n")[0]
+            advice = f"Copy the files of the model's tokenizer to {options.out} before you prepare data with it."
+            logger.warning(f"No tokenizer was written ({reason}). {advice}")
         config_file = folder / "configs" / "model" / "linearized.yaml"
         config_file.parent.mkdir(parents=True)
         settings = OmegaConf.create(dataclasses.asdict(model.config.to_model_config()))

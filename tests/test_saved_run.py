@@ -88,7 +88,7 @@ def test_given_keys_may_change_or_must_agree(first, tmp_path):
     where = ["name=mine", f"runs_dir={tmp_path}"]
     config = config_of(*where, "train.log_every=7", "track.project=x", "optim.lr=0.02")
     assert (config.train.log_every, config.track.project) == (7, "x") and train(config) == 0
-    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  optim.lr: 0.02 -> 0.01\nTo resume"):
+    with pytest.raises(ConfigError, match=r"is of another config:\n  optim.lr: 0.02 -> 0.01\nTo resume"):
         train(config_of(*where, "optim.lr=0.01"))
     with pytest.raises(ConfigError, match=r"model.hidden_size: 32 -> 128\n(.|\n)*model.vocab_size: 300 -> 2048"):
         train(config_of(*where, "model=gla_tiny"))  # a choice gives every key of its group

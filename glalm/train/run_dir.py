@@ -299,7 +299,7 @@ def check_identity(
         changed_keys = ",".join(change.partition(":")[0] for change in changes)
         differences = "\n  ".join(changes)
         raise ConfigError(
-            f"{where} holds a run with another config:\n  {differences}\n"
+            f"{where} is of another config:\n  {differences}\n"
             "To resume that run, write the old values. To start a new run, choose another name=... To resume with the "
             f"new values all the same, write 'train.allow_changes=[{changed_keys}]'."
         )

@@ -106,9 +106,7 @@ def test_copied_checkpoint_must_match_the_config(trained, change):
     copy, wrong = change(trained, name="copy"), {"optim.lr": 0.02, "seed": 5}
     for _ in range(2):
         shutil.copytree(trained.folder / "checkpoints" / "step_4", copy.folder / "checkpoints" / "step_4")
-        with pytest.raises(
-            ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n  seed"
-        ):
+        with pytest.raises(ConfigError, match=r"step_4 is of another config:\n  optim.lr: 0.01 -> 0.02\n  seed"):
             train(change(copy, **wrong))
         assert not (copy.folder / "run.json").exists()
         assert train(change(copy, **wrong, **{"train.allow_changes": ["optim.lr", "seed"]})) == 0
@@ -117,7 +115,7 @@ def test_copied_checkpoint_must_match_the_config(trained, change):
     assert train(change(copy, **wrong)) == 0
     shutil.rmtree(copy.folder / "checkpoints")
     shutil.copytree(trained.folder / "checkpoints" / "step_4", copy.folder / "checkpoints" / "step_4")
-    with pytest.raises(ConfigError, match=r"step_4 holds a run with another config"):
+    with pytest.raises(ConfigError, match=r"step_4 is of another config"):
         train(change(copy, **wrong))
 
 
@@ -171,7 +169,7 @@ def test_resume_from_must_exist_and_match(trained, change):
     with pytest.raises(ConfigError, match=message):
         train(change(trained, name="fork", **{"train.resume_from": missing}))
     source = {"train.resume_from": str(trained.folder / "checkpoints" / "step_4")}
-    with pytest.raises(ConfigError, match=r"step_4 holds a run with another config:\n  optim.lr: 0.01 -> 0.02\n"):
+    with pytest.raises(ConfigError, match=r"step_4 is of another config:\n  optim.lr: 0.01 -> 0.02\n"):
         train(change(trained, name="other", **source, **{"optim.lr": 0.02}))
     allowed = {"optim.lr": 0.02, "train.allow_changes": ["optim.lr"]}
     assert train(change(trained, name="third", **source, **allowed)) == 0
@@ -692,7 +690,7 @@ def test_a_damaged_record_is_read_from_the_newest_checkpoint(trained, capfd):
 
 def test_a_damaged_record_does_not_hide_another_config(trained, change):
     (trained.folder / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  optim\.lr: 0\.01 -> 0\.02"):
+    with pytest.raises(ConfigError, match=r"is of another config:\n  optim\.lr: 0\.01 -> 0\.02"):
         train(change(trained, **{"optim.lr": 0.02}))
     forget = [path for path in (trained.folder / "checkpoints").iterdir()]
     for path in forget:

@@ -395,7 +395,7 @@ STAGES = {"stable": {"tokens": 0.8}, "decay": {"tokens": 0.2}}
             {"train": {"tbptt_length": 64}, "decay": {"document_boundaries": "reset_state"}},
             r"In train\.stages\.decay, .* train\.tbptt_length carries the state on",
         ),
-        ({"train": {"batch_size": 4, "tokens": 30_000}, "decay": {}}, r"warmup_steps=100 is longer than the run"),
+        ({"train": {"batch_size": 4, "tokens": 30_000}, "decay": {}}, r"=100 is longer than the 30 steps of the run;"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(changes, message):

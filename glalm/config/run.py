@@ -113,8 +113,9 @@ class OptimConfig:
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}")
         require_exactly_one(self, "optim", "warmup_steps", "warmup_tokens")
         for name in ("warmup_steps", "warmup_tokens"):
-            require((getattr(self, name) or 0) >= 0, f"optim.{name} must not be negative")
-        require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"optim.{name} must not be negative, not {value}")
+        require(0 < self.decay_fraction <= 1, f"optim.decay_fraction must lie in (0, 1], not {self.decay_fraction}")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
         require(0 <= (self.neuron_beta or 0) < 1, f"optim.neuron_beta must lie in [0, 1), not {self.neuron_beta}")
         require_positive(self, "optim", "grad_clip")
@@ -157,7 +158,8 @@ class ParallelConfig:
         require(minutes <= MAX_TIMEOUT_MINUTES, f"parallel.timeout_minutes={minutes} is longer than a year; lower it")
         require(
             self.mode == "hsdp" or (self.shard is None and self.replicate is None),
-            f"parallel.shard and parallel.replicate are options of parallel=hsdp, not of {self.mode}",
+            f"parallel.shard and parallel.replicate are options of parallel=hsdp, not of {self.mode}; set "
+            "parallel=hsdp, or remove them",
         )
 
     def mesh(self, world_size: int, local_world_size: int) -> tuple[int, int]:
@@ -360,15 +362,14 @@ class RunConfig:
     def _check_warmup(self) -> None:
         warmup = format_set_key(self.optim, "optim", "warmup_steps", "warmup_tokens")
         end = self.steps
-        where = "the run"
         if self.train.stages is None:
             where = format_set_key(self.train, "train", "steps", "tokens")
+        elif not self.has_stage_schedules:
+            where = f"the {end:,} steps of the run"
         else:
-            name, first = next(iter(self.train.stages.items()))
-            if first.schedule is not None:
-                end = self.stage_steps[name].stop - 1
-                where = f"train.stages.{name}, whose schedule follows it"
-            where += f", which has {end:,} steps"
+            name = next(iter(self.train.stages))
+            end = self.stage_steps[name].stop - 1
+            where = f"the {end:,} steps of train.stages.{name}"
         key = warmup.partition("=")[0]
         length = end if self.optim.warmup_tokens is None else self.tokens_at(end)
         require(
@@ -459,7 +460,7 @@ class RunConfig:
         return self.phases[self.phase_index(step)]
 
     def phase_index(self, step: int) -> int:
-        """Return the place in `phases` of the phase of an optimizer step."""
+        """Return the place in `phases` of an optimizer step's phase. Steps beyond the last are of the last phase."""
         ends = [phase.end_step for phase in self.phases]
         return min(bisect_left(ends, step), len(ends) - 1)
 

@@ -113,18 +113,18 @@ def train(
             profiler,
         ):
             loop = TrainingLoop(
-                trainer,
-                training,
-                validation,
-                SourceTokenCounter(training, step, saved.get("source_tokens", {})),
-                evaluate,
-                run_metadata,
-                lambda: run_dir.check_run_dir(lock, config, record, training.tokens),
-                metrics,
-                saver,
-                profiler,
-                watchdog,
-                stop,
+                trainer=trainer,
+                training=training,
+                validation=validation,
+                sources=SourceTokenCounter(training, step, saved.get("source_tokens", {})),
+                evaluate=evaluate,
+                run_metadata=run_metadata,
+                check_run_dir=partial(run_dir.check_run_dir, lock, config, record, training.tokens),
+                metrics=metrics,
+                saver=saver,
+                profiler=profiler,
+                watchdog=watchdog,
+                stop=stop,
             )
             return loop.fit()
 
@@ -351,7 +351,11 @@ class Trainer:
             yield self._take_share(batch, windows.length)
 
     def _take_share(self, batch: Batch, segment_length: int) -> Batch:
-        """Return this process's part of a batch on its device. Segments of sequences have this many tokens."""
+        """Return this process's part of a batch on its device.
+
+        Args:
+            segment_length: The tokens of a segment of a sequence, over all processes that share it.
+        """
         if self.context is not None:
             batch = shard_batch(batch, segment_length, self.context.rank, self.context.size)
         # `starts` stays on the host, where `model_inputs` computes shapes from it.

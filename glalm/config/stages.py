@@ -31,8 +31,8 @@ class StageConfig:
     # stage on, or, below 1, from that share of the stage. The first begins at 0. A batch is in tokens.
     batch_schedule: list[tuple[float, int]] | None = None
     seq_len_schedule: list[tuple[float, int]] | None = None
-    # How the learning rate follows them: with the square root of the batch in tokens, with the batch, or not at all. It
-    # is what it would be without schedules where the batch is.
+    # How the learning rate follows them: with the square root of the batch in tokens, with the batch, or not at all.
+    # Where the batch is that of the stage without schedules, the factor is 1.
     batch_rule: Literal["sqrt", "linear", "none"] = "sqrt"
     # Instead of train.micro_batch_size. null: as many as have the tokens of train.micro_batch_size sequences of
     # data.seq_len.
@@ -82,7 +82,7 @@ class Phase:
 
 
 class Milestone(NamedTuple):
-    """A step of a run after which its batches are others: its start, the border of two phases, or a resume."""
+    """A step of a run after which the batches change: its start, the border of two phases, or a resume."""
 
     step: int
     tokens: int  # of the run up to this step
@@ -117,21 +117,21 @@ def check_stages(train: "TrainConfig") -> None:
             _check_pieces(f"{where}.{key}", getattr(stage, key))
     _check_lengths(train, stages)
     without = [name for name, stage in stages.items() if stage.schedule is None]
-    require(
-        len(without) in (0, len(stages)),
-        f"train.stages.{without[0] if without else ''} has no schedule, and other stages have one. Write "
-        "schedule=constant, linear, cosine or sqrt for each stage, or for none to follow optim.schedule",
-    )
+    if 0 < len(without) < len(stages):
+        raise ConfigError(
+            f"train.stages.{without[0]} has no schedule, and other stages have one. Write schedule=constant, linear, "
+            "cosine or sqrt for each stage, or for none to follow optim.schedule"
+        )
 
 
 def _check_schedule(where: str, stage: StageConfig) -> None:
-    changes = stage.schedule not in (None, "constant")
+    is_changing = stage.schedule not in (None, "constant")
     require(
-        not changes or stage.lr is not None,
+        not is_changing or stage.lr is not None,
         f"{where}.schedule={stage.schedule} needs {where}.lr=RATE, the learning rate at the end of the stage",
     )
     require(
-        changes or stage.lr is None,
+        is_changing or stage.lr is None,
         f"{where}.lr={stage.lr} is the learning rate at the end of the stage. Write {where}.schedule=linear, cosine or "
         f"sqrt to say how it gets there, or {where}.lr=null",
     )

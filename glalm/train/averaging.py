@@ -14,8 +14,9 @@ class WeightAverage:
 
         sum over i of decay^(n - i) w(i) / sum over i of decay^(n - i)
 
-    The denominator excludes the initial weights (as in Adam, arXiv 1412.6980, section 3), which would otherwise
-    dominate the average for 1 / (1 - decay) steps. A step whose update was skipped counts, with unchanged weights.
+    Dividing by this sum leaves no share to the initial weights (as in Adam, arXiv 1412.6980, section 3), which would
+    otherwise dominate the average for 1 / (1 - decay) steps. A step whose update was skipped counts, with unchanged
+    weights.
 
     Args:
         model: Its parameters may be DTensors. Shard it before.

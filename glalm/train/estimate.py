@@ -172,7 +172,7 @@ def find_vocabulary(config: RunConfig) -> tuple[int, str]:
 
 
 def describe_needs(config: RunConfig, world_size: int, device: Device, requires_data: bool = False) -> Iterator[str]:
-    """Yield the lines of the dry run's report for `world_size` devices like `device`. Arguments are as of `dry_run`."""
+    """Yield the lines of the report of `dry_run`, with its `requires_data`, for `world_size` devices like `device`."""
     training = None
     unchecked = ""
     try:
@@ -375,7 +375,7 @@ def advise_memory(config: RunConfig) -> str:
 def describe_time(
     config: RunConfig, world_size: int, gpu: Device, flops_per_token: float, tokens: int, mfu: float, basis: str
 ) -> str:
-    """Return the hours and the costs at this share of the GPU's peak, which `basis` says the origin of."""
+    """Return the hours and the costs at `mfu` of the GPU's peak. `basis` says where this share comes from."""
     peak = peak_flops(gpu.name)
     if peak is None:
         return f"not estimated, because the peak of {gpu.name} is unknown. For another GPU, add train.assumed_gpu=H200"

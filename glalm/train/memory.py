@@ -72,8 +72,8 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Return the bytes on each GPU at the peak of a step, by part. Their sum is the estimate.
 
-    The peak is where the backward pass begins and all activations are there. Gradients are there if DDP, or an earlier
-    micro-batch or segment, has allocated them. Otherwise they take the place of the activations, in a CUDA graph as
+    The peak is where the backward pass begins and all activations are allocated. Gradients are allocated if DDP, or an
+    earlier micro-batch or segment, has done so. Otherwise they take the place of the activations, in a CUDA graph as
     well, and if they are larger, the peak is at the end of the backward pass. The kernels' workspaces are not counted.
 
     Raises:
@@ -99,7 +99,7 @@ def estimate_memory(
         # into segments. The forward pass of a block is taken to need as much as its backward pass.
         parts["validation"] = plan.segments * parts["one block's backward"] + parts["loss"]
     parts[smaller] = 0
-    if not has_gradients:  # Gradients then take the place of activations, which the backward pass frees.
+    if not has_gradients:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     return parts
 
@@ -107,8 +107,8 @@ def estimate_memory(
 def _blocks_bytes(config: RunConfig, plan: BatchPlan, bf16: bool, compiled: bool, is_gpu: bool) -> dict[str, int]:
     """Return what the blocks need besides their weights and gradients, by part.
 
-    All blocks count for "bf16 weights" and "activations", and the one that needs most for the others. Its gathered keys
-    and values count with their gradients.
+    All blocks count for "bf16 weights" and "activations", and the one that needs most for the others. "gathered keys
+    and values" includes their gradients.
     """
     parts = {"bf16 weights": 0, "activations": 0, "one block's backward": 0, "gathered keys and values": 0}
     tokens = plan.micro_batch * plan.shard_length
@@ -163,7 +163,9 @@ def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
     assert model.vocab_size is not None  # The data's tokenizer has set it.
     width = 2 if bf16 else 4
     hidden = tokens * model.hidden_size * 5 * width
-    head = model.vocab_size * model.hidden_size * (4 + width % 4)  # float32 gradient; with bf16 also the cast weight
+    head = (
+        model.vocab_size * model.hidden_size * (4 + (2 if bf16 else 0))
+    )  # float32 gradient; with bf16 also the cast weight
     return hidden + head + width * min(tokens * model.vocab_size, CHUNK_ELEMENTS)
 
 

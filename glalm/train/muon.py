@@ -34,12 +34,12 @@ class Muon(Optimizer):
     is divided by the root of a moving average of its mean square, and O is scaled to the norm of an orthogonal matrix.
 
     Parameters may be DTensors that are sharded by rows. The matrices are then divided among the processes: each gathers
-    its matrices whole, orthogonalizes them and sends the rows back. Muon's result is that of one process bit for bit,
-    NorMuon's up to the rounding of its norms.
+    its matrices whole, orthogonalizes them and sends the rows back. Muon's result equals that of one process bit for
+    bit, NorMuon's up to the rounding of its norms.
 
     Args:
         params: Matrices, or groups of them. In a group all are sharded over the same processes, or none is.
-        orthogonalization: Whose coefficients: Jordan's ("newton_schulz") or those of `polar_express`.
+        orthogonalization: The coefficients: Jordan's ("newton_schulz") or those of `polar_express`.
         neuron_beta: The decay of the moving average, or None.
 
     Attributes:
@@ -177,10 +177,10 @@ def fit_quintic(lower: float, upper: float) -> tuple[float, float, float]:
     By Remez' algorithm: the error of the best polynomial is equal and of alternating sign at the ends and at the two
     extrema between them.
     """
-    points = torch.tensor([lower, (3 * lower + upper) / 4, (lower + 3 * upper) / 4, upper], dtype=torch.float64)
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     if upper - lower < 1e-5 * upper:  # The error is that of rounding: take the Taylor polynomial at `upper`.
         return 15 / 8 / upper, -10 / 8 / upper**3, 3 / 8 / upper**5
+    points = torch.tensor([lower, (3 * lower + upper) / 4, (lower + 3 * upper) / 4, upper], dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     for _ in range(30):
         system = torch.stack([points, points**3, points**5, signs], 1)
         a, b, c, _ = torch.linalg.solve(system, torch.ones_like(points)).tolist()

@@ -79,13 +79,13 @@ def scale_parameter(
     """Return the multipliers of one parameter.
 
     Args:
-        shape: that of the parameter.
-        base: the parameter's shape in the base model.
-        use: over which axis the parameter is summed.
-        is_drawn: whether its initial values are drawn from one normal distribution for all widths. Modules that choose
+        shape: The parameter's shape.
+        base: Its shape in the base model.
+        use: Over which axis the parameter is summed.
+        is_drawn: Whether its initial values are drawn from one normal distribution for all widths. Modules that choose
             their own initial values choose them well for every width.
-        depth: how many times as deep the network is, for parameters in blocks, else 1.
-        output: the output multiplier of the parameter's layer.
+        depth: How many times as deep the network is, for parameters in blocks, else 1.
+        output: The output multiplier of the parameter's layer.
     """
     n_in = 1.0 if use is None else shape[use.axis] / base[use.axis]
     n_out = math.prod(shape) / math.prod(base) / n_in

@@ -1,4 +1,4 @@
-"""The two values that training hands on: how a step's batch is divided, and everything that a step changes."""
+"""BatchPlan and TrainState: how a step's batch is divided, and everything that a step changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def plan_batches(config: RunConfig, world_size: int) -> list[BatchPlan]:
 
 @dataclass
 class TrainState:
-    """Everything that an optimizer step changes, and all of it that a checkpoint holds.
+    """Everything that an optimizer step changes. A checkpoint holds all of it.
 
     `Trainer.step` changes it. glalm.train.checkpoint saves what `state_dict` returns.
     """

@@ -37,7 +37,7 @@ class Windows:
             ignore labels that belong to another document than their input.
 
     Attributes:
-        source_windows: {source: its number of windows}, in the order in which windows are numbered.
+        source_windows: {source: its number of windows}. Window ids count through the sources in this order.
         dropped_tokens: The tokens at the ends of the sources that fill no window.
 
     Raises:
@@ -129,8 +129,8 @@ def flatten_batch(batch: Batch) -> Batch:
 def shard_batch(batch: Batch, segment_length: int, rank: int, size: int) -> Batch:
     """Return the tokens of process `rank` of the `size` that share the sequences of a batch.
 
-    Each segment of `segment_length` tokens is cut into `size` equal runs, and the process has the same one of each. Its
-    rows begin with a start, and `offsets`, int64 [B, 1], counts the tokens before the row of the document it begins in.
+    Each segment of `segment_length` tokens is cut into `size` equal parts, of which the process has number `rank`. Its
+    rows begin with a start. `offsets`, int64 [B, 1], counts the tokens of a row's first document that precede it.
     """
     length = segment_length // size
 
@@ -149,7 +149,7 @@ def shard_batch(batch: Batch, segment_length: int, rank: int, size: int) -> Batc
 
 
 def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """Return the batch with tokens of id 0 and without a target after each row, to a multiple of `multiple` tokens."""
+    """Pad each row to a multiple of `multiple` tokens, by tokens of id 0 without a target."""
     surplus = -batch["input_ids"].shape[1] % multiple
     return {name: F.pad(x, (0, surplus), value=IGNORE_INDEX if name == "labels" else 0) for name, x in batch.items()}
 
@@ -193,7 +193,7 @@ def training_batches(
 
 
 def spaced_windows(windows: Windows, limit: int | None) -> np.ndarray:
-    """Return the numbers of all windows in order, or of `limit` of them, evenly spaced: int64."""
+    """Return the ids of all windows in order, or of `limit` of them, evenly spaced: int64."""
     count = len(windows) if limit is None else min(limit, len(windows))
     return np.arange(count) * len(windows) // count
 

@@ -63,7 +63,7 @@ def read_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict],
 
 
 def read_last_row(path: Path) -> dict | None:
-    """Return the newest row of a metrics.jsonl, or None if it has none. The whole file is only read for want of rows.
+    """Return the newest row of a metrics.jsonl, or None if it has none. All of it is read only if its end has no row.
 
     Raises:
         DamagedFile: It is not a regular file, or it cannot be read.

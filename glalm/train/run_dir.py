@@ -7,8 +7,8 @@ runs/NAME/
     metrics.jsonl
     checkpoints/step_N/
 
-A file that is damaged is replaced where the checkpoints or the data have the same content. A run whose records show
-that it saved checkpoints is refused while none of them is to be seen: they may be on a disk that is not mounted.
+A damaged file is written again from the checkpoints or the data, where they have the same content. A run whose records
+show that it saved checkpoints is refused while none of them can be found: they may be on a disk that is not mounted.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def open_run_dir(folder: Path) -> Iterator[RunLock | None]:
 
 
 def refuse_missing_checkpoints(folder: Path) -> None:
-    """Raise ConfigError if the run in `folder` has saved checkpoints, or trained, and they are not to be seen."""
+    """Raise ConfigError if the run in `folder` has saved checkpoints, or trained, and they cannot be found."""
     checkpoints = folder / CHECKPOINTS
     trained_step = last_trained_step(folder)
     saved = None
@@ -340,7 +340,7 @@ def write_run_record(config: RunConfig, record: dict, data: TokenSet) -> None:
 def recorded_run(config: RunConfig, record: dict, data: TokenSet) -> Iterator[None]:
     """Write run.json and data.json on rank 0. If a ConfigError refuses the run before its first step, take them back.
 
-    What was refused would otherwise return in the next command of this name, which takes from run.json what it lacks.
+    The next command of this name would otherwise take the refused values from run.json.
     """
     rank, _ = rank_and_world_size()
     paths = (config.folder / RUN_RECORD, config.data_record) if rank == 0 else ()
@@ -360,7 +360,7 @@ def recorded_run(config: RunConfig, record: dict, data: TokenSet) -> Iterator[No
 
 
 def record_saved_step(folder: Path, record: dict, step: int) -> None:
-    """Write to run.json that the run has a checkpoint, so that the next start misses it where it is away."""
+    """Write to run.json that the run has a checkpoint, so that the next start notices if it is gone."""
     record["saved"] = step
     with _RECORD_LOCK, suppress(OSError):  # On a full disk, the checkpoint is valid all the same.
         write_json(folder / RUN_RECORD, record, indent=1)

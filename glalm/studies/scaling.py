@@ -30,7 +30,7 @@ class Measurement:
     """What a run reached."""
 
     name: str
-    parameters: int  # as of count_without_embeddings
+    parameters: int  # as count_without_embeddings returns them
     tokens: int
     lr: float
     loss: float  # of the last validation, nats per token
@@ -67,7 +67,7 @@ class LossLaw:
 
 
 def fit_loss_law(measurements: Sequence[Measurement]) -> LossLaw:
-    """Return the law with the least squares of the errors of the losses.
+    """Return the law that minimizes the sum of the squared errors of the losses.
 
     If no size was trained on several numbers of tokens, sizes and tokens cannot be told apart. B is then 0, and the law
     holds for the rule by which the runs' tokens follow from their sizes.
@@ -130,7 +130,7 @@ def select_best(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def count_without_embeddings(config: ModelConfig) -> int:
-    """Return the number of parameters that every token is multiplied with: all but embeddings that are not the head."""
+    """Return the number of parameters that enter a matrix product: all but embeddings that are not the head."""
     with torch.device("meta"):
         model = CausalLM(config)
     embeddings = 0 if config.tie_word_embeddings else model.model.embeddings.weight.numel()
@@ -167,7 +167,7 @@ def measure_run(folder: Path) -> Measurement:
 
 
 def describe_conditions(folder: Path, model: ModelConfig) -> dict:
-    """Return on what the run in `folder` is validated, wherever that lies, and the mixers of its model."""
+    """Return the mixers of the run in `folder` and what it is validated on, whatever path that has."""
     settings = describe_validation(folder)["settings"] | {"mixers": sorted({*model.layer_mixers()})}
     settings.pop("data_path", None)
     return json.loads(json.dumps(settings))

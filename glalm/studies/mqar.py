@@ -52,7 +52,7 @@ class RecallModel(ModelConfig):
     tie_word_embeddings: bool = True
 
 
-# The keys of MQARConfig that change which models are trained, but no model.
+# The keys of MQARConfig that choose which models are trained, and where and how, but change none of them.
 SWEEP_KEYS = ("folder", "cuda_graph", "mixers", "lengths", "pairs", "widths", "learning_rates")
 
 

@@ -112,7 +112,7 @@ def linearize_checkpoint(options: LinearizeOptions) -> None:
 def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: LinearizeOptions) -> None:
     """Fit the linear mixers of `model` in place, for options.distil steps on options.device, and log the loss."""
 
-    def check_finite(is_finite: bool, finding: str) -> None:
+    def require_finite(is_finite: bool, finding: str) -> None:
         if not is_finite:
             raise RunError(
                 f"{finding}. The distillation diverged and nothing was written. Choose a lower --lr than {options.lr:g}"
@@ -123,13 +123,13 @@ def run_distillation(model: GLALMForCausalLM, llama: LlamaForCausalLM, options: 
     batches = read_batches(options, llama.vocab_size)
     print_every = max(1, options.distil // 20)
     for step, loss in enumerate(distil_mixers(model, llama, batches, options.lr), 1):
-        check_finite(math.isfinite(loss), f"step {step}: the loss is {loss}")
+        require_finite(math.isfinite(loss), f"step {step}: the loss is {loss}")
         if step % print_every == 0 or step == 1:
             logger.info(f"step {step:5d}  relative error of the layers' outputs {loss:.4f}")
     model.cpu()
     with torch.no_grad():  # No loss was computed after the last update.
         logits = model(torch.arange(min(16, llama.vocab_size))[None]).logits
-    check_finite(bool(logits.isfinite().all()), f"the logits after step {options.distil} are not finite")
+    require_finite(bool(logits.isfinite().all()), f"the logits after step {options.distil} are not finite")
 
 
 def read_batches(options: LinearizeOptions, vocab_size: int) -> Iterator[LongTensor]:
@@ -167,7 +167,7 @@ def distil_mixers(
     """Fit every linear mixer to the outputs of the attention that it replaces (LoLCATs, arXiv 2410.10254).
 
     Each mixer reads the inputs of the teacher's attention, so errors do not accumulate from layer to layer. Before the
-    first step each head norm is scaled so that the outputs match the attention's in size; a norm would make them
+    first step each head norm is scaled so that the outputs match the attention's in size; without that, they are
     several times larger. The teacher's dtype is the dtype of autocast. The student's weights are float32.
 
     Args:

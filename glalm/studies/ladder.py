@@ -47,7 +47,7 @@ class LadderRun:
 
     @cached_property
     def work(self) -> float:
-        """The tokens that take as long to train on as the run's training and its evaluation, by their FLOPs.
+        """The run's training and evaluation, as a number of trained tokens that take as many FLOPs.
 
         Only perplexity and extrapolation are counted, and only on prepared data that is on this machine. A sliding
         window reads its text twice.
@@ -69,7 +69,7 @@ class LadderRun:
         return self.training_tokens + EVALUATION_COST * read
 
     def results(self, evaluator: str) -> dict | None:
-        """Return the result that the ladder's own evaluation of this run has, whatever else was evaluated in it.
+        """Return the result that the ladder itself evaluated for this run, not one of another evaluation.
 
         None: The run is not complete, or the result was removed since.
         """
@@ -184,10 +184,10 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
     preset = f"model={'gla' if changes else model}_{args.size}"
     label = model.replace(":", ".")
     name = f"{label}-{seed}" if lr is None else f"{label}-lr-{lr:g}-{seed}"
-    place = [f'name="{name}"', f'runs_dir="{args.folder}"']
+    folder_arguments = [f'name="{name}"', f'runs_dir="{args.folder}"']
     overrides = [override for override in overrides if not override.startswith("hydra")]
     config = compose_model((f"experiment=ladder_{args.size}", preset, *overrides))
-    train_arguments = [f"experiment=ladder_{args.size}", preset, *place, f"seed={seed}", *overrides]
+    train_arguments = [f"experiment=ladder_{args.size}", preset, *folder_arguments, f"seed={seed}", *overrides]
     if lr is not None:
         train_arguments += [f"optim.lr={lr:g}"]
         if not any(override.startswith("optim.min_lr=") for override in overrides):
@@ -195,7 +195,7 @@ def plan_run(model: str, lr: float | None, seed: int, args: argparse.Namespace, 
     sizes = {"length": config.data.seq_len, "window": 12 * config.data.seq_len, "tokens": config.tokens_per_step}
     train_arguments += [override.format(**sizes) for override in changes]
     config = compose_config(TrainingRun, "train", train_arguments)
-    eval_arguments = [*place, *list_eval_arguments(config), *args.eval]
+    eval_arguments = [*folder_arguments, *list_eval_arguments(config), *args.eval]
     # A run's files may not say what is imported.
     eval_arguments += [f"mixers=[{mixer}]" for mixer in own_mixers]
     # Jobs and the thread that watches them cannot compose it, because Hydra is in use while they run.

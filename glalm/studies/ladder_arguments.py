@@ -61,7 +61,7 @@ def parse_rates(text: str) -> list[float]:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a name that is there twice, or is no preset of the command line's size and no ablation.
+    """Raise ConfigError for a name that is given twice, or is no preset of the command line's size and no ablation.
 
     Mixers of the user's own code are checked where they are imported.
     """

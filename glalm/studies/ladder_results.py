@@ -95,7 +95,7 @@ def describe_ladder(
 
 
 def draw_figures(runs: "dict[str, list[LadderRun]]", folder: Path) -> None:
-    """Draw loss.png and positions.png of {model: its runs at the best rate, one a seed}."""
+    """Draw loss.png and positions.png of {model: its runs at the best rate, one for each seed}."""
     # Runs with longer windows are left out of the figure, because their validation losses do not compare.
     shortest = min(run.config.data.seq_len for run in chain.from_iterable(runs.values()))
     losses = {

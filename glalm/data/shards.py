@@ -61,7 +61,7 @@ class TokenSet:
     Attributes:
         source_tokens: {source: its number of tokens}, in the order of the stream.
         fingerprint: The SHA-256 of the settings and the sources with which the preparation of the set began.
-        sha256: That of the content of the split, as of `split_sha256`.
+        sha256: That of the content of the split, as `split_sha256` returns it.
 
     Raises:
         FileNotFoundError: A file is missing.

@@ -121,11 +121,11 @@ def build_results(nats: dict[str, Tensor], edges: list[int], train_length: int) 
             `buckets`, in order: `start` and `end`, for positions start < p <= end where a text's first predicted token
                 is at position 1; `summarize_losses` over the texts that fill the bucket; the number of these
                 `documents` and of their `tokens` in it.
-            `ratios`, {"2": ..., "4": ...}: the perplexity at n training lengths over that at one, as of
-                `summarize_ratio`.
+            `ratios`, {"2": ..., "4": ...}: the perplexity at n training lengths over that at one, as
+                `summarize_ratio` returns it.
         With the contexts stateful and reset, `stateful_over_reset` has the ratios of these two at the same position,
         below 1 where long memory helps. With stateful and another context, `NAME_minus_stateful` is what the text is
-        worth that the other lacks, as of `summarize_gains`.
+        worth that the other lacks, as `summarize_gains` returns it.
     """
     if edges[-1] < 10 * train_length:
         warnings.warn(
@@ -209,7 +209,7 @@ def losses_by_bucket(
 
     Args:
         texts: Token ids of each. A text is read to the end of the last bucket that it fills.
-        edges: The buckets' edges, as of `bucket_edges`.
+        edges: The buckets' edges, as `bucket_edges` returns them.
         segment: Tokens read at once.
         name: One of options.Context.
 

@@ -162,7 +162,7 @@ class Position:
 
     Attributes:
         input: The index of an input.
-        start: Where a part of it starts, as of `records.find_cuts`.
+        start: Where a part of it starts, as `records.find_cuts` returns it.
         records: The number of the part's records that are written.
         before: The number of the input's records that precede the part.
     """
@@ -187,7 +187,7 @@ class Part:
 
     Attributes:
         input_index: Which of the inputs it belongs to.
-        start, stop: Where it begins and ends, as of `records.find_cuts`; None is the end of the input.
+        start, stop: Where it begins and ends, as `records.find_cuts` returns it; None is the end of the input.
         skip: The number of its first records that are passed over.
     """
 

@@ -62,7 +62,7 @@ def prepare_data(
     Args:
         sources: Source objects, or what `parse_source` takes: "stdlib", paths, "hf:DATASET".
         tokenizer: What `Tokenizer` takes. None trains a SentencePiece model of `vocab_size` on the training documents.
-        eos: The token of `tokenizer` that ends a document, as of `Tokenizer`.
+        eos: The token of `tokenizer` that ends a document, as `Tokenizer` takes it.
         held_out: The shares of the documents in "validation" and "test". A document's split depends on its text alone,
             so it stays there as data is added, and copies of a document are never on both sides.
         shard_tokens: A shard ends before it would exceed this. A longer document has a shard to itself. Shards of

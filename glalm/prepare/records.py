@@ -56,7 +56,7 @@ Chunks = Iterator[tuple[list[Record], int]]  # some records, and the bytes of th
 
 @dataclass(frozen=True)
 class Document:
-    """A document: its text, its source if the record names one, and the number of the record as of `SkippedRecord`."""
+    """A document: its text, its source if the record names one, and its number, as in `SkippedRecord`."""
 
     text: str
     source: str | None

@@ -111,7 +111,7 @@ def find_local_files(path: str | os.PathLike, name: str = "") -> Source:
 
 
 def find_remote_files(url: str, name: str = "") -> Source:
-    """Return the source that consists of one file at a URL, or of all files below it, as of `find_local_files`.
+    """Return the source that consists of one file at a URL, or of all files below it, as `find_local_files` does.
 
     Raises:
         FileNotFoundError: There is nothing at `url`.

@@ -134,7 +134,8 @@ def score_shared(model: EvalModel, groups: list[Choices]) -> list[list[Answer]]:
     """Return the answers to all continuations of each group, whose context is read once."""
     device = model.device
     contexts = [group.context for group in groups]
-    continuations, owners = [], []
+    continuations = []
+    owners = []
     for i, group in enumerate(groups):
         continuations += group.continuations
         owners += [i] * len(group.continuations)
@@ -160,13 +161,15 @@ def split_by_memory(model: EvalModel, groups: list[Choices]) -> Iterator[list[Ch
     """Yield the groups in order, as many at once that the states of all their continuations fit into memory."""
     is_cuda = model.device.type == "cuda"
     budget = torch.cuda.get_device_properties(model.device).total_memory // 10 if is_cuda else MAX_STATE_BYTES
-    part, used = [], 0
+    part = []
+    used = 0
     for group in groups:
         tokens = 1 if model.is_recurrent else len(group.context) + group.longest
         size = model.bytes_per_state * len(group.continuations) * tokens
         if part and used + size > budget:
             yield part
-            part, used = [], 0
+            part = []
+            used = 0
         part.append(group)
         used += size
     yield part

@@ -248,7 +248,7 @@ def describe_phase(cost: PhaseCost, device: Device, share: float) -> Iterator[st
     yield (
         f"batch         {plan.global_batch} x {plan.seq_len} = {plan.tokens_per_step:,} tokens: {plan.world_size} x "
         f"{device.name}, each {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of "
-        f"{plan.micro_batch} sequences{shard}{mode}"
+        f"{plan.micro_batch} sequence{'s' if plan.micro_batch > 1 else ''}{shard}{mode}"
     )
 
 

@@ -88,6 +88,8 @@ def train(
         record = run_dir.prepare_run_record(config, training.tokens)
         checkpoint = run_dir.find_resume_checkpoint(config, record)
         saved = read_metadata(checkpoint) if checkpoint else {}
+        step = saved.get("step", 0)
+        profiler = Profiler(config, accelerator.device, accelerator.process_index, step)  # It may refuse the config.
         run_metadata = {
             "run": record["id"],  # also the id of the tracker's run
             "identity": record["identity"],
@@ -96,8 +98,6 @@ def train(
         }
         trainer = Trainer(config, plans, accelerator, from_scratch=checkpoint is None)
         unwritten = run_dir.resume_run(checkpoint, trainer.state, config.seed, record["id"]) if checkpoint else []
-        step = trainer.state.step
-        profiler = Profiler(config, accelerator.device, accelerator.process_index, step)  # It may refuse the config.
         with (
             run_dir.recorded_run(config, record, training.tokens),
             MetricsWriter(config.folder, config, record["id"], step, accelerator.is_main_process, unwritten) as metrics,

@@ -44,7 +44,8 @@ class SetCopy:
         """Raise ValueError if the URL has files that are not of a set, or another complete set and not `overwrite`."""
         for name in self._list_files():
             if not SET_FILES.fullmatch(name):
-                raise ValueError(f"{self.url}/{name} is not part of a prepared set. Choose another URL with --out.")
+                problem = f"{self.url}/{name} is not part of a prepared set"
+                raise ValueError(f"{problem}. Move it elsewhere, or choose another URL with --out.")
         found = self._read_manifest()
         if found and not overwrite and json.loads(found)["fingerprint"] != self._read_fingerprint():
             problem = f"{self.url} has a complete set, which is not the one that {self.folder} has"
@@ -66,7 +67,9 @@ class SetCopy:
             self._start_copies(list_files(split))
 
     def finish(self) -> None:
-        """Copy all of a complete set that the URL lacks, then its manifest, and remove other files of sets.
+        """Copy all of a complete set that the URL lacks, then its manifest, and remove the files of other sets.
+
+        Files that are not of a set, which someone has put there in the meantime, stay.
 
         Raises:
             ValueError: A file has another size at the URL than in the folder.
@@ -86,7 +89,8 @@ class SetCopy:
         content = (self.folder / MANIFEST).read_bytes()
         if self._read_manifest() != content:
             self._filesystem.pipe_file(f"{self._root}/{MANIFEST}", content)
-        self._remove(sorted(sizes.keys() - {entry["file"] for entry in entries} - {MANIFEST}))
+        stale = sizes.keys() - {entry["file"] for entry in entries} - {MANIFEST}
+        self._remove(sorted(name for name in stale if SET_FILES.fullmatch(name)))
 
     def close(self) -> None:
         """Wait for the files that are being copied, and drop those that wait."""

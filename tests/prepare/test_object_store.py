@@ -112,6 +112,24 @@ def test_a_url_with_other_files_is_not_touched(url, settings, corpus):
     assert read_url(url) == {"notes.txt": b"precious"}
 
 
+def test_files_that_appear_at_the_url_during_the_preparation_stay(url, settings, corpus, monkeypatch):
+    filesystem, root = fsspec.url_to_fs(url)
+    finish = SetCopy.finish
+    theirs = {"README.md": b"precious", "sub/weights.safetensors": b"precious"}
+
+    def put_files(self):
+        for name, content in {**theirs, "train/old/00007.npy": b"of another set"}.items():
+            filesystem.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+            filesystem.pipe_file(f"{root}/{name}", content)
+        finish(self)
+
+    monkeypatch.setattr(SetCopy, "finish", put_files)
+    prepare_data([corpus], url, **settings)
+    assert read_url(url) == {**read_set(settings["staging"]), **theirs}
+    with pytest.raises(ValueError, match=r"README\.md is not part of a prepared set\. Move it elsewhere"):
+        prepare_data([corpus], url, **settings)
+
+
 def test_a_copy_that_was_changed_is_noticed_and_mended(url, settings, corpus, tmp_path):
     prepare_data([corpus], url, **settings)
     filesystem, root = fsspec.url_to_fs(url)

@@ -102,8 +102,7 @@ def train_on_inputs(inputs: list[Input], settings: dict, path: Path, bar: Progre
 def read_training_texts(
     inputs: list[Input], held_out: Mapping[str, float], text_field: str, bar: ProgressBar
 ) -> Iterator[str]:
-    """Yield the text of the documents of `inputs` that are not held out. Bad records are skipped, as they are reported
-    by the preparation that follows.
+    """Yield the text of the documents of `inputs` that are not held out. At the end, log how many records were bad.
 
     Raises:
         ValueError: There are bad records and no documents. The message names the first of them.
@@ -111,11 +110,13 @@ def read_training_texts(
     starts = [0, *accumulate(source_input.size for source_input in inputs)]
     bar.start_task("reading", starts[-1])
     documents = 0
+    bad = 0
     first_error = ""
     for batch in read_batches(inputs, [text_field]):
         for item in parse_records(batch.records, batch.first, text_field, None):
             if isinstance(item, SkippedRecord):
                 if item.reason != "empty":
+                    bad += 1
                     first_error = first_error or f"{inputs[batch.input_index]}:{item.number}: {item.detail}"
             elif split_of(item.text, held_out) == "train":
                 documents += 1
@@ -123,6 +124,8 @@ def read_training_texts(
         bar.update(starts[batch.input_index] + batch.bytes_read, status=f"{documents:,} documents")
     if first_error and not documents:
         raise ValueError(f"There is no text to train a tokenizer on. {first_error}")
+    if bad:
+        bar.log(f"The tokenizer is trained without {bad:,} bad records, of which the first is {first_error}")
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int, chunk: int = 2**16) -> list[str]:

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -59,3 +60,13 @@ def test_an_existing_tokenizer_is_not_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tokenizer", "--out", str(tmp_path / "my.model"), str(tmp_path / "a.txt")])
     assert train_tokenizer() == 1 and (tmp_path / "my.model").read_text() == "my own"
     assert f"error: {tmp_path}/my.model exists. Choose another --out" in capsys.readouterr().err
+
+
+def test_records_without_text_are_reported(texts, tmp_path, monkeypatch, capsys):
+    rows = [{"text" if i % 2 else "content": text} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["tokenizer", "--out", str(tmp_path / "my.model"), "--vocab-size", "400", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert train_tokenizer() == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"trained without 30 bad records, of which the first is {tmp_path}/a.jsonl:1: no field 'text'" in shown

@@ -129,24 +129,31 @@ def read_training_texts(
 
 
 def sample_texts(texts: Iterable[str], max_bytes: int, chunk: int = 2**16) -> list[str]:
-    """Return those chunks of `texts` that have the lowest hashes.
+    """Return the chunks of `texts` that have the lowest hashes: as many as fit in `max_bytes`, up to the first that
+    does not.
 
-    The result depends on the set of texts and not on their order. The texts are read once, in memory of order
-    `max_bytes`.
+    The result depends on the texts and not on their order. They are read once, in memory of order `max_bytes`.
 
     Args:
-        max_bytes: The size of the result in UTF-8.
+        max_bytes: The maximum size of the result in UTF-8.
         chunk: The characters of a chunk.
     """
     heap: list[tuple[int, bytes]] = []  # (-hash, chunk): the highest hash is on top
     size = 0
+    # What was popped must not leave room for a chunk of a higher hash, which would be popped itself in another order.
+    limit = 2**64
     for text in texts:
         for start in range(0, len(text), chunk):
             piece = text[start : start + chunk].encode()
-            heapq.heappush(heap, (-int.from_bytes(hashlib.sha256(piece).digest()[:8]), piece))
+            value = int.from_bytes(hashlib.sha256(piece).digest()[:8])
+            if value >= limit:
+                continue
+            heapq.heappush(heap, (-value, piece))
             size += len(piece)
             while size > max_bytes:
-                size -= len(heapq.heappop(heap)[1])
+                popped, last = heapq.heappop(heap)
+                limit = -popped
+                size -= len(last)
     return [piece.decode() for _, piece in sorted(heap, reverse=True)]
 
 

@@ -1,4 +1,5 @@
 import json
+import random
 import sys
 
 import pytest
@@ -38,6 +39,17 @@ def test_sample_keeps_the_budget_whatever_the_order():
     assert 420 - 30 < sum(map(len, sample)) <= 420
     assert sample == sample_texts(texts[::-1], max_bytes=420, chunk=30)
     assert sorted(sample_texts(texts, max_bytes=10**6)) == texts
+
+
+def test_sample_of_texts_of_many_sizes_is_the_same_in_every_order():
+    order = random.Random(0)
+    texts = [str(i) * order.randint(1, 200) for i in range(300)] + ["twice" * 40] * 2
+    samples = set()
+    for _ in range(20):
+        order.shuffle(texts)
+        samples.add(tuple(sample_texts(texts, max_bytes=20_000)))
+    [sample] = samples
+    assert 20_000 - 600 < len("".join(sample)) <= 20_000
 
 
 def test_training_errors_say_what_to_do(tmp_path, texts):

@@ -269,6 +269,16 @@ def test_a_value_without_its_key_is_refused():
         check_flags(args, TrainingRun)
 
 
+@pytest.mark.parametrize("key", ["compile", "cuda_graph"])
+def test_truth_values_are_not_given_as_numbers(key):
+    """0 equals False and 1 equals True, but code that asks for `is False` would take 0 for true."""
+    for value in (0, 1, 0.0, 1.0):
+        with pytest.raises(ConfigError, match=rf"^train\.{key}={value} must be one of auto, True, False"):
+            build_dataclass(RunConfig, {"train": {key: value}})
+    for value in ("auto", True, False):
+        assert getattr(build_dataclass(RunConfig, {"train": {key: value}}).train, key) is value
+
+
 def test_infinite_clip_is_a_number():
     assert build_dataclass(RunConfig, {"optim": {"grad_clip": math.inf}}).optim.grad_clip == math.inf
 

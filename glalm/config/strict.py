@@ -190,7 +190,9 @@ def _convert_value(hint, value, where: str):
     if origin is Literal:
         matches = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
         suggestion = f"; did you mean {matches[0]}?" if matches else ""
-        require(value in args, f"{where}={value} must be one of {', '.join(map(str, args))}{suggestion}")
+        # Python has 0 == False and 1 == True, but what reads the value asks whether it `is True`.
+        fits = any(arg == value and type(arg) is type(value) for arg in args)
+        require(fits, f"{where}={value} must be one of {', '.join(map(str, args))}{suggestion}")
         return value
     if origin in (types.UnionType, typing.Union):  # `Literal[...] | None` is the latter.
         if value is None and type(None) in args:

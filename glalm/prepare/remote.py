@@ -83,7 +83,7 @@ def list_remote_files(url: str) -> Iterator[tuple[str, RemoteStatus]]:
 
     Raises:
         FileNotFoundError: There is nothing at `url`.
-        ValueError: The filesystem cannot list it.
+        ValueError: The filesystem cannot list it, or lists files without their sizes, as that of http:// does.
     """
     filesystem, root = open_url(url)
     try:
@@ -95,4 +95,7 @@ def list_remote_files(url: str) -> Iterator[tuple[str, RemoteStatus]]:
         raise FileNotFoundError(f"{url}: there are no files.")
     folder = root.rstrip("/").rpartition("/")[0] if list(found) == [root] else root.rstrip("/")
     for path, info in sorted(found.items()):
+        if info.get("size") is None:
+            problem = f"{url}: its files are listed without their sizes, which are needed to read them"
+            raise ValueError(f"{problem}. Download them to a disk, and name their folder.")
         yield path.removeprefix(f"{folder}/"), read_status(info)

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow
@@ -91,3 +94,18 @@ def test_what_cannot_be_read_is_named(url_of_bucket, tmp_path):
     (tmp_path / "b.jsonl").write_text("{}")
     assert RemoteFile(f"file://{tmp_path}/b.jsonl").stat().st_size == 2
     assert input_files.RemoteInput("s", "b", 2, None, RemoteFile(f"file://{tmp_path}/b.jsonl")).has_changed()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", ""])
+def test_files_of_a_web_server_are_refused(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(
+            ValueError, match=r"^http://.* its files are listed without their sizes.* Download them to a disk"
+        ):
+            parse_source(f"http://127.0.0.1:{server.server_port}/{name}")
+    finally:
+        server.shutdown()
+        server.server_close()

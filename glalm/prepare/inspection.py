@@ -17,7 +17,7 @@ PLOT = "lengths.png"
 
 
 def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
-    """Print what is in a set, and write lengths.png into its folder.
+    """Print what is in a set, and write lengths.png into its folder. A folder that is read-only stays as it is.
 
     Args:
         verify: Read every file and compare its SHA-256 with the manifest.
@@ -30,6 +30,7 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
     """
     folder = Path(folder)
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    log_console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     manifest = read_manifest(folder)
     splits = {split: TokenSet(folder, split) for split in SPLITS}
     train = splits["train"]
@@ -41,16 +42,15 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
         console.print(line)
     consistent = _counts_are_consistent(manifest)
     console.print("These counts are consistent." if consistent else "ERROR: These counts are inconsistent.")
-    console.print(f"Lengths of the documents: {plot_lengths(train, folder / PLOT)}")
     if train.num_documents:
         middle = train.num_documents // 2
         ids = train.read_document(middle)
         console.rule(f"the beginning of document {middle} of train, {len(ids):,} tokens", style="dim")
         console.print(tokenizer.decode(ids[:SAMPLE].tolist())[:SAMPLE], markup=False)
-        console.print(f"ids: {' '.join(map(str, ids[:12].tolist()))} ... {' '.join(map(str, ids[-3:].tolist()))}")
+        shown_ids = [*ids[:12].tolist(), "...", *ids[-3:].tolist()] if len(ids) > 15 else ids.tolist()
+        console.print("ids:", *shown_ids)
         console.rule(style="dim")
     if verify:
-        log_console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         log_console.print("Reading every file to verify its SHA-256. To skip this, use --quick.")
         for tokens in splits.values():
             tokens.verify_checksums()
@@ -58,6 +58,10 @@ def inspect_set(folder: str | os.PathLike, verify: bool = True) -> int:
             if file_sha256(folder / log["file"]) != log["sha256"]:
                 raise ValueError(f"{folder / log['file']} is damaged: its SHA-256 does not match the manifest.")
         console.print("The SHA-256 of every file matches the manifest.")
+    try:
+        console.print(f"Lengths of the documents: {plot_lengths(train, folder / PLOT)}")
+    except OSError as error:
+        log_console.print(f"The lengths of the documents are not plotted ({error}).")
     return 0 if consistent else 1
 
 

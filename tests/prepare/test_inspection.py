@@ -6,6 +6,7 @@ import pytest
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.inspection import inspect_set
+from glalm.prepare.pipeline import prepare_data
 
 
 def test_inspect(prepared, tmp_path, capsys):
@@ -33,3 +34,16 @@ def test_inspect(prepared, tmp_path, capsys):
     manifest["books"]["corpus"]["written"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert inspect_set(out, verify=False) == 1 and "ERROR: These counts are inconsistent" in capsys.readouterr().out
+
+
+def test_a_set_without_room_for_the_plot_is_verified(tmp_path, prepared, capsys):
+    (tmp_path / "a.txt").write_text("a b c")
+    options = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    prepare_data([tmp_path / "a.txt"], tmp_path / "set", **options)
+    (tmp_path / "set/lengths.png").mkdir()  # Writing it fails, as on a read-only disk.
+    assert inspect_set(tmp_path / "set") == 0
+    shown = capsys.readouterr()
+    assert "The SHA-256 of every file matches the manifest" in shown.out
+    assert "The lengths of the documents are not plotted (" in shown.err
+    ids = TokenSet(tmp_path / "set", "train").read_document(0).tolist()
+    assert len(ids) < 15 and f"\nids: {' '.join(map(str, ids))}\n" in shown.out

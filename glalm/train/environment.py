@@ -13,12 +13,14 @@ from torch.utils._triton import has_triton_package
 
 import glalm
 
-# FLOP/s of bfloat16 matrix products with float32 accumulation, without sparsity, from NVIDIA's data sheets. The first
-# pattern that matches the device's name counts.
+# FLOP/s of bfloat16 matrix products with float32 accumulation, from NVIDIA's data sheets. Most of them print the speed
+# with sparsity, which is twice this: 5,000 TFLOPS for the GB200's GPUs, 1,671 for the H200 NVL. The first pattern that
+# matches the device's name counts.
 PEAK_FLOPS = {
+    r"\bGB200\b": 2500e12,
     r"\bB200\b": 2250e12,
     r"\bH100 PCIe\b": 756e12,
-    r"\bH100 NVL\b": 835e12,
+    r"\b(H200|H100) NVL\b": 835e12,
     r"\b(H200|H100|GH200)\b": 989e12,
     r"\bA100\b": 312e12,
     r"\bL40S\b": 362e12,

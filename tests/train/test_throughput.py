@@ -75,7 +75,15 @@ def test_state_dict_of_one_trainer_makes_another_equal(run_config, change):
 
 @pytest.mark.parametrize(
     "name, tera",
-    [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)],
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GH200 480GB", 989),
+    ],
 )
 def test_peaks_by_name(name, tera):
     assert peak_flops(name) == tera * 1e12

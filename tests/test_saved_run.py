@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.cli import CONFIGS, build_config, store_defaults
+from glalm.commands.train_and_eval import find_run
 from glalm.config.run import run_identity
 from glalm.config.saved_run import complete_from_run, describe_missing_run, refuse_unknown_name
 from glalm.config.strict import ConfigError, default_tree
@@ -168,6 +170,28 @@ def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):
     for resume, meant in (("mine", "runs/mine"), ("runs/mien", "runs/mine"), ("./mine", "runs/mine")):
         with pytest.raises(ConfigError, match=rf"has no run.json. Did you mean resume={meant}\?"):
             complete_from_run(tree | {"resume": resume}, [f"resume={resume}"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("name=2024", "name=2024 must be text, not an integer. To type it as text, quote it twice: '\"2024\"'"),
+        ("name=true", "name=True must be text, not true or false."),
+        ("name=null", "name=None must be text, not null"),
+        ("runs_dir=5", "runs_dir=5 must be text, not an integer."),
+        ("resume=1.5", "resume=1.5 must be text, not a number."),
+    ],
+)
+def test_a_number_does_not_name_a_run(override, message):
+    store_defaults(TrainingRun)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        tree = compose("train", [override])
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        build_config(TrainingRun, tree, partial(find_run, overrides=[override], swept=[]))
+
+
+def test_digits_in_two_kinds_of_quotes_name_a_run():
+    assert config_of('name="2024"').name == "2024"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import atexit
 import math
 
 from glalm.cli import hydra_entry, job_overrides
-from glalm.config.saved_run import complete_from_run, name_sweep_run, refuse_unknown_name
-from glalm.config.strict import ConfigError
+from glalm.config.saved_run import RUN_KEYS, complete_from_run, name_sweep_run, refuse_unknown_name
+from glalm.config.strict import ConfigError, build_dataclass
 from glalm.evals.options import EvalConfig, TrainingRun
 
 
@@ -19,6 +19,7 @@ def train() -> None:
 
 def find_run(tree: dict, overrides: list[str], swept: list[str]) -> dict:
     """Return the composed config with the name of a sweep's run, and with what the run's run.json has."""
+    build_dataclass(TrainingRun, {key: tree[key] for key in RUN_KEYS})  # This refuses values of a wrong type.
     refuse_unknown_name(tree, overrides)
     return complete_from_run(name_sweep_run(tree, overrides, swept), overrides)
 

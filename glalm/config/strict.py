@@ -228,6 +228,9 @@ def _convert_scalar(hint: type, value, where: str):
     require(not (isinstance(value, float) and math.isnan(value)), f"{where}={value} must be a number")
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     wanted, found = (TYPE_NAMES.get(kind, f"a {kind.__name__}") for kind in (hint, type(value)))
-    require(fits, f"{where}={value!r} must be {wanted}, not {found}")
+    # Hydra would drop the underscores of name=2024_11 as a number, so a number does not become text by itself.
+    is_number = hint is str and isinstance(value, (int, float))
+    advice = f". To type it as text, quote it twice: '\"{value}\"'" if is_number else ""
+    require(fits, f"{where}={value!r} must be {wanted}, not {found}{advice}")
     # Expand "~" here, because neither Hydra nor YAML does.
     return os.path.expanduser(value) if hint is str and value.startswith("~/") else value

@@ -107,12 +107,12 @@ def extract_document(record: Record, text_field: str, source_field: str | None) 
         raise record
     row = {}
     if isinstance(record, TextFile):
-        text = _decode_utf8(record.data)
+        text = _decode_utf8(record.data, "file")
     else:
         row = record if isinstance(record, dict) else _parse_json(record)
         text = _get_field(row, text_field)
     if len(text) > MAX_RECORD_BYTES:
-        raise _oversized_record("text", len(text))
+        raise _oversized_record("text", len(text), "characters")
     if not text:
         raise BadRecord("empty", "the document is empty")
     return Document(text, _get_field(row, source_field) if row and source_field else None)
@@ -214,7 +214,7 @@ def select_columns(where: str, fields: list[str], found: list[str]) -> list[str]
 def _parse_json(line: bytes) -> dict:
     """Return the object in a line of JSON. Raises BadRecord, which is no ValueError, if the line is anything else."""
     # Blank lines may precede the line.
-    text = _decode_utf8(line[line.rfind(b"\n") + 1 :])
+    text = _decode_utf8(line[line.rfind(b"\n") + 1 :], "line")
     try:
         row = JSON.decode(text)
     except ValueError as error:
@@ -244,21 +244,25 @@ def _get_field(row: dict, field: str) -> str:
     return value
 
 
-def _decode_utf8(data: bytes) -> str:
-    """Return the text of UTF-8 bytes, without a byte order mark. Raises BadRecord for bytes that are not UTF-8."""
+def _decode_utf8(data: bytes, kind: str) -> str:
+    """Return the text of a "file" or a "line", without a byte order mark. Raises BadRecord if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise BadRecord("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start}, line {line})") from error
+        position = len(data) - len(error.object) + error.start  # The error's bytes lack the byte order mark.
+        where = f"byte {position} of the {kind}"
+        if kind == "file":
+            line = data.count(b"\n", 0, position) + 1
+            where += f", line {line}"
+        raise BadRecord("not UTF-8", f"not UTF-8 ({error.reason} at {where})") from error
 
 
 # ------------------------------------------------------------------------------------------------ from file to record
 
 
-def _oversized_record(kind: str, size: int) -> BadRecord:
+def _oversized_record(kind: str, size: int, unit: str = "bytes") -> BadRecord:
     """Return the record in place of a file, a line or a text that is too large."""
-    return BadRecord("too large", f"the {kind} has {size} bytes, more than the limit of {MAX_RECORD_BYTES}")
+    return BadRecord("too large", f"the {kind} has {size:,} {unit}, more than the limit of {MAX_RECORD_BYTES:,}")
 
 
 def _damaged_file(error: Exception) -> BadRecord:

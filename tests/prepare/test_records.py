@@ -108,12 +108,22 @@ def test_reasons(tmp_path, line, reason):
     assert read_texts(tmp_path / "a.jsonl") == [(1, "fine"), (3, reason), (4, "after")]
 
 
+def test_details_count_bytes_of_a_line_and_characters_of_a_text(monkeypatch):
+    with pytest.raises(BadRecord, match=r"\(invalid start byte at byte 10 of the line\)"):
+        extract_document(b'\n\n{"text": "\xff"}', "text", None)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 10)
+    with pytest.raises(BadRecord, match="the text has 11 characters, more than the limit of 10"):
+        extract_document({"text": "\N{HIRAGANA LETTER A}" * 11}, "text", None)
+
+
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nna\xefve\n")
     assert read_texts(tmp_path / "a.txt") == [(1, "not UTF-8")]
     [([record], _)] = read_file(tmp_path / "a.txt", [])
-    with pytest.raises(BadRecord, match="line 2"):
+    with pytest.raises(BadRecord, match=r"at byte 7 of the file, line 2\)"):
         extract_document(record, "text", None)
+    with pytest.raises(BadRecord, match=r"at byte 10 of the file, line 2\)"):
+        extract_document(TextFile(b"\xef\xbb\xbf" + record.data), "text", None)
     (tmp_path / "b.md").write_bytes(b"\xef\xbb\xbf  \r\n\tx\n")
     assert read_texts(tmp_path / "b.md") == [(1, "  \r\n\tx\n")]
 

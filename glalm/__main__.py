@@ -23,7 +23,7 @@ COMMANDS = {
     "scaling": ("studies:fit_scaling_law", "fit the loss against model size, and predict that of other runs"),
     "mqar": ("studies:measure_recall", "measure associative recall"),
 }
-TAKES_URLS = ("prepare", "deduplicate")  # These commands refuse themselves what may not be a URL.
+TAKES_URLS = ("prepare", "deduplicate", "tokenizer")  # These commands refuse themselves what may not be a URL.
 
 
 def main(name: str | None = None) -> NoReturn:

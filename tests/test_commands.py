@@ -99,7 +99,6 @@ def test_help_explains(command):
         ("prepare", "--out=gs://bucket/out", "--staging", "s3://bucket/staging", "stdlib"),
         ("prepare", "--out", "data/demo", "--duplicates", "s3://bucket/duplicates", "stdlib"),
         ("deduplicate", "--out", "s3://bucket/duplicates", "stdlib"),
-        ("tokenizer", "--out", "data/demo.model", "books=s3://bucket/x.jsonl"),
         ("tokenizer", "--out", "s3://bucket/tokenizer.model", "stdlib"),
         ("train", "data.path=s3://bucket/data"),
         ("train", "train.resume_from='s3://bucket/runs/step_1'"),

@@ -196,6 +196,7 @@ def train_tokenizer() -> int:
     args = parse_tokenizer_arguments()
     held_out = {split: getattr(args, split) for split in HELD_OUT}
     try:
+        refuse_url("--out ", args.out)
         check_shares(held_out)
         if Path(args.out).is_file():
             raise ValueError(f"{args.out} exists. Choose another --out, or remove it to train another tokenizer.")
@@ -210,7 +211,7 @@ def train_tokenizer() -> int:
             model = train_sentencepiece(texts, args.out, args.vocab_size, model_type=args.type, max_bytes=max_bytes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     print(f"{args.out}: {model.vocab_size:,} pieces, bos {model.bos_id}, eos {model.eos_id}")
     return 0
 

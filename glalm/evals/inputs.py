@@ -27,7 +27,7 @@ from glalm.evals.result_files import load_results, read_json
 from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.plan import SKIP_ADVICE
-from glalm.prepare.records import NAME_A_FIELD
+from glalm.prepare.records import TEXT_OPTION
 from glalm.train import checkpoint, run_dir
 from glalm.train.checkpoint import CheckpointError
 from glalm.train.parallel import choose_precision
@@ -268,9 +268,7 @@ def _prepare_text(path: Path, text_field: str, tokenizer: Tokenizer) -> TokenSet
         try:
             prepare_data([path], Path(folder) / "set", tokenizer=saved_tokenizer, **options)
         except ValueError as error:
-            advice = (
-                str(error).replace(NAME_A_FIELD, "name one of them with text_field=FIELD").removesuffix(SKIP_ADVICE)
-            )
+            advice = str(error).replace(TEXT_OPTION, "text_field=FIELD").removesuffix(SKIP_ADVICE)
             raise ConfigError(f"text={path}: {advice}") from error
         tokens = TokenSet(Path(folder) / "set", "train")
     tokens.folder = path

@@ -270,4 +270,5 @@ def read_batches(inputs: list[Input], fields: list[str], batch_bytes: int | None
 def out_of_memory_error(source_input: Input) -> ValueError:
     """Return the error for an input with a record that is too large for this machine's memory."""
     problem = f"{source_input}: memory ran out. A document takes many times its size while it is tokenized"
-    return ValueError(f"{problem}. Split or remove the longest documents of this file, or use --workers 1.")
+    advice = "Split or remove the longest documents of this file. If several processes run, fewer need less memory"
+    return ValueError(f"{problem}. {advice} (--workers).")

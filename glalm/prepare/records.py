@@ -35,7 +35,8 @@ MIN_RECORD_BYTES = 64  # of memory
 DAMAGED_FILE = "damaged file"  # the reason of the last record of a file that cannot be read any further
 # Python refuses integers of more than 4,300 digits. No number of a line is ever used, so its precision does not matter.
 JSON = json.JSONDecoder(parse_int=float)
-NAME_A_FIELD = "name one of them with --text-field or --source-field"
+TEXT_OPTION = "--text-field"
+SOURCE_OPTION = "--source-field"
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,12 @@ def extract_document(record: Record, text_field: str, source_field: str | None) 
         text = _decode_utf8(record.data, "file")
     else:
         row = record if isinstance(record, dict) else _parse_json(record)
-        text = _get_field(row, text_field)
+        text = _get_field(row, text_field, TEXT_OPTION)
     if len(text) > MAX_RECORD_BYTES:
         raise _oversized_record("text", len(text), "characters")
     if not text:
         raise BadRecord("empty", "the document is empty")
-    return Document(text, _get_field(row, source_field) if row and source_field else None)
+    return Document(text, _get_field(row, source_field, SOURCE_OPTION) if row and source_field else None)
 
 
 def count_lines(record: Record) -> int:
@@ -198,13 +199,18 @@ def read_rows(rows: Iterable[dict], size: int) -> Chunks:
 def select_columns(where: str, fields: list[str], found: list[str]) -> list[str]:
     """Return the columns among `found` that hold `fields`: the column of that name, or the first part of a path.
 
+    Args:
+        fields: The field of the text, and then that of the source if there is one.
+
     Raises:
         ValueError: `where`, a file or data set, has no such column.
     """
     columns = {field: field if field in found else field.split(".")[0] for field in fields}
     for field, column in columns.items():
         if column not in found:
-            raise ValueError(f"{where} has no column {field!r}. It has {', '.join(found)}; {NAME_A_FIELD}.")
+            option = TEXT_OPTION if field == fields[0] else SOURCE_OPTION
+            problem = f"{where} has no column {field!r}. It has {', '.join(found)}"
+            raise ValueError(f"{problem}; name one of them with {option}.")
     return list(dict.fromkeys(columns.values()))
 
 
@@ -226,13 +232,14 @@ def _parse_json(line: bytes) -> dict:
     return row
 
 
-def _get_field(row: dict, field: str) -> str:
-    """Return the text in a field of a row. Raises BadRecord if there is none."""
+def _get_field(row: dict, field: str, option: str) -> str:
+    """Return the text in a field of a row. Raises BadRecord, which names the field's `option`, if there is none."""
     value: Any = row
     for key in [field] if field in row else field.split("."):
         if not isinstance(value, dict) or key not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise BadRecord(f"no field {field}", f"no field {field!r}, only {found or 'none'}; {NAME_A_FIELD}")
+            problem = f"no field {field!r}, only {found or 'none'}"
+            raise BadRecord(f"no field {field}", f"{problem}; name one of them with {option}")
         value = value[key]
     if not isinstance(value, str):
         raise BadRecord(f"{field} is no text", f"field {field!r} is {type(value).__name__}, not text")

@@ -84,14 +84,14 @@ def train_on_inputs(inputs: list[Input], settings: dict, path: Path, bar: Progre
     """Train a tokenizer on the training documents of `inputs`, as the settings of a set say, and write it to `path`.
 
     Raises:
-        ValueError: The inputs are too large, or streamed, so they cannot be read twice; or they have no text.
+        ValueError: The inputs are too large, or not local, so that they are not read twice; or they have no text.
     """
     size = sum(source_input.size for source_input in inputs)
     problem = ""
     if size > MAX_INPUT_BYTES:
         problem = f"These sources have {size:,} bytes, but a tokenizer is trained on at most {MAX_INPUT_BYTES:,}."
     if not all(isinstance(source_input, FileInput) for source_input in inputs):
-        problem = "Streamed data sets would be downloaded twice to train a tokenizer."
+        problem = "These sources would be downloaded twice to train a tokenizer."
     if problem:
         advice = "Train one on a part of the text with glalm tokenizer, or choose an existing one, and name "
         raise ValueError(f"{problem} {advice}it with --tokenizer.")

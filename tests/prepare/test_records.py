@@ -23,6 +23,7 @@ from glalm.prepare.records import (
     extract_document,
     read_file,
     read_rows,
+    select_columns,
 )
 from glalm.prepare.sources import _describe_file
 
@@ -153,8 +154,13 @@ def test_nested_fields_and_origins():
         "y", "code"
     )  # A field of the full name goes first.
     assert extract_document(json.dumps(flat).encode(), "content.body", "meta.set") == Document("y", "code")
-    with pytest.raises(BadRecord, match=r"no field meta\.name"):
+    with pytest.raises(BadRecord, match=r"no field meta\.name.*only set; name one of them with --source-field"):
         extract_document(row, "content.body", "meta.name")
+    with pytest.raises(BadRecord, match=r"no field text.*; name one of them with --text-field\W*$"):
+        extract_document(row, "text", "meta.set")
+    for fields, option in ((["text", "meta.set"], "--text-field"), (["content", "source"], "--source-field")):
+        with pytest.raises(ValueError, match=rf"; name one of them with {option}\."):
+            select_columns("a.parquet", fields, list(row))
     with pytest.raises(BadRecord, match="not Unicode"):
         extract_document(b'{"text": "x", "set": "\\ud800"}', "text", "set")
 

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from glalm.__main__ import main
 from glalm.commands.prepare_data import train_tokenizer
+from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.tokenizer_training import sample_texts, train_sentencepiece
 
 
@@ -82,3 +84,17 @@ def test_records_without_text_are_reported(texts, tmp_path, monkeypatch, capsys)
     assert train_tokenizer() == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert f"trained without 30 bad records, of which the first is {tmp_path}/a.jsonl:1: no field 'text'" in shown
+
+
+def test_a_tokenizer_is_trained_on_part_of_the_text_at_a_url(texts, tmp_path, monkeypatch):
+    """As `glalm prepare` advises, which would read the text twice."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    url = f"file://{tmp_path}/a.jsonl"
+    with pytest.raises(ValueError, match=r"These sources would be downloaded twice .* with glalm tokenizer, or"):
+        prepare_data([url], tmp_path / "set", progress=False)
+    path = tmp_path / "my.model"
+    monkeypatch.setattr(sys, "argv", ["glalm", "tokenizer", "--out", str(path), "--vocab-size", "400", url])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert prepare_data([url], tmp_path / "set", tokenizer=path, progress=False)["complete"]

@@ -68,9 +68,11 @@ class EvalContext:
         The result must be JSON. All ranks call `compute`, which must return the same on each.
         """
         if name not in self._partial_results:
-            self._partial_results[name] = compute()
+            results = self._partial_results | {name: compute()}
             if self._partial_path is not None and self.rank == 0:
-                write_json(self._partial_path, self._partial_results)
+                write_json(self._partial_path, results)
+            # A result that cannot be saved is not kept, or none after it could be saved either.
+            self._partial_results = results
         return self._partial_results[name]
 
     def use_partial_results(self, path: Path, inputs: dict) -> None:

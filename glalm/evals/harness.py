@@ -20,7 +20,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-from glalm.config.strict import ConfigError, require
+from glalm.config.strict import ConfigError, RunError, require
 from glalm.evals import local_tasks
 from glalm.evals.centered import score_answers, summarize_tasks
 from glalm.evals.eval_model import EvalModel
@@ -96,7 +96,7 @@ class HarnessEvaluator(Evaluator):
                         found |= context.load_or_compute(
                             name, partial(run_task, name, lm, manager, self.config.data_dir)
                         )
-                except ConfigError as error:
+                except (ConfigError, RunError) as error:
                     missing[name] = str(error)
                 except Exception as error:  # The harness, the task and the model raise their own.
                     missing[name] = f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from glalm import IGNORE_INDEX
+from glalm.config.strict import RunError
 from glalm.evals.eval_model import EvalModel
 
 # Tokens per continuation that sharing a context must save to be worth it, since a state must be kept and copied: the
@@ -67,6 +68,7 @@ def score_choices(
 
     Raises:
         ValueError: A continuation is longer than max_length.
+        RunError: Some log-likelihoods are not finite.
     """
     longest = max((group.longest for group in groups), default=0)
     if longest > max_length:
@@ -181,6 +183,9 @@ def score_features(model: EvalModel, features: list[Tensor], continuations: list
 
     Args:
         features: Those of the positions before each token of the continuations, [..., d], to be read end to end.
+
+    Raises:
+        RunError: Some log-likelihoods are not finite.
     """
     targets = make_ids(chain.from_iterable(continuations), model.device)
     lengths = [len(tokens) for tokens in continuations]
@@ -190,6 +195,7 @@ def score_features(model: EvalModel, features: list[Tensor], continuations: list
         log_likelihood_parts.append(logits.gather(-1, part[:, None])[:, 0] - logits.logsumexp(-1))
         greedy_parts.append(logits.argmax(-1) == part)
     log_likelihoods = torch.cat(log_likelihood_parts).double().cpu()
+    require_finite(log_likelihoods)
     is_greedy = torch.cat(greedy_parts).cpu()
     answers = []
     for end, length in zip(accumulate(lengths), lengths, strict=True):
@@ -205,6 +211,9 @@ def score_documents(
 
     A document is read `segment` tokens at a time, each from the state of the one before, so that every token is
     predicted from all before it.
+
+    Raises:
+        RunError: Some log-likelihoods are not finite.
     """
     totals = [0.0] * len(documents)
     order = sorted((i for i, ids in enumerate(documents) if ids), key=lambda i: -len(documents[i]))
@@ -217,7 +226,14 @@ def score_documents(
             losses, state = model.score_tokens(inputs[k], targets[k], state, return_state=k + 1 < len(inputs))
             for i, loss in zip(batch, losses.double().sum(1).tolist(), strict=True):
                 totals[i] -= loss
+    require_finite(torch.tensor(totals))
     return totals
+
+
+def require_finite(log_likelihoods: Tensor) -> None:
+    """Raise RunError where a log-likelihood is NaN, by which a choice would be right or wrong by its place, or -inf."""
+    if count := int((~log_likelihoods.isfinite()).sum()):
+        raise RunError(f"{count} of {len(log_likelihoods)} log-likelihoods are not finite: the model's logits overflow")
 
 
 # ------------------------------------------------------------------------------------------------------- tensors

@@ -1,6 +1,8 @@
+import copy
 import itertools
 import json
 import math
+import re
 import statistics
 import threading
 from pathlib import Path
@@ -419,6 +421,28 @@ def test_an_answer_longer_than_is_read_leaves_the_other_tasks(eval_model, data_d
     changed = found(eval_model, data_dir, ["arc_easy", "lambada_openai"])
     assert changed["tasks"] == {"lambada_openai": results["tasks"]["lambada_openai"]}
     assert changed["missing"]["arc_easy"].startswith("harness.max_length=128 is less than the 141 tokens of an answer")
+
+
+@pytest.mark.parametrize("options", [{}, {"stateful": True}])
+def test_a_task_of_scores_that_are_not_finite_is_missing(eval_model, data_dir, options, monkeypatch):
+    nan_head = copy.deepcopy(eval_model.causal_lm)
+    nan_head.lm_head.weight.data.fill_(math.nan)
+    broken = EvalModel(nan_head, tokenizer=eval_model.tokenizer)
+    tasks = ["arc_easy", "wikitext", "lambada_openai"]
+    results = found(broken, data_dir, tasks, **options)
+    assert results["tasks"] == {}
+    assert [*results["missing"]] == tasks
+    for reason in results["missing"].values():
+        assert re.fullmatch(r"\d+ of \d+ log-likelihoods are not finite: the model's logits overflow", reason)
+
+
+def test_a_result_that_cannot_be_saved_leaves_the_others(tmp_path):
+    context = EvalContext()
+    context.use_partial_results(tmp_path / "parts.json", {"settings": "these"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        context.load_or_compute("first", lambda: math.nan)
+    assert context.load_or_compute("second", lambda: 2) == 2
+    assert json.loads((tmp_path / "parts.json").read_text())["second"] == 2
 
 
 def test_a_metric_by_a_filter_keeps_its_error_and_is_the_only_score(eval_model):

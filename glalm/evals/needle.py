@@ -23,7 +23,7 @@ from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.inputs import describe_data, open_split
-from glalm.evals.likelihood import Choices, pad_rows, split_by_memory
+from glalm.evals.likelihood import Choices, pad_rows, require_finite, split_by_memory
 from glalm.evals.options import EvalConfig
 from glalm.evals.plot import plot_needle
 
@@ -47,21 +47,28 @@ class NeedleEvaluator(Evaluator):
         filler = tokens.read_tokens(0, min(tokens.num_tokens, MAX_FILLER))
         filler = filler[~np.isin(filler, [tokenizer.bos_id, tokenizer.eos_id])]
         self.task = NeedleTask(tokenizer, model.document_prefix, filler, options.candidates, config.seed)
-        overhead = max(len(self.task.build_sample(0, 0.0, i).context) for i in range(8))
+        samples = [self.task.build_sample(0, 0.0, i) for i in range(8)]
+        require(
+            all(all(sample.continuations) for sample in samples),
+            "evals=[needle]: the tokenizer cannot tell numbers apart; leave needle out",
+        )
+        overhead = max(len(sample.context) for sample in samples)
         require(
             lengths[0] >= 2 * overhead,
-            f"needle.lengths={lengths}: needle and question alone are {overhead} tokens; write {2 * overhead} or more",
+            f"needle.lengths={lengths}: needle and question alone are {overhead} tokens; write "
+            f"needle.lengths=[{2 * overhead}] or longer",
         )
         require(
             len(filler) >= lengths[-1],
-            f"needle.lengths={lengths}: the split {options.split} has {len(filler)} tokens of text; write less",
+            f"needle.lengths={lengths}: {tokens.folder} ({tokens.split}) has {len(filler)} tokens of text; write "
+            f"needle.lengths=[{len(filler)}] or shorter",
         )
         model.require_length(lengths[-1] + ANSWER_ROOM, "needle.lengths")
         self.lengths = lengths
         self.total_units = sum(lengths) * len(options.depths) * options.samples
         self.settings = {
-            **describe_data(tokens),
             **dataclasses.asdict(options),
+            **describe_data(tokens),  # The split of a file is no option's.
             "lengths": lengths,
             "seed": config.seed,
             "needle": NEEDLE,
@@ -171,6 +178,9 @@ def score_samples(model: EvalModel, samples: list[Choices]) -> list[dict]:
     Returns:
         For each sample: the number of `tokens` in its answer, how many of them are the likeliest (`right`), and the
         answer's `rank` among the candidates by log-likelihood.
+
+    Raises:
+        RunError: Some log-likelihoods are not finite.
     """
     haystacks = torch.from_numpy(np.stack([sample.context for sample in samples])).to(model.device)
     count = len(samples[0].continuations)
@@ -185,8 +195,8 @@ def score_samples(model: EvalModel, samples: list[Choices]) -> list[dict]:
     logits = model.compute_logits(features[:, -answers.shape[1] :])
     nats = F.cross_entropy(logits.mT, answers, ignore_index=IGNORE_INDEX, reduction="none").sum(1).view(-1, count)
     right = (logits.argmax(-1) == answers).sum(1).view(-1, count)[:, 0]
-    # The answer loses against equal candidates, and where losses are NaN.
-    ranks = 1 + (~(nats[:, 1:] > nats[:, :1])).sum(1)
+    require_finite(nats.flatten())
+    ranks = 1 + (nats[:, 1:] <= nats[:, :1]).sum(1)  # The answer loses against equal candidates.
     return [
         {"right": int(r), "tokens": len(sample.continuations[0]), "rank": int(rank)}
         for r, rank, sample in zip(right, ranks, samples, strict=True)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from tiny import llama
 
-from glalm.config.strict import ConfigError
+from glalm.config.strict import ConfigError, RunError
 from glalm.evals import needle
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
+from glalm.evals.identity import TEXT_FILE
 from glalm.evals.likelihood import Choices
 from glalm.evals.needle import NeedleEvaluator, NeedleTask
 from glalm.evals.options import EvalConfig, NeedleConfig
@@ -183,19 +184,35 @@ def test_scores_are_those_of_whole_forwards(model, make, train_length):
         assert result["tokens"] == 3
 
 
-def test_a_model_whose_losses_are_no_numbers_finds_nothing(hay):
+def test_a_model_whose_losses_are_no_numbers_is_refused(hay):
     class Broken(Lookup):
         def compute_logits(self, features):
             return super().compute_logits(features) * math.nan
 
-    [cell] = NeedleEvaluator(Broken(), config(lengths=[400], depths=[0.5])).run(EvalContext())["cells"]
-    assert (cell["ranked_first"], cell["mean_rank"]) == (0, 5)
+    evaluator = NeedleEvaluator(Broken(), config(lengths=[400], depths=[0.5]))
+    with pytest.raises(RunError, match="15 of 15 log-likelihoods are not finite"):
+        evaluator.run(EvalContext())
+
+
+def test_the_text_of_a_file_is_no_split(hay, monkeypatch):
+    file = needle.open_split(None, None, "test")
+    file.split = TEXT_FILE
+    monkeypatch.setattr(needle, "open_split", lambda *_: file)
+    assert NeedleEvaluator(Lookup(), config(lengths=[400])).settings["split"] == TEXT_FILE
+    with pytest.raises(ConfigError, match=r"memory \(file\) has 2960 tokens of text; write needle.lengths=\[2960\]"):
+        NeedleEvaluator(Lookup(), config(lengths=[4000]))
+
+
+def test_a_tokenizer_without_digits_is_refused(hay, monkeypatch):
+    monkeypatch.setattr(Letters, "encode", lambda self, text: [1 if c.isdigit() else ord(c) for c in text])
+    with pytest.raises(ConfigError, match="the tokenizer cannot tell numbers apart"):
+        NeedleEvaluator(Lookup(), config(lengths=[400]))
 
 
 def test_demands(hay):
     with pytest.raises(ConfigError, match=r"needle and question alone are 1\d\d tokens"):
         NeedleEvaluator(Lookup(), config(lengths=[150]))
-    with pytest.raises(ConfigError, match="the split test has 2960 tokens of text"):
+    with pytest.raises(ConfigError, match=r"memory \(test\) has 2960 tokens of text"):
         NeedleEvaluator(Lookup(), config(lengths=[4000]))
     with pytest.raises(ConfigError, match="depths must lie in"):
         config(depths=[1.5])

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 # Two tokenizers that encode this text and each of its lines alike count as the same.
 SAMPLE = PROBE.replace("<s></s>", "") + " The quick brown fox, (1 + 2) * 3 == 9;\n\n\tdef f(x):\n        return x\n"
+# The options of a run that say where files are on this machine. Those that only name the run are left out of its card.
+RUN_FOLDERS = ("runs_dir", "resume")
+PATH_OPTIONS = ("path", "init_from", "resume_from", "data_dir")
 NO_SCORES = "No scores were measured for this checkpoint."
 MODEL_CARD = """\
 ---
@@ -254,9 +257,6 @@ def format_model_card(
         parameters: The number of parameters.
         loading: What format_loading returned.
     """
-    # The card does not reveal where runs and data are on this machine.
-    public_config = {name: value for name, value in record["config"].items() if name != "runs_dir"}
-    public_config["data"] = public_config["data"] | {"path": Path(config.data.path).name}
     recipe = {
         "parameters": f"{parameters:,}",
         **describe_recipe(shares, weights, config),
@@ -268,8 +268,22 @@ def format_model_card(
         loading=loading,
         recipe="\n".join(f"| {name} | {value} |" for name, value in recipe.items()),
         scores=NO_SCORES if len(shares) > 1 else format_scores(next(iter(shares)), weights),
-        config=json.dumps(public_config, indent=1),
+        config=json.dumps(shorten_paths(record["config"]), indent=1),
     )
+
+
+def shorten_paths(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a run's config with the last part of each path, so that a card does not reveal where files are."""
+    public = {}
+    for name, value in config.items():
+        if name in RUN_FOLDERS:
+            continue
+        if isinstance(value, Mapping):
+            value = shorten_paths(value)
+        elif name in PATH_OPTIONS and isinstance(value, str):
+            value = Path(value).name
+        public[name] = value
+    return public
 
 
 def describe_recipe(shares: Mapping[Path, float], weights: Weights, config: TrainingRun) -> dict[str, object]:

@@ -39,6 +39,11 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     for name, checksum in (("zero_shot", weights), ("older_weights", "c0ffee")):
         result = {"checkpoint": "step_6", "checksum": checksum, "results": {"chance": 0.1}, "metrics": numbers}
         (run_config.folder / "eval" / f"{name}.json").write_text(json.dumps(result))
+    record = json.loads((run_config.folder / "run.json").read_text())
+    record["config"]["train"] |= {"init_from": f"{tmp_path}/initial", "resume_from": f"{tmp_path}/old/step_3"}
+    record["config"]["train_evals"] = {"data_dir": f"{tmp_path}/tasks"}
+    record["config"]["resume"] = str(run_config.folder)
+    (run_config.folder / "run.json").write_text(json.dumps(record))
     out = tmp_path / "exported model"
     export_run(run_config.folder, "latest", out)
 
@@ -54,6 +59,7 @@ def test_export_loads_in_transformers(run_config, token_folder, tmp_path):
     assert GenerationConfig.from_pretrained(out).eos_token_id == ours.eos_id == 2
     card = (out / "README.md").read_text()
     assert str(Path(run_config.data.path).parent) not in card and run_config.runs_dir not in card
+    assert str(tmp_path) not in card and '"init_from": "initial"' in card and '"data_dir": "tasks"' in card
     assert [line for line in card.splitlines() if "/acc" in line] == ["| zero_shot | lambada_openai/acc | 0.125 |"]
     assert "chance" not in card and "word_perplexity" not in card
     assert (

@@ -22,13 +22,13 @@ class StateCache:
 
     A forward pass never changes a cache but returns a new one, so a cache can be continued several times.
 
-    StateCache(iter(cache)) is a copy of the cache. nn.DataParallel joins the caches of its replicas in this way.
+    StateCache(iter(cache)) has the same tensors. nn.DataParallel joins the caches of its replicas in this way.
     """
 
     states: list = field(default_factory=list)  # one per layer, or none before the first token
     seen: int = 0  # tokens
 
-    # transformers asks for these before it compiles decoding steps, or decodes a step too many, by itself.
+    # transformers asks whether it may compile the decoding steps, and whether tokens can be removed from the cache.
     is_compileable: ClassVar[bool] = False
     is_croppable: ClassVar[bool] = False
 
@@ -75,11 +75,14 @@ class StateCache:
             )
         for leaf in tree_leaves(self.states):
             if len(leaf) != sequences:
-                raise ValueError(
-                    f"past_key_values has states of {len(leaf)} sequences, and the input {sequences}. To continue one "
-                    f"sequence several times, use past_key_values.reorder_cache(torch.zeros({sequences}, "
-                    "dtype=torch.long))."
-                )
+                message = f"past_key_values has states of {len(leaf)} sequences, and the input {sequences}."
+                if 0 < len(leaf) < sequences and sequences % len(leaf) == 0:
+                    repeats = sequences // len(leaf)
+                    message += (
+                        f" To continue each of them {repeats} times, as num_beams and num_return_sequences do, call "
+                        f"past_key_values.batch_repeat_interleave({repeats}) first; it changes the cache in place."
+                    )
+                raise ValueError(message)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file. Layer i's state is the tensor "i", or the tensors "i.0", "i.1", ... of a tuple."""

@@ -543,6 +543,21 @@ def test_sequences_of_a_cache_are_repeated_and_selected(choice, tiny, tokens):
         cache.crop(-1)
 
 
+@torch.no_grad()
+def test_the_advice_for_beams_continues_each_sequence(tiny, tokens):
+    """Rows 0 to 2 of six belong to the first of two sequences."""
+    model, ids, more = tiny(), tokens(2, 9), tokens(2, 3, seed=2).repeat_interleave(3, 0)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match=r"the input 6\. To continue .* past_key_values\.batch_repeat_interleave\(3\)"):
+        model(more, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    expected = model(torch.cat([ids.repeat_interleave(3, 0), more], 1)).logits[:, 9:]
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, **EXACT)
+    for cached, rows in ((cache, 4), (cache, 7), (model(ids[:0]).past_key_values, 2)):
+        with pytest.raises(ValueError, match=rf"and the input {rows}\.$"):
+            model(more[:1].repeat(rows, 1), past_key_values=cached)
+
+
 @every_choice
 def test_a_cache_is_taken_apart_and_put_together(choice, tiny, tokens):
     cache = tiny(**choice)(tokens(2, 9)).past_key_values

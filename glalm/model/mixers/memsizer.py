@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
 from glalm.kernels import chunk_linear_attn, fused_recurrent_linear_attn
+from glalm.kernels.common import wide_dtype
 from glalm.kernels.context_parallel import ContextShard
 from glalm.model.layers import token_positions
 from glalm.model.mixers.base import Mixer, State, chunkwise_flops, is_decoding_step, join_state, split_state
@@ -64,8 +65,8 @@ class MemSizer(Mixer):
         dtype = v.dtype  # Under autocast, softmax and LayerNorm return float32.
         q = q.unflatten(-1, (self.num_heads, -1)).softmax(-1).mean(2)
         # The factor is applied to q, because the sum without it would grow with t and could leave float16's range.
-        # Padding before the first token has position -1.
-        q = q * (positions + 1).clamp(min=1)[..., None].to(q.dtype).rsqrt()
+        # The positions could, too. Padding before the first token has position -1.
+        q = q * (positions + 1).clamp(min=1)[..., None].to(wide_dtype(q)).rsqrt().to(q.dtype)
         k = self.k_norm(k)
         v = self.v_norm(v)
         if padding is not None:

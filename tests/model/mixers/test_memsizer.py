@@ -50,6 +50,18 @@ def test_half_precision_does_not_overflow_in_a_long_text(tiny):
     assert (found.double() - exact).norm() < 0.01 * exact.norm()
 
 
+@torch.no_grad()
+def test_half_precision_reads_the_memory_beyond_its_largest_number_of_tokens(tiny):
+    """Of a text of 70,000 tokens: in float16, t would be infinite and t^-1/2 zero."""
+    mixer = tiny(mixer="memsizer", hidden_size=32).model.layers[0].attn
+    x = torch.randn(1, 3, 32, dtype=torch.float64)
+    S = torch.randn(1, 1, 32, 32, dtype=torch.float64)
+    seen = torch.tensor([70_000])
+    exact, _ = mixer(x, state=(S, seen))
+    found, _ = mixer.half()(x.half(), state=(S.float(), seen))
+    assert (found.double() - exact).norm() < 0.01 * exact.norm()
+
+
 def test_a_memory_without_slots_is_refused():
     with pytest.raises(ConfigError, match=r"model\.memsizer\.slots must be positive"):
         ModelConfig(mixer="memsizer", vocab_size=8, memsizer={"slots": 0})

@@ -246,12 +246,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 
 def can_use_flash_attention(q: Tensor) -> bool:
-    """Return whether variable-length flash attention serves q, in half precision on CUDA.
+    """Return whether variable-length flash attention serves q [..., D], in half precision on CUDA.
 
     It sees only the keys that are visible, where a mask [T, S] would take memory. It has no rules for transforms of
-    functions.
+    functions. It refuses heads of more than 256 channels, or of no multiple of 8, which scaled_dot_product_attention
+    pads or computes otherwise.
     """
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and active_transform(q) is None
+    is_served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return is_served and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and active_transform(q) is None
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

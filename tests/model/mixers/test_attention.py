@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from glalm.hf import GLALMConfig
+from glalm.model.mixers.attention import can_use_flash_attention
 
 
 def as_llama(weights: dict) -> dict:
@@ -116,3 +119,21 @@ def test_decoding_leaves_cudnn_out(tiny, tokens, monkeypatch):
     model(ids[:, 8:], past_key_values=cache, use_cache=True)
     assert enabled == [True, False]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    "width, dtype, expected",
+    [
+        (64, torch.bfloat16, True),
+        (72, torch.float16, True),
+        (256, torch.bfloat16, True),
+        (20, torch.bfloat16, False),
+        (260, torch.bfloat16, False),
+        (320, torch.bfloat16, False),
+        (64, torch.float32, False),
+    ],
+)
+def test_flash_attention_gets_the_heads_that_its_kernel_has(width, dtype, expected):
+    """Torch's variable-length kernel refuses heads above 256 channels, or not of a multiple of 8."""
+    q = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(2, 5, 4, width))
+    assert can_use_flash_attention(q) == expected

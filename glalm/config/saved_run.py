@@ -4,6 +4,7 @@ A key that the command line does not give is as run.json has it.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from glalm.config.run import RUN_RECORD
 from glalm.config.strict import flatten_tree, require
 
+MAX_NAME_BYTES = 200  # of a sweep's run; a folder's name has at most 255, and others are derived from it
 RUN_KEYS = ("name", "runs_dir", "resume")  # They say which run it is, wherever its folder lies now.
 
 
@@ -136,8 +138,9 @@ def describe_missing_run(folder: Path, before: str = "", runs_dir: Path | None =
 def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> dict:
     """Return the config of a run of a sweep with a name of its own: the swept keys and values follow the given name.
 
-    For example, `name=mine optim.lr=1e-3,3e-3` are the runs mine-lr-0.001 and mine-lr-0.003. A name stays as it is if
-    the sweep chooses it, if it refers to other keys (`name=mine-${seed}`), or if `resume` names the run.
+    For example, `name=mine optim.lr=1e-3,3e-3` are the runs mine-lr-0.001 and mine-lr-0.003. A name that lacks a part
+    of a value, such as the slash of data/a, ends with a checksum of all swept values. A name stays as it is if the
+    sweep chooses it, if it refers to other keys (`name=mine-${seed}`), or if `resume` names the run.
     """
     chosen = [override.partition("=")[0] for override in swept]
     refers = any(re.match(r"name=.*\$\\?\{", override) for override in overrides)  # Hydra writes $\{ for ${.
@@ -145,10 +148,16 @@ def name_sweep_run(tree: dict, overrides: Iterable[str], swept: list[str]) -> di
         return tree
     lasts = [key.split(".")[-1] for key in chosen]
     name = tree["name"]
+    is_unique = True
     for override, key, last in zip(swept, chosen, lasts, strict=True):
+        given = override.partition("=")[2]
         # A name must be writable as name=... again, and be one folder.
-        value = re.sub(r"[^\w.+-]+", "_", override.partition("=")[2]).strip("_")
+        value = re.sub(r"[^\w.+-]+", "_", given).strip("_")
         name += f"-{last if lasts.count(last) == 1 else key}-{value}"
+        is_unique = is_unique and value == given
+    if not is_unique or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        checksum = hashlib.sha256("\n".join([name, *swept]).encode()).hexdigest()[:8]
+        name = f"{os.fsencode(name)[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{checksum}"
     return tree | {"name": name}
 
 

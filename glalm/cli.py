@@ -448,7 +448,7 @@ def refuse_bare_values(args: list[str], cls: type) -> None:
 
 def check_choices(args: list[str]) -> None:
     """Raise ConfigError if a choice such as `model=gla_tiny` does not name one file of configs/."""
-    adds_folders = any(arg.startswith(("--config-", "-cd", "-cp")) for arg in args)
+    adds_folders = any(arg.startswith(("--config-", "-cd", "-cp", "hydra.searchpath=")) for arg in args)
     for arg in args:
         group, equals, value = arg.partition("=")
         files = sorted(path.stem for path in CONFIGS.glob("*/*.yaml") if path.parent.name == group)

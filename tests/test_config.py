@@ -261,6 +261,13 @@ def test_a_list_of_choices_is_refused():
     check_choices(["track=wandb", "model=gla_tiny,attention_tiny", "train_evals.evals=[perplexity]"])
 
 
+def test_folders_of_the_user_have_choices():
+    for flags in (["--config-dir", "mine"], ["-cd", "mine"], ["hydra.searchpath=[file:///mine]"]):
+        check_choices([*flags, "model=mine"])
+    with pytest.raises(ConfigError, match=r"^model=mine is not a file of"):
+        check_choices(["model=mine"])
+
+
 def test_a_value_without_its_key_is_refused():
     for args in (["runs/demo"], ["seed=1", "demo"], ["--multirun", "demo"]):
         with pytest.raises(ConfigError, match=r"demo is no setting\. Write KEY=VALUE, such as name=demo; --help"):

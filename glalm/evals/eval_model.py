@@ -92,6 +92,11 @@ class EvalModel:
         self._uses_cache = not self.is_ours and not self.is_recurrent and "past_key_values" in self._forward_arguments
         self.accepts_state = self.is_ours or self._uses_cache
 
+    @property
+    def unused_ids(self) -> list[int]:
+        """The ids of the model that its tokenizer, whose vocabulary may be smaller, cannot decode."""
+        return [] if self.tokenizer is None else list(range(self.tokenizer.vocab_size, self.vocab_size))
+
     @cached_property
     def bytes_per_state(self) -> int:
         """Bytes of one sequence's state after one token, which a model that is not recurrent needs for every token.

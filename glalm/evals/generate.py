@@ -74,8 +74,6 @@ def sample_continuations(
 def sample_continuation(model: EvalModel, options: GenerateConfig, prompt: str) -> str:
     """Return one continuation, sampled from torch's global random state."""
     tokenizer = model.tokenizer
-    # The embedding may have more rows than the tokenizer has tokens.
-    unused_ids = list(range(tokenizer.vocab_size, model.vocab_size))
     # An empty prompt without BOS starts from EOS, since a document follows the end of another.
     start = [*model.document_prefix, *tokenizer.encode(prompt)] or [tokenizer.eos_id]
     input_ids = torch.tensor([start], device=model.device)
@@ -89,7 +87,7 @@ def sample_continuation(model: EvalModel, options: GenerateConfig, prompt: str) 
         max_new_tokens=options.tokens,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id,
-        suppress_tokens=unused_ids or None,
+        suppress_tokens=model.unused_ids or None,
     )
     # A tokenizer may drop the space that a text starts with, so the continuation is not decoded by itself.
     return tokenizer.decode(output[0].tolist())[len(tokenizer.decode(start)) :]

@@ -355,6 +355,7 @@ class HarnessLM(TemplateLM):
             eos_token_id=self.eot_token_id,
             pad_token_id=self.eot_token_id,
             stopping_criteria=[has_stop_text],
+            suppress_tokens=self.model.unused_ids or None,
             **options,
         )
         texts = [self._decode_new(row, length) for row in output]

@@ -56,7 +56,9 @@ def few_tasks():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.saved(tmp_path_factory.mktemp("model") / "llama", tiny.llama(max_position_embeddings=256))
+    """Of exactly the tokens of its tokenizer: the harness's own model also draws ids beyond them."""
+    model = tiny.llama(max_position_embeddings=256, vocab_size=259)
+    return tiny.saved(tmp_path_factory.mktemp("model") / "llama", model)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,21 @@ def test_greedy_tasks_give_generation_no_options_of_sampling(eval_model, monkeyp
     assert [options["do_sample"] for options in given] == [False] * 3
     assert not {"temperature", "top_p", "top_k"} & set().union(*given)
     assert [options.get("num_beams") for options in given] == [None, None, 3]
+
+
+def test_tokens_that_the_tokenizer_lacks_are_not_generated(eval_model, monkeypatch):
+    """A model's vocabulary may be larger, and SentencePiece cannot decode an id of its own."""
+    options = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1e3}
+    [request] = instances("generate_until", [("alpha", options)])
+    decoded = set()
+    decode = eval_model.tokenizer.decode
+    monkeypatch.setattr(eval_model.tokenizer, "decode", lambda ids: decoded.update(ids) or decode(ids))
+    for limit in (259, 130):
+        monkeypatch.setattr(eval_model.tokenizer, "vocab_size", limit)
+        decoded.clear()
+        torch.manual_seed(0)
+        harness_lm(eval_model).generate_until([request])
+        assert 0.8 * limit < max(decoded) < limit
 
 
 def test_a_text_ends_where_the_model_ends_it(eval_model, monkeypatch):

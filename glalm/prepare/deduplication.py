@@ -81,7 +81,7 @@ def deduplicate(
     settings = {"mode": mode, "text_field": text_field, "source_field": source_field}
     if mode == "near":
         settings |= {"threshold": threshold, "ngram": ngram}
-    workers = limit_workers(workers or count_cores(), inputs)
+    workers = limit_workers(workers or count_cores(), inputs) if engine == "local" else 1
     map_units, engine_name = choose_engine(engine, workers)
     with (
         connect_engine(engine, address),

@@ -65,7 +65,11 @@ def estimate_memory(unit: Unit) -> int:
 def limit_workers(workers: int, inputs: list[Input]) -> int:
     """Return the number of processes, at most `workers`, for which there are about as many units."""
     smallest = UNIT_BYTES / MAX_PARTS  # However small a file is, a unit has at most MAX_PARTS of them.
-    size = sum(max(source_input.expected_bytes, smallest) for source_input in inputs)
+    size = 0.0
+    for source_input in inputs:
+        if size >= (workers - 1) * UNIT_BYTES:
+            return workers  # A data set may have 100,000 files, and a network is asked for the size of each.
+        size += max(source_input.expected_bytes, smallest)
     return int(min(workers, 1 + size / UNIT_BYTES))
 
 

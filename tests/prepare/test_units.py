@@ -97,6 +97,21 @@ def test_there_are_processes_for_units_of_tiny_files(size, files, expected):
     assert units.limit_workers(2, [Input("s", f"{i}", size, 0) for i in range(files)]) == min(2, expected)
 
 
+def test_sizes_are_asked_for_until_there_are_enough_units():
+    asked = []
+
+    class StreamedInput(Input):
+        @property
+        def expected_bytes(self):
+            asked.append(self.name)
+            return units.UNIT_BYTES / 2
+
+    inputs = [StreamedInput("s", f"{i}", 1, None) for i in range(1000)]
+    assert units.limit_workers(4, inputs) == 4 and asked == ["0", "1", "2", "3", "4", "5"]
+    assert units.limit_workers(1, inputs) == 1 and len(asked) == 6
+    assert units.limit_workers(4, inputs[:2]) == 2
+
+
 @pytest.fixture(scope="module")
 def many_kinds(tmp_path_factory, texts):
     """A folder with the same documents in files of every kind, one of which is damaged in its midst."""

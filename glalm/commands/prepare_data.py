@@ -1,17 +1,20 @@
 """Prepare text for training: `glalm prepare` writes token shards, `glalm tokenizer` trains a tokenizer."""
 
 import argparse
+import json
+import shlex
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from glalm.config.strict import ConfigError, refuse_url
-from glalm.data.shards import SPLITS, read_manifest
+from glalm.data.shards import MANIFEST, SPLITS, read_manifest
 from glalm.prepare.encode import HELD_OUT, check_shares
 from glalm.prepare.inspection import inspect_set
-from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.pipeline import find_folder, prepare_data
 from glalm.prepare.records import SUFFIXES
+from glalm.prepare.remote import RemoteFile
 from glalm.prepare.sources import collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.tokenizer_training import read_training_texts, train_sentencepiece
 from glalm.prepare.writer import format_counts
@@ -54,9 +57,10 @@ def prepare() -> int:
     start = time.perf_counter()
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     held_out = {split: settings.pop(split, share) for split, share in HELD_OUT.items()}
+    url, folder = find_folder(args.out, args.staging)
     before = None
-    with suppress(OSError, ValueError):
-        before = read_manifest(Path(args.out))
+    with suppress(Exception):  # Filesystems raise many kinds. `prepare_data` says what is wrong.
+        before = json.loads(RemoteFile(f"{url.rstrip('/')}/{MANIFEST}").read_bytes()) if url else read_manifest(folder)
     manifest = prepare_data(
         args.sources,
         args.out,
@@ -72,7 +76,7 @@ def prepare() -> int:
         **settings,
     )
     if manifest == before and not args.overwrite:
-        print(describe_complete_set(args.out, manifest))
+        print(describe_complete_set(args.out, folder, manifest))
     else:
         print_summary(args.out, manifest, time.perf_counter() - start)
     return 0
@@ -164,12 +168,14 @@ def check_prepare_arguments(parser: argparse.ArgumentParser, args: argparse.Name
         parser.error("--eos names a token of --tokenizer. Add --tokenizer tokenizer.json, or remove --eos.")
 
 
-def describe_complete_set(folder: str, manifest: dict) -> str:
+def describe_complete_set(out: str, folder: Path, manifest: dict) -> str:
+    """Return a line about the set at `out`, which lies in `folder` on this machine."""
     documents = sum(manifest["splits"][split]["documents"] for split in SPLITS)
     tokens = sum(manifest["splits"][split]["tokens"] for split in SPLITS)
     return (
-        f"{folder} is already complete: {documents:,} documents, {tokens:,} tokens, vocabulary of "
-        f"{manifest['tokenizer']['vocab_size']:,}. To see what is in it, run: glalm prepare inspect {folder}"
+        f"{out} is already complete: {documents:,} documents, {tokens:,} tokens, vocabulary of "
+        f"{manifest['tokenizer']['vocab_size']:,}. To see what is in it, run: "
+        f"glalm prepare inspect {shlex.quote(str(folder))}"
     )
 
 
@@ -188,7 +194,8 @@ def print_summary(folder: str, manifest: dict, seconds: float) -> None:
         print("Note: this tokenizer normalizes, so decoding does not return every text unchanged.")
     print(f"{folder} is ready: vocabulary of {tokenizer['vocab_size']:,}, prepared in {seconds:.1f} s")
     if "://" in folder:
-        print(f"To train on it elsewhere, copy it to a disk there: aws s3 sync {folder} FOLDER, or rclone copy")
+        tools = f"aws s3 sync {folder} FOLDER, or rclone copy" if folder.startswith("s3://") else "rclone copy"
+        print(f"To train on it elsewhere, copy it to a disk there: {tools}")
 
 
 def train_tokenizer() -> int:

@@ -90,7 +90,7 @@ def prepare_data(
     """
     _check_arguments(held_out, shard_tokens, on_error, workers, add and overwrite)
     check_engine(engine, address, workers)
-    url, out = _find_folder(out, staging)
+    url, out = find_folder(out, staging)
     sources = [parse_source(source) for source in sources]
     inputs, repeated = collect_inputs(sources, out.resolve())
     # Open the tokenizer now, because it may be part of the set that is replaced.
@@ -220,7 +220,7 @@ def _stop_at_bad_record(writer: SetWriter, encoded: EncodedBatch, source_input: 
     raise bad_record_error(source_input, errors[0])
 
 
-def _find_folder(out: str | os.PathLike, staging: str | os.PathLike | None) -> tuple[str, Path]:
+def find_folder(out: str | os.PathLike, staging: str | os.PathLike | None) -> tuple[str, Path]:
     """Return `out` if it is a URL, else "", and the folder in which the set is prepared."""
     url = os.fspath(out) if URL.fullmatch(os.fspath(out)) else ""
     if staging and not url:

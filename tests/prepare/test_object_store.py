@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from folder_contents import read_contents
 
+from glalm.commands.prepare_data import prepare
 from glalm.prepare import object_store
 from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.pipeline import prepare_data
@@ -54,6 +55,21 @@ def test_the_set_at_a_url_is_the_set_of_the_folder(url, settings, corpus, tmp_pa
     added = prepare_data([tmp_path / "more"], url, add=True, **settings)
     assert added["books"]["more"]["written"] == 1
     assert read_url(url) == read_set(tmp_path / "staging")
+
+
+def test_a_complete_set_at_a_url_says_so(url, settings, corpus, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "my staging"
+    arguments = ["--out", url, "--staging", str(folder), "--tokenizer", settings["tokenizer"], str(corpus)]
+    monkeypatch.setattr(sys, "argv", ["glalm prepare", *arguments])
+    assert prepare() == 0
+    shown = capsys.readouterr().out
+    assert f"{url} is ready: " in shown and ("aws s3 sync" in shown) == url.startswith("s3://")
+    assert prepare() == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{url} is already complete: ") and shown.endswith(f" glalm prepare inspect '{folder}'\n")
+    filesystem, root = fsspec.url_to_fs(url)
+    filesystem.rm_file(f"{root}/manifest.json")
+    assert prepare() == 0 and f"{url} is ready: " in capsys.readouterr().out
 
 
 def test_the_manifest_is_last_and_shards_come_early(url, settings, corpus, tmp_path, monkeypatch):

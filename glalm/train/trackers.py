@@ -7,7 +7,7 @@ run.
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,7 +113,8 @@ def start_wandb(folder: Path, config: "RunConfig", run_id: str, start_step: int 
     is_online = not config.track.offline and wandb.login(prompt=False)
     mode = "online" if is_online else "offline"
     settings = {"name": config.name, "id": run_id, "resume": "allow", "dir": folder, "mode": mode}
-    tracker = WandBTracker(config.track.project, **settings)
+    # A run of a sweep that stopped logging at an error is still open, and wandb would log to it.
+    tracker = WandBTracker(config.track.project, **settings, reinit="finish_previous")
     tracker.start()
     tracker.store_init_configuration(dataclasses.asdict(config))
     return tracker
@@ -135,9 +136,16 @@ def start_mlflow(folder: Path, config: "RunConfig", run_id: str, start_step: int
     import mlflow
     from accelerate.tracking import MLflowTracker
 
-    if "MLFLOW_TRACKING_URI" not in os.environ or config.track.offline:
+    with suppress(Exception):  # A run of a sweep that stopped logging at an error is still open.
+        mlflow.end_run()
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if server and not config.track.offline:
+        mlflow.set_tracking_uri(server)
+    else:
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         mlflow.set_tracking_uri((folder / "mlflow").resolve().as_uri())
+    # MLflow has changed the variable, and the next run of a sweep would take its value for the user's.
+    os.environ["MLFLOW_TRACKING_URI"] = server
     # MLflow chooses the ids of its runs itself.
     found = mlflow.search_runs(
         experiment_names=[config.track.project], filter_string=f"tags.glalm = '{run_id}'", output_format="list"

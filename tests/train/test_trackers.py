@@ -5,6 +5,7 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -217,6 +218,29 @@ def test_failing_wandb_is_harmless(folder, run_config, change, monkeypatch, caps
     assert failures == [1]
     assert capsys.readouterr().err.count("stopped logging to wandb: no space left") == 1
     assert len(read_jsonl(folder / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("library", ["wandb", "mlflow"])
+def test_each_run_of_a_sweep_is_recorded_in_its_folder(run_config, change, monkeypatch, library):
+    """The runs share a process, and an error may have ended the logging of the first one."""
+    module = pytest.importorskip(library)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folders = []
+    for name in ("first", "second"):
+        config = change(run_config, **{"name": name, "track.tracker": library, "track.offline": library == "wandb"})
+        folders.append(config.folder)
+        config.folder.mkdir(parents=True)
+        with MetricsWriter(config.folder, config, name, 0, is_main_process=True) as metrics:
+            if name == "first":
+                monkeypatch.setattr(metrics.tracker._tracker, "log", Mock(side_effect=RuntimeError("no space left")))
+            metrics.write_row({"step": 1, "loss": 1.0})
+    if library == "wandb":
+        module.teardown()
+    for folder in folders:
+        pattern = f"offline-run-*/run-{folder.name}.wandb" if library == "wandb" else "*/*/tags/glalm"
+        [record] = (folder / library).glob(pattern)
+        assert library == "wandb" or record.read_text() == folder.name
 
 
 def test_wandb_is_not_imported_when_off(folder, run_config, monkeypatch):

@@ -19,7 +19,15 @@ from glalm.prepare.encode import HELD_OUT, EncodedBatch, check_shares
 from glalm.prepare.engine import check_engine, choose_engine, connect_engine
 from glalm.prepare.input_files import FileInput, Input, out_of_memory_error
 from glalm.prepare.object_store import SetCopy, staging_folder
-from glalm.prepare.plan import Plan, bad_record_error, find_new_inputs, list_fields, list_written_keys, make_plan
+from glalm.prepare.plan import (
+    Plan,
+    bad_record_error,
+    count_written,
+    find_new_inputs,
+    list_fields,
+    list_written_keys,
+    make_plan,
+)
 from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
 from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
@@ -201,7 +209,7 @@ def run_plan(
         raise out_of_memory_error(inputs[min(writer.position.input, len(inputs) - 1)]) from error
     finally:
         results.close()
-    if not any(counts["written"] for counts in writer.counts.values()):
+    if not count_written(writer.counts):
         remove_set(out)
         found = "; ".join(format_counts(writer.counts))
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped ({found}).")
@@ -213,10 +221,10 @@ def _stop_at_bad_record(writer: SetWriter, encoded: EncodedBatch, source_input: 
     errors = [record for record in encoded.skipped if record.reason != "empty"]
     if not errors:
         return
-    if encoded.documents or writer.plan.base or any(counts["written"] for counts in writer.counts.values()):
+    if writer.has_added:
         writer.commit()
-    else:
-        remove_set(writer.out)  # There is nothing to resume, and the next command may have other settings.
+    elif not writer.plan.base:
+        remove_set(writer.out)  # There is nothing to resume.
     raise bad_record_error(source_input, errors[0])
 
 

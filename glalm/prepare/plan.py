@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -63,7 +64,8 @@ def make_plan(
 ) -> Plan | None:
     """Return the plan of the work in `out`, saved in `out`, or None if nothing is to be done.
 
-    A set of an older format is prepared again, as with `overwrite`.
+    A set of an older format is prepared again, as with `overwrite`. An interrupted preparation that has committed no
+    document is resumed by the same call, and does not hinder others.
 
     Args:
         tokenizer: The tokenizer to use, or None to train one.
@@ -80,8 +82,14 @@ def make_plan(
             overwrite = True
     required = None if add else settings
     if not overwrite and (out / PLAN).exists():
-        return _resume_plan(out, settings, inputs, add)
-    if not overwrite and has_manifest:
+        plan = read_plan(out)
+        try:
+            return _resume_plan(plan, out, settings, inputs, add, bar)
+        except ValueError:
+            if count_committed(out, plan):
+                raise
+            _discard_plan(out, plan)  # Nothing is lost, and this command may be the correction of a failed one.
+    if not overwrite and (out / MANIFEST).exists():
         (out / JOURNAL).unlink(missing_ok=True)  # A process that was killed just after it completed the set left it.
         plan = _plan_addition(out, required, inputs, settings.get("duplicates"), bar)
     elif add:
@@ -158,16 +166,44 @@ def list_written_keys(out: Path) -> set[tuple[str, str]]:
     return {(row["source"], row["name"]) for row in read_jsonl(path)} if path.exists() else set()
 
 
-def _resume_plan(out: Path, settings: dict, inputs: list[Input], add: bool) -> Plan:
+def count_written(books: dict[str, dict]) -> int:
+    """Return the number of written documents in the counts of a manifest, a commit or a SetWriter."""
+    return sum(counts["written"] for counts in books.values())
+
+
+def read_plan(out: Path) -> Plan:
+    """Return the plan in `out`. Raises FileNotFoundError, DamagedFile."""
+    saved = read_json(out / PLAN, PLAN_SHAPE)
+    return Plan(**{name: saved[name] for name in PLAN_SHAPE})
+
+
+def count_committed(out: Path, plan: Plan) -> int:
+    """Return the number of documents that the preparation of this plan has committed so far."""
+    commit = last_commit(out)
+    return count_written(commit["books"]) - count_written(plan.base["books"] if plan.base else {}) if commit else 0
+
+
+def _discard_plan(out: Path, plan: Plan) -> None:
+    """Remove the preparation of `plan`, which has committed no document. A set to which it adds stays complete."""
+    if not plan.base:
+        remove_set(out)
+        return
+    # The plan goes last, because without it the logs would count as those of the complete set.
+    (out / JOURNAL).unlink(missing_ok=True)
+    for name, size in plan.base["logs"].items():
+        os.truncate(out / name, size)
+    (out / PLAN).unlink()
+
+
+def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add: bool, bar: ProgressBar) -> Plan:
     """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
 
-    `inputs` that are not in the plan are ignored here; `prepare_data` logs them at the end.
+    An input that has changed before it was read is taken as it is now, such as one with a bad record that was
+    corrected. `inputs` that are not in the plan are ignored here; `prepare_data` logs them at the end.
 
     Raises:
-        ValueError: The settings differ, or an input is missing or has changed.
+        ValueError: The settings differ, or an input is missing or has changed after a part of it was written.
     """
-    saved = read_json(out / PLAN, PLAN_SHAPE)
-    plan = Plan(**{name: saved[name] for name in PLAN_SHAPE})
     if add:
         # What is added has the settings of the set, but may have another list of duplicates.
         settings = plan.settings | {"duplicates": settings.get("duplicates")}
@@ -186,12 +222,25 @@ def _resume_plan(out: Path, settings: dict, inputs: list[Input], add: bool) -> P
     # Rows after the last commit do not count, because their inputs will be read again.
     rows = read_jsonl(log, commit["logs"][log.name]) if commit and log.exists() else []
     written = {(row["source"], row["name"]): row["sha256"] for row in rows}
-    for key, entry in planned.items():
-        # A changed modification time is accepted only for an input that was written completely, because the hash
-        # that was logged for it shows that the content is the same.
-        same = entry == available[key].describe()
-        if not same and (not written.get(key) or written[key] != available[key].compute_sha256()):
-            raise changed_error(available[key], out)
+    begun = Position(**commit["cursor"]) if commit else Position()
+    first_unread = begun.input + (begun != Position(begun.input))
+    changed_inputs = []
+    for index, (key, entry) in enumerate(planned.items()):
+        if entry == available[key].describe():
+            continue
+        if index >= first_unread:
+            changed_inputs.append(available[key])
+        # A changed modification time is accepted for an input that was written completely, because the hash that was
+        # logged for it shows that the content is the same.
+        elif not written.get(key) or written[key] != available[key].compute_sha256():
+            problem = f"{available[key]} has changed since the preparation of {out} began, and {out} has old documents"
+            raise ValueError(f"{problem}. Restore the file and its time, or prepare the set again with --overwrite.")
+    if changed_inputs:
+        others = f", and {len(changed_inputs) - 1:,} other inputs" if len(changed_inputs) > 1 else ""
+        bar.log(f"{changed_inputs[0]} has changed, before it was read{others}. The new content is prepared.")
+        planned |= {source_input.key: source_input.describe() for source_input in changed_inputs}
+        plan = dataclasses.replace(plan, inputs=list(planned.values()))
+        write_json(out / PLAN, dataclasses.asdict(plan))
     return plan
 
 
@@ -269,12 +318,6 @@ def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[In
 def bad_record_error(source_input: Input, record: SkippedRecord) -> ValueError:
     """Return the error of a record without a document."""
     return ValueError(f"{source_input}:{record.number}: {record.detail}.{SKIP_ADVICE}")
-
-
-def changed_error(source_input: Input, out: Path) -> ValueError:
-    """Return the error of an input that has changed since its preparation began."""
-    problem = f"{source_input} has changed since the preparation of {out} began, so {out} may have old documents."
-    return ValueError(f"{problem} Restore the file and its time, or prepare the set again with --overwrite.")
 
 
 def _differing_keys(old: dict, new: dict | None) -> list[str]:

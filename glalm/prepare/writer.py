@@ -31,7 +31,7 @@ from glalm.data.files import (
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, count_leftover_tokens
 from glalm.prepare.encode import EncodedBatch
 from glalm.prepare.input_files import Input, Position, RecordBatch
-from glalm.prepare.plan import Plan, changed_error
+from glalm.prepare.plan import Plan, count_written
 from glalm.prepare.set_folder import JOURNAL, LOGS, describe_file, last_commit
 
 # The journal's keys, which are part of the format on disk, stand for these attributes of SetWriter: "cursor" for
@@ -173,6 +173,7 @@ class SetWriter:
     Attributes:
         position: Up to where the inputs are written.
         counts: For each source, the documents read, written, and skipped by reason.
+        has_added: Whether this plan's preparation has written a document, now or before it was interrupted.
     """
 
     def __init__(self, out: Path, plan: Plan):
@@ -182,6 +183,7 @@ class SetWriter:
         state = last_commit(out) or plan.base or EMPTY_STATE
         self.position = Position(**state["cursor"])
         self.counts: dict[str, dict] = dict(state["books"])
+        self._base_documents = count_written(plan.base["books"]) if plan.base else 0
         self._input_counts: dict[str, int] = state["current"] or dict(NO_DOCUMENTS)
         self._logs = {name: _reopen_or_advise(out / name, state["logs"].get(name, 0)) for name in LOGS}
         self._writers: dict[tuple[str, str], ShardWriter] = {}
@@ -198,6 +200,10 @@ class SetWriter:
                     shutil.rmtree(folder)
             for source, shard_state in sources.items():
                 self._open_writer(split, source, shard_state)
+
+    @property
+    def has_added(self) -> bool:
+        return count_written(self.counts) > self._base_documents
 
     def add_batch(self, batch: RecordBatch, encoded: EncodedBatch, source_input: Input) -> None:
         """Append the documents of a batch, count them, and log the skipped records.
@@ -229,7 +235,8 @@ class SetWriter:
     def commit(self) -> None:
         """Flush all files to disk, and record their lengths in the journal, from which a later process resumes.
 
-        Then update the manifest, which is still marked as incomplete.
+        Then update the manifest, which is still marked as incomplete. An addition that has written nothing leaves the
+        manifest of the complete set.
 
         Raises:
             ValueError: The folder was removed or replaced, and another process may be preparing a set in the new one.
@@ -247,7 +254,8 @@ class SetWriter:
             "splits": splits,
         }
         write_json(self.out / JOURNAL, state)
-        self.write_manifest(complete=False)
+        if self.has_added or not self.plan.base:
+            self.write_manifest(complete=False)
 
     def finish(self) -> None:
         """Finish the last shards, write the final manifest, and delete the plan and the journal."""
@@ -294,7 +302,8 @@ class SetWriter:
         """Log an input that was read completely."""
         sha256 = source_input.compute_sha256()
         if source_input.has_changed():
-            raise changed_error(source_input, self.out)
+            advice = "Wait until nothing writes to it, and run the same command again"
+            raise ValueError(f"{source_input} changed while it was read. {advice}.")
         row = source_input.describe() | {"sha256": sha256, **self._input_counts}
         self._logs["inputs.jsonl"].write(encode_row(row))
         self._input_counts = dict(NO_DOCUMENTS)

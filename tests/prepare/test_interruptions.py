@@ -241,9 +241,12 @@ def copied(sources, tmp_path):
     return shutil.copytree(sources, tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("name, blocks", [("a", 1), ("a", 0), ("b", 1)])
-def test_changed_inputs_are_refused_on_resume(copied, settings, tmp_path, name, blocks):
-    """The changed input has the same size, and was read completely (a, after 1 batch) or not yet."""
+@pytest.mark.parametrize("name, blocks", [("a", 1), ("a", 4), ("b", 5)])
+def test_inputs_that_changed_after_they_were_read_are_refused_on_resume(
+    copied, settings, tmp_path, monkeypatch, name, blocks
+):
+    """The changed input has the same size, and was read completely (a, after 4 batches) or in part."""
+    monkeypatch.setattr(input_files, "BATCH_BYTES", 120_000)
     prepare_interrupted(blocks, [copied], tmp_path / "set", **settings)
     path = copied / f"{name}.jsonl"
     path.write_text(path.read_text().replace("return", "RETURN"))
@@ -252,6 +255,25 @@ def test_changed_inputs_are_refused_on_resume(copied, settings, tmp_path, name, 
     manifest = prepare_data([copied], tmp_path / "set", overwrite=True, **settings)
     [row] = [r for r in files.read_jsonl(tmp_path / "set/inputs.jsonl") if r["name"] == path.name]
     assert manifest["complete"] and row["sha256"] == files.file_sha256(path)
+
+
+def test_an_input_that_changed_before_it_was_read_is_accepted_on_resume(copied, settings, tmp_path, capsys):
+    """Such as one with a bad record, after its correction. What was prepared before it is not prepared again."""
+    prepare_interrupted(1, [copied], tmp_path / "set", **settings)
+    path = copied / "b.jsonl"
+    path.write_text(path.read_text().replace("return", "RETURNED"))
+    with pytest.MonkeyPatch.context() as patch:
+        read = []
+        add_batch = writer.SetWriter.add_batch
+        patch.setattr(writer.SetWriter, "add_batch", lambda *args: (read.append(args[-1].name), add_batch(*args)))
+        prepare_data([copied], tmp_path / "set", workers=1, **(settings | {"progress": True}))
+    assert read == ["b.jsonl"] and "b.jsonl has changed, before it was read" in capsys.readouterr().err
+    prepare_data([copied], tmp_path / "other", **settings)
+    found, expected = (read_contents(tmp_path / name) for name in ("set", "other"))
+    manifests = [json.loads(contents.pop("manifest.json")) for contents in (found, expected)]
+    assert found == expected
+    # The fingerprint is of the sizes with which the set was begun.
+    assert manifests[0] == manifests[1] | {"fingerprint": manifests[0]["fingerprint"]}
 
 
 def test_a_touched_input_that_was_read_completely_is_accepted_on_resume(copied, settings, uninterrupted, tmp_path):
@@ -270,10 +292,10 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(copied, settings, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.SetWriter, "_finish_input", changing)
-        with pytest.raises(ValueError, match=rf"{path} has changed since"):
+        with pytest.raises(ValueError, match=rf"{path} changed while it was read.*same command again"):
             prepare_data([copied], tmp_path / "set", workers=1, **settings)
-    with pytest.raises(ValueError, match=rf"{path} has changed since"):
-        prepare_data([copied], tmp_path / "set", **settings)
+    # Nothing of the file was committed, so the set has its new content only.
+    assert prepare_data([copied], tmp_path / "set", **settings)["complete"]
 
 
 @pytest.mark.parametrize("moment", [1, 2])
@@ -381,9 +403,57 @@ def test_stopped_at_a_bad_record_it_resumes_with_skip(sources, settings, uninter
     assert read_contents(tmp_path / "set") == uninterrupted
 
 
+ONE_BAD_LINE = '{"text": "a first text"}\n{"body": "a second text"}\n'
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_command_that_has_written_nothing_does_not_hinder_the_next(tmp_path, prepared, interrupted):
+    """What the message advises works: another field, or a corrected line."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(ONE_BAD_LINE)
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    if interrupted:  # The files of the set stay.
+        prepare_interrupted(0, [path], tmp_path / "set", on_error="skip", **given)
+    else:
+        with pytest.raises(ValueError, match=r"a\.jsonl:2: no field 'text', only body"):
+            prepare_data([path], tmp_path / "set", **given)
+    other_field = prepare_data([path], tmp_path / "set", text_field="body", on_error="skip", **given)
+    assert count_written(other_field) == 1
+    shutil.rmtree(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2"):
+        prepare_data([path], tmp_path / "set", **given)
+    path.write_text(ONE_BAD_LINE.replace("body", "text"))
+    assert count_written(prepare_data([path], tmp_path / "set", **given)) == 2
+
+
+@pytest.mark.parametrize("error", ["bad record", "kill"])
+def test_an_addition_that_has_written_nothing_leaves_the_set_complete(prepared, corpus, tmp_path, error):
+    out = shutil.copytree(prepared, tmp_path / "set")
+    before = read_contents(out)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.jsonl").write_text('{"text": ""}\n')
+    path = tmp_path / "more/b.jsonl"
+    path.write_text(ONE_BAD_LINE)
+    if error == "kill":  # after a commit of the first input, which has no text
+        prepare_interrupted(1, [tmp_path / "more"], out, add=True, on_error="skip", progress=False)
+    else:
+        with pytest.raises(ValueError, match=r"b\.jsonl:2: no field 'text'"):
+            prepare_data([tmp_path / "more"], out, add=True, commit_seconds=0, progress=False)
+    assert TokenSet(out, "train").is_complete
+    failed = shutil.copytree(out, tmp_path / "failed")
+    prepare_data([corpus], out, vocab_size=400, shard_tokens=1000, progress=False)  # the set's own command
+    assert read_contents(out) == before
+    path.write_text(ONE_BAD_LINE.replace("body", "text"))
+    manifest = prepare_data([tmp_path / "more"], failed, add=True, progress=False)
+    assert manifest["complete"] and manifest["books"]["more"] == {"read": 3, "written": 2, "skipped": {"empty": 1}}
+
+
+def count_written(manifest: dict) -> int:
+    return sum(counts["written"] for counts in manifest["books"].values())
+
+
 def test_another_command_does_not_resume_an_unfinished_set(sources, settings, tmp_path):
-    with pytest.raises(ValueError, match=r"--on-error skip"):
-        prepare_data([sources], tmp_path / "set", workers=1, **{**settings, "on_error": "stop"})
+    prepare_interrupted(1, [sources], tmp_path / "set", **settings)
     with pytest.raises(ValueError, match=r"unfinished set.*different --shard-tokens"):
         prepare_data([sources], tmp_path / "set", **{**settings, "shard_tokens": 7})
     with pytest.raises(ValueError, match=r"unfinished set.*inputs are missing, such as a\.jsonl"):

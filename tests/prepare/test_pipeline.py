@@ -386,7 +386,8 @@ def test_a_file_that_appeared_during_preparation_is_reported(texts, prepared, tm
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": texts[0]}) + "\n{\n")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}}
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not JSON"):
+        patch.setattr(input_files, "BATCH_BYTES", 1)  # The first document is written.
         prepare_data([tmp_path / "in"], tmp_path / "set", **given)
     (tmp_path / "in/b.jsonl").write_text(json.dumps({"text": texts[1]}) + "\n")
     assert prepare_data([tmp_path / "in"], tmp_path / "set", on_error="skip", **given)["books"]["in"]["written"] == 1

@@ -50,6 +50,8 @@ def find_prompts(config: EvalConfig, model: EvalModel) -> list[str]:
             continue
         indices = sorted({0, tokens.num_documents // 2} & set(range(tokens.num_documents)))
         prompts = [model.tokenizer.decode(tokens.read_document(i)[:PROMPT_TOKENS].tolist()) for i in indices]
+        # The last tokens may be the first bytes of a character, which are decoded as U+FFFD.
+        prompts = [prompt.rstrip("\ufffd") for prompt in prompts]
         if any(prompts):
             return [prompt for prompt in prompts if prompt]
     return [""]

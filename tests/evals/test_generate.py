@@ -1,9 +1,11 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from glalm.config.strict import ConfigError
+from glalm.evals import generate
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
 from glalm.evals.generate import GenerateEvaluator, sample_continuations
@@ -84,6 +86,21 @@ def test_tokens_that_the_tokenizer_lacks_are_never_drawn(model, monkeypatch):
     assert max(first_tokens(model, temperature=1e3)) >= 40
     monkeypatch.setattr(Numbers, "vocab_size", 40)
     assert max(first_tokens(model, temperature=1e3)) < 40
+
+
+def test_a_prompt_does_not_end_within_a_character(model, monkeypatch):
+    class Bytes(Numbers):
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    class Split:
+        num_documents = 1
+
+        def read_document(self, i):
+            return np.frombuffer("a日本語日本語".encode(), dtype=np.uint8)
+
+    monkeypatch.setattr(generate, "open_split", lambda *_: Split())
+    assert generate.find_prompts(EvalConfig(), EvalModel(model, tokenizer=Bytes(), document_prefix=())) == ["a日本語"]
 
 
 @pytest.mark.parametrize("prompts", [[""], []])

@@ -1,16 +1,20 @@
 """The protocol of an evaluator, and the context in which it runs: its processes, its progress, its partial results."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from glalm.data.files import DamagedFile
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.options import EvalConfig
 from glalm.evals.result_files import read_json, write_json
 from glalm.kernels.context_parallel import ContextShard
 from glalm.train.collectives import gather_or_raise, rank_and_world_size
+
+logger = logging.getLogger(__name__)
 
 
 class EvalContext:
@@ -76,8 +80,19 @@ class EvalContext:
         return self._partial_results[name]
 
     def use_partial_results(self, path: Path, inputs: dict) -> None:
-        """Load the partial results at `path`, if they are of the same `inputs`, and save all further ones there."""
-        saved = self.run_on_rank_0(lambda: read_json(path)) or {}
+        """Load the partial results at `path`, if they are of the same `inputs`, and save all further ones there.
+
+        A damaged file is ignored, with a warning.
+        """
+
+        def load() -> dict | None:
+            try:
+                return read_json(path)
+            except DamagedFile as error:
+                logger.warning(f"{error} It is ignored: what was saved of an interrupted evaluation is computed again.")
+                return None
+
+        saved = self.run_on_rank_0(load) or {}
         self._partial_results = saved if saved.get("inputs") == inputs else {"inputs": inputs}
         self._partial_path = path
 

@@ -121,7 +121,10 @@ def format_task_config(name: str, included: Path, data_dir: str, files: dict[str
 
 
 def check_task(tasks: TaskManager, name: str, data_dir: str | None) -> None:
-    """Raise ConfigError where the harness has no task, group or tag of that name, or DATA_DIR lacks a task's data."""
+    """Raise ConfigError where the harness has no task, group or tag of that name, or DATA_DIR lacks a task's data.
+
+    So it does of a task whose split has a name of its own, such as MNLI's validation_matched.
+    """
     entry = tasks.task_index.get(name)
     if entry is None:
         near = [other for other in sorted(tasks.task_index) if other.startswith(name[:4])][:6]
@@ -132,6 +135,11 @@ def check_task(tasks: TaskManager, name: str, data_dir: str | None) -> None:
     if data_dir is None or not is_task:
         return
     split = config.get("test_split") or config.get("validation_split") or "validation"
+    if split not in SPLITS:
+        raise ConfigError(
+            f"its split {split} cannot be read from data_dir={data_dir}, only train, validation and test can; leave "
+            "data_dir out to read it from the hub"
+        )
     if split not in find_task_files(Path(data_dir), name):
         path = LOCAL_CLASSES[name].DATASET_PATH if name in LOCAL_CLASSES else config.get("dataset_path")
         source = " ".join(filter(None, (path, config.get("dataset_name"))))

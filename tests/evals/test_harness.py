@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -45,11 +46,9 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 def few_tasks():
     """The harness knows its tasks after reading all of its files, for seconds: here some of them."""
     tasks = Path(lm_eval.tasks.__file__).parent
-    folders = [
-        tasks / name for name in ("arc", "lambada", "wikitext", "sciq", "winogrande", "fda", "swde", "squad_completion")
-    ]
+    names = ("anli", "arc", "lambada", "wikitext", "sciq", "winogrande", "fda", "swde", "squad_completion")
     with pytest.MonkeyPatch.context() as patch:
-        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[tasks / name for name in names])
         patch.setattr(local_tasks, "load_harness_tasks", lambda: few)
         yield
 
@@ -131,9 +130,11 @@ def test_generation_is_that_of_the_harness_own_model(eval_model, tmp_path):
 def test_a_tasks_options_of_sampling_reach_generation(options, eval_model, tmp_path):
     """Drawn from the same random numbers, a text is that of the harness's own model."""
     [request] = instances("generate_until", [(text(7, 7), {"until": ["zz"], "max_gen_toks": 30, **options})])
-    theirs = HFLM(pretrained=eval_model.causal_lm, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=1)
+    # The harness's own model would draw tokens that the tokenizer lacks.
+    causal_lm = tiny.llama(vocab_size=eval_model.tokenizer.vocab_size)
+    theirs = HFLM(pretrained=causal_lm, tokenizer=tiny.tokenizer(tmp_path), max_length=64, batch_size=1)
     found = []
-    for lm in (harness_lm(eval_model), theirs):
+    for lm in (harness_lm(dataclasses.replace(eval_model, causal_lm=causal_lm)), theirs):
         torch.manual_seed(5)
         found.append(lm.generate_until([request], True))
     assert found[0] == found[1]
@@ -462,6 +463,16 @@ def test_a_result_that_cannot_be_saved_leaves_the_others(tmp_path):
     assert json.loads((tmp_path / "parts.json").read_text())["second"] == 2
 
 
+def test_damaged_partial_results_are_computed_again(tmp_path, caplog):
+    path = tmp_path / "parts.json"
+    path.write_text('{"inputs": {"sett')
+    context = EvalContext()
+    context.use_partial_results(path, {"settings": "these"})
+    assert f"{path}" in caplog.text and "is computed again" in caplog.text
+    assert context.load_or_compute("first", lambda: 1) == 1
+    assert json.loads(path.read_text()) == {"inputs": {"settings": "these"}, "first": 1}
+
+
 def test_a_metric_by_a_filter_keeps_its_error_and_is_the_only_score(eval_model):
     found = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.25, "alias": "gsm8k"}
     about = {"versions": {"gsm8k": 3.0}, "n-shot": {"gsm8k": 5}, "n-samples": {"gsm8k": {"effective": 1319}}}
@@ -525,6 +536,11 @@ def test_recall_tasks_generate(eval_model, data_dir, monkeypatch):
     assert asked[0][0] == (text(6, 0), {"until": ["\n"], "max_gen_toks": 48})
     assert [*results["missing"]] == ["swde", "squad_completion"]
     assert "hazyresearch/based-swde-v2" in results["missing"]["swde"]
+
+
+def test_a_split_of_its_own_name_is_not_asked_for_in_a_folder(eval_model, data_dir):
+    reason = found(eval_model, data_dir, ["anli_r1"])["missing"]["anli_r1"]
+    assert reason.startswith(f"its split test_r1 cannot be read from data_dir={data_dir}, only train, validation and")
 
 
 def test_a_killed_evaluator_goes_on_after_its_last_task(eval_model, data_dir, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from glalm.config.strict import ConfigError, require
 from glalm.model.config import ModelConfig
@@ -41,6 +41,7 @@ def check_mixer(mixer: type[Mixer], config: ModelConfig | None = None, device: s
     for key, parameter in module.named_parameters():
         is_finite = parameter.grad is not None and bool(parameter.grad.isfinite().all())
         require(is_finite, f"{name}: the parameter {key} has no gradient, or not a finite one")
+    module.eval()
     with torch.no_grad():
         expected = module(x)[0]
         _require_equal(name, "training and evaluation", expected, y.detach())
@@ -53,7 +54,8 @@ def check_mixer(mixer: type[Mixer], config: ModelConfig | None = None, device: s
 def _check_state(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
     """Check the state after a segment, and the outputs that follow from it."""
     first, state = module(x[:, :CUT], return_state=True)
-    leaves, _ = tree_flatten(state)
+    # StateCache.save writes no other structures.
+    leaves = state if isinstance(state, tuple) else (state,)
     is_valid = bool(leaves) and all(isinstance(leaf, Tensor) and leaf.shape[:1] == (BATCH,) for leaf in leaves)
     require(
         is_valid,
@@ -62,7 +64,7 @@ def _check_state(name: str, module: Mixer, x: Tensor, expected: Tensor) -> None:
     )
     before = tree_map(torch.clone, state)
     rest, _ = module(x[:, CUT:], state=state, return_state=True)
-    for old, leaf in zip(tree_flatten(before)[0], leaves, strict=True):
+    for old, leaf in zip(tree_leaves(before), leaves, strict=True):
         require(torch.equal(old, leaf), f"{name}: forward must not change the state that it is given")
     _require_equal(name, "two segments with the state carried over", torch.cat([first, rest], 1), expected)
     steps = [first]

@@ -84,6 +84,20 @@ class Unused(Sum):
         self.spare = nn.Parameter(torch.zeros(3))
 
 
+class Constant(Sum):
+    def forward(self, x, **options):
+        y, state = super().forward(x, **options)
+        return y if self.training else y + 5, state
+
+
+class Nested(Sum):
+    """Its state is a list with a mapping, which no cache could write."""
+
+    def forward(self, x, *, state=None, **options):
+        y, new = super().forward(x, state=state[0]["sum"] if state else None, **options)
+        return y, None if new is None else [{"sum": new}]
+
+
 class Fractions(Sum):
     def flops(self, T):
         return T / 2
@@ -106,6 +120,8 @@ def test_a_mixer_in_plain_pytorch_passes():
         (Sums, r"must return y of the shape of x, \[2, 12, 32\], not \[2, 32\]"),
         (Noncausal, r"Noncausal: the outputs of a token, when only later ones change, must be those of"),
         (Stateless, r"Stateless: with return_state=True, forward must return a state"),
+        (Nested, r"Nested: with return_state=True, forward must return a state: a tensor or a tuple of tensors"),
+        (Constant, r"Constant: the outputs of training and evaluation must be those of"),
         (Forgetful, r"the outputs of two segments with the state carried over must"),
         (InPlace, r"InPlace: forward must not change the state that it is given"),
         (Unpacked, r"the outputs of packed sequences \(cu_seqlens\) must"),

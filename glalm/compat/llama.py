@@ -107,7 +107,7 @@ def require_convertible(llama, mixer: str, softmax_layers: set[int]) -> None:
         ("hidden_act", llama.hidden_act, "silu"),
         ("attention_bias", llama.attention_bias, False),
         ("mlp_bias", llama.mlp_bias, False),
-        ("head_dim", head_width * heads, llama.hidden_size),
+        ("num_attention_heads * head_dim", head_width * heads, llama.hidden_size),
         ("rope_type", rope.get("rope_type", "default") if softmax_layers else "default", "default"),
     ):
         require(value == supported, f"The checkpoint's {name} is {value!r}, but only {supported!r} can be converted")

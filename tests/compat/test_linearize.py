@@ -105,7 +105,7 @@ def test_distillation_fits_outputs_of_attention(llama, random_tokens, mixer):
         ({"softmax_layers": [3]}, r"the model has no layers \[3\], only 0 to 2"),
         ({"mixer": "mamba"}, "mixer='mamba' is unknown. Choose one of: gla, regla"),
         ({"llama": {"attention_bias": True}}, "attention_bias is True, but only False"),
-        ({"llama": {"head_dim": 16}}, "head_dim is 64, but only 32"),
+        ({"llama": {"head_dim": 16}}, r"num_attention_heads \* head_dim is 64, but only 32"),
         (
             {
                 "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},

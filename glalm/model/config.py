@@ -94,7 +94,7 @@ class ModelConfig:
         for part in self.layers.split("+") if isinstance(self.layers, str) else self.layers:
             count, _, name = part.replace(" ", "").rpartition("*")
             require(
-                not count or (count.isdigit() and int(count) > 0),
+                not count or (count.isdecimal() and int(count) > 0),
                 f'model.layers: {part!r} must be a mixer or a number of layers times one, as in "3*gla+attention"',
             )
             check_mixer_name("model.layers", name)

@@ -1,5 +1,6 @@
 """The model's config: a mixer for each layer, the errors of its keys, and mixers of the user's own code."""
 
+import math
 import re
 import subprocess
 import sys
@@ -53,12 +54,14 @@ def test_a_width_that_floats_cannot_write_is_the_whole_number_that_is_meant(d, e
         ({"layers": "0*gla"}, "model.layers: '0*gla' must be"),
         ({"layers": []}, "model.layers is empty"),
         ({"layers": 3}, "layers=3 must be text"),
+        ({"layers": "²*gla"}, "model.layers: '²*gla' must be a mixer or a number of layers times one"),
         ({"layers": ["gla", 3]}, "layers[1]=3 must be text"),
         ({"gla": {"gate": "vectr"}}, "gla.gate=vectr must be one of vector, scalar, fixed, none; did you mean vector?"),
         ({"gla": {"num_kv_heads": 3}}, "model.gla.num_kv_heads=3 does not divide model.num_heads=4"),
         ({"gla": {"short_conv": 1}}, "model.gla.short_conv must be 0 or 2 taps or more, not 1"),
         ({"gla": {"min_log_gate": 1.0}}, "model.gla.min_log_gate must be null or at most 0"),
         ({"gla": {"initial_half_lives": [64, 8]}}, "must be null or [shortest, longest] in tokens, not [64.0, 8.0]"),
+        ({"gla": {"initial_half_lives": [1, math.inf]}}, "[shortest, longest] in tokens, not [1.0, inf]"),
         ({"gla": {"gate": "fixed", "initial_half_lives": [8, 64]}}, "not for model.gla.gate=fixed"),
         ({"mixer": "mamba2", "mamba2": {"head_dim": 100}}, "model.mamba2.head_dim=100 does not cut the 2048 channels"),
         ({"regla": {"gate_axis": "value", "output_norm": False}}, "model.regla.output_norm=false divides by the sum"),
@@ -163,6 +166,8 @@ def test_a_config_json_imports_nothing(user_module):
 @pytest.mark.parametrize(
     "path, message",
     [
+        (":Mine", "model.mixer=:Mine cannot be imported (the module's name is empty or relative)"),
+        (".users_code:Mine", ".users_code:Mine cannot be imported (the module's name is empty or relative)"),
         ("no_such_module:Mine", "no_such_module:Mine cannot be imported (No module named 'no_such_module')"),
         ("users_code:Yours", "users_code:Yours cannot be imported (module 'users_code' has no attribute 'Yours')"),
         ("users_code:function", "users_code:function is not a subclass of glalm.model.mixers.base.Mixer"),

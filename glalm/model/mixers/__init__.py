@@ -141,6 +141,8 @@ def import_mixer(path: str) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        if module_name.startswith(".") or not module_name:
+            raise ImportError("the module's name is empty or relative")
         mixer = getattr(import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(

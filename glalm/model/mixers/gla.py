@@ -59,7 +59,7 @@ class GLAOptions:
         if half_lives is None:
             return
         require(
-            len(half_lives) == 2 and 0 < half_lives[0] <= half_lives[1],
+            len(half_lives) == 2 and 0 < half_lives[0] <= half_lives[1] < math.inf,
             f"model.gla.initial_half_lives must be null or [shortest, longest] in tokens, not {half_lives}",
         )
         require(

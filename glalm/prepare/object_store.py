@@ -12,7 +12,7 @@ from pathlib import Path
 
 from glalm.data.files import DamagedFile, read_json, write_json
 from glalm.data.shards import MANIFEST, PLAN, list_files, read_manifest
-from glalm.prepare.remote import URL, open_url
+from glalm.prepare.remote import open_url
 from glalm.prepare.set_folder import SET_FILES
 
 COPIED = ".copied.json"  # in the folder: the SHA-256 of each file that was copied, by its name
@@ -22,8 +22,8 @@ THREADS = 4
 
 def staging_folder(url: str) -> Path:
     """Return the default folder in which a set is prepared that is copied to `url`."""
-    match = URL.fullmatch(url)
-    return STAGING / match[1].strip("/") if match else STAGING
+    scheme, _, path = url.partition("://")
+    return STAGING / scheme / path.strip("/")
 
 
 class SetCopy:
@@ -47,8 +47,11 @@ class SetCopy:
                 problem = f"{self.url}/{name} is not part of a prepared set"
                 raise ValueError(f"{problem}. Move it elsewhere, or choose another URL with --out.")
         found = self._read_manifest()
-        if found and not overwrite and json.loads(found)["fingerprint"] != self._read_fingerprint():
+        prepared = self._read_fingerprint()
+        if found and not overwrite and json.loads(found)["fingerprint"] != prepared:
             problem = f"{self.url} has a complete set, which is not the one that {self.folder} has"
+            if prepared is None:
+                problem = f"{self.url} has a complete set, but {self.folder}, from which it would be copied, has none"
             advice = "Choose another URL, name the folder of that set with --staging, or replace the set with "
             raise ValueError(f"{problem}. {advice}--overwrite.")
 
@@ -72,7 +75,7 @@ class SetCopy:
         Files that are not of a set, which someone has put there in the meantime, stay.
 
         Raises:
-            ValueError: A file has another size at the URL than in the folder.
+            ValueError: A file is missing at the URL, or has another size than in the folder.
         """
         manifest = read_manifest(self.folder)
         shards = [list_files(split) for split in manifest["splits"].values()]
@@ -84,7 +87,10 @@ class SetCopy:
         for entry in entries:
             if sizes.get(entry["file"]) != entry["bytes"]:
                 (self.folder / COPIED).unlink()  # Someone changed what was copied.
-                problem = f"{self.url}/{entry['file']} has {sizes.get(entry['file'], 0)} bytes, not {entry['bytes']}"
+                problem = f"{self.url}/{entry['file']} is missing"
+                if entry["file"] in sizes:
+                    found = sizes[entry["file"]]
+                    problem = f"{self.url}/{entry['file']} has {found:,} bytes, not {entry['bytes']:,}"
                 raise ValueError(f"{problem}. Run the same command again to copy the set again.")
         content = (self.folder / MANIFEST).read_bytes()
         if self._read_manifest() != content:

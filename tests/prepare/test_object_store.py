@@ -111,6 +111,9 @@ def test_another_set_at_the_url_is_replaced_only_with_overwrite(url, settings, c
     before = read_url(url)
     shutil.rmtree(tmp_path / "staging")
     changed = {**settings, "shard_tokens": 3000}
+    with pytest.raises(ValueError, match=r"has a complete set, but .*staging, from which .*, has none\. .*--overwrite"):
+        prepare_data([corpus], url, **changed)
+    prepare_data([corpus], f"{url}-other", **changed)
     with pytest.raises(ValueError, match=r"has a complete set, which is not the one that .*--overwrite"):
         prepare_data([corpus], url, **changed)
     assert read_url(url) == before
@@ -151,7 +154,12 @@ def test_a_copy_that_was_changed_is_noticed_and_mended(url, settings, corpus, tm
     filesystem, root = fsspec.url_to_fs(url)
     name = next(name for name in read_url(url) if name.endswith("00000.npy"))
     filesystem.pipe_file(f"{root}/{name}", b"cut")
-    with pytest.raises(ValueError, match=r"has 3 bytes, not \d+\. Run the same command again"):
+    with pytest.raises(ValueError, match=r"has 3 bytes, not [\d,]+\. Run the same command again"):
+        prepare_data([corpus], url, **settings)
+    filesystem.rm_file(f"{root}/{name}")
+    prepare_data([corpus], url, **settings)
+    filesystem.rm_file(f"{root}/{name}")
+    with pytest.raises(ValueError, match=rf"{name} is missing\. Run the same command again"):
         prepare_data([corpus], url, **settings)
     prepare_data([corpus], url, **settings)
     assert read_url(url) == read_set(tmp_path / "staging")
@@ -178,7 +186,8 @@ def test_a_killed_preparation_resumes(url, settings, corpus, tmp_path):
 
 
 def test_the_staging_folder_is_named_after_the_url(corpus, tmp_path):
-    assert staging_folder("s3://bucket/sets/mine/") == Path("data/staging/bucket/sets/mine")
+    assert staging_folder("s3://bucket/sets/mine/") == Path("data/staging/s3/bucket/sets/mine")
+    assert staging_folder("gs://bucket/sets/mine") == Path("data/staging/gs/bucket/sets/mine")
     with pytest.raises(ValueError, match="--staging is for a URL"):
         prepare_data([corpus], tmp_path / "set", staging=tmp_path / "staging")
 

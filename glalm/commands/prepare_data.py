@@ -205,6 +205,8 @@ def train_tokenizer() -> int:
     try:
         refuse_url("--out ", args.out)
         check_shares(held_out)
+        if args.sample_mb < 1:
+            raise ValueError(f"--sample-mb {args.sample_mb} must be at least 1.")
         if Path(args.out).is_file():
             raise ValueError(f"{args.out} exists. Choose another --out, or remove it to train another tokenizer.")
         sources = [parse_source(spec) for spec in args.sources]

@@ -76,6 +76,12 @@ def test_an_existing_tokenizer_is_not_replaced(tmp_path, monkeypatch, capsys):
     assert f"error: {tmp_path}/my.model exists. Choose another --out" in capsys.readouterr().err
 
 
+def test_a_sample_has_a_megabyte_or_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--out", str(tmp_path / "my.model"), "--sample-mb", "0", "stdlib"])
+    assert train_tokenizer() == 1
+    assert capsys.readouterr().err == "error: --sample-mb 0 must be at least 1.\n"
+
+
 def test_records_without_text_are_reported(texts, tmp_path, monkeypatch, capsys):
     rows = [{"text" if i % 2 else "content": text} for i, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,8 +15,8 @@ import numpy as np
 from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import estimate_jaccard
 
-# A document is compared with at most so many kept documents of each of its buckets. Without a limit, the time would be
-# quadratic in the number of pages that share a template and are no duplicates. A document that resembles only later
+# A document is compared with at most this many kept documents of each of its buckets. Without a limit, the time would
+# be quadratic in the number of pages that share a template and are no duplicates. A document that resembles only later
 # members of a bucket is missed there, but near-duplicates mostly share several buckets.
 MAX_COMPARED = 32
 PROGRESS_STEP = 1000  # documents

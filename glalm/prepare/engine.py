@@ -28,8 +28,8 @@ MapUnits = Callable[[Callable, Iterable[Unit]], Generator[Any, None, None]]
 Encoded = tuple[RecordBatch, EncodedBatch]
 Result = tuple[RecordBatch, Any]  # a batch without its records, and what it was turned into
 
-MAX_RETRIES = 8  # A unit is run again so often if its process or machine dies, or a machine is lost with its result.
-UNITS_PER_CPU = 2  # So many are in flight for each CPU, so that none waits for the driver.
+MAX_RETRIES = 8  # How often a unit is run again if its process or machine dies, or a machine is lost with its result.
+UNITS_PER_CPU = 2  # This many are in flight for each CPU, so that none waits for the driver.
 RETURN_BYTES = 2**22  # A task hands over arrays of about this size at once.
 
 
@@ -71,9 +71,9 @@ def connect_to_ray(address: str | None) -> Iterator[None]:
     """Connect this process to a Ray cluster until the block ends.
 
     Args:
-        address: The cluster's address, or "auto" for one that runs on this machine. None stands for the first that
-            there is of the address in RAY_ADDRESS, a cluster on this machine, and Ray on this machine alone, which is
-            started and ends with the block.
+        address: The cluster's address, or "auto" for one that runs on this machine. None tries the address in
+            RAY_ADDRESS, then a cluster that runs on this machine, and otherwise starts Ray on this machine alone until
+            the block ends.
 
     Raises:
         ValueError: There is no cluster at `address`, it has no CPUs, or ray is not installed or cannot start.

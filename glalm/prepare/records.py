@@ -144,7 +144,7 @@ def find_cuts(path: Path | RemoteFile, start: int, part_bytes: int) -> list[int]
     """Return where to cut a file after `start` into parts of about `part_bytes`, of its text or of unpacked columns.
 
     The parts of plain JSON Lines are cut at a byte: a line belongs to the part in which it begins. Those of Parquet are
-    cut before a row group. Other files cannot be read from their midst.
+    cut before a row group. Other files can only be read from the start.
     """
     name = path.name.lower()
     if name.endswith(".jsonl"):

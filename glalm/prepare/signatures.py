@@ -20,7 +20,7 @@ from glalm.prepare.input_files import RecordBatch
 from glalm.prepare.records import SkippedRecord, parse_records
 
 PERMUTATIONS = 128  # MinHash values of a document
-SKETCH_SIZE = 1024  # So many of the lowest shingle hashes are kept: all, if a document has fewer different ones.
+SKETCH_SIZE = 1024  # This many of the lowest shingle hashes are kept, or all if a document has fewer.
 MIN_RECALL = 0.99  # the share of the pairs at the threshold that have a band hash in common
 CHARACTERS_AT_ONCE = 2**20  # bounds the memory for the words of a long document
 SHINGLES_AT_ONCE = 2**14  # bounds the memory for the MinHash values of a long document: 128 x 4 bytes each

@@ -16,7 +16,7 @@ from glalm.prepare.workers import PENDING_BYTES
 UNIT_BYTES = 2**24  # A unit has at most about this much of its files, as they are stored, or else one file.
 # Larger files that cannot be cut are read by the parent process. Compressed ones expand to some three times this size.
 MAX_WHOLE_BYTES = 2**25
-MAX_PARTS = 2**10  # A unit has at most so many small files.
+MAX_PARTS = 2**10  # A unit has at most this many small files.
 
 # What a process reads and encodes: parts of neighbouring inputs, or the records of a large input without cuts, which
 # the parent process reads.
@@ -58,7 +58,10 @@ def _cut_parts(inputs: list[Input], position: Position) -> Iterator[tuple[Part, 
 
 
 def estimate_memory(unit: Unit) -> int:
-    """Return the size of a unit for `workers.stream_in_order`: that of records, or what lets a worker have two."""
+    """Return the bytes of a unit for `workers.stream_in_order`.
+
+    Parts are read by the worker. They count as half of PENDING_BYTES, so that a worker has two units.
+    """
     return unit.size if isinstance(unit, RecordBatch) else PENDING_BYTES // 2
 
 

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 PENDING_BYTES = 2**23  # A worker that has items of this size to do is handed no others.
 BUFFER_BYTES = 2**26  # A worker waits if results of this size cannot be yielded, because earlier items are not done.
-UNSENT_RESULTS = 8  # A worker computes so many results before its parent receives one.
+UNSENT_RESULTS = 8  # A worker computes up to this many results before its parent receives one.
 # The first byte of a message from a worker says what follows: a result, nothing after the last one, or an exception.
 RESULT, END, ERROR = (bytes([kind]) for kind in range(3))
 
@@ -37,11 +37,10 @@ def stream_in_order(
     workers: int,
     size_of: Callable[[Item], int],
 ) -> Iterator[Result]:
-    """Yield the results of function(item) for each item, in order, computed by `workers` processes. 1 means this
-    process, without any other.
+    """Yield the results of function(item) for each item, in order, computed by `workers` processes.
 
-    Memory does not grow with the number of items or results: an item is kept only until a worker has it, and a worker
-    waits while BUFFER_BYTES of its results cannot be yielded.
+    With 1, this process computes them. Memory does not grow with the number of items or results: an item is kept only
+    until a worker has it, and a worker waits while BUFFER_BYTES of its results cannot be yielded.
 
     Args:
         function: A picklable function.

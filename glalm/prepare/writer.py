@@ -333,7 +333,7 @@ def format_counts(counts: dict[str, dict]) -> list[str]:
 
 
 def _reopen_or_advise(path: Path, size: int) -> IO[bytes]:
-    """Do what `reopen_truncated` does, and add to its error what to type next."""
+    """Call `reopen_truncated`, and name the command to run in its error."""
     try:
         return reopen_truncated(path, size)
     except ValueError as error:

@@ -271,8 +271,9 @@ class _HuggingFace:
                     self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=_read_tokenizer_json(utf8_name))
                 else:
                     self._tokenizer = AutoTokenizer.from_pretrained(utf8_name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except Exception as error:  # transformers and tokenizers raise many kinds.
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"{type(error).__name__}: {first_line}"
             if "custom code" in reason:
                 reason += " That is never done here. Without auto_map in tokenizer_config.json, tokenizer.json is read."
             raise ValueError(f"{name} is not a tokenizer that transformers can load ({reason})") from error

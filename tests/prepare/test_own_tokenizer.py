@@ -90,6 +90,11 @@ def test_errors_say_which_flag_to_write(tokenizer_json, prepared, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json is not a tokenizer that transformers can load"):
         Tokenizer(tmp_path / "bad.json", END)
+    (tmp_path / "folder").mkdir()
+    for content in ("{}", "[]", "null"):
+        (tmp_path / "folder/tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=r"folder is not a tokenizer that transformers can load \(\w+: "):
+            Tokenizer(tmp_path / "folder", END)
 
 
 def test_a_refused_first_try_leaves_nothing(tokenizer_json, articles, tmp_path):

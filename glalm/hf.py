@@ -45,6 +45,8 @@ from glalm.pretrained import load_pretrained
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
 MODEL_TYPES = ("glalm", *FORMATS)
+# That of a folder with the code of its mixers. It is not registered: transformers prefers a registered class to code.
+MODEL_TYPE_WITH_CODE = "glalm_with_code"
 
 # ----------------------------------------------------------------------------------------------------------- config
 

@@ -12,11 +12,10 @@ from urllib.request import url2pathname
 
 from glalm.config.strict import RunError
 from glalm.data.files import read_json, write_json
+from glalm.hf import MODEL_TYPE_WITH_CODE
 from glalm.model.config import ModelConfig
 from glalm.model.mixers import ENTRY_POINT_GROUP, MIXERS
 
-# A model type that `import glalm.hf` does not register: transformers prefers a registered class to a folder's code.
-MODEL_TYPE = "glalm_with_code"
 LOADER = "modeling_with_code"
 LOADER_SOURCE = '''\
 """The classes of a model whose token mixer is not part of glalm. transformers imports this file if it is trusted."""
@@ -144,7 +143,7 @@ def write_mixer_code(folder: Path, packages: dict[str, str | None]) -> None:
         tree["mixer_packages"] = installed
     if None in packages.values():
         write_loader(folder, packages)
-        tree |= {"model_type": MODEL_TYPE, "auto_map": AUTO_MAP}
+        tree |= {"model_type": MODEL_TYPE_WITH_CODE, "auto_map": AUTO_MAP}
     write_json(folder / "config.json", tree, indent=2)
 
 
@@ -165,6 +164,6 @@ def write_loader(folder: Path, packages: dict[str, str | None]) -> None:
         imports.append(f"from {module} import {mixer.__name__} as {alias}")
         registrations.append(f"register_mixer({name!r}, {alias})")
     source = LOADER_SOURCE.format(
-        imports="\n".join(imports), registrations="\n".join(registrations), model_type=MODEL_TYPE
+        imports="\n".join(imports), registrations="\n".join(registrations), model_type=MODEL_TYPE_WITH_CODE
     )
     (folder / f"{LOADER}.py").write_text(source, encoding="utf-8")

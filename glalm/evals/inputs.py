@@ -24,7 +24,7 @@ from glalm.evals.eval_model import EvalModel
 from glalm.evals.identity import TEXT_FILE
 from glalm.evals.options import EvalConfig, TrainingRun
 from glalm.evals.result_files import load_results, read_json
-from glalm.hf import MODEL_TYPES, GLALMConfig, GLALMForCausalLM
+from glalm.hf import MODEL_TYPE_WITH_CODE, MODEL_TYPES, GLALMConfig, GLALMForCausalLM
 from glalm.prepare.pipeline import prepare_data
 from glalm.prepare.plan import SKIP_ADVICE
 from glalm.prepare.records import TEXT_OPTION
@@ -128,8 +128,8 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     files = sorted(path.glob("*.safetensors"))
     require(bool(files), f"{where}: {path} has no .safetensors; convert its weights, pickled ones are not read")
     model_type = (read_json(path / "config.json") or {}).get("model_type")
-    is_export = model_type == GLALMConfig.model_type
-    causal_lm = load_pretrained(path, where, model_type in MODEL_TYPES, precision)
+    is_export = model_type in (GLALMConfig.model_type, MODEL_TYPE_WITH_CODE)
+    causal_lm = load_pretrained(path, where, is_export or model_type in MODEL_TYPES, precision)
     tokenizer, document_prefix = load_folder_tokenizer(path, is_export)
     max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
     # The config is part of the checksum: the same weights with other settings are another model.

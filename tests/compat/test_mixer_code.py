@@ -20,8 +20,11 @@ from glalm.compat.mixer_code import (
     list_imports,
     source_path,
     write_loader,
+    write_mixer_code,
 )
 from glalm.config.strict import ConfigError, RunError
+from glalm.evals.inputs import open_eval_model
+from glalm.evals.options import EvalConfig
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 from glalm.model.mixers import MIXERS, import_mixer, register_mixer
 from glalm.train import checkpoint
@@ -124,6 +127,22 @@ def test_the_copy_of_a_file_of_ones_own_is_loaded_if_it_is_trusted(run_config, c
     card = (out / "README.md").read_text()
     assert 'from_pretrained("PATH", trust_remote_code=True)' in card
     assert f"The code of the token mixer `{NAME}` is in this folder" in card
+
+
+def test_a_folder_with_code_is_evaluated_once_its_mixer_is_named(own_code, tmp_path):
+    import_mixer(NAME)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 48}
+    saved = GLALMForCausalLM(GLALMConfig(**shape, mixer=NAME)).eval()
+    saved.save_pretrained(tmp_path / "out")
+    write_mixer_code(tmp_path / "out", {NAME: None})
+    config = EvalConfig(checkpoint=str(tmp_path / "out"), runs_dir=str(tmp_path))
+    opened = open_eval_model(config, torch.device("cpu"))
+    ids = torch.arange(8)[None]
+    assert opened.is_ours and torch.equal(opened.causal_lm(ids).logits, saved(ids).logits)
+    del MIXERS[NAME]
+    with pytest.raises(ConfigError, match=rf"add 'mixers=\[{NAME}\]' to glalm eval"):
+        open_eval_model(config, torch.device("cpu"))
 
 
 def test_a_package_is_named_and_not_copied(run_config, change, package, tmp_path):

@@ -98,7 +98,7 @@ def open_checkpoint(config: EvalConfig, path: Path, device: torch.device, precis
     return EvalModel(
         causal_lm=causal_lm.to(device).eval(),
         name=f"{folder.name}/{path.name}" if record else path.name,
-        tokenizer=load_run_tokenizer(config, run_config),
+        tokenizer=load_run_tokenizer(config, run_config) or open_tokenizer(path),
         train_length=config.train_length or identity["data.seq_len"],
         document_boundaries=identity["data.document_boundaries"],
         weights=config.weights,
@@ -131,6 +131,7 @@ def open_pretrained(config: EvalConfig, path: Path, device: torch.device, precis
     is_export = model_type in (GLALMConfig.model_type, MODEL_TYPE_WITH_CODE)
     causal_lm = load_pretrained(path, where, is_export or model_type in MODEL_TYPES, precision)
     tokenizer, document_prefix = load_folder_tokenizer(path, is_export)
+    tokenizer = tokenizer or load_run_tokenizer(config, None)
     max_positions = getattr(causal_lm.config, "max_position_embeddings", None)
     # The config is part of the checksum: the same weights with other settings are another model.
     checksums = map(file_sha256, [path / "config.json", *files])
@@ -205,10 +206,13 @@ def count_learned_positions(causal_lm: PreTrainedModel) -> int | None:
 
 
 def load_run_tokenizer(config: EvalConfig, run_config: RunConfig | None) -> Tokenizer | None:
-    """Return the tokenizer of `config.data_path`, or else of the run's data. None: it is not there any more."""
-    folder = Path(config.data_path or (run_config.data.path if run_config else "."))
+    """Return the tokenizer of `config.data_path`, or else of the run's data. None: there is none, or not any more."""
+    folder = config.data_path or (run_config.data.path if run_config else None)
+    if folder is None:
+        return None
     with suppress(FileNotFoundError, ValueError, KeyError):
-        return open_tokenizer(folder / read_manifest(folder)["tokenizer"]["name"])
+        return open_tokenizer(Path(folder) / read_manifest(Path(folder))["tokenizer"]["name"])
+    return None
 
 
 def open_tokenizer(path: Path) -> Tokenizer | None:

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from glalm import IGNORE_INDEX
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
+from glalm.data.tokenizer import Tokenizer
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
 from glalm.evals.inputs import count_learned_positions, open_eval_model, open_split
@@ -190,6 +191,12 @@ def test_a_model_without_its_tokenizer(tmp_path):
     eval_model = open_eval_model(wanted(tmp_path / "bare", tmp_path), CPU)
     with pytest.raises(ConfigError, match=r"evals=\[recall\]: bare has no readable tokenizer"):
         eval_model.require_tokenizer("recall")
+
+
+def test_the_tokenizer_is_that_of_the_data_where_the_folder_has_none(tmp_path, token_folder):
+    tiny.llama(vocab_size=1000).save_pretrained(tmp_path / "bare")
+    opened = open_eval_model(wanted(tmp_path / "bare", tmp_path, data_path=str(token_folder)), CPU)
+    assert opened.require_tokenizer("generate").fingerprint == Tokenizer(token_folder / "tokenizer.model").fingerprint
 
 
 def test_a_warning_says_why_a_tokenizer_cannot_be_used(tmp_path, caplog):

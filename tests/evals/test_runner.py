@@ -23,7 +23,7 @@ from glalm.config.strict import ConfigError, RunError
 from glalm.data.loader import Windows
 from glalm.data.shards import TokenSet
 from glalm.evals.evaluator import EvalContext, Evaluator
-from glalm.evals.inputs import load_run_tokenizer
+from glalm.evals.inputs import load_run_tokenizer, open_eval_model
 from glalm.evals.options import EVALUATORS, EvalConfig, ExtrapolationConfig, GenerateConfig
 from glalm.evals.runner import evaluate, start_processes
 from glalm.hf import GLALMForCausalLM
@@ -216,6 +216,16 @@ def test_what_is_finished_is_not_run_again(run, capsys, monkeypatch):
     monkeypatch.setattr("glalm.evals.inputs.load_run_tokenizer", lambda *_: other)
     evaluate(dataclasses.replace(config, checkpoint="step_2"))
     assert len(ran) == 4
+
+
+def test_a_copied_checkpoint_has_the_tokenizer_beside_it(run, data, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder / "checkpoints" / "step_4", copy)
+    config = wanted(run, checkpoint=str(copy))
+    monkeypatch.chdir(data)  # The folder of the shell says nothing about the model.
+    assert open_eval_model(config, torch.device("cpu")).tokenizer is None
+    shutil.copy(data / "tokenizer.model", copy)
+    assert open_eval_model(config, torch.device("cpu")).tokenizer is not None
 
 
 def test_other_text_has_results_of_its_own(run, data, tmp_path, capsys):

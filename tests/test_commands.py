@@ -98,6 +98,7 @@ def test_help_explains(command):
         ("prepare", "--out", "s3://bucket/out", "--tokenizer", "s3://bucket/tokenizer.json", "stdlib"),
         ("prepare", "--out=gs://bucket/out", "--staging", "s3://bucket/staging", "stdlib"),
         ("prepare", "--out", "data/demo", "--duplicates", "s3://bucket/duplicates", "stdlib"),
+        ("prepare", "inspect", "s3://bucket/set"),
         ("deduplicate", "--out", "s3://bucket/duplicates", "stdlib"),
         ("tokenizer", "--out", "s3://bucket/tokenizer.model", "stdlib"),
         ("train", "data.path=s3://bucket/data"),

@@ -46,6 +46,7 @@ def prepare_or_inspect() -> int:
         parser.add_argument("path", metavar="PATH", help="the folder of the set; lengths.png is written into it")
         parser.add_argument("--quick", action="store_true", help="do not read every file to verify its SHA-256")
         args = parser.parse_args(sys.argv[2:])
+        refuse_url("", args.path)
         return inspect_set(args.path, verify=not args.quick)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -270,7 +270,7 @@ def is_own_text(identity: ResultIdentity, model: EvalModel, config: EvalConfig) 
 def describe_model(model: EvalModel, config: EvalConfig, context: EvalContext) -> dict:
     """Return the part of an evaluator's record that says what was evaluated, and by what."""
     run_config = model.run_config
-    made_by = describe_environment()
+    made_by = describe_environment(model.device)
     with suppress(metadata.PackageNotFoundError):
         made_by["versions"]["lm-eval"] = metadata.version("lm-eval")
     other_config = {"model_type": model.causal_lm.config.model_type}

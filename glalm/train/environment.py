@@ -28,8 +28,14 @@ PEAK_FLOPS = {
 }
 
 
-def describe_environment(float8: bool = False) -> dict:
-    """Return {"versions", "git", "device"} for a run's record, with torchao's version if the run uses float8."""
+def describe_environment(device: torch.device | None = None, float8: bool = False) -> dict:
+    """Return {"versions", "git", "device"} for a record of what was computed.
+
+    Args:
+        device: Where it was computed; None is a GPU if there is one.
+        float8: Add the version of torchao.
+    """
+    use_gpu = device.type == "cuda" if device else torch.cuda.is_available()
     versions = {module.__name__: module.__version__ for module in (glalm, torch, transformers, accelerate)}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     if has_triton_package():
@@ -38,7 +44,7 @@ def describe_environment(float8: bool = False) -> dict:
         versions["triton"] = triton.__version__
     if float8:
         versions["torchao"] = metadata.version("torchao")
-    return {"versions": versions, "git": describe_commit(), "device": device_name(torch.cuda.is_available())}
+    return {"versions": versions, "git": describe_commit(), "device": device_name(use_gpu)}
 
 
 def device_name(use_gpu: bool) -> str:

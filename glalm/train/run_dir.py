@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from glalm.config.run import DATA_RECORD, RUN_RECORD, STAGE_ORDER, RunConfig, describe_differences, run_identity
 from glalm.config.saved_run import describe_missing_run
 from glalm.config.strict import ConfigError, describe_unknown_key, require
@@ -203,7 +205,7 @@ def read_data_record(path: Path | None) -> dict | None:
 # ----------------------------------------------------------------------------------------------- Identity and records
 
 
-def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
+def prepare_run_record(config: RunConfig, data: TokenSet, device: torch.device) -> dict:
     """Return the content of run.json, the same on all ranks, and remove what interrupted saves left.
 
     The run keeps the id that it got at its first start. Call `recorded_run` once little can refuse the run.
@@ -222,7 +224,7 @@ def prepare_run_record(config: RunConfig, data: TokenSet) -> dict:
             if has_started(config.folder):
                 check_identity(config, saved["identity"], identity, config.folder)
         remove_leftovers(config.folder / CHECKPOINTS)
-        versions = describe_environment(config.train.float8)
+        versions = describe_environment(device, config.train.float8)
         settings = {"config": dataclasses.asdict(config), "identity": identity}
         return {"id": run_id, "saved": saved_step, **settings, **versions}
 

@@ -85,7 +85,7 @@ def train(
         Watchdog(config.train.guard.hang_seconds, config.folder) as watchdog,
         _explain_errors(config, accelerator.num_processes),
     ):
-        record = run_dir.prepare_run_record(config, training.tokens)
+        record = run_dir.prepare_run_record(config, training.tokens, accelerator.device)
         checkpoint = run_dir.find_resume_checkpoint(config, record)
         saved = read_metadata(checkpoint) if checkpoint else {}
         step = saved.get("step", 0)

@@ -115,6 +115,11 @@ def test_commit_and_whether_the_source_differs_from_it(tmp_path):
     assert describe_commit(package)["dirty"]
 
 
-def test_versions():
-    versions = describe_environment()["versions"]
+def test_versions_and_device(monkeypatch):
+    """The device is the one that is used. ACCELERATE_USE_CPU lets a run leave a GPU idle."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert describe_environment(torch.device("cpu"))["device"] != "NVIDIA H100"
+    assert describe_environment(torch.device("cuda"))["device"] == "NVIDIA H100"
+    versions = describe_environment(torch.device("cpu"))["versions"]
     assert versions["torch"] == torch.__version__ and {"glalm", "python", "transformers"} <= versions.keys()

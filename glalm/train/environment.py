@@ -17,6 +17,7 @@ import glalm
 # with sparsity, which is twice this: 5,000 TFLOPS for the GB200's GPUs, 1,671 for the H200 NVL. The first pattern that
 # matches the device's name counts.
 PEAK_FLOPS = {
+    r"\bMIG\b": None,  # The device is a part of a GPU.
     r"\bGB200\b": 2500e12,
     r"\bB200\b": 2250e12,
     r"\bH100 PCIe\b": 756e12,

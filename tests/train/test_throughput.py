@@ -91,6 +91,7 @@ def test_peaks_by_name(name, tera):
 
 def test_unknown_device_has_no_peak(run_config):
     assert peak_flops("NVIDIA L400") is None and peak_flops("x86_64") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb") is None
     meter = build_meter(run_config, world_size=1, step=0)
     assert meter.mfu_per_speed is None and meter.metrics(1)["mfu"] is None
 

@@ -271,4 +271,4 @@ def out_of_memory_error(source_input: Input) -> ValueError:
     """Return the error for an input with a record that is too large for this machine's memory."""
     problem = f"{source_input}: memory ran out. A document takes many times its size while it is tokenized"
     advice = "Split or remove the longest documents of this file. If several processes run, fewer need less memory"
-    return ValueError(f"{problem}. {advice} (--workers).")
+    return ValueError(f"{problem}. {advice} (--workers, or with Ray the CPUs of a node: ray start --num-cpus).")

@@ -315,8 +315,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int) -> None:
         raise ValueError(f"cu_seqlens: expected all sequences packed into one row (B = 1), got B = {B}")
 
 
-def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Check that log gates are <= 0 and that cu_seqlens runs from 0 to T without decreasing.
+def check_values(
+    g: Tensor | None,
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    expected: str = "g: expected log forget gates <= 0 (apply logsigmoid first)",
+) -> None:
+    """Check that log gates are <= 0, as `expected`, and that cu_seqlens runs from 0 to T without decreasing.
 
     This runs on the CPU only: on an accelerator, reading a value would make the host wait for the device. It is also
     skipped where there are no values: while a compiler or a dispatch mode traces, and under torch.func. NaN gates pass.
@@ -326,7 +331,7 @@ def check_values(g: Tensor | None, q: Tensor, cu_seqlens: Tensor | None) -> None
     if torch._C._len_torch_dispatch_stack() > 0:
         return
     if g is not None and g.numel() and g.max() > 0:
-        raise ValueError(f"g: expected log forget gates <= 0, got a maximum of {g.max():.3g}; apply logsigmoid first")
+        raise ValueError(f"{expected}, got a maximum of {g.max():.3g}")
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         T = q.shape[1]

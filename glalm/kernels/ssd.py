@@ -100,8 +100,9 @@ def compute_time_step(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens) -> 
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected [batch, T, H, P] in a floating-point dtype, got {list(x.shape)} in {x.dtype}")
     batch, T, H, P = x.shape
-    if B.dim() != 4 or B.shape[2] == 0 or H % B.shape[2] != 0:
-        raise ValueError(f"B: expected the shape [batch, T, G, N], G a divisor of H = {H}, got {list(B.shape)}")
+    if B.dim() != 4 or B.shape[2] == 0 or H % B.shape[2] != 0 or B.shape[3] == 0:
+        expected = f"the shape [batch, T, G, N] with G a divisor of H = {H} and N > 0"
+        raise ValueError(f"B: expected {expected}, got {list(B.shape)}")
     sizes = {"b": batch, "T": T, "H": H, "P": P, "G": B.shape[2], "N": B.shape[3], "n": batch}
     if cu_seqlens is not None:
         common.check_cu_seqlens(cu_seqlens, batch)
@@ -128,6 +129,7 @@ def as_linear_attention(
     q, k = (y.to(dt.dtype).repeat_interleave(heads_per_group, 2) for y in (C, B))
     x_wide = x.to(dt.dtype)
     gate = dt * A.to(dt.dtype)
+    common.check_values(gate, x, None, "A: expected dt A <= 0 (A < 0 and dt > 0)")
     o, final_state = operator(q, k, x_wide * dt[..., None], gate, scale=1.0, initial_state=initial_state, **options)
     o = o if D is None else o + x_wide * D.to(dt.dtype)[:, None]
     return o.to(x.dtype), final_state

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from ssd_cases import random_arguments
 
-from glalm.kernels import chunk_delta_rule, chunk_gla, fused_recurrent_delta_rule, fused_recurrent_gla
+from glalm.kernels import (
+    chunk_delta_rule,
+    chunk_gla,
+    chunk_ssd,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gla,
+    fused_recurrent_ssd,
+)
 
 WRONG = [
     ("q", "three dimensions", lambda a: {"q": a["q"][0]}),
@@ -60,3 +68,20 @@ def test_the_delta_rule_has_as_many_heads_of_keys_as_of_queries(draw, operator):
     args = draw(group=2)
     with pytest.raises(ValueError, match=r"^k: expected the shape of q, \[2, 70, 4, 12\], got"):
         operator(args["q"], args["k"], args["v"], args["g"][..., 0].exp())
+
+
+@pytest.mark.parametrize("operator", [chunk_ssd, fused_recurrent_ssd])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda a: {"A": -a["A"]}, r"^A: expected dt A <= 0 \(A < 0 and dt > 0\), got a maximum of "),
+        (lambda a: {n: a[n][..., :0] for n in "BC"}, r"^B: expected the shape .* and N > 0, got \[2, 5, 1, 0\]"),
+        (lambda a: {"C": a["C"].double()}, "^C: expected the dtype of x"),
+    ],
+)
+def test_wrong_arguments_of_mamba_2_have_its_names(operator, wrong, message):
+    """On the CPU, an operator with other names computes it."""
+    args = random_arguments(2, 5, 2, 1, 4, 6, states=False)
+    operator(**args)
+    with pytest.raises(ValueError, match=message):
+        operator(**{**args, **wrong(args)})

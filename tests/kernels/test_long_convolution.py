@@ -90,3 +90,12 @@ def test_more_outputs_than_tokens_or_of_packed_sequences_are_refused():
 def test_decreasing_bounds_are_refused():
     with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing bounds"):
         long_convolution(torch.ones(1, 4, 1), torch.ones(2, 1), cu_seqlens=torch.tensor([0, 3, 2, 4]))
+
+
+@pytest.mark.parametrize("outputs", [None, 1, 3])
+def test_an_empty_batch_has_empty_outputs_and_gradients(outputs):
+    x = torch.empty(0, 5, 2, requires_grad=True)
+    h = torch.ones(4, 2, requires_grad=True)
+    y = long_convolution(x, h, outputs=outputs)
+    y.sum().backward()
+    assert y.shape == (0, outputs or 5, 2) and x.grad.shape == x.shape and not h.grad.any()

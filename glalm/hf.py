@@ -47,6 +47,12 @@ MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 MODEL_TYPES = ("glalm", *FORMATS)
 # That of a folder with the code of its mixers. It is not registered: transformers prefers a registered class to code.
 MODEL_TYPE_WITH_CODE = "glalm_with_code"
+# What configs of other architectures call the keys of ModelConfig. The spelling alone does not show it.
+OTHER_NAMES = {
+    **dict.fromkeys(("num_layers", "n_layers", "n_layer"), "num_hidden_layers"),
+    **dict.fromkeys(("d_model", "n_embd", "hidden_dim"), "hidden_size"),
+    **dict.fromkeys(("n_heads", "n_head"), "num_heads"),
+}
 
 # ----------------------------------------------------------------------------------------------------------- config
 
@@ -55,7 +61,8 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
     """A `ModelConfig` that is also a transformers config, saved as config.json and loaded by AutoConfig.
 
     A published config.json (see glalm.model.fla_checkpoints) is translated. A key that neither ModelConfig nor
-    transformers knows is kept, as everywhere in transformers, unless it looks like a misspelt key of ModelConfig.
+    transformers knows is kept, as everywhere in transformers, unless it looks like a misspelt key of ModelConfig, or is
+    what other architectures call one.
 
     Raises ConfigError (a ValueError) for a misspelt key or a shape that ModelConfig refuses.
     """
@@ -78,7 +85,7 @@ class GLALMConfig(ModelConfig, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
-            near = difflib.get_close_matches(key, MODEL_FIELDS, n=1, cutoff=0.85)
+            near = difflib.get_close_matches(OTHER_NAMES.get(key, key), MODEL_FIELDS, n=1, cutoff=0.85)
             require(not near or hasattr(PreTrainedConfig, key), f"unknown key {key}; did you mean {near and near[0]}?")
         try:
             ModelConfig.__post_init__(self)

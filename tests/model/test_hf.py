@@ -659,6 +659,9 @@ def test_unknown_keys_are_kept_and_misspelt_ones_refused(saved, tokens):
     assert load(some_other_tool={"run": 3}, id2label={"0": "a"}).config.some_other_tool == {"run": 3}
     with pytest.raises(ValueError, match="unknown key hiden_size; did you mean hidden_size"):
         load(hiden_size=64)
+    for name, ours in (("num_layers", "num_hidden_layers"), ("d_model", "hidden_size"), ("n_head", "num_heads")):
+        with pytest.raises(ValueError, match=f"unknown key {name}; did you mean {ours}"):
+            load(**{name: 2})
     with pytest.raises(ValueError, match=r"unknown key model.gla.shortconv; did you mean model.gla.short_conv"):
         load(gla={"shortconv": 4})
     with pytest.raises(ValueError, match=r"model.num_heads=5 does not divide"):

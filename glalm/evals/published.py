@@ -35,7 +35,7 @@ RECALL_ROWS = {
     "Mamba 1.3B": (6.2, 41.4, 35.2),
     "GLA 1.3B": (19.9, 50.6, 42.6),
 }
-# Copies of the paper differ in this number, and the row's mean does not follow from it.
+# Copies of the paper differ in this number. The mean of the row that is printed follows from this one.
 UNSURE = {("Mamba 1.3B", "Hella")}
 
 

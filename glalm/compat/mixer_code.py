@@ -47,7 +47,7 @@ AUTO_MAP = {
 
 
 def find_mixer_packages(config: ModelConfig) -> dict[str, str | None]:
-    """Return "package==version" for every mixer of the model that is not glalm's, or None for a file of the user's."""
+    """Return {mixer: "package==version", or None for a file of the user's} of the mixers that are not glalm's."""
     names = dict.fromkeys(config.layer_mixers())
     return {name: find_package(name) for name in names if not MIXERS[name].__module__.startswith("glalm.")}
 

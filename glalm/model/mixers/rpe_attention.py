@@ -117,9 +117,8 @@ class RPEAttention(Mixer):
         T = q.shape[1]
         S = k.shape[1]
         bias = at_least_float32(self.position_bias[: max(1, S)])
-        c = (
-            bias - bias.detach().amax(0)
-        ).exp()  # The largest bias cancels in the ratio; without it, no weight overflows.
+        # The largest bias cancels in the ratio; without it, no weight overflows.
+        c = (bias - bias.detach().amax(0)).exp()
         v = append_ones(at_least_float32(v))
         with torch.autocast(v.device.type, enabled=False):
             if T == 1 and cu_seqlens is None:

@@ -237,8 +237,11 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def limit_threads(jobs: int) -> None:
-    """Share the cores among `jobs` processes that this one starts, unless the user has set OMP_NUM_THREADS."""
-    threads = str(max(1, (os.cpu_count() or 1) // max(1, jobs)))
+    """Share the cores that this process may use among `jobs` processes that it starts.
+
+    A number of threads that the user has set stays as it is.
+    """
+    threads = str(max(1, len(os.sched_getaffinity(0)) // max(1, jobs)))
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.setdefault(name, threads)
 

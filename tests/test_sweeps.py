@@ -197,6 +197,15 @@ def launch(folder: Path, monkeypatch, start_job: Callable, at_once: int = 2, job
     return processes.launch([["optim.lr=1"]] * jobs, 0)
 
 
+def test_jobs_share_the_cores_that_this_process_may_use(monkeypatch):
+    """A container or a job of Slurm may have few of the machine's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "3"})
+    launcher.limit_threads(2)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "2")
+
+
 def test_an_error_of_the_launcher_stops_the_jobs(tmp_path, monkeypatch):
     started = []
 

@@ -116,8 +116,9 @@ def stop_with_launcher() -> None:
         logger.info("The launcher of this process has ended.")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # torchrun sets the first, and `accelerate launch` of one process the second.
-    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+    # torchrun sets the first, and `accelerate launch` of one process the second. Of its variables, this is one that a
+    # container or a shell, which the process may outlive, does not set as well.
+    if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & os.environ.keys():
         call_without_parent(stop)
 
 

@@ -6,9 +6,12 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from parallel_runs import ENV, KINDS, MODES, check, compare, launched, run
 
 from glalm.config.run import ParallelConfig
@@ -185,6 +188,19 @@ def test_mixers_with_fp32_parameters_are_gathered_in_fp32(config):
     model = CausalLM(config.model)
     gla, mamba2 = model.model.layers
     assert has_fp32_parameters(mamba2) and not has_fp32_parameters(gla)
+
+
+def test_only_a_process_of_a_launcher_ends_with_its_parent(monkeypatch):
+    """`nohup glalm train &` in a container that sets a default of Accelerate's survives the shell."""
+    command = launch_command_parser().parse_args(["--cpu", "--mixed_precision=no", "--dynamo_backend=no", "train.py"])
+    command.num_machines = 1
+    _, launched_environment = prepare_simple_launcher_cmd_env(command)
+    for environment, is_watched in (({"ACCELERATE_MIXED_PRECISION": "bf16"}, False), (launched_environment, True)):
+        watch = Mock()
+        monkeypatch.setattr(parallel, "call_without_parent", watch)
+        monkeypatch.setattr(parallel.os, "environ", environment)
+        parallel.stop_with_launcher.__wrapped__()
+        assert watch.called == is_watched
 
 
 LAUNCHERS = {

@@ -8,6 +8,7 @@ interrupted and resumed.
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
@@ -63,7 +64,7 @@ def deduplicate(
         text_field, source_field: See `prepare_data`. Records that it would skip are not compared.
         workers: The number of processes that read and compute signatures, on this machine. None uses all cores.
         engine, address: Where to do so; see `prepare_data`. Signatures are compared on this machine.
-        overwrite: Discard an earlier deduplication in `out`.
+        overwrite: Discard an earlier deduplication in `out`. The same call again resumes, if it was interrupted.
         commit_seconds: The time between two commits: how much work an interruption may lose.
 
     Raises:
@@ -92,9 +93,9 @@ def deduplicate(
     ):
         for message in describe_unread_files(sources, repeated, out.resolve()):
             bar.log(message)
-        _check_folder(out, overwrite)
+        _check_folder(out, settings, inputs, overwrite)
         store = SignatureStore(out / SIGNATURES)
-        entries = plan_inputs(out, settings, inputs, store.finished)
+        entries = plan_inputs(out, settings, inputs, store.finished, overwrite)
         if not (out / REPORT).exists():
             bar.log(f"Computing signatures of {len(entries) - store.position.input:,} inputs ({engine_name})")
             available = {source_input.key: source_input for source_input in inputs}
@@ -106,12 +107,15 @@ def deduplicate(
     return read_report(out)
 
 
-def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[str | None]) -> list[dict]:
+def plan_inputs(
+    out: Path, settings: dict, inputs: list[Input], finished: list[str | None], overwrite: bool
+) -> list[dict]:
     """Return the inputs of the deduplication in `out`, as `Input.describe` returns them: its earlier ones, and others.
 
     Args:
         inputs: The inputs of this call.
         finished: The SHA-256 of those of which all signatures are stored.
+        overwrite: Whether to record that `overwrite` began the deduplication, so that the same call resumes it.
 
     Raises:
         ValueError: The deduplication has other settings, or an input of it has changed or is missing.
@@ -139,7 +143,7 @@ def plan_inputs(out: Path, settings: dict, inputs: list[Input], finished: list[s
         # Without a report, the results that it describes do not count.
         (out / REPORT).unlink(missing_ok=True)
         saved["inputs"] += [source_input.describe() for source_input in available.values()]
-        write_json(path, {"format": FORMAT, **saved})
+        write_json(path, {"format": FORMAT, **saved, "overwrite": overwrite})
     return saved["inputs"]
 
 
@@ -219,21 +223,25 @@ def _check_arguments(mode: str, threshold: float, ngram: int, workers: int | Non
         raise ValueError(f"Near-duplicates need {' and '.join(missing)}. {advice}")
 
 
-def _check_folder(out: Path, overwrite: bool) -> None:
-    """Discard the deduplication in `out` if `overwrite` is set. Raise ValueError if there are files of another kind."""
+def _check_folder(out: Path, settings: dict, inputs: list[Input], overwrite: bool) -> None:
+    """Discard the deduplication in `out` if `overwrite` is set, unless the same call has begun it and was interrupted.
+
+    Raises:
+        ValueError: There are files of another kind.
+    """
     # The plan is the first file of a deduplication, so that without it no file is taken for a part of one.
     try:
-        has_plan = (out / PLAN).exists() and read_json(out / PLAN, PLAN_SHAPE)
+        plan = read_json(out / PLAN, PLAN_SHAPE) if (out / PLAN).exists() else None
     except DamagedFile as error:
         advice = (
             f"If {out} has nothing but a deduplication, delete it and run the command again. Else choose another --out"
         )
         raise DamagedFile(f"{error}. {advice}.") from error
-    known = {PLAN, SIGNATURES, REPORT, LIST, INPUTS} if has_plan else set()
+    known = {PLAN, SIGNATURES, REPORT, LIST, INPUTS} if plan else set()
     for path in out.iterdir():
         if path.name not in known and not path.name.startswith("."):
             raise ValueError(f"{path} is not part of a deduplication. Choose another folder than {out} with --out.")
-    if overwrite and has_plan:
+    if overwrite and plan and not _has_begun_overwrite(out, plan, settings, inputs):
         # The signatures vanish all at once, because a part that stays could be taken for one of the next.
         hidden = temporary_path(out / SIGNATURES)
         remove_entry(hidden)
@@ -242,3 +250,15 @@ def _check_folder(out: Path, overwrite: bool) -> None:
             (out / SIGNATURES).rename(hidden)
         for path in (hidden, out / LIST, out / INPUTS, out / PLAN):
             remove_entry(path)
+
+
+def _has_begun_overwrite(out: Path, plan: dict, settings: dict, inputs: list[Input]) -> bool:
+    """Return whether `out` has what an interrupted call with `overwrite` and the same settings and inputs has begun."""
+    expected = {"version": VERSION, "settings": settings, "overwrite": True}
+    expected["inputs"] = [source_input.describe() for source_input in inputs]
+    if (out / REPORT).exists() or any(plan.get(key) != value for key, value in expected.items()):
+        return False
+    with suppress(DamagedFile):
+        SignatureStore(out / SIGNATURES)
+        return True
+    return False

@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, nullcontext
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from glalm.data.shards import SPLITS, read_manifest
+from glalm.data.files import write_json
+from glalm.data.shards import PLAN, SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
 from glalm.prepare.encode import HELD_OUT, EncodedBatch, check_shares
@@ -29,7 +31,7 @@ from glalm.prepare.plan import (
     make_plan,
 )
 from glalm.prepare.remote import URL
-from glalm.prepare.set_folder import create_folder, explain_full_disk, lock_folder, remove_set
+from glalm.prepare.set_folder import JOURNAL, create_folder, explain_full_disk, last_commit, lock_folder, remove_set
 from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.units import UnitEncoder, cut_units
 from glalm.prepare.workers import count_cores
@@ -87,7 +89,8 @@ def prepare_data(
         staging: The folder in which the set is prepared if `out` is a URL; see `glalm.prepare.object_store`. None is a
             folder below data/staging that is named after the URL.
         add: Append to a complete set those of `sources` that it lacks, with the settings and tokenizer of the set.
-        overwrite: Replace a set in `out`, once a document of each input was read and the tokenizer is available.
+        overwrite: Replace a set in `out`, once a document of each input was read and the tokenizer is available. The
+            same call again resumes, if the set that replaces it is unfinished.
         progress: Show a progress bar and messages on stderr.
         commit_seconds: The time between two commits: how much work an interruption may lose.
 
@@ -130,7 +133,7 @@ def prepare_data(
             bar.log(message)
         plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if copy:
-            copy.begin(overwrite)
+            copy.begin(overwrite and last_commit(out) is None)
         if plan:
             if listed:
                 keys = {source_input.key for source_input in inputs} | list_written_keys(out)
@@ -145,6 +148,10 @@ def prepare_data(
         if copy:
             bar.log(f"Copying the last files to {url}")
             copy.finish()
+        if plan:
+            # The plan is deleted first, because a plan without a journal would start the work from the beginning.
+            (out / PLAN).unlink()
+            (out / JOURNAL).unlink()
     return read_manifest(out)
 
 
@@ -160,7 +167,7 @@ def run_plan(
     after_commit: Callable[[], None] | None,
     bar: ProgressBar,
 ) -> None:
-    """Read, tokenize and write the inputs of the plan that are not written yet.
+    """Read, tokenize and write the inputs of the plan that are not written yet. The plan stays in `out`.
 
     Args:
         inputs: The plan's inputs, and possibly others.
@@ -173,7 +180,12 @@ def run_plan(
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
-    writer = SetWriter(out, plan)
+    try:
+        writer = SetWriter(out, plan)
+    except ValueError:
+        # A file is damaged. The error advises --overwrite, which must not resume with the same file.
+        write_json(out / PLAN, asdict(replace(plan, overwrite=False)))
+        raise
     map_units, engine_name = choose_engine(engine, workers)
     bar.log(f"Tokenizing {len(inputs) - writer.position.input:,} files ({engine_name})")
     bar.start_task("tokenizing", starts[-1], starts[writer.position.input])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from glalm.data.files import read_json, read_jsonl, temporary_path, write_json
+from glalm.data.files import DamagedFile, read_json, read_jsonl, temporary_path, write_json
 from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, TokenSet, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.input_files import HubInput, Input, Position, read_batches
@@ -31,6 +31,7 @@ class Plan:
         dtype: The dtype of the token ids.
         inputs: The inputs to read, as `Input.describe` returns them.
         base: The commit of the complete set to add to, or None to begin a set.
+        overwrite: Whether `overwrite` began it, so that the same call resumes it.
     """
 
     fingerprint: str
@@ -39,6 +40,7 @@ class Plan:
     dtype: str
     inputs: list[dict]
     base: dict | None
+    overwrite: bool = False
 
 
 PLAN_SHAPE = {
@@ -48,6 +50,7 @@ PLAN_SHAPE = {
     "dtype": str,
     "inputs": [{"source": str, "name": str}],
     "base": (dict, type(None)),
+    "overwrite": bool,
 }
 
 
@@ -74,6 +77,9 @@ def make_plan(
     Raises:
         ValueError: `out` has a set with other settings or inputs, or files that are not part of a set.
     """
+    if overwrite and _has_begun_overwrite(out, settings, inputs):
+        bar.log(f"Resuming the preparation that --overwrite has begun. To begin it again, delete {out} first.")
+        overwrite = False
     has_manifest = (out / MANIFEST).exists()
     if has_manifest and not (add or overwrite):
         version = read_manifest(out, any_version=True)["version"]
@@ -96,6 +102,7 @@ def make_plan(
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
     else:
         plan = _plan_new_set(out, settings, inputs, tokenizer, on_error, bar)
+        plan = dataclasses.replace(plan, overwrite=overwrite)
     if plan:
         write_json(out / PLAN, dataclasses.asdict(plan))
     return plan
@@ -181,6 +188,17 @@ def count_committed(out: Path, plan: Plan) -> int:
     """Return the number of documents that the preparation of this plan has committed so far."""
     commit = last_commit(out)
     return count_written(commit["books"]) - count_written(plan.base["books"] if plan.base else {}) if commit else 0
+
+
+def _has_begun_overwrite(out: Path, settings: dict, inputs: list[Input]) -> bool:
+    """Return whether `out` has what an interrupted call with `overwrite` and the same settings and inputs has begun."""
+    try:
+        plan = read_plan(out)
+        last_commit(out)
+    except (FileNotFoundError, DamagedFile):
+        return False
+    described = [source_input.describe() for source_input in inputs]
+    return plan.overwrite and plan.settings == settings and plan.inputs == described
 
 
 def _discard_plan(out: Path, plan: Plan) -> None:

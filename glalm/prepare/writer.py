@@ -28,7 +28,7 @@ from glalm.data.files import (
     temporary_path,
     write_json,
 )
-from glalm.data.shards import FORMAT, MANIFEST, PLAN, SPLITS, VERSION, count_leftover_tokens
+from glalm.data.shards import FORMAT, MANIFEST, SPLITS, VERSION, count_leftover_tokens
 from glalm.prepare.encode import EncodedBatch
 from glalm.prepare.input_files import Input, Position, RecordBatch
 from glalm.prepare.plan import Plan, count_written
@@ -258,14 +258,11 @@ class SetWriter:
             self.write_manifest(complete=False)
 
     def finish(self) -> None:
-        """Finish the last shards, write the final manifest, and delete the plan and the journal."""
+        """Finish the last shards, and write the final manifest."""
         for writer in self._writers.values():
             writer.finish_shard()
         self.commit()
         self.write_manifest(complete=True)
-        # The plan is deleted first, because a plan without a journal would start the work from the beginning.
-        (self.out / PLAN).unlink()
-        (self.out / JOURNAL).unlink()
 
     def write_manifest(self, complete: bool) -> None:
         """Write the manifest of the finished shards.

@@ -182,6 +182,36 @@ def test_killed_between_any_two_steps_on_the_disk(sources, uninterrupted, tmp_pa
     assert read_results(tmp_path / "out") == read_results(uninterrupted)
 
 
+def test_the_same_command_resumes_an_interrupted_overwrite(sources, uninterrupted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    deduplicate([sources / "a.jsonl"], out, mode="exact", **QUIET)
+    given = {"overwrite": True, "commit_seconds": 0, **QUIET}
+    sign_unit = deduplication.sign_unit
+    signed = []
+
+    def interrupt():
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(input_files.FileInput, "compute_sha256", lambda self: _raise_at(self, "b.jsonl"))
+            deduplicate([sources], out, **given)
+
+    def count_signed(settings, fields, unit):
+        signed.extend(part.source_input.name for part in unit)
+        return sign_unit(settings, fields, unit)
+
+    interrupt()
+    with monkeypatch.context() as patch:
+        patch.setattr(deduplication, "sign_unit", count_signed)
+        deduplicate([sources], out, **given)
+    assert "b.jsonl" in signed and "a.jsonl" not in signed
+    assert read_results(out) == read_results(uninterrupted)
+    interrupt()
+    os.truncate(out / "signatures/band-007", 0)
+    with pytest.raises(ValueError, match=r"is damaged.*--overwrite"):
+        deduplicate([sources], out, **QUIET)
+    deduplicate([sources], out, **given)
+    assert read_results(out) == read_results(uninterrupted)
+
+
 @pytest.mark.parametrize("kept_steps", range(5))
 def test_killed_while_it_overwrites(sources, uninterrupted, tmp_path, monkeypatch, kept_steps):
     """After each step of the removal, the next command either resumes with the old settings or begins anew."""

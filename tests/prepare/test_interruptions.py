@@ -306,6 +306,30 @@ def test_killed_while_finishing_nothing_is_repeated(sources, settings, uninterru
     assert read_contents(tmp_path / "set") == uninterrupted
 
 
+def test_the_same_command_resumes_an_interrupted_overwrite(sources, settings, uninterrupted, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    given = {"overwrite": True, **settings}
+    prepare_data([sources / "a.jsonl"], out, **settings)
+    prepare_interrupted(1, [sources], out, **given)
+    with monkeypatch.context() as patch:
+        read = []
+        add_batch = writer.SetWriter.add_batch
+        patch.setattr(writer.SetWriter, "add_batch", lambda *args: (read.append(args[-1].name), add_batch(*args)))
+        prepare_data([sources], out, workers=1, **given)
+        assert read == ["b.jsonl"] and read_contents(out) == uninterrupted
+        read.clear()
+        prepare_data([sources], out, workers=1, **given)  # Nothing is unfinished.
+        assert read == ["a.jsonl", "b.jsonl"]
+    prepare_interrupted(1, [sources], out, **given)
+    prepare_data([sources], out, **{**given, "shard_tokens": 10_000})  # This is another set.
+    prepare_interrupted(1, [sources], out, **given)
+    os.truncate(out / "skipped.jsonl", 0)
+    with pytest.raises(ValueError, match=r"skipped\.jsonl has 0 bytes.*--overwrite"):
+        prepare_data([sources], out, **settings)
+    prepare_data([sources], out, **given)
+    assert read_contents(out) == uninterrupted
+
+
 @pytest.mark.parametrize("moment", [2, 3, 4])
 def test_killed_while_overwriting_the_old_set_is_not_resumed(
     sources, settings, uninterrupted, tmp_path, monkeypatch, moment

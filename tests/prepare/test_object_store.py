@@ -121,6 +121,28 @@ def test_another_set_at_the_url_is_replaced_only_with_overwrite(url, settings, c
     assert read_url(url) == read_set(tmp_path / "staging") != before
 
 
+def test_the_same_command_resumes_an_interrupted_overwrite(url, settings, corpus, tmp_path, monkeypatch):
+    """The set in the staging folder is complete, but not all of it was copied."""
+    prepare_data([corpus], url, **settings)
+    changed = {**settings, "shard_tokens": 3000, "overwrite": True}
+    copy_file = SetCopy._copy_file
+    copied = []
+
+    def copy_three(self, entry):
+        if len(copied) == 3:
+            raise ValueError("the connection is lost")
+        copied.append(entry["file"])
+        return copy_file(self, entry)
+
+    monkeypatch.setattr(object_store, "THREADS", 1)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the connection is lost"):
+        patch.setattr(SetCopy, "_copy_file", copy_three)
+        prepare_data([corpus], url, **changed)
+    monkeypatch.setattr(SetWriter, "add_batch", None)  # To prepare the set again would fail.
+    prepare_data([corpus], url, **changed)
+    assert read_url(url) == read_set(tmp_path / "staging")
+
+
 def test_a_url_with_other_files_is_not_touched(url, settings, corpus):
     filesystem, root = fsspec.url_to_fs(url)
     filesystem.makedirs(root, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +20,7 @@ from glalm.config.saved_run import complete_from_run, describe_missing_run, refu
 from glalm.config.strict import ConfigError, default_tree
 from glalm.data.files import read_jsonl
 from glalm.evals.options import TrainingRun
-from glalm.train.checkpoint import CheckpointError
+from glalm.train.checkpoint import CheckpointError, UnreadableCheckpoint
 from glalm.train.run_dir import find_checkpoint
 from glalm.train.trainer import train
 
@@ -170,6 +171,21 @@ def test_the_name_of_no_run_is_refused_alone(tmp_path, monkeypatch):
     for resume, meant in (("mine", "runs/mine"), ("runs/mien", "runs/mine"), ("./mine", "runs/mine")):
         with pytest.raises(ConfigError, match=rf"has no run.json. Did you mean resume={meant}\?"):
             complete_from_run(tree | {"resume": resume}, [f"resume={resume}"])
+
+
+def test_what_to_type_is_quoted_where_a_shell_needs_it(tmp_path):
+    run = tmp_path / "my runs" / "mine"
+    (run / "checkpoints" / "step_2").mkdir(parents=True)
+    (run / "run.json").touch()
+    message = describe_missing_run(run / "checkpoints" / "step_2", "resume=")
+    assert shlex.split(message.partition(": write ")[2]) == [f"resume={run}."]
+    tree = {"name": "other", "runs_dir": str(tmp_path), "data": {"path": "my data"}}
+    with pytest.raises(ConfigError) as error:
+        refuse_unknown_name(tree, ["name=other"])
+    assert shlex.split(str(error.value).partition("such as: ")[2])[-1] == "data.path=my data"
+    checkpoint = run / "checkpoints" / "step_2"
+    command = str(UnreadableCheckpoint(checkpoint, "it is locked")).partition("run: ")[2]
+    assert shlex.split(command) == ["mv", str(checkpoint), f"{checkpoint}.damaged"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import get_args
 
 from glalm.commands import create_parser
@@ -120,5 +121,6 @@ def linearize_llama() -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     print(f"Wrote {options.out}. To train it, run:")
-    print(f"  glalm train --config-dir {options.out}/configs model=linearized train.init_from={options.out} ...")
+    init_from = quote(f"train.init_from={options.out}")
+    print(f"  glalm train --config-dir {quote(f'{options.out}/configs')} model=linearized {init_from} ...")
     return 0

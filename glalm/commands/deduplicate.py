@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from shlex import quote
 from typing import Any
 
 from glalm.config.strict import ConfigError, refuse_url
@@ -84,4 +85,4 @@ def print_report(folder: str, report: dict[str, Any]) -> None:
         for where, text in ((example, example["text"]), (of, example["of_text"])):
             print(f"  {where['source']}, {where['name']}:{where['record']}: {text[:SHOWN_CHARACTERS]!r}")
     print(f"All pairs are in {folder}/{LIST}, and these counts in {folder}/{REPORT}.")
-    print(f"To prepare a set without the duplicates, add to glalm prepare: --duplicates {folder}")
+    print(f"To prepare a set without the duplicates, add to glalm prepare: --duplicates {quote(folder)}")

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from shlex import quote
 
 from glalm.config.run import RUN_RECORD
 from glalm.config.strict import flatten_tree, require
@@ -93,15 +94,16 @@ def refuse_unknown_name(tree: dict, overrides: Iterable[str]) -> None:
     """
     given = list_keys(overrides)
     runs_dir = Path(tree["runs_dir"]).expanduser()
-    folder = runs_dir / tree["name"]
+    name = tree["name"]
+    folder = runs_dir / name
     if "name" not in given or not set(given) <= set(RUN_KEYS) or (folder / RUN_RECORD).exists():
         return
-    hint = suggest_run(runs_dir, tree["name"], "name=")
+    hint = suggest_run(runs_dir, name, "name=")
     data = tree["data"]["path"]
     require(
         not hint and Path(data).expanduser().is_dir(),
         f"{folder} holds no run to continue, because it has no {RUN_RECORD}.{hint} To start a run of this name, write "
-        f"its settings, too, such as: glalm train name={tree['name']} model=gla_10m data.path={data}",
+        f"its settings, too, such as: glalm train {quote(f'name={name}')} model=gla_10m {quote(f'data.path={data}')}",
     )
 
 
@@ -128,7 +130,7 @@ def describe_missing_run(folder: Path, before: str = "", runs_dir: Path | None =
     message = f"{before}{folder} is not the folder of a run, because it has no {RUN_RECORD}."
     run = folder.parent.parent
     if re.fullmatch(r"step_\d+", folder.name) and (run / RUN_RECORD).is_file():
-        return f"{message} It is a checkpoint of one: write {before}{run}."
+        return f"{message} It is a checkpoint of one: write {quote(f'{before}{run}')}."
     if folder.parent != Path("."):
         runs_dir = folder.parent
     runs_dir = runs_dir or Path("runs")

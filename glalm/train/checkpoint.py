@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import distributed, nn
@@ -63,7 +64,7 @@ class UnreadableCheckpoint(CheckpointError):
     def __init__(self, checkpoint: Path, reason: str):
         super().__init__(
             f"{reason}. {checkpoint} may be undamaged, so make the file readable. To use an older checkpoint instead, "
-            f"run: mv {checkpoint} {checkpoint}.damaged"
+            f"run: mv {quote(str(checkpoint))} {quote(f'{checkpoint}.damaged')}"
         )
 
 

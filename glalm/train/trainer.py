@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 import torch
@@ -497,7 +498,7 @@ class TrainingLoop:
         saved = self.saver.finish()
         self.metrics.log_message(
             f"Stopped at step {self.state.step}; saved {saved}. To resume, run the same command again. "
-            f"Shorter: glalm train resume={self.config.folder}"
+            f"Shorter: glalm train {quote(f'resume={self.config.folder}')}"
         )
         self.metrics.write_row(row | drop_non_finite(self._run_evaluations()), durable=True)
 

@@ -1,6 +1,6 @@
 """What every command shows: its progress bar, its console, and how it ends when it is interrupted.
 
-Output never decides over work: a command goes on where what it prints cannot be written.
+Output never affects the work: a command continues even if its output cannot be written.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-INTERRUPTED = "Interrupted. The same command, run again, continues from what was saved, or starts anew if nothing was."
+INTERRUPTED = "Interrupted. The same command, run again, resumes from what was saved, or starts from the beginning."
 
 
 LINE_SECONDS = 15.0  # between the lines of a long task where no bar is drawn
@@ -109,8 +109,8 @@ class ProgressBar:
     Args:
         quiet: Show neither the bar nor any message, as on all ranks but the first.
         speed_seconds: The time left follows from the speed in this time. Choose more where work is done in large steps.
-        line_seconds: Where no bar is drawn, print a line when a task starts, and then after each so many seconds. None:
-            the caller prints its own.
+        line_seconds: Where no bar is drawn, print a line when a task starts, and then at this interval. None: the
+            caller prints its own.
     """
 
     def __init__(self, quiet: bool = False, speed_seconds: float = 30.0, line_seconds: float | None = None):

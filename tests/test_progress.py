@@ -145,7 +145,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     with pytest.raises(SystemExit) as hydra_command, exit_on_error():
         interrupt()
     assert script.value.code == hydra_command.value.code == 130
-    line = "Interrupted. The same command, run again, continues from what was saved, or starts anew if nothing was.\n"
+    line = "Interrupted. The same command, run again, resumes from what was saved, or starts from the beginning.\n"
     assert capsys.readouterr().err == line * 2
 
 

@@ -477,7 +477,7 @@ def _read_manifest(path: Path) -> dict[str, dict]:
 
 
 def _part_names(kind: str, parts: int) -> list[str]:
-    """Return the names of the "model", "average" or "training" files that as many processes save, ordered by rank."""
+    """Return the names of the "model", "average" or "training" files that `parts` processes save, ordered by rank."""
     if parts == 1:
         return [f"{kind}.safetensors"]
     return [f"{kind}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)]

@@ -37,7 +37,8 @@ class DecodeSpeedEvaluator(Evaluator):
         lengths = sorted(options.lengths or [n * model.require_train_length("decode_speed") for n in LENGTHS])
         require(
             model.accepts_state,
-            f"evals=[decode_speed]: {model.name} cannot be timed, since it does not read a text in segments",
+            f"evals=[decode_speed]: {model.name} does not continue a text from a cache by several tokens, which this "
+            "evaluator needs",
         )
         model.require_length(lengths[-1] + WARM_UP_STEPS + options.steps * options.repeats, "decode_speed.lengths")
         self.lengths = lengths
@@ -57,7 +58,13 @@ class DecodeSpeedEvaluator(Evaluator):
             # Autocast would cast all float32 weights again for every token.
             model = dataclasses.replace(model, causal_lm=copy.deepcopy(model.causal_lm).bfloat16())
             unused_bytes = sum(p.nbytes for p in self.model.causal_lm.parameters())
-        measure = partial(measure_decoding, model, config=self.config, advance=context.advance)
+        # Only rank 0 works, and what it reports is taken for what each group of processes does.
+        measure = partial(
+            measure_decoding,
+            model,
+            config=self.config,
+            advance=lambda tokens: context.advance(tokens / context.groups),
+        )
         with torch.autocast(model.device.type, enabled=False):
             rows = [context.run_on_rank_0(partial(measure, length, unused_bytes)) for length in self.lengths]
         return {"lengths": rows}

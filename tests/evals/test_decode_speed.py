@@ -75,6 +75,16 @@ def test_every_step_goes_on_from_the_one_before(model, make):
     assert torch.equal(last, ids[:, -1:])
 
 
+def test_progress_is_that_of_the_only_process_that_works(model):
+    config = EvalConfig(batch_size=2, decode_speed=DecodeSpeedConfig(lengths=[8, 12], steps=1, repeats=1))
+    evaluator = decode_speed.DecodeSpeedEvaluator(EvalModel(model), config)
+    context, done = EvalContext(), []
+    context.world_size = 2
+    context.advance = lambda units: done.append(units * context.groups)  # as the progress bar counts
+    evaluator.run(context)
+    assert sum(done) == evaluator.total_units
+
+
 def test_settings_that_cannot_be(model):
     with pytest.raises(ConfigError, match=r"decode_speed\.lengths must be positive"):
         DecodeSpeedConfig(lengths=[0])

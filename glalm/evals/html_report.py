@@ -5,7 +5,6 @@ which loads nothing.
 """
 
 import base64
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from glalm.evals.published import RECALL, RECALL_ROWS, UNSURE, ZERO_SHOT, paper_
 from glalm.evals.result_files import (
     current_results,
     describe_validation,
+    format_number,
     infer_tokens,
     is_own_text,
     median_training_speed,
@@ -325,10 +325,6 @@ def compare_configs(runs: list[Run]) -> dict[str, Any]:
 
 def format_versions(record: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
-
-
-def format_number(x: float | None, digits: int = 2) -> str | None:
-    return None if x is None or not math.isfinite(x) else f"{x:,.{digits}f}"
 
 
 def embed_figure(draw: Callable[[Any, Path], list[Path]], records: Any) -> EmbeddedFigure:

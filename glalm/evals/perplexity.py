@@ -21,6 +21,7 @@ from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.identity import TEXT_FILE
 from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
+from glalm.evals.result_files import format_number
 
 
 class PerplexityEvaluator(Evaluator):
@@ -46,7 +47,8 @@ class PerplexityEvaluator(Evaluator):
         text = Path(settings["data_path"]).name if settings["split"] == TEXT_FILE else settings["split"]
         bits = results["bits_per_byte"]
         per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
-        return [f"{text} perplexity {results['perplexity']:.3f} over {results['tokens']:,} tokens{per_byte}"]
+        perplexity = format_number(results["perplexity"], 3)
+        return [f"{text} perplexity {perplexity} over {results['tokens']:,} tokens{per_byte}"]
 
     def metrics(self, results: dict) -> dict[str, float | None]:
         return {"perplexity": results["perplexity"], "bits_per_byte": results["bits_per_byte"]}

@@ -13,6 +13,7 @@ from glalm.evals.identity import is_of_average, text_name
 from glalm.evals.result_files import (
     current_results,
     describe_validation,
+    format_number,
     infer_tokens,
     is_own_text,
     main_context,
@@ -44,16 +45,16 @@ def print_report(folder: Path, console: Console) -> None:
     """
     where = f"name={folder.name}" + ("" if folder.parent == Path("runs") else f" runs_dir={folder.parent}")
     train_command = f"glalm train {where}"
-    eval_command = f"glalm eval {where} evals="
+    eval_command = f"glalm eval {where}"
     metrics, damaged = read_metrics(folder / "metrics.jsonl")
     results = current_results(folder)
     perplexity = select_result(results, "perplexity")
     extrapolation = select_result(results, "extrapolation")
     sections = [
-        training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command}[perplexity]"),
-        perplexity_rows(folder, metrics, perplexity, train_command, f"{eval_command}[perplexity]"),
+        training_rows(metrics, perplexity or extrapolation, train_command, f"{eval_command} 'evals=[perplexity]'"),
+        perplexity_rows(folder, metrics, perplexity, train_command, f"{eval_command} 'evals=[perplexity]'"),
         other_text_rows(results, perplexity),
-        extrapolation_rows(extrapolation, f"{eval_command}[extrapolation]"),
+        extrapolation_rows(extrapolation, f"{eval_command} 'evals=[extrapolation]'"),
     ]
     console.print(build_table(f"run {printable(folder.name)}", sections))
     console.print("10x: the bucket of positions ending at 10 training lengths, on long documents", style="dim", **PLAIN)
@@ -112,11 +113,13 @@ def perplexity_rows(
         step = step_of(record) if step_of(record) in validations else max(validations, default=0)
         last, source = validations.get(step), f"metrics.jsonl, step {step}"
         if last:
-            own_rows = [Row(f"  after step {step}, as training validated", f"{last:,.3f}", source, train_command)]
+            own_rows = [
+                Row(f"  after step {step}, as training validated", format_number(last, 3), source, train_command)
+            ]
     ratio = f"{last / before:.3g}" if before and last else None
     return [
-        Row("validation perplexity before", before and f"{before:,.1f}", "metrics.jsonl", train_command),
-        Row(f"  after {describe_origin(record)}", value and f"{value:,.3f}", file, eval_command),
+        Row("validation perplexity before", format_number(before, 1), "metrics.jsonl", train_command),
+        Row(f"  after {describe_origin(record)}", format_number(value, 3), file, eval_command),
         *own_rows,
         Row("  after / before", ratio, source, eval_command),
         *([Row("  bits per byte", f"{bits:.4f}", file, eval_command)] if bits else []),
@@ -128,7 +131,7 @@ def other_text_rows(results: list[dict], main: dict | None) -> list[Row]:
     rows = []
     for record in results:
         if record["evaluator"] == "perplexity" and not is_own_text(record) and record is not main:
-            value = f"{record['results']['perplexity']:,.3f}"
+            value = format_number(record["results"]["perplexity"], 3)
             rows.append(Row(f"perplexity after {describe_origin(record)}", value, record["file"], ""))
     return rows
 

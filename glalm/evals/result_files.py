@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from bisect import bisect
@@ -16,12 +17,8 @@ from glalm.data.checksums import combine_weights
 from glalm.data.shards import split_sha256
 from glalm.evals.identity import TEXT_FILE, ResultIdentity, group_comparable, is_of_average, text_name
 
-NO_SCORES = (
-    "samples",
-    "num_fewshot",
-    "version",
-    "chance",
-)  # numbers beside a task's scores in glalm.evals.harness's results
+# Numbers beside a task's scores in glalm.evals.harness's results.
+NO_SCORES = ("samples", "num_fewshot", "version", "chance")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -222,3 +219,13 @@ def infer_tokens(rows: list[dict]) -> list[int]:
         return round(tokens_0 + (step - step_0) * (tokens_1 - tokens_0) / (step_1 - step_0))
 
     return [row["tokens"] if "tokens" in row else interpolate(row["step"]) for row in rows]
+
+
+def format_number(x: float | None, digits: int = 2) -> str | None:
+    """Return a number for a table, from a million on in four digits: the perplexity of a diverged model has hundreds.
+
+    None: it is None or not finite.
+    """
+    if x is None or not math.isfinite(x):
+        return None
+    return f"{x:,.{digits}f}" if abs(x) < 1e6 else f"{x:.4g}"

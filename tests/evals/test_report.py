@@ -94,14 +94,14 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run):
     for file in ("eval/perplexity.json", "eval/extrapolation.json", "metrics.jsonl"):
         (run / file).unlink()
     lines = printed(run)
-    evaluate = "glalm eval name=demo evals=[perplexity]"
+    evaluate = "glalm eval name=demo 'evals=[perplexity]'"
     for row in (
         ["parameters", "missing", evaluate],
         ["tokens trained on", "missing", "glalm train name=demo"],
         ["validation perplexity before", "missing", "glalm train name=demo"],
         ["after training", "missing", evaluate],
         ["after / before", "missing", evaluate],
-        ["perplexity at 10x / 1x", "missing", "glalm eval name=demo evals=[extrapolation]"],
+        ["perplexity at 10x / 1x", "missing", "glalm eval name=demo 'evals=[extrapolation]'"],
     ):
         assert row in lines
 
@@ -109,7 +109,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run):
 def test_ten_training_lengths_that_were_not_read_are_asked_for(run):
     short = {"contexts": {"stateful": {"ratios": {"2": ratio(0.9), "3": ratio(0.9)}}}, "train_length": 256}
     (run / "eval" / "extrapolation.json").write_text(json.dumps(EXTRAPOLATION | {"results": short}))
-    command = "glalm eval name=demo evals=[extrapolation] extrapolation.max_length=2560"
+    command = "glalm eval name=demo 'evals=[extrapolation]' extrapolation.max_length=2560"
     assert ["perplexity at 10x / 1x", "missing", command] in printed(run)
 
 

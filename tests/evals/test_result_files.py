@@ -1,3 +1,6 @@
+import math
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -5,6 +8,7 @@ from glalm.evals.identity import ResultIdentity
 from glalm.evals.result_files import (
     current_results,
     find_result,
+    format_number,
     infer_tokens,
     load_results,
     read_json,
@@ -113,3 +117,10 @@ def test_results_of_the_average_are_kept_apart_and_come_second(tmp_path):
     save("perplexity-beside", "model")
     assert sorted(r["results"] for r in current_results(tmp_path)) == ["perplexity", "perplexity-beside"]
     assert select_result(current_results(tmp_path), "perplexity")["results"] == "perplexity-beside"
+
+
+@pytest.mark.parametrize(
+    "x, text", [(None, None), (math.nan, None), (17.12345, "17.123"), (32000.5, "32,000.500"), (1e304, "1e+304")]
+)
+def test_a_number_of_a_table_is_short(x, text):
+    assert format_number(x, 3) == text

@@ -240,7 +240,13 @@ def load_folder_tokenizer(path: Path, is_export: bool) -> tuple[Tokenizer | None
 
 
 def open_windows(tokens: TokenSet, length: int, evaluator: str, reset_state: bool = False) -> Windows:
-    """Return the windows of a split. Raise ConfigError where it is shorter than one."""
+    """Return the windows of a split or a file. Raise ConfigError where it is shorter than one."""
+    option = {"perplexity": "train_length", "extrapolation": "extrapolation.max_length"}[evaluator]
+    require(
+        tokens.split != TEXT_FILE or tokens.num_tokens > length,
+        f"evals=[{evaluator}]: {tokens.folder} has {tokens.num_tokens} tokens, and a window of {length} reads "
+        f"{length + 1}; name a longer file, or write {option}={tokens.num_tokens - 1} or less",
+    )
     try:
         return Windows(tokens, length, reset_state=reset_state)
     except ValueError as error:
@@ -299,12 +305,14 @@ def open_split(config: EvalConfig, model: EvalModel, split: str) -> TokenSet:
         return open_text(config, model)
     folder = config.data_path or (model.run_config.data.path if model.run_config else None)
     require(
-        folder is not None, f"{model.name} is not a checkpoint of a run: write data_path=, a folder of prepared data"
+        folder is not None,
+        f"{model.name} is not a checkpoint of a run: write data_path=FOLDER (prepared data) or text=FILE",
     )
     try:
         tokens = TokenSet(folder, split, select_manifest(Path(folder), model.data_manifest))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data_path={folder}: {error}") from error
+        where = f"data_path={folder}" if config.data_path else f"{folder}, the data of the run"
+        raise ConfigError(f"{where}: {error}") from error
     require_data_of_model(tokens, folder, config, model)
     return tokens
 

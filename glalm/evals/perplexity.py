@@ -25,7 +25,7 @@ from glalm.evals.result_files import format_number
 
 
 class PerplexityEvaluator(Evaluator):
-    """Perplexity of the whole validation split, or of the file that `text` names."""
+    """Perplexity of all whole windows of the validation split, or of the file that `text` names."""
 
     shares_texts = True
 
@@ -48,7 +48,10 @@ class PerplexityEvaluator(Evaluator):
         bits = results["bits_per_byte"]
         per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
         perplexity = format_number(results["perplexity"], 3)
-        return [f"{text} perplexity {perplexity} over {results['tokens']:,} tokens{per_byte}"]
+        # Of a split, that is less than a window of each source; of a file, it may be half.
+        tail = f"; its last {self.windows.dropped_tokens:,} tokens fill no window of {settings['seq_len']:,}"
+        is_cut = settings["split"] == TEXT_FILE and self.windows.dropped_tokens > 0
+        return [f"{text} perplexity {perplexity} over {results['tokens']:,} tokens{per_byte}{tail if is_cut else ''}"]
 
     def metrics(self, results: dict) -> dict[str, float | None]:
         return {"perplexity": results["perplexity"], "bits_per_byte": results["bits_per_byte"]}

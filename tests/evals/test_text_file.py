@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from glalm.config.strict import ConfigError, RunError
 from glalm.data.shards import TokenSet
-from glalm.evals.identity import describe_conditions
+from glalm.evals.identity import TEXT_FILE, describe_conditions
+from glalm.evals.inputs import open_windows
 from glalm.evals.options import EvalConfig, ExtrapolationConfig, GenerateConfig
 from glalm.evals.result_files import current_results, select_result
 from glalm.evals.runner import evaluate
@@ -91,10 +92,26 @@ def test_perplexity_is_that_of_the_files_windows_beside_the_runs_own(run, held_o
     expected = torch.cat([losses(run, window) for window in windows]).mean().item()
     assert record["results"]["nats_per_token"] == pytest.approx(expected, abs=1e-5)
     assert record["results"]["tokens"] == 16 * len(windows)
-    assert f"held out.jsonl perplexity {math.exp(expected):.3f} over" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"held out.jsonl perplexity {math.exp(expected):.3f} over" in printed
+    tail = len(stream) - 1 - 16 * len(windows)
+    assert tail > 0 and f"; its last {tail} tokens fill no window of 16\n" in printed
     assert record["own_text"] is False and describe_conditions(record) == "held out.jsonl, windows of 16 tokens"
     main = select_result(current_results(run.folder), "perplexity")
     assert main["file"] == "eval/perplexity.json"
+
+
+@pytest.mark.parametrize(
+    "evaluator, option", [("perplexity", "train_length"), ("extrapolation", "extrapolation.max_length")]
+)
+def test_a_file_shorter_than_a_window_is_refused_with_the_length_that_fits(evaluator, option, stream):
+    tokens = stream(5)
+    tokens.split = TEXT_FILE
+    with pytest.raises(ConfigError, match=rf"memory has 5 tokens, and a window of 5 reads 6; .* write {option}=4 or"):
+        open_windows(tokens, 5, evaluator)
+    tokens.split = "test"
+    with pytest.raises(ConfigError, match="memory has at most 5 for test"):
+        open_windows(tokens, 5, evaluator)
 
 
 def test_the_same_content_is_not_scored_again_and_other_content_is(run, held_out, tmp_path, capsys):

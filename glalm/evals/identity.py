@@ -115,7 +115,8 @@ def describe_conditions(record: Mapping[str, Any]) -> str:
     if "seq_len" in settings:
         parts.append(f"windows of {settings['seq_len']:,} tokens")
     if "contexts" in settings:
-        parts.append(f"text={settings['text']}, at most {settings['documents'] or 'all'}")
+        texts = "documents" if settings["text"] == "documents" else "blocks of the stream"
+        parts.append(f"at most {settings['documents']} {texts}" if settings["documents"] else f"all {texts}")
     if settings.get("limit"):
         parts.append(f"only the first {settings['limit']:,} questions of each task")
     if settings.get("num_fewshot") is not None:

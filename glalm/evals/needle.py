@@ -56,12 +56,12 @@ class NeedleEvaluator(Evaluator):
         require(
             lengths[0] >= 2 * overhead,
             f"needle.lengths={lengths}: needle and question alone are {overhead} tokens; write "
-            f"needle.lengths=[{2 * overhead}] or longer",
+            f"'needle.lengths=[{2 * overhead}]' or longer",
         )
         require(
             len(filler) >= lengths[-1],
             f"needle.lengths={lengths}: {tokens.folder} ({tokens.split}) has {len(filler)} tokens of text; write "
-            f"needle.lengths=[{len(filler)}] or shorter",
+            f"'needle.lengths=[{len(filler)}]' or shorter",
         )
         model.require_length(lengths[-1] + ANSWER_ROOM, "needle.lengths")
         self.lengths = lengths

@@ -194,7 +194,7 @@ class EvalConfig:
             self.text is None or self.data_path is None,
             f"text={self.text} and data_path={self.data_path} are alternatives; remove one of them",
         )
-        require(len(self.evals) > 0, f"evals is empty; write evals=[perplexity], or any of {', '.join(EVALUATORS)}")
+        require(len(self.evals) > 0, f"evals is empty; write 'evals=[perplexity]', or any of {', '.join(EVALUATORS)}")
         require_evaluators("evals", self.evals)
         require(
             "zero_shot" not in self.evals or len(self.harness.tasks) > 0,

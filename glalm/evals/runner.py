@@ -166,7 +166,7 @@ def run_evaluator(
     folder = model.output_folder
     evaluator = build_evaluator(name, model, config)
     if context.shard is not None and not evaluator.shares_texts:
-        console.print(f"{name}: its texts are not shared (parallel.context); each process reads others")
+        console.print(f"{name} ignores parallel.context: each process reads texts of its own")
         context.shard = None
     identity = identify_result(name, evaluator, model)
     partial_path = folder / "eval" / f".{name}-{identity.digest[:12]}.parts.json"

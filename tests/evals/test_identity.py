@@ -82,6 +82,10 @@ def test_what_a_number_was_measured_on():
     assert (
         describe_conditions(record("perplexity", **perplexity)) == "validation split of mine, windows of 2,048 tokens"
     )
+    curves = {"contexts": ["stateful"], "text": "documents", "documents": 32}
+    assert describe_conditions(record("extrapolation", **curves)) == "at most 32 documents"
+    curves |= {"text": "stream", "documents": None}
+    assert describe_conditions(record("extrapolation", **curves)) == "all blocks of the stream"
     harness = {"limit": 100, "num_fewshot": 5, "stateful": True, "tasks": ["piqa"]}
     text = "only the first 100 questions of each task, 5 examples before each question, harness.stateful=true"
     assert describe_conditions(record("zero_shot", **harness)) == text

@@ -199,7 +199,7 @@ def test_the_text_of_a_file_is_no_split(hay, monkeypatch):
     file.split = TEXT_FILE
     monkeypatch.setattr(needle, "open_split", lambda *_: file)
     assert NeedleEvaluator(Lookup(), config(lengths=[400])).settings["split"] == TEXT_FILE
-    with pytest.raises(ConfigError, match=r"memory \(file\) has 2960 tokens of text; write needle.lengths=\[2960\]"):
+    with pytest.raises(ConfigError, match=r"memory \(file\) has 2960 tokens of text; write 'needle.lengths=\[2960\]'"):
         NeedleEvaluator(Lookup(), config(lengths=[4000]))
 
 

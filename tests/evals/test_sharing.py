@@ -167,7 +167,7 @@ def test_what_does_not_share_reads_other_texts_and_says_so(tmp_path):
         generate=GenerateConfig(tokens=3, prompts=["alpha", "beta", "gamma"]),
     )
     printed = launch(tmp_path, 2, [config], [])
-    assert printed.count("generate: its texts are not shared (parallel.context); each process reads others") == 1
+    assert printed.count("generate ignores parallel.context: each process reads texts of its own") == 1
     samples = read_results(tmp_path, "out")["generate"]["results"]
     assert [sample["prompt"] for sample in samples] == ["alpha", "beta", "gamma"]
 

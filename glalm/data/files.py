@@ -190,21 +190,16 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         BlockingIOError: Another process has the folder in use.
     """
     folder = temporary_path(path)
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not try_lock(handle):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(folder.with_suffix(".lock")) as is_held:
+        if not is_held:
             raise BlockingIOError(f"Another process is writing {folder}. Wait until it ends, or choose another name.")
+        remove_entry(folder)
+        folder.mkdir()
         try:
-            for entry in folder.iterdir():
-                remove_entry(entry)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def rename_into_place(file: IO[bytes], path: Path) -> None:
@@ -260,23 +255,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_named(file: IO | int, path: Path) -> bool:
-    """Return whether `path` still leads to an open file or folder. A filesystem that does not answer is trusted.
+def is_named(file: IO, path: Path) -> bool:
+    """Return whether `path` still leads to an open file. A filesystem that does not answer is trusted.
 
     A lock is on the file, not on its name: if the name is removed, another process can lock a new file of that name.
     """
     try:
-        return os.path.samestat(os.fstat(file if isinstance(file, int) else file.fileno()), os.stat(path))
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError as error:
         return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
-def try_lock(file: IO | int) -> bool:
-    """Lock an open file or folder against other processes. Return False if another process holds the lock.
+def try_lock(file: IO) -> bool:
+    """Lock an open file against other processes. Return False if another process holds the lock.
 
     The kernel releases the lock when `file` is closed or the process ends, however it ends, so no stale lock remains.
-    On NFS (Linux, version 3 with lockd, or version 4) the lock holds across machines, unless the mount has `nolock` or
-    `local_lock=flock`.
+    On NFS (Linux, version 3 with lockd, or version 4) the lock holds across machines if the file is open for writing,
+    unless the mount has `nolock` or `local_lock=flock`. The lock of a folder would hold on this machine only.
 
     Raises:
         OSError: The filesystem does not support locks.
@@ -286,3 +281,23 @@ def try_lock(file: IO | int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def hold_lock(path: Path) -> Iterator[bool]:
+    """Lock `path`, a file that exists for this purpose, while the block runs. Yield False if another process holds it.
+
+    Raises:
+        OSError: The file cannot be created, or the filesystem does not support locks.
+    """
+    while True:
+        with open(path, "a+") as file:
+            is_held = try_lock(file)
+            if is_held and not is_named(file, path):
+                continue  # Its last holder has removed it.
+            try:
+                yield is_held
+            finally:
+                if is_held and is_named(file, path):
+                    path.unlink(missing_ok=True)
+            return

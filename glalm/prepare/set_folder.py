@@ -4,16 +4,17 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glalm.data.files import file_sha256, is_named, read_json, try_lock
+from glalm.data.files import file_sha256, hold_lock, read_json
 from glalm.data.shards import MANIFEST, PLAN, SPLITS
 from glalm.prepare.input_files import Position
 
 JOURNAL = ".journal.json"
+LOCK = ".lock"
 LOGS = ("inputs.jsonl", "skipped.jsonl")
 SET_FILES = re.compile(
     rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
@@ -38,14 +39,12 @@ def create_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from preparing a set in `folder`. Raises ValueError if one already does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not (try_lock(handle) and is_named(handle, folder)):
-            raise ValueError(f"{folder}: another process is preparing this set. Wait until it ends, or stop it.")
+    """Keep other processes from writing to `folder`. Raises ValueError if one already does."""
+    # A complete set in a folder that cannot be written to is only read.
+    with hold_lock(folder / LOCK) if os.access(folder, os.W_OK) else nullcontext(True) as is_held:
+        if not is_held:
+            raise ValueError(f"{folder}: another process is working in this folder. Wait until it ends, or stop it.")
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -236,7 +236,8 @@ def test_killed_export_is_repeated(run_config, tmp_path):
     )
     command = [str(SCRIPT), str(run_config.folder), "--out", str(tmp_path / "to" / "out")]
     killed = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, timeout=300)
-    assert killed.returncode == -9 and [path.name for path in (tmp_path / "to").iterdir()] == [".out.tmp"]
+    assert killed.returncode == -9
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {".out.tmp", ".out.lock"}
     assert subprocess.run([sys.executable, *command], capture_output=True, timeout=300).returncode == 0
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["out"]
 

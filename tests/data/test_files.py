@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glalm.config.strict import RunError
+from glalm.data import files
 from glalm.data.files import (
     DamagedFile,
     UnreadableFile,
     atomic_write,
     find_mismatch,
+    hold_lock,
     read_file,
     read_json,
     read_jsonl,
@@ -26,6 +29,7 @@ from glalm.data.files import (
     try_lock,
     write_json,
 )
+from glalm.prepare.set_folder import lock_folder
 
 # What a killed process, or somebody else, may have left under a name: a file, a link, or a folder of them.
 LEFTOVERS = st.recursive(
@@ -87,12 +91,40 @@ def test_reopening_discards_what_follows(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_folder_is_locked_once(tmp_path):
-    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
-    assert try_lock(first) and not try_lock(second)
-    os.close(first)
-    assert try_lock(second)
-    os.close(second)
+def test_a_lock_is_held_once_and_leaves_no_file(tmp_path):
+    path = tmp_path / "lock"
+    for _ in range(2):
+        with hold_lock(path) as first, hold_lock(path) as second:
+            assert (first, second) == (True, False)
+        assert not path.exists()
+
+
+def test_a_lock_whose_file_was_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    """Its last holder removes the file after this process has opened it, and before it locks it."""
+    path = tmp_path / "lock"
+
+    def remove_and_lock(file):
+        monkeypatch.undo()
+        path.unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(files, "try_lock", remove_and_lock)
+    with hold_lock(path) as first, hold_lock(path) as second:
+        assert (first, second) == (True, False)
+
+
+def test_only_regular_files_open_for_writing_are_locked(tmp_path, monkeypatch):
+    """NFS locks a folder on one machine only, and refuses an exclusive lock of a file that is open for reading."""
+    modes = []
+
+    def record_mode(file):
+        modes.append((stat.S_ISREG(os.fstat(file.fileno()).st_mode), file.writable()))
+        return try_lock(file)
+
+    monkeypatch.setattr(files, "try_lock", record_mode)
+    with temporary_folder(tmp_path / "mine"), lock_folder(tmp_path):
+        pass
+    assert modes == [(True, True)] * 2 and list(tmp_path.iterdir()) == []
 
 
 DAMAGED_CONTENT = {

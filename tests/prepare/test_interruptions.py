@@ -493,11 +493,10 @@ def test_another_command_does_not_resume_an_unfinished_set(sources, settings, tm
 
 def test_two_preparations_of_one_set_are_refused(sources, settings, tmp_path):
     (tmp_path / "set").mkdir()
-    with (
-        set_folder.lock_folder(tmp_path / "set"),
-        pytest.raises(ValueError, match="another process is preparing this set"),
-    ):
-        prepare_data([sources], tmp_path / "set", **settings)
+    with set_folder.lock_folder(tmp_path / "set"):
+        with pytest.raises(ValueError, match="another process is working in this folder"):
+            prepare_data([sources], tmp_path / "set", **settings)
+        assert [path.name for path in (tmp_path / "set").iterdir()] == [set_folder.LOCK]
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ class DuplicateList:
                 advice = "Name the sources as in that command, or add them there"
                 raise ValueError(f"{problem}. {advice}: {self._command} SOURCE")
             described = source_input.describe()
-            same = described == {key: row[key] for key in described}
+            same = described == {key: row.get(key) for key in described}
             if not same and not (row["sha256"] and row["sha256"] == source_input.compute_sha256()):
                 problem = f"{source_input} has changed since it was read for {self.folder}"
                 raise ValueError(f"{problem}. Look for duplicates again with: {self._command} --overwrite SOURCE")

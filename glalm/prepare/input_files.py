@@ -36,7 +36,7 @@ class Input:
         source: The name of its source.
         name: A local file's path below the folder of its source, or else the address of the file.
         size: Its size in bytes, estimated for a file of a streamed data set. Progress is measured by it.
-        mtime_ns: The time of the file's last change, if it is known.
+        mtime_ns: The time of the file's last change, or None for a streamed data set that is not local.
     """
 
     source: str
@@ -123,11 +123,18 @@ class RemoteInput(PathInput):
 
 @dataclass(frozen=True)
 class HubInput(Input):
-    """One of the files of a data set that is streamed through `datasets`. A revision names it, so it never changes."""
+    """One of the files of a data set that is streamed through `datasets`.
+
+    Attributes:
+        index: Its index in `dataset`.
+        address: The address of its file, or "" if that is unknown. On the hub, it includes the commit.
+        version: What changes with the content of the data set: the address, or else a hash that `datasets` computes.
+    """
 
     dataset: Any  # datasets.IterableDataset
     index: int
-    address: str = ""  # of its file, if that is known
+    address: str = ""
+    version: str = ""
 
     @property
     def expected_bytes(self) -> float:
@@ -136,6 +143,15 @@ class HubInput(Input):
                 filesystem, path = open_url(self.address)
                 return filesystem.size(path) or math.inf
         return math.inf
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"version": self.version}
+
+    def has_changed(self) -> bool:
+        return self.mtime_ns is not None and Path(self.address).stat().st_mtime_ns != self.mtime_ns
+
+    def compute_sha256(self) -> str | None:
+        return None if self.mtime_ns is None else file_sha256(Path(self.address))
 
     def for_another_process(self) -> "HubInput":
         # The data set may have 100,000 files, and this is one of them.

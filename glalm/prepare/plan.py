@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -246,13 +247,17 @@ def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add
     for index, (key, entry) in enumerate(planned.items()):
         if entry == available[key].describe():
             continue
-        if index >= first_unread:
+        # The files of another version of a data set may have their records in another order.
+        is_of_hub = isinstance(available[key], HubInput) and available[key].mtime_ns is None
+        if index >= first_unread and not is_of_hub:
             changed_inputs.append(available[key])
         # A changed modification time is accepted for an input that was written completely, because the hash that was
         # logged for it shows that the content is the same.
         elif not written.get(key) or written[key] != available[key].compute_sha256():
             problem = f"{available[key]} has changed since the preparation of {out} began, and {out} has old documents"
-            raise ValueError(f"{problem}. Restore the file and its time, or prepare the set again with --overwrite.")
+            commit_of_hub = re.match(r"hf://datasets/[^@]+@(\w+)/", entry.get("version", ""))
+            advice = f"Name its old revision, @{commit_of_hub[1]}" if commit_of_hub else "Restore the file and its time"
+            raise ValueError(f"{problem}. {advice}, or prepare the set again with --overwrite.")
     if changed_inputs:
         others = f", and {len(changed_inputs) - 1:,} other inputs" if len(changed_inputs) > 1 else ""
         bar.log(f"{changed_inputs[0]} has changed, before it was read{others}. The new content is prepared.")

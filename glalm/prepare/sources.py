@@ -178,7 +178,10 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     addresses = files if len(files) == count else [""] * count
     inputs = []
     for index, file in enumerate(addresses):
-        inputs.append(HubInput(name, f"{spec}, shard {index} of {count}", size, None, dataset, index, file))
+        # The name lacks the revision, so that a preparation can be resumed with the one that it began with.
+        shard = f"{address}, shard {index} of {count}"
+        mtime_ns = Path(file).stat().st_mtime_ns if Path(file).is_file() else None
+        inputs.append(HubInput(name, shard, size, mtime_ns, dataset, index, file, file or str(builder.hash)))
     return Source(name, tuple(inputs))
 
 

@@ -1,5 +1,6 @@
 """The content of a set depends neither on the number of processes nor on how often they were killed."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from glalm.data import files
 from glalm.data.shards import SPLITS, TokenSet
 from glalm.prepare import encode, input_files, pipeline, plan, set_folder, units, writer
 from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.sources import Source, find_hub_dataset
 
 ROOT = Path(__file__).parents[2]
 PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
@@ -274,6 +276,30 @@ def test_an_input_that_changed_before_it_was_read_is_accepted_on_resume(copied, 
     assert found == expected
     # The fingerprint is of the sizes with which the set was begun.
     assert manifests[0] == manifests[1] | {"fingerprint": manifests[0]["fingerprint"]}
+
+
+def test_another_version_of_a_data_set_is_refused_on_resume(tmp_path, prepared):
+    """Without @REVISION the hub gives its newest version, whose files may repeat what was read, or lack something."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the text of {name}"}) + "\n")
+    local = find_hub_dataset(str(tmp_path), "wiki").inputs
+
+    def find_version(commit: str) -> list[Source]:
+        """Return the data set as one of the hub, which knows the commit of a file but no time."""
+        inputs = []
+        for index, found in enumerate(local):
+            address = f"hf://datasets/me/wiki@{commit}/{index}.jsonl"
+            inputs.append(dataclasses.replace(found, mtime_ns=None, address=address, version=address))
+        return [Source("wiki", tuple(inputs))]
+
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    prepare_interrupted(1, find_version("0ld"), tmp_path / "set", **given)
+    with pytest.raises(
+        ValueError, match=r"wiki, .*shard 0 of 2 has changed since .*old revision, @0ld, or .*--overwrite"
+    ):
+        prepare_data(find_version("new"), tmp_path / "set", **given)
+    assert prepare_data(find_version("0ld"), tmp_path / "set", **given)["complete"]
+    assert prepare_data(find_version("new"), tmp_path / "set", **given)["complete"]  # Nothing of it is missing.
 
 
 def test_a_touched_input_that_was_read_completely_is_accepted_on_resume(copied, settings, uninterrupted, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from glalm.data.files import file_sha256
 from glalm.prepare.input_files import FileInput, HubInput, read_batches
 from glalm.prepare.records import BadRecord
 from glalm.prepare.sources import (
@@ -175,6 +176,18 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     assert not {i.name for i in found.inputs} & {i.name for i in find_hub_dataset(str(other)).inputs}
     records, size = next(iter(found.inputs[0].read_records(["text"])))
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size
+
+
+def test_a_changed_file_of_a_local_data_set_is_described_otherwise(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    [found] = find_hub_dataset(str(tmp_path)).inputs
+    assert found.version == str(path) and found.compute_sha256() == file_sha256(path) and not found.has_changed()
+    path.write_text('{"text": "b"}\n')
+    os.utime(path, ns=(0, 0))
+    assert found.has_changed()
+    [changed] = find_hub_dataset(str(tmp_path)).inputs
+    assert changed.key == found.key and changed.describe() != found.describe()
 
 
 def read_hub(folder, fields=("text",)):

@@ -355,7 +355,8 @@ def _differing_keys(old: dict, new: dict | None) -> list[str]:
 def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
     """Save the tokenizer in the folder of a set, and return its entry in the manifest."""
     name = tokenizer.save(out)
-    paths = sorted((out / name).iterdir()) if (out / name).is_dir() else [out / name]
+    # transformers writes several chat templates into a folder of their own.
+    paths = [out / name, *sorted((out / name).rglob("*"))]
     return {
         "name": name,
         "fingerprint": tokenizer.fingerprint,
@@ -365,5 +366,5 @@ def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> dict:
         "before": tokenizer.bos_ids,
         "after": tokenizer.eos_ids,
         "round_trips": tokenizer.round_trips,
-        "files": [describe_file(path, out) for path in paths],
+        "files": [describe_file(path, out) for path in paths if path.is_file()],
     }

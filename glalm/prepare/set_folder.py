@@ -17,7 +17,7 @@ JOURNAL = ".journal.json"
 LOCK = ".lock"
 LOGS = ("inputs.jsonl", "skipped.jsonl")
 SET_FILES = re.compile(
-    rf"manifest\.json|tokenizer\.model|tokenizer/[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
+    rf"manifest\.json|tokenizer\.model|tokenizer/([\w.-]+/)?[\w.-]+|({'|'.join(map(re.escape, LOGS))})|lengths\.png"
     rf"|({'|'.join(SPLITS)})/([^/]+/)?\.?\d+(\.docs\.npy|\.npy|\.crc32)(\.tmp)?"
 )
 
@@ -78,6 +78,8 @@ def list_set_files(out: Path) -> list[Path]:
     """Return the files of a set, complete or not, in `out`. Raises ValueError if there are other files."""
     found = []
     for path in out.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            continue
         name = path.relative_to(out).as_posix()
         if SET_FILES.fullmatch(name) or name in (PLAN, JOURNAL) or path.match(".*.tmp"):
             found.append(path)

@@ -6,11 +6,13 @@ import sys
 import pytest
 from tokenizers import Tokenizer as JsonTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from glalm.commands.prepare_data import prepare
 from glalm.data.shards import TokenSet
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.pipeline import prepare_data
+from glalm.prepare.set_folder import remove_set
 
 END = "<|endoftext|>"
 
@@ -119,6 +121,23 @@ def test_the_users_own_empty_folder_stays(articles, tmp_path):
     with pytest.raises(ValueError, match="no field 'text'"):
         prepare_data([articles], tmp_path / "set", progress=False)
     assert list((tmp_path / "set").iterdir()) == []
+
+
+def test_a_tokenizer_with_several_chat_templates_is_part_of_the_set(tokenizer_json, articles, tmp_path):
+    """transformers writes all but the default one into a folder below that of the tokenizer."""
+    templates = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    original = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json), eos_token=END, chat_template=templates)
+    original.save_pretrained(tmp_path / "original")
+    given = {"tokenizer": tmp_path / "original", "text_field": "body", "progress": False}
+    out = tmp_path / "set"
+    for overwrite in (False, True):
+        manifest = prepare_data([articles], out, overwrite=overwrite, **given)
+    saved = [entry["file"] for entry in manifest["tokenizer"]["files"]]
+    assert saved == sorted(path.relative_to(out).as_posix() for path in (out / "tokenizer").rglob("*.j*"))
+    assert "tokenizer/additional_chat_templates/rag.jinja" in saved
+    assert PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").chat_template == templates
+    remove_set(out)
+    assert list(out.iterdir()) == []
 
 
 def test_another_end_is_another_set(tokenizer_json, articles, tmp_path):

@@ -190,7 +190,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         BlockingIOError: Another process has the folder in use.
     """
     folder = temporary_path(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # Opening the lock says if it is a file.
+        folder.parent.mkdir(parents=True)
     with hold_lock(folder.with_suffix(".lock")) as is_held:
         if not is_held:
             raise BlockingIOError(f"Another process is writing {folder}. Wait until it ends, or choose another name.")

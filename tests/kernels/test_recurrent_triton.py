@@ -87,3 +87,19 @@ def test_other_dtypes():
 def test_no_tokens_do_not_change_the_state():
     check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32)
     check(IEEE, 2, 0, 2, 16, 16, dtype=torch.float32, in_place=True)
+
+
+@interpreted
+def test_an_integer_scale_is_not_compiled_as_a_constant(monkeypatch):
+    """Triton would compile a kernel for scale = 1, and the launcher run it for every other integer."""
+    from glalm.kernels.triton import recurrent
+
+    scales = []
+
+    def spy(kernel, programs, args, *_):
+        scales.extend(x for name, x in zip(kernel.arg_names, args, strict=False) if name == "scale")
+
+    monkeypatch.setattr(recurrent, "launch", spy)
+    q = torch.randn(1, 5, 2, 16)
+    recurrent.forward(q, q, q, None, 1, None, None, None)
+    assert [type(x) for x in scales] == [float]

@@ -41,7 +41,8 @@ def forward(
     BV = columns_per_program(KP, V)
     o = v.new_empty(*q.shape[:3], V)
     gate = "none" if g is None else {4: "channel", 3: "head", 1: "fixed"}[g.dim()]
-    args = q, k, v, g, beta, o, initial_state, final_state, cu_seqlens, scale, T
+    # Triton would compile another kernel for the integer 1.
+    args = q, k, v, g, beta, o, initial_state, final_state, cu_seqlens, float(scale), T
     constants = dict(H=H, K=K, KP=KP, V=V, BV=BV, GATE=gate, GROUP=heads_per_group(q, k))
     launch(recurrent_kernel, N * H * triton.cdiv(V, BV), args, constants, {"num_warps": 4})
     return o

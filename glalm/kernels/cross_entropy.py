@@ -113,13 +113,13 @@ def cross_entropy_(
         gradient_scale: a factor of the gradient, so that small values of it are not rounded to 0 in float16.
 
     Returns:
-        float32 [N]; 0 where the target is IGNORE_INDEX. On CUDA, the loss of any other target outside the vocabulary
-        is NaN, because raising an error would make the host wait for the device.
+        float32 [N]; 0 where the target is IGNORE_INDEX. On CUDA, the loss and the gradient of any other target outside
+        the vocabulary are NaN, because raising an error would make the host wait for the device.
 
     Raises:
         RuntimeError: on the CPU, a target is outside the vocabulary and not IGNORE_INDEX.
     """
-    if logits.is_cuda:
+    if logits.is_cuda and logits.dtype != torch.float64:
         from glalm.kernels.triton import cross_entropy  # A machine without a GPU may lack Triton.
 
         return cross_entropy.cross_entropy_(logits, targets, z_loss, gradient, gradient_scale)

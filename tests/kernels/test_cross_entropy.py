@@ -67,10 +67,10 @@ def test_a_logit_that_is_not_finite_makes_the_loss_not_finite():
 def test_a_target_outside_the_vocabulary_gives_nan():
     from glalm.kernels.triton.cross_entropy import cross_entropy_
 
-    losses = cross_entropy_(
-        torch.zeros(4, 50, device=DEVICE), torch.tensor([-1, 50, 3, -100], device=DEVICE), 0.0, True
-    )
+    logits = torch.zeros(4, 50, device=DEVICE)
+    losses = cross_entropy_(logits, torch.tensor([-1, 50, 3, -100], device=DEVICE), 0.0, True)
     assert losses.isnan().tolist() == [True, True, False, False]
+    assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == losses.isnan().tolist()
 
 
 @pytest.mark.parametrize("target", [-1, 50])

@@ -46,12 +46,12 @@ def cross_entropy_kernel(
                 zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
                 tl.store(logits + start + columns, zeros, mask=start + columns < V)
         return
-    target_logit = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    is_in_vocabulary = (target >= 0) & (target < V)
+    target_logit = tl.load(logits + target, mask=is_in_vocabulary, other=float("nan")).to(tl.float32)
     maxima = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(
-        0, V, BLOCK
-    ):  # Each element of the block keeps a maximum and a sum; they are combined once, at the end.
+    # Each element of the block keeps a maximum and a sum of its own. They are combined once, after the loop.
+    for start in range(0, V, BLOCK):
         x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
         new_maxima = tl.maximum(maxima, x)
         total = total * tl.exp(maxima - new_maxima) + tl.exp(x - new_maxima)
@@ -60,7 +60,7 @@ def cross_entropy_kernel(
     lse = maximum + tl.log(tl.sum(total * tl.exp(maxima - maximum), 0))
     tl.store(losses + row, lse - target_logit + z_loss * lse * lse)
     if GRADIENT:
-        factor = 1 + 2 * z_loss * lse
+        factor = tl.where(is_in_vocabulary, 1 + 2 * z_loss * lse, float("nan"))
         for start in range(0, V, BLOCK):
             x = tl.load(logits + start + columns, mask=start + columns < V, other=LOWEST).to(tl.float32)
             d = (tl.exp(x - lse) * factor - tl.where(start + columns == target, 1.0, 0.0)) * gradient_scale

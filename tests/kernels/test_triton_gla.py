@@ -315,6 +315,13 @@ def test_no_tokens_do_not_change_the_state():
     o, S, _ = gla.forward(q, k, v, q, 1.0, None, torch.ones(1, 2, 16, 16), True, None, False)
     assert o.shape == v.shape and torch.equal(S, torch.ones(1, 2, 16, 16))
 
+    class Shard:
+        def exchange(self, sent, decay, initial):
+            return initial, sent + decay * initial
+
+    o, final, entering, _ = gla.forward_over_processes(q, k, v, q, 1.0, None, S, None, False, Shard())
+    assert o.shape == v.shape and torch.equal(final, S) and torch.equal(entering, S)
+
 
 @triton.jit
 def product_kernel(a, b, out, PARTS: tl.constexpr):

@@ -48,8 +48,8 @@ def fold_summaries_kernel(
 ):  # fmt: skip
     """Compute BLOCK numbers of `entering` and `final`; see fold_summaries for the arguments."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * L
     n = i // L
+    mask = n < N
     p = i % L
     S = tl.zeros([BLOCK], tl.float32)
     if initial is not None:

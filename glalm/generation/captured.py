@@ -52,6 +52,14 @@ def describe_value(value: object) -> object:
         return [describe_value(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return describe_value(vars(value))
-    # Functions and most other objects are equal to themselves alone. While they are in the list, no other one can have
-    # the same id.
-    return value if type(value).__eq__ is object.__eq__ else id(value)
+    return Identity(value)
+
+
+class Identity:
+    """Equals those of the same object alone, which it keeps alive, so that no other object can take its place."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.value is other.value

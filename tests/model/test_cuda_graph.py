@@ -1,5 +1,7 @@
 """CudaGraphGenerator against transformers' generation loop, in float64: the same tokens. On GPUs: with graphs."""
 
+import weakref
+
 import accelerate
 import pytest
 import torch
@@ -10,6 +12,7 @@ from prompts import GREEDY, SAMPLED, left_padded
 from torch import nn
 
 from glalm.generation import cuda_graph
+from glalm.generation.captured import describe_value
 from glalm.generation.cuda_graph import CudaGraphGenerator
 from glalm.hf import GLALMConfig, GLALMForCausalLM
 
@@ -379,3 +382,18 @@ def test_a_process_captures_on_one_gpu_after_another(tiny, tokens):
         decoder = CudaGraphGenerator(model)
         found = model.generate(ids, custom_generate=decoder, **GREEDY)
         assert torch.equal(found, model.generate(ids, **GREEDY)) and decoder.step.graph is not None
+
+
+def test_an_attribute_of_the_model_is_told_from_an_equal_one():
+    """The description keeps it alive: an object in its place in memory would be taken for it."""
+
+    class Equal:
+        def __eq__(self, other):
+            return True
+
+    value = Equal()
+    description = describe_value([value])
+    assert description == describe_value([value]) != describe_value([Equal()])
+    gone = weakref.ref(value)
+    del value
+    assert gone() is not None

@@ -108,7 +108,7 @@ def gated_norm_backward_kernel(
     x, gate, weight, dy, dx, dgate, shares, rows, eps,
     V: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of every tile that is a multiple of `programs` after the first, and its share of dweight.
+    """Compute the gradients of every `programs`-th tile of rows, beginning with the program's number, and sum dweight.
 
     x, gate, dy, dx, dgate: [rows, V]; weight: float32 [V]; shares: float32 [programs, V]
     """

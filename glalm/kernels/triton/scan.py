@@ -83,7 +83,7 @@ def scan_kernel(
             chunk_decay = 1.0 if decay is None else tl.load(decay + tile)
         else:
             chunk_decay = tl.load(decay + tile * KP + kk)
-            # The second chunk_decay half_decay of the preceding chunk is applied together with this chunk's first one.
+            # The second factor half_decay of the preceding chunk is applied together with the first one of this chunk.
             previous_tile = tile + (H if REVERSE else -H)
             pending_decay = tl.load(decay + previous_tile * KP + kk, mask=kk < (KP if i > begin else 0), other=1.0)
         p = (row + t)[:, None] * H * V + h * V + vv[None, :]
@@ -137,7 +137,7 @@ def scan_kernel(
 
     if final is not None:
         if not SCALAR_DECAY:
-            # The second chunk_decay half_decay of the last chunk.
+            # The second factor half_decay of the last chunk.
             final_tile = (first + (begin if REVERSE else end - 1)).to(tl.int64) * H + h
             S *= tl.load(decay + final_tile * KP + kk, mask=kk < (KP if end > begin else 0), other=1.0)[None, :]
         tl.store(final + state, S, mask=inside)

@@ -116,12 +116,6 @@ def mask_channels(inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def take_row(x, row: tl.constexpr):
-    """Return one row of a tile. The sum costs nothing, because adding -0.0 changes no number."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == row, x, -0.0), 0)
-
-
-@triton.jit
 def prefetch_tile(x, stride, rows, cols, R: tl.constexpr, C: tl.constexpr):
     """Start fetching into the L2 cache what load_tile would read, without waiting for it."""
     if not _INTERPRETED:
@@ -248,7 +242,7 @@ def dot_add_both_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_add_left_split(a_high, a_low, x, acc, PRECISION: tl.constexpr):
-    """Return acc + a @ x for a = a_high + a_low, where x is not a rounded value and so needs no low part.
+    """Return acc + a @ x for a = a_high + a_low, where x is exact in its dtype, so that it has no low part.
 
     If a_high is float32, a_low is ignored.
     """

@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from glalm.config.strict import ConfigError, RunError
-from glalm.data.processes import call_without_parent
+from glalm.data.processes import call_without_parent, count_cores
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def limit_threads(jobs: int) -> None:
 
     A number of threads that the user has set stays as it is.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // max(1, jobs)))
+    threads = str(max(1, count_cores() // max(1, jobs)))
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.setdefault(name, threads)
 

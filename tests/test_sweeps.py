@@ -204,6 +204,10 @@ def test_jobs_share_the_cores_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "3"})
     launcher.limit_threads(2)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "2")
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "environ", {})
+    launcher.limit_threads(2)
+    assert os.environ["OMP_NUM_THREADS"] == "32"
 
 
 def test_an_error_of_the_launcher_stops_the_jobs(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a process does when the process that started it has ended."""
+"""The cores that a process may use, and what it does when the process that started it has ended."""
 
 import os
 import threading
@@ -6,6 +6,12 @@ import time
 from collections.abc import Callable
 
 POLL_SECONDS = 0.5
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    # Not every system has sched_getaffinity, which counts only these.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def call_without_parent(action: Callable[[], object]) -> None:

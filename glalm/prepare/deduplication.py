@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glalm.data.files import DamagedFile, read_json, remove_entry, temporary_path, write_json
+from glalm.data.processes import count_cores
 from glalm.prepare.duplicate_list import FORMAT, INPUTS, LIST, REPORT, VERSION, read_report, write_results
 from glalm.prepare.duplicates import find_duplicates
 from glalm.prepare.engine import MapUnits, check_engine, choose_engine, connect_engine
@@ -26,7 +27,6 @@ from glalm.prepare.signature_store import SignatureStore
 from glalm.prepare.signatures import Signatures, compute_signatures
 from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.units import Unit, cut_units, limit_workers, read_unit
-from glalm.prepare.workers import count_cores
 from glalm.progress import LINE_SECONDS, ProgressBar
 
 PLAN = "plan.json"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glalm.data.files import write_json
+from glalm.data.processes import count_cores
 from glalm.data.shards import PLAN, SPLITS, read_manifest
 from glalm.data.tokenizer import Tokenizer
 from glalm.prepare.duplicate_list import DuplicateList
@@ -34,7 +35,6 @@ from glalm.prepare.remote import URL
 from glalm.prepare.set_folder import JOURNAL, create_folder, explain_full_disk, last_commit, lock_folder, remove_set
 from glalm.prepare.sources import Source, collect_inputs, describe_unread_files, parse_source
 from glalm.prepare.units import UnitEncoder, cut_units
-from glalm.prepare.workers import count_cores
 from glalm.prepare.writer import SetWriter, format_counts
 from glalm.progress import LINE_SECONDS, ProgressBar
 

@@ -25,12 +25,6 @@ UNSENT_RESULTS = 8  # A worker computes up to this many results before its paren
 RESULT, END, ERROR = (bytes([kind]) for kind in range(3))
 
 
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    # Not every system has sched_getaffinity, which counts only these.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def stream_in_order(
     function: Callable[[Item], Iterable[Result]],
     items: Iterable[Item],

@@ -7,6 +7,7 @@ test of the file starts.
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy
 import pytest
@@ -29,6 +30,17 @@ def run_interpreted(file: str) -> None:
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert " passed" in result.stdout
+
+
+def record_launched(monkeypatch: pytest.MonkeyPatch, module: ModuleType, argument: str) -> list:
+    """Return a list to which each launch of the module's kernels adds an argument, instead of running the kernel."""
+    values = []
+
+    def record(kernel, programs, args, *_):
+        values.extend(x for name, x in zip(kernel.arg_names, args, strict=False) if name == argument)
+
+    monkeypatch.setattr(module, "launch", record)
+    return values
 
 
 def major_and_minor(package) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import INTERPRETED, interpreted, run_interpreted
+from interpreter import INTERPRETED, interpreted, record_launched, run_interpreted
 
 IEEE = 1e-6
 
@@ -94,12 +94,7 @@ def test_an_integer_scale_is_not_compiled_as_a_constant(monkeypatch):
     """Triton would compile a kernel for scale = 1, and the launcher run it for every other integer."""
     from glalm.kernels.triton import recurrent
 
-    scales = []
-
-    def spy(kernel, programs, args, *_):
-        scales.extend(x for name, x in zip(kernel.arg_names, args, strict=False) if name == "scale")
-
-    monkeypatch.setattr(recurrent, "launch", spy)
+    scales = record_launched(monkeypatch, recurrent, "scale")
     q = torch.randn(1, 5, 2, 16)
     recurrent.forward(q, q, q, None, 1, None, None, None)
     assert [type(x) for x in scales] == [float]

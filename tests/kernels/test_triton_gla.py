@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import INTERPRETED, interpreted, run_interpreted
+from interpreter import INTERPRETED, interpreted, record_launched, run_interpreted
 
 from glalm.kernels import context_parallel
 from glalm.kernels.triton.tiles import exact_dot
@@ -296,12 +296,7 @@ def test_an_integer_scale_is_not_compiled_as_a_constant(monkeypatch):
     """Triton would compile a kernel for scale = 1, and the launcher run it for every other integer."""
     from glalm.kernels.triton import gla
 
-    scales = []
-
-    def spy(kernel, programs, args, *_):
-        scales.extend(x for name, x in zip(kernel.arg_names, args, strict=False) if name == "scale")
-
-    monkeypatch.setattr(gla, "launch", spy)
+    scales = record_launched(monkeypatch, gla, "scale")
     q = torch.randn(1, 5, 2, 16)
     gla.forward(q, q, q, None, 1, None, None, False, None, False)
     assert [type(x) for x in scales] == [float]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glalm import IGNORE_INDEX
-from glalm.kernels.common import at_least_float32, register_operator, wide_dtype
+from glalm.kernels.common import at_least_float32, has_kernel, register_operator, wide_dtype
 
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
 # head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
@@ -119,7 +119,7 @@ def cross_entropy_(
     Raises:
         RuntimeError: on the CPU, a target is outside the vocabulary and not IGNORE_INDEX.
     """
-    if logits.is_cuda and logits.dtype != torch.float64:
+    if has_kernel(logits):
         from glalm.kernels.triton import cross_entropy  # A machine without a GPU may lack Triton.
 
         return cross_entropy.cross_entropy_(logits, targets, z_loss, gradient, gradient_scale)

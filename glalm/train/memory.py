@@ -163,9 +163,8 @@ def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
     assert model.vocab_size is not None  # The data's tokenizer has set it.
     width = 2 if bf16 else 4
     hidden = tokens * model.hidden_size * 5 * width
-    head = (
-        model.vocab_size * model.hidden_size * (4 + (2 if bf16 else 0))
-    )  # float32 gradient; with bf16 also the cast weight
+    # Of the head there are a float32 gradient and, with bf16, the cast weight.
+    head = model.vocab_size * model.hidden_size * (4 + (2 if bf16 else 0))
     return hidden + head + width * min(tokens * model.vocab_size, CHUNK_ELEMENTS)
 
 

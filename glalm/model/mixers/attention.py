@@ -252,8 +252,8 @@ def can_use_flash_attention(q: Tensor) -> bool:
     functions. It refuses heads of more than 256 channels, or of no multiple of 8, which scaled_dot_product_attention
     pads or computes otherwise.
     """
-    is_served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    return is_served and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and active_transform(q) is None
+    fits_kernel = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and fits_kernel and active_transform(q) is None
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

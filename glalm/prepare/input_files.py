@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,7 +123,7 @@ class RemoteInput(PathInput):
 
 @dataclass(frozen=True)
 class HubInput(Input):
-    """One of the files of a data set that is streamed through `datasets`.
+    """One of the files of a data set that `datasets` finds, and streams unless it is Parquet.
 
     Attributes:
         index: Its index in `dataset`.
@@ -144,6 +144,19 @@ class HubInput(Input):
                 return filesystem.size(path) or math.inf
         return math.inf
 
+    @property
+    def parquet(self) -> Path | RemoteFile | None:
+        """The file if it is Parquet. `datasets` reads ahead of damage, and by chance loses rows before it."""
+        if not self.address.lower().endswith(".parquet"):
+            return None
+        return RemoteFile(self.address) if self.mtime_ns is None else Path(self.address)
+
+    def find_cuts(self, start: int, part_bytes: int) -> list[int]:
+        if self.parquet is None or self.expected_bytes <= part_bytes:
+            return []
+        with self._explain_errors():
+            return find_cuts(self.parquet, start, part_bytes)
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"version": self.version}
 
@@ -158,16 +171,26 @@ class HubInput(Input):
         return replace(self, dataset=self.dataset.shard(self.dataset.num_shards, self.index), index=0)
 
     def read_records(self, fields: list[str], start: int = 0, stop: int | None = None) -> Chunks:
-        """Yield all records in order, of the columns that hold `fields`."""
+        """Yield the records of a part in order, of the columns that hold `fields`."""
         dataset = self.dataset
         if dataset.column_names:
             dataset = dataset.select_columns(select_columns(str(self), fields, dataset.column_names))
+        with self._explain_errors():
+            if self.parquet is None:
+                yield from read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
+            else:
+                for records, position in read_file(self.parquet, fields, start, stop):
+                    yield records, min(position, self.size)
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        """Raise ValueError that says how to go on where the file cannot be read."""
         try:
-            yield from read_rows(dataset.shard(dataset.num_shards, self.index), self.size)
+            yield
         except MemoryError:
             raise  # `read_part` says what to do.
-        except Exception as error:  # `datasets` and its libraries raise many kinds.
-            problem = f"{self}: `datasets` cannot read it ({type(error).__name__}: {error})"
+        except Exception as error:  # `datasets` and filesystems raise many kinds.
+            problem = f"{self} cannot be read ({type(error).__name__}: {error})"
             advice = "To continue from here, run the same command again. If it fails again, download the files and "
             raise ValueError(f"{problem}. {advice}name their folder without hf:.") from error
 

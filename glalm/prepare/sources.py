@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from glalm.prepare.input_files import FileInput, HubInput, Input, RemoteInput
 from glalm.prepare.records import SUFFIXES
-from glalm.prepare.remote import URL, RemoteFile, list_remote_files
+from glalm.prepare.remote import URL, RemoteFile, RemoteStatus, list_remote_files
 
 # Tests are a third of the standard library and repeat themselves, and site-packages are not part of it.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -152,7 +152,7 @@ def _describe_file(source: str, root: Path, name: str) -> FileInput:
 
 
 def find_hub_dataset(spec: str, name: str = "") -> Source:
-    """Return a data set that `datasets` streams as a source.
+    """Return a data set that `datasets` finds as a source.
 
     Args:
         spec: DATASET[:CONFIG[:SPLIT]][@REVISION]. SPLIT defaults to train.
@@ -180,8 +180,9 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     for index, file in enumerate(addresses):
         # The name lacks the revision, so that a preparation can be resumed with the one that it began with.
         shard = f"{address}, shard {index} of {count}"
-        mtime_ns = Path(file).stat().st_mtime_ns if Path(file).is_file() else None
-        inputs.append(HubInput(name, shard, size, mtime_ns, dataset, index, file, file or str(builder.hash)))
+        status = Path(file).stat() if Path(file).is_file() else RemoteStatus(size, None)
+        version = file or str(builder.hash)
+        inputs.append(HubInput(name, shard, status.st_size, status.st_mtime_ns, dataset, index, file, version))
     return Source(name, tuple(inputs))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import math
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from glalm.data.files import file_sha256
 from glalm.prepare.input_files import FileInput, HubInput, read_batches
 from glalm.prepare.records import BadRecord
+from glalm.prepare.remote import open_url
 from glalm.prepare.sources import (
     collect_inputs,
     describe_skipped_files,
@@ -219,9 +221,30 @@ def test_rows_before_the_damage_of_a_hub_data_set_are_read(tmp_path):
     data[place : place + 40] = b"\xff" * 40
     (tmp_path / "b.parquet").write_bytes(data)
     texts = [f"{i}" for i in range(1000)]
-    whole, damaged = read_hub(tmp_path)
-    assert whole == texts
-    assert damaged == [*texts[: len(damaged) - 1], "damaged file"] and len(damaged) > 300
+    assert read_hub(tmp_path) == [texts, [*texts[:600], "damaged file"]]
+
+
+def test_a_parquet_file_of_the_hub_is_cut_like_any_other(tmp_path):
+    table = pyarrow.table({"text": [f"{i}" for i in range(1000)], "more": range(1000)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    [found] = find_hub_dataset(str(tmp_path)).inputs
+    filesystem, path = open_url(f"memory://{tmp_path}/a.parquet")
+    filesystem.pipe_file(path, (tmp_path / "a.parquet").read_bytes())
+    on_hub = dataclasses.replace(found, mtime_ns=None, size=1, address=f"memory://{tmp_path}/a.parquet")
+    assert found.size == on_hub.expected_bytes == (tmp_path / "a.parquet").stat().st_size
+    for source_input in (found, on_hub):
+        assert source_input.find_cuts(0, 2**20) == [] and source_input.find_cuts(0, 1) == [1, 2, 3]
+        chunks = list(source_input.read_records(["text"], 1, 3))
+        assert [row for rows, _ in chunks for row in rows] == [{"text": f"{i}"} for i in range(300, 900)]
+        positions = [position for _, position in chunks]
+        assert positions == sorted(positions) and 0 < positions[-1] <= source_input.size
+    filesystem.rm(path)
+    with pytest.raises(
+        ValueError, match=r"shard 0 of 1 cannot be read \(FileNotFoundError.*run the same command again"
+    ):
+        on_hub.find_cuts(0, 1)
+    with pytest.raises(ValueError, match=r"shard 0 of 1 cannot be read \(FileNotFoundError"):
+        list(on_hub.read_records(["text"]))
 
 
 def test_other_columns_of_a_hub_data_set_may_change_their_type(tmp_path):
@@ -243,5 +266,5 @@ def test_a_hub_data_set_that_cannot_be_read_is_not_damaged(tmp_path, error):
 
     source_input = HubInput("hub", "hub, shard 0 of 1", 1, None, Dataset(), 0)
     assert source_input.expected_bytes == math.inf  # Its file is not known.
-    with pytest.raises(ValueError, match=r"shard 0 of 1: `datasets` cannot read it .*run the same command again"):
+    with pytest.raises(ValueError, match=r"shard 0 of 1 cannot be read .*run the same command again"):
         list(source_input.read_records(["text"]))

@@ -152,6 +152,9 @@ def test_units_of_any_size_give_the_same_set(many_kinds, texts, prepared, tmp_pa
 def test_processes_give_the_same_set_of_every_kind(many_kinds, texts, prepared, tmp_path, monkeypatch, processes):
     hub = tmp_path / "hub"
     hub.mkdir()
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tables / "a.parquet", row_group_size=7)
     for number in range(4):
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::4])
         (hub / f"{number}.jsonl").write_text(rows)
@@ -163,7 +166,7 @@ def test_processes_give_the_same_set_of_every_kind(many_kinds, texts, prepared, 
     ]
     assert not any(isinstance(unit, RecordBatch) for unit in units.cut_units(list(inputs), ["text"], Position()))
     given = {"tokenizer": prepared / "tokenizer.model", "on_error": "skip", "progress": False}
-    sources = [many_kinds, f"hub=hf:{hub}"]
+    sources = [many_kinds, f"hub=hf:{hub}", f"tables=hf:{tables}"]
     prepare_data(sources, tmp_path / "one", workers=1, **given)
     prepare_data(sources, tmp_path / "many", workers=processes, **given)
     assert read_contents(tmp_path / "many") == read_contents(tmp_path / "one")

@@ -69,6 +69,10 @@ class Input:
         """Return whether the input has changed since its size and time were read."""
         return False
 
+    def is_recorded_as(self, row: dict[str, Any]) -> bool:
+        """Return whether a row of inputs.jsonl with this input's key shows that the set has its content."""
+        return (row["bytes"], row.get("mtime_ns")) == (self.size, self.mtime_ns)
+
     def compute_sha256(self) -> str | None:
         """Return the SHA-256 of the content, or None if the file is not local."""
         return None
@@ -149,7 +153,7 @@ class HubInput(Input):
         """The file if it is Parquet. `datasets` reads ahead of damage, and by chance loses rows before it."""
         if not self.address.lower().endswith(".parquet"):
             return None
-        return RemoteFile(self.address) if self.mtime_ns is None else Path(self.address)
+        return RemoteFile(self.address) if self.is_remote else Path(self.address)
 
     def find_cuts(self, start: int, part_bytes: int) -> list[int]:
         if self.parquet is None or self.expected_bytes <= part_bytes:
@@ -160,11 +164,20 @@ class HubInput(Input):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"version": self.version}
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is on the hub, and not in a local folder."""
+        return self.mtime_ns is None
+
     def has_changed(self) -> bool:
-        return self.mtime_ns is not None and Path(self.address).stat().st_mtime_ns != self.mtime_ns
+        return not self.is_remote and Path(self.address).stat().st_mtime_ns != self.mtime_ns
+
+    def is_recorded_as(self, row: dict[str, Any]) -> bool:
+        # The size is an estimate, which changes as a data set of the hub grows.
+        return self.is_remote or super().is_recorded_as(row)
 
     def compute_sha256(self) -> str | None:
-        return None if self.mtime_ns is None else file_sha256(Path(self.address))
+        return None if self.is_remote else file_sha256(Path(self.address))
 
     def for_another_process(self) -> "HubInput":
         # The data set may have 100,000 files, and this is one of them.

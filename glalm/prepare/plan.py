@@ -248,7 +248,7 @@ def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add
         if entry == available[key].describe():
             continue
         # The files of another version of a data set may have their records in another order.
-        is_of_hub = isinstance(available[key], HubInput) and available[key].mtime_ns is None
+        is_of_hub = isinstance(available[key], HubInput) and available[key].is_remote
         if index >= first_unread and not is_of_hub:
             changed_inputs.append(available[key])
         # A changed modification time is accepted for an input that was written completely, because the hash that was
@@ -290,6 +290,7 @@ def _plan_addition(
                 f"{source_input.source!r}. If the file has changed, prepare the set again with --overwrite. If it "
                 "has only new documents, give it another name: NAME=PATH."
             )
+    _refuse_renamed_files(out, new, inputs, written)
     changed = _differing_keys(manifest["settings"], settings)
     if new and settings:
         changed.append("sources")
@@ -308,6 +309,23 @@ def _plan_addition(
     return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=_describe_base(manifest))
 
 
+def _refuse_renamed_files(out: Path, new: list[Input], inputs: list[Input], written: set[tuple[str, str]]) -> None:
+    """Raise ValueError if a data set of the hub has new files, and lacks some that `out` has and they may repeat."""
+    available = {source_input.key for source_input in inputs}
+    for source_input in new:
+        if not isinstance(source_input, HubInput) or not source_input.is_remote:
+            continue
+        dataset, _, path = source_input.name.partition(", ")
+        of_dataset = {key for key in written if key[0] == source_input.source and key[1].startswith(f"{dataset}, ")}
+        if absent := sorted(of_dataset - available):
+            old = absent[0][1].removeprefix(f"{dataset}, ")
+            problem = (
+                f"hf:{dataset} now has {path}, and no longer {old}, which {out} has: files were renamed or replaced"
+            )
+            advice = "Name the old revision with @REVISION or, if the new files repeat nothing, give them another name"
+            raise ValueError(f"{problem}. {advice}: NAME=hf:{dataset}.")
+
+
 def _describe_base(manifest: dict) -> dict:
     """Return the state of a complete set, from which SetWriter continues as from one that SetWriter.commit wrote."""
     splits = {}
@@ -321,13 +339,13 @@ def _describe_base(manifest: dict) -> dict:
 def find_new_inputs(out: Path, inputs: list[Input], bar: ProgressBar) -> list[Input]:
     """Return those of `inputs` whose content a complete set lacks."""
     rows = read_jsonl(out / "inputs.jsonl")
-    by_key = {(row["source"], row["name"], row["bytes"]): row for row in rows}
+    by_key = {(row["source"], row["name"]): row for row in rows}
     name_of_content = {row["sha256"]: row["name"] for row in rows if row["sha256"]}  # Streamed files have no hash.
     sizes = {row["bytes"] for row in rows}
     new = []
     for source_input in inputs:
-        row = by_key.get((*source_input.key, source_input.size))
-        if row and row.get("mtime_ns") == source_input.mtime_ns:
+        row = by_key.get(source_input.key)
+        if row and source_input.is_recorded_as(row):
             continue
         # A file of another size than all others is new without being hashed.
         sha256 = source_input.compute_sha256() if source_input.size in sizes else None

@@ -178,12 +178,22 @@ def find_hub_dataset(spec: str, name: str = "") -> Source:
     addresses = files if len(files) == count else [""] * count
     inputs = []
     for index, file in enumerate(addresses):
-        # The name lacks the revision, so that a preparation can be resumed with the one that it began with.
-        shard = f"{address}, shard {index} of {count}"
+        shard = f"{address}, {_find_path_in_dataset(file, path) or f'shard {index} of {count}'}"
         status = Path(file).stat() if Path(file).is_file() else RemoteStatus(size, None)
         version = file or str(builder.hash)
         inputs.append(HubInput(name, shard, status.st_size, status.st_mtime_ns, dataset, index, file, version))
     return Source(name, tuple(inputs))
+
+
+def _find_path_in_dataset(file: str, folder: str) -> str:
+    """Return the path of a file in its data set, on the hub or in a local folder; "" if it is unknown.
+
+    It lacks the revision: files of that path are taken for one as data is added, and as a preparation is resumed.
+    """
+    if on_hub := re.fullmatch(r"hf://datasets/[^@]+@[^/]+/(.+)", file):
+        return on_hub[1]
+    is_below = Path(file).is_relative_to(Path(folder).absolute())
+    return str(Path(file).relative_to(Path(folder).absolute())) if is_below else ""
 
 
 def collect_inputs(sources: list[Source], out: Path | None = None) -> tuple[list[Input], list[FileInput]]:

@@ -278,28 +278,49 @@ def test_an_input_that_changed_before_it_was_read_is_accepted_on_resume(copied, 
     assert manifests[0] == manifests[1] | {"fingerprint": manifests[0]["fingerprint"]}
 
 
+def find_version(folder, commit: str) -> list[Source]:
+    """Return the data set in a folder as one of the hub, which knows the commit of a file but no time."""
+    inputs = []
+    for found in find_hub_dataset(str(folder), "wiki").inputs:
+        address = f"hf://datasets/me/wiki@{commit}/{Path(found.address).name}"
+        size = 9 + len(commit)  # It is an estimate, and may be another one for each version.
+        inputs.append(dataclasses.replace(found, size=size, mtime_ns=None, address=address, version=address))
+    return [Source("wiki", tuple(inputs))]
+
+
 def test_another_version_of_a_data_set_is_refused_on_resume(tmp_path, prepared):
     """Without @REVISION the hub gives its newest version, whose files may repeat what was read, or lack something."""
+    (tmp_path / "wiki").mkdir()
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the text of {name}"}) + "\n")
-    local = find_hub_dataset(str(tmp_path), "wiki").inputs
-
-    def find_version(commit: str) -> list[Source]:
-        """Return the data set as one of the hub, which knows the commit of a file but no time."""
-        inputs = []
-        for index, found in enumerate(local):
-            address = f"hf://datasets/me/wiki@{commit}/{index}.jsonl"
-            inputs.append(dataclasses.replace(found, mtime_ns=None, address=address, version=address))
-        return [Source("wiki", tuple(inputs))]
-
+        (tmp_path / f"wiki/{name}.jsonl").write_text(json.dumps({"text": f"the text of {name}"}) + "\n")
+    old, new = find_version(tmp_path / "wiki", "0ld"), find_version(tmp_path / "wiki", "newer")
     given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
-    prepare_interrupted(1, find_version("0ld"), tmp_path / "set", **given)
-    with pytest.raises(
-        ValueError, match=r"wiki, .*shard 0 of 2 has changed since .*old revision, @0ld, or .*--overwrite"
-    ):
-        prepare_data(find_version("new"), tmp_path / "set", **given)
-    assert prepare_data(find_version("0ld"), tmp_path / "set", **given)["complete"]
-    assert prepare_data(find_version("new"), tmp_path / "set", **given)["complete"]  # Nothing of it is missing.
+    prepare_interrupted(1, old, tmp_path / "set", **given)
+    with pytest.raises(ValueError, match=r"wiki, a\.jsonl has changed since .*old revision, @0ld, or .*--overwrite"):
+        prepare_data(new, tmp_path / "set", **given)
+    assert prepare_data(old, tmp_path / "set", **given)["complete"]
+    assert prepare_data(new, tmp_path / "set", **given)["complete"]  # Nothing of it is missing.
+
+
+def test_the_new_files_of_a_data_set_of_the_hub_are_added(tmp_path, prepared):
+    (tmp_path / "wiki").mkdir()
+
+    def write(*names):
+        for name in names:
+            (tmp_path / f"wiki/{name}.jsonl").write_text(json.dumps({"text": f"the text of {name}"}) + "\n")
+
+    write("a", "b")
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    prepare_data(find_version(tmp_path / "wiki", "0ld"), tmp_path / "set", **given)
+    write("0", "c")
+    grown = find_version(tmp_path / "wiki", "newer")
+    assert prepare_data(grown, tmp_path / "set", add=True, progress=False)["books"]["wiki"]["written"] == 4
+    (tmp_path / "wiki/c.jsonl").rename(tmp_path / "wiki/d.jsonl")
+    renamed = find_version(tmp_path / "wiki", "newest")
+    with pytest.raises(ValueError, match=r"now has d\.jsonl, and no longer c\.jsonl.*@REVISION.*NAME=hf:"):
+        prepare_data(renamed, tmp_path / "set", add=True, progress=False)
+    other = [Source("other", tuple(dataclasses.replace(found, source="other") for found in renamed[0].inputs))]
+    assert prepare_data(other, tmp_path / "set", add=True, progress=False)["books"]["other"]["written"] == 4
 
 
 def test_a_touched_input_that_was_read_completely_is_accepted_on_resume(copied, settings, uninterrupted, tmp_path):

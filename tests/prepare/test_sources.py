@@ -18,6 +18,7 @@ from glalm.prepare.input_files import FileInput, HubInput, read_batches
 from glalm.prepare.records import BadRecord
 from glalm.prepare.remote import open_url
 from glalm.prepare.sources import (
+    _find_path_in_dataset,
     collect_inputs,
     describe_skipped_files,
     find_hub_dataset,
@@ -180,6 +181,23 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path):
     assert records[0] == {"text": "0.0"} and size == found.inputs[0].size
 
 
+def test_files_of_a_data_set_are_named_by_their_paths_without_the_revision(tmp_path, monkeypatch):
+    (tmp_path / "wiki/data").mkdir(parents=True)
+    for name in ("train-0.jsonl", "train-1.jsonl"):
+        (tmp_path / "wiki/data" / name).write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    for address in ("wiki", str(tmp_path / "wiki")):
+        names = [found.name for found in find_hub_dataset(address).inputs]
+        assert names == [f"{address}, data/train-0.jsonl", f"{address}, data/train-1.jsonl"]
+    for file, name in {
+        "hf://datasets/me/wiki@0ld/data/en/0.parquet": "data/en/0.parquet",
+        "hf://datasets/squad@refs%2Fpr%2F1/a.jsonl": "a.jsonl",
+        "https://example.org/a.jsonl": "",
+        "": "",
+    }.items():
+        assert _find_path_in_dataset(file, "me/wiki") == name
+
+
 def test_a_changed_file_of_a_local_data_set_is_described_otherwise(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
@@ -240,10 +258,10 @@ def test_a_parquet_file_of_the_hub_is_cut_like_any_other(tmp_path):
         assert positions == sorted(positions) and 0 < positions[-1] <= source_input.size
     filesystem.rm(path)
     with pytest.raises(
-        ValueError, match=r"shard 0 of 1 cannot be read \(FileNotFoundError.*run the same command again"
+        ValueError, match=r", a\.parquet cannot be read \(FileNotFoundError.*run the same command again"
     ):
         on_hub.find_cuts(0, 1)
-    with pytest.raises(ValueError, match=r"shard 0 of 1 cannot be read \(FileNotFoundError"):
+    with pytest.raises(ValueError, match=r", a\.parquet cannot be read \(FileNotFoundError"):
         list(on_hub.read_records(["text"]))
 
 

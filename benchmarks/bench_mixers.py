@@ -374,7 +374,7 @@ def candidates() -> Iterator[Candidate]:
     for config in with_own(ssd.gradients, (launch.LaunchConfig({"BK": BK, "BV": 64}, *row) for BK, *row in rows)):
         yield Candidate("mamba2", "gradients", "SSD", (major, 128, 64), ssd._replace(gradients=config), config)
 
-    scan = launch.scan_config(device, 16)
+    scan = launch.selective_scan_config(device, 16)
     rows = (
         (4, 2, 48, 128), (4, 4, 48, 128), (4, 2, 48, 96), (8, 2, 48, 128),
     )  # fmt: skip
@@ -385,7 +385,9 @@ def candidates() -> Iterator[Candidate]:
     )  # fmt: skip
     for config in with_own(scan.backward, (launch._selective_config(*row) for row in rows)):
         forward = scan.forward._replace(tile={**scan.forward.tile, "CELL": config.tile["CELL"]})
-        yield Candidate("scan", "backward", "SELECTIVE_SCAN", major, launch.ScanConfigs(forward, config), config)
+        yield Candidate(
+            "scan", "backward", "SELECTIVE_SCAN", major, launch.SelectiveScanConfigs(forward, config), config
+        )
 
     conv = launch.conv_config(device)
     rows = {

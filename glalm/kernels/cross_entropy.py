@@ -10,8 +10,9 @@ from glalm.kernels.common import at_least_float32, has_kernel, register_operator
 # The largest number of logits in memory: 256 MiB in bfloat16. Every chunk reads and writes the float32 gradient of the
 # head once; in chunks of a tenth of this size, that would take as long as the softmax itself.
 CHUNK_ELEMENTS = 2**27
-# The gradient of the logits is computed before the scale of the loss, which would carry it through float16, is known.
-# With this factor, probabilities down to 1.5e-8 keep float16's full precision, and the gradient does not overflow.
+# The forward pass computes the logits' gradient, when GradScaler's factor, which keeps a gradient from underflowing in
+# float16, is not known yet. With this factor in its place, probabilities down to 1.5e-8 keep float16's full precision,
+# and the gradient does not overflow.
 FLOAT16_GRADIENT_SCALE = 2.0**12
 
 

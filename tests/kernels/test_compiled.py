@@ -1,4 +1,4 @@
-"""Compile every kernel of launch.TABLE for Hopper, which needs no GPU, and count how many programs fit.
+"""Compile every kernel of launch.GLA for Hopper, which needs no GPU, and count how many programs fit.
 
 A multiprocessor's shared memory and registers bound how many programs it runs at once.
 """
@@ -97,7 +97,7 @@ def find_config(sizes: tuple[int, int], name: str, gate: str, constants: dict) -
     """Return the configuration that the table has for a launch."""
     fixed = name == "gradients" and gate in ("fixed", "none")
     variant = "_pairwise" if constants.get("PAIRWISE") else "_fixed_gate" if fixed else ""
-    return getattr(launch.TABLE[9, *sizes], name + variant)
+    return getattr(launch.GLA[9, *sizes], name + variant)
 
 
 def check_parameters(launches: list) -> None:
@@ -121,7 +121,7 @@ def test_launches_give_every_parameter(gate, launches):
 )
 @pytest.mark.parametrize("sizes", PROGRAMS, ids=str)
 def test_as_many_programs_fit_as_the_table_assumes(sizes, gate, T, launches):
-    assert (9, *sizes) in launch.TABLE
+    assert (9, *sizes) in launch.GLA
     run_both_passes(*sizes, gate, T)
     names = set()
     for kernel, args, constants, options in launches:

@@ -20,8 +20,8 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PROGRAMS = {
     "gated_norm_kernel": 8,
     "gated_norm_backward_kernel": 4,
-    "scan_kernel": 8,
-    "scan_backward_kernel": 2,
+    "selective_scan_kernel": 8,
+    "selective_scan_backward_kernel": 2,
     "conv_kernel": 16,
     "conv_backward_kernel": 8,
     "ssd_scan_kernel": 2,

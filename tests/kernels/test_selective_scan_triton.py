@@ -23,14 +23,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(common, "has_kernel", lambda x: x.dtype != torch.float64)
     tile = {"ROWS": 2, "BD": 32, "CELL": 4}
     config = launch.LaunchConfig(tile, 1, 1)
-    monkeypatch.setitem(launch.SELECTIVE_SCAN, 9, launch.ScanConfigs(config, config))
+    monkeypatch.setitem(launch.SELECTIVE_SCAN, 9, launch.SelectiveScanConfigs(config, config))
 
 
 def give_threads_two_channels(monkeypatch):
     from glalm.kernels.triton import launch
 
     config = launch.LaunchConfig({"ROWS": 2, "BD": 64, "CELL": 4}, 1, 1)
-    monkeypatch.setitem(launch.SELECTIVE_SCAN, 9, launch.ScanConfigs(config, config))
+    monkeypatch.setitem(launch.SELECTIVE_SCAN, 9, launch.SelectiveScanConfigs(config, config))
 
 
 def cut_into_segments(count, monkeypatch):

@@ -1,4 +1,8 @@
-"""Cross-entropy and its gradient in one kernel, which reads each row of logits from DRAM once and writes it once."""
+"""Cross-entropy and its gradient in one kernel, which reads each row of logits twice and writes it once.
+
+The second reading hits the L2 cache if the rows of all running programs fit in it. With four programs on each
+multiprocessor of an H100 or H200, its 50 MB hold rows of about 50,000 bfloat16 logits.
+"""
 
 import torch
 import triton
@@ -33,7 +37,7 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """Store the loss of one token in each program and, with GRADIENT, overwrite its logits by the gradient.
 
-    The second pass over the row hits the L2 cache. A target out of range gives a loss of NaN.
+    A target out of range gives a loss of NaN, and NaN gradients.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V

@@ -1,7 +1,8 @@
 """One decoding step of a GLA layer for a single sequence: the gate's up-projection, the state update and the output.
 
 A program starts loading its part of the state before the kernel that computes q, k and v has ended (programmatic
-dependent launch). That is safe: only this kernel writes the state, and it last ran one token ago.
+dependent launch). Only this kernel writes the state, one token earlier, and between two tokens lies a kernel that waits
+for all before it: the lookup of the embedding. Launched like these, that one would have to wait here, too.
 """
 
 import torch
@@ -28,8 +29,9 @@ def gla_decode_step(
         v: [H * V]
         low: [R], the gate's down-projection of the token
         weight, bias: [H * K, R] and [H * K], the gate's up-projection
-        state: float32 [1, H, K, V], overwritten
+        state: float32 [1, H, K, V], contiguous, overwritten
     """
+    assert state.is_contiguous()
     _, H, K, V = state.shape
     R = len(low)
     KP = padded_head_size(K)

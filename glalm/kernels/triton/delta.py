@@ -22,7 +22,7 @@ from glalm.kernels.triton.delta_gradients import delta_gradients_kernel
 from glalm.kernels.triton.delta_prepare import prepare_kernel
 from glalm.kernels.triton.delta_scan import delta_reverse_scan_kernel, delta_scan_kernel
 from glalm.kernels.triton.gla import operand_dtype
-from glalm.kernels.triton.launch import LaunchConfig, delta_config_for, launch, padded_head_size
+from glalm.kernels.triton.launch import LaunchConfig, delta_config, launch, padded_head_size
 from glalm.kernels.triton.tiles import CHUNK, Chunks, count_chunks, running_sum_matrices
 
 
@@ -167,7 +167,7 @@ class LaunchPlan:
         # The running sums of gates per channel are matmuls of this many bfloat16 parts (see exact_dot).
         bfloat16_gates = g is not None and g.dtype == torch.bfloat16
         self.gate_parts = 1 if bfloat16_gates else 2 if self.dtype == torch.bfloat16 else 3
-        self.config = delta_config_for(q.device, self.KP, self.VP, self.dtype.itemsize * 8, self.per_channel)
+        self.config = delta_config(q.device, self.KP, self.VP, self.dtype.itemsize * 8, self.per_channel)
 
     def allocate(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.q.device, dtype=dtype or self.dtype)

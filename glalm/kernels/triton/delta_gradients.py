@@ -119,7 +119,8 @@ def subtract_along_rows(
     """Convert the gradients of the normalized rows, which dq and dk hold, to those of the rows of q and k, in place.
 
     A row's length does not count, so what its gradient has in the row's own direction is taken away. The products [C]
-    are those of each normalized row and its gradient. All loads come first, so that they wait together.
+    are those of each normalized row and its gradient. dq and dk hold values rounded to their dtype, so what cancels in
+    the difference leaves the error of one rounding. All loads come first, so that they wait together.
     """
     WIDTH: tl.constexpr = min(KP, 128)
     for k0 in range(0, KP, WIDTH):

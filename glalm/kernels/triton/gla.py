@@ -19,7 +19,7 @@ from glalm.kernels.common import gate_has_gradient, heads_per_group, multiplies_
 from glalm.kernels.context_parallel import ContextShard, reverse_exchange
 from glalm.kernels.triton.gradients import gradients_kernel
 from glalm.kernels.triton.head_gate import gradients_head_kernel, rescale_head_kernel
-from glalm.kernels.triton.launch import LaunchConfig, config_for, launch, multiprocessors, padded_head_size
+from glalm.kernels.triton.launch import LaunchConfig, gla_config, launch, multiprocessors, padded_head_size
 from glalm.kernels.triton.rescale import rescale_kernel
 from glalm.kernels.triton.scan import scan_kernel
 from glalm.kernels.triton.segments import join_segments
@@ -63,7 +63,7 @@ def saved_shapes(
     tiles = chunks * H
     segments = 1
     if cu_seqlens is None:
-        config = config_for(q.device, KP, padded_head_size(V), dtype.itemsize * 8)
+        config = gla_config(q.device, KP, padded_head_size(V), dtype.itemsize * 8)
         segments = count_segments(config.scan_forward, B, H, V, chunks, q.device)
     score_parts = 2 if with_residual and dtype == torch.bfloat16 else 1
     scalar_decay = g is None or g.dim() < 4  # as in LaunchPlan
@@ -216,7 +216,7 @@ class LaunchPlan:
         # The running sums of the gates are matmuls of this many bfloat16 parts (see exact_dot).
         gate_dtype = None if g is None else torch.float32 if self.from_logits else g.dtype
         self.gate_parts = 1 if gate_dtype == torch.bfloat16 else 2 if self.dtype == torch.bfloat16 else 3
-        self.config = config_for(q.device, self.KP, self.VP, self.dtype.itemsize * 8)
+        self.config = gla_config(q.device, self.KP, self.VP, self.dtype.itemsize * 8)
 
     def allocate(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.q.device, dtype=dtype or self.dtype)

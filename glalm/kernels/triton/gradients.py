@@ -80,9 +80,9 @@ def contract_states(
 def gradients_kernel(
     q, k, g, v, do, sum_matrices, pairwise_marks, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
     inv_normalizer, N, T, items, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, SUM_PARTS:
-    tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, PAIRWISE: tl.constexpr, ITEMS: tl.constexpr, GROUP:
-    tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr,
+    SUM_PARTS: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, PAIRWISE: tl.constexpr,
+    ITEMS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Process ITEMS items in each program, an item being BK channels of one chunk of one head of keys.
 

@@ -131,8 +131,8 @@ def rescale_head_kernel(
 def gradients_head_kernel(
     q, k, g, v, do, sum_matrices, decay, states, dstates, dq, dk, dg, cu_seqlens, offsets, owners, scale,
     inv_normalizer, N, T, tokens, H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr, PRECISION:
-    tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr, GROUP: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FROM_LOGITS: tl.constexpr, GATE_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, PREFETCH: tl.constexpr, FIXED_GATE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, dk and dg for BK channels of one chunk of one head of keys in each program.
 

@@ -1,6 +1,6 @@
 """How kernels are launched: tile sizes, warps and pipeline stages for each kernel, and a launcher with little overhead.
 
-Nothing is tuned at run time. `benchmarks/bench_kernels.py --tune K V` measures candidates and prints entries for TABLE.
+Nothing is tuned at run time. `benchmarks/bench_kernels.py --tune K V` measures candidates and prints entries for GLA.
 """
 
 import functools
@@ -27,11 +27,11 @@ class LaunchConfig(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-class KernelConfigs(NamedTuple):
+class GLAConfigs(NamedTuple):
     """One LaunchConfig for every kernel of chunk_gla.
 
-    The `pairwise` variants run on chunks that forget too much for the fast path. `gradients_fixed_gate` serves gates
-    without a gradient: their loads take more shared memory, so they have fewer pipeline stages.
+    The `pairwise` variants run on chunks that forget too much for the fast path. `gradients_fixed_gate` serves calls
+    without a gradient of the gate: a fixed gate, or none.
     """
 
     rescale: LaunchConfig
@@ -45,9 +45,9 @@ class KernelConfigs(NamedTuple):
     gradients_pairwise: LaunchConfig
 
 
-TABLE: dict[tuple[int, int, int], KernelConfigs] = {
+GLA: dict[tuple[int, int, int], GLAConfigs] = {
     # (compute capability major, K, V), bfloat16 operands
-    (9, 256, 512): KernelConfigs(
+    (9, 256, 512): GLAConfigs(
         rescale=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
         rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
         scan_forward=LaunchConfig({"BV": 128, "STORE_BANDS": 1, "PREFETCH": False}, warps=8, stages=2),
@@ -60,7 +60,7 @@ TABLE: dict[tuple[int, int, int], KernelConfigs] = {
         gradients_fixed_gate=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=3),
         gradients_pairwise=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1),
     ),
-    (9, 128, 256): KernelConfigs(
+    (9, 128, 256): GLAConfigs(
         rescale=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
         rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
         scan_forward=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=2),
@@ -71,7 +71,7 @@ TABLE: dict[tuple[int, int, int], KernelConfigs] = {
         gradients_fixed_gate=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=3),
         gradients_pairwise=LaunchConfig({"BK": 64, "BV": 64, "PREFETCH": False}, warps=4, stages=1),
     ),
-    (9, 64, 64): KernelConfigs(
+    (9, 64, 64): GLAConfigs(
         rescale=LaunchConfig({"BK": 64}, warps=4, stages=1, registers=128),
         rescale_pairwise=LaunchConfig({"BK": 64}, warps=4, stages=1),
         scan_forward=LaunchConfig({"BV": 64, "STORE_BANDS": 1, "PREFETCH": False}, warps=4, stages=1),
@@ -86,14 +86,15 @@ TABLE: dict[tuple[int, int, int], KernelConfigs] = {
 }
 
 
-def config_for(device: torch.device, KP: int, VP: int, bits: int) -> KernelConfigs:
+def gla_config(device: torch.device, KP: int, VP: int, bits: int) -> GLAConfigs:
     """Return the configurations for padded head sizes KP and VP and operands of `bits` bits.
 
-    Those for head sizes that TABLE lacks are correct everywhere, and fast for bfloat16 tiles of 64.
+    Those for cards and head sizes that GLA lacks are correct everywhere. They are not tuned, but fast for bfloat16
+    tiles of 64.
     """
     key = architecture(device), KP, VP
-    if bits == 16 and key in TABLE:
-        return TABLE[key]
+    if bits == 16 and key in GLA:
+        return GLA[key]
     if bits == 16 and min(KP, VP) >= 64:
         rescale = LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168)
         if KP == 64:
@@ -112,7 +113,7 @@ def config_for(device: torch.device, KP: int, VP: int, bits: int) -> KernelConfi
         scan_tile = {"BV": max(16, min(32, VP, 8192 // KP)), "STORE_BANDS": 1, "PREFETCH": False}
         scan = LaunchConfig(scan_tile, warps=4, stages=1)
         gradients = gradients_pairwise = LaunchConfig({"BK": 16, "BV": 16, "PREFETCH": False}, warps=2, stages=1)
-    return KernelConfigs(
+    return GLAConfigs(
         rescale=rescale,
         rescale_pairwise=rescale_pairwise,
         scan_forward=scan,
@@ -136,7 +137,7 @@ class DeltaConfigs(NamedTuple):
     gradients_normalized: LaunchConfig  # with normalization; with a gate per channel, BK is K
 
 
-DELTA_TABLE: dict[tuple[int, int, int, bool], DeltaConfigs] = {
+DELTA: dict[tuple[int, int, int, bool], DeltaConfigs] = {
     # (compute capability major, K, V, whether there is a gate per channel), bfloat16 operands
     (9, 128, 128, False): DeltaConfigs(
         prepare=LaunchConfig({"BK": 64}, warps=4, stages=2, registers=168),
@@ -173,14 +174,14 @@ DELTA_TABLE: dict[tuple[int, int, int, bool], DeltaConfigs] = {
 }
 
 
-def delta_config_for(device: torch.device, KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
+def delta_config(device: torch.device, KP: int, VP: int, bits: int, per_channel: bool) -> DeltaConfigs:
     """Return the delta rule's configurations for padded head sizes KP and VP and operands of `bits` bits.
 
-    Those for head sizes that DELTA_TABLE lacks are correct everywhere.
+    Those for cards and head sizes that DELTA lacks are correct everywhere, and not tuned.
     """
     key = architecture(device), KP, VP, per_channel
-    if bits == 16 and key in DELTA_TABLE:
-        return DELTA_TABLE[key]
+    if bits == 16 and key in DELTA:
+        return DELTA[key]
     if bits == 16:  # Every tile is at least 64 wide.
         prepare = LaunchConfig({"BK": 64}, warps=4, stages=1)
         scan = LaunchConfig({"BV": 64}, warps=8 if KP > 128 else 4, stages=1)
@@ -202,7 +203,7 @@ def delta_config_for(device: torch.device, KP: int, VP: int, bits: int, per_chan
     )
 
 
-class ScanConfigs(NamedTuple):
+class SelectiveScanConfigs(NamedTuple):
     """The LaunchConfigs of selective_scan's kernels, which must agree on CELL."""
 
     forward: LaunchConfig
@@ -214,15 +215,15 @@ def _selective_config(ROWS: int, warps: int, CELL: int, registers: int | None = 
     return LaunchConfig({"ROWS": ROWS, "BD": 32 * warps, "CELL": CELL}, warps, 1, registers)
 
 
-_DEFAULT_SELECTIVE_SCAN = ScanConfigs(_selective_config(4, 2, 48), _selective_config(3, 4, 48))
-_WIDE_SELECTIVE_SCAN = ScanConfigs(_selective_config(2, 2, 48), _selective_config(1, 4, 48, 255))
-SELECTIVE_SCAN: dict[int, ScanConfigs] = {
+_DEFAULT_SELECTIVE_SCAN = SelectiveScanConfigs(_selective_config(4, 2, 48), _selective_config(3, 4, 48))
+_WIDE_SELECTIVE_SCAN = SelectiveScanConfigs(_selective_config(2, 2, 48), _selective_config(1, 4, 48, 255))
+SELECTIVE_SCAN: dict[int, SelectiveScanConfigs] = {
     # compute capability major, states of at most 16 numbers
     9: _DEFAULT_SELECTIVE_SCAN._replace(forward=_selective_config(4, 2, 48, 128)),
 }
 
 
-def scan_config(device: torch.device, N: int) -> ScanConfigs:
+def selective_scan_config(device: torch.device, N: int) -> SelectiveScanConfigs:
     """Return the configurations of selective_scan's kernels for states of N numbers."""
     if N > 16:  # A thread's states of several tokens would not fit in its registers.
         return _WIDE_SELECTIVE_SCAN
@@ -284,7 +285,7 @@ def ssd_config(device: torch.device, KP: int, VP: int, bits: int) -> SSDConfigs:
         scan = LaunchConfig({"BV": 64 if KP <= 128 else 32}, warps=4, stages=1)
         gradients = LaunchConfig({"BK": 64, "BV": 64}, 4, 1)
         return SSDConfigs(64, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
-    # As in config_for, narrow tiles and float32 operands must not be wgmma's: no tile has 64 rows.
+    # As in gla_config, narrow tiles and float32 operands must not be wgmma's: no tile has 64 rows.
     scan = LaunchConfig({"BV": max(16, min(32, VP, 2048 // KP))}, warps=4, stages=1)
     gradients = LaunchConfig({"BK": 16, "BV": 16}, 4, 1)
     return SSDConfigs(32, scan_forward=scan, scan_states=scan, scan_backward=scan, gradients=gradients)
@@ -295,10 +296,10 @@ def padded_head_size(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-# Every call of the operator asks for these two, so they are cached.
+# Every call of an operator asks for these two, and each takes microseconds, so they are cached.
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Return the major compute capability: 9 for Hopper, which the interpreter on a CPU stands in for."""
+    """Return the major compute capability, 9 for Hopper; also 9 on a CPU, where the interpreter runs the kernels."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 

@@ -37,6 +37,7 @@ def matvec(
         residual: [N_0], added to the result of a single matrix
         swiglu: return the one result silu(W_0 f(x)) * (W_1 f(x)) instead
     """
+    assert len(weights) == 2 if swiglu else len(weights) <= 5
     K = len(x)
     KP = padded_head_size(K)
     rows = max(1, min(64, WEIGHTS_PER_PROGRAM // KP))
@@ -63,12 +64,14 @@ def supports_dependent_launch(device: torch.device) -> bool:
 
 @triton.jit
 def load_rows(w, n, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the rows n of the matrix w [N, K] as a tile [len(n), KP], with zeros outside of it."""
     kk = tl.arange(0, KP)
     return tl.load(w + n.to(tl.int64)[:, None] * K + kk[None, :], mask=(n < N)[:, None] & (kk < K)[None, :], other=0)
 
 
 @triton.jit
 def store_rows(out, n, y, N: tl.constexpr):
+    """Store y at the places n of the vector out [N]."""
     tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -85,6 +88,7 @@ def matvec_kernel(
     E3: tl.constexpr = E2 + (N3 + BN - 1) // BN
     pid = tl.program_id(0)
     each = tl.arange(0, BN)
+    # Triton compiles all branches. That of a missing matrix is given another one to read, and no program takes it.
     if pid < E0:
         tile = load_rows(w0, pid * BN + each, N0, K, KP)
     elif pid < E1:

@@ -7,7 +7,7 @@ from torch import Tensor
 from glalm.kernels.common import heads_per_group
 from glalm.kernels.triton.launch import launch, padded_head_size
 
-# A program holds this many numbers of a state: 32 for each thread, and enough programs for a batch of one.
+# 32 for each of a program's threads. More would leave a batch of one too few programs to fill the GPU.
 STATE_NUMBERS_PER_PROGRAM = 4096
 
 

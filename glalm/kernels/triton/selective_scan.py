@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glalm.kernels.triton.launch import launch, multiprocessors, scan_config
+from glalm.kernels.triton.launch import launch, multiprocessors, selective_scan_config
 from glalm.kernels.triton.tiles import LN2, LOG2E, as_rows, dot_add, flushed_exp2, mask_channels, reciprocal
 
 # A thread must own all numbers of a channel's state. Triton would give it several neighbouring channels, if it knew
@@ -68,7 +68,7 @@ class ScanPlan:
         self.N = A.shape[1]
         self.NP = max(16, triton.next_power_of_2(self.N))
         self.tokens = self.rows * self.T
-        self.config = scan_config(x.device, self.N)
+        self.config = selective_scan_config(x.device, self.N)
         self.x = as_rows(x)
         self.dt = as_rows(dt)
         self.z = None if z is None else as_rows(z)
@@ -131,7 +131,7 @@ class ScanPlan:
         constants = dict(D=self.D, N=self.N, BD=128, REVERSE=do is not None)
         programs = self.sequences * self.N * triton.cdiv(self.D, 128)
         args = starts, sums, self.A, initial, final, segments
-        launch(join_segments_kernel, programs, args, constants, {"num_warps": 4})
+        launch(selective_join_kernel, programs, args, constants, {"num_warps": 4})
         return starts, final
 
     def launch_scan(
@@ -143,7 +143,7 @@ class ScanPlan:
         do: Tensor | None = None,
         segment_dt: Tensor | None = None,
     ) -> Tensor:
-        """Run scan_kernel, and return the states that leave the segments, [n * segments, N, D]."""
+        """Run selective_scan_kernel, and return the states that leave the segments, [n * segments, N, D]."""
         config = self.config.forward
         final = self.allocate(self.sequences * segments, self.N, self.D)
         args = (
@@ -154,7 +154,7 @@ class ScanPlan:
             D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides, STRIDE_DO=0 if do is None else do.stride(1)
         )
         programs = self.sequences * segments * triton.cdiv(self.D, config.tile["BD"])
-        launch(scan_kernel, programs, args, constants, config.options)
+        launch(selective_scan_kernel, programs, args, constants, config.options)
         return final
 
     def backward(
@@ -190,7 +190,7 @@ class ScanPlan:
         constants = dict(
             D=self.D, N=self.N, NP=self.NP, **config.tile, **self.strides, STRIDE_DO=do.stride(1), HALF=half,
         )  # fmt: skip
-        launch(scan_backward_kernel, walks * blocks, args, constants, config.options)
+        launch(selective_scan_backward_kernel, walks * blocks, args, constants, config.options)
         dB, dC = (y[:, : self.N].reshape(self.rows, self.T, self.N).clone() for y in dBC.sum(0).unbind(1))
         dskip, ddt_bias = (None if y is None else y.sum(0) for y in (dskip, ddt_bias))
         dinitial = dstate if dinitial is None else dinitial
@@ -199,7 +199,7 @@ class ScanPlan:
 
 def checkpoint_shape(x: Tensor, A: Tensor) -> tuple[int, int, int]:
     """Return the shape of the states that are saved for the backward pass, without reading a value."""
-    cell = scan_config(x.device, A.shape[1]).forward.tile["CELL"]
+    cell = selective_scan_config(x.device, A.shape[1]).forward.tile["CELL"]
     tokens = x.shape[0] * x.shape[1]
     return (tokens + cell - 1) // cell, A.shape[1], A.shape[0]
 
@@ -297,7 +297,7 @@ def advance(h, A, dt, w, coefficients, t0, r: tl.constexpr, NP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "segments"], do_not_specialize_on_alignment=UNALIGNED)
-def scan_kernel(
+def selective_scan_kernel(
     x, dt, A, coefficients, skip, z, dt_bias, y, do, initial, final, checkpoints, segment_dt, cu_seqlens, T, segments,
     D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, CELL: tl.constexpr,
     STRIDE_X: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_DO: tl.constexpr,
@@ -390,7 +390,7 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def join_segments_kernel(
+def selective_join_kernel(
     local, segment_dt, A, initial, final, segments,
     D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -419,7 +419,7 @@ def join_segments_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "tokens", "segments"], do_not_specialize_on_alignment=UNALIGNED)
-def scan_backward_kernel(
+def selective_scan_backward_kernel(
     x, dt, A, coefficients, skip, z, dt_bias, do, initial, checkpoints, dfinal, starts, dx, ddt, dz, dcoefficients, dA,
     dskip, ddt_bias, dstate, cu_seqlens, T, tokens, segments,
     D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, CELL: tl.constexpr,
@@ -428,8 +428,8 @@ def scan_backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of BD channels in one segment of one sequence in each program, from its last cell on.
 
-    Inputs: as for scan_kernel; do at its stride; dfinal: float32 [sequences * segments, N, D] or None, the gradient of
-    the states that leave the segments. `initial` has one state per sequence, [sequences, N, D].
+    Inputs: as for selective_scan_kernel; do at its stride; dfinal: float32 [sequences * segments, N, D] or None, the
+    gradient of the states that leave the segments. `initial` has one state per sequence, [sequences, N, D].
     Scratch: starts, float32 [programs, CELL / ROWS, NP, BD], the states that enter the tiles of a cell.
     Outputs:
         dx, ddt, dz: [tokens, D]

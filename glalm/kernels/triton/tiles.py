@@ -57,7 +57,7 @@ def as_rows(x: Tensor) -> Tensor:
     evenly_spaced = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
     if evenly_spaced and x.stride(1) >= x.shape[2]:
         return x
-    # Of one token, x.contiguous() may be x itself, with any distance between its tokens.
+    # x.contiguous() would return an x of one token as it is, whatever the distance between its tokens.
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -263,7 +263,8 @@ def round_in_two(x, dtype: tl.constexpr):
 def compute_log_gates(x, inv_normalizer, FROM_LOGITS: tl.constexpr):
     """Return natural log gates of at least MIN_LOG_GATE.
 
-    x holds log gates or, with FROM_LOGITS, logits l of the log gate logsigmoid(l) * inv_normalizer.
+    x holds log gates or, with FROM_LOGITS, logits l of the log gate logsigmoid(l) * inv_normalizer. From l = 17 on,
+    1 + exp(-l) is 1 in float32, and the log gate 0 in place of -4e-8 * inv_normalizer.
     """
     x = x.to(tl.float32)
     if FROM_LOGITS:

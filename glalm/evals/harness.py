@@ -336,14 +336,20 @@ class HarnessLM(TemplateLM):
     def _generate(
         self, contexts: list[list[int]], max_gen_toks: int, until: list[str], do_sample: bool, **options
     ) -> list[str]:
+        """Return one continuation of each context. Raise RunError where logits are NaN, which would choose a token."""
         stop_texts = [text for text in until if text]
         device = self.model.device
+        has_nan = torch.zeros((), dtype=torch.bool, device=device)
         input_ids = pad_rows(contexts, device, left=True)
         length = input_ids.shape[1]
 
         def has_stop_text(rows: torch.Tensor, scores, **_) -> torch.Tensor:
             texts = [self._decode_new(row, length) for row in rows]
             return torch.tensor([any(stop in text for stop in stop_texts) for text in texts], device=device)
+
+        def look_for_nan(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            has_nan.logical_or_(scores.isnan().any())
+            return scores
 
         if not do_sample:
             options = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
@@ -354,10 +360,13 @@ class HarnessLM(TemplateLM):
             do_sample=do_sample,
             eos_token_id=self.eot_token_id,
             pad_token_id=self.eot_token_id,
+            logits_processor=[look_for_nan],
             stopping_criteria=[has_stop_text],
             suppress_tokens=self.model.unused_ids or None,
             **options,
         )
+        if has_nan:
+            raise RunError("the logits of the next token are NaN: the model's state or logits overflow")
         texts = [self._decode_new(row, length) for row in output]
         return [postprocess_generated_text(text, stop_texts, think_end_token=None) for text in texts]
 

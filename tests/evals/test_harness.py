@@ -23,7 +23,7 @@ from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from glalm.config.strict import ConfigError
+from glalm.config.strict import ConfigError, RunError
 from glalm.evals import harness, local_tasks
 from glalm.evals.eval_model import EvalModel
 from glalm.evals.evaluator import EvalContext
@@ -138,6 +138,15 @@ def test_a_tasks_options_of_sampling_reach_generation(options, eval_model, tmp_p
         torch.manual_seed(5)
         found.append(lm.generate_until([request], True))
     assert found[0] == found[1]
+
+
+def test_text_is_not_generated_from_logits_that_are_nan(eval_model):
+    causal_lm = copy.deepcopy(eval_model.causal_lm)
+    [*_, last] = causal_lm.parameters()
+    last.data.fill_(math.nan)
+    lm = harness_lm(dataclasses.replace(eval_model, causal_lm=causal_lm))
+    with pytest.raises(RunError, match="logits of the next token are NaN"):
+        lm.generate_until(instances("generate_until", [("alpha", {"until": ["zz"], "max_gen_toks": 5})]))
 
 
 def test_greedy_tasks_give_generation_no_options_of_sampling(eval_model, monkeypatch):

@@ -21,8 +21,14 @@ THREADS = 4
 
 
 def staging_folder(url: str) -> Path:
-    """Return the default folder in which a set is prepared that is copied to `url`."""
+    """Return the default folder in which a set is prepared that is copied to `url`.
+
+    Raises:
+        ValueError: The path in `url` leads out of that folder.
+    """
     scheme, _, path = url.partition("://")
+    if ".." in path.split("/"):
+        raise ValueError(f"{url} has the part '..', so no folder in {STAGING} is named after it. Add --staging FOLDER.")
     return STAGING / scheme / path.strip("/")
 
 

@@ -210,6 +210,8 @@ def test_a_killed_preparation_resumes(url, settings, corpus, tmp_path):
 def test_the_staging_folder_is_named_after_the_url(corpus, tmp_path):
     assert staging_folder("s3://bucket/sets/mine/") == Path("data/staging/s3/bucket/sets/mine")
     assert staging_folder("gs://bucket/sets/mine") == Path("data/staging/gs/bucket/sets/mine")
+    with pytest.raises(ValueError, match=r"s3://bucket/\.\./mine has the part '\.\.'.*Add --staging FOLDER"):
+        staging_folder("s3://bucket/../mine")
     with pytest.raises(ValueError, match="--staging is for a URL"):
         prepare_data([corpus], tmp_path / "set", staging=tmp_path / "staging")
 

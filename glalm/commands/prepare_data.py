@@ -29,12 +29,14 @@ examples:
   Prepare SlimPajama from the hub with Mistral's tokenizer, as in the paper (docs/data.md):
     glalm prepare --out data/slimpajama --tokenizer mistral-v1 \\
       --source-field meta.redpajama_set_name --on-error skip hf:cerebras/SlimPajama-627B
-  Add text to a set:
+  Add text to a set, and text in a field of another name:
     glalm prepare --out data/mine --add more.jsonl.gz
+    glalm prepare --out data/mine --add --text-field content code.parquet
   Show what is in a set:
     glalm prepare inspect data/mine
 """
-SETTINGS = ("tokenizer", "eos", "vocab_size", "validation", "test", "shard_tokens", "text_field", "source_field")
+SETTINGS_OF_SET = ("tokenizer", "eos", "vocab_size", "validation", "test", "shard_tokens")
+SETTINGS = (*SETTINGS_OF_SET, "text_field", "source_field")
 
 
 def prepare_or_inspect() -> int:
@@ -123,9 +125,15 @@ def parse_prepare_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text-field",
         metavar="FIELD",
-        help="field of a line or row that holds the text; dots lead into nested fields (default: text)",
+        help="field of a line or row that holds the text; dots lead into nested fields (default: text, or with --add "
+        "that of the set)",
     )
-    parser.add_argument("--source-field", metavar="FIELD", help="field that names a document's source, to mix sources")
+    parser.add_argument(
+        "--source-field",
+        metavar="FIELD",
+        help="field that names a document's source, to mix sources (default: none, or with --add that of the set; "
+        "'' is none)",
+    )
     parser.add_argument(
         "--duplicates", metavar="FOLDER", help="leave out the documents that glalm deduplicate --out FOLDER listed"
     )
@@ -148,7 +156,7 @@ def parse_prepare_arguments() -> argparse.Namespace:
         "--address", metavar="HOST:PORT", help="of the Ray cluster, or 'auto' for the one that runs on this machine"
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its settings")
+    mode.add_argument("--add", action="store_true", help="add sources to the set in FOLDER, with its tokenizer")
     mode.add_argument("--overwrite", action="store_true", help="replace the set in FOLDER")
     args = parser.parse_args()
     check_prepare_arguments(parser, args)
@@ -160,7 +168,7 @@ def check_prepare_arguments(parser: argparse.ArgumentParser, args: argparse.Name
     refuse_url("--tokenizer ", args.tokenizer)
     refuse_url("--staging ", args.staging)
     refuse_url("--duplicates ", args.duplicates)
-    for name in SETTINGS:
+    for name in SETTINGS_OF_SET:
         if args.add and getattr(args, name) is not None:
             parser.error(f"--add uses the settings of the set. Remove --{name.replace('_', '-')}.")
     if args.tokenizer and args.vocab_size:

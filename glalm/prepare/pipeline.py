@@ -25,6 +25,7 @@ from glalm.prepare.object_store import SetCopy, staging_folder
 from glalm.prepare.plan import (
     Plan,
     bad_record_error,
+    choose_fields,
     count_written,
     find_new_inputs,
     list_fields,
@@ -51,7 +52,7 @@ def prepare_data(
     vocab_size: int = 2048,
     held_out: Mapping[str, float] = HELD_OUT,
     shard_tokens: int = 2**27,
-    text_field: str = "text",
+    text_field: str | None = None,
     source_field: str | None = None,
     duplicates: str | os.PathLike | None = None,
     on_error: Literal["stop", "skip"] = "stop",
@@ -78,8 +79,8 @@ def prepare_data(
         shard_tokens: A shard ends before it would exceed this. A longer document has a shard to itself. Shards of
             held-out text are smaller by its share, so that the first ones of all splits are complete at one time.
         text_field, source_field: The fields of a JSON line or a table's row that hold the text and the name of the
-            document's source. A name with dots that is no field leads into nested fields. Without `source_field`, the
-            source is that of the input.
+            document's source. A name with dots that is no field leads into nested fields. None is "text", and the
+            source of the input; with `add` it is the field of the set, and "" the source of the input.
         duplicates: The folder of `deduplicate`, of which the listed documents are skipped and counted.
         on_error: For a record without a document, either raise ValueError with its file and line ("stop"), or skip it
             and count it by reason ("skip"). Empty documents are always skipped and counted.
@@ -110,15 +111,16 @@ def prepare_data(
         "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
         "held_out": {split: float(held_out.get(split, 0)) for split in SPLITS[1:]},
         "shard_tokens": shard_tokens,
-        "text_field": text_field,
-        "source_field": source_field,
+        "text_field": text_field or "text",
+        "source_field": source_field or None,
     }
+    fields = {"text_field": text_field, "source_field": source_field}
     if eos is not None:
         settings["eos"] = eos
     listed = DuplicateList(Path(duplicates)) if duplicates else None
     if listed:
         settings["duplicates"] = listed.sha256
-        listed.check(read_manifest(out)["settings"] if add else settings, inputs)
+        listed.check(choose_fields(read_manifest(out)["settings"], fields) if add else settings, inputs)
     with (
         connect_engine(engine, address),
         create_folder(out),
@@ -131,7 +133,9 @@ def prepare_data(
             copy.check_target(overwrite)
         for message in describe_unread_files(sources, repeated, out.resolve()):
             bar.log(message)
-        plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
+        plan = make_plan(
+            out, settings, fields, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar
+        )
         if copy:
             copy.begin(overwrite and last_commit(out) is None)
         if plan:
@@ -176,7 +180,7 @@ def run_plan(
     available = {source_input.key: source_input for source_input in inputs}
     inputs = [available[entry["source"], entry["name"]] for entry in plan.inputs]
     starts = [0, *accumulate(source_input.size for source_input in inputs)]  # of each input, in bytes
-    fields = list_fields(plan.settings)
+    fields = list_fields(plan.fields)
     if all(isinstance(source_input, FileInput) for source_input in inputs):
         workers = min(workers, 1 + starts[-1] // BYTES_PER_WORKER)
     tokenizer = plan.tokenizer
@@ -193,7 +197,9 @@ def run_plan(
     documents = 0
     tokens = 0
     units = cut_units(inputs, fields, writer.position)
-    encoder = UnitEncoder(out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings, fields)
+    encoder = UnitEncoder(
+        out / tokenizer["name"], tokenizer["fingerprint"], plan.dtype, plan.settings | plan.fields, fields
+    )
     results = map_units(encoder, units)
     try:
         for batch, encoded in results:

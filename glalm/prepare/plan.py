@@ -27,7 +27,9 @@ class Plan:
 
     Attributes:
         fingerprint: The SHA-256 of the settings, the tokenizer and the inputs with which the set was begun.
-        settings: The caller's settings; see `prepare_data`.
+        settings: The settings of the set; see `prepare_data`.
+        fields: The text_field and source_field with which the inputs are read. The settings have those of the first
+            inputs, and later ones may be added with others.
         tokenizer: The tokenizer's entry in the manifest.
         dtype: The dtype of the token ids.
         inputs: The inputs to read, as `Input.describe` returns them.
@@ -37,6 +39,7 @@ class Plan:
 
     fingerprint: str
     settings: dict
+    fields: dict
     tokenizer: dict
     dtype: str
     inputs: list[dict]
@@ -47,6 +50,7 @@ class Plan:
 PLAN_SHAPE = {
     "fingerprint": str,
     "settings": dict,
+    "fields": dict,
     "tokenizer": dict,
     "dtype": str,
     "inputs": [{"source": str, "name": str}],
@@ -58,6 +62,7 @@ PLAN_SHAPE = {
 def make_plan(
     out: Path,
     settings: dict,
+    fields: dict,
     inputs: list[Input],
     tokenizer: Tokenizer | None,
     *,
@@ -72,6 +77,8 @@ def make_plan(
     document is resumed by the same call, and does not hinder others.
 
     Args:
+        fields: The text_field and source_field of the caller, of which None stands for that of the settings, or with
+            `add` for that of the set.
         tokenizer: The tokenizer to use, or None to train one.
         on_error, add, overwrite: See `prepare_data`.
 
@@ -91,14 +98,14 @@ def make_plan(
     if not overwrite and (out / PLAN).exists():
         plan = read_plan(out)
         try:
-            return _resume_plan(plan, out, settings, inputs, add, bar)
+            return _resume_plan(plan, out, settings, fields, inputs, add, bar)
         except ValueError:
             if count_committed(out, plan):
                 raise
             _discard_plan(out, plan)  # Nothing is lost, and this command may be the correction of a failed one.
     if not overwrite and (out / MANIFEST).exists():
         (out / JOURNAL).unlink(missing_ok=True)  # A process that was killed just after it completed the set left it.
-        plan = _plan_addition(out, required, inputs, settings.get("duplicates"), bar)
+        plan = _plan_addition(out, required, fields, inputs, settings.get("duplicates"), bar)
     elif add:
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
     else:
@@ -129,6 +136,7 @@ def _plan_new_set(
     return Plan(
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         settings=settings,
+        fields=choose_fields(settings, {}),
         tokenizer=described,
         dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         inputs=inputs,
@@ -163,8 +171,14 @@ def check_first_documents(inputs: list[Input], settings: dict, on_error: str) ->
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped{first_error}.")
 
 
+def choose_fields(settings: dict, given: dict) -> dict:
+    """Return the text_field and source_field that are given or, where that is None, those of the settings."""
+    chosen = settings | {name: field for name, field in given.items() if field is not None}
+    return {"text_field": chosen["text_field"], "source_field": chosen["source_field"] or None}
+
+
 def list_fields(settings: dict) -> list[str]:
-    """Return the fields of a record that are read."""
+    """Return the fields of a record that are read, of settings or of what `choose_fields` returns."""
     return [settings[key] for key in ("text_field", "source_field") if settings[key]]
 
 
@@ -214,7 +228,9 @@ def _discard_plan(out: Path, plan: Plan) -> None:
     (out / PLAN).unlink()
 
 
-def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add: bool, bar: ProgressBar) -> Plan:
+def _resume_plan(
+    plan: Plan, out: Path, settings: dict, fields: dict, inputs: list[Input], add: bool, bar: ProgressBar
+) -> Plan:
     """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
 
     An input that has changed before it was read is taken as it is now, such as one with a bad record that was
@@ -228,7 +244,7 @@ def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add
         settings = plan.settings | {"duplicates": settings.get("duplicates")}
     available = {source_input.key: source_input for source_input in inputs}
     planned = {(entry["source"], entry["name"]): entry for entry in plan.inputs}
-    changed = _differing_keys(plan.settings, settings)
+    changed = _differing_keys(plan.settings | plan.fields, settings | choose_fields(settings, fields))
     missing = [name for source, name in planned if (source, name) not in available]
     if changed or missing:
         difference = f"with different {', '.join(changed)}"
@@ -268,12 +284,13 @@ def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add
 
 
 def _plan_addition(
-    out: Path, settings: dict | None, inputs: list[Input], duplicates: str | None, bar: ProgressBar
+    out: Path, settings: dict | None, fields: dict, inputs: list[Input], duplicates: str | None, bar: ProgressBar
 ) -> Plan | None:
     """Return a plan that adds to a complete set those of `inputs` that it does not have, or None if it has all.
 
     Args:
         settings: The settings and, implicitly, the inputs that the set must have; None to add inputs to any set.
+        fields: The text_field and source_field of what is added, of which None stands for that of the set.
         duplicates: The setting of what is added; see `DuplicateList.sha256`.
 
     Raises:
@@ -306,7 +323,9 @@ def _plan_addition(
     kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
     if duplicates:
         kept["settings"] = kept["settings"] | {"duplicates": duplicates}
-    return Plan(**kept, inputs=[source_input.describe() for source_input in new], base=_describe_base(manifest))
+    fields = choose_fields(kept["settings"], fields)
+    described = [source_input.describe() for source_input in new]
+    return Plan(**kept, fields=fields, inputs=described, base=_describe_base(manifest))
 
 
 def _refuse_renamed_files(out: Path, new: list[Input], inputs: list[Input], written: set[tuple[str, str]]) -> None:

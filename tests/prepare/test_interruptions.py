@@ -323,6 +323,28 @@ def test_the_new_files_of_a_data_set_of_the_hub_are_added(tmp_path, prepared):
     assert prepare_data(other, tmp_path / "set", add=True, progress=False)["books"]["other"]["written"] == 4
 
 
+def test_added_sources_may_have_fields_of_other_names(texts, prepared, tmp_path):
+    given = {"tokenizer": prepared / "tokenizer.model", "held_out": {}, "progress": False}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": texts[0], "from": "wiki"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"content": texts[1], "from": "wiki"}) + "\n")
+    (tmp_path / "code").mkdir()
+    for i in (2, 3):
+        (tmp_path / f"code/{i}.jsonl").write_text(json.dumps({"content": texts[i]}) + "\n")
+    out = tmp_path / "set"
+    prepare_data([tmp_path / "a.jsonl"], out, source_field="from", **given)
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    add = {"add": True, "text_field": "content", "progress": False}
+    prepare_data([tmp_path / "b.jsonl"], out, **add)
+    prepare_interrupted(1, [tmp_path / "code"], out, source_field="", **add)
+    with pytest.raises(ValueError, match=r"unfinished set, with different --text-field, --source-field\."):
+        prepare_data([tmp_path / "code"], out, add=True, progress=False)
+    manifest = prepare_data([tmp_path / "code"], out, source_field="", **add)
+    assert manifest["settings"] == settings
+    assert {name: counts["written"] for name, counts in manifest["books"].items()} == {tmp_path.name: 2, "code": 2}
+    assert manifest["splits"]["train"]["sources"].keys() == {"wiki", "code"}
+    assert prepare_data([tmp_path / "a.jsonl"], out, source_field="from", **given) == manifest
+
+
 def test_a_touched_input_that_was_read_completely_is_accepted_on_resume(copied, settings, uninterrupted, tmp_path):
     prepare_interrupted(1, [copied], tmp_path / "set", **settings)
     os.utime(copied / "a.jsonl")

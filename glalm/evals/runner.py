@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 import json
 import os
-import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
@@ -103,7 +103,8 @@ def run_evaluators(
                 console.print(Text(f"{name} failed: {type(error).__name__}: {error}", style="red"))
                 is_for_users = isinstance(error, (ConfigError, RunError))
                 if not is_for_users and not console.quiet:
-                    sys.excepthook(type(error), error, error.__traceback__)
+                    # sys.excepthook may be a tracker's, which would keep the error, and with it the evaluator's memory.
+                    traceback.print_exception(error)
     return identities, failures
 
 

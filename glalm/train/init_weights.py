@@ -17,11 +17,12 @@ from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
 from glalm.train.parametrization import find_multipliers
+from glalm.train.random_states import seed_new_run
 from glalm.train.run_dir import read_run_record, refuse_run_folder
 
 
 def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
-    """Build the model of config.model on the CPU, with the same weights on every process.
+    """Build the model of config.model on the CPU, with the same weights on every process, and seed all generators.
 
     Args:
         from_scratch: The run starts at step 0. If not, a checkpoint overwrites the weights, which have no values here.
@@ -29,7 +30,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     Raises:
         ConfigError: train.init_from holds no model, another model than config.model, or a model of another tokenizer.
     """
-    torch.manual_seed(config.seed)
+    seed_new_run(config.seed)
     if not from_scratch:
         with no_init_weights():  # Drawing those of a 1.3B model takes 8 s.
             return CausalLM(config.model)

@@ -39,6 +39,13 @@ def restore_random_states(saved: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
+def seed_new_run(seed: int) -> None:
+    """Seed every generator of this process, as on all others, as Accelerate's `set_seed` does."""
+    random.seed(seed)
+    np.random.seed(divmod(seed, 2**32))  # It takes numbers below 2^32.
+    torch.manual_seed(seed)
+
+
 def seed_random_states(seed: int, step: int, rank: int) -> None:
     """Seed every generator from these three numbers alone, for a process that has no saved states."""
     [combined] = np.random.SeedSequence([seed, step, rank]).generate_state(1).tolist()

@@ -102,7 +102,9 @@ class RPEAttention(Mixer):
     def map_features(self, x: Tensor) -> Tensor:
         """Return phi(x) [B, T, H, F], at least float32, of queries or keys x [B, T, H, K]."""
         with torch.autocast(x.device.type, enabled=False):
-            directions = F.normalize(at_least_float32(x), dim=-1)
+            x = at_least_float32(x)
+            # F.normalize's second derivative is NaN where x = 0, as at padding.
+            directions = x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
             return torch.einsum("bthk,hfk->bthf", directions, at_least_float32(self.features)).exp()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from glalm.hf import GLALMForCausalLM
 from glalm.model.decoder import CausalLM
 from glalm.train import checkpoint
 from glalm.train.parametrization import find_multipliers
-from glalm.train.random_states import seed_new_run
+from glalm.train.random_states import seed_generators
 from glalm.train.run_dir import read_run_record, refuse_run_folder
 
 
@@ -30,7 +30,7 @@ def build_initial_model(config: RunConfig, from_scratch: bool) -> CausalLM:
     Raises:
         ConfigError: train.init_from holds no model, another model than config.model, or a model of another tokenizer.
     """
-    seed_new_run(config.seed)
+    seed_generators(config.seed)
     if not from_scratch:
         with no_init_weights():  # Drawing those of a 1.3B model takes 8 s.
             return CausalLM(config.model)

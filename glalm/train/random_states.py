@@ -39,19 +39,17 @@ def restore_random_states(saved: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
-def seed_new_run(seed: int) -> None:
-    """Seed every generator of this process, as on all others, as Accelerate's `set_seed` does."""
+def seed_generators(seed: int) -> None:
+    """Seed every generator of this process, as Accelerate's `set_seed` does."""
     random.seed(seed)
-    np.random.seed(divmod(seed, 2**32))  # It takes numbers below 2^32.
+    np.random.seed(seed % 2**32)  # It takes no larger numbers.
     torch.manual_seed(seed)
 
 
 def seed_random_states(seed: int, step: int, rank: int) -> None:
     """Seed every generator from these three numbers alone, for a process that has no saved states."""
     [combined] = np.random.SeedSequence([seed, step, rank]).generate_state(1).tolist()
-    random.seed(combined)
-    np.random.seed(combined)
-    torch.manual_seed(combined)
+    seed_generators(combined)
 
 
 @contextmanager

@@ -111,16 +111,15 @@ def prepare_data(
         "tokenizer": opened.fingerprint if opened else {"vocab_size": vocab_size},
         "held_out": {split: float(held_out.get(split, 0)) for split in SPLITS[1:]},
         "shard_tokens": shard_tokens,
-        "text_field": text_field or "text",
-        "source_field": source_field or None,
+        "text_field": text_field if add else text_field or "text",
+        "source_field": source_field if add else source_field or None,
     }
-    fields = {"text_field": text_field, "source_field": source_field}
     if eos is not None:
         settings["eos"] = eos
     listed = DuplicateList(Path(duplicates)) if duplicates else None
     if listed:
         settings["duplicates"] = listed.sha256
-        listed.check(choose_fields(read_manifest(out)["settings"], fields) if add else settings, inputs)
+        listed.check(choose_fields(read_manifest(out)["settings"], settings) if add else settings, inputs)
     with (
         connect_engine(engine, address),
         create_folder(out),
@@ -133,9 +132,7 @@ def prepare_data(
             copy.check_target(overwrite)
         for message in describe_unread_files(sources, repeated, out.resolve()):
             bar.log(message)
-        plan = make_plan(
-            out, settings, fields, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar
-        )
+        plan = make_plan(out, settings, inputs, opened, on_error=on_error, add=add, overwrite=overwrite, bar=bar)
         if copy:
             copy.begin(overwrite and last_commit(out) is None)
         if plan:

@@ -18,6 +18,7 @@ from glalm.prepare.set_folder import JOURNAL, describe_file, last_commit, list_s
 from glalm.prepare.tokenizer_training import train_on_inputs
 from glalm.progress import ProgressBar
 
+FIELDS = ("text_field", "source_field")
 SKIP_ADVICE = " To skip such records and count them, use --on-error skip."
 
 
@@ -62,7 +63,6 @@ PLAN_SHAPE = {
 def make_plan(
     out: Path,
     settings: dict,
-    fields: dict,
     inputs: list[Input],
     tokenizer: Tokenizer | None,
     *,
@@ -77,8 +77,7 @@ def make_plan(
     document is resumed by the same call, and does not hinder others.
 
     Args:
-        fields: The text_field and source_field of the caller, of which None stands for that of the settings, or with
-            `add` for that of the set.
+        settings: The caller's settings. With `add`, a text_field or source_field of None stands for that of the set.
         tokenizer: The tokenizer to use, or None to train one.
         on_error, add, overwrite: See `prepare_data`.
 
@@ -94,18 +93,17 @@ def make_plan(
         if version < VERSION:
             bar.log(f"{out} has a set of format {version}; it is prepared again in the current format, {VERSION}.")
             overwrite = True
-    required = None if add else settings
     if not overwrite and (out / PLAN).exists():
         plan = read_plan(out)
         try:
-            return _resume_plan(plan, out, settings, fields, inputs, add, bar)
+            return _resume_plan(plan, out, settings, inputs, add, bar)
         except ValueError:
             if count_committed(out, plan):
                 raise
             _discard_plan(out, plan)  # Nothing is lost, and this command may be the correction of a failed one.
     if not overwrite and (out / MANIFEST).exists():
         (out / JOURNAL).unlink(missing_ok=True)  # A process that was killed just after it completed the set left it.
-        plan = _plan_addition(out, required, fields, inputs, settings.get("duplicates"), bar)
+        plan = _plan_addition(out, settings, inputs, add, bar)
     elif add:
         raise ValueError(f"{out} has no set to add to. Name the folder of a set, or omit --add to begin one.")
     else:
@@ -136,7 +134,7 @@ def _plan_new_set(
     return Plan(
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         settings=settings,
-        fields=choose_fields(settings, {}),
+        fields=choose_fields(settings, settings),
         tokenizer=described,
         dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         inputs=inputs,
@@ -171,15 +169,16 @@ def check_first_documents(inputs: list[Input], settings: dict, on_error: str) ->
         raise ValueError(f"{inputs[0].source} has no text: all documents are empty or skipped{first_error}.")
 
 
-def choose_fields(settings: dict, given: dict) -> dict:
-    """Return the text_field and source_field that are given or, where that is None, those of the settings."""
-    chosen = settings | {name: field for name, field in given.items() if field is not None}
-    return {"text_field": chosen["text_field"], "source_field": chosen["source_field"] or None}
+def choose_fields(settings_of_set: dict, settings: dict) -> dict:
+    """Return the text_field and source_field of the caller's settings or, where they are None, those of the set."""
+    given = {name: settings[name] for name in FIELDS if settings[name] is not None}
+    chosen = {name: settings_of_set[name] for name in FIELDS} | given
+    return chosen | {"source_field": chosen["source_field"] or None}
 
 
 def list_fields(settings: dict) -> list[str]:
     """Return the fields of a record that are read, of settings or of what `choose_fields` returns."""
-    return [settings[key] for key in ("text_field", "source_field") if settings[key]]
+    return [settings[name] for name in FIELDS if settings[name]]
 
 
 def list_written_keys(out: Path) -> set[tuple[str, str]]:
@@ -228,9 +227,7 @@ def _discard_plan(out: Path, plan: Plan) -> None:
     (out / PLAN).unlink()
 
 
-def _resume_plan(
-    plan: Plan, out: Path, settings: dict, fields: dict, inputs: list[Input], add: bool, bar: ProgressBar
-) -> Plan:
+def _resume_plan(plan: Plan, out: Path, settings: dict, inputs: list[Input], add: bool, bar: ProgressBar) -> Plan:
     """Return the plan of the interrupted preparation, after checking that its settings and inputs are unchanged.
 
     An input that has changed before it was read is taken as it is now, such as one with a bad record that was
@@ -240,11 +237,12 @@ def _resume_plan(
         ValueError: The settings differ, or an input is missing or has changed after a part of it was written.
     """
     if add:
-        # What is added has the settings of the set, but may have another list of duplicates.
-        settings = plan.settings | {"duplicates": settings.get("duplicates")}
+        # What is added has the settings of the set, but may have other fields and another list of duplicates.
+        own = choose_fields(plan.settings, settings) | {"duplicates": settings.get("duplicates")}
+        settings = plan.settings | own
     available = {source_input.key: source_input for source_input in inputs}
     planned = {(entry["source"], entry["name"]): entry for entry in plan.inputs}
-    changed = _differing_keys(plan.settings | plan.fields, settings | choose_fields(settings, fields))
+    changed = _differing_keys(plan.settings | plan.fields, settings)
     missing = [name for source, name in planned if (source, name) not in available]
     if changed or missing:
         difference = f"with different {', '.join(changed)}"
@@ -283,15 +281,11 @@ def _resume_plan(
     return plan
 
 
-def _plan_addition(
-    out: Path, settings: dict | None, fields: dict, inputs: list[Input], duplicates: str | None, bar: ProgressBar
-) -> Plan | None:
+def _plan_addition(out: Path, settings: dict, inputs: list[Input], add: bool, bar: ProgressBar) -> Plan | None:
     """Return a plan that adds to a complete set those of `inputs` that it does not have, or None if it has all.
 
     Args:
-        settings: The settings and, implicitly, the inputs that the set must have; None to add inputs to any set.
-        fields: The text_field and source_field of what is added, of which None stands for that of the set.
-        duplicates: The setting of what is added; see `DuplicateList.sha256`.
+        settings: See `make_plan`. Without `add`, the set must have these settings and, implicitly, all inputs.
 
     Raises:
         ValueError: The set has other settings, or has other content for one of the inputs.
@@ -308,8 +302,8 @@ def _plan_addition(
                 "has only new documents, give it another name: NAME=PATH."
             )
     _refuse_renamed_files(out, new, inputs, written)
-    changed = _differing_keys(manifest["settings"], settings)
-    if new and settings:
+    changed = [] if add else _differing_keys(manifest["settings"], settings)
+    if new and not add:
         changed.append("sources")
     if changed:
         difference = f"{out} has a set that was prepared otherwise (different {', '.join(changed)})."
@@ -317,29 +311,31 @@ def _plan_addition(
         raise ValueError(f"{difference} {advice}")
     if not new:
         return None
+    duplicates = settings.get("duplicates")
     if "duplicates" in manifest["settings"] and not duplicates:
         advice = "Look for duplicates of all sources, old and new, with glalm deduplicate, and name its folder"
         raise ValueError(f"{out} was prepared without duplicates. {advice} with --duplicates.")
     kept = {key: manifest[key] for key in ("fingerprint", "settings", "tokenizer", "dtype")}
     if duplicates:
         kept["settings"] = kept["settings"] | {"duplicates": duplicates}
-    fields = choose_fields(kept["settings"], fields)
+    fields = choose_fields(manifest["settings"], settings)
     described = [source_input.describe() for source_input in new]
     return Plan(**kept, fields=fields, inputs=described, base=_describe_base(manifest))
 
 
 def _refuse_renamed_files(out: Path, new: list[Input], inputs: list[Input], written: set[tuple[str, str]]) -> None:
     """Raise ValueError if a data set of the hub has new files, and lacks some that `out` has and they may repeat."""
-    available = {source_input.key for source_input in inputs}
+    files = {}  # one new file of each data set
     for source_input in new:
-        if not isinstance(source_input, HubInput) or not source_input.is_remote:
-            continue
-        dataset, _, path = source_input.name.partition(", ")
-        of_dataset = {key for key in written if key[0] == source_input.source and key[1].startswith(f"{dataset}, ")}
-        if absent := sorted(of_dataset - available):
-            old = absent[0][1].removeprefix(f"{dataset}, ")
+        if isinstance(source_input, HubInput) and source_input.is_remote:
+            dataset, _, file = source_input.name.partition(", ")
+            files[source_input.source, dataset] = file
+    absent = sorted(written - {source_input.key for source_input in inputs}) if files else []
+    for source, name in absent:
+        dataset, _, old = name.partition(", ")
+        if file := files.get((source, dataset)):
             problem = (
-                f"hf:{dataset} now has {path}, and no longer {old}, which {out} has: files were renamed or replaced"
+                f"hf:{dataset} now has {file}, and no longer {old}, which {out} has: files were renamed or replaced"
             )
             advice = "Name the old revision with @REVISION or, if the new files repeat nothing, give them another name"
             raise ValueError(f"{problem}. {advice}: NAME=hf:{dataset}.")
@@ -380,11 +376,11 @@ def bad_record_error(source_input: Input, record: SkippedRecord) -> ValueError:
     return ValueError(f"{source_input}:{record.number}: {record.detail}.{SKIP_ADVICE}")
 
 
-def _differing_keys(old: dict, new: dict | None) -> list[str]:
-    """Return the options of the command line that differ. None stands for any settings."""
-    keys = [] if new is None else [key for key in old | new if old.get(key) != new.get(key)]
+def _differing_keys(old: dict, new: dict) -> list[str]:
+    """Return the options of the command line that differ."""
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
     names = {key: f"--{key.replace('_', '-')}" for key in keys} | {"held_out": "--validation or --test"}
-    if new is not None and isinstance(old.get("tokenizer"), dict) and isinstance(new.get("tokenizer"), dict):
+    if isinstance(old.get("tokenizer"), dict) and isinstance(new.get("tokenizer"), dict):
         names["tokenizer"] = "--vocab-size"  # Both sets train a tokenizer.
     return [names[key] for key in keys]
 

@@ -192,8 +192,8 @@ def _find_path_in_dataset(file: str, folder: str) -> str:
     """
     if on_hub := re.fullmatch(r"hf://datasets/[^@]+@[^/]+/(.+)", file):
         return on_hub[1]
-    is_below = Path(file).is_relative_to(Path(folder).absolute())
-    return str(Path(file).relative_to(Path(folder).absolute())) if is_below else ""
+    root = Path(folder).absolute()
+    return str(Path(file).relative_to(root)) if Path(file).is_relative_to(root) else ""
 
 
 def collect_inputs(sources: list[Source], out: Path | None = None) -> tuple[list[Input], list[FileInput]]:

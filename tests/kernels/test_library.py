@@ -14,6 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from glalm import kernels
 from glalm.kernels import chunk_gla, fused_recurrent_gla
+from glalm.kernels.triton.delta_channel_gate import gate_sum_matrices
+from glalm.kernels.triton.tiles import running_sum_matrices
 
 # Operators with a registered backward pass, and their forward pass as torch.compile and checkpointing see it.
 REGISTERED = {
@@ -432,3 +434,14 @@ def test_transforms_of_pytorch_operators(draw_call, name, transform):
         leaf = x.clone().requires_grad_()
         (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("build", [running_sum_matrices, gate_sum_matrices])
+def test_a_constant_of_all_calls_is_not_built_in_the_context_of_the_first(build):
+    """Like the modes here, a CUDA graph's memory pool is of the calling thread."""
+    build.cache_clear()
+    with FakeTensorMode(), torch.inference_mode():
+        constant = build(torch.device("cpu"))
+    assert type(constant) is torch.Tensor
+    assert not constant.is_inference()
+    assert build(torch.device("cpu")) is constant

@@ -19,8 +19,6 @@ second kernel processes it in three groups of pairs:
   MAX_LIFT, as after two gates that forget everything, the block's pairs are computed one by one.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +33,7 @@ from glalm.kernels.triton.tiles import (
     MIN_LOG_GATE,
     any_marked,
     as_operand,
+    build_once,
     exact_dot,
     flushed_exp2,
     load_tile,
@@ -55,7 +54,7 @@ MAX_LIFT = tl.constexpr(60.0)
 ITEMS = tl.constexpr(8)
 
 
-@functools.cache
+@build_once
 def gate_sum_matrices(device: torch.device) -> Tensor:
     """Return matrices, bfloat16 [6, CHUNK, CHUNK], that sum the gates of a chunk by a matmul. Row t sums
 

@@ -5,6 +5,8 @@ through all sequences in order. The tile of a chunk and a head is stored at inde
 """
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -287,7 +289,32 @@ def store_with_residual(x, tile, C: tl.constexpr, WITH_RESIDUAL: tl.constexpr):
         store_tile(x + C * C, C, C, C, low)
 
 
-@functools.cache
+def build_once(build: Callable[[torch.device], Tensor]) -> Callable[[torch.device], Tensor]:
+    """Let `build`, which computes a constant on a device, run once for each device, and keep its tensor for all calls.
+
+    The first call may belong to the warm-up or the capture of a CUDA graph, on any stream. What it allocates lies in
+    the graph's memory, which other tensors take later, and what it captures has not run yet. So `build` runs in a
+    thread of its own, which has neither the memory pool, the stream nor the modes of the caller, and the caller waits
+    until the tensor is on the device, where every stream may read it.
+    """
+
+    def build_and_wait(device: torch.device) -> Tensor:
+        constant = build(device)
+        if device.type == "cuda":
+            # Stream.synchronize would raise in set_sync_debug_mode("error"), which GraphCapture.rehearse sets.
+            torch.cuda.current_stream(device).record_event().synchronize()
+        return constant
+
+    @functools.cache
+    @functools.wraps(build)
+    def get_constant(device: torch.device) -> Tensor:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(build_and_wait, device).result()
+
+    return get_constant
+
+
+@build_once
 def running_sum_matrices(device: torch.device) -> Tensor:
     """Return two matrices, bfloat16 [2, CHUNK, CHUNK], that sum over the tokens of a chunk by a matmul.
 

@@ -43,7 +43,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     """
     check_arguments(x, gate, weight, activation)
     if not (common.has_kernel(x) and common.has_kernel(gate)) or len(weight) > MAX_WIDTH:
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps) * ACTIVATIONS[activation](gate)
+        dtype = torch.promote_types(x.dtype, gate.dtype)
+        x, gate, weight = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, gate, weight))
+        return (F.rms_norm(x, weight.shape, weight, eps) * ACTIVATIONS[activation](gate)).to(dtype)
     common.refuse_transforms("gated_rms_norm", x, gate, weight)
     if common.needs_gradient(x, gate, weight):
         return GatedRMSNormalization.apply(x, gate, weight, eps, activation)

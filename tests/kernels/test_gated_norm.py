@@ -1,6 +1,6 @@
 import pytest
 import torch
-from gated_norm_cases import EPS, random_arguments, relative_errors
+from gated_norm_cases import EPS, random_arguments, relative_errors, write_out
 
 from glalm.kernels import gated_rms_norm
 
@@ -19,6 +19,14 @@ def test_equals_its_formula(shape, activation):
 def test_float64(dtype, gate_dtype):
     errors = relative_errors(4, 9, dtype=dtype, gate_dtype=gate_dtype)
     assert max(errors.values()) < 1e-6, errors  # The cases' weight is a float32 tensor.
+
+
+def test_half_precision_is_rounded_once():
+    args = random_arguments(64, 32, dtype=torch.bfloat16)
+    expected = write_out(*(x.double() for x in args.values()), "silu")
+    y = gated_rms_norm(**args, eps=EPS)
+    assert y.dtype == torch.bfloat16
+    assert ((y - expected).abs() <= 2**-8 * 1.001 * expected.abs()).all()
 
 
 def test_refused_arguments():

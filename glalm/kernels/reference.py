@@ -98,15 +98,15 @@ def run_recurrence(
         sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
 
     outputs = [q.new_zeros(0, H, query_heads // H, V)]
-    states = []
+    states = [q.new_zeros(0, H, K, V)]
     for n, (b, start, end) in enumerate(sequences):
         S = q.new_zeros(H, K, V) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
             S = update(S, b, t)
             outputs.append(scale * torch.einsum("hgk,hkv->hgv", q[b, t], S)[None])
-        states.append(S)
+        states.append(S[None])
     o = torch.cat(outputs).view(B, T, query_heads, V)
-    return o, torch.stack(states) if states else q.new_zeros(0, H, K, V)
+    return o, torch.cat(states)
 
 
 def recurrent_selective_scan(
@@ -142,19 +142,19 @@ def recurrent_selective_scan(
         sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
 
     outputs = [x.new_zeros(0, d)]
-    states = []
+    states = [x.new_zeros(0, *A.shape)]
     for n, (row, start, end) in enumerate(sequences):
         h = x.new_zeros(A.shape) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
             h = (dt[row, t][:, None] * A).exp() * h + (dt[row, t] * x[row, t])[:, None] * B[row, t]
             outputs.append((h @ C[row, t])[None])
-        states.append(h)
+        states.append(h[None])
     y = torch.cat(outputs).view(x.shape)
     if D is not None:
         y = y + D.double() * x
     if z is not None:
         y = y * F.silu(z.double())
-    return y, torch.stack(states)
+    return y, torch.cat(states)
 
 
 def recurrent_ssd(
@@ -219,12 +219,12 @@ def recurrent_short_conv(
     else:
         sequences = [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
     outputs = [x.new_zeros(0, D)]
-    states = []
+    states = [x.new_zeros(0, taps - 1, D)]
     for n, (row, start, end) in enumerate(sequences):
         past = x.new_zeros(taps - 1, D) if initial_state is None else initial_state[n].double()
         inputs = torch.cat([past, x[row, start:end]])
         for t in range(end - start):
             u = torch.einsum("td,dt->d", inputs[t : t + taps], weight.double())
             outputs.append(F.silu(u if bias is None else u + bias.double())[None])
-        states.append(inputs[end - start :])
-    return torch.cat(outputs).view(rows, T, D), torch.stack(states)
+        states.append(inputs[end - start :][None])
+    return torch.cat(outputs).view(rows, T, D), torch.cat(states)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glalm import kernels
-from glalm.kernels.reference import recurrent_short_conv, recurrent_ssd
+from glalm.kernels.reference import recurrent_selective_scan, recurrent_short_conv, recurrent_ssd
 
 # The relative error of each result and gradient. Half precision may round once, by half a unit in the last place.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
@@ -152,3 +152,12 @@ def test_short_batches_and_packed_sequences(name, dtype):
 def test_packings_of_short_sequences(name, lengths, state, dtype, seed):
     torch.manual_seed(seed)
     check(name, lengths, packed=True, state=state, dtype=dtype)
+
+
+def test_the_references_serve_no_sequences():
+    bounds = torch.tensor([0])
+    for name, shape in {"selective_scan": (0, 5, 3), "short_conv": (0, 2, 2), "chunk_ssd": (0, 2, 3, 4)}.items():
+        args = draw_arguments(name, [], packed=True, state=False, dtype=torch.float32) | {"cu_seqlens": bounds}
+        o, state = {"selective_scan": recurrent_selective_scan}.get(name, lambda n=name, **a: reference(n, **a))(**args)
+        assert state.shape == shape
+        assert o.shape == args["x"].shape

@@ -17,16 +17,21 @@ class Measurement(NamedTuple):
 
 
 GPU = r"\bH200\b"
-# By `benchmarks/bench_lengths.py --mfu` (docs/performance.md), but for GLA's at 42M and ReGLA's, of earlier calls.
+# By `benchmarks/bench_lengths.py --mfu` (docs/performance.md, of two hosts), but for GLA's at 42M and ReGLA's, of earlier calls.
 MEASURED = {
     "attention": [
         Measurement(374, 2048, 0.512),
+        Measurement(374, 8192, 0.592),
         Measurement(374, 32768, 0.684),
         Measurement(1364, 2048, 0.564),
         Measurement(1364, 32768, 0.675),
     ],
     "deltanet": [Measurement(374, 2048, 0.426)],
-    "gated_deltanet": [Measurement(373, 2048, 0.397), Measurement(373, 32768, 0.338)],
+    "gated_deltanet": [
+        Measurement(373, 2048, 0.397),
+        Measurement(373, 32768, 0.338),
+        Measurement(1359, 2048, 0.424),
+    ],
     "gla": [
         Measurement(42, 2048, 0.314),
         Measurement(374, 2048, 0.434),
@@ -35,10 +40,15 @@ MEASURED = {
         Measurement(1366, 32768, 0.507),
     ],
     "kda": [Measurement(375, 2048, 0.367), Measurement(375, 32768, 0.297)],
-    "mamba": [Measurement(372, 2048, 0.232), Measurement(372, 32768, 0.177), Measurement(1374, 2048, 0.340)],
-    "mamba2": [Measurement(376, 2048, 0.337), Measurement(376, 32768, 0.319)],
+    "mamba": [
+        Measurement(372, 2048, 0.232),
+        Measurement(372, 8192, 0.178),
+        Measurement(372, 32768, 0.177),
+        Measurement(1374, 2048, 0.340),
+    ],
+    "mamba2": [Measurement(376, 2048, 0.337), Measurement(376, 32768, 0.319), Measurement(1372, 2048, 0.420)],
     "regla": [Measurement(375, 2048, 0.396)],
-    "retention": [Measurement(375, 2048, 0.410), Measurement(375, 32768, 0.397)],
+    "retention": [Measurement(375, 2048, 0.410), Measurement(375, 32768, 0.397), Measurement(1371, 2048, 0.494)],
 }
 FARTHEST = 4  # Without a measurement within this factor in size and in length, the MFU is unknown.
 

@@ -16,9 +16,9 @@ def test_measurements_are_kept_and_lie_between_their_neighbors():
     for mixer, measurements in MEASURED.items():
         for each in measurements:
             assert expected_mfu([mixer], round(1e6 * each.parameters), each.length, H200) == pytest.approx(each.mfu)
-    short, long = mfu_of("attention", 374, 2048), mfu_of("attention", 374, 32768)
-    assert expected_mfu(["attention"], 374_000_000, 8192, H200) == pytest.approx((short + long) / 2)
-    assert expected_mfu(["attention"], 374_000_000, 16384, H200) == pytest.approx((short + 3 * long) / 4)
+    short, long = mfu_of("gla", 374, 2048), mfu_of("gla", 374, 32768)
+    assert expected_mfu(["gla"], 374_000_000, 8192, H200) == pytest.approx((short + long) / 2)
+    assert expected_mfu(["gla"], 374_000_000, 16384, H200) == pytest.approx((short + 3 * long) / 4)
 
 
 def test_size_between_two_is_between_their_values():

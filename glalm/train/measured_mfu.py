@@ -17,7 +17,7 @@ class Measurement(NamedTuple):
 
 
 GPU = r"\bH200\b"
-# By `benchmarks/bench_lengths.py --mfu` (docs/performance.md, of two hosts), but for GLA's at 42M and ReGLA's, of earlier calls.
+# By `benchmarks/bench_lengths.py --mfu` on two hosts (docs/performance.md). GLA at 42M and ReGLA are of earlier calls.
 MEASURED = {
     "attention": [
         Measurement(374, 2048, 0.512),

@@ -15,6 +15,7 @@ from glalm.evals.report import print_report
 FIGURES = {
     "extrapolation": (plot.plot_extrapolation, "extrapolation"),
     "ratios": (plot.plot_ratios, "extrapolation"),
+    "gains": (plot.plot_gains, "extrapolation"),
     "decode_speed": (plot.plot_decoding, "decode_speed"),
 }
 
@@ -58,9 +59,10 @@ def report_runs() -> int:
 def plot_results() -> int:
     """Draw one figure of several models' results: glalm plot FIGURE FOLDER ... [--out FILE]
 
-    FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), decode_speed, training, or layers
-    (of one run with train.statistics_every). FOLDER: runs, or models that `glalm eval` evaluated, or one result of
-    theirs, FOLDER/eval/NAME.json. Results that do not compare, because their text or settings differ, are refused.
+    FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), gains (the loss with the state
+    reset minus that with it carried), decode_speed, training, or layers (of one run with train.statistics_every).
+    FOLDER: runs, or models that `glalm eval` evaluated, or one result of theirs, FOLDER/eval/NAME.json. Results that do
+    not compare, because their text or settings differ, are refused.
     Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the first one.
     """
     parser = create_parser(plot_results)

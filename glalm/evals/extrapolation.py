@@ -33,7 +33,7 @@ from glalm.evals.evaluator import EvalContext, Evaluator
 from glalm.evals.inputs import describe_data, open_split, open_windows
 from glalm.evals.options import EvalConfig
 from glalm.evals.perplexity import summarize_losses
-from glalm.evals.plot import plot_extrapolation, plot_ratios
+from glalm.evals.plot import known_gains, plot_extrapolation, plot_gains, plot_ratios
 from glalm.evals.result_files import main_context
 
 Texts = Sequence[np.ndarray]  # token ids of each
@@ -104,7 +104,10 @@ class ExtrapolationEvaluator(Evaluator):
 
     def plot_results(self, record: dict, folder: Path) -> list[Path]:
         paths = plot_extrapolation([record], folder / "extrapolation.png")
-        return paths + plot_ratios([record], folder / "extrapolation_ratio.png")
+        paths += plot_ratios([record], folder / "extrapolation_ratio.png")
+        if known_gains(record):
+            paths += plot_gains([record], folder / "extrapolation_gain.png")
+        return paths
 
 
 # --------------------------------------------------------------------------------------------------------- results

@@ -116,6 +116,7 @@ def render_report(folders: Sequence[Path]) -> str:
         records=find_records,
         figure_groups=lambda evaluator: figure_groups(find_records(evaluator)),
         embed=embed_figure,
+        with_gains=lambda group: [record for record in group if plot.known_gains(record)],
         plot=plot,
         conditions=describe_conditions,
         select_scores=select_scores,

@@ -104,6 +104,46 @@ def plot_ratios(records: Sequence[Record], path: str | Path) -> list[Path]:
 
 
 @style.context(STYLE)
+def plot_gains(records: Sequence[Record], path: str | Path) -> list[Path]:
+    """Plot what the carried state is worth by position: the loss of the context reset minus that of stateful.
+
+    A step is a range of positions from n training lengths to 2n, or what was read of it. Up to the training length both
+    contexts are the same. The band is one standard error of the paired difference over documents.
+
+    Args:
+        records: extrapolation.json of each model, with the contexts stateful and reset.
+
+    Raises:
+        ValueError: A record has not both contexts, or ends at the training length. Else as of plot_extrapolation.
+    """
+    records = _load_records(records, "extrapolation")
+    labels = _label_models(records)
+    ax = Figure().subplots()
+    for i, record in enumerate(records):
+        train_length = record["results"]["train_length"]
+        gains = known_gains(record)
+        if not gains:
+            raise ValueError(
+                f"{record['model']} has no losses beyond its training length of {train_length} tokens with the state "
+                "both carried and reset; evaluate it with 'extrapolation.contexts=[stateful,reset]' and "
+                f"extrapolation.max_length={10 * train_length}, on documents that are longer than {train_length} tokens"
+            )
+        nats = [gain["nats_per_token"] for gain in gains]
+        ends = [gain["end"] for gain in gains]
+        [line] = ax.plot([train_length, *ends], [0, *nats], **_line_style(i), drawstyle="steps-pre", label=labels[i])
+        errors = [gain["standard_error"] for gain in gains]
+        bounds = [(None, None) if e is None else (x - e, x + e) for x, e in zip(nats, errors, strict=True)]
+        _draw_band(line, [bounds[0], *bounds], step="pre")
+    train_lengths = sorted({record["results"]["train_length"] for record in records})
+    _format_position_axis(ax, train_lengths, last=max(known_gains(record)[-1]["end"] for record in records))
+    ax.axhline(0, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    ax.set_xlabel("position in document (tokens)")
+    ax.set_ylabel("loss, state reset minus carried (nats)")
+    _add_legend(ax)
+    return save_figure(ax.figure, path)
+
+
+@style.context(STYLE)
 def plot_training(metrics: str | Path, path: str | Path) -> list[Path]:
     """Plot training and validation loss against tokens, from a metrics.jsonl.
 
@@ -274,6 +314,11 @@ def load_record(path: Path, evaluator: str) -> dict:
     return record
 
 
+def known_gains(record: dict) -> list[dict]:
+    """Return the ranges of reset_minus_stateful that some document fills. There are none without both contexts."""
+    return [gain for gain in record["results"].get("reset_minus_stateful", []) if gain["documents"]]
+
+
 def _read_curve(metrics: str | Path, key: str) -> list[tuple[int, float]]:
     """Return (tokens, value) of the rows of a metrics.jsonl that have the key."""
     rows, _ = read_metrics(Path(metrics))
@@ -314,11 +359,14 @@ def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[dict]:
     return drawn
 
 
-def _draw_band(line: Line2D, bounds: list[tuple]) -> None:
-    """Fill from low to high around a line, where both are known: a single document has no standard error."""
+def _draw_band(line: Line2D, bounds: list[tuple], step: str | None = None) -> None:
+    """Fill from low to high around a line, where both are known: a single document has no standard error.
+
+    `step` is that of fill_between.
+    """
     low, high = (np.array([math.nan if b is None else b for b in side]) for side in zip(*bounds, strict=True))
     if not np.isnan(low).all():
-        line.axes.fill_between(line.get_xdata(), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+        line.axes.fill_between(line.get_xdata(), low, high, step=step, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 def _line_style(i: int) -> dict:

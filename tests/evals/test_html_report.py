@@ -153,6 +153,15 @@ def test_far_over_near_is_of_the_carried_state(run):
     assert Page(render_report([run])).row("demo")[6] == "–"
 
 
+def test_gains_of_the_carried_state_are_drawn_of_models_that_have_them(run):
+    other = make_run(run.parent / "other")
+    caption = "Loss with the state reset every training length"
+    assert not any(image["alt"].startswith(caption) for image in Page(render_report([run, other])).images)
+    gain = {"start": 128, "end": 256, "nats_per_token": 0.5, "standard_error": 0.1, "documents": 3}
+    write(run, "extrapolation", EXTRAPOLATION | {"reset_minus_stateful": [gain]})
+    assert sum(image["alt"].startswith(caption) for image in Page(render_report([run, other])).images) == 1
+
+
 def test_type_in_wide_figures_can_be_read_on_a_phone(run):
     runs = [run, *(make_run(run.parent / f"run-{i}") for i in range(6))]
     narrow, wide = (

@@ -17,6 +17,7 @@ from glalm.evals import plot
 from glalm.evals.plot import (
     plot_decoding,
     plot_extrapolation,
+    plot_gains,
     plot_losses,
     plot_mqar,
     plot_needle,
@@ -195,6 +196,36 @@ def test_ratios_to_the_training_length(figures):
     assert bands == [{1, 2, 4, 8, 10, 16}, {1, 2, 4, 8}]
     assert {tuple(line.get_xdata()) for line in lines_in(ax, "--")} == {(0, 1), (1, 1)}  # the ratio and the length of 1
     assert [t.get_text() for t in ax.get_xticklabels()] == ["training\nlength", "2×", "4×", "8×", "16×"]
+
+
+def gain(start: int, nats: float | None, error: float | None = 0.25, documents: int = 4) -> dict:
+    return {"start": start, "end": 2 * start, "nats_per_token": nats, "standard_error": error, "documents": documents}
+
+
+def test_gains_of_the_carried_state(figures):
+    long, single = result(), result("single")
+    long["results"]["reset_minus_stateful"] = [gain(256, 0.5), gain(512, 0.75), gain(1024, None, None, 0)]
+    single["results"]["reset_minus_stateful"] = [gain(256, -1.0, None, 1)]
+    plot_gains([long, single], "x.png")
+    ax = figures[0].axes[0]
+    steps = [(list(line.get_xdata()), list(line.get_ydata()), line.get_drawstyle()) for line in ax.lines[:2]]
+    assert steps == [([256, 512, 1024], [0, 0.5, 0.75], "steps-pre"), ([256, 512], [0, -1.0], "steps-pre")]
+    [band] = ax.collections  # one document has none
+    outline = set(map(tuple, band.get_paths()[0].vertices))
+    corners = {(x, y) for x in (256, 512) for y in (0.25, 0.75)}
+    assert outline == corners | {(x, y) for x in (512, 1024) for y in (0.5, 1.0)}
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["128", "256", "512", "1K"]
+    assert ax.get_ylabel() == "loss, state reset minus carried (nats)"
+
+
+def test_gains_ask_for_both_contexts_beyond_the_training_length(figures):
+    for gains in (None, [], [gain(256, None, None, 0)]):
+        record = result()
+        if gains is not None:
+            record["results"]["reset_minus_stateful"] = gains
+        with pytest.raises(ValueError, match=r"demo has no losses .* 'extrapolation.contexts=\[stateful,reset\]'"):
+            plot_gains([record], "x.png")
+    assert not figures
 
 
 def test_losses_of_seeds_are_a_mean_and_a_band(figures, tmp_path):

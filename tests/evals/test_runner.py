@@ -97,7 +97,8 @@ def test_every_evaluator_leaves_its_record(run, capsys):
         "perplexity.json",
         "generate.json",
     }
-    assert {"extrapolation.png", "training.png"} <= {p.name for p in (run.folder / "plots").iterdir()}
+    figures = {path.name for path in (run.folder / "plots").iterdir()}
+    assert {"extrapolation.png", "extrapolation_gain.png", "training.png"} <= figures
     results = {name: record(run, name) for name in wanted(run).evals}
     weights = (run.folder / "checkpoints/step_4/model.safetensors").read_bytes()
     for name, result in results.items():

@@ -107,8 +107,9 @@ def plot_ratios(records: Sequence[Record], path: str | Path) -> list[Path]:
 def plot_gains(records: Sequence[Record], path: str | Path) -> list[Path]:
     """Plot what the carried state is worth by position: the loss of the context reset minus that of stateful.
 
-    A step is a range of positions from n training lengths to 2n, or what was read of it. Up to the training length both
-    contexts are the same. The band is one standard error of the paired difference over documents.
+    A step is a range of positions from n training lengths to 2n, or what was read of it. The first reset is at the
+    training length; until there both contexts are the same. The band is one standard error of the paired difference
+    over documents.
 
     Args:
         records: extrapolation.json of each model, with the contexts stateful and reset.
@@ -130,15 +131,18 @@ def plot_gains(records: Sequence[Record], path: str | Path) -> list[Path]:
             )
         nats = [gain["nats_per_token"] for gain in gains]
         ends = [gain["end"] for gain in gains]
-        [line] = ax.plot([train_length, *ends], [0, *nats], **_line_style(i), drawstyle="steps-pre", label=labels[i])
+        positions, heights = [train_length, *ends], [nats[0], *nats]
+        steps = dict(drawstyle="steps-pre", markevery=slice(1, None))
+        [line] = ax.plot(positions, heights, **_line_style(i), **steps, label=labels[i])
         errors = [gain["standard_error"] for gain in gains]
         bounds = [(None, None) if e is None else (x - e, x + e) for x, e in zip(nats, errors, strict=True)]
         _draw_band(line, [bounds[0], *bounds], step="pre")
     train_lengths = sorted({record["results"]["train_length"] for record in records})
-    _format_position_axis(ax, train_lengths, last=max(known_gains(record)[-1]["end"] for record in records))
+    last = max(known_gains(record)[-1]["end"] for record in records)
+    _format_position_axis(ax, train_lengths, last, mark="first\nreset")
     ax.axhline(0, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     ax.set_xlabel("position in document (tokens)")
-    ax.set_ylabel("loss, state reset minus carried (nats)")
+    ax.set_ylabel("gain of the carried state (nats)")
     _add_legend(ax)
     return save_figure(ax.figure, path)
 
@@ -435,12 +439,12 @@ def _format_loss_axes(ax: Axes, label: str) -> None:
     right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
 
 
-def _format_position_axis(ax: Axes, train_lengths: list[int], last: int) -> None:
-    """Format a log2 axis with a tick at every doubling of the training length, and its multiples above it."""
+def _format_position_axis(ax: Axes, train_lengths: list[int], last: int, mark: str = "training\nlength") -> None:
+    """Format a log2 axis with a tick at every doubling of the training length, and its mark and multiples above it."""
     shortest = train_lengths[0]
     ax.set_xscale("log", base=2)
     _set_ticks(ax, {n: format_length(n) for n in [shortest / 2, *powers_of_two(shortest, last)]})
-    marks = dict.fromkeys(train_lengths, "training\nlength")
+    marks = dict.fromkeys(train_lengths, mark)
     for train_length in marks:
         ax.axvline(train_length, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     # Multiples of several training lengths could be taken for one another's.

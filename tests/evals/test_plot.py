@@ -209,13 +209,13 @@ def test_gains_of_the_carried_state(figures):
     plot_gains([long, single], "x.png")
     ax = figures[0].axes[0]
     steps = [(list(line.get_xdata()), list(line.get_ydata()), line.get_drawstyle()) for line in ax.lines[:2]]
-    assert steps == [([256, 512, 1024], [0, 0.5, 0.75], "steps-pre"), ([256, 512], [0, -1.0], "steps-pre")]
+    assert steps == [([256, 512, 1024], [0.5, 0.5, 0.75], "steps-pre"), ([256, 512], [-1.0, -1.0], "steps-pre")]
     [band] = ax.collections  # one document has none
     outline = set(map(tuple, band.get_paths()[0].vertices))
     corners = {(x, y) for x in (256, 512) for y in (0.25, 0.75)}
     assert outline == corners | {(x, y) for x in (512, 1024) for y in (0.5, 1.0)}
     assert [t.get_text() for t in ax.get_xticklabels()] == ["128", "256", "512", "1K"]
-    assert ax.get_ylabel() == "loss, state reset minus carried (nats)"
+    assert ax.get_ylabel() == "gain of the carried state (nats)"
 
 
 def test_gains_ask_for_both_contexts_beyond_the_training_length(figures):

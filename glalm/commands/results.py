@@ -62,8 +62,8 @@ def plot_results() -> int:
     FIGURE: extrapolation, ratios (perplexity at n training lengths over that at one), gains (the loss with the state
     reset minus that with it carried), decode_speed, training, or layers (of one run with train.statistics_every).
     FOLDER: runs, or models that `glalm eval` evaluated, or one result of theirs, FOLDER/eval/NAME.json. Results that do
-    not compare, because their text or settings differ, are refused.
-    Writes FILE as PNG and as SVG: plots/FIGURE in the folder above the first one.
+    not compare, because their text or settings differ, are refused. Writes FILE as PNG and as SVG: plots/FIGURE in the
+    folder above the first one.
     """
     parser = create_parser(plot_results)
     parser.add_argument("figure", choices=[*FIGURES, "training", "layers"])

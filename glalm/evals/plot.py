@@ -63,8 +63,7 @@ def plot_extrapolation(records: Sequence[Record], path: str | Path) -> list[Path
     for i, record in enumerate(records):
         buckets += _draw_contexts(ax, record, i, labels[i])
         other_contexts += [*record["results"]["contexts"]][1:]
-    train_lengths = sorted({record["results"]["train_length"] for record in records})
-    _format_position_axis(ax, train_lengths, last=max(bucket["end"] for bucket in buckets))
+    _format_position_axis(ax, records, last=max(bucket["end"] for bucket in buckets))
     _format_perplexity_axis(ax, [bucket["perplexity"] for bucket in buckets])
     ax.set_xlabel("position in document (tokens)")
     ax.set_ylabel("perplexity")
@@ -120,26 +119,10 @@ def plot_gains(records: Sequence[Record], path: str | Path) -> list[Path]:
     records = _load_records(records, "extrapolation")
     labels = _label_models(records)
     ax = Figure().subplots()
+    gains = []
     for i, record in enumerate(records):
-        train_length = record["results"]["train_length"]
-        gains = known_gains(record)
-        if not gains:
-            raise ValueError(
-                f"{record['model']} has no losses beyond its training length of {train_length} tokens with the state "
-                "both carried and reset; evaluate it with 'extrapolation.contexts=[stateful,reset]' and "
-                f"extrapolation.max_length={10 * train_length}, on documents that are longer than {train_length} tokens"
-            )
-        nats = [gain["nats_per_token"] for gain in gains]
-        ends = [gain["end"] for gain in gains]
-        positions, heights = [train_length, *ends], [nats[0], *nats]
-        steps = dict(drawstyle="steps-pre", markevery=slice(1, None))
-        [line] = ax.plot(positions, heights, **_line_style(i), **steps, label=labels[i])
-        errors = [gain["standard_error"] for gain in gains]
-        bounds = [(None, None) if e is None else (x - e, x + e) for x, e in zip(nats, errors, strict=True)]
-        _draw_band(line, [bounds[0], *bounds], step="pre")
-    train_lengths = sorted({record["results"]["train_length"] for record in records})
-    last = max(known_gains(record)[-1]["end"] for record in records)
-    _format_position_axis(ax, train_lengths, last, mark="first\nreset")
+        gains += _draw_gains(ax, record, i, labels[i])
+    _format_position_axis(ax, records, last=max(gain["end"] for gain in gains), mark="first\nreset")
     ax.axhline(0, color=GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     ax.set_xlabel("position in document (tokens)")
     ax.set_ylabel("gain of the carried state (nats)")
@@ -363,6 +346,28 @@ def _draw_contexts(ax: Axes, record: dict, i: int, label: str) -> list[dict]:
     return drawn
 
 
+def _draw_gains(ax: Axes, record: dict, i: int, label: str) -> list[dict]:
+    """Draw the steps of model number i. Return the ranges of positions drawn. Raise ValueError if there are none."""
+    train_length = record["results"]["train_length"]
+    gains = known_gains(record)
+    if not gains:
+        raise ValueError(
+            f"{record['model']} has no losses beyond its training length of {train_length} tokens with the state both "
+            "carried and reset; evaluate it with 'extrapolation.contexts=[stateful,reset]' and "
+            f"extrapolation.max_length={10 * train_length}, on documents that are longer than {train_length} tokens"
+        )
+    # The first step begins at the training length, with a point that has no marker.
+    positions = [train_length, *(gain["end"] for gain in gains)]
+    drawn = [gains[0], *gains]
+    nats = [gain["nats_per_token"] for gain in drawn]
+    steps = dict(drawstyle="steps-pre", markevery=slice(1, None))
+    [line] = ax.plot(positions, nats, **_line_style(i), **steps, label=label)
+    errors = [gain["standard_error"] for gain in drawn]
+    bounds = [(None, None) if e is None else (x - e, x + e) for x, e in zip(nats, errors, strict=True)]
+    _draw_band(line, bounds, step="pre")
+    return gains
+
+
 def _draw_band(line: Line2D, bounds: list[tuple], step: str | None = None) -> None:
     """Fill from low to high around a line, where both are known: a single document has no standard error.
 
@@ -439,8 +444,9 @@ def _format_loss_axes(ax: Axes, label: str) -> None:
     right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
 
 
-def _format_position_axis(ax: Axes, train_lengths: list[int], last: int, mark: str = "training\nlength") -> None:
+def _format_position_axis(ax: Axes, records: list[dict], last: int, mark: str = "training\nlength") -> None:
     """Format a log2 axis with a tick at every doubling of the training length, and its mark and multiples above it."""
+    train_lengths = sorted({record["results"]["train_length"] for record in records})
     shortest = train_lengths[0]
     ax.set_xscale("log", base=2)
     _set_ticks(ax, {n: format_length(n) for n in [shortest / 2, *powers_of_two(shortest, last)]})

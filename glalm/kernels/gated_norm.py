@@ -44,8 +44,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     check_arguments(x, gate, weight, activation)
     if not (common.has_kernel(x) and common.has_kernel(gate)) or len(weight) > MAX_WIDTH:
         dtype = torch.promote_types(x.dtype, gate.dtype)
-        x, gate, weight = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, gate, weight))
-        return (F.rms_norm(x, weight.shape, weight, eps) * ACTIVATIONS[activation](gate)).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+        return (y * ACTIVATIONS[activation](gate.to(wide))).to(dtype)
     common.refuse_transforms("gated_rms_norm", x, gate, weight)
     if common.needs_gradient(x, gate, weight):
         return GatedRMSNormalization.apply(x, gate, weight, eps, activation)

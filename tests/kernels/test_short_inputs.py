@@ -154,10 +154,16 @@ def test_packings_of_short_sequences(name, lengths, state, dtype, seed):
     check(name, lengths, packed=True, state=state, dtype=dtype)
 
 
-def test_the_references_serve_no_sequences():
-    bounds = torch.tensor([0])
-    for name, shape in {"selective_scan": (0, 5, 3), "short_conv": (0, 2, 2), "chunk_ssd": (0, 2, 3, 4)}.items():
-        args = draw_arguments(name, [], packed=True, state=False, dtype=torch.float32) | {"cu_seqlens": bounds}
-        o, state = {"selective_scan": recurrent_selective_scan}.get(name, lambda n=name, **a: reference(n, **a))(**args)
-        assert state.shape == shape
-        assert o.shape == args["x"].shape
+@pytest.mark.parametrize(
+    "name, recurrence, shape",
+    [
+        ("selective_scan", recurrent_selective_scan, (0, 5, 3)),
+        ("short_conv", recurrent_short_conv, (0, 2, 2)),
+        ("chunk_ssd", recurrent_ssd, (0, 2, 3, 4)),
+    ],
+)
+def test_the_references_serve_no_sequences(name, recurrence, shape):
+    args = draw_arguments(name, [], packed=True, state=False, dtype=torch.float32)
+    o, state = recurrence(**args)
+    assert state.shape == shape
+    assert o.shape == args["x"].shape

@@ -306,8 +306,9 @@ def errors(operator, truth, arguments: dict) -> dict[str, float]:
 
 
 def print_errors(operators: list[str]) -> None:
-    """Print the errors of the operators and of their PyTorch forms at small sizes."""
+    """Print the errors of the operators, their PyTorch forms and those of mamba_ssm at small sizes."""
     T = 16 if not CUDA else 200
+    library_operators = {"mamba2": mamba_ssm_ssd(), "scan": mamba_ssm_scan()}
     rows = {
         "mamba2": (
             lambda **a: kernels.chunk_ssd(**a)[0],
@@ -330,9 +331,12 @@ def print_errors(operators: list[str]) -> None:
     }
     for name in operators:
         ours, pytorch, truth, arguments = rows[name]
-        for label, operator in (("ours", ours), ("PyTorch", pytorch)):
+        implementations = {"ours": ours, "PyTorch": pytorch, "mamba_ssm": library_operators.get(name)}
+        for label, operator in implementations.items():
+            if operator is None:
+                continue
             found = errors(operator, truth, arguments)
-            print(f"error {name:8s} {label:8s}", " ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)
+            print(f"error {name:8s} {label:9s}", " ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)
 
 
 # Candidates for the tables ----------------------------------------------------------------------------------

@@ -436,6 +436,9 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
 
         next_sequence_length is the number of tokens that the cache has not seen yet; None: all of input_ids.
         """
+        # generate hands a tokenizer, by which it finds stop_strings, on to the model.
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(

@@ -130,6 +130,22 @@ def test_pipeline(saved):
         assert out["generated_text"].split() == [f"w{i}" for i in expected.tolist()]
 
 
+def test_a_string_stops_generation(tiny, token_folder):
+    pytest.importorskip("google.protobuf")
+    model = tiny(vocab_size=300)
+    tokenizer = LlamaTokenizer.from_pretrained(token_folder, add_prefix_space=False, pad_token="<unk>")
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    settings["suppress_tokens"] = [*range(259)]  # Special tokens and bytes, which are no text of their own.
+    prompt = tokenizer("alpha", return_tensors="pt")
+    T = prompt["input_ids"].shape[1]
+    free = model.generate(**prompt, **settings)[0, T:].tolist()
+    text = tokenizer.decode(free[3])
+    end = [text in tokenizer.decode(free[: i + 1]) for i in range(8)].index(True) + 1
+    assert end < 8
+    found = model.generate(**prompt, stop_strings=[text], tokenizer=tokenizer, **settings)
+    assert found[0, T:].tolist() == free[:end]
+
+
 def test_a_runs_tokenizer_works_in_transformers(token_folder, tmp_path):
     pytest.importorskip("google.protobuf")
     made = LlamaTokenizer.from_pretrained(token_folder, add_prefix_space=False, add_bos_token=True)

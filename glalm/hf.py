@@ -40,7 +40,7 @@ from glalm.model.fla_checkpoints import FORMATS, config_from_fla
 from glalm.model.loss import head_cross_entropy, head_token_losses
 from glalm.model.mixers import MIXERS, options_by_name
 from glalm.model.written_weights import COMPILED, apply_umask, collect_weights, explain_misfit
-from glalm.pretrained import load_pretrained
+from glalm.pretrained import load_pretrained, remove_stale_weights
 
 MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # The model types of config.json that these classes read: ours, and those of published GLA, RetNet and Transformer++.
@@ -173,7 +173,8 @@ class GLALMPreTrainedModel(PreTrainedModel):
         """
         is_quantised = getattr(self, "hf_quantizer", None) is not None
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters())
-        if not (is_quantised or is_sharded or getattr(self, "_hf_peft_config_loaded", False)):
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if not (is_quantised or is_sharded or has_adapters):
             state_dict = collect_weights(self) if state_dict is None else state_dict
             with torch.device("meta"):
                 expected = type(self)(copy.deepcopy(self.config))
@@ -181,6 +182,8 @@ class GLALMPreTrainedModel(PreTrainedModel):
                 warnings.warn(f"{save_directory} is saved, but does not fit its config.json. {misfit}", stacklevel=2)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process:
+            if not (has_adapters or kwargs.get("variant")):  # These are saved in files of other names.
+                remove_stale_weights(Path(save_directory), bool(kwargs.get("distributed_checkpoint")))
             for path in Path(save_directory).glob("*.safetensors"):
                 apply_umask(path)
 

@@ -1,5 +1,6 @@
 """Load checkpoints by transformers' from_pretrained, but refuse those that do not fit the model."""
 
+import json
 import math
 import os
 from collections import Counter
@@ -86,6 +87,29 @@ def find_weight_files(where: str | os.PathLike, hub: dict) -> list[str]:
         except SafetensorError as error:
             raise ValueError(f"{path} is cut short or no safetensors file ({error}); copy it again") from error
     return files
+
+
+def remove_stale_weights(folder: Path, is_distributed: bool) -> None:
+    """Remove the weights that a save_pretrained before the latest one left in `folder`.
+
+    transformers removes older shards alone. It would read an older single file before the shards that replace it, and
+    a distributed checkpoint together with whatever lies beside it.
+
+    Args:
+        is_distributed: Whether the latest weights are a distributed checkpoint.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    shards = []
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = [folder / name for name in dict.fromkeys(names)]
+    if is_distributed:
+        stale = [single, index, *shards]
+    else:
+        is_single = not shards or not all(shard.exists() for shard in shards)
+        stale = [*folder.glob(DISTRIBUTED_PARTS), index if is_single else single]
+    for path in stale:
+        path.unlink(missing_ok=True)
 
 
 def check_distributed_parts(where: str | os.PathLike, files: list[str], model: nn.Module) -> set[str]:

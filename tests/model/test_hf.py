@@ -207,6 +207,15 @@ def test_sharded_checkpoints(tiny, tokens, tmp_path):
     torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
+def test_a_folder_has_the_weights_that_were_saved_last(tiny, tokens, tmp_path):
+    ids = tokens(1, 9)
+    for seed, size in enumerate(["50GB", "10KB", "50GB", "20KB", "10KB"]):
+        model = tiny(seed=seed).float()
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert {path.name for path in tmp_path.glob("model.safetensors*")} == {"model.safetensors.index.json"}
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("choice", [{}, HYBRID, {"mixer": "mamba", "intermediate_size": 0}], ids=str)
 def test_gradient_checkpointing_changes_nothing(choice, reentrant, tiny, tokens):
@@ -742,6 +751,9 @@ def test_distributed_checkpoints(tied, tiny, tokens, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (loaded.lm_head.weight is loaded.model.embeddings.weight) == tied
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    other = tiny(seed=1, tie_word_embeddings=tied).float()
+    other.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, other(ids).logits)
 
 
 def test_distributed_checkpoints_that_do_not_fit_are_refused(tiny, tmp_path):

@@ -46,6 +46,8 @@ def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(tied, tmp_path: P
     shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
     model = GLALMForCausalLM(GLALMConfig(**shape, layers="gla+mamba2", tie_word_embeddings=tied)).train()
     model.save_pretrained(tmp_path / "whole")
+    # The parts replace the weights of another model.
+    GLALMForCausalLM(model.config).save_pretrained(tmp_path / "parts", max_shard_size="50KB")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

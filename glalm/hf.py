@@ -407,15 +407,15 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             if num_items_in_batch is not None:
                 items = torch.as_tensor(num_items_in_batch).clamp(min=1)  # It is 0 if all labels are ignored.
                 loss = loss * (shift_labels != IGNORE_INDEX).sum() / items
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if shift_labels is None or (labels is not None and not self.training):
-            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, positions])
         is_lazy = logits is None and inputs_embeds is not None and not torch.compiler.is_compiling()
         output = (OutputWithLazyLogits if is_lazy else CausalLMOutputWithPast)(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
         if is_lazy:
-            object.__setattr__(output, "compute_logits", lambda: self.lm_head(hidden))
+            object.__setattr__(output, "compute_logits", lambda: self.lm_head(hidden[:, positions]))
         return output
 
     @torch.no_grad()

@@ -655,6 +655,8 @@ def test_chosen_logits(tiny, tokens):
     logits = model(ids).logits
     for chosen, same in ((2, [7, 8]), (torch.tensor([1, 5]), [1, 5])):
         torch.testing.assert_close(model(ids, logits_to_keep=chosen).logits, logits[:, same])
+        late = model.train()(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, logits_to_keep=chosen)
+        torch.testing.assert_close(late.logits, logits[:, same])
 
 
 def test_a_config_with_nested_options_survives_json(tmp_path):

@@ -95,6 +95,11 @@ def convert_config(llama, mixer: str, softmax_layers: set[int]) -> GLALMConfig:
 
 def require_convertible(llama, mixer: str, softmax_layers: set[int]) -> None:
     """Raise ConfigError if a LlamaConfig has a property that no model here supports, or the options do not fit it."""
+    # Configs of other architectures lack some of the fields below.
+    require(
+        llama.model_type == "llama",
+        f"The checkpoint's model_type is {llama.model_type!r}, but only 'llama' can be converted",
+    )
     depth = llama.num_hidden_layers
     heads = llama.num_attention_heads
     head_width = getattr(llama, "head_dim", None) or llama.hidden_size // heads
@@ -103,7 +108,6 @@ def require_convertible(llama, mixer: str, softmax_layers: set[int]) -> None:
     unknown = sorted(softmax_layers - set(range(depth)))
     require(not unknown, f"softmax_layers: the model has no layers {unknown}, only 0 to {depth - 1}")
     for name, value, supported in (
-        ("model_type", llama.model_type, "llama"),
         ("hidden_act", llama.hidden_act, "silu"),
         ("attention_bias", llama.attention_bias, False),
         ("mlp_bias", llama.mlp_bias, False),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from glalm.compat import linearize
 from glalm.compat.linearize import LinearizeOptions, distil_mixers, linearize_checkpoint
@@ -119,6 +119,12 @@ def test_unsupported_property_is_an_error(llama, options, message):
     original = llama(**options.pop("llama", {}))
     with pytest.raises(ConfigError, match=message):
         convert_llama(original, **options)
+
+
+def test_another_architecture_is_an_error():
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ConfigError, match=r"model_type is 'mistral', but only 'llama' can be converted"):
+        convert_llama(MistralForCausalLM(MistralConfig(**shape, intermediate_size=48)))
 
 
 def test_a_tokenizer_beside_a_gguf_file_is_taken_as_it_is(llama, hugging_face, monkeypatch, tmp_path):

@@ -467,6 +467,12 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # The first forward pass returns a StateCache.
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # transformers refuses to read a prompt in chunks without a cache to begin with.
+        if generation_config.prefill_chunk_size is not None and generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", StateCache())
+
 
 def padding_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Return the last T columns of attention_mask as the blocks take them, [B, T, 1], for x [B, T, d]."""

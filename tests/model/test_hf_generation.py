@@ -102,6 +102,14 @@ def test_the_prompt_may_be_read_in_chunks(tiny, tokens):
         assert torch.equal(chunked, model.generate(ids, **GREEDY))
 
 
+def test_a_padded_prompt_is_read_in_chunks_from_its_start(tiny, tokens):
+    model, prompts = tiny(layers="gla+attention", gla={"short_conv": 4}), left_padded(tokens(13), tokens(2, seed=2))
+    for settings in (GREEDY, GREEDY | {"num_beams": 2}):
+        whole = model.generate(**prompts, **settings)
+        for size in (1, 5, 20):
+            assert torch.equal(model.generate(**prompts, prefill_chunk_size=size, **settings), whole)
+
+
 def test_a_state_that_has_seen_everything_is_refused(tiny, tokens):
     model, ids = tiny(), tokens(1, 9)
     cache = model(ids, use_cache=True).past_key_values

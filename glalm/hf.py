@@ -266,8 +266,9 @@ class GLALMModel(GLALMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if not isinstance(past_key_values, StateCache | None):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, not a StateCache. peft's prefix tuning learns "
-                "keys and values, which this model does not have; use LoRA or prompt tuning."
+                f"past_key_values is a {type(past_key_values).__name__}, not a StateCache. Leave it out, or pass the "
+                "past_key_values that an earlier call of this model returned. (peft's prefix tuning learns keys and "
+                "values, which this model does not have; use LoRA or prompt tuning.)"
             )
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = find_bounds(cu_seqlens, position_ids, packing, x, attention_mask, past_key_values)
@@ -472,6 +473,12 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
         # transformers refuses to read a prompt in chunks without a cache to begin with.
         if generation_config.prefill_chunk_size is not None and generation_config.use_cache is not False:
             model_kwargs.setdefault("past_key_values", StateCache())
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "generate_batch and continuous batching page keys and values, and a state has none. Call generate with "
+            "the prompts padded on the left, or once for each prompt."
+        )
 
 
 def padding_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

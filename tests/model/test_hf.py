@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorWithFlattening,
+    DynamicCache,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
     Trainer,
@@ -642,6 +643,18 @@ def test_prefix_tuning_is_refused(tiny, tokens):
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, not a StateCache\. .* use LoRA"):
             call(input_ids=tokens(1, 5))
+
+
+def test_caches_of_transformers_are_refused(tiny, tokens):
+    model, ids = tiny(), tokens(1, 5)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, not a StateCache\. Leave it out"):
+            call(input_ids=ids, past_key_values=DynamicCache(config=model.config))
+
+
+def test_continuous_batching_is_refused(tiny):
+    with pytest.raises(NotImplementedError, match=r"generate_batch .* Call generate"):
+        tiny().generate_batch([[1, 2, 3], [4]])
 
 
 def test_unsupported_arguments_are_refused(tiny, tokens):

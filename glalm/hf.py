@@ -395,6 +395,7 @@ class GLALMForCausalLM(GLALMPreTrainedModel, GenerationMixin):
             output_hidden_states,
             cu_seqlens,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         hidden = out.last_hidden_state
         for name, value in (("labels", labels), ("shift_labels", shift_labels)):

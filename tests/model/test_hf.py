@@ -652,6 +652,15 @@ def test_caches_of_transformers_are_refused(tiny, tokens):
             call(input_ids=ids, past_key_values=DynamicCache(config=model.config))
 
 
+def test_a_config_may_ask_for_tuples(tiny, tokens):
+    model, ids = tiny(), tokens(1, 5)
+    expected = model(ids, labels=ids)
+    model.config.return_dict = False
+    loss, logits, cache = model(ids, labels=ids)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits) and cache.seen == 5
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > 5
+
+
 def test_continuous_batching_is_refused(tiny):
     with pytest.raises(NotImplementedError, match=r"generate_batch .* Call generate"):
         tiny().generate_batch([[1, 2, 3], [4]])

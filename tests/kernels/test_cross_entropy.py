@@ -77,7 +77,7 @@ def test_a_target_outside_the_vocabulary_gives_nan():
 def test_a_target_outside_the_vocabulary_is_an_error_on_the_cpu(target):
     from glalm.kernels.cross_entropy import cross_entropy_
 
-    with pytest.raises(IndexError, match=rf"a label is {target}\. Expected tokens of the vocabulary, 0 to 49, and -100"):
+    with pytest.raises(IndexError, match=rf"a label is {target}\. Expected tokens of the vocabulary, 0 to 49,"):
         cross_entropy_(torch.zeros(2, 50), torch.tensor([1, target]), 0.0, False)
 
 

@@ -54,6 +54,11 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def autocast_device(x: Tensor) -> str:
+    """Return the type of device for a torch.autocast around x: the CPU where x's has none, as meta tensors'."""
+    return x.device.type if has_autocast(x.device.type) else "cpu"
+
+
 def has_bf16(device: torch.device) -> bool:
     """Return whether the device is a GPU that computes in bfloat16 without emulating it."""
     if device.type != "cuda":

@@ -175,6 +175,17 @@ def test_compiled_without_a_graph_break(choice, tiny, tokens):
 
 
 @every_choice
+def test_shapes_are_known_without_values(choice, tiny, tokens):
+    model, ids = tiny(**choice).to("meta"), tokens(2, 9).to("meta")
+    out = model(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    assert out.logits.shape == (2, 9, 50) and all(p.grad.shape == p.shape for p in model.parameters())
+    with torch.no_grad():
+        out = model(ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    assert out.logits.shape == (2, 1, 50) and out.past_key_values.seen == 10
+
+
+@every_choice
 def test_decreasing_or_incomplete_bounds_are_refused(choice, tiny, tokens):
     model, ids = tiny(**choice), tokens(1, 30)
     for bounds in ([0, 10], [0, 20, 10, 30], [5, 30]):

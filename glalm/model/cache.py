@@ -1,7 +1,7 @@
 """The cache that a decoder carries from one segment of a text to the next."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -49,12 +49,13 @@ class StateCache:
 
     def reorder_cache(self, beam_idx: LongTensor) -> "StateCache":
         """Select the sequences beam_idx [B], in place, as transformers' beam search expects. Return the cache."""
-        self.states = [tree_map(lambda x: x.index_select(0, beam_idx.to(x.device)), s) for s in self.states]
+        self.batch_select_indices(beam_idx)
         return self
 
-    def batch_select_indices(self, indices: LongTensor) -> None:
-        """Select the sequences `indices`, in place, as transformers' caches do."""
-        self.reorder_cache(indices)
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Select the sequences `indices` [B], or where `indices` [N] is True, in place, as transformers' caches do."""
+        indices = torch.as_tensor(indices)
+        self.states = [tree_map(lambda x: x[indices.to(x.device)], s) for s in self.states]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence, in place, as transformers' caches do."""

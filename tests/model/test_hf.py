@@ -564,6 +564,8 @@ def test_sequences_of_a_cache_are_repeated_and_selected(choice, tiny, tokens):
     torch.testing.assert_close(model(more, past_key_values=cache).logits, expected, **EXACT)
     cache.batch_select_indices(torch.tensor([3, 0]))
     torch.testing.assert_close(model(more[[3, 0]], past_key_values=cache).logits, expected[[3, 0]], **EXACT)
+    cache.batch_select_indices(torch.tensor([False, True]))
+    torch.testing.assert_close(model(more[:1], past_key_values=cache).logits, expected[:1], **EXACT)
     assert not cache.is_croppable and not cache.is_compileable
     with pytest.raises(NotImplementedError, match="Keep the cache of that token instead"):
         cache.crop(-1)

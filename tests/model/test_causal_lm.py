@@ -235,6 +235,10 @@ def build_cache(tiny) -> StateCache:
             lambda tiny: tiny(num_hidden_layers=3)(IDS[:1], past_key_values=build_cache(tiny)),
             "states of 2 layers, and the model 3 layers",
         ),
+        (
+            lambda tiny: tiny(gla={"short_conv": 4})(IDS[:1], past_key_values=build_cache(tiny)),
+            r"the state is of a mixer with other options: .* is another model's",
+        ),
     ],
 )
 def test_bad_input(call, message, tiny):

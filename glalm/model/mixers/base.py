@@ -118,10 +118,14 @@ def split_state(state: State | None, is_pair: bool) -> tuple[Tensor | None, Tens
     Args:
         state: What the mixer returned, or None at the start of the sequences.
         is_pair: Whether this mixer, with its options, has a state of two tensors.
+
+    Raises:
+        ValueError: The state has another number of tensors.
     """
     if state is None:
         return None, None
-    assert isinstance(state, tuple) == is_pair, "the state is of a mixer with other options"
+    if isinstance(state, tuple) != is_pair:
+        raise ValueError("the state is of a mixer with other options: the cache (past_key_values) is another model's")
     return state if isinstance(state, tuple) else (state, None)
 
 

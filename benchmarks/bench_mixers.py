@@ -10,8 +10,9 @@ Sizes are those of one layer of a 340M preset at 32 x 2048 tokens in bfloat16. T
 pass, and of a forward and a backward pass. Peak is the memory above the inputs in MiB over both passes. A floor is the
 time for the bytes that must be read and written, at the bandwidth of a copy that is measured first, or for the
 exponentials that must be computed, at 16 a cycle and multiprocessor, whichever is longer. Errors are relative RMS
-errors against float64, at a small size, beside those of the PyTorch form on the same inputs. --tune first compiles the
-candidates in parallel; "differs" is the largest relative difference of a result from that with the table's row.
+errors against float64, at a small size, beside those of other implementations on the same inputs. --tune first
+compiles the candidates in parallel; "differs" is the largest relative difference of a result from that with the
+table's row.
 """
 
 import argparse
@@ -52,6 +53,8 @@ class Case:
     bytes_both: int
     exponentials_forward: int = 0
     exponentials_both: int = 0
+    # The arguments for one of `others` that wants them in another layout.
+    draw_for: dict[str, Callable[[], dict[str, Tensor | None]]] = dataclasses.field(default_factory=dict)
 
 
 # Operators --------------------------------------------------------------------------------------------------
@@ -61,15 +64,20 @@ def normal(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
 
 
-def scan_arguments(B: int, T: int, D: int, N: int) -> dict[str, Tensor]:
+def scan_arguments(B: int, T: int, D: int, N: int, channels_first: bool = False) -> dict[str, Tensor]:
+    """Draw the arguments, [B, T, D]. With `channels_first`, for mamba_ssm, they lie in memory as [B, D, T]."""
+
+    def draw(width: int, seed: int) -> Tensor:
+        return normal(B, width, T, seed=seed).mT if channels_first else normal(B, T, width, seed=seed)
+
     return {
-        "x": normal(B, T, D),
-        "dt": normal(B, T, D, seed=1),
+        "x": draw(D, 0),
+        "dt": draw(D, 1),
         "A": -torch.arange(1, N + 1, device=DEVICE).float().expand(D, -1).contiguous(),
-        "B": normal(B, T, N, seed=2),
-        "C": normal(B, T, N, seed=3),
+        "B": draw(N, 2),
+        "C": draw(N, 3),
         "D": torch.ones(D, device=DEVICE),
-        "z": normal(B, T, D, seed=4),
+        "z": draw(D, 4),
         "dt_bias": normal(D, dtype=torch.float32, seed=5) - 4,
     }
 
@@ -173,6 +181,7 @@ def cases(smoke: bool) -> Iterator[Case]:
         bytes_both=2 * (4 + 7) * elements,
         exponentials_forward=16 * elements,
         exponentials_both=2 * 16 * elements,
+        draw_for={"mamba_ssm": lambda: scan_arguments(B, T, D, 16, channels_first=True)},
     )
     # Compiled, the PyTorch form of packed sequences reads beyond its indices (PyTorch 2.11).
     compiled = {"compiled": torch.compile(conv_in_pytorch)} if CUDA else {}
@@ -306,37 +315,35 @@ def errors(operator, truth, arguments: dict) -> dict[str, float]:
 
 
 def print_errors(operators: list[str]) -> None:
-    """Print the errors of the operators, their PyTorch forms and those of mamba_ssm at small sizes."""
-    T = 16 if not CUDA else 200
-    library_operators = {"mamba2": mamba_ssm_ssd(), "scan": mamba_ssm_scan()}
+    """Print the errors of the operators and of other implementations at small sizes."""
+    T = 16 if not CUDA else 600  # Several chunks of every implementation: mamba_ssm's have 256 tokens.
     rows = {
         "mamba2": (
             lambda **a: kernels.chunk_ssd(**a)[0],
-            ssd_as_linear_attention,
+            {"as linear attention": ssd_as_linear_attention, "mamba_ssm": mamba_ssm_ssd()},
             reference.recurrent_ssd,
             ssd_arguments(2, T, 4, 1, 128, 64),
         ),
         "scan": (
             lambda **a: kernels.selective_scan(**a)[0],
-            scan_in_pytorch,
+            {"PyTorch": scan_in_pytorch, "mamba_ssm": mamba_ssm_scan()},
             reference.recurrent_selective_scan,
             scan_arguments(2, T, 64, 16),
         ),
         "conv": (
             lambda **a: kernels.short_conv(**a)[0],
-            conv_in_pytorch,
+            {"PyTorch": conv_in_pytorch},
             reference.recurrent_short_conv,
             conv_arguments(2, T, 64, 4, True, 0),
         ),
     }
     for name in operators:
-        ours, pytorch, truth, arguments = rows[name]
-        implementations = {"ours": ours, "PyTorch": pytorch, "mamba_ssm": library_operators.get(name)}
-        for label, operator in implementations.items():
+        ours, others, truth, arguments = rows[name]
+        for label, operator in {"ours": ours, **others}.items():
             if operator is None:
                 continue
             found = errors(operator, truth, arguments)
-            print(f"error {name:8s} {label:9s}", " ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)
+            print(f"error {name:8s} {label:19s}", " ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)
 
 
 # Candidates for the tables ----------------------------------------------------------------------------------
@@ -502,11 +509,10 @@ def main() -> None:
 
 def print_times(case: Case) -> dict[str, dict[str, float]]:
     """Print and return the floor of an operator and the times of its implementations."""
-    arguments = case.draw()
     rows = {"floor": measure_floors(case)}
     for label, operator in {"ours": case.ours, **case.others}.items():
         try:
-            rows[label] = measure(operator, arguments)
+            rows[label] = measure(operator, case.draw_for.get(label, case.draw)())
         except Exception as error:
             print(f"{case.name}, {label}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
     for label, times in rows.items():

@@ -54,9 +54,10 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def autocast_device(x: Tensor) -> str:
-    """Return the type of device for a torch.autocast around x: the CPU where x's has none, as meta tensors'."""
-    return x.device.type if has_autocast(x.device.type) else "cpu"
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Return a context in which autocast leaves operations on x's device alone."""
+    device = x.device.type if has_autocast(x.device.type) else "cpu"  # Meta tensors' device has none.
+    return torch.autocast(device, enabled=False)
 
 
 def has_bf16(device: torch.device) -> bool:

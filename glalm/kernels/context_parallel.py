@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glalm.kernels.common import autocast_device, has_kernel, refuse_double_backward
+from glalm.kernels.common import has_kernel, refuse_double_backward, without_autocast
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ContextShard:
             local_row = local_row.view(local.shape)
             decay_row = decay_row.view(decay.shape)
             if is_matrix:
-                with torch.autocast(autocast_device(S), enabled=False):
+                with without_autocast(S):
                     S = local_row + (decay_row.mT if reverse else decay_row) @ S
             else:
                 S = torch.addcmul(local_row, decay_row, S)
@@ -246,7 +246,7 @@ class ExchangeStates(torch.autograd.Function):
             dentering_or_0 = torch.zeros_like(entering) if dentering is None else dentering
             dlocal, dinitial = reverse_exchange(context, dentering_or_0, decay, dfinal, is_matrix)
             if is_matrix:
-                with torch.autocast(autocast_device(dlocal), enabled=False):
+                with without_autocast(dlocal):
                     ddecay = dlocal @ entering.mT
             else:
                 ddecay = (dlocal * entering).sum_to_size(decay.shape)

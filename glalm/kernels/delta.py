@@ -149,7 +149,7 @@ def compute_over_processes(
     local, transition = state.split([V, K], -1)
     entering, final = exchange_states(local, transition, initial_state, context, is_matrix=True)
     o, reads = (context.unpack_rows(x) for x in o.split([V, K], -1))
-    with torch.autocast(common.autocast_device(q), enabled=False):
+    with common.without_autocast(q):
         effect = context.read_entering(reads.to(entering.dtype), entering, cu_seqlens)
     return (o + effect).to(v.dtype).reshape(v.shape), final
 
@@ -285,7 +285,7 @@ def compute_in_pytorch(
     g = torch.zeros_like(beta) if g is None else g
     g = g if g.dim() == 4 else g[..., None]
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, beta, g))]
-    with torch.autocast(common.autocast_device(q), enabled=False):
+    with common.without_autocast(q):
         o, state = common.map_sequences(compute_chunks, inputs, initial_state, output_final_state, cu_seqlens)
     return o.to(v.dtype), state
 
@@ -377,7 +377,7 @@ def carry_states(k: Tensor, new: Tensor, read: Tensor, through: Tensor, S: Tenso
     """
     u = new.new_empty(new.shape)
     starts = S.new_empty(*k.shape[:3], *S.shape[2:])
-    with torch.autocast(common.autocast_device(k), enabled=False):
+    with common.without_autocast(k):
         for n in range(k.shape[2]):
             starts[:, :, n] = S
             u[:, :, n] = new[:, :, n] - read[:, :, n] @ S
@@ -396,7 +396,7 @@ def carry_states_backward(
     """Return the gradients of k, new, read, through and S."""
     dnew = du.new_empty(du.shape)
     dends = starts.new_empty(starts.shape)
-    with torch.autocast(common.autocast_device(k), enabled=False):
+    with common.without_autocast(k):
         for n in reversed(range(k.shape[2])):
             dends[:, :, n] = dS
             dnew[:, :, n] = du[:, :, n] + k[:, :, n] @ dS

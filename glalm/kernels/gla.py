@@ -129,7 +129,7 @@ def chunk_value_gla(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = common.wide_dtype(q)
     inputs = [q.to(dtype) * scale, *(x.to(dtype) for x in (k, v, g))]
-    with torch.autocast(common.autocast_device(q), enabled=False):
+    with common.without_autocast(q):
         if context is None:
             o, state = common.map_sequences(
                 chunked.value_gated_attention, inputs, initial_state, output_final_state, cu_seqlens
@@ -273,7 +273,7 @@ def compute_in_pytorch(
     context: ContextShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return o, the final states, and with a context the states that enter the shard's sequences."""
-    with torch.autocast(common.autocast_device(q), enabled=False):
+    with common.without_autocast(q):
         gates = common.expand_gate(common.log_gate(g, normalizer), k)
         call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens, context)
         return call.outputs(), call.final_state(), None if context is None else call.entering
@@ -330,7 +330,7 @@ def chunk_backward(
             do, dfinal_state, context,
         )  # fmt: skip
     else:
-        with torch.autocast(common.autocast_device(q), enabled=False):
+        with common.without_autocast(q):
             gates = common.expand_gate(common.log_gate(g, normalizer), k)
             call = chunked.ChunkedGLA(q, k, v, gates, scale, initial_state, cu_seqlens)
             dq, dk, dv, dg, dinitial_state = call.gradients(do, dfinal_state, context)

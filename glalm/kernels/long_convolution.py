@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glalm.kernels.common import autocast_device, check_cu_seqlens, check_values, empty_output, sequence_ids, wide_dtype
+from glalm.kernels.common import (
+    check_cu_seqlens,
+    check_values,
+    empty_output,
+    sequence_ids,
+    wide_dtype,
+    without_autocast,
+)
 
 
 def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -42,7 +49,7 @@ def long_convolution(x: Tensor, h: Tensor, *, outputs: int | None = None, cu_seq
     h = h[:T].to(dtype)
     if T == 0 or x.shape[0] == 0:  # The FFT library refuses an empty batch.
         return empty_output(x if outputs is None else x[:, T - outputs :], h)
-    with torch.autocast(autocast_device(x), enabled=False):
+    with without_autocast(x):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, len(x))
             check_values(None, x, cu_seqlens)

@@ -71,7 +71,7 @@ def selective_scan(
         check_context(context, initial_state, False, cu_seqlens)
         return scan_over_processes(*tensors, cu_seqlens, context)
     if not common.has_kernel(x):
-        with torch.autocast(common.autocast_device(x), enabled=False):
+        with common.without_autocast(x):
             return scan_in_pytorch(*tensors, cu_seqlens)
     if A.shape[1] > MAX_KERNEL_STATE:
         raise ValueError(
@@ -113,7 +113,7 @@ def scan_over_processes(
     from it, would hold [batch, T, d, N] numbers.
     """
     _, local = selective_scan(x, dt, A, B, C, dt_bias=dt_bias, cu_seqlens=cu_seqlens)
-    with torch.autocast(common.autocast_device(x), enabled=False):
+    with common.without_autocast(x):
         wide = wide_dtype(x)
         steps = dt.to(wide) if dt_bias is None else F.softplus(dt.to(wide) + dt_bias.to(wide))
         decay = (context.unpack_rows(steps).sum(1)[..., None] * A.to(wide)).exp()

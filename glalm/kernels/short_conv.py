@@ -56,7 +56,7 @@ def short_conv(
         return y, local if final is None else final
     initial_state = None if initial_state is None else initial_state.to(x.dtype)
     if not common.has_kernel(x):
-        with torch.autocast(common.autocast_device(x), enabled=False):
+        with common.without_autocast(x):
             return convolve_in_pytorch(x, weight, bias, initial_state, cu_seqlens)
     taps = weight.shape[1]
     if taps > MAX_KERNEL_TAPS:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glalm.config.strict import require, require_positive
 from glalm.kernels import long_convolution
-from glalm.kernels.common import at_least_float32, autocast_device, sequence_ids
+from glalm.kernels.common import at_least_float32, sequence_ids, without_autocast
 from glalm.model.layers import ParameterUses, SumOver
 from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
 
@@ -192,7 +192,7 @@ class ImplicitFilter(nn.Module):
         i = torch.arange(taps, device=W_out.device, dtype=W_out.dtype)[:, None]
         t = i / max(1, self.filter_length - 1)
         angles = 2 * math.pi / self.filter_length * i * frequencies
-        with torch.autocast(autocast_device(W_out), enabled=False):
+        with without_autocast(W_out):
             z = torch.cat([t, angles.cos(), -angles.sin()], 1)
             for W, b in zip(weights, self.b, strict=True):
                 z = torch.sin(self.w * (z @ W + b))

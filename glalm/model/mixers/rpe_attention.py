@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glalm.config.strict import require_positive
-from glalm.kernels.common import at_least_float32, autocast_device, sequence_ids
+from glalm.kernels.common import at_least_float32, sequence_ids, without_autocast
 from glalm.kernels.long_convolution import convolve_between_blocks
 from glalm.model.layers import ParameterUses, SumOver, append_ones, divide_by_weights
 from glalm.model.mixers.base import Mixer, append_inputs, convolution_flops, keep_last, mix_unpacked
@@ -101,7 +101,7 @@ class RPEAttention(Mixer):
 
     def map_features(self, x: Tensor) -> Tensor:
         """Return phi(x) [B, T, H, F], at least float32, of queries or keys x [B, T, H, K]."""
-        with torch.autocast(autocast_device(x), enabled=False):
+        with without_autocast(x):
             x = at_least_float32(x)
             # F.normalize's second derivative is NaN where x = 0, as at padding.
             directions = x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
@@ -122,7 +122,7 @@ class RPEAttention(Mixer):
         # The largest bias cancels in the ratio; without it, no weight overflows.
         c = (bias - bias.detach().amax(0)).exp()
         v = append_ones(at_least_float32(v))
-        with torch.autocast(autocast_device(v), enabled=False):
+        with without_autocast(v):
             if T == 1 and cu_seqlens is None:
                 weights = torch.einsum("bhf,bshf->bsh", q[:, 0], k) * c.flip(0)
                 return divide_by_weights(torch.einsum("bsh,bshv->bhv", weights, v)[:, None])

@@ -126,12 +126,13 @@ def cross_entropy_(
         return cross_entropy.cross_entropy_(logits, targets, z_loss, gradient, gradient_scale)
     x = at_least_float32(logits)
     counted = targets != IGNORE_INDEX
-    unknown = counted & ((targets < 0) | (targets >= x.shape[1]))
-    if unknown.is_cpu and unknown.any():
-        raise IndexError(
-            f"a label is {int(targets[unknown][0])}. Expected tokens of the vocabulary, 0 to {x.shape[1] - 1}, and "
-            f"{IGNORE_INDEX} where there is nothing to predict"
-        )
+    if targets.is_cpu:
+        unknown = targets[counted & ((targets < 0) | (targets >= x.shape[1]))]
+        if len(unknown) > 0:
+            raise IndexError(
+                f"a label is {unknown[0]}. Expected tokens of the vocabulary, 0 to {x.shape[1] - 1}, and "
+                f"{IGNORE_INDEX} where there is nothing to predict"
+            )
     columns = targets.where(counted, 0)[:, None]
     lse = x.logsumexp(-1, keepdim=True)
     losses = (lse - x.gather(1, columns) + z_loss * lse**2).squeeze(1)

@@ -152,31 +152,34 @@ def mamba_ssm_ssd() -> Callable[..., Tensor] | None:
     return call
 
 
+def installed(operators: dict[str, Callable[..., Tensor] | None]) -> dict[str, Callable[..., Tensor]]:
+    """Return the operators without those whose package is not installed."""
+    return {name: operator for name, operator in operators.items() if operator is not None}
+
+
 def cases(smoke: bool) -> Iterator[Case]:
     """Yield every operator at the sizes of a 340M model, or at tiny ones."""
     B, T = (1, 16) if smoke else (32, 2048)
     H, N, P = (2, 16, 16) if smoke else (32, 128, 64)
     values = B * T * H * P
     coefficients = B * T * N
-    peers = {"as linear attention": ssd_as_linear_attention, "mamba_ssm": mamba_ssm_ssd()}
     yield Case(
         "mamba2",
         "Mamba-2",
         lambda: ssd_arguments(B, T, H, 1, N, P),
         lambda **a: kernels.chunk_ssd(**a)[0],
-        {name: peer for name, peer in peers.items() if peer is not None},
+        installed({"as linear attention": ssd_as_linear_attention, "mamba_ssm": mamba_ssm_ssd()}),
         bytes_forward=2 * (2 * values + 2 * coefficients),
         bytes_both=2 * (5 * values + 6 * coefficients),
     )
     D = 8 if smoke else 2048
     elements = B * T * D
-    peers = {"mamba_ssm": mamba_ssm_scan()}
     yield Case(
         "scan",
         "selective scan",
         lambda: scan_arguments(B, T, D, 16),
         lambda **a: kernels.selective_scan(**a)[0],
-        {name: peer for name, peer in peers.items() if peer is not None},
+        installed({"mamba_ssm": mamba_ssm_scan()}),
         bytes_forward=2 * 4 * elements,
         bytes_both=2 * (4 + 7) * elements,
         exponentials_forward=16 * elements,
@@ -339,9 +342,7 @@ def print_errors(operators: list[str]) -> None:
     }
     for name in operators:
         ours, others, truth, arguments = rows[name]
-        for label, operator in {"ours": ours, **others}.items():
-            if operator is None:
-                continue
+        for label, operator in installed({"ours": ours, **others}).items():
             found = errors(operator, truth, arguments)
             print(f"error {name:8s} {label:19s}", " ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)
 
